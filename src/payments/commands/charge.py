@@ -1,0 +1,325 @@
+"""Charge a payment exactly once per idempotency key.
+
+    intent appended -> provider asked -> outcome appended -> answered
+
+A run is one passage through these steps. It is a task of the service, not of the request: a client
+that goes away, or a deadline that passes, cancels neither an append nor a provider call, and a late
+outcome is still appended. Once the provider may have been asked, the answer is the outcome or
+PENDING, never an error: an error would make the caller drop an order that was paid for.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from loguru import logger
+
+from payments.database import Database
+from payments.errors import (
+    DatabaseUnavailable,
+    GatewayUnavailable,
+    IdempotencyKeyReused,
+    PaymentsError,
+    TooBusy,
+)
+from payments.events.appender import Appender, StreamConflict
+from payments.events.store import load_payment, to_stored_event
+from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
+from payments.payment import (
+    Approved,
+    Cause,
+    ChargeRequest,
+    Declined,
+    OutcomeMismatch,
+    Payment,
+    Status,
+    differing_fields,
+    evolve,
+    fingerprint,
+    initiate,
+    payment_id_for,
+    record_outcome,
+)
+from payments.settings import Settings
+from payments.telemetry import Telemetry
+
+# How long an answer waits for its outcome to be stored, after which it is PENDING: design, "with
+# Postgres down or frozen each request is answered in under 3 s".
+OUTCOME_STORE_PATIENCE_S = 2.0
+# How often a request looks whether another process has finished its run.
+OTHER_RUN_POLL_S = 0.1
+
+
+class ChargePayment(msgspec.Struct, frozen=True):
+    """The command: the request, and where it came from (for the events' metadata)."""
+
+    request: ChargeRequest
+    request_id: str | None = None
+    traceparent: str | None = None
+
+
+class Charged(msgspec.Struct, frozen=True):
+    """The answer: the payment with its first outcome, or PENDING.
+
+    `replayed` says that the outcome was there before this request came.
+    """
+
+    payment: Payment
+    replayed: bool = False
+
+
+class _Run:
+    """A charge under way in this process; `answer` is what everyone who waits for it is told."""
+
+    def __init__(self, command: ChargePayment, deadline_s: float) -> None:
+        self.command = command
+        self.deadline = time.monotonic() + deadline_s
+        self.answer: asyncio.Future[Charged] = asyncio.get_running_loop().create_future()
+        # The payment as it is stored, once the intent is.
+        self.payment: Payment | None = None
+        # The provider may have been asked, by this run or by an earlier one with the same key.
+        self.asked = False
+        # The intent was stored by an earlier request, this long ago.
+        self.replayed = False
+        self.age_s = 0.0
+
+    def cause(self) -> Cause:
+        return Cause(
+            event_id=uuid.uuid4(),
+            occurred_at=datetime.now(UTC),
+            client=self.command.request.client,
+            request_id=self.command.request_id,
+            traceparent=self.command.traceparent,
+        )
+
+    def may_ask(self) -> bool:
+        """Looked at immediately before each provider call: a process that was frozen must not send
+        late, and nothing may be sent for a request that was told 503."""
+        return not self.answer.done() and time.monotonic() < self.deadline
+
+    def log(self) -> Any:
+        payment_id = payment_id_for(self.command.request.idempotency_key)
+        return logger.bind(payment_id=payment_id, request_id=self.command.request_id)
+
+    def finish(self, payment: Payment) -> None:
+        if not self.answer.done():
+            self.answer.set_result(Charged(payment, self.replayed))
+
+    def fail(self, error: Exception) -> None:
+        """Tells waiting requests of an error, or PENDING if the provider may have been asked."""
+        if self.asked and self.payment is not None:
+            self.finish(self.payment)
+        elif not self.answer.done():
+            self.answer.set_exception(error)
+            self.answer.exception()  # marks it as seen: its requests may have gone away
+
+
+class Charging:
+    """Runs charges. One instance per process; any number of processes may share the store."""
+
+    def __init__(
+        self,
+        appender: Appender,
+        database: Database,
+        gateway: Gateway,
+        telemetry: Telemetry,
+        settings: Settings,
+    ) -> None:
+        self._appender = appender
+        self._database = database
+        self._gateway = gateway
+        self._telemetry = telemetry
+        self._deadline_s = settings.charge_deadline_s
+        self._gateway_timeout_s = settings.gateway_timeout_s
+        self._gateway_slots = asyncio.Semaphore(settings.gateway_concurrency_max)
+        # By key and content: another request with the same key is another run, and the store's
+        # version check decides between them.
+        self._runs: dict[tuple[str, str], _Run] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def charge(self, command: ChargePayment) -> Charged:
+        """Charges, or joins or repeats the charge that this key already began.
+
+        Raises IdempotencyKeyReused, or Unavailable if the provider was surely not asked.
+        """
+        name = (command.request.idempotency_key, fingerprint(command.request))
+        run = self._runs.get(name)
+        joined = run is not None
+        if run is None:
+            run = self._start(name, command)
+        try:
+            charged = await asyncio.shield(run.answer)
+        except PaymentsError as error:
+            refused = isinstance(error, IdempotencyKeyReused)
+            self._telemetry.charges.labels("refused" if refused else "unavailable").inc()
+            raise
+        if joined and not charged.replayed:
+            charged = Charged(charged.payment, replayed=True)
+        pending = charged.payment.status is Status.PENDING
+        outcome = "replayed" if charged.replayed and not pending else charged.payment.status.lower()
+        self._telemetry.charges.labels(outcome).inc()
+        return charged
+
+    async def drain(self, timeout_s: float) -> None:
+        """Waits for the runs that go on although their requests were answered."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            logger.bind(charges=len(self._tasks)).warning("stopping with unfinished charges")
+            await asyncio.wait(self._tasks)
+
+    def _start(self, name: tuple[str, str], command: ChargePayment) -> _Run:
+        run = _Run(command, self._deadline_s)
+        self._runs[name] = run
+        task = asyncio.create_task(self._run(run), name="charge")
+        self._tasks.add(task)
+        expiry = asyncio.get_running_loop().call_later(
+            self._deadline_s, run.fail, TooBusy("The charge did not get its turn in time.")
+        )
+
+        def ended(task: asyncio.Task[None]) -> None:
+            expiry.cancel()
+            self._tasks.discard(task)
+            del self._runs[name]
+
+        task.add_done_callback(ended)
+        return run
+
+    async def _run(self, run: _Run) -> None:
+        try:
+            payment = await self._begin(run)
+            if payment is not None:
+                await self._record(run, payment, await self._ask(run, payment))
+        except (PaymentsError, OutcomeUnknown) as error:
+            run.fail(error)
+        except OutcomeMismatch as error:
+            self._telemetry.gateway_calls.labels("charge", "mismatch").inc()
+            run.log().bind(reason=str(error)).critical("the provider's answer does not fit")
+            run.fail(error)
+        except asyncio.CancelledError:
+            run.fail(DatabaseUnavailable("The service is stopping."))
+            raise
+        except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
+            run.log().exception("charge failed")
+            run.fail(error)
+
+    async def _begin(self, run: _Run) -> Payment | None:
+        """Makes the intent durable; the payment to charge, None if there is nothing left to do."""
+        intent = initiate(run.command.request, self._gateway.name, run.cause())
+        payment = evolve(None, intent)
+        try:
+            await self._appender.append_intent(to_stored_event(intent))
+        except StreamConflict:
+            # From here on an earlier run may have asked, so errors are answered with PENDING.
+            run.payment, run.asked, run.replayed = payment, True, True
+            return await self._resume(run, payment.id)
+        run.payment = payment
+        return payment
+
+    async def _resume(self, run: _Run, payment_id: uuid.UUID) -> Payment | None:
+        """Finds what an earlier request with this key came to; the payment if its run is over.
+
+        A run is over when its intent is older than the deadline, by the database's clock.
+        """
+        while True:
+            loaded = await load_payment(self._database, payment_id)
+            if loaded is None:
+                raise RuntimeError("the store reported a conflict in a stream without events")
+            run.payment, run.age_s = loaded.payment, loaded.age_s
+            if differing := differing_fields(loaded.payment, run.command.request):
+                run.asked = False  # by this request, that is: it is answered 422
+                raise IdempotencyKeyReused(differing)
+            if loaded.payment.status is not Status.PENDING:
+                run.finish(loaded.payment)
+                return None
+            if loaded.age_s > self._deadline_s:
+                return loaded.payment
+            if not run.may_ask():
+                return None
+            await asyncio.sleep(OTHER_RUN_POLL_S)
+
+    async def _ask(self, run: _Run, payment: Payment) -> Approved | Declined:
+        """The provider's outcome. Raises OutcomeUnknown, or Unavailable if it was not asked."""
+        async with self._gateway_slots:
+            if run.replayed:
+                # An earlier run may have charged: look before sending again.
+                found = await self._call(
+                    run, "find_charge", lambda left_s: self._gateway.find_charge(payment.id, left_s)
+                )
+                if found is not None:
+                    return found
+                if run.age_s > self._gateway.safe_retry_s:
+                    raise OutcomeUnknown("too old to be sent again under the same provider key")
+            order = ProviderCharge(
+                payment.id,
+                payment.amount_cents,
+                payment.currency,
+                run.command.request.payment_method,
+            )
+            outcome = await self._call(
+                run, "charge", lambda left_s: self._gateway.charge(order, left_s)
+            )
+            assert outcome is not None
+            return outcome
+
+    async def _call(
+        self,
+        run: _Run,
+        operation: str,
+        call: Callable[[float], Awaitable[Approved | Declined | None]],
+    ) -> Approved | Declined | None:
+        """One call of the provider, counted and timed, with what is left of the deadline."""
+        if not run.may_ask():
+            raise TooBusy("The charge did not get its turn in time.")
+        timeout_s = min(self._gateway_timeout_s, run.deadline - time.monotonic())
+        run.asked = True
+        outcome = "unknown"
+        try:
+            with self._telemetry.gateway_seconds.labels(operation).time():
+                answer = await call(timeout_s)
+            outcome = _OUTCOME_LABELS[type(answer)]
+        except NeverSent as error:
+            outcome = "never_sent"
+            run.asked = run.replayed
+            raise GatewayUnavailable("The payment provider cannot be reached.") from error
+        finally:
+            self._telemetry.gateway_calls.labels(operation, outcome).inc()
+        return answer
+
+    async def _record(self, run: _Run, payment: Payment, outcome: Approved | Declined) -> None:
+        """Appends the outcome, however long that takes; the requests wait only a while for it."""
+        patience = asyncio.get_running_loop().call_later(
+            OUTCOME_STORE_PATIENCE_S, run.finish, payment
+        )
+        try:
+            while fact := record_outcome(payment, outcome, run.cause()):
+                try:
+                    await self._appender.append([to_stored_event(fact)])
+                except StreamConflict:
+                    payment = await self._reload(payment)
+                else:
+                    payment = evolve(payment, fact)
+                    break
+        finally:
+            patience.cancel()
+        run.finish(payment)
+
+    async def _reload(self, payment: Payment) -> Payment:
+        """The payment as it is stored now; waits out an outage of the database."""
+        while True:
+            try:
+                loaded = await load_payment(self._database, payment.id)
+            except DatabaseUnavailable:
+                await asyncio.sleep(OTHER_RUN_POLL_S)
+                continue
+            assert loaded is not None
+            return loaded.payment
+
+
+_OUTCOME_LABELS = {Approved: "approved", Declined: "declined", type(None): "not_found"}

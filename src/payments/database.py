@@ -1,0 +1,175 @@
+"""Connections to Postgres: how they are opened, pooled and given up.
+
+Postgres 15 or newer, direct or session-mode connections: prepared statements, advisory locks and
+LISTEN do not survive transaction pooling. TLS is libpq's: set PGSSLMODE and PGSSLROOTCERT.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import msgspec
+import psycopg
+from psycopg.conninfo import make_conninfo
+from psycopg.sql import SQL, Identifier
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from payments.errors import DatabaseUnavailable, StartError
+from payments.settings import Settings
+
+CONNECT_TIMEOUT_S = 2  # libpq takes no less, and a healthy server answers in milliseconds
+QUERY_TIMEOUT_S = 1.5  # with the wait for a connection, a request gets its 503 in under 3 s
+POOL_WAIT_S = 1.0
+
+# Sent with every connection. The server's timeouts stand behind ours: they free what a client that
+# was cut off or frozen still holds.
+SESSION_OPTIONS = {
+    "TimeZone": "UTC",
+    "synchronous_commit": "on",
+    "statement_timeout": "2s",
+    "lock_timeout": "1500ms",
+    "idle_in_transaction_session_timeout": "5s",
+}
+
+
+class DatabaseAddress(msgspec.Struct, frozen=True):
+    """Where the database is and who we are there. `host` is a name or a socket directory."""
+
+    host: str
+    port: int
+    user: str
+    password: str | None
+    dbname: str
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "DatabaseAddress":
+        """The outside database that the settings name."""
+        if settings.database_host is None:
+            raise ValueError("DATABASE_HOST is not set")
+        return cls(
+            settings.database_host,
+            settings.database_port,
+            settings.database_username,
+            settings.database_password,
+            settings.database_name,
+        )
+
+    def __repr__(self) -> str:
+        return f"{self.user}@{self.host}:{self.port}/{self.dbname}"
+
+    def conninfo(self, application_name: str = "payments") -> str:
+        """What libpq connects with; it holds the password."""
+        return make_conninfo(
+            host=self.host,
+            port=self.port,
+            user=self.user,
+            password=self.password,
+            dbname=self.dbname,
+            application_name=application_name,
+            client_encoding="UTF8",
+            connect_timeout=CONNECT_TIMEOUT_S,
+            # A peer that vanished without a word is noticed by the kernel after this.
+            tcp_user_timeout=3000,
+            options=" ".join(f"-c {name}={value}" for name, value in SESSION_OPTIONS.items()),
+        )
+
+
+def connect(address: DatabaseAddress, application_name: str) -> psycopg.Connection[Any]:
+    """A blocking connection for start-up and the CLI; StartError says in one line why not."""
+    try:
+        return psycopg.connect(address.conninfo(application_name), autocommit=True)
+    except psycopg.OperationalError as error:
+        raise StartError(f"cannot connect to Postgres as {address!r}: {_reason(error)}") from None
+
+
+def _reason(error: psycopg.Error) -> str:
+    """The server's or libpq's own words, on one line; they never hold the password."""
+    text = error.diag.message_primary or str(error)
+    return text.strip().splitlines()[-1].strip() if text.strip() else type(error).__name__
+
+
+def create_database_if_missing(address: DatabaseAddress) -> None:
+    """For the embedded server, where nobody else would create it."""
+    maintenance = msgspec.structs.replace(address, dbname="postgres")
+    statement = SQL("CREATE DATABASE {}").format(Identifier(address.dbname))
+    with (
+        connect(maintenance, "payments create database") as connection,
+        suppress(psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation),
+    ):
+        connection.execute(statement)
+
+
+def cut(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Ends a connection whose server may be frozen.
+
+    Closing it would ask the server first, and cancelling a query opens another connection to it.
+    Shutting the socket down makes whoever waits on it see an end at once.
+    """
+    with (
+        suppress(OSError, psycopg.OperationalError),
+        socket.socket(fileno=os.dup(connection.fileno())) as duplicate,
+    ):
+        duplicate.shutdown(socket.SHUT_RDWR)
+
+
+@asynccontextmanager
+async def cut_after(
+    connection: psycopg.AsyncConnection[Any], timeout_s: float
+) -> AsyncIterator[None]:
+    """Cuts the connection if the body takes longer; what waits on it raises OperationalError."""
+    timer = asyncio.get_running_loop().call_later(timeout_s, cut, connection)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class Database:
+    """The pool that queries read through. Nothing holds a connection while it waits for anything
+    but the database."""
+
+    def __init__(self, address: DatabaseAddress, pool_max: int) -> None:
+        self.address = address
+        self._pool = AsyncConnectionPool(
+            address.conninfo(),
+            kwargs={"autocommit": True},
+            min_size=1,
+            max_size=pool_max,
+            open=False,
+            timeout=POOL_WAIT_S,
+            # After an outage the pool must not sleep through an exponential back-off: it gives up
+            # soon, and the next request makes it try again.
+            reconnect_timeout=2.0,
+            num_workers=1,
+        )
+
+    async def open(self) -> None:
+        await self._pool.open()
+
+    async def close(self) -> None:
+        await self._pool.close(timeout=1.0)
+
+    async def fetch(self, query: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """All rows of one reading statement, within POOL_WAIT_S + QUERY_TIMEOUT_S.
+
+        Raises DatabaseUnavailable if there is no connection or it breaks.
+        """
+        try:
+            async with (
+                self._pool.connection() as connection,
+                cut_after(connection, QUERY_TIMEOUT_S),
+            ):
+                cursor = connection.cursor(binary=True)
+                await cursor.execute(query.encode(), params)
+                return await cursor.fetchall()
+        except (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError) as error:
+            raise DatabaseUnavailable("The database does not answer.") from error
+
+    async def connect(self, application_name: str) -> psycopg.AsyncConnection[Any]:
+        """A connection of one's own, outside the pool, with the same options."""
+        return await psycopg.AsyncConnection.connect(
+            self.address.conninfo(application_name), autocommit=True
+        )

@@ -1,0 +1,108 @@
+"""Everything that this service refuses or fails at, as types.
+
+PaymentsError
+├── InvalidRequest               400  invalid_request
+├── InvalidIdempotencyKey        400  invalid_idempotency_key
+├── Unauthorized                 401  unauthorized
+├── PaymentNotFound              404  payment_not_found
+├── IdempotencyKeyReused         422  idempotency_key_reused
+├── PaymentUnreadable            503  payment_unreadable
+└── Unavailable                  503
+    ├── TooBusy                       too_busy
+    ├── DatabaseUnavailable           database_unavailable
+    └── GatewayUnavailable            gateway_unavailable
+
+A class carries the HTTP status, the stable code and the title of its answer; the message of an
+instance is the answer's `detail`, so it names the fix and holds nothing that is secret.
+
+StartError is for people who start the service: one line, no traceback, exit code 1.
+"""
+
+from typing import ClassVar, NamedTuple
+
+
+class FieldError(NamedTuple):
+    """One thing that is wrong with one field of a request, and how to put it right."""
+
+    field: str
+    message: str
+
+
+class PaymentsError(Exception):
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    title: ClassVar[str] = "Something went wrong on our side"
+    errors: tuple[FieldError, ...] = ()
+    retry_after_s: int | None = None
+
+
+class InvalidRequest(PaymentsError):
+    status = 400
+    code = "invalid_request"
+    title = "The request is not valid"
+
+    def __init__(self, detail: str, errors: tuple[FieldError, ...] = ()) -> None:
+        super().__init__(detail)
+        self.errors = errors
+
+
+class InvalidIdempotencyKey(InvalidRequest):
+    code = "invalid_idempotency_key"
+    title = "The Idempotency-Key header is missing or not valid"
+
+
+class Unauthorized(PaymentsError):
+    status = 401
+    code = "unauthorized"
+    title = "A valid API key is needed"
+
+
+class PaymentNotFound(PaymentsError):
+    status = 404
+    code = "payment_not_found"
+    title = "There is no such payment"
+
+
+class IdempotencyKeyReused(PaymentsError):
+    status = 422
+    code = "idempotency_key_reused"
+    title = "This Idempotency-Key was used for another request"
+
+    def __init__(self, differing: tuple[str, ...]) -> None:
+        super().__init__(
+            f"The key was first used with another {', '.join(differing)}. "
+            "Send the first request again as it was, or use a new key."
+        )
+        self.errors = tuple(
+            FieldError(name, "differs from the first request with this key") for name in differing
+        )
+
+
+class PaymentUnreadable(PaymentsError):
+    status = 503
+    code = "payment_unreadable"
+    title = "The payment's history cannot be read"
+
+
+class Unavailable(PaymentsError):
+    """Nothing was captured: the same key may be sent again."""
+
+    status = 503
+    title = "The service cannot take this request now"
+    retry_after_s = 1
+
+
+class TooBusy(Unavailable):
+    code = "too_busy"
+
+
+class DatabaseUnavailable(Unavailable):
+    code = "database_unavailable"
+
+
+class GatewayUnavailable(Unavailable):
+    code = "gateway_unavailable"
+
+
+class StartError(Exception):
+    """The service cannot start or a command cannot run; the message is one line for a person."""

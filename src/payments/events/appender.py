@@ -1,0 +1,225 @@
+"""The group-commit appender: every append that waits is written in one transaction.
+
+One task owns one connection. While a batch commits, the next one gathers; there is no timer. See
+docs/decisions/event-store.md for why, and migrations/0001_event_store.sql for what the database
+does with a batch.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import psycopg
+from eventsourcing.persistence import StoredEvent
+from loguru import logger
+
+from payments.database import cut_after
+from payments.errors import DatabaseUnavailable, TooBusy
+from payments.events.store import APPEND, CONFLICT, append_params
+from payments.telemetry import Telemetry
+
+BATCH_MAX = 256  # appends; at this size the cost per event has long stopped falling
+BATCH_TIMEOUT_S = 1.5  # a round trip takes milliseconds; then the connection is given up
+INTENT_TIMEOUT_S = 2.0  # how long an intent waits for the store, see design "request in < 3 s"
+RECONNECT_MIN_S, RECONNECT_MAX_S = 0.02, 0.5
+
+
+class StreamConflict(Exception):
+    """The stream moved on, or already has other events at these versions."""
+
+
+class AppendRefused(Exception):
+    """The database refuses these events for what is in them."""
+
+
+class _Append:
+    """One caller's events and the future that tells it their fate."""
+
+    __slots__ = ("events", "future", "timer")
+
+    def __init__(self, events: Sequence[StoredEvent], future: "asyncio.Future[int]") -> None:
+        self.events = events
+        self.future = future
+        self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def given_up(self) -> bool:
+        """An intent that nobody waits for any more: its request was refused, so drop it."""
+        return self.timer is not None and self.future.done()
+
+    def resolve(self, result: int | Exception) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        if self.future.done():  # the caller went away or stopped waiting; the events are stored
+            return
+        if isinstance(result, Exception):
+            self.future.set_exception(result)
+        else:
+            self.future.set_result(result)
+
+
+class Appender:
+    """Appends events; an append is answered only after its commit.
+
+    An append whose very events are stored already counts as committed. So whenever the outcome
+    of a batch is unknown (the connection broke, a deadline passed) the same batch is sent again.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[str], Awaitable[psycopg.AsyncConnection[Any]]],
+        telemetry: Telemetry,
+        intent_queue_max: int,
+    ) -> None:
+        self._connect = connect
+        self._telemetry = telemetry
+        self._intent_queue_max = intent_queue_max
+        self._waiting: deque[_Append] = deque()
+        self._wake = asyncio.Event()
+        self._connection: psycopg.AsyncConnection[Any] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+        telemetry.append_backlog.set_function(lambda: len(self._waiting))
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="appender")
+
+    async def stop(self, timeout_s: float) -> None:
+        """Writes what waits, for at most `timeout_s`; then whoever still waits is told."""
+        self._stopping = True
+        self._wake.set()
+        if self._task is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.shield(self._task)
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+        while self._waiting:
+            self._waiting.popleft().resolve(DatabaseUnavailable("The service is stopping."))
+        await self._disconnect()
+
+    def append_intent(self, event: StoredEvent) -> "asyncio.Future[int]":
+        """Appends the event that has to be durable before a provider is asked.
+
+        Its future fails with DatabaseUnavailable after INTENT_TIMEOUT_S; the event may still be
+        stored later. Raises TooBusy at once if too many appends wait already.
+        """
+        if len(self._waiting) >= self._intent_queue_max:
+            raise TooBusy("Too many requests wait for the event store.")
+        append = self._submit([event])
+        loop = asyncio.get_running_loop()
+        append.timer = loop.call_later(INTENT_TIMEOUT_S, _give_up, append)
+        return append.future
+
+    def append(self, events: Sequence[StoredEvent]) -> "asyncio.Future[int]":
+        """Appends consecutive events of one stream; never refused, however many wait.
+
+        The future's result is the position of the last event. It fails with StreamConflict or
+        AppendRefused, and with nothing else while the service runs: through an outage it waits.
+        """
+        return self._submit(events).future
+
+    def _submit(self, events: Sequence[StoredEvent]) -> _Append:
+        append = _Append(events, asyncio.get_running_loop().create_future())
+        self._waiting.append(append)
+        self._wake.set()
+        return append
+
+    async def _run(self) -> None:
+        while True:
+            if not self._waiting:
+                if self._stopping:
+                    return
+                self._wake.clear()
+                await self._wake.wait()
+                # Let the requests that woke in the same turn of the loop join this batch.
+                await asyncio.sleep(0)
+            await self._write(self._gather())
+
+    def _gather(self) -> list[_Append]:
+        batch: list[_Append] = []
+        while self._waiting and len(batch) < BATCH_MAX:
+            append = self._waiting.popleft()
+            if not append.given_up:
+                batch.append(append)
+        return batch
+
+    async def _write(self, batch: list[_Append]) -> None:
+        """Sends the batch until its fate is known, whatever happens to the connection."""
+        pause_s = RECONNECT_MIN_S
+        while batch:
+            try:
+                await self._send(batch)
+            except asyncio.CancelledError:
+                for append in batch:
+                    append.resolve(DatabaseUnavailable("The service is stopping."))
+                raise
+            except psycopg.Error as error:
+                if _is_refusal(error):
+                    await self._write_one_by_one(batch, error)
+                    return
+                self._telemetry.append_failures.labels("retried").inc()
+                logger.bind(sqlstate=error.sqlstate, appends=len(batch)).warning(
+                    "the event store does not answer, trying again"
+                )
+            except Exception:  # noqa: BLE001 - this task must outlive any surprise
+                self._telemetry.append_failures.labels("retried").inc()
+                logger.exception("an append failed unexpectedly, trying again")
+            else:
+                return
+            await self._disconnect()
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, RECONNECT_MAX_S)
+            batch = [append for append in batch if not append.given_up]
+
+    async def _write_one_by_one(self, batch: list[_Append], error: psycopg.Error) -> None:
+        """The database refused the batch for its data: only the culprit shall fail."""
+        if len(batch) > 1:
+            for append in batch:
+                await self._write([append])
+            return
+        self._telemetry.append_failures.labels("refused").inc()
+        logger.bind(sqlstate=error.sqlstate, reason=error.diag.message_primary).error(
+            "the event store refused an append"
+        )
+        batch[0].resolve(AppendRefused(f"refused with SQLSTATE {error.sqlstate}"))
+
+    async def _send(self, batch: list[_Append]) -> None:
+        """One round trip, one transaction, one flush to disk; then every caller is told."""
+        if self._connection is None:
+            self._connection = await self._connect("payments appender")
+        with self._telemetry.append_seconds.time():
+            async with cut_after(self._connection, BATCH_TIMEOUT_S):
+                cursor = self._connection.cursor(binary=True)
+                await cursor.execute(
+                    APPEND, append_params([append.events for append in batch]), prepare=True
+                )
+                rows = await cursor.fetchall()
+        self._telemetry.append_batch_size.observe(len(batch))
+        for append, (outcome, position) in zip(batch, rows, strict=True):
+            if outcome == CONFLICT:
+                append.resolve(StreamConflict("another event stands there"))
+            else:
+                append.resolve(position)
+
+    async def _disconnect(self) -> None:
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            await connection.close()
+
+
+def _give_up(append: _Append) -> None:
+    if not append.future.done():
+        append.future.set_exception(
+            DatabaseUnavailable("The event store does not answer. Nothing was charged.")
+        )
+
+
+def _is_refusal(error: psycopg.Error) -> bool:
+    """Classes 22 and 23 are about the data; psycopg itself refuses a NUL with DataError."""
+    if error.sqlstate is None:
+        return isinstance(error, psycopg.DataError)
+    return error.sqlstate[:2] in ("22", "23")

@@ -1,0 +1,132 @@
+"""What can happen to a payment: one frozen Struct per fact, stored as JSON.
+
+The stored form outlives this code, so it is fixed in three ways. TOPIC names the fact, never a
+Python path: a class may move. `schema_version` is in the bytes: when a fact's fields change, raise
+its number and add the step from the old form to UPCASTERS. And tests/events/golden holds the bytes
+of every version that was ever written; they must decode for ever.
+
+Times are UTC with microseconds; amounts are whole minor units of the currency.
+"""
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, ClassVar, Literal
+from uuid import UUID
+
+import msgspec
+
+
+class UndecodableEvent(Exception):
+    """Stored bytes that no fact of this version of the software can be made from."""
+
+
+class Fact(msgspec.Struct, frozen=True, kw_only=True):
+    """What every fact carries: which payment, its place in the stream, and who caused it when.
+
+    `payment_id` and `version` repeat the row's stream and version, so that bytes which were moved
+    to another row no longer decode.
+    """
+
+    TOPIC: ClassVar[str]
+
+    payment_id: UUID
+    version: int
+    event_id: UUID
+    occurred_at: datetime
+    client: str
+    request_id: str | None = None
+    traceparent: str | None = None
+
+    # The eventsourcing library's names for the same two things.
+    @property
+    def originator_id(self) -> UUID:
+        return self.payment_id
+
+    @property
+    def originator_version(self) -> int:
+        return self.version
+
+
+class PaymentInitiated(Fact, frozen=True, kw_only=True):
+    """A charge was accepted and is durable; from here on the provider may be asked.
+
+    `fingerprint` is a SHA-256 over the whole request: see payment.fingerprint.
+    """
+
+    TOPIC = "PaymentInitiated"
+    schema_version: Literal[1] = 1
+
+    idempotency_key: str
+    fingerprint: str
+    merchant_order_id: UUID
+    amount_cents: int
+    currency: str
+    gateway: str
+
+
+class PaymentCharged(Fact, frozen=True, kw_only=True):
+    """The provider captured the money."""
+
+    TOPIC = "PaymentCharged"
+    schema_version: Literal[1] = 1
+
+    merchant_order_id: UUID
+    amount_cents: int
+    currency: str
+    provider_txn_id: str
+
+
+class PaymentFailed(Fact, frozen=True, kw_only=True):
+    """The provider declined; `decline_code` is the provider's word for why."""
+
+    TOPIC = "PaymentFailed"
+    schema_version: Literal[1] = 1
+
+    merchant_order_id: UUID
+    amount_cents: int
+    currency: str
+    reason: Literal["declined"]
+    decline_code: str | None = None
+
+
+FACTS: dict[str, type[Fact]] = {
+    fact.TOPIC: fact for fact in (PaymentInitiated, PaymentCharged, PaymentFailed)
+}
+
+# (topic, old schema_version) -> the same fact's fields one version later, schema_version included.
+UPCASTERS: dict[tuple[str, int], Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+_encoder = msgspec.json.Encoder()
+_decoders = {topic: msgspec.json.Decoder(fact) for topic, fact in FACTS.items()}
+
+
+def encode(fact: Fact) -> bytes:
+    return _encoder.encode(fact)
+
+
+def decode(topic: str, state: bytes) -> Fact:
+    """The fact behind a stored row; older versions are brought up to date on the way.
+
+    Raises UndecodableEvent for an unknown topic, bytes that are not JSON, and missing or wrong
+    fields. The message holds no field values.
+    """
+    decoder = _decoders.get(topic)
+    if decoder is None:
+        raise UndecodableEvent(f"unknown topic {topic!r}")
+    try:
+        return decoder.decode(state)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        return _decode_older(topic, state, error)
+
+
+def _decode_older(topic: str, state: bytes, error: Exception) -> Fact:
+    """Reads an older version through its upcasters, one step at a time."""
+    try:
+        fields = msgspec.json.decode(state, type=dict[str, Any])
+        version = fields.get("schema_version")
+        while upcast := UPCASTERS.get((topic, version)):  # type: ignore[arg-type]
+            fields = upcast(fields)
+            version = fields["schema_version"]
+        return msgspec.convert(fields, FACTS[topic])
+    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError) as again:
+        raise UndecodableEvent(f"{topic}: {again}") from error

@@ -1,0 +1,189 @@
+"""The event store, as the eventsourcing library sees it, and the SQL of payment_events.
+
+Everything that touches the table payment_events is in this file, except the function that writes
+it (migrations/0001_event_store.sql). There are two doors to that function: the group-commit
+Appender (appender.py) for requests, and the recorder below for the command line, tests and the
+library's own classes.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from itertools import groupby
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import psycopg
+from eventsourcing.domain import DomainEventProtocol
+from eventsourcing.persistence import (
+    IntegrityError,
+    InterfaceError,
+    JSONTranscoder,
+    Mapper,
+    OperationalError,
+    StoredEvent,
+)
+from eventsourcing.postgres import PostgresApplicationRecorder, PostgresDatastore
+from psycopg.conninfo import conninfo_to_dict
+
+from payments.database import Database, DatabaseAddress
+from payments.errors import PaymentUnreadable
+from payments.events import facts
+from payments.events.facts import Fact, UndecodableEvent
+from payments.payment import Payment, UnexpectedEvent, fold
+
+APPEND = """
+SELECT outcome, "position"
+  FROM append_payment_events(%b::uuid[], %b::bigint[], %b::integer[],
+                             %b::integer[], %b::text[], %b::bytea[])
+"""
+
+# A whole stream, oldest first, with the database's clock as of the reading.
+LOAD_STREAM = """
+SELECT topic, state, recorded_at, clock_timestamp()
+  FROM payment_events WHERE originator_id = %s ORDER BY originator_version
+"""
+
+APPENDED, REPEATED, CONFLICT = "appended", "repeated", "conflict"
+
+
+def append_params(appends: Iterable[Sequence[StoredEvent]]) -> tuple[list[Any], ...]:
+    """The parameters of APPEND for some appends, each some consecutive events of one stream."""
+    streams: list[Any] = []
+    first_versions: list[int] = []
+    sizes: list[int] = []
+    append_nos: list[int] = []
+    topics: list[str] = []
+    states: list[bytes] = []
+    for number, events in enumerate(appends, 1):
+        streams.append(events[0].originator_id)
+        first_versions.append(events[0].originator_version)
+        sizes.append(len(events))
+        for event in events:
+            append_nos.append(number)
+            topics.append(event.topic)
+            states.append(event.state)
+    return streams, first_versions, sizes, append_nos, topics, states
+
+
+class FactMapper(Mapper[UUID]):
+    """Facts to and from the library's StoredEvent."""
+
+    def __init__(self) -> None:
+        super().__init__(JSONTranscoder())  # required by the base class, not used
+
+    def to_stored_event(self, domain_event: DomainEventProtocol[UUID]) -> StoredEvent:
+        assert isinstance(domain_event, Fact)
+        return to_stored_event(domain_event)
+
+    def to_domain_event(self, stored_event: StoredEvent) -> Fact:
+        fact = facts.decode(stored_event.topic, stored_event.state)
+        if (fact.payment_id, fact.version) != (
+            stored_event.originator_id,
+            stored_event.originator_version,
+        ):
+            raise UndecodableEvent("the event belongs to another stream or version")
+        return fact
+
+
+def to_stored_event(fact: Fact) -> StoredEvent:
+    return StoredEvent(fact.payment_id, fact.version, fact.TOPIC, facts.encode(fact))
+
+
+class PaymentsDatastore(PostgresDatastore):
+    """The library's connection pool, with our connection options."""
+
+    def __init__(self, address: DatabaseAddress, pool_size: int = 1) -> None:
+        super().__init__(
+            dbname=address.dbname,
+            host=address.host,
+            port=address.port,
+            user=address.user,
+            password=address.password or "",
+            pool_size=pool_size,
+            max_overflow=20,
+            idle_in_transaction_session_timeout=5,
+        )
+        assert isinstance(self.pool.kwargs, dict)
+        self.pool.kwargs.update(conninfo_to_dict(address.conninfo("payments recorder")))
+
+
+class PaymentsRecorder(PostgresApplicationRecorder):
+    """The library's recorder on payment_events.
+
+    Its tables come from our migrations, and it inserts through append_payment_events; reading and
+    subscribing are the library's.
+    """
+
+    datastore: PostgresDatastore
+
+    def __init__(self, datastore: PostgresDatastore) -> None:
+        super().__init__(datastore, events_table_name="payment_events")
+        self.sql_create_statements.clear()
+
+    def insert_events(
+        self, stored_events: Sequence[StoredEvent], **kwargs: Any
+    ) -> Sequence[int] | None:
+        """Inserts all or none; returns the positions, None for nothing.
+
+        Raises IntegrityError on a conflict. If the connection breaks it sends the same events once
+        more: finding them stored then means that the first commit had gone through.
+        """
+        if not stored_events:
+            return None
+        try:
+            return self._insert_once(stored_events, accept_repeated=False)
+        except (OperationalError, InterfaceError):
+            return self._insert_once(stored_events, accept_repeated=True)
+
+    def _insert_once(
+        self, stored_events: Sequence[StoredEvent], *, accept_repeated: bool
+    ) -> list[int]:
+        appends = [
+            list(group) for _, group in groupby(stored_events, key=lambda e: e.originator_id)
+        ]
+        accepted = {APPENDED, REPEATED} if accept_repeated else {APPENDED}
+        positions: list[int] = []
+        with self.datastore.transaction(commit=True) as cursor:
+            for append in appends:
+                _check_consecutive(append)
+            rows = cursor.execute(APPEND, append_params(appends), prepare=True).fetchall()
+            for append, row in zip(appends, rows, strict=True):
+                if row["outcome"] not in accepted:
+                    stream = append[0].originator_id
+                    raise psycopg.IntegrityError(f"version conflict in stream {stream}")
+                positions += range(row["position"] - len(append) + 1, row["position"] + 1)
+        return positions
+
+
+def _check_consecutive(append: Sequence[StoredEvent]) -> None:
+    first = append[0].originator_version
+    versions = [event.originator_version for event in append]
+    if versions != list(range(first, first + len(append))):
+        raise IntegrityError(f"versions {versions} are not consecutive")
+
+
+class LoadedPayment(NamedTuple):
+    """A payment folded from its stream; `age_s` is the database's time since it was initiated."""
+
+    payment: Payment
+    age_s: float
+
+
+async def load_payment(database: Database, payment_id: UUID) -> LoadedPayment | None:
+    """Reads and folds one stream; None if it has no events.
+
+    Raises DatabaseUnavailable, or PaymentUnreadable if its events cannot be decoded or folded.
+    """
+    rows = await database.fetch(LOAD_STREAM, [payment_id])
+    if not rows:
+        return None
+    try:
+        payment = fold(facts.decode(topic, state) for topic, state, _, _ in rows)
+    except (UndecodableEvent, UnexpectedEvent) as error:
+        raise PaymentUnreadable(
+            f"Payment {payment_id} has an event that this version cannot read."
+        ) from error
+    assert payment is not None
+    recorded_at: datetime = rows[0][2]
+    read_at: datetime = rows[0][3]
+    return LoadedPayment(payment, (read_at - recorded_at).total_seconds())

@@ -1,0 +1,95 @@
+"""The composition root: Settings in, Service out. Nothing is built when a module is imported."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loguru import logger
+
+from payments import embedded_postgres
+from payments.commands.charge import Charging
+from payments.database import Database, DatabaseAddress, create_database_if_missing
+from payments.errors import StartError
+from payments.events.appender import Appender
+from payments.gateways import Gateway
+from payments.gateways.simulated import SimulatedGateway
+from payments.migrations import check_migrated, migrate
+from payments.settings import Settings
+from payments.telemetry import Telemetry
+
+
+class Service:
+    """Everything that runs in one process, wired together.
+
+    Build it inside the event loop, `start` it, and `stop` it when the last request is answered.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        address: DatabaseAddress,
+        *,
+        gateway: Gateway | None = None,
+        telemetry: Telemetry | None = None,
+    ) -> None:
+        self.settings = settings
+        self.telemetry = telemetry or Telemetry()
+        self.database = Database(address, settings.database_pool_max)
+        self.gateway = gateway or build_gateway(settings)
+        self.appender = Appender(self.database.connect, self.telemetry, settings.intent_queue_max)
+        self.charging = Charging(
+            self.appender, self.database, self.gateway, self.telemetry, settings
+        )
+
+    async def start(self) -> None:
+        await self.database.open()
+        self.appender.start()
+
+    async def stop(self, timeout_s: float) -> None:
+        """Finishes what was begun, within about `timeout_s` seconds. No request may be open."""
+        deadline = time.monotonic() + timeout_s
+        await self.charging.drain(timeout_s * 0.8)
+        await self.appender.stop(max(0.1, deadline - time.monotonic()))
+        await self.gateway.close()
+        await self.database.close()
+
+
+def build_gateway(settings: Settings) -> Gateway:
+    """The provider that GATEWAY names; StartError if its settings do not fit."""
+    ledger: Path | None
+    if settings.simulated_ledger is None:
+        ledger = data_dir(settings) / "simulated-ledger.sqlite"
+    else:
+        ledger = Path(settings.simulated_ledger) if settings.simulated_ledger else None
+    return SimulatedGateway(ledger, settings.simulated_faults)
+
+
+def data_dir(settings: Settings) -> Path:
+    return settings.payments_data_dir or embedded_postgres.default_data_dir()
+
+
+@contextmanager
+def open_database(settings: Settings, *, migrating: bool) -> Iterator[DatabaseAddress]:
+    """The database that the settings name, up to date; the embedded one lives while this is open.
+
+    `migrating=False` only checks. Raises StartError.
+    """
+    bring_up_to_date = migrate if migrating else check_migrated
+    if settings.database_host is not None:
+        address = DatabaseAddress.from_settings(settings)
+        bring_up_to_date(address)
+        yield address
+        return
+    try:
+        server = embedded_postgres.start(data_dir(settings))
+    except embedded_postgres.EmbeddedPostgresError as error:
+        raise StartError(str(error)) from None
+    with server:
+        logger.bind(socket=str(server.socket_dir)).info("embedded Postgres is running")
+        address = DatabaseAddress(
+            str(server.socket_dir), server.port, server.user, None, settings.database_name
+        )
+        create_database_if_missing(address)
+        bring_up_to_date(address)
+        yield address

@@ -1,0 +1,300 @@
+"""The settings: environment variables, read once into one frozen Struct.
+
+A wrong value raises StartError with one line that names the variable. A variable marked secret can
+also be given as a file, by the variable's name with _FILE behind it.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import msgspec
+
+from payments.errors import StartError
+
+CALLBACK_STATUSES = ("SUCCESS", "FAILED", "REFUNDED")
+
+
+class ApiKey(msgspec.Struct, frozen=True):
+    """One live key of an API client; `sha256` is the digest of the key, never the key itself."""
+
+    client: str
+    sha256: bytes
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """See VARIABLES for the meaning of each. Names ending in _s are seconds."""
+
+    database_host: str | None = None
+    database_port: int = 5432
+    database_username: str = "postgres"
+    database_password: str | None = None
+    database_name: str = "paymentdb"
+    port: int = 4004
+    host: str = "127.0.0.1"
+    order_callback_url: str | None = None
+    order_callback_secret: str | None = None
+    order_callback_statuses: tuple[str, ...] = ("SUCCESS", "FAILED")
+    payments_data_dir: Path | None = None
+    payments_api_keys: tuple[ApiKey, ...] = ()
+    charge_deadline_s: float = 7
+    gateway_timeout_s: float = 6
+    pending_abandon_after_s: float = 900
+    intent_queue_max: int = 512
+    gateway_concurrency_max: int = 1000
+    database_pool_max: int = 8
+    gateway: str = "simulated"
+    simulated_ledger: str | None = None
+    simulated_faults: str = ""
+    migrate_on_start: bool = True
+    log_format: str = "auto"
+    log_level: str = "INFO"
+    callback_retention_days: int = 90
+
+
+class Variable(NamedTuple):
+    """How one environment variable becomes one field of Settings (its name in lower case)."""
+
+    name: str
+    parse: Callable[[str], Any]
+    default: str
+    meaning: str
+    secret: bool = False
+
+    @property
+    def field(self) -> str:
+        return self.name.lower()
+
+
+def _text(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("must be one line of printable text")
+    return value
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,12}", value) or not low <= int(value) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(value)
+
+    return parse
+
+
+def _seconds(low: float, high: float) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", value) or not low <= float(value) <= high:
+            raise ValueError(f"must be a number of seconds from {low:g} to {high:g}")
+        return float(value)
+
+    return parse
+
+
+def _one_of(*choices: str, upper: bool = False) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        value = value.upper() if upper else value
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return value
+
+    return parse
+
+
+def _yes_no(value: str) -> bool:
+    try:
+        return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+    except KeyError:
+        raise ValueError("must be true or false") from None
+
+
+def _url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not value.isprintable():
+        raise ValueError("must be an http:// or https:// address")
+    return value
+
+
+def _statuses(value: str) -> tuple[str, ...]:
+    chosen = tuple(part.strip() for part in value.split(","))
+    if not set(chosen) <= set(CALLBACK_STATUSES):
+        raise ValueError(f"must be some of {', '.join(CALLBACK_STATUSES)}, separated by commas")
+    return chosen
+
+
+def _webhook_secrets(value: str) -> str:
+    if not all(re.fullmatch(r"whsec_[A-Za-z0-9+/]{16,}={0,2}", s) for s in value.split(",")):
+        raise ValueError("must be whsec_ and base64; several are separated by commas")
+    return value
+
+
+def _api_keys(value: str) -> tuple[ApiKey, ...]:
+    keys = []
+    for entry in value.split(","):
+        if not (match := re.fullmatch(r"([a-z0-9_-]{1,64}):([0-9a-f]{64})", entry.strip())):
+            raise ValueError("must be name:sha256hex; several are separated by commas")
+        keys.append(ApiKey(match[1], bytes.fromhex(match[2])))
+    return tuple(keys)
+
+
+VARIABLES = (
+    Variable("DATABASE_HOST", _text, "unset", "Postgres host; unset: the embedded Postgres"),
+    Variable("DATABASE_PORT", _whole(1, 65535), "5432", "Postgres port"),
+    Variable("DATABASE_USERNAME", _text, "postgres", "Postgres user"),
+    Variable("DATABASE_PASSWORD", _text, "none", "Postgres password", secret=True),
+    Variable("DATABASE_NAME", _text, "paymentdb", "Postgres database"),
+    Variable("PORT", _whole(1, 65535), "4004", "port of the service"),
+    Variable("HOST", _text, "127.0.0.1", "address the service listens on"),
+    Variable("ORDER_CALLBACK_URL", _url, "unset", "where Order Service takes callbacks"),
+    Variable(
+        "ORDER_CALLBACK_SECRET",
+        _webhook_secrets,
+        "unset",
+        "signs callbacks: whsec_ and base64; several separated by commas, the first signs first",
+        secret=True,
+    ),
+    Variable(
+        "ORDER_CALLBACK_STATUSES",
+        _statuses,
+        "SUCCESS,FAILED",
+        "which outcomes are called back: some of SUCCESS, FAILED, REFUNDED",
+    ),
+    Variable(
+        "PAYMENTS_DATA_DIR",
+        lambda value: Path(_text(value)).absolute(),
+        "the user's data home",
+        "embedded database (in a subdirectory of its own) and simulated ledger",
+    ),
+    Variable(
+        "PAYMENTS_API_KEYS",
+        _api_keys,
+        "unset",
+        "API clients as name:sha256hex, separated by commas; unset: no key is asked for",
+        secret=True,
+    ),
+    Variable("CHARGE_DEADLINE_S", _seconds(0.1, 60), "7", "a charge is answered within this"),
+    Variable(
+        "GATEWAY_TIMEOUT_S", _seconds(0.05, 60), "6", "the provider's share of it, at the most"
+    ),
+    Variable(
+        "PENDING_ABANDON_AFTER_S",
+        _seconds(1, 604_800),
+        "900",
+        "a PENDING payment unknown to the provider fails after this",
+    ),
+    Variable(
+        "INTENT_QUEUE_MAX",
+        _whole(1, 100_000),
+        "512",
+        "charges and refunds that may wait for the store; more are refused with 503",
+    ),
+    Variable(
+        "GATEWAY_CONCURRENCY_MAX", _whole(1, 100_000), "1000", "provider calls under way at once"
+    ),
+    Variable("DATABASE_POOL_MAX", _whole(1, 100), "8", "database connections for reading"),
+    Variable("GATEWAY", _one_of("simulated"), "simulated", "the payment provider"),
+    Variable(
+        "SIMULATED_LEDGER",
+        _text,
+        "in PAYMENTS_DATA_DIR",
+        "file of the simulated provider; empty: in memory, forgotten at exit",
+    ),
+    Variable(
+        "SIMULATED_FAULTS",
+        _text,
+        "none",
+        "faults of the simulated provider, e.g. delay=0.5,answer_lost*1: docs/simulated-gateway.md",
+    ),
+    Variable("MIGRATE_ON_START", _yes_no, "true", "bring the database up to date at the start"),
+    Variable(
+        "LOG_FORMAT",
+        _one_of("auto", "json", "text"),
+        "auto",
+        "json, text, or auto: text on a terminal",
+    ),
+    Variable(
+        "LOG_LEVEL",
+        _one_of("DEBUG", "INFO", "WARNING", "ERROR", upper=True),
+        "INFO",
+        "DEBUG, INFO, WARNING or ERROR",
+    ),
+    Variable(
+        "CALLBACK_RETENTION_DAYS", _whole(1, 36_500), "90", "delivered callbacks are kept for this"
+    ),
+)
+
+# Their empty value means something; any other variable set to nothing counts as not set.
+_MAY_BE_EMPTY = {"SIMULATED_LEDGER"}
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """Settings from the environment; raises StartError for the first wrong variable."""
+    values: dict[str, Any] = {}
+    for variable in VARIABLES:
+        given = _given(variable, environ)
+        if given is None or (given == "" and variable.name not in _MAY_BE_EMPTY):
+            continue
+        try:
+            values[variable.field] = variable.parse(given)
+        except ValueError as error:
+            shown = "the value given" if variable.secret else repr(given)
+            raise StartError(f"{variable.name}: {shown} {error}") from None
+    settings = Settings(**values)
+    _check_together(settings, values)
+    return settings
+
+
+def _given(variable: Variable, environ: Mapping[str, str]) -> str | None:
+    if not variable.secret or not (path := environ.get(f"{variable.name}_FILE")):
+        return environ.get(variable.name)
+    if environ.get(variable.name):
+        raise StartError(f"{variable.name} and {variable.name}_FILE are both set; set one of them")
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise StartError(f"{variable.name}_FILE: cannot read {path!r}: {reason}") from None
+
+
+def _check_together(settings: Settings, given: Mapping[str, Any]) -> None:
+    """Rules about more than one variable."""
+    if settings.database_host is None:
+        for name in ("DATABASE_PORT", "DATABASE_USERNAME", "DATABASE_PASSWORD"):
+            if name.lower() in given:
+                raise StartError(
+                    f"{name} is set but DATABASE_HOST is not: set it too, or neither "
+                    "to use the embedded Postgres"
+                )
+    if settings.gateway_timeout_s >= settings.charge_deadline_s:
+        raise StartError(
+            f"GATEWAY_TIMEOUT_S: {settings.gateway_timeout_s:g} must be less than "
+            f"CHARGE_DEADLINE_S ({settings.charge_deadline_s:g})"
+        )
+
+
+def describe(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
+    """(variable, value, default, meaning) of each setting; secrets show only that they are set."""
+    for variable in VARIABLES:
+        value = getattr(settings, variable.field)
+        default = Settings.__struct_defaults__[Settings.__struct_fields__.index(variable.field)]
+        if value == default:
+            shown = variable.default
+        elif variable.secret:
+            shown = "(set, hidden)"
+        elif isinstance(value, bool):
+            shown = str(value).lower()
+        elif isinstance(value, tuple):
+            shown = ",".join(value)
+        elif isinstance(value, float):
+            shown = f"{value:g}"
+        elif variable.name == "ORDER_CALLBACK_URL":
+            shown = _without_userinfo(value)
+        else:
+            shown = str(value)
+        yield variable.name, shown, variable.default, variable.meaning
+
+
+def _without_userinfo(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

@@ -1,0 +1,157 @@
+"""What the service tells its operators: every metric, and the set-up of the logs.
+
+Metric names and labels are an interface: dashboards and alerts name them. Labels never hold ids,
+keys, paths or anything else that grows with the number of payments.
+"""
+
+import logging
+import sys
+import time
+from datetime import UTC
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import psutil
+from loguru import logger
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+if TYPE_CHECKING:
+    from loguru import Message
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 7.5)
+
+CHARGE_OUTCOMES = ("success", "failed", "pending", "replayed", "refused", "unavailable")
+GATEWAY_OUTCOMES = ("approved", "declined", "not_found", "unknown", "never_sent", "mismatch")
+
+
+class Telemetry:
+    """The metrics of one service, in a registry of their own."""
+
+    content_type = CONTENT_TYPE_PLAIN_0_0_4
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "http_requests",
+            "Requests answered",
+            ["method", "route", "status"],
+            registry=registry,
+        )
+        self.request_seconds = Histogram(
+            "http_request_duration_seconds",
+            "From the first byte of a request to the end of its answer",
+            ["method", "route"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.charges = Counter(
+            "payments_charges", "Charge requests by their answer", ["outcome"], registry=registry
+        )
+        self.gateway_calls = Counter(
+            "payments_gateway_calls",
+            "Calls of the payment provider by what came of them",
+            ["operation", "outcome"],
+            registry=registry,
+        )
+        self.gateway_seconds = Histogram(
+            "payments_gateway_call_duration_seconds",
+            "Duration of provider calls",
+            ["operation"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.append_batch_size = Histogram(
+            "payments_append_batch_size",
+            "Appends written together in one transaction",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+            registry=registry,
+        )
+        self.append_seconds = Histogram(
+            "payments_append_duration_seconds",
+            "Round trip of one batch to the event store",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.append_failures = Counter(
+            "payments_append_failures",
+            "Batches that had to be sent again, or single appends that were refused",
+            ["kind"],
+            registry=registry,
+        )
+        self.append_backlog = Gauge(
+            "payments_append_backlog", "Appends that wait for the event store", registry=registry
+        )
+        for outcome in CHARGE_OUTCOMES:
+            self.charges.labels(outcome)
+        for operation in ("charge", "find_charge"):
+            self.gateway_seconds.labels(operation)
+            for outcome in GATEWAY_OUTCOMES:
+                self.gateway_calls.labels(operation, outcome)
+        for kind in ("retried", "refused"):
+            self.append_failures.labels(kind)
+        self._add_process_gauges(psutil.Process())
+
+    def _add_process_gauges(self, process: psutil.Process) -> None:
+        """CPU, memory, uptime and timestamp, as documented for /metrics."""
+        started = process.create_time()
+
+        def gauge(name: str, text: str, value: Any) -> None:
+            Gauge(name, text, registry=self.registry).set_function(value)
+
+        gauge("process_cpu_load_ratio", "CPU load average of a minute per core", _cpu_load)
+        gauge(
+            "process_resident_memory_bytes",
+            "Resident memory",
+            lambda: process.memory_info().rss,
+        )
+        gauge("process_uptime_seconds", "Since the process began", lambda: time.time() - started)
+        gauge("process_timestamp_seconds", "Now, as Unix time", time.time)
+
+    def exposition(self) -> bytes:
+        """All metrics in the Prometheus text format 0.0.4."""
+        return generate_latest(self.registry)
+
+
+def _cpu_load() -> float:
+    return float(psutil.getloadavg()[0] / (psutil.cpu_count() or 1))
+
+
+def set_up_logs(format: Literal["auto", "json", "text"], level: str) -> None:
+    """Logs go to stderr: JSON lines, or readable lines when asked for or on a terminal."""
+    logger.remove()
+    # diagnose prints the values of variables into tracebacks, secrets among them.
+    safe: dict[str, Any] = {"level": level, "diagnose": False, "backtrace": False}
+    if format == "text" or (format == "auto" and sys.stderr.isatty()):
+        logger.add(
+            sys.stderr,
+            format="{time:HH:mm:ss.SSS} {level: <7} {message} <dim>{extra}</dim>",
+            **safe,
+        )
+    else:
+        logger.add(_write_json_line, format="{message}", **safe)
+    logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
+
+
+def _write_json_line(message: "Message") -> None:
+    record = message.record
+    line: dict[str, Any] = {
+        "time": record["time"].astimezone(UTC).isoformat(timespec="milliseconds"),
+        "level": record["level"].name,
+        "message": record["message"],
+        **record["extra"],
+    }
+    if record["exception"] is not None:
+        line["exception"] = str(message).removeprefix(record["message"]).strip()
+    sys.stderr.buffer.write(msgspec.json.encode(line, enc_hook=str) + b"\n")
+    sys.stderr.buffer.flush()
+
+
+class _ToLoguru(logging.Handler):
+    """Libraries that log through the standard library end up in the same place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # The text is handed over as an argument: it may hold braces that loguru would expand.
+        logger.bind(logger=record.name).opt(exception=record.exc_info).log(
+            record.levelname, "{}", record.getMessage()
+        )

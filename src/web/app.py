@@ -1,0 +1,30 @@
+"""The Litestar application on a Service."""
+
+from litestar import Litestar
+from litestar.di import Provide
+from litestar.exceptions import HTTPException
+from litestar.types import ASGIApp
+
+from payments.errors import PaymentsError
+from payments.service import Service
+from web.api import v1
+from web.guard import Guard
+from web.operations import health, live, metrics
+from web.problems import on_exception, on_http_exception, on_payments_error
+
+
+def create_app(service: Service) -> ASGIApp:
+    """The whole HTTP application, guard included; the service must be started by the caller."""
+    app = Litestar(
+        route_handlers=[v1, health, live, metrics],
+        dependencies={"service": Provide(lambda: service, sync_to_thread=False, use_cache=True)},
+        exception_handlers={
+            PaymentsError: on_payments_error,
+            HTTPException: on_http_exception,
+            Exception: on_exception,
+        },
+        logging_config=None,  # telemetry.set_up_logs does it; unhandled errors are logged above
+        openapi_config=None,
+        debug=False,
+    )
+    return Guard(app, service.telemetry)

@@ -1,0 +1,35 @@
+"""API keys: `Authorization: Bearer KEY`, where PAYMENTS_API_KEYS holds each key's SHA-256.
+
+Without configured keys everyone is the client `default`.
+"""
+
+import hashlib
+import hmac
+
+from payments.errors import Unauthorized
+from payments.settings import ApiKey
+
+DEFAULT_CLIENT = "default"
+STAFF = "staff"  # may read and refund every client's payments
+
+
+def authenticate(headers: list[tuple[bytes, bytes]], keys: tuple[ApiKey, ...]) -> str:
+    """The name of the client that sent these headers; raises Unauthorized."""
+    if not keys:
+        return DEFAULT_CLIENT
+    sent = [value for name, value in headers if name == b"authorization"]
+    if len(sent) == 1 and sent[0][:7].lower() == b"bearer ":
+        # Digests of equal length are compared, as bytes: text comparison fails on other than ASCII.
+        digest = hashlib.sha256(sent[0][7:].strip()).digest()
+        found = None
+        for key in keys:  # all of them, so that the time does not tell which one matched
+            if hmac.compare_digest(digest, key.sha256):
+                found = key.client
+        if found is not None:
+            return found
+    raise Unauthorized("Send Authorization: Bearer and an API key of this service.")
+
+
+def may_read(client: str) -> str | None:
+    """Whose payments a client may read: a client name, or None for everyone's."""
+    return None if client in (STAFF, DEFAULT_CLIENT) else client

@@ -1,0 +1,93 @@
+"""Reading JSON bodies into Structs: strictly, and with every field's error at once."""
+
+import json
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
+
+import msgspec
+
+from payments.errors import FieldError, InvalidRequest, PaymentsError
+
+ERRORS_MAX = 20
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class UnsupportedMediaType(PaymentsError):
+    status = 415
+    code = "unsupported_media_type"
+    title = "The body's media type is not supported"
+
+
+class _Refused(ValueError):
+    """Valid JSON that means different things to different readers."""
+
+
+def check_json(content_types: list[bytes]) -> None:
+    """Raises UnsupportedMediaType unless there is one Content-Type and it is application/json."""
+    if len(content_types) == 1:
+        media_type = content_types[0].partition(b";")[0].strip().lower()
+        if media_type == b"application/json":
+            return
+    raise UnsupportedMediaType("Send Content-Type: application/json.")
+
+
+def read_body(body: bytes, struct: type[T]) -> T:
+    """The body as a Struct; InvalidRequest names every field that is wrong and how to mend it."""
+    try:
+        value = _decoder.decode(body.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise InvalidRequest("The body is not valid UTF-8.") from None
+    except _Refused as error:
+        raise InvalidRequest(str(error)) from None
+    except (ValueError, RecursionError):
+        raise InvalidRequest("The body is not valid JSON.") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    try:
+        return msgspec.convert(value, struct)
+    except msgspec.ValidationError:
+        errors = _field_errors(value, struct)
+    raise InvalidRequest("Mend the fields listed in errors.", tuple(errors[:ERRORS_MAX]))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise _Refused("The body names a field twice; send each field once.")
+    return fields
+
+
+def _constant(name: str) -> NoReturn:
+    raise _Refused(f"{name} is not JSON.")
+
+
+# The standard library's decoder, since only it shows duplicate names.
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+
+
+def _field_errors(value: dict[str, Any], struct: type[msgspec.Struct]) -> list[FieldError]:
+    errors = []
+    fields = msgspec.structs.fields(struct)
+    for field in fields:
+        if field.encode_name in value:
+            try:
+                msgspec.convert(value[field.encode_name], field.type)
+            except msgspec.ValidationError:
+                errors.append(FieldError(field.encode_name, f"must be {_description(field.type)}"))
+        elif field.required:
+            message = f"is required: {_description(field.type)}"
+            errors.append(FieldError(field.encode_name, message))
+    known = {field.encode_name for field in fields}
+    for name in sorted(value.keys() - known):
+        shown = name[:64].encode("utf-8", "replace").decode()
+        errors.append(FieldError(shown, "is not a field of this request; leave it out"))
+    return errors
+
+
+def _description(annotation: Any) -> str:
+    """What the field's annotation says it is; the same words stand in the API's schema."""
+    if get_origin(annotation) is Annotated:
+        for meta in get_args(annotation)[1:]:
+            if isinstance(meta, msgspec.Meta) and meta.description:
+                return meta.description
+    return "another value"

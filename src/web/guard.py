@@ -1,0 +1,130 @@
+"""What every request passes before the framework sees it.
+
+The guard reads the whole body, within limits, so that nothing behind it ever waits for a client;
+it gives the request its id; and it counts and times every answer.
+"""
+
+import asyncio
+import re
+import time
+import uuid
+from typing import Any
+
+from litestar.types import ASGIApp, HTTPReceiveMessage, Receive, Send
+
+from payments.errors import PaymentsError
+from payments.telemetry import Telemetry
+from web.problems import MEDIA_TYPE, refused
+
+BODY_MAX = 16 * 1024  # bytes; a charge has about 150
+BODY_TIMEOUT_S = 5.0
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+class BodyTooLarge(PaymentsError):
+    status = 413
+    code = "body_too_large"
+    title = "The body is too large"
+
+
+class BodyTooSlow(PaymentsError):
+    status = 408
+    code = "body_too_slow"
+    title = "The body did not arrive in time"
+
+
+class ClientLeft(Exception):
+    """The connection ended before the request was complete."""
+
+
+class Guard:
+    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
+        self._app = app
+        self._telemetry = telemetry
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def send_counted(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message["headers"], (b"x-request-id", request_id.encode())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        try:
+            body = await _read_body(receive)
+        except PaymentsError as error:
+            # What is left of the body is not read: the connection cannot be used again.
+            await _refuse(send_counted, error)
+        except ClientLeft:
+            return
+        else:
+            await self._app(scope, _Replay(body, receive), send_counted)
+        self._count(scope, status, time.perf_counter() - started)
+
+    def _count(self, scope: Any, status: int, seconds: float) -> None:
+        # The template, never the path: paths are without number.
+        route = scope.get("path_template") or "unmatched"
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._telemetry.requests.labels(method, route, status).inc()
+        self._telemetry.request_seconds.labels(method, route).observe(seconds)
+
+
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+
+
+class _Replay:
+    """The ASGI receive channel for an application whose body was already read."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> HTTPReceiveMessage:
+        if self._body is None:
+            return await self._receive()  # type: ignore[return-value]
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+async def _read_body(receive: Receive) -> bytes:
+    body: bytes = b""
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            while True:
+                message: Any = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeft
+                body += message.get("body", b"")
+                if len(body) > BODY_MAX:
+                    raise BodyTooLarge(f"Send at most {BODY_MAX} bytes.")
+                if not message.get("more_body"):
+                    return body
+    except TimeoutError:
+        raise BodyTooSlow(f"Send the whole body within {BODY_TIMEOUT_S:g} seconds.") from None
+
+
+async def _refuse(send: Any, error: PaymentsError) -> None:
+    status, body, extra = refused(error)
+    headers = [(b"content-type", MEDIA_TYPE.encode()), (b"connection", b"close")]
+    headers += [(name.lower().encode(), value.encode()) for name, value in extra.items()]
+    headers.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _request_id(scope: Any) -> str:
+    """The caller's X-Request-ID if it is harmless to log, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return str(value, "ascii")
+    return uuid.uuid4().hex

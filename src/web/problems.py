@@ -1,0 +1,88 @@
+"""Errors as application/problem+json (RFC 9457).
+
+`type` is urn:payments:problem:CODE, `code` is stable, `detail` names the fix, and `errors` lists the fields
+of a body that are wrong. No SQL, stack or secret gets into one: only PaymentsError carries words
+to the outside.
+"""
+
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+from loguru import logger
+
+from payments.errors import PaymentsError
+
+MEDIA_TYPE = "application/problem+json"
+
+# What the framework itself refuses: status -> (code, detail).
+_FRAMEWORK = {
+    404: ("not_found", "There is nothing at this path. The README lists the endpoints."),
+    405: ("method_not_allowed", "This path does not take this method; see the Allow header."),
+}
+
+
+class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    errors: list[dict[str, str]] = []
+
+
+def problem(
+    status: int,
+    code: str,
+    title: str,
+    detail: str,
+    errors: tuple[Any, ...] = (),
+) -> bytes:
+    """The body of a problem answer."""
+    fields = [{"field": field, "message": message} for field, message in errors]
+    return msgspec.json.encode(Problem(f"urn:payments:problem:{code}", title, status, detail, code, fields))
+
+
+def refused(error: PaymentsError) -> tuple[int, bytes, dict[str, str]]:
+    """Status, body and headers for an error of ours."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="payments"'
+    body = problem(error.status, error.code, error.title, str(error), error.errors)
+    return error.status, body, headers
+
+
+def on_payments_error(request: Request[Any, Any, Any], error: PaymentsError) -> Response[bytes]:
+    status, body, headers = refused(error)
+    return Response(body, status_code=status, headers=headers, media_type=MEDIA_TYPE)
+
+
+def on_http_exception(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+    """Refusals of the framework; their own texts are not ours to promise."""
+    status = error.status_code
+    if status >= 500:
+        return on_exception(request, error)
+    title = HTTPStatus(status).phrase
+    code, detail = _FRAMEWORK.get(status, (title.lower().replace(" ", "_"), title))
+    headers = dict(error.headers or {})
+    return Response(
+        problem(status, code, title, detail),
+        status_code=status,
+        headers=headers,
+        media_type=MEDIA_TYPE,
+    )
+
+
+def on_exception(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """A bug: logged with its request id, which the answer names too."""
+    request_id = request.scope["state"].get("request_id", "")
+    logger.bind(request_id=request_id, method=request.method).opt(exception=error).error(
+        "unhandled error"
+    )
+    detail = f"It was logged as request {request_id}."
+    body = problem(500, PaymentsError.code, PaymentsError.title, detail)
+    return Response(body, status_code=500, media_type=MEDIA_TYPE)

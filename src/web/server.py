@@ -1,0 +1,92 @@
+"""uvicorn inside our own process: one event loop, one ordered shutdown.
+
+On SIGTERM or SIGINT: no new connections, requests in flight are answered, charges that go on
+behind them are finished, what waits for the store is written, and the process ends with 0. All of
+it within STOP_S, since container runtimes kill after 10 s.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Iterator
+
+import uvicorn
+import uvloop
+from loguru import logger
+
+from payments.database import DatabaseAddress
+from payments.errors import StartError
+from payments.service import Service
+from payments.settings import Settings
+from web.app import create_app
+
+STOP_S = 9.0
+REQUESTS_STOP_S = 7.5  # a charge answers within its deadline of 7 s
+BACKLOG = 2048
+KEEP_ALIVE_S = 30  # longer than the pauses of a busy client's connection pool
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are ours: uvicorn would end the process before the charges are finished."""
+        yield
+
+
+def bind(settings: Settings) -> socket.socket:
+    """The listening socket, bound first of all; raises StartError."""
+    try:
+        info = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(info[0], socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(info[4])
+    except OSError as error:
+        place = f"HOST {settings.host!r} and PORT {settings.port}"
+        raise StartError(f"cannot listen on {place}: {error.strerror}") from None
+    return listener
+
+
+def run(settings: Settings, address: DatabaseAddress, listener: socket.socket) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    uvloop.run(_serve(settings, address, listener))
+
+
+async def _serve(settings: Settings, address: DatabaseAddress, listener: socket.socket) -> None:
+    service = Service(settings, address)
+    await service.start()
+    server = _Server(
+        uvicorn.Config(
+            create_app(service),
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(REQUESTS_STOP_S),
+        )
+    )
+    stop_by = time.monotonic()
+
+    def stop() -> None:
+        nonlocal stop_by
+        if not server.should_exit:
+            stop_by = time.monotonic() + STOP_S
+            logger.info("stopping")
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop)
+    host, port = listener.getsockname()[:2]
+    logger.bind(host=host, port=port).info("listening")
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        await service.stop(max(1.0, stop_by - time.monotonic() - 0.5))
+    logger.info("stopped")
