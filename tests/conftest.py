@@ -37,9 +37,7 @@ def state_dir() -> Iterator[Path]:
 def server(state_dir: Path) -> Iterator[DatabaseAddress]:
     """The server's maintenance database."""
     with embedded_postgres.start(state_dir) as running:
-        yield DatabaseAddress(
-            str(running.socket_dir), running.port, running.user, None, "postgres"
-        )
+        yield DatabaseAddress(str(running.socket_dir), running.port, running.user, None, "postgres")
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ SESSION_OPTIONS = {
     "TimeZone": "UTC",
     "synchronous_commit": "on",
     "statement_timeout": "2s",
-    "lock_timeout": "1500ms",
+    "lock_timeout": "1200ms",
     "idle_in_transaction_session_timeout": "5s",
 }
 

@@ -8,7 +8,6 @@ does with a batch.
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -91,12 +90,9 @@ class Appender:
         self._stopping = True
         self._wake.set()
         if self._task is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    await asyncio.shield(self._task)
+            await asyncio.wait({self._task}, timeout=timeout_s)
             self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait({self._task})
         while self._waiting:
             self._waiting.popleft().resolve(DatabaseUnavailable("The service is stopping."))
         await self._disconnect()

@@ -129,6 +129,15 @@ EXCEPTION WHEN data_exception THEN
     RETURN NULL;
 END $$;
 
+-- When the fact happened, by the application's clock; NULL where that cannot be read.
+CREATE FUNCTION payment_event_occurred_at(state bytea) RETURNS timestamptz
+LANGUAGE plpgsql STABLE STRICT PARALLEL SAFE AS $$
+BEGIN
+    RETURN (convert_from(state, 'UTF8')::json ->> 'occurred_at')::timestamptz;
+EXCEPTION WHEN data_exception THEN
+    RETURN NULL;
+END $$;
+
 -- The log for people: json, not jsonb, so that the text is exactly what is stored.
 CREATE VIEW payment_event_log AS
 SELECT notification_id    AS "position",
@@ -136,6 +145,6 @@ SELECT notification_id    AS "position",
        originator_version AS version,
        topic              AS type,
        payment_event_json(state) AS data,
-       (payment_event_json(state) ->> 'occurred_at')::text AS occurred_at,
+       payment_event_occurred_at(state) AS occurred_at,
        recorded_at
   FROM payment_events;

@@ -1,0 +1,437 @@
+"""The situations of a charge: what is answered, what is stored, what the provider was asked."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import msgspec
+import psycopg
+import pytest
+
+from payments.commands.charge import Charged
+from payments.database import DatabaseAddress
+from payments.errors import (
+    DatabaseUnavailable,
+    GatewayUnavailable,
+    IdempotencyKeyReused,
+    PaymentUnreadable,
+    TooBusy,
+)
+from payments.gateways import ProviderCharge
+from payments.payment import Status, payment_id_for
+from payments.queries.payments import get_payment
+from payments.service import Service
+from payments.settings import Settings
+from tests.doubles.gateway import (
+    ScriptedGateway,
+    after,
+    answer_lost,
+    approve,
+    decline,
+    never_sent,
+    no_answer,
+)
+from tests.events.test_appender import LOCK, UNLOCK, waits_for_lock
+from tests.support import ORDER_ID, charge_of, stored_event, until
+
+pytestmark = pytest.mark.anyio
+
+Make = Callable[..., Awaitable[Service]]
+
+
+@pytest.fixture
+async def make(address: DatabaseAddress) -> AsyncIterator[Make]:
+    """Starts services on one database; several of them stand for several processes."""
+    async with AsyncExitStack() as stack:
+
+        async def start(gateway: ScriptedGateway, **changed: Any) -> Service:
+            service = Service(Settings(database_pool_max=1, **changed), address, gateway=gateway)
+            await service.start()
+            stack.push_async_callback(service.stop, 2)
+            return service
+
+        yield start
+
+
+def topics(connection: psycopg.Connection[Any], key: str) -> list[str]:
+    rows = connection.execute(
+        "SELECT topic FROM payment_events WHERE originator_id = %s ORDER BY originator_version",
+        [payment_id_for(key)],
+    ).fetchall()
+    return [topic for (topic,) in rows]
+
+
+def first_answer(charged: Charged) -> tuple[Status, bool]:
+    return charged.payment.status, charged.replayed
+
+
+async def test_captured(make: Make, connection: psycopg.Connection[Any]) -> None:
+    gateway = ScriptedGateway()
+    service = await make(gateway)
+    charged = await service.charging.charge(charge_of("k", 1500, payment_method="tok_1"))
+    assert first_answer(charged) == (Status.SUCCESS, False)
+    assert charged.payment.provider_txn_id == f"txn-{payment_id_for('k')}"
+    assert gateway.charges == [ProviderCharge(payment_id_for("k"), 1500, "INR", "tok_1")]
+    assert topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"]
+
+
+async def test_the_intent_is_durable_before_the_provider_is_asked(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    stored_when_asked: list[str] = []
+
+    def look(gateway: ScriptedGateway, charge: ProviderCharge) -> Any:
+        stored_when_asked.extend(topics(connection, "k"))
+        return approve(gateway, charge)
+
+    service = await make(ScriptedGateway(look))
+    await service.charging.charge(charge_of("k"))
+    assert stored_when_asked == ["PaymentInitiated"]
+
+
+async def test_the_payment_method_is_never_stored(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await make(ScriptedGateway())
+    await service.charging.charge(charge_of("k", payment_method="tok_canary"))
+    states = connection.execute("SELECT convert_from(state, 'UTF8') FROM payment_events").fetchall()
+    assert "tok_canary" not in str(states)
+
+
+async def test_declined(make: Make, connection: psycopg.Connection[Any]) -> None:
+    service = await make(ScriptedGateway(decline))
+    charged = await service.charging.charge(charge_of("k"))
+    assert first_answer(charged) == (Status.FAILED, False)
+    assert charged.payment.decline_code == "insufficient_funds"
+    assert topics(connection, "k") == ["PaymentInitiated", "PaymentFailed"]
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.FAILED, True)
+
+
+async def test_a_finished_charge_is_replayed_without_asking_again(make: Make) -> None:
+    gateway = ScriptedGateway()
+    service = await make(gateway)
+    first = await service.charging.charge(charge_of("k"))
+    again = await service.charging.charge(charge_of("k"))
+    assert again == Charged(first.payment, replayed=True)
+    assert len(gateway.charges) == 1
+    assert gateway.questions == []
+
+
+@pytest.mark.parametrize(
+    ("other", "field"),
+    [
+        (charge_of("k", 1501), "amount_cents"),
+        (charge_of("k", currency="USD"), "currency"),
+        (charge_of("k", order_id=uuid.UUID(int=4)), "merchant_order_id"),
+        (charge_of("k", client="else"), "client"),
+        (charge_of("k", payment_method="tok_2"), "payment_method"),
+    ],
+)
+async def test_the_key_with_another_request_is_refused(
+    make: Make, connection: psycopg.Connection[Any], other: Any, field: str
+) -> None:
+    gateway = ScriptedGateway()
+    service = await make(gateway)
+    await service.charging.charge(charge_of("k"))
+    with pytest.raises(IdempotencyKeyReused) as refused:
+        await service.charging.charge(other)
+    assert [error.field for error in refused.value.errors] == [field]
+    assert len(gateway.charges) == 1
+    assert topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"]
+
+
+async def test_the_key_with_another_request_while_the_first_is_running(make: Make) -> None:
+    """The mismatch is refused at once; the first request and its repetition are not disturbed."""
+    answered = asyncio.Event()
+    gateway = ScriptedGateway(after(answered))
+    service = await make(gateway)
+    first = asyncio.create_task(service.charging.charge(charge_of("k")))
+    await until(lambda: gateway.charges)
+    with pytest.raises(IdempotencyKeyReused):
+        await service.charging.charge(charge_of("k", 999))
+    repeated = asyncio.create_task(service.charging.charge(charge_of("k")))
+    answered.set()
+    assert first_answer(await first) == (Status.SUCCESS, False)
+    assert first_answer(await repeated) == (Status.SUCCESS, True)
+
+
+async def test_32_at_once_with_one_key_are_one_capture(make: Make) -> None:
+    gateway = ScriptedGateway()
+    service = await make(gateway)
+    answers = await asyncio.gather(*(service.charging.charge(charge_of("k")) for _ in range(32)))
+    assert len({answer.payment for answer in answers}) == 1
+    assert [answer.replayed for answer in answers].count(False) == 1
+    assert len(gateway.charges) == 1
+
+
+async def test_another_process_waits_for_the_run(make: Make) -> None:
+    answered = asyncio.Event()
+    gateway = ScriptedGateway(after(answered))
+    one, two = await make(gateway), await make(gateway)
+    first = asyncio.create_task(one.charging.charge(charge_of("k")))
+    await until(lambda: gateway.charges)
+    second = asyncio.create_task(two.charging.charge(charge_of("k")))
+    await asyncio.sleep(0.3)  # several of its looks at the store
+    assert not second.done()
+    answered.set()
+    assert first_answer(await first) == (Status.SUCCESS, False)
+    assert first_answer(await second) == (Status.SUCCESS, True)
+    assert len(gateway.captures) == 1
+
+
+async def test_no_outcome_within_the_deadline_is_pending_and_the_late_one_is_stored(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    answered = asyncio.Event()
+    gateway = ScriptedGateway(after(answered))
+    service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
+    started = time.monotonic()
+    charged = await service.charging.charge(charge_of("k"))
+    assert 0.3 < time.monotonic() - started < 0.8
+    assert first_answer(charged) == (Status.PENDING, False)
+    answered.set()
+    await until(lambda: topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"])
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
+
+
+async def test_a_client_that_goes_away_cancels_nothing(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    answered = asyncio.Event()
+    gateway = ScriptedGateway(after(answered))
+    service = await make(gateway)
+    request = asyncio.create_task(service.charging.charge(charge_of("k")))
+    await until(lambda: gateway.charges)
+    request.cancel()
+    answered.set()
+    await until(lambda: topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"])
+
+
+@pytest.mark.parametrize("lost", [answer_lost, no_answer])
+async def test_an_unknown_outcome_is_pending_and_the_retry_settles_it(
+    make: Make, lost: Any
+) -> None:
+    """The retry comes when the run is over: it asks first, and sends again only if it must."""
+    gateway = ScriptedGateway(lost)
+    service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, False)
+    await asyncio.sleep(0.4)
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
+    assert len(gateway.captures) == 1
+    assert len(gateway.questions) == 1
+    assert len(gateway.charges) == (1 if lost is answer_lost else 2)
+
+
+async def test_a_retry_before_the_run_is_over_waits_then_settles(make: Make) -> None:
+    gateway = ScriptedGateway(answer_lost)
+    service = await make(gateway, charge_deadline_s=1.0, gateway_timeout_s=0.5)
+    started = time.monotonic()
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, False)
+    assert time.monotonic() - started < 0.5
+    gateway_was_asked = len(gateway.questions)
+    await asyncio.sleep(0.3)
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
+    assert 1.0 < time.monotonic() - started < 2.0
+    assert len(gateway.questions) == gateway_was_asked + 1
+
+
+async def test_past_the_safe_retry_window_it_only_asks(make: Make) -> None:
+    gateway = ScriptedGateway(no_answer, safe_retry_s=0.1)
+    service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
+    await service.charging.charge(charge_of("k"))
+    await asyncio.sleep(0.4)
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
+    assert (len(gateway.charges), len(gateway.questions)) == (1, 1)
+
+
+async def test_a_retry_whose_provider_is_down_is_still_pending(make: Make) -> None:
+    """The first run may have charged: an error would make the caller drop a paid order."""
+    gateway = ScriptedGateway(answer_lost)
+    service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
+    await service.charging.charge(charge_of("k"))
+    await asyncio.sleep(0.4)
+    gateway.reachable = False
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
+
+
+async def test_a_provider_that_was_never_reached_is_unavailable(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    gateway = ScriptedGateway(never_sent)
+    service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
+    with pytest.raises(GatewayUnavailable):
+        await service.charging.charge(charge_of("k"))
+    assert topics(connection, "k") == ["PaymentInitiated"]
+    await asyncio.sleep(0.4)
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
+    assert len(gateway.captures) == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"amount_cents": 1}, {"currency": "USD"}, {"payment_id": uuid.UUID(int=1)}],
+    ids=lambda changed: next(iter(changed)),
+)
+async def test_an_answer_about_something_else_is_never_success(
+    make: Make, connection: psycopg.Connection[Any], changed: dict[str, Any]
+) -> None:
+    def mutate(gateway: ScriptedGateway, charge: ProviderCharge) -> Any:
+        return msgspec.structs.replace(approve(gateway, charge), **changed)
+
+    service = await make(ScriptedGateway(mutate))
+    charged = await service.charging.charge(charge_of("k"))
+    assert first_answer(charged) == (Status.PENDING, False)
+    assert topics(connection, "k") == ["PaymentInitiated"]
+    mismatches = service.telemetry.gateway_calls.labels("charge", "mismatch")
+    assert mismatches._value.get() == 1
+
+
+async def test_a_gateway_with_a_bug_is_pending(make: Make) -> None:
+    def fail(gateway: ScriptedGateway, charge: ProviderCharge) -> None:
+        raise ZeroDivisionError
+
+    service = await make(ScriptedGateway(fail))
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, False)
+
+
+async def test_an_outcome_that_cannot_be_stored_is_pending_and_stored_later(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    """Between the provider's answer and the append the store stops: 202, never an error."""
+
+    def then_stop(gateway: ScriptedGateway, charge: ProviderCharge) -> Any:
+        connection.execute(LOCK)
+        return approve(gateway, charge)
+
+    service = await make(ScriptedGateway(then_stop))
+    started = time.monotonic()
+    charged = await service.charging.charge(charge_of("k"))
+    assert first_answer(charged) == (Status.PENDING, False)
+    assert time.monotonic() - started < 3
+    connection.execute(UNLOCK)
+    await until(lambda: topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"])
+
+
+async def test_without_a_store_nothing_is_asked(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    gateway = ScriptedGateway()
+    service = await make(gateway)
+    connection.execute(LOCK)
+    started = time.monotonic()
+    with pytest.raises(DatabaseUnavailable):
+        await service.charging.charge(charge_of("k"))
+    assert time.monotonic() - started < 3
+    connection.execute(UNLOCK)
+    assert gateway.charges == []
+    await service.charging.charge(charge_of("l"))
+
+
+async def test_too_many_waiting_charges_are_refused_at_once(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await make(ScriptedGateway(), intent_queue_max=3)
+    connection.execute(LOCK)
+    first = asyncio.create_task(service.charging.charge(charge_of("0")))
+    await waits_for_lock(connection)
+    waiting = [asyncio.create_task(service.charging.charge(charge_of(f"{n}"))) for n in (1, 2, 3)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    with pytest.raises(TooBusy):
+        await service.charging.charge(charge_of("4"))
+    connection.execute(UNLOCK)
+    answers = await asyncio.gather(first, *waiting)
+    assert {answer.payment.status for answer in answers} == {Status.SUCCESS}
+    assert topics(connection, "4") == []
+
+
+async def test_a_charge_that_gets_no_turn_at_the_provider_is_not_sent(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    """Its request was told 503, so the provider must not be asked afterwards."""
+    answered = asyncio.Event()
+    gateway = ScriptedGateway(after(answered))
+    service = await make(
+        gateway, charge_deadline_s=0.5, gateway_timeout_s=0.4, gateway_concurrency_max=1
+    )
+    first = asyncio.create_task(service.charging.charge(charge_of("a")))
+    await until(lambda: gateway.charges)
+    with pytest.raises(TooBusy):
+        await service.charging.charge(charge_of("b"))
+    answered.set()
+    await first
+    await service.charging.drain(2)
+    assert [charge.payment_id for charge in gateway.charges] == [payment_id_for("a")]
+    assert topics(connection, "b") == ["PaymentInitiated"]
+
+
+async def test_an_outcome_found_by_another_process_first(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    """Both have the outcome; one append wins, the other reads the winner's."""
+    answered = asyncio.Event()
+    gateway = ScriptedGateway(after(answered))
+    slow = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
+    other = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
+    first = asyncio.create_task(slow.charging.charge(charge_of("k")))
+    assert first_answer(await first) == (Status.PENDING, False)
+    await asyncio.sleep(0.1)
+    assert first_answer(await other.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
+    answered.set()
+    await slow.charging.drain(2)
+    assert topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"]
+    assert len(gateway.captures) == 1
+
+
+async def test_a_damaged_stream_with_this_key(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    """An earlier run may have charged, so the request is answered PENDING, and nothing is sent."""
+    gateway = ScriptedGateway()
+    service = await make(gateway)
+    event = stored_event(payment_id_for("k"), state=b"damaged")
+    await service.appender.append([event])
+    charged = await service.charging.charge(charge_of("k"))
+    assert first_answer(charged) == (Status.PENDING, True)
+    assert gateway.charges == gateway.questions == []
+    with pytest.raises(PaymentUnreadable):
+        await get_payment(service.database, payment_id_for("k"), None)
+
+
+async def test_draining_waits_for_charges_whose_requests_were_answered(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    answered = asyncio.Event()
+    service = await make(
+        ScriptedGateway(after(answered)), charge_deadline_s=0.3, gateway_timeout_s=0.2
+    )
+    await service.charging.charge(charge_of("k"))
+    asyncio.get_running_loop().call_later(0.2, answered.set)
+    await service.charging.drain(5)
+    assert topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"]
+
+
+async def test_every_answer_is_counted(make: Make) -> None:
+    service = await make(ScriptedGateway(approve, decline, no_answer, never_sent))
+    for key in ("a", "b", "c", "a"):
+        await service.charging.charge(charge_of(key))
+    with pytest.raises(GatewayUnavailable):
+        await service.charging.charge(charge_of("d"))
+    with pytest.raises(IdempotencyKeyReused):
+        await service.charging.charge(charge_of("a", 1))
+    counted = {
+        outcome: service.telemetry.charges.labels(outcome)._value.get()
+        for outcome in ("success", "failed", "pending", "replayed", "refused", "unavailable")
+    }
+    assert counted == dict.fromkeys(counted, 1)
+
+
+async def test_amounts_at_the_bounds(make: Make, connection: psycopg.Connection[Any]) -> None:
+    service = await make(ScriptedGateway())
+    for amount in (1, 2_147_483_647):
+        charged = await service.charging.charge(charge_of(f"{amount}", amount))
+        assert charged.payment.amount_cents == amount
+        assert charged.payment.merchant_order_id == ORDER_ID

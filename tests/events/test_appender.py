@@ -1,0 +1,247 @@
+"""Group commit: every caller hears the truth about its own append, whatever happens to the rest."""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import psycopg
+import pytest
+from eventsourcing.persistence import StoredEvent
+
+from payments.database import Database, DatabaseAddress
+from payments.errors import DatabaseUnavailable, TooBusy
+from payments.events.appender import (
+    BATCH_MAX,
+    INTENT_TIMEOUT_S,
+    Appender,
+    AppendRefused,
+    StreamConflict,
+)
+from payments.telemetry import Telemetry
+from tests.proxy import ServerProxy
+from tests.support import stored_event, until
+
+pytestmark = pytest.mark.anyio
+
+LOCK = "SELECT pg_advisory_lock(7165010, 1)"
+UNLOCK = "SELECT pg_advisory_unlock(7165010, 1)"
+
+
+@pytest.fixture
+async def appender(database: Database) -> AsyncIterator[Appender]:
+    """Not started: what is submitted before start() goes out in one batch."""
+    appender = Appender(database.connect, Telemetry(), intent_queue_max=300)
+    yield appender
+    await appender.stop(1)
+
+
+@contextlib.contextmanager
+def lock_held(connection: psycopg.Connection[Any]) -> Any:
+    """While this is open, no append can commit."""
+    connection.execute(LOCK)
+    try:
+        yield
+    finally:
+        connection.execute(UNLOCK)
+
+
+def log_of(connection: psycopg.Connection[Any]) -> list[tuple[int, uuid.UUID, int]]:
+    return connection.execute(
+        "SELECT notification_id, originator_id, originator_version FROM payment_events ORDER BY 1"
+    ).fetchall()
+
+
+async def waits_for_lock(connection: psycopg.Connection[Any]) -> None:
+    """Until the appender's statement is waiting for the lock that we hold."""
+    waiting = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    await until(lambda: connection.execute(waiting).fetchone())
+
+
+async def test_positions_follow_the_order_of_arrival(
+    appender: Appender, connection: psycopg.Connection[Any]
+) -> None:
+    events = [stored_event() for _ in range(5)]
+    futures = [appender.append([event]) for event in events]
+    appender.start()
+    assert await asyncio.gather(*futures) == [1, 2, 3, 4, 5]
+    assert [stream for _, stream, _ in log_of(connection)] == [e.originator_id for e in events]
+
+
+async def test_events_of_one_append_stay_together(
+    appender: Appender, connection: psycopg.Connection[Any]
+) -> None:
+    stream = uuid.uuid4()
+    other = appender.append([stored_event()])
+    three = appender.append([stored_event(stream, version) for version in (1, 2, 3)])
+    appender.start()
+    assert (await other, await three) == (1, 4)
+    assert log_of(connection)[1:] == [(2, stream, 1), (3, stream, 2), (4, stream, 3)]
+
+
+async def test_one_batch_with_a_conflict_a_duplicate_stream_and_a_nul(
+    appender: Appender, connection: psycopg.Connection[Any]
+) -> None:
+    """Only the culprits fail; a hundred good appends around them are stored."""
+    taken, twice = stored_event(), uuid.uuid4()
+    appender.start()
+    await appender.append([taken])
+    with lock_held(connection):
+        blocker = appender.append([stored_event()])
+        await waits_for_lock(connection)
+        good = [appender.append([stored_event()]) for _ in range(50)]
+        conflict = appender.append([stored_event(taken.originator_id)])
+        first, second = (
+            appender.append([stored_event(twice)]),
+            appender.append([stored_event(twice)]),
+        )
+        third = appender.append([stored_event(twice, 2)])
+        nul = appender.append([stored_event(topic="Payment\0Initiated")])
+        good += [appender.append([stored_event()]) for _ in range(50)]
+    with pytest.raises(StreamConflict):
+        await conflict
+    with pytest.raises(StreamConflict):
+        await second
+    with pytest.raises(AppendRefused):
+        await nul
+    positions = await asyncio.gather(blocker, *good, first, third)
+    assert sorted(positions) == list(range(2, 2 + 103))
+    assert len(log_of(connection)) == 104
+
+
+async def test_appending_the_same_events_again_counts_as_committed(
+    appender: Appender, connection: psycopg.Connection[Any]
+) -> None:
+    stream = uuid.uuid4()
+    events = [stored_event(stream, 1), stored_event(stream, 2)]
+    appender.start()
+    assert await appender.append(events) == 2
+    assert await appender.append(events) == 2
+    assert await appender.append(events[1:]) == 2
+    with pytest.raises(StreamConflict):  # the first event stands there, the second is another
+        await appender.append([events[0], stored_event(stream, 2)])
+    with pytest.raises(StreamConflict):  # same bytes, other topic
+        await appender.append([StoredEvent(stream, 2, "Other", events[1].state)])
+    assert len(log_of(connection)) == 2
+
+
+async def test_a_reply_lost_after_the_commit_50_times(
+    address: DatabaseAddress, connection: psycopg.Connection[Any]
+) -> None:
+    """The outcome is unknown, the same batch is sent again, and every event stands once."""
+    async with ServerProxy(address) as proxy:
+        database = Database(proxy.address, pool_max=1)
+        appender = Appender(database.connect, Telemetry(), intent_queue_max=10)
+        appender.start()
+        await appender.append([stored_event()])
+        for count in range(2, 52):
+            proxy.lose_next_reply()
+            assert await appender.append([stored_event()]) == count
+        await appender.stop(1)
+    assert proxy.lost == 50
+    assert len(log_of(connection)) == 51
+
+
+async def test_a_connection_that_dies_before_the_commit(
+    appender: Appender, connection: psycopg.Connection[Any]
+) -> None:
+    appender.start()
+    with lock_held(connection):
+        future = appender.append([stored_event()])
+        await waits_for_lock(connection)
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name = 'payments appender' AND datname = current_database()"
+        )
+    assert await future == 1
+
+
+async def test_a_caller_cancelled_while_its_append_is_in_flight(
+    appender: Appender, connection: psycopg.Connection[Any]
+) -> None:
+    """It is stored all the same, and nobody else notices."""
+    appender.start()
+    mine = stored_event()
+    with lock_held(connection):
+        cancelled = appender.append([mine])
+        await waits_for_lock(connection)
+        other = appender.append([stored_event()])
+        cancelled.cancel()
+    assert await other == 2
+    assert log_of(connection)[0] == (1, mine.originator_id, 1)
+
+
+async def test_an_intent_is_given_up_while_the_lock_is_held_and_the_next_succeeds(
+    appender: Appender, connection: psycopg.Connection[Any]
+) -> None:
+    appender.start()
+    with lock_held(connection):
+        started = time.monotonic()
+        in_flight = appender.append_intent(stored_event())
+        await waits_for_lock(connection)
+        dropped = stored_event()
+        waiting = appender.append_intent(dropped)
+        outcome = appender.append([stored_event()])
+        for refused in (in_flight, waiting):
+            with pytest.raises(DatabaseUnavailable):
+                await refused
+        assert time.monotonic() - started < INTENT_TIMEOUT_S + 0.5
+        assert not outcome.done()
+    await outcome
+    await appender.append_intent(stored_event())
+    # The one that had been sent may be stored; the one that had not is dropped.
+    assert dropped.originator_id not in {stream for _, stream, _ in log_of(connection)}
+
+
+async def test_intents_past_the_bound_are_refused_at_once_and_outcomes_never(
+    appender: Appender, connection: psycopg.Connection[Any]
+) -> None:
+    intents = [appender.append_intent(stored_event()) for _ in range(300)]
+    with pytest.raises(TooBusy):
+        appender.append_intent(stored_event())
+    outcomes = [appender.append([stored_event()]) for _ in range(100)]
+    appender.start()
+    assert sorted(await asyncio.gather(*intents, *outcomes)) == list(range(1, 401))
+    assert len(intents) + len(outcomes) > BATCH_MAX  # more than one batch was needed
+
+
+async def test_stopping_writes_what_waits(
+    appender: Appender, connection: psycopg.Connection[Any]
+) -> None:
+    futures = [appender.append([stored_event()]) for _ in range(10)]
+    appender.start()
+    await appender.stop(5)
+    assert await asyncio.gather(*futures) == list(range(1, 11))
+
+
+async def test_stopping_in_an_outage_tells_every_caller(
+    appender: Appender, connection: psycopg.Connection[Any]
+) -> None:
+    appender.start()
+    with lock_held(connection):
+        in_flight = appender.append([stored_event()])
+        await waits_for_lock(connection)
+        waiting = appender.append([stored_event()])
+        await appender.stop(0.1)
+        for future in (in_flight, waiting):
+            with pytest.raises(DatabaseUnavailable):
+                await future
+
+
+async def test_an_unexpected_error_does_not_end_the_appender(database: Database) -> None:
+    attempts = 0
+
+    async def connect(name: str) -> psycopg.AsyncConnection[Any]:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 3:
+            raise RuntimeError("a surprise")
+        return await database.connect(name)
+
+    appender = Appender(connect, Telemetry(), intent_queue_max=10)
+    appender.start()
+    assert await appender.append([stored_event()]) == 1
+    assert attempts == 3
+    await appender.stop(1)

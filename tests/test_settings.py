@@ -1,0 +1,411 @@
+"""Each environment variable: its default, good and bad values, and that secrets stay secret."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from payments.errors import StartError
+from payments.settings import VARIABLES, ApiKey, Settings, describe, read_settings
+
+CANARY = "canary7391"
+DIGEST = "ab" * 32
+WEBHOOK_SECRET = "whsec_" + "A" * 32
+
+# The documented names and their defaults, in the words of `payments settings`.
+DOCUMENTED = {
+    "DATABASE_HOST": "unset",
+    "DATABASE_PORT": "5432",
+    "DATABASE_USERNAME": "postgres",
+    "DATABASE_PASSWORD": "none",
+    "DATABASE_NAME": "paymentdb",
+    "PORT": "4004",
+    "HOST": "127.0.0.1",
+    "ORDER_CALLBACK_URL": "unset",
+    "ORDER_CALLBACK_SECRET": "unset",
+    "ORDER_CALLBACK_STATUSES": "SUCCESS,FAILED",
+    "PAYMENTS_DATA_DIR": "the user's data home",
+    "PAYMENTS_API_KEYS": "unset",
+    "CHARGE_DEADLINE_S": "7",
+    "GATEWAY_TIMEOUT_S": "6",
+    "PENDING_ABANDON_AFTER_S": "900",
+    "INTENT_QUEUE_MAX": "512",
+    "GATEWAY_CONCURRENCY_MAX": "1000",
+    "DATABASE_POOL_MAX": "8",
+    "GATEWAY": "simulated",
+    "SIMULATED_LEDGER": "in PAYMENTS_DATA_DIR",
+    "SIMULATED_FAULTS": "none",
+    "MIGRATE_ON_START": "true",
+    "LOG_FORMAT": "auto",
+    "LOG_LEVEL": "INFO",
+    "CALLBACK_RETENTION_DAYS": "90",
+}
+# Defaults that are described rather than written out, and the value that stands for each.
+DESCRIBED: dict[str, Any] = {
+    "unset": (None, ()),
+    "none": (None, ""),
+    "the user's data home": (None,),
+    "in PAYMENTS_DATA_DIR": (None,),
+}
+SECRETS = {"DATABASE_PASSWORD", "ORDER_CALLBACK_SECRET", "PAYMENTS_API_KEYS"}
+
+# What a value needs beside it to be accepted.
+BESIDE = {
+    "DATABASE_PORT": {"DATABASE_HOST": "db"},
+    "DATABASE_USERNAME": {"DATABASE_HOST": "db"},
+    "DATABASE_PASSWORD": {"DATABASE_HOST": "db"},
+    "GATEWAY_TIMEOUT_S": {"CHARGE_DEADLINE_S": "60"},
+}
+
+GOOD: list[tuple[str, str, Any]] = [
+    ("DATABASE_HOST", "db.internal", "db.internal"),
+    ("DATABASE_PORT", "1", 1),
+    ("DATABASE_PORT", "65535", 65535),
+    ("DATABASE_USERNAME", "payments", "payments"),
+    ("DATABASE_PASSWORD", CANARY, CANARY),
+    ("DATABASE_NAME", "other", "other"),
+    ("PORT", "8080", 8080),
+    ("HOST", "0.0.0.0", "0.0.0.0"),
+    ("ORDER_CALLBACK_URL", "http://order:4002/cb", "http://order:4002/cb"),
+    ("ORDER_CALLBACK_URL", "https://[::1]/cb?x=1", "https://[::1]/cb?x=1"),
+    ("ORDER_CALLBACK_SECRET", WEBHOOK_SECRET, WEBHOOK_SECRET),
+    (
+        "ORDER_CALLBACK_SECRET",
+        f"{WEBHOOK_SECRET},{WEBHOOK_SECRET}",
+        f"{WEBHOOK_SECRET},{WEBHOOK_SECRET}",
+    ),
+    ("ORDER_CALLBACK_STATUSES", "REFUNDED", ("REFUNDED",)),
+    ("ORDER_CALLBACK_STATUSES", "SUCCESS, FAILED", ("SUCCESS", "FAILED")),
+    ("PAYMENTS_DATA_DIR", "/srv/payments", Path("/srv/payments")),
+    ("PAYMENTS_DATA_DIR", "data", Path.cwd() / "data"),
+    ("PAYMENTS_API_KEYS", f"order:{DIGEST}", (ApiKey("order", bytes.fromhex(DIGEST)),)),
+    (
+        "PAYMENTS_API_KEYS",
+        f"order:{DIGEST}, order:{'cd' * 32}",
+        (ApiKey("order", bytes.fromhex(DIGEST)), ApiKey("order", bytes.fromhex("cd" * 32))),
+    ),
+    ("CHARGE_DEADLINE_S", "60", 60.0),
+    ("CHARGE_DEADLINE_S", "6.5", 6.5),
+    ("GATEWAY_TIMEOUT_S", "0.05", 0.05),
+    ("GATEWAY_TIMEOUT_S", "59.9", 59.9),
+    ("PENDING_ABANDON_AFTER_S", "1", 1.0),
+    ("PENDING_ABANDON_AFTER_S", "604800", 604_800.0),
+    ("INTENT_QUEUE_MAX", "1", 1),
+    ("INTENT_QUEUE_MAX", "100000", 100_000),
+    ("GATEWAY_CONCURRENCY_MAX", "1", 1),
+    ("DATABASE_POOL_MAX", "100", 100),
+    ("GATEWAY", "simulated", "simulated"),
+    ("SIMULATED_LEDGER", "/srv/ledger.sqlite", "/srv/ledger.sqlite"),
+    ("SIMULATED_LEDGER", "", ""),
+    ("SIMULATED_FAULTS", "delay=0.5,answer_lost*1", "delay=0.5,answer_lost*1"),
+    ("MIGRATE_ON_START", "false", False),
+    ("MIGRATE_ON_START", "0", False),
+    ("MIGRATE_ON_START", "TRUE", True),
+    ("LOG_FORMAT", "json", "json"),
+    ("LOG_LEVEL", "debug", "DEBUG"),
+    ("CALLBACK_RETENTION_DAYS", "1", 1),
+    ("CALLBACK_RETENTION_DAYS", "36500", 36_500),
+]
+BAD = [
+    ("DATABASE_HOST", "db\nHOST: forged"),
+    ("DATABASE_PORT", "0"),
+    ("DATABASE_PORT", "65536"),
+    ("DATABASE_PORT", "-1"),
+    ("DATABASE_PORT", "5432.0"),
+    ("DATABASE_PORT", "five"),
+    ("DATABASE_PORT", " 5432"),
+    ("DATABASE_PORT", "5432\n"),
+    ("DATABASE_PORT", "٥٤٣٢"),
+    ("DATABASE_PORT", "9" * 5000),
+    ("DATABASE_USERNAME", "a\x00b"),
+    ("DATABASE_PASSWORD", f"{CANARY}\n{CANARY}"),
+    ("DATABASE_NAME", "a\x1bb"),
+    ("PORT", "0"),
+    ("PORT", "1_000"),
+    ("HOST", "127.0.0.1\r"),
+    ("ORDER_CALLBACK_URL", "order:4002/cb"),
+    ("ORDER_CALLBACK_URL", "ftp://order/cb"),
+    ("ORDER_CALLBACK_URL", "http://"),
+    ("ORDER_CALLBACK_URL", "http:///cb"),
+    ("ORDER_CALLBACK_URL", "http://[::1/cb"),
+    ("ORDER_CALLBACK_URL", "http://order/cb\nX: y"),
+    ("ORDER_CALLBACK_URL", "http://order:99999/cb"),
+    ("ORDER_CALLBACK_URL", "http://order:port/cb"),
+    ("ORDER_CALLBACK_SECRET", CANARY),
+    ("ORDER_CALLBACK_SECRET", f"whsec_{CANARY}"),
+    ("ORDER_CALLBACK_SECRET", f"{WEBHOOK_SECRET},"),
+    ("ORDER_CALLBACK_SECRET", f"{WEBHOOK_SECRET}\n"),
+    ("ORDER_CALLBACK_STATUSES", "PENDING"),
+    ("ORDER_CALLBACK_STATUSES", "success"),
+    ("ORDER_CALLBACK_STATUSES", "SUCCESS,"),
+    ("PAYMENTS_DATA_DIR", "a\nb"),
+    ("PAYMENTS_API_KEYS", CANARY),
+    ("PAYMENTS_API_KEYS", f"order:{CANARY}"),
+    ("PAYMENTS_API_KEYS", f"Order:{DIGEST}"),
+    ("PAYMENTS_API_KEYS", f"order:{DIGEST.upper()}"),
+    ("PAYMENTS_API_KEYS", f":{DIGEST}"),
+    ("PAYMENTS_API_KEYS", f"order:{DIGEST},"),
+    ("PAYMENTS_API_KEYS", f"{'x' * 65}:{DIGEST}"),
+    ("CHARGE_DEADLINE_S", "0"),
+    ("CHARGE_DEADLINE_S", "60.1"),
+    ("CHARGE_DEADLINE_S", "nan"),
+    ("CHARGE_DEADLINE_S", "inf"),
+    ("CHARGE_DEADLINE_S", "1e1"),
+    ("CHARGE_DEADLINE_S", "7s"),
+    ("GATEWAY_TIMEOUT_S", "0.01"),
+    ("GATEWAY_TIMEOUT_S", "-6"),
+    ("PENDING_ABANDON_AFTER_S", "0.5"),
+    ("PENDING_ABANDON_AFTER_S", "604801"),
+    ("INTENT_QUEUE_MAX", "0"),
+    ("INTENT_QUEUE_MAX", "100001"),
+    ("GATEWAY_CONCURRENCY_MAX", "0"),
+    ("DATABASE_POOL_MAX", "0"),
+    ("DATABASE_POOL_MAX", "101"),
+    ("GATEWAY", "stripe"),
+    ("SIMULATED_LEDGER", "a\nb"),
+    ("SIMULATED_FAULTS", "down\n"),
+    ("MIGRATE_ON_START", "yes"),
+    ("LOG_FORMAT", "xml"),
+    ("LOG_FORMAT", "JSON"),
+    ("LOG_LEVEL", "verbose"),
+    ("CALLBACK_RETENTION_DAYS", "0"),
+    ("CALLBACK_RETENTION_DAYS", "36501"),
+]
+
+
+def refusal(environ: dict[str, str]) -> str:
+    with pytest.raises(StartError) as caught:
+        read_settings(environ)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert message.isprintable()
+    return message
+
+
+def shown(environ: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value, _, _ in describe(read_settings(environ))}
+
+
+def test_the_variables_and_their_defaults_are_the_documented_ones() -> None:
+    assert {variable.name: variable.default for variable in VARIABLES} == DOCUMENTED
+    assert {variable.name for variable in VARIABLES if variable.secret} == SECRETS
+
+
+def test_variables_and_fields_match_one_to_one() -> None:
+    fields = [variable.field for variable in VARIABLES]
+    assert len(set(fields)) == len(fields)
+    assert set(fields) == set(Settings.__struct_fields__)
+
+
+@pytest.mark.parametrize("variable", VARIABLES, ids=lambda variable: variable.name)
+def test_a_default_is_what_its_text_says(variable: Any) -> None:
+    default = getattr(Settings(), variable.field)
+    if variable.default in DESCRIBED:
+        assert default in DESCRIBED[variable.default]
+    else:
+        assert default == variable.parse(variable.default)
+        assert getattr(read_settings({variable.name: ""}), variable.field) == default
+
+
+def test_without_variables_everything_has_its_default() -> None:
+    assert read_settings({}) == Settings()
+    assert read_settings({"PATH": "/bin", "UNRELATED": "1"}) == Settings()
+
+
+def test_empty_means_unset_except_for_the_ledger() -> None:
+    names = [variable.name for variable in VARIABLES if variable.name != "SIMULATED_LEDGER"]
+    secret_files = [f"{name}_FILE" for name in SECRETS]
+    assert read_settings(dict.fromkeys(names + secret_files, "")) == Settings()
+    assert read_settings({"SIMULATED_LEDGER": ""}).simulated_ledger == ""
+
+
+@pytest.mark.parametrize(("name", "given", "expected"), GOOD)
+def test_a_good_value_is_taken(name: str, given: str, expected: Any) -> None:
+    settings = read_settings({name: given, **BESIDE.get(name, {})})
+    assert getattr(settings, name.lower()) == expected
+    assert type(getattr(settings, name.lower())) is type(expected)
+
+
+@pytest.mark.parametrize(("name", "given"), BAD)
+def test_a_bad_value_stops_the_start(name: str, given: str) -> None:
+    message = refusal({name: given, **BESIDE.get(name, {})})
+    assert message.startswith(f"{name}: ")
+    assert CANARY not in message
+
+
+def test_good_and_bad_values_cover_every_variable() -> None:
+    assert {name for name, _, _ in GOOD} == set(DOCUMENTED)
+    assert {name for name, _ in BAD} == set(DOCUMENTED)
+
+
+@pytest.mark.parametrize("name", ["DATABASE_PORT", "DATABASE_USERNAME", "DATABASE_PASSWORD"])
+def test_a_database_address_needs_a_host(name: str) -> None:
+    message = refusal({name: "5432"})
+    assert message.startswith(f"{name} ")
+    assert "DATABASE_HOST" in message
+
+
+def test_the_embedded_database_may_be_named() -> None:
+    assert read_settings({"DATABASE_NAME": "other"}).database_name == "other"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"GATEWAY_TIMEOUT_S": "7"},
+        {"CHARGE_DEADLINE_S": "6"},
+        {"GATEWAY_TIMEOUT_S": "9", "CHARGE_DEADLINE_S": "8"},
+    ],
+)
+def test_the_gateway_gets_less_than_the_deadline(environ: dict[str, str]) -> None:
+    message = refusal(environ)
+    assert message.startswith("GATEWAY_TIMEOUT_S: ")
+    assert "CHARGE_DEADLINE_S" in message
+
+
+class TestSecretsFromFiles:
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("DATABASE_PASSWORD", "pässword"),
+            ("ORDER_CALLBACK_SECRET", WEBHOOK_SECRET),
+            ("PAYMENTS_API_KEYS", f"order:{DIGEST}"),
+        ],
+    )
+    def test_a_file_holds_the_value(self, tmp_path: Path, name: str, text: str) -> None:
+        file = tmp_path / "secret"
+        file.write_text(f"{text}\n", encoding="utf-8")
+        beside = BESIDE.get(name, {})
+        from_file = read_settings({f"{name}_FILE": str(file), **beside})
+        assert from_file == read_settings({name: text, **beside})
+        # An empty variable is as good as none.
+        assert from_file == read_settings({name: "", f"{name}_FILE": str(file), **beside})
+
+    def test_only_secrets_have_files(self, tmp_path: Path) -> None:
+        file = tmp_path / "host"
+        file.write_text("db")
+        assert read_settings({"DATABASE_HOST_FILE": str(file)}) == Settings()
+
+    @pytest.mark.parametrize("name", sorted(SECRETS))
+    def test_variable_and_file_together_are_refused(self, tmp_path: Path, name: str) -> None:
+        file = tmp_path / "secret"
+        file.write_text(CANARY)
+        message = refusal({name: CANARY, f"{name}_FILE": str(file)})
+        assert message.startswith(f"{name} ")
+        assert f"{name}_FILE" in message
+        assert CANARY not in message
+
+    @pytest.mark.parametrize("name", sorted(SECRETS))
+    def test_a_missing_file_is_refused(self, tmp_path: Path, name: str) -> None:
+        message = refusal({f"{name}_FILE": str(tmp_path / "none")})
+        assert message.startswith(f"{name}_FILE: ")
+        assert "No such file" in message
+
+    def test_a_directory_is_refused(self, tmp_path: Path) -> None:
+        message = refusal({"DATABASE_PASSWORD_FILE": str(tmp_path)})
+        assert message.startswith("DATABASE_PASSWORD_FILE: ")
+
+    def test_other_bytes_than_utf8_are_refused(self, tmp_path: Path) -> None:
+        file = tmp_path / "secret"
+        file.write_bytes(CANARY.encode() + b"\xff")
+        message = refusal({"DATABASE_PASSWORD_FILE": str(file), "DATABASE_HOST": "db"})
+        assert message.startswith("DATABASE_PASSWORD_FILE: ")
+        assert "UTF-8" in message
+        assert CANARY not in message
+
+    @pytest.mark.parametrize("name", sorted(SECRETS))
+    def test_a_bad_value_in_a_file_is_not_shown(self, tmp_path: Path, name: str) -> None:
+        file = tmp_path / "secret"
+        file.write_text(f"{CANARY}\n{CANARY}")
+        message = refusal({f"{name}_FILE": str(file), "DATABASE_HOST": "db"})
+        assert message.startswith(name)
+        assert CANARY not in message
+
+    @pytest.mark.parametrize("name", sorted(SECRETS))
+    def test_an_empty_file_is_refused(self, tmp_path: Path, name: str) -> None:
+        """A secret that was meant to be there and is not must not open the service."""
+        file = tmp_path / "secret"
+        file.write_text("\n")
+        assert refusal({f"{name}_FILE": str(file), "DATABASE_HOST": "db"}).startswith(name)
+
+
+class TestDescribe:
+    def test_it_covers_every_field_in_order(self) -> None:
+        names = [name for name, _, _, _ in describe(Settings())]
+        assert names == [variable.name for variable in VARIABLES]
+
+    def test_defaults_are_shown_in_words(self) -> None:
+        assert shown({}) == DOCUMENTED
+        for _, _, _, meaning in describe(Settings()):
+            assert meaning
+
+    @pytest.mark.parametrize(
+        ("name", "given", "expected"),
+        [
+            ("DATABASE_HOST", "db", "db"),
+            ("PORT", "8080", "8080"),
+            ("CHARGE_DEADLINE_S", "6.5", "6.5"),
+            ("CHARGE_DEADLINE_S", "60", "60"),
+            ("ORDER_CALLBACK_STATUSES", "SUCCESS, REFUNDED", "SUCCESS,REFUNDED"),
+            ("MIGRATE_ON_START", "0", "false"),
+            ("PAYMENTS_DATA_DIR", "/srv/payments", "/srv/payments"),
+            ("LOG_LEVEL", "debug", "DEBUG"),
+        ],
+    )
+    def test_a_given_value_is_shown(self, name: str, given: str, expected: str) -> None:
+        assert shown({name: given})[name] == expected
+
+    @pytest.mark.parametrize(
+        ("name", "given"),
+        [
+            ("DATABASE_PASSWORD", CANARY),
+            ("ORDER_CALLBACK_SECRET", f"whsec_{CANARY}{CANARY}"),
+            ("PAYMENTS_API_KEYS", f"{CANARY}:{DIGEST}"),
+        ],
+    )
+    def test_secrets_are_hidden(self, name: str, given: str) -> None:
+        environ = {name: given, "DATABASE_HOST": "db"}
+        assert shown(environ)[name] == "(set, hidden)"
+        assert CANARY not in str(list(describe(read_settings(environ))))
+
+
+class TestUserinfoOfTheCallbackUrl:
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            (f"http://order:{CANARY}@host:4002/cb", "http://host:4002/cb"),
+            (f"https://{CANARY}@host/cb?x=1", "https://host/cb?x=1"),
+            (f"http://a@{CANARY}@[::1]:1/cb", "http://[::1]:1/cb"),
+        ],
+    )
+    def test_it_is_not_described(self, given: str, expected: str) -> None:
+        assert shown({"ORDER_CALLBACK_URL": given})["ORDER_CALLBACK_URL"] == expected
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            f"ftp://order:{CANARY}@host/cb",
+            f"order:{CANARY}@host/cb",
+            f"http://order:{CANARY}@[::1/cb",
+            f"http://order:{CANARY}℀@host/cb",
+            f"http://order:{CANARY}@/cb",
+            f"http://order:{CANARY}@host/cb\n",
+        ],
+    )
+    def test_it_is_not_in_a_refusal(self, given: str) -> None:
+        message = refusal({"ORDER_CALLBACK_URL": given})
+        assert message.startswith("ORDER_CALLBACK_URL: ")
+        assert CANARY not in message
+
+
+def test_secrets_do_not_show_in_the_repr() -> None:
+    """Settings that end up in a log line or a traceback give nothing away."""
+    settings = read_settings(
+        {
+            "DATABASE_HOST": "db",
+            "DATABASE_PASSWORD": CANARY,
+            "ORDER_CALLBACK_SECRET": f"whsec_{CANARY}{CANARY}",
+            "ORDER_CALLBACK_URL": f"http://order:{CANARY}@host/cb",
+        }
+    )
+    assert CANARY not in repr(settings)
