@@ -28,7 +28,7 @@ def charge_of(
 
 
 def stored_event(
-    stream: uuid.UUID | None = None,
+    stream: uuid.UUID | str | None = None,
     version: int = 1,
     state: bytes | None = None,
     topic: str = "PaymentInitiated",

@@ -178,7 +178,7 @@ class TestDifferingFields:
 
 class TestInitiate:
     def test_a_request_becomes_the_first_event(self) -> None:
-        assert INITIATED == PaymentInitiated(
+        assert initiate(REQUEST, "simulated", cause(T0)) == PaymentInitiated(
             payment_id=PAYMENT_ID,
             version=1,
             event_id=UUID(int=7),

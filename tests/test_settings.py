@@ -146,6 +146,7 @@ BAD = [
     ("PAYMENTS_API_KEYS", f":{DIGEST}"),
     ("PAYMENTS_API_KEYS", f"order:{DIGEST},"),
     ("PAYMENTS_API_KEYS", f"{'x' * 65}:{DIGEST}"),
+    ("PAYMENTS_API_KEYS", f"default:{DIGEST}"),  # the name for everyone while no keys are asked for
     ("CHARGE_DEADLINE_S", "0"),
     ("CHARGE_DEADLINE_S", "60.1"),
     ("CHARGE_DEADLINE_S", "nan"),

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from payments.errors import StartError
-from payments.service import open_database
+from payments.service import build_gateway, open_database
 from payments.settings import Settings, describe, read_settings
 from payments.telemetry import set_up_logs
 
@@ -51,8 +51,9 @@ def serve() -> None:
     # By name: nothing in payments imports web.
     server = importlib.import_module("web.server")
     listener = server.bind(settings)
+    gateway = build_gateway(settings)
     with open_database(settings, migrating=settings.migrate_on_start) as address:
-        server.run(settings, address, listener)
+        server.run(settings, address, gateway, listener)
 
 
 @main.command()

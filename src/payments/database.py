@@ -87,8 +87,9 @@ def connect(address: DatabaseAddress, application_name: str) -> psycopg.Connecti
 
 def _reason(error: psycopg.Error) -> str:
     """The server's or libpq's own words, on one line; they never hold the password."""
-    text = error.diag.message_primary or str(error)
-    return text.strip().splitlines()[-1].strip() if text.strip() else type(error).__name__
+    lines = (error.diag.message_primary or str(error)).strip().splitlines()
+    # libpq: `connection failed: connection to server at … failed: REASON`, then a hint.
+    return lines[0].rpartition(" failed: ")[2] if lines else type(error).__name__
 
 
 def create_database_if_missing(address: DatabaseAddress) -> None:

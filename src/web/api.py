@@ -9,6 +9,7 @@ import msgspec
 from litestar import Request, Response, Router, get, post
 from litestar.datastructures import State
 from litestar.enums import MediaType
+from litestar.params import Parameter
 
 from payments import money
 from payments.commands.charge import Charged, ChargePayment
@@ -73,8 +74,9 @@ class ChargeAnswer(msgspec.Struct, frozen=True):
 
 
 @post("/charge", status_code=201, media_type=MediaType.JSON)
-async def charge(request: Anyone, service: Service) -> Response[bytes]:
+async def charge(request: Anyone) -> Response[bytes]:
     """Charge a payment, exactly once per Idempotency-Key."""
+    service: Service = request.app.state.service
     headers: list[tuple[bytes, bytes]] = request.scope["headers"]  # type: ignore[assignment]
     client = authenticate(headers, service.settings.payments_api_keys)
     check_json([value for name, value in headers if name == b"content-type"])
@@ -120,8 +122,11 @@ def _charge_answer(charged: Charged) -> Response[bytes]:
 
 
 @get("/payments/{payment_id:str}", media_type=MediaType.JSON)
-async def payment(request: Anyone, service: Service, payment_id: str) -> Response[bytes]:
+async def payment(
+    request: Anyone, payment_id: Annotated[str, Parameter(description="the payment's UUID")]
+) -> Response[bytes]:
     """The payment as of now."""
+    service: Service = request.app.state.service
     client = authenticate(request.scope["headers"], service.settings.payments_api_keys)  # type: ignore[arg-type]
     found = await get_payment(service.database, _uuid(payment_id, "payment_id"), may_read(client))
     return Response(msgspec.json.encode(found), media_type=MediaType.JSON)

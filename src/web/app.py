@@ -1,7 +1,7 @@
 """The Litestar application on a Service."""
 
 from litestar import Litestar
-from litestar.di import Provide
+from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp
 
@@ -17,7 +17,7 @@ def create_app(service: Service) -> ASGIApp:
     """The whole HTTP application, guard included; the service must be started by the caller."""
     app = Litestar(
         route_handlers=[v1, health, live, metrics],
-        dependencies={"service": Provide(lambda: service, sync_to_thread=False, use_cache=True)},
+        state=State({"service": service}),
         exception_handlers={
             PaymentsError: on_payments_error,
             HTTPException: on_http_exception,

@@ -4,10 +4,13 @@ from typing import Any
 
 import msgspec
 from litestar import Request, Response, get
+from litestar.datastructures import State
 from litestar.enums import MediaType
 
 from payments.errors import DatabaseUnavailable
 from payments.service import Service
+
+Anyone = Request[Any, Any, State]
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -19,8 +22,9 @@ class Health(msgspec.Struct, frozen=True):
 
 
 @get("/health", media_type=MediaType.JSON)
-async def health(service: Service) -> Response[bytes]:
+async def health(request: Anyone) -> Response[bytes]:
     """Whether the service can take charges: 200, or 503 while the database is away."""
+    service: Service = request.app.state.service
     try:
         await service.database.fetch("SELECT 1")
     except DatabaseUnavailable:
@@ -41,6 +45,7 @@ def live() -> dict[str, Any]:
 
 
 @get("/metrics", sync_to_thread=False)
-def metrics(request: Request[Any, Any, Any], service: Service) -> Response[bytes]:
+def metrics(request: Anyone) -> Response[bytes]:
     """All metrics, in the Prometheus text format."""
+    service: Service = request.app.state.service
     return Response(service.telemetry.exposition(), media_type=service.telemetry.content_type)

@@ -18,6 +18,7 @@ from loguru import logger
 
 from payments.database import DatabaseAddress
 from payments.errors import StartError
+from payments.gateways import Gateway
 from payments.service import Service
 from payments.settings import Settings
 from web.app import create_app
@@ -48,13 +49,17 @@ def bind(settings: Settings) -> socket.socket:
     return listener
 
 
-def run(settings: Settings, address: DatabaseAddress, listener: socket.socket) -> None:
+def run(
+    settings: Settings, address: DatabaseAddress, gateway: Gateway, listener: socket.socket
+) -> None:
     """Serves until SIGTERM or SIGINT."""
-    uvloop.run(_serve(settings, address, listener))
+    uvloop.run(_serve(settings, address, gateway, listener))
 
 
-async def _serve(settings: Settings, address: DatabaseAddress, listener: socket.socket) -> None:
-    service = Service(settings, address)
+async def _serve(
+    settings: Settings, address: DatabaseAddress, gateway: Gateway, listener: socket.socket
+) -> None:
+    service = Service(settings, address, gateway=gateway)
     await service.start()
     server = _Server(
         uvicorn.Config(

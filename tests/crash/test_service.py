@@ -1,0 +1,254 @@
+"""The real service: killed, stopped, frozen and cut off from its database."""
+
+import os
+import signal
+import socket
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import psycopg
+import pytest
+
+from payments import embedded_postgres
+from payments.payment import payment_id_for
+from tests.process import ServiceProcess, database_processes
+
+KILLS = 20
+
+
+@pytest.fixture
+def data_dir(state_dir: Path) -> Iterator[Path]:
+    """A data directory of this test alone; afterwards nothing of it may still run."""
+    path = state_dir / uuid.uuid4().hex[:8]
+    path.mkdir()
+    yield path
+    deadline = time.monotonic() + 6
+    while left := database_processes(path):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+class Load:
+    """Charges from several threads until told to stop; remembers every answer."""
+
+    def __init__(self, service: ServiceProcess, threads: int = 6) -> None:
+        self.answers: list[tuple[str, int, Any, float]] = []  # key, status (0: none), body, seconds
+        self._service = service
+        self._stopped = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(threads)]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(timeout=20)
+
+    def _run(self, number: int) -> None:
+        with httpx.Client(timeout=15) as client:
+            while not self._stopped.is_set():
+                key = f"{number}-{uuid.uuid4()}"
+                started = time.monotonic()
+                try:
+                    response = self._service.charge(client, key)
+                    status, body = response.status_code, response.json()
+                except httpx.TransportError:
+                    status, body = 0, None
+                self.answers.append((key, status, body, time.monotonic() - started))
+                if status != 201:
+                    self._stopped.wait(0.02)
+
+    def wait_for(self, count: int) -> None:
+        """Until so many charges were captured."""
+        deadline = time.monotonic() + 20
+        while sum(status == 201 for _, status, _, _ in list(self.answers)) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+def events_of(data_dir: Path) -> dict[uuid.UUID, list[str]]:
+    """payment id -> topics, from the stopped service's database."""
+    with embedded_postgres.start(data_dir) as server:
+        conninfo = f"host={server.socket_dir} port={server.port} user={server.user}"
+        with psycopg.connect(f"{conninfo} dbname=paymentdb") as connection:
+            rows = connection.execute(
+                "SELECT originator_id, array_agg(topic ORDER BY originator_version)"
+                " FROM payment_events GROUP BY 1"
+            ).fetchall()
+    return dict(rows)
+
+
+def captured_by_provider(data_dir: Path) -> set[uuid.UUID]:
+    with closing(sqlite3.connect(data_dir / "simulated-ledger.sqlite")) as ledger:
+        rows = ledger.execute("SELECT payment_id FROM charges WHERE outcome = 'approved'")
+        return {uuid.UUID(bytes=payment_id) for (payment_id,) in rows}
+
+
+@pytest.mark.timeout(180)
+def test_kill_9_under_load_loses_no_answered_charge_and_doubles_none(data_dir: Path) -> None:
+    service = ServiceProcess(data_dir, CHARGE_DEADLINE_S=1, GATEWAY_TIMEOUT_S=0.9)
+    answers: list[tuple[str, int, Any, float]] = []
+    for number in range(KILLS):
+        service.start()
+        with Load(service) as load:
+            load.wait_for(10 + 3 * number)
+            service.kill()
+        answers += load.answers
+    time.sleep(1.1)  # the runs of the last kill are over: a retry settles them
+    with service, httpx.Client(timeout=15) as client:
+        unanswered = [key for key, status, _, _ in answers if status == 0]
+        for key in unanswered:
+            assert service.charge(client, key).status_code == 201
+        service.terminate()
+    events = events_of(data_dir)
+    answered = {payment_id_for(key) for key, status, _, _ in answers if status == 201}
+    assert len(answered) > KILLS * 10
+    assert answered <= events.keys(), "an answered charge is not in the log"
+    assert set(map(tuple, events.values())) == {("PaymentInitiated", "PaymentCharged")}
+    assert captured_by_provider(data_dir) == events.keys()
+
+
+def test_sigterm_to_the_whole_group_under_load(data_dir: Path) -> None:
+    """Every charge that was accepted is answered, the exit code is 0, and nothing is left."""
+    service = ServiceProcess(data_dir, SIMULATED_FAULTS="delay=0.3").start()
+    with Load(service, threads=12) as load:
+        load.wait_for(30)
+        started = time.monotonic()
+        assert service.terminate(group=True) == 0
+        assert time.monotonic() - started < 9
+    # Connections that came after the listener closed are refused; none was cut off in the middle.
+    assert {status for _, status, _, _ in load.answers} <= {0, 201}
+    events = events_of(data_dir)
+    answered = {payment_id_for(key) for key, status, _, _ in load.answers if status == 201}
+    assert answered == events.keys(), "a charge was begun and not answered"
+    assert set(map(tuple, events.values())) == {("PaymentInitiated", "PaymentCharged")}
+
+
+def test_a_charge_that_was_answered_202_is_finished_before_the_exit(data_dir: Path) -> None:
+    settings = {"CHARGE_DEADLINE_S": 0.5, "GATEWAY_TIMEOUT_S": 0.4}
+    with (
+        ServiceProcess(data_dir, SIMULATED_FAULTS="answer_lost*1", **settings) as service,
+        httpx.Client() as client,
+    ):
+        response = service.charge(client, "k")
+        assert (response.status_code, response.json()["status"]) == (202, "PENDING")
+        assert service.terminate() == 0
+
+
+def test_two_services_share_the_embedded_server(data_dir: Path) -> None:
+    with ServiceProcess(data_dir) as one, ServiceProcess(data_dir) as two, httpx.Client() as client:
+        first = one.charge(client, "k")
+        again = two.charge(client, "k")
+        assert again.headers["idempotent-replayed"] == "true"
+        assert again.content == first.content
+        one.kill()
+        assert two.charge(client, "l").status_code == 201
+
+
+@pytest.mark.parametrize("stop", [signal.SIGSTOP, signal.SIGKILL], ids=["frozen", "killed"])
+def test_a_database_that_is_away(data_dir: Path, stop: signal.Signals, state_dir: Path) -> None:
+    """Every request is answered in under 3 s, and soon after its return all is well."""
+    outside = data_dir / "outside"
+    outside.mkdir()
+    with embedded_postgres.start(outside) as server:
+        service = ServiceProcess(
+            data_dir,
+            DATABASE_HOST=server.socket_dir,
+            DATABASE_NAME="postgres",
+            DATABASE_USERNAME=server.user,
+        )
+        with service, Load(service) as load:
+            load.wait_for(20)
+            for process in postgres_of(outside):
+                process.send_signal(stop)
+            away_from = len(load.answers)
+            time.sleep(4)
+            with httpx.Client(timeout=5) as client:
+                started = time.monotonic()
+                assert client.get(f"{service.url}/health").status_code == 503
+                assert client.get(f"{service.url}/v1/payments/{uuid.uuid4()}").status_code == 503
+                assert time.monotonic() - started < 6
+                assert client.get(f"{service.url}/metrics").status_code == 200
+            away = load.answers[away_from:]
+            assert {status for _, status, _, _ in away[-5:]} == {503}
+            if stop is signal.SIGKILL:
+                server.release()
+                again = embedded_postgres.start(outside)
+                same_place(server.socket_dir, again.socket_dir)
+            else:
+                again = server
+                for process in postgres_of(outside):
+                    process.send_signal(signal.SIGCONT)
+            with again:
+                back = time.monotonic()
+                eventually(service.is_healthy, 5)
+                load.wait_for(len([a for a in load.answers if a[1] == 201]) + 20)
+                assert time.monotonic() - back < 5
+                assert max(seconds for _, _, _, seconds in load.answers) < 3
+                assert {status for _, status, _, _ in load.answers} <= {201, 202, 503}
+                service.terminate()
+
+
+def postgres_of(data_dir: Path) -> list[psutil.Process]:
+    return [p for p in database_processes(data_dir) if "python" not in p.name()]
+
+
+def same_place(old: Path, new: Path) -> None:
+    """The restarted server has a new socket directory; the service knows the old one."""
+    if old != new:
+        old.symlink_to(new)
+
+
+def eventually(holds: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def raw(service: ServiceProcess, *parts: bytes, pause_s: float = 0) -> bytes:
+    """Sends the parts as they are, with pauses between them; everything that comes back."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=15) as connection:
+        for part in parts:
+            connection.sendall(part)
+            time.sleep(pause_s)
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+        return received
+
+
+def test_clients_that_misbehave(data_dir: Path) -> None:
+    head = b"POST /v1/charge HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with ServiceProcess(data_dir) as service, httpx.Client() as client:
+        started = time.monotonic()
+        slow = raw(service, head + b"Idempotency-Key: k\r\nContent-Length: 100\r\n\r\n{")
+        assert slow.startswith(b"HTTP/1.1 408")
+        assert 4.5 < time.monotonic() - started < 7
+        huge = raw(service, head + b"Content-Length: 99999\r\n\r\n", b" " * 20_000)
+        assert huge.startswith(b"HTTP/1.1 413")
+        assert raw(service, b"\x16\x03\x01 nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
+        twice = head + b"Idempotency-Key: k\r\nIdempotency-Key: k\r\nConnection: close\r\n"
+        body = b'{"merchant_order_id":"f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9","amount_cents":5}'
+        twice += b"Content-Length: %d\r\n\r\n" % len(body) + body
+        assert raw(service, twice).startswith(b"HTTP/1.1 400")
+        assert service.charge(client, "k").status_code == 201
+        assert b"ERROR" not in service.log.read_bytes()
+
+
+def test_the_service_survives_its_terminal(data_dir: Path) -> None:
+    """SIGINT is Ctrl-C: an orderly stop with exit code 0."""
+    service = ServiceProcess(data_dir).start()
+    os.kill(service.process.pid, signal.SIGINT)
+    assert service.process.wait(timeout=10) == 0

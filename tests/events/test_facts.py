@@ -1,0 +1,339 @@
+"""What is stored decodes for ever, and what cannot be decoded says so without its values."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+from uuid import UUID
+
+import msgspec
+import pytest
+
+from payments.events import facts
+from payments.events.facts import (
+    FACTS,
+    UPCASTERS,
+    Fact,
+    PaymentCharged,
+    PaymentFailed,
+    PaymentInitiated,
+    UndecodableEvent,
+    decode,
+    encode,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+CANARY = "canary7391"
+
+CAUSED: dict[str, Any] = {
+    "payment_id": UUID("058c9593-e150-402f-ab5b-37dd4c9816f0"),
+    "event_id": UUID("0192f3a1-7c55-7b1e-8a43-5d1f2e3c4b5a"),
+    "occurred_at": datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC),
+    "client": "order-service",
+    "request_id": "req-1",
+    "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+}
+CHARGE: dict[str, Any] = {
+    "merchant_order_id": UUID("f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9"),
+    "amount_cents": 2_147_483_647,
+    "currency": "INR",
+}
+INITIATED = PaymentInitiated(
+    **CAUSED,
+    **CHARGE,
+    version=1,
+    idempotency_key='abc123 "quoted" \\',
+    fingerprint="e3" * 32,
+    gateway="simulated",
+)
+CHARGED = PaymentCharged(**CAUSED, **CHARGE, version=2, provider_txn_id="txn_é☃")
+FAILED = PaymentFailed(
+    **CAUSED, **CHARGE, version=2, reason="declined", decline_code="insufficient_funds"
+)
+
+
+def without_optional_ones(fact: Fact, *more: str) -> Fact:
+    return msgspec.structs.replace(fact, **dict.fromkeys(("request_id", "traceparent", *more)))
+
+
+# The fact behind every golden file. When a fact's version is raised, the files of the old one stay
+# as they are, and what is expected of them here becomes the upcast fact.
+EXPECTED: dict[str, Fact] = {
+    "PaymentInitiated.v1": INITIATED,
+    "PaymentInitiated.v1.nulls": without_optional_ones(INITIATED),
+    "PaymentCharged.v1": CHARGED,
+    "PaymentCharged.v1.nulls": without_optional_ones(CHARGED),
+    "PaymentFailed.v1": FAILED,
+    "PaymentFailed.v1.nulls": without_optional_ones(FAILED, "decline_code"),
+}
+
+
+def current_version(fact: type[Fact]) -> int:
+    (version,) = get_args(get_type_hints(fact)["schema_version"])
+    assert isinstance(version, int)
+    return version
+
+
+def golden(name: str) -> bytes:
+    return (GOLDEN / f"{name}.json").read_bytes()
+
+
+def topic_of(name: str) -> str:
+    return name.partition(".")[0]
+
+
+CURRENT = [name for name in EXPECTED if f".v{current_version(FACTS[topic_of(name)])}" in name]
+
+
+class TestGolden:
+    @pytest.mark.parametrize("name", CURRENT)
+    def test_a_fact_is_stored_as_these_bytes(self, name: str) -> None:
+        assert encode(EXPECTED[name]) == golden(name)
+
+    @pytest.mark.parametrize("name", EXPECTED)
+    def test_these_bytes_decode(self, name: str) -> None:
+        assert decode(topic_of(name), golden(name)) == EXPECTED[name]
+
+    def test_every_version_of_every_fact_has_its_files(self) -> None:
+        needed = {
+            f"{topic}.v{version}{ending}"
+            for topic, fact in FACTS.items()
+            for version in range(1, current_version(fact) + 1)
+            for ending in ("", ".nulls")
+        }
+        assert {path.name.removesuffix(".json") for path in GOLDEN.iterdir()} == needed
+        assert set(EXPECTED) == needed
+
+    def test_every_older_version_has_an_upcaster(self) -> None:
+        needed = {
+            (topic, version)
+            for topic, fact in FACTS.items()
+            for version in range(1, current_version(fact))
+        }
+        assert set(UPCASTERS) == needed
+
+    @pytest.mark.parametrize("name", EXPECTED)
+    def test_the_bytes_state_their_version(self, name: str) -> None:
+        assert f".v{json.loads(golden(name))['schema_version']}" in name
+
+    @pytest.mark.parametrize("name", EXPECTED)
+    def test_the_nulls_are_there_and_only_there(self, name: str) -> None:
+        assert (None in json.loads(golden(name)).values()) is name.endswith(".nulls")
+
+
+def test_topics_are_pinned() -> None:
+    """A topic is stored with every event: renaming one would orphan history."""
+    assert [(topic, fact.TOPIC, fact.__name__) for topic, fact in FACTS.items()] == [
+        ("PaymentInitiated", "PaymentInitiated", "PaymentInitiated"),
+        ("PaymentCharged", "PaymentCharged", "PaymentCharged"),
+        ("PaymentFailed", "PaymentFailed", "PaymentFailed"),
+    ]
+
+
+def test_the_library_finds_its_own_names() -> None:
+    assert CHARGED.originator_id == CHARGED.payment_id
+    assert CHARGED.originator_version == CHARGED.version
+
+
+def test_facts_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        CHARGED.amount_cents = 1  # type: ignore[misc]
+
+
+def altered(name: str, **fields: Any) -> bytes:
+    return json.dumps(json.loads(golden(name)) | fields).encode()
+
+
+def without(name: str, field: str) -> bytes:
+    fields = json.loads(golden(name))
+    del fields[field]
+    return json.dumps(fields).encode()
+
+
+def refusal(topic: str, state: bytes) -> str:
+    """The message, which must hold no field value; nor may the error behind it."""
+    with pytest.raises(UndecodableEvent) as caught:
+        decode(topic, state)
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert CANARY not in str(error)
+        assert "7391" not in str(error)
+        error = error.__cause__
+    return str(caught.value)
+
+
+class TestUndecodable:
+    @pytest.mark.parametrize(
+        "topic", ["", "paymentcharged", "payments.events.facts:PaymentCharged"]
+    )
+    def test_an_unknown_topic(self, topic: str) -> None:
+        assert "unknown topic" in refusal(topic, altered("PaymentCharged.v1", client=CANARY))
+
+    @pytest.mark.parametrize("topic", FACTS)
+    @pytest.mark.parametrize(
+        "state",
+        [
+            b"",
+            b"null",
+            b"[]",
+            b"7391",
+            f'"{CANARY}"'.encode(),
+            b"{}",
+            f'{{"client": "{CANARY}"'.encode(),
+            f'{{"client": "{CANARY}",}}'.encode(),
+            f"\xef\xbb\xbf{CANARY}".encode(),
+            f'{{"client": "{CANARY}'.encode() + b'\xff"}',
+            f'{{"client": "{CANARY}'.encode() + b'\\ud800"}',
+            f'{{"client": "{CANARY}'.encode() + b'\x00"}',
+            b'{"schema_version": [7391]}',
+            b'{"schema_version": {"7391": 7391}}',
+            b'{"schema_version": 1e400}',
+            b"\x80\x04\x95",
+        ],
+    )
+    def test_no_fact_at_all(self, topic: str, state: bytes) -> None:
+        assert refusal(topic, state).startswith(f"{topic}: ")
+
+    @pytest.mark.parametrize("topic", FACTS)
+    @pytest.mark.parametrize("depth", [2_000, 100_000])
+    def test_deeply_nested_bytes(self, topic: str, depth: int) -> None:
+        refusal(topic, b"[" * depth)
+        refusal(topic, b'{"more": ' + b"[" * depth)
+
+    @pytest.mark.parametrize(
+        ("name", "field"),
+        [
+            (name, field)
+            for name in EXPECTED
+            if not name.endswith(".nulls")
+            for field in json.loads(golden(name))
+            if field not in ("schema_version", "request_id", "traceparent", "decline_code")
+        ],
+    )
+    def test_a_missing_field(self, name: str, field: str) -> None:
+        assert field in refusal(topic_of(name), without(name, field))
+
+    @pytest.mark.parametrize(
+        ("name", "field"),
+        [
+            (name, field)
+            for name in EXPECTED
+            if not name.endswith(".nulls")
+            for field in json.loads(golden(name))
+        ],
+    )
+    @pytest.mark.parametrize("value", [[CANARY], {CANARY: CANARY}, 7391.5, True])
+    def test_a_value_of_another_type(self, name: str, field: str, value: Any) -> None:
+        assert refusal(topic_of(name), altered(name, **{field: value}))
+
+    @pytest.mark.parametrize(
+        ("name", "field", "value"),
+        [
+            ("PaymentInitiated.v1", "payment_id", CANARY),
+            ("PaymentInitiated.v1", "occurred_at", CANARY),
+            ("PaymentInitiated.v1", "occurred_at", "7391-13-01T00:00:00Z"),
+            ("PaymentInitiated.v1", "amount_cents", CANARY),
+            ("PaymentInitiated.v1", "amount_cents", "1500"),
+            ("PaymentCharged.v1", "amount_cents", 1500.5),
+            ("PaymentCharged.v1", "version", CANARY),
+            ("PaymentCharged.v1", "provider_txn_id", None),
+            ("PaymentCharged.v1", "provider_txn_id", 7391),
+            ("PaymentCharged.v1", "client", None),
+            ("PaymentFailed.v1", "reason", CANARY),
+            ("PaymentFailed.v1", "reason", None),
+            ("PaymentFailed.v1", "decline_code", 7391),
+        ],
+    )
+    def test_a_wrong_value(self, name: str, field: str, value: Any) -> None:
+        assert field in refusal(topic_of(name), altered(name, **{field: value}))
+
+    @pytest.mark.parametrize(
+        "name", ["PaymentInitiated.v1", "PaymentCharged.v1", "PaymentFailed.v1"]
+    )
+    @pytest.mark.parametrize("version", [0, 2, -1, "1", None, CANARY, 10**40, [1], {"1": 1}])
+    def test_an_unknown_schema_version(self, name: str, version: Any) -> None:
+        refusal(topic_of(name), altered(name, schema_version=version))
+
+    def test_another_facts_bytes(self) -> None:
+        refusal("PaymentInitiated", golden("PaymentCharged.v1"))
+        refusal("PaymentFailed", golden("PaymentCharged.v1"))
+
+
+class TestTimes:
+    def test_they_are_utc_with_microseconds(self) -> None:
+        decoded = decode("PaymentCharged", golden("PaymentCharged.v1"))
+        assert decoded.occurred_at == datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
+        assert decoded.occurred_at.tzinfo is UTC
+        assert json.loads(golden("PaymentCharged.v1"))["occurred_at"] == (
+            "2026-01-02T03:04:05.000006Z"
+        )
+
+    @pytest.mark.parametrize("microsecond", [0, 1, 100_000, 999_999])
+    def test_no_microsecond_is_lost(self, microsecond: int) -> None:
+        fact = msgspec.structs.replace(
+            CHARGED, occurred_at=CHARGED.occurred_at.replace(microsecond=microsecond)
+        )
+        assert decode("PaymentCharged", encode(fact)) == fact
+
+    def test_an_offset_is_brought_to_utc(self) -> None:
+        state = altered("PaymentCharged.v1", occurred_at="2026-01-02T05:04:05.000006+02:00")
+        occurred_at = decode("PaymentCharged", state).occurred_at
+        assert occurred_at == CHARGED.occurred_at
+        assert occurred_at.utcoffset() == timedelta(0)
+
+    def test_a_time_without_zone_is_refused(self) -> None:
+        state = altered("PaymentCharged.v1", occurred_at="2026-01-02T03:04:05.000006")
+        assert "occurred_at" in refusal("PaymentCharged", state)
+
+
+class TestUpcasting:
+    """A fictitious fact on its third version; the first two are read through two steps."""
+
+    class ReceiptSent(Fact, frozen=True, kw_only=True):
+        TOPIC = "ReceiptSent"
+        schema_version: Literal[3] = 3
+
+        amount_cents: int
+        currency: str
+
+    NOW = ReceiptSent(**CAUSED, version=3, amount_cents=1550, currency="INR")
+
+    @pytest.fixture(autouse=True)
+    def receipt_sent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def decimals_to_cents(fields: dict[str, Any]) -> dict[str, Any]:
+            amount = fields.pop("amount")
+            return fields | {"schema_version": 2, "amount_cents": round(amount * 100)}
+
+        def add_currency(fields: dict[str, Any]) -> dict[str, Any]:
+            return fields | {"schema_version": 3, "currency": "INR"}
+
+        monkeypatch.setitem(facts.FACTS, "ReceiptSent", self.ReceiptSent)
+        monkeypatch.setitem(facts._decoders, "ReceiptSent", msgspec.json.Decoder(self.ReceiptSent))
+        monkeypatch.setitem(facts.UPCASTERS, ("ReceiptSent", 1), decimals_to_cents)
+        monkeypatch.setitem(facts.UPCASTERS, ("ReceiptSent", 2), add_currency)
+
+    def stored(self, version: int, **fields: Any) -> bytes:
+        shared = json.loads(msgspec.json.encode(CAUSED))
+        return json.dumps(shared | fields | {"version": 3, "schema_version": version}).encode()
+
+    @pytest.mark.parametrize(
+        ("version", "fields"),
+        [
+            (1, {"amount": 15.5}),
+            (2, {"amount_cents": 1550}),
+            (3, {"amount_cents": 1550, "currency": "INR"}),
+        ],
+    )
+    def test_every_version_is_read(self, version: int, fields: dict[str, Any]) -> None:
+        assert decode("ReceiptSent", self.stored(version, **fields)) == self.NOW
+
+    @pytest.mark.parametrize("version", [0, 4])
+    def test_other_versions_are_not(self, version: int) -> None:
+        refusal("ReceiptSent", self.stored(version, amount_cents=1550, currency="INR"))
+
+    @pytest.mark.parametrize("fields", [{}, {"amount": CANARY}, {"amount": [7391]}])
+    def test_an_upcaster_that_fails_makes_it_undecodable(self, fields: dict[str, Any]) -> None:
+        refusal("ReceiptSent", self.stored(1, **fields))
+
+    def test_what_is_still_wrong_afterwards_is_undecodable(self) -> None:
+        refusal("ReceiptSent", self.stored(2, amount_cents=CANARY))

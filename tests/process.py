@@ -1,0 +1,123 @@
+"""The real service in a process of its own, as an operator runs it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import psutil
+
+PAYMENTS = (sys.executable, "-m", "payments")
+START_TIMEOUT_S = 30
+
+
+def environment(**settings: object) -> dict[str, str]:
+    """This process's environment without any setting of the service, and the ones given."""
+    from payments.settings import VARIABLES
+
+    names = {variable.name for variable in VARIABLES}
+    inherited = {name: value for name, value in os.environ.items() if name not in names}
+    return inherited | {name: str(value) for name, value in settings.items()}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
+    """`payments ARGUMENTS` until it ends."""
+    return subprocess.run(
+        [*PAYMENTS, *arguments],
+        env=environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+class ServiceProcess:
+    """`payments serve` on a free port, in a process group of its own."""
+
+    def __init__(self, data_dir: Path, **settings: object) -> None:
+        self.data_dir = data_dir
+        self.port = int(str(settings.pop("PORT", free_port())))
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = data_dir / "service.log"
+        self._settings = {"PORT": self.port, "PAYMENTS_DATA_DIR": data_dir, **settings}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
+
+    def start(self) -> Self:
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*PAYMENTS, "serve"],
+                env=environment(**self._settings),
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self.is_healthy():
+            assert self._process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+        return self
+
+    def is_healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def kill(self) -> None:
+        """kill -9: nothing in the process gets to run again."""
+        self.process.kill()
+        self.process.wait(timeout=10)
+
+    def terminate(self, *, group: bool = False) -> int:
+        """SIGTERM; the exit code."""
+        if group:
+            os.killpg(self.process.pid, signal.SIGTERM)
+        else:
+            self.process.terminate()
+        return self.process.wait(timeout=15)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def charge(self, client: httpx.Client, key: str, **changed: Any) -> httpx.Response:
+        body = {"merchant_order_id": "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9", "amount_cents": 1500}
+        headers = {"Idempotency-Key": key}
+        return client.post(f"{self.url}/v1/charge", json=body | changed, headers=headers)
+
+
+def database_processes(data_dir: Path) -> list[psutil.Process]:
+    """Every process of the embedded server under this directory, its supervisor included."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = [*process.cmdline(), process.cwd()]
+        except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+            continue
+        if process.pid != os.getpid() and any(str(data_dir / "postgres") in word for word in words):
+            found.append(process)
+    return found

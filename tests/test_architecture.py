@@ -1,0 +1,165 @@
+"""Rules that hold the code in its shape. Files are parsed here, never imported."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SRC = ROOT / "src"
+LINES_MAX = 600
+
+# From the bottom to the top. A module imports from the lines below its own, and from its own entry.
+# The longest matching name counts: events.facts lies below payment, the rest of events above it.
+LAYERS = (
+    ("payments.money", "payments.errors", "payments.telemetry", "payments.embedded_postgres"),
+    ("payments.settings",),
+    ("payments.events.facts",),
+    ("payments.payment",),
+    ("payments.database",),
+    ("payments.migrations", "payments.events", "payments.gateways"),
+    ("payments.commands", "payments.queries", "payments.projections", "payments.callbacks"),
+    ("payments.service",),
+    ("payments.cli", "web"),
+)
+ENTRIES = {entry: level for level, entries in enumerate(LAYERS) for entry in entries}
+MAP = "payments"  # src/payments/__init__.py: a docstring and no code
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(SRC.rglob("*.py"))}
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that is imported anywhere in the file, in functions and for types as well."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield full if full in MODULES else base
+
+
+def entry_of(module: str) -> str:
+    found = [entry for entry in ENTRIES if module == entry or module.startswith(f"{entry}.")]
+    assert found, f"{module} stands in no layer"
+    return max(found, key=len)
+
+
+def own_imports(module: str) -> set[str]:
+    return {name for name in imports(MODULES[module]) if name.split(".")[0] in ("payments", "web")}
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert {"payments.payment", "payments.events.facts", "web.api"} <= set(MODULES)
+    assert own_imports("web.auth") == {"payments.errors", "payments.settings"}
+    assert "payments.embedded_postgres" in own_imports("payments.service")
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != MAP])
+def test_imports_point_one_way(module: str) -> None:
+    here = entry_of(module)
+    for imported in own_imports(module):
+        there = entry_of(imported)
+        assert there == here or ENTRIES[there] < ENTRIES[here], f"{module} imports {imported}"
+
+
+def test_the_layers_are_those_of_the_map() -> None:
+    """The order that src/payments/__init__.py states, from the top to the bottom."""
+    docstring = ast.get_docstring(parse(MODULES[MAP]))
+    assert docstring is not None
+    order = next(line for line in docstring.splitlines() if " > " in line)
+    stated = [re.findall(r"[a-z_.]+", part) for part in order.split(">")]
+    levels = [
+        [ENTRIES[name if name == "web" else f"payments.{name}"] for name in names]
+        for names in stated
+    ]
+    for upper, lower in pairwise(levels):
+        assert min(upper) > max(lower), order
+
+
+def test_the_map_holds_no_code() -> None:
+    (only,) = parse(MODULES[MAP]).body
+    assert isinstance(only, ast.Expr)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.split(".")[0] == "payments"])
+def test_payments_never_imports_web(module: str) -> None:
+    assert not {name for name in imports(MODULES[module]) if name.split(".")[0] == "web"}
+
+
+@pytest.mark.parametrize(
+    ("side", "other"),
+    [("payments.commands", "payments.queries"), ("payments.queries", "payments.commands")],
+)
+def test_commands_and_queries_never_import_each_other(side: str, other: str) -> None:
+    modules = [module for module in MODULES if module.startswith(f"{side}.")]
+    assert modules
+    for module in modules:
+        assert not [name for name in own_imports(module) if name.startswith(other)], module
+
+
+def importers_of(package: str) -> set[str]:
+    return {
+        module
+        for module, path in MODULES.items()
+        if package in {name.split(".")[0] for name in imports(path)}
+    }
+
+
+def test_the_http_client_is_imported_in_one_module() -> None:
+    assert len(importers_of("httpx")) <= 1
+    assert importers_of("httpx_aiohttp") <= importers_of("httpx")
+
+
+def test_the_embedded_servers_python_package_is_not_imported() -> None:
+    """Its get_server() leaves servers behind; only its binaries are used."""
+    assert importers_of("embedded_postgres") == set()
+
+
+def test_the_aggregate_knows_no_clock_and_no_io() -> None:
+    allowed = {
+        "collections",
+        "datetime",
+        "enum",
+        "hashlib",
+        "msgspec",
+        "payments",
+        "typing",
+        "uuid",
+    }
+    for module in ("payments.payment", "payments.events.facts", "payments.money"):
+        assert {name.split(".")[0] for name in imports(MODULES[module])} <= allowed
+        source = MODULES[module].read_text(encoding="utf-8")
+        assert not re.search(r"\b(now|utcnow|today|uuid1|uuid4)\(", source)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_is_too_long(module: str) -> None:
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= LINES_MAX
+
+
+def test_every_dependency_says_what_it_is_for() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    project = tomllib.loads(text)["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    for requirement in (requirement for group in groups for requirement in group):
+        lines = [line for line in text.splitlines() if f'"{requirement}",' in line]
+        assert lines, requirement
+        for line in lines:
+            assert re.search(r'", +# \w', line), f"no comment: {requirement}"
