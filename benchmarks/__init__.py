@@ -1,0 +1,9 @@
+"""How fast the service is, as ratios of runs that were interleaved in one call.
+
+python -m benchmarks            all parts, one table
+python -m benchmarks --json     the same as JSON, alone on stdout
+python -m benchmarks charge floor_post      some parts
+
+Every part runs for some seconds per round, the parts take turns, and there are several rounds; a
+ratio is the median of the rounds' ratios. Absolute figures depend on the machine and its mood.
+"""

@@ -1,8 +1,8 @@
 """Errors as application/problem+json (RFC 9457).
 
-`type` is urn:payments:problem:CODE, `code` is stable, `detail` names the fix, and `errors` lists the fields
-of a body that are wrong. No SQL, stack or secret gets into one: only PaymentsError carries words
-to the outside.
+`type` is urn:payments:problem:CODE, `code` is stable, `detail` names the fix, and `errors` lists
+the fields of a body that are wrong. No SQL, stack or secret gets into one: only PaymentsError
+carries words to the outside.
 """
 
 from http import HTTPStatus
@@ -42,7 +42,8 @@ def problem(
 ) -> bytes:
     """The body of a problem answer."""
     fields = [{"field": field, "message": message} for field, message in errors]
-    return msgspec.json.encode(Problem(f"urn:payments:problem:{code}", title, status, detail, code, fields))
+    uri = f"urn:payments:problem:{code}"
+    return msgspec.json.encode(Problem(uri, title, status, detail, code, fields))
 
 
 def refused(error: PaymentsError) -> tuple[int, bytes, dict[str, str]]:

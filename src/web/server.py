@@ -7,6 +7,7 @@ it within STOP_S, since container runtimes kill after 10 s.
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import time
@@ -53,13 +54,15 @@ def run(
     settings: Settings, address: DatabaseAddress, gateway: Gateway, listener: socket.socket
 ) -> None:
     """Serves until SIGTERM or SIGINT."""
-    uvloop.run(_serve(settings, address, gateway, listener))
+
+    async def main() -> None:
+        await serve(Service(settings, address, gateway=gateway), listener)
+
+    uvloop.run(main())
 
 
-async def _serve(
-    settings: Settings, address: DatabaseAddress, gateway: Gateway, listener: socket.socket
-) -> None:
-    service = Service(settings, address, gateway=gateway)
+async def serve(service: Service, listener: socket.socket) -> None:
+    """Starts the service, answers requests, and stops everything in order."""
     await service.start()
     server = _Server(
         uvicorn.Config(
@@ -71,12 +74,13 @@ async def _serve(
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(REQUESTS_STOP_S),
         )
     )
-    stop_by = time.monotonic()
+    stop_by = time.monotonic() + STOP_S
 
     def stop() -> None:
         nonlocal stop_by
@@ -88,6 +92,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop)
+    _tame_garbage_collection()
     host, port = listener.getsockname()[:2]
     logger.bind(host=host, port=port).info("listening")
     try:
@@ -95,3 +100,14 @@ async def _serve(
     finally:
         await service.stop(max(1.0, stop_by - time.monotonic() - 0.5))
     logger.info("stopped")
+
+
+def _tame_garbage_collection() -> None:
+    """Takes what lives as long as the process out of the collector's sight.
+
+    Otherwise every full collection walks all modules and their code: about 30 ms in which nothing
+    is answered, several times a second under load.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)

@@ -1,7 +1,7 @@
 """What is stored decodes for ever, and what cannot be decoded says so without its values."""
 
 import json
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 from uuid import UUID
@@ -275,14 +275,11 @@ class TestTimes:
         )
         assert decode("PaymentCharged", encode(fact)) == fact
 
-    def test_an_offset_is_brought_to_utc(self) -> None:
-        state = altered("PaymentCharged.v1", occurred_at="2026-01-02T05:04:05.000006+02:00")
-        occurred_at = decode("PaymentCharged", state).occurred_at
-        assert occurred_at == CHARGED.occurred_at
-        assert occurred_at.utcoffset() == timedelta(0)
-
-    def test_a_time_without_zone_is_refused(self) -> None:
-        state = altered("PaymentCharged.v1", occurred_at="2026-01-02T03:04:05.000006")
+    @pytest.mark.parametrize(
+        "occurred_at", ["2026-01-02T05:04:05.000006+02:00", "2026-01-02T03:04:05.000006"]
+    )
+    def test_any_other_zone_or_none_is_refused(self, occurred_at: str) -> None:
+        state = altered("PaymentCharged.v1", occurred_at=occurred_at)
         assert "occurred_at" in refusal("PaymentCharged", state)
 
 

@@ -1,0 +1,228 @@
+"""What is measured, one class per part. A part is entered once and run once per round."""
+
+import asyncio
+import re
+import subprocess
+import tempfile
+import time
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import ClassVar, Self
+
+import msgspec
+import psycopg
+import uvloop
+
+from benchmarks.load import Figures, Load
+from benchmarks.process import ServerProcess
+from payments import embedded_postgres
+from payments.commands.charge import ChargePayment
+from payments.database import Database, DatabaseAddress, create_database_if_missing
+from payments.events.appender import Appender
+from payments.events.store import to_stored_event
+from payments.migrations import migrate
+from payments.payment import Cause, ChargeRequest, initiate
+from payments.telemetry import Telemetry
+
+CONNECTIONS = 32
+
+
+class Part:
+    """Something that is measured on a database of its own."""
+
+    name: ClassVar[str]
+
+    def __init__(self, server: DatabaseAddress) -> None:
+        self.address = msgspec.structs.replace(server, dbname=f"bench_{self.name}")
+
+    def __enter__(self) -> Self:
+        create_database_if_missing(self.address)
+        self.prepare()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def prepare(self) -> None:
+        migrate(self.address)
+
+    def run(self, seconds: float) -> Figures:
+        raise NotImplementedError
+
+    def remarks(self) -> list[str]:
+        """What the reader of the figures should know; looked at after the last round."""
+        return []
+
+    def count(self, query: str) -> int:
+        with psycopg.connect(self.address.conninfo("benchmarks")) as connection:
+            row = connection.execute(query.encode()).fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+class HttpPart(Part):
+    """A server in a process of its own, and a load of charges with unique keys."""
+
+    connections: ClassVar[int] = CONNECTIONS
+    settings: ClassVar[dict[str, str]] = {}
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.answered = self.refused = self.runs = 0
+        self._server = ServerProcess(self.name, self.address, self.settings)
+        self._server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop()
+
+    def run(self, seconds: float) -> Figures:
+        figures = Load(self._server.port, self.connections).run(seconds)
+        self.answered += figures.answers
+        self.refused += figures.errors
+        self.runs += 1
+        return figures
+
+
+class FloorPost(HttpPart):
+    """The same application, route, validation and middleware, and no database behind it."""
+
+    name = "floor_post"
+
+
+class Charge(HttpPart):
+    """POST /v1/charge as it is: two durable appends and a provider call each."""
+
+    name = "charge"
+
+    def remarks(self) -> list[str]:
+        stored = self.count("SELECT count(*) FROM payment_events WHERE topic = 'PaymentCharged'")
+        # The load ends in the middle of requests: some are stored and no longer answered.
+        most = self.answered + self.connections * self.runs
+        assert self.answered <= stored <= most, (self.answered, stored)
+        return [
+            f"{self.answered:,} charges answered 2xx, {stored:,} stored as PaymentCharged, "
+            f"{self.refused:,} refused"
+        ]
+
+
+class ChargeSlowProvider(Charge):
+    """1,000 connections while the provider takes 500 ms: at best 2,000 per second."""
+
+    name = "charge_slow_provider"
+    connections = 1000
+    settings: ClassVar[dict[str, str]] = {"SIMULATED_FAULTS": "delay=0.5"}
+
+
+class Library(HttpPart):
+    """The eventsourcing library's own Application in threads behind the same route."""
+
+    name = "library"
+
+    def prepare(self) -> None:
+        pass  # it makes its own tables
+
+    def remarks(self) -> list[str]:
+        stored = self.count("SELECT count(*) FROM librarypayments_events")
+        return [f"{self.answered:,} charges answered, {stored:,} events stored"]
+
+
+class Append(Part):
+    """The event store alone: one event per append, 32 callers."""
+
+    name = "append"
+
+    def run(self, seconds: float) -> Figures:
+        return uvloop.run(self._run(seconds))
+
+    async def _run(self, seconds: float) -> Figures:
+        database = Database(self.address, 1)
+        appender = Appender(database.connect, Telemetry(), intent_queue_max=1)
+        appender.start()
+        cause = Cause(uuid.uuid4(), _now(), "default", "benchmark")
+        latencies: list[float] = []
+        started = time.perf_counter()
+
+        async def caller() -> None:
+            while (began := time.perf_counter()) - started < seconds:
+                request = ChargeRequest(str(uuid.uuid4()), uuid.uuid4(), 1500, "INR", "default")
+                command = ChargePayment(request)
+                await appender.append([to_stored_event(initiate(command.request, "x", cause))])
+                latencies.append(time.perf_counter() - began)
+
+        await asyncio.gather(*(caller() for _ in range(CONNECTIONS)))
+        took = time.perf_counter() - started
+        await appender.stop(5)
+        return Figures.of(latencies, took)
+
+
+class PgCommit(Part):
+    """pgbench with 32 clients: what Postgres commits when every charge is one transaction."""
+
+    name = "pg_commit"
+
+    SCHEMA = """
+        CREATE TABLE events (
+            id bigserial UNIQUE, stream uuid, version bigint, topic text, state bytea,
+            recorded_at timestamptz, PRIMARY KEY (stream, version));
+        CREATE TABLE payments (
+            id uuid PRIMARY KEY, merchant_order_id uuid, idempotency_key text UNIQUE,
+            amount_cents int, currency text, status text, provider_txn_id text,
+            created_at timestamp DEFAULT now(), updated_at timestamp DEFAULT now());
+    """
+    # A line per statement, as pgbench wants it.
+    SCRIPT = (
+        "BEGIN;",
+        "INSERT INTO events (stream, version, topic, state, recorded_at) VALUES"
+        " (gen_random_uuid(), 1, 'PaymentCharged', decode(repeat('61', 400), 'hex'), now());",
+        "INSERT INTO payments (id, merchant_order_id, idempotency_key, amount_cents, currency,"
+        " status) VALUES (gen_random_uuid(), gen_random_uuid(), gen_random_uuid()::text, 1500,"
+        " 'INR', 'SUCCESS');",
+        "COMMIT;",
+    )
+
+    def prepare(self) -> None:
+        with psycopg.connect(self.address.conninfo("benchmarks")) as connection:
+            connection.execute(self.SCHEMA)
+
+    def run(self, seconds: float) -> Figures:
+        with tempfile.TemporaryDirectory() as directory:
+            script = Path(directory) / "charge.sql"
+            script.write_text("\n".join(self.SCRIPT))
+            done = subprocess.run(
+                [
+                    str(embedded_postgres.binary("pgbench")),
+                    *("--no-vacuum", "--protocol=prepared", f"--file={script}"),
+                    *(f"--client={CONNECTIONS}", "--jobs=2"),
+                    *(f"--time={max(1, round(seconds))}", "--log", f"--log-prefix={directory}/log"),
+                    *("-h", self.address.host, "-p", str(self.address.port)),
+                    *("-U", self.address.user, self.address.dbname),
+                ],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=seconds + 60,
+            )
+            # client, transaction number, microseconds, …
+            latencies = [
+                int(line.split()[2]) / 1e6
+                for log in Path(directory).glob("log*")
+                for line in log.read_text().splitlines()
+            ]
+        match = re.search(r"tps = ([0-9.]+)", done.stdout)
+        assert match, done.stdout
+        return Figures.of(latencies, len(latencies) / float(match[1]))
+
+    def remarks(self) -> list[str]:
+        rows = self.count("SELECT count(*) FROM payments")
+        return [f"{rows:,} transactions, each: {' '.join(self.SCRIPT)}"]
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+PARTS: dict[str, type[Part]] = {
+    part.name: part for part in (FloorPost, Charge, Append, PgCommit, Library, ChargeSlowProvider)
+}

@@ -1,0 +1,169 @@
+"""The servers under test, each in a process of its own: `python -m benchmarks.process KIND …`."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import msgspec
+import uvloop
+from eventsourcing.application import Application
+from eventsourcing.domain import Aggregate, event
+
+from payments.commands.charge import Charged, ChargePayment
+from payments.database import DatabaseAddress
+from payments.payment import Payment, Status, fingerprint, payment_id_for
+from payments.service import Service, build_gateway
+from payments.settings import Settings, read_settings
+from payments.telemetry import Telemetry, set_up_logs
+from web import server
+
+
+class ServerProcess:
+    def __init__(self, kind: str, address: DatabaseAddress, settings: dict[str, str]) -> None:
+        self._kind = kind
+        self._address = address
+        self._settings = settings
+        self._data_dir = tempfile.TemporaryDirectory(prefix="payments-benchmark-")
+
+    def start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        environment = os.environ | self._settings
+        environment |= {"PORT": str(self.port), "PAYMENTS_DATA_DIR": self._data_dir.name}
+        target = msgspec.json.encode(self._address).decode()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.process", self._kind, target], env=environment
+        )
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{self.port}/health/live")
+            except httpx.TransportError:
+                assert self._process.poll() is None, f"{self._kind} did not start"
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            else:
+                return
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=15)
+        self._data_dir.cleanup()
+
+
+class _WithoutStore(Service):
+    """The part of a Service that the route of a charge needs."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.telemetry = Telemetry()
+        self.charging = self  # type: ignore[assignment]
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self, timeout_s: float) -> None:
+        pass
+
+    async def charge(self, command: ChargePayment) -> Charged:
+        return Charged(captured(command))
+
+
+def captured(command: ChargePayment) -> Payment:
+    """The payment of a captured charge, made the cheapest way."""
+    request, now = command.request, datetime.now(UTC)
+    payment_id = payment_id_for(request.idempotency_key)
+    return Payment(
+        id=payment_id,
+        version=2,
+        merchant_order_id=request.merchant_order_id,
+        idempotency_key=request.idempotency_key,
+        fingerprint=fingerprint(request),
+        client=request.client,
+        amount_cents=request.amount_cents,
+        currency=request.currency,
+        gateway="none",
+        status=Status.SUCCESS,
+        provider_txn_id=f"sim_{payment_id.hex}",
+        created_at=now,
+        updated_at=now,
+    )
+
+
+class LibraryPayment(Aggregate):
+    @event("Initiated")
+    def __init__(self, merchant_order_id: uuid.UUID, amount_cents: int, currency: str) -> None:
+        self.merchant_order_id = merchant_order_id
+        self.amount_cents = amount_cents
+        self.currency = currency
+        self.provider_txn_id = ""
+
+    @event("Charged")
+    def charged(self, provider_txn_id: str) -> None:
+        self.provider_txn_id = provider_txn_id
+
+
+class LibraryPayments(Application[uuid.UUID]):
+    """Two durable saves per charge, as the service does, the way the library's documents show."""
+
+    def charge(self, command: ChargePayment) -> Charged:
+        request = command.request
+        payment = LibraryPayment(request.merchant_order_id, request.amount_cents, request.currency)
+        self.save(payment)
+        payment.charged(f"sim_{payment.id.hex}")
+        self.save(payment)
+        return Charged(captured(command))
+
+
+class _Library(_WithoutStore):
+    def __init__(self, settings: Settings, address: DatabaseAddress) -> None:
+        super().__init__(settings)
+        self._application = LibraryPayments(
+            env={
+                "PERSISTENCE_MODULE": "eventsourcing.postgres",
+                "POSTGRES_HOST": address.host,
+                "POSTGRES_PORT": str(address.port),
+                "POSTGRES_USER": address.user,
+                "POSTGRES_PASSWORD": "",
+                "POSTGRES_DBNAME": address.dbname,
+            }
+        )
+        self._threads = ThreadPoolExecutor(32)
+
+    async def charge(self, command: ChargePayment) -> Charged:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._application.charge, command)
+
+
+def build(kind: str, settings: Settings, address: DatabaseAddress) -> Any:
+    if kind == "floor_post":
+        return _WithoutStore(settings)
+    if kind == "library":
+        return _Library(settings, address)
+    return Service(settings, address, gateway=build_gateway(settings))
+
+
+def main(kind: str, target: str) -> None:
+    settings = read_settings(os.environ)
+    set_up_logs(settings.log_format, "WARNING")  # type: ignore[arg-type]
+    listener = server.bind(settings)
+
+    async def run() -> None:
+        address = msgspec.json.decode(target, type=DatabaseAddress)
+        await server.serve(build(kind, settings, address), listener)
+
+    uvloop.run(run())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
