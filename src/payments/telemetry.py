@@ -22,11 +22,17 @@ if TYPE_CHECKING:
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 7.5)
 
 CHARGE_OUTCOMES = ("success", "failed", "pending", "replayed", "refused", "unavailable")
+GATEWAY_OPERATIONS = ("charge", "find_charge")
 GATEWAY_OUTCOMES = ("approved", "declined", "not_found", "unknown", "never_sent", "mismatch")
+APPEND_FAILURES = ("retried", "refused")
 
 
 class Telemetry:
-    """The metrics of one service, in a registry of their own."""
+    """The metrics of one service, in a registry of their own.
+
+    A metric with fixed label values is a dict from these to its children: all series exist from
+    the first scrape, and counting looks nothing up.
+    """
 
     content_type = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -45,22 +51,31 @@ class Telemetry:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.charges = Counter(
+        charges = Counter(
             "payments_charges", "Charge requests by their answer", ["outcome"], registry=registry
         )
-        self.gateway_calls = Counter(
+        self.charges = {outcome: charges.labels(outcome) for outcome in CHARGE_OUTCOMES}
+        gateway_calls = Counter(
             "payments_gateway_calls",
             "Calls of the payment provider by what came of them",
             ["operation", "outcome"],
             registry=registry,
         )
-        self.gateway_seconds = Histogram(
+        self.gateway_calls = {
+            (operation, outcome): gateway_calls.labels(operation, outcome)
+            for operation in GATEWAY_OPERATIONS
+            for outcome in GATEWAY_OUTCOMES
+        }
+        gateway_seconds = Histogram(
             "payments_gateway_call_duration_seconds",
-            "Duration of provider calls",
+            "Duration of answered provider calls",
             ["operation"],
             buckets=_SECONDS,
             registry=registry,
         )
+        self.gateway_seconds = {
+            operation: gateway_seconds.labels(operation) for operation in GATEWAY_OPERATIONS
+        }
         self.append_batch_size = Histogram(
             "payments_append_batch_size",
             "Appends written together in one transaction",
@@ -73,23 +88,16 @@ class Telemetry:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.append_failures = Counter(
+        append_failures = Counter(
             "payments_append_failures",
             "Batches that had to be sent again, or single appends that were refused",
             ["kind"],
             registry=registry,
         )
+        self.append_failures = {kind: append_failures.labels(kind) for kind in APPEND_FAILURES}
         self.append_backlog = Gauge(
             "payments_append_backlog", "Appends that wait for the event store", registry=registry
         )
-        for outcome in CHARGE_OUTCOMES:
-            self.charges.labels(outcome)
-        for operation in ("charge", "find_charge"):
-            self.gateway_seconds.labels(operation)
-            for outcome in GATEWAY_OUTCOMES:
-                self.gateway_calls.labels(operation, outcome)
-        for kind in ("retried", "refused"):
-            self.append_failures.labels(kind)
         self._add_process_gauges(psutil.Process())
 
     def _add_process_gauges(self, process: psutil.Process) -> None:

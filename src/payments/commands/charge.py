@@ -39,7 +39,6 @@ from payments.payment import (
     Status,
     differing_fields,
     evolve,
-    fingerprint,
     initiate,
     payment_id_for,
     record_outcome,
@@ -50,6 +49,8 @@ from payments.telemetry import Telemetry
 # How long an answer waits for its outcome to be stored, after which it is PENDING: design, "with
 # Postgres down or frozen each request is answered in under 3 s".
 OUTCOME_STORE_PATIENCE_S = 2.0
+# How often it is looked whether a request's time is up.
+WATCH_S = 0.05
 # How often a request looks whether another process has finished its run.
 OTHER_RUN_POLL_S = 0.1
 
@@ -73,12 +74,14 @@ class Charged(msgspec.Struct, frozen=True):
 
 
 class _Run:
-    """A charge under way in this process; `answer` is what everyone who waits for it is told."""
+    """A charge under way in this process, and everyone who waits for its answer."""
 
     def __init__(self, command: ChargePayment, deadline_s: float) -> None:
         self.command = command
         self.deadline = time.monotonic() + deadline_s
-        self.answer: asyncio.Future[Charged] = asyncio.get_running_loop().create_future()
+        # When whoever waits gets an answer in any case; moves on with the steps of the run.
+        self.answer_by = self.deadline
+        self.answer: Charged | Exception | None = None
         # The payment as it is stored, once the intent is.
         self.payment: Payment | None = None
         # The provider may have been asked, by this run or by an earlier one with the same key.
@@ -86,6 +89,45 @@ class _Run:
         # The intent was stored by an earlier request, this long ago.
         self.replayed = False
         self.age_s = 0.0
+        self._waiters: list[asyncio.Future[Charged]] = []
+
+    async def wait(self) -> Charged:
+        """The answer. Each request waits on a future of its own, so one that goes away takes
+        nobody with it."""
+        waiter: asyncio.Future[Charged] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._tell()
+        return await waiter
+
+    def finish(self, payment: Payment) -> None:
+        if self.answer is None:
+            self.answer = Charged(payment, self.replayed)
+            self._tell()
+
+    def fail(self, error: Exception) -> None:
+        """Tells waiting requests of an error, or PENDING if the provider may have been asked."""
+        if self.asked and self.payment is not None:
+            self.finish(self.payment)
+        elif self.answer is None:
+            self.answer = error
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.answer is None:
+            return
+        for waiter in self._waiters:
+            if waiter.done():
+                continue
+            if isinstance(self.answer, Exception):
+                waiter.set_exception(self.answer)
+            else:
+                waiter.set_result(self.answer)
+        self._waiters.clear()
+
+    def may_ask(self) -> bool:
+        """Looked at immediately before each provider call: a process that was frozen must not send
+        late, and nothing may be sent for a request that was told 503."""
+        return self.answer is None and time.monotonic() < self.deadline
 
     def cause(self) -> Cause:
         return Cause(
@@ -96,26 +138,9 @@ class _Run:
             traceparent=self.command.traceparent,
         )
 
-    def may_ask(self) -> bool:
-        """Looked at immediately before each provider call: a process that was frozen must not send
-        late, and nothing may be sent for a request that was told 503."""
-        return not self.answer.done() and time.monotonic() < self.deadline
-
     def log(self) -> Any:
         payment_id = payment_id_for(self.command.request.idempotency_key)
         return logger.bind(payment_id=payment_id, request_id=self.command.request_id)
-
-    def finish(self, payment: Payment) -> None:
-        if not self.answer.done():
-            self.answer.set_result(Charged(payment, self.replayed))
-
-    def fail(self, error: Exception) -> None:
-        """Tells waiting requests of an error, or PENDING if the provider may have been asked."""
-        if self.asked and self.payment is not None:
-            self.finish(self.payment)
-        elif not self.answer.done():
-            self.answer.set_exception(error)
-            self.answer.exception()  # marks it as seen: its requests may have gone away
 
 
 class Charging:
@@ -136,32 +161,32 @@ class Charging:
         self._deadline_s = settings.charge_deadline_s
         self._gateway_timeout_s = settings.gateway_timeout_s
         self._gateway_slots = asyncio.Semaphore(settings.gateway_concurrency_max)
-        # By key and content: another request with the same key is another run, and the store's
+        # By the whole request: another request with the same key is another run, and the store's
         # version check decides between them.
-        self._runs: dict[tuple[str, str], _Run] = {}
+        self._runs: dict[ChargeRequest, _Run] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.TimerHandle | None = None
 
     async def charge(self, command: ChargePayment) -> Charged:
         """Charges, or joins or repeats the charge that this key already began.
 
         Raises IdempotencyKeyReused, or Unavailable if the provider was surely not asked.
         """
-        name = (command.request.idempotency_key, fingerprint(command.request))
-        run = self._runs.get(name)
+        run = self._runs.get(command.request)
         joined = run is not None
         if run is None:
-            run = self._start(name, command)
+            run = self._start(command)
         try:
-            charged = await asyncio.shield(run.answer)
+            charged = await run.wait()
         except PaymentsError as error:
             refused = isinstance(error, IdempotencyKeyReused)
-            self._telemetry.charges.labels("refused" if refused else "unavailable").inc()
+            self._telemetry.charges["refused" if refused else "unavailable"].inc()
             raise
         if joined and not charged.replayed:
             charged = Charged(charged.payment, replayed=True)
         pending = charged.payment.status is Status.PENDING
         outcome = "replayed" if charged.replayed and not pending else charged.payment.status.lower()
-        self._telemetry.charges.labels(outcome).inc()
+        self._telemetry.charges[outcome].inc()
         return charged
 
     async def drain(self, timeout_s: float) -> None:
@@ -174,22 +199,23 @@ class Charging:
             logger.bind(charges=len(self._tasks)).warning("stopping with unfinished charges")
             await asyncio.wait(self._tasks)
 
-    def _start(self, name: tuple[str, str], command: ChargePayment) -> _Run:
-        run = _Run(command, self._deadline_s)
-        self._runs[name] = run
+    def _start(self, command: ChargePayment) -> _Run:
+        run = self._runs[command.request] = _Run(command, self._deadline_s)
         task = asyncio.create_task(self._run(run), name="charge")
         self._tasks.add(task)
-        expiry = asyncio.get_running_loop().call_later(
-            self._deadline_s, run.fail, TooBusy("The charge did not get its turn in time.")
-        )
-
-        def ended(task: asyncio.Task[None]) -> None:
-            expiry.cancel()
-            self._tasks.discard(task)
-            del self._runs[name]
-
-        task.add_done_callback(ended)
+        task.add_done_callback(self._tasks.discard)
+        if self._watching is None:
+            self._watch()
         return run
+
+    def _watch(self) -> None:
+        """Answers the requests whose time is up; one timer for all runs."""
+        now = time.monotonic()
+        for run in self._runs.values():
+            if now >= run.answer_by:
+                run.fail(TooBusy("The charge did not get its turn in time."))
+        loop = asyncio.get_running_loop()
+        self._watching = loop.call_later(WATCH_S, self._watch) if self._runs else None
 
     async def _run(self, run: _Run) -> None:
         try:
@@ -199,7 +225,7 @@ class Charging:
         except (PaymentsError, OutcomeUnknown) as error:
             run.fail(error)
         except OutcomeMismatch as error:
-            self._telemetry.gateway_calls.labels("charge", "mismatch").inc()
+            self._telemetry.gateway_calls["charge", "mismatch"].inc()
             run.log().bind(reason=str(error)).critical("the provider's answer does not fit")
             run.fail(error)
         except asyncio.CancelledError:
@@ -208,6 +234,8 @@ class Charging:
         except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
             run.log().exception("charge failed")
             run.fail(error)
+        finally:
+            del self._runs[run.command.request]
 
     async def _begin(self, run: _Run) -> Payment | None:
         """Makes the intent durable; the payment to charge, None if there is nothing left to do."""
@@ -281,33 +309,29 @@ class Charging:
         run.asked = True
         outcome = "unknown"
         try:
-            with self._telemetry.gateway_seconds.labels(operation).time():
-                answer = await call(timeout_s)
+            started = time.perf_counter()
+            answer = await call(timeout_s)
+            self._telemetry.gateway_seconds[operation].observe(time.perf_counter() - started)
             outcome = _OUTCOME_LABELS[type(answer)]
         except NeverSent as error:
             outcome = "never_sent"
             run.asked = run.replayed
             raise GatewayUnavailable("The payment provider cannot be reached.") from error
         finally:
-            self._telemetry.gateway_calls.labels(operation, outcome).inc()
+            self._telemetry.gateway_calls[operation, outcome].inc()
         return answer
 
     async def _record(self, run: _Run, payment: Payment, outcome: Approved | Declined) -> None:
         """Appends the outcome, however long that takes; the requests wait only a while for it."""
-        patience = asyncio.get_running_loop().call_later(
-            OUTCOME_STORE_PATIENCE_S, run.finish, payment
-        )
-        try:
-            while fact := record_outcome(payment, outcome, run.cause()):
-                try:
-                    await self._appender.append([to_stored_event(fact)])
-                except StreamConflict:
-                    payment = await self._reload(payment)
-                else:
-                    payment = evolve(payment, fact)
-                    break
-        finally:
-            patience.cancel()
+        run.answer_by = time.monotonic() + OUTCOME_STORE_PATIENCE_S
+        while fact := record_outcome(payment, outcome, run.cause()):
+            try:
+                await self._appender.append([to_stored_event(fact)])
+            except StreamConflict:
+                payment = await self._reload(payment)
+            else:
+                payment = evolve(payment, fact)
+                break
         run.finish(payment)
 
     async def _reload(self, payment: Payment) -> Payment:

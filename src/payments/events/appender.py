@@ -6,6 +6,7 @@ does with a batch.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from payments.telemetry import Telemetry
 BATCH_MAX = 256  # appends; at this size the cost per event has long stopped falling
 BATCH_TIMEOUT_S = 1.5  # a round trip takes milliseconds; then the connection is given up
 INTENT_TIMEOUT_S = 2.0  # how long an intent waits for the store, see design "request in < 3 s"
+EXPIRY_S = 0.05  # how often it is looked whether an intent has waited too long
+NEVER = float("inf")
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.02, 0.5
 
 
@@ -36,21 +39,19 @@ class AppendRefused(Exception):
 class _Append:
     """One caller's events and the future that tells it their fate."""
 
-    __slots__ = ("events", "future", "timer")
+    __slots__ = ("events", "expires_at", "future")
 
-    def __init__(self, events: Sequence[StoredEvent], future: "asyncio.Future[int]") -> None:
+    def __init__(self, events: Sequence[StoredEvent], expires_at: float) -> None:
         self.events = events
-        self.future = future
-        self.timer: asyncio.TimerHandle | None = None
+        self.expires_at = expires_at  # by time.monotonic(); infinite unless it is an intent
+        self.future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     @property
     def given_up(self) -> bool:
         """An intent that nobody waits for any more: its request was refused, so drop it."""
-        return self.timer is not None and self.future.done()
+        return self.expires_at < NEVER and self.future.done()
 
     def resolve(self, result: int | Exception) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
         if self.future.done():  # the caller went away or stopped waiting; the events are stored
             return
         if isinstance(result, Exception):
@@ -80,6 +81,8 @@ class Appender:
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+        self._batch: list[_Append] = []  # what is being written
+        self._expiry: asyncio.TimerHandle | None = None
         telemetry.append_backlog.set_function(lambda: len(self._waiting))
 
     def start(self) -> None:
@@ -105,10 +108,7 @@ class Appender:
         """
         if len(self._waiting) >= self._intent_queue_max:
             raise TooBusy("Too many requests wait for the event store.")
-        append = self._submit([event])
-        loop = asyncio.get_running_loop()
-        append.timer = loop.call_later(INTENT_TIMEOUT_S, _give_up, append)
-        return append.future
+        return self._submit([event], time.monotonic() + INTENT_TIMEOUT_S)
 
     def append(self, events: Sequence[StoredEvent]) -> "asyncio.Future[int]":
         """Appends consecutive events of one stream; never refused, however many wait.
@@ -116,13 +116,27 @@ class Appender:
         The future's result is the position of the last event. It fails with StreamConflict or
         AppendRefused, and with nothing else while the service runs: through an outage it waits.
         """
-        return self._submit(events).future
+        return self._submit(events, NEVER)
 
-    def _submit(self, events: Sequence[StoredEvent]) -> _Append:
-        append = _Append(events, asyncio.get_running_loop().create_future())
+    def _submit(self, events: Sequence[StoredEvent], expires_at: float) -> "asyncio.Future[int]":
+        append = _Append(events, expires_at)
         self._waiting.append(append)
         self._wake.set()
-        return append
+        if self._expiry is None:
+            self._expire()
+        return append.future
+
+    def _expire(self) -> None:
+        """Tells the intents whose time is up; one timer for all of them."""
+        now = time.monotonic()
+        for append in (*self._batch, *self._waiting):
+            if now >= append.expires_at:
+                append.resolve(
+                    DatabaseUnavailable("The event store does not answer. Nothing was charged.")
+                )
+        pending = bool(self._batch or self._waiting)
+        loop = asyncio.get_running_loop()
+        self._expiry = loop.call_later(EXPIRY_S, self._expire) if pending else None
 
     async def _run(self) -> None:
         while True:
@@ -133,7 +147,9 @@ class Appender:
                 await self._wake.wait()
                 # Let the requests that woke in the same turn of the loop join this batch.
                 await asyncio.sleep(0)
-            await self._write(self._gather())
+            self._batch = self._gather()
+            await self._write(self._batch)
+            self._batch = []
 
     def _gather(self) -> list[_Append]:
         batch: list[_Append] = []
@@ -157,12 +173,12 @@ class Appender:
                 if _is_refusal(error):
                     await self._write_one_by_one(batch, error)
                     return
-                self._telemetry.append_failures.labels("retried").inc()
+                self._telemetry.append_failures["retried"].inc()
                 logger.bind(sqlstate=error.sqlstate, appends=len(batch)).warning(
                     "the event store does not answer, trying again"
                 )
             except Exception:  # noqa: BLE001 - this task must outlive any surprise
-                self._telemetry.append_failures.labels("retried").inc()
+                self._telemetry.append_failures["retried"].inc()
                 logger.exception("an append failed unexpectedly, trying again")
             else:
                 return
@@ -177,7 +193,7 @@ class Appender:
             for append in batch:
                 await self._write([append])
             return
-        self._telemetry.append_failures.labels("refused").inc()
+        self._telemetry.append_failures["refused"].inc()
         logger.bind(sqlstate=error.sqlstate, reason=error.diag.message_primary).error(
             "the event store refused an append"
         )
@@ -205,13 +221,6 @@ class Appender:
         if self._connection is not None:
             connection, self._connection = self._connection, None
             await connection.close()
-
-
-def _give_up(append: _Append) -> None:
-    if not append.future.done():
-        append.future.set_exception(
-            DatabaseUnavailable("The event store does not answer. Nothing was charged.")
-        )
 
 
 def _is_refusal(error: psycopg.Error) -> bool:

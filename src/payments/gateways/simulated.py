@@ -95,7 +95,8 @@ class SimulatedGateway:
         row = (charge.payment_id.bytes, charge.amount_cents, charge.currency, outcome)
 
         def decide(ledger: sqlite3.Connection) -> Any:
-            ledger.execute(_CHARGE, row)
+            if ledger.execute(_CHARGE, row).rowcount == 1:
+                return row[1:]
             return ledger.execute(_FIND, row[:1]).fetchone()
 
         decided = await self._ledger.run(decide)

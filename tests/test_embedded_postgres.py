@@ -1,0 +1,570 @@
+"""The embedded server starts, is shared, and goes away, however its users end.
+
+Runs as root and as an ordinary user; each sees a few tests skipped.
+"""
+
+import contextlib
+import fcntl
+import os
+import pwd
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psycopg
+import pytest
+
+from payments import embedded_postgres
+from payments.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, start
+
+CLEAN_STOP_S = 3
+STOP_AFTER_KILL_S = 6
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="needs an ordinary user")
+
+# Adds a row, then answers each line on its input with the number of rows; leaves at its end.
+USER = """
+import pathlib, signal, subprocess, sys, psycopg
+from payments.embedded_postgres import start
+server = start(pathlib.Path(sys.argv[1]))
+if "draining" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if "leaves-child" in sys.argv:
+    child = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
+    print(child.pid, flush=True)
+connection = psycopg.connect(
+    host=str(server.socket_dir), port=server.port, user=server.user, dbname="postgres",
+    autocommit=True,
+)
+connection.execute("SELECT pg_advisory_lock(1)")  # IF NOT EXISTS alone fails in a race
+connection.execute("CREATE TABLE IF NOT EXISTS payment (n int)")
+connection.execute("INSERT INTO payment VALUES (1)")
+connection.execute("SELECT pg_advisory_unlock(1)")
+while True:
+    print(connection.execute("SELECT count(*) FROM payment").fetchone()[0], flush=True)
+    if not sys.stdin.readline():
+        break
+connection.close()
+server.release()
+"""
+
+
+class User:
+    """Another process that uses the server."""
+
+    all: ClassVar[list["User"]] = []
+
+    def __init__(self, data_dir: Path, *modes: str, **how: Any) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", USER, str(data_dir), *modes],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            **how,
+        )
+        self.all.append(self)
+
+    def read(self) -> int:
+        assert self.process.stdout is not None
+        return int(self.process.stdout.readline())
+
+    def ask(self) -> int:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def leave(self) -> None:
+        self.process.communicate(timeout=10)
+        assert self.process.returncode == 0
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory that the server's user can get to; pytest's tmp_path is closed to it."""
+    monkeypatch.delenv("TMPDIR", raising=False)
+    room = Path(tempfile.mkdtemp(prefix="pg-test-", dir="/tmp"))
+    room.chmod(0o755)
+    yield room
+    while User.all:
+        User.all.pop().kill()
+    try:
+        wait_until(lambda: not processes(room), CLEAN_STOP_S)
+    finally:
+        for pid in processes(room):
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(room, ignore_errors=True)
+
+
+@pytest.fixture
+def data_dir(room: Path) -> Path:
+    return room / "data"
+
+
+def processes(data_dir: Path) -> list[int]:
+    """Every living process that works in `data_dir` or names it in its arguments."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    return [pid for pid in pids if pid != os.getpid() and str(data_dir) in about(pid)]
+
+
+def about(pid: int) -> str:
+    """The directory and the arguments of a process; neither if it is gone or only a zombie."""
+    try:
+        return (
+            str(Path(f"/proc/{pid}/cwd").readlink())
+            + "\0"
+            + Path(f"/proc/{pid}/cmdline").read_text()
+        )
+    except OSError:
+        return ""
+
+
+def postmaster(data_dir: Path) -> int:
+    return next(pid for pid in processes(data_dir) if "\0-D\0" in about(pid))
+
+
+def supervisor(data_dir: Path) -> int:
+    return next(pid for pid in processes(data_dir) if embedded_postgres.__file__ in about(pid))
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: has_ended(pid), 1)
+
+
+def has_ended(pid: int) -> bool:
+    """All its threads have: the last one takes its locks along."""
+    states = []
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            states.append(task.read_text().rpartition(")")[2].split()[0])
+    return set(states) <= {"Z"}
+
+
+def wait_until(done: Callable[[], object], within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while not done():
+        assert time.monotonic() < deadline, f"not within {within_s} s"
+        time.sleep(0.02)
+
+
+def assert_gone(data_dir: Path, within_s: float) -> None:
+    wait_until(lambda: not processes(data_dir), within_s)
+    assert not list((data_dir / "postgres").glob("socket-directory*"))
+
+
+def connect(server: EmbeddedPostgres) -> "psycopg.Connection[tuple[Any, ...]]":
+    return psycopg.connect(
+        host=str(server.socket_dir),
+        port=server.port,
+        user=server.user,
+        dbname="postgres",
+        autocommit=True,
+    )
+
+
+def show(server: EmbeddedPostgres, setting: str) -> str:
+    with connect(server) as connection:
+        row = connection.execute("SELECT current_setting(%s)", [setting]).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def assert_fails(data_dir: Path, *words: str, **how: Any) -> None:
+    with pytest.raises(EmbeddedPostgresError) as caught:
+        start(data_dir, **how).release()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    wait_until(lambda: not processes(data_dir), CLEAN_STOP_S)
+
+
+def test_starts_and_leaves_nothing_behind(data_dir: Path) -> None:
+    with start(data_dir) as server:
+        assert show(server, "server_version_num").startswith("18")
+        socket_dir = server.socket_dir
+        assert stat.S_IMODE(socket_dir.stat().st_mode) == 0o700
+        assert stat.S_IMODE((data_dir / "postgres" / "cluster").stat().st_mode) == 0o700
+    server.release()  # again: does nothing
+    assert_gone(data_dir, CLEAN_STOP_S)
+    assert not socket_dir.exists()
+    assert "database system is shut down" in (data_dir / "postgres" / "server.log").read_text()
+
+
+def test_is_durable_and_not_on_the_network(data_dir: Path) -> None:
+    with start(data_dir, options={"max_connections": "17", "listen_addresses": "*"}) as server:
+        for setting in ("fsync", "full_page_writes", "synchronous_commit", "data_checksums"):
+            assert show(server, setting) == "on"
+        assert show(server, "listen_addresses") == ""
+        assert show(server, "server_encoding") == "UTF8"
+        assert show(server, "max_connections") == "17"
+
+
+@pytest.mark.usefixtures("room")
+def test_client_programs_run() -> None:
+    for name in ("pgbench", "pg_dump"):
+        said = subprocess.run([embedded_postgres.binary(name), "--version"], capture_output=True)
+        assert b" 18." in said.stdout
+    with pytest.raises(EmbeddedPostgresError, match="no program pg_nonsense"):
+        embedded_postgres.binary("pg_nonsense")
+
+
+def test_every_committed_row_survives_twenty_kills_of_the_user(data_dir: Path) -> None:
+    for committed in range(1, 21):
+        user = User(data_dir)
+        assert user.read() == committed
+        user.kill()  # and at once the next start
+    assert_gone(data_dir, STOP_AFTER_KILL_S)
+
+
+def test_lives_until_its_last_user_leaves(data_dir: Path) -> None:
+    first, second = User(data_dir), User(data_dir)
+    assert {first.read(), second.read()} <= {1, 2}
+    before = postmaster(data_dir)
+    first.leave()
+    assert second.ask() == 2
+    assert postmaster(data_dir) == before
+    second.leave()
+    assert_gone(data_dir, CLEAN_STOP_S)
+
+
+def test_many_starts_at_once_make_one_server(data_dir: Path) -> None:
+    users = [User(data_dir) for _ in range(5)]
+    for user in users:
+        assert 1 <= user.read() <= 5
+    assert [user.ask() for user in users] == [5] * 5
+    assert len([pid for pid in processes(data_dir) if "\0-D\0" in about(pid)]) == 1
+    for user in users:
+        user.leave()
+    assert_gone(data_dir, CLEAN_STOP_S)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_to_the_group_of_a_draining_user(data_dir: Path, number: int) -> None:
+    before = User(data_dir, "draining", start_new_session=True)
+    user = User(data_dir, "draining", process_group=0)
+    user.read()
+    before.read()
+    before.leave()
+    server_pid = postmaster(data_dir)
+    for pid in (server_pid, supervisor(data_dir)):
+        assert os.getsid(pid) != os.getsid(user.process.pid)
+        assert os.getpgid(pid) != user.process.pid
+    os.killpg(user.process.pid, signal.SIGTERM)
+    os.kill(supervisor(data_dir), number)  # not even when it is meant
+    assert user.ask() == 2
+    assert postmaster(data_dir) == server_pid
+    user.leave()
+    assert_gone(data_dir, CLEAN_STOP_S)
+
+
+def test_user_whose_parent_ignored_and_blocked_signals(data_dir: Path) -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+
+    def be_deaf() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    user = User(data_dir, preexec_fn=be_deaf)
+    assert user.read() == 1
+    user.kill()
+    assert_gone(data_dir, STOP_AFTER_KILL_S)
+
+
+def test_no_lock_leaks_into_other_programs(data_dir: Path) -> None:
+    user = User(data_dir, "leaves-child")
+    child_pid = user.read()
+    user.read()
+    for pid in processes(data_dir / "postgres" / "cluster"):
+        if pid != supervisor(data_dir):
+            files = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+            assert files
+            assert not any(file.endswith(".lock") for file in files)
+    user.process.kill()
+    user.process.wait()
+    try:
+        assert_gone(data_dir, STOP_AFTER_KILL_S)
+    finally:
+        kill(child_pid)  # fails if it is gone, and then this test says nothing
+
+
+def test_killed_supervisor_takes_the_server_along(data_dir: Path) -> None:
+    with start(data_dir) as first:
+        kill(supervisor(data_dir))
+        with start(data_dir) as second:  # at once, while the old server stops
+            assert show(second, "fsync") == "on"
+        wait_until(lambda: not first.socket_dir.exists(), STOP_AFTER_KILL_S)
+        kill(supervisor(data_dir))
+        wait_until(lambda: not processes(data_dir), STOP_AFTER_KILL_S)
+    with start(data_dir) as third:
+        assert show(third, "fsync") == "on"
+    assert_gone(data_dir, CLEAN_STOP_S)
+    assert not second.socket_dir.exists()
+
+
+def test_starts_wait_for_the_server_of_a_killed_supervisor(data_dir: Path) -> None:
+    with start(data_dir) as server, connect(server) as connection:
+        backend_pid = connection.info.backend_pid
+        os.kill(backend_pid, signal.SIGSTOP)  # the old server cannot finish its shutdown
+        kill(supervisor(data_dir))
+        users = [User(data_dir), User(data_dir)]
+        with pytest.raises(AssertionError, match="not within"):
+            wait_until(lambda: any(user.process.poll() is not None for user in users), 0.7)
+        os.kill(backend_pid, signal.SIGCONT)
+        assert sorted(user.read() for user in users) == [1, 2]
+
+
+def test_killed_server_is_replaced_even_if_a_backend_is_busy(data_dir: Path) -> None:
+    with start(data_dir) as first:
+        busy = "DO $$ BEGIN LOOP END LOOP; END $$"
+        psql = str(embedded_postgres.binary("psql"))
+        arguments = ["-h", str(first.socket_dir), "-U", "postgres", "-c", busy]
+        client = subprocess.Popen([psql, *arguments], stderr=subprocess.DEVNULL)
+        with connect(first) as connection:
+            active = "SELECT 1 FROM pg_stat_activity WHERE query = %s"
+            wait_until(lambda: connection.execute(active, [busy]).fetchone(), 5)
+        kill(postmaster(data_dir))
+        with start(data_dir, timeout_s=10) as second:
+            assert show(second, "fsync") == "on"
+            assert not first.socket_dir.exists()
+        assert client.wait(5) != 0
+    assert_gone(data_dir, CLEAN_STOP_S)
+
+
+def test_killed_everything(data_dir: Path) -> None:
+    user = User(data_dir)
+    user.read()
+    socket_dir = Path((data_dir / "postgres" / "socket-directory").read_text())
+    for pid in (postmaster(data_dir), supervisor(data_dir), user.process.pid):
+        os.kill(pid, signal.SIGKILL)
+    user.process.wait()
+    with start(data_dir) as server, connect(server) as connection:
+        assert connection.execute("SELECT count(*) FROM payment").fetchone() == (1,)
+    assert_gone(data_dir, CLEAN_STOP_S)
+    assert not socket_dir.exists()
+
+
+def test_kill_during_the_first_start_leaves_no_half_cluster(data_dir: Path) -> None:
+    home = data_dir / "postgres"
+    user = User(data_dir)
+    wait_until(lambda: list(home.glob("cluster.new-*/base")), 10)
+    user.kill()
+    assert_gone(data_dir, STOP_AFTER_KILL_S)
+    assert not list(home.glob("cluster*"))
+    supervised = User(data_dir)
+    wait_until(lambda: list(home.glob("cluster.new-*/base")), 10)
+    kill(supervisor(data_dir))
+    assert supervised.read() == 1  # tried again by itself
+    supervised.leave()
+    assert_gone(data_dir, CLEAN_STOP_S)
+    assert [path.name for path in home.glob("cluster*")] == ["cluster"]
+
+
+def test_pid_file_that_names_an_unrelated_process(data_dir: Path) -> None:
+    start(data_dir).release()
+    assert_gone(data_dir, CLEAN_STOP_S)
+    pid_file = data_dir / "postgres" / "cluster" / "postmaster.pid"
+    owner = data_dir / "postgres" / "cluster" / "PG_VERSION"
+    pid_file.write_text(f"{os.getppid()}\n{pid_file.parent}\n0\n5432\n\n\n\nready   \n")
+    os.chown(pid_file, owner.stat().st_uid, -1)
+    with start(data_dir) as server:
+        assert show(server, "fsync") == "on"
+
+
+def test_failed_start_is_one_line_and_leaves_nothing(data_dir: Path) -> None:
+    start(data_dir).release()
+    assert_gone(data_dir, CLEAN_STOP_S)
+    assert_fails(data_dir, "shared_buffers", "nonsense", options={"shared_buffers": "nonsense"})
+    with start(data_dir) as server:
+        assert show(server, "shared_buffers") == "128MB"
+
+
+def test_failed_initdb_is_one_line_and_leaves_nothing(data_dir: Path, monkeypatch: Any) -> None:
+    programs = data_dir.parent / "programs" / "pginstall" / "bin"
+    programs.mkdir(parents=True)
+    for name, text in (("postgres", "exit 0"), ("initdb", "echo 'initdb: error: no luck'; exit 1")):
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setattr(embedded_postgres, "_package_dir", lambda: programs.parents[1])
+    assert_fails(data_dir, "initdb: error: no luck", "server.log")
+    assert not list((data_dir / "postgres").glob("cluster*"))
+
+
+def test_cluster_of_another_major_version(data_dir: Path) -> None:
+    cluster = data_dir / "postgres" / "cluster"
+    cluster.mkdir(parents=True)
+    assert_fails(data_dir, "not a Postgres cluster")
+    (cluster / "PG_VERSION").write_text("17\n")
+    assert_fails(data_dir, "made by Postgres 17", "this is Postgres 18", "embedded-postgres 17")
+    assert [path.name for path in cluster.iterdir()] == ["PG_VERSION"]
+
+
+@pytest.mark.parametrize("lock", ["users.lock", "server.lock"])
+def test_waits_are_bounded(data_dir: Path, lock: str) -> None:
+    (data_dir / "postgres").mkdir(parents=True)
+    with (data_dir / "postgres" / lock).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        began = time.monotonic()
+        assert_fails(data_dir, str(data_dir), timeout_s=0.2)
+        assert time.monotonic() - began < 2
+
+
+def test_start_that_takes_too_long_leaves_nothing(data_dir: Path) -> None:
+    assert_fails(data_dir, "server.log", timeout_s=0.15)
+
+
+def test_long_paths(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = room.joinpath(*["a" * 60] * 3)
+    long.mkdir(parents=True)
+    monkeypatch.setenv("TMPDIR", str(long))
+    with start(long / "data") as server:
+        assert show(server, "fsync") == "on"
+        assert server.socket_dir.parent == Path("/tmp")
+    assert_gone(long / "data", CLEAN_STOP_S)
+    short = room / "short"
+    odd = room / "with, comma"
+    for temp_dir, used in ((odd, Path("/tmp")), (short, short)):
+        temp_dir.mkdir()
+        temp_dir.chmod(0o777)
+        monkeypatch.setenv("TMPDIR", str(temp_dir))
+        with start(long / "data") as server:
+            assert show(server, "fsync") == "on"
+            assert server.socket_dir.parent == used
+        assert_gone(long / "data", CLEAN_STOP_S)
+        assert list(temp_dir.iterdir()) == []
+
+
+def test_log_is_bounded(data_dir: Path) -> None:
+    home = data_dir / "postgres"
+    home.mkdir(parents=True)
+    (home / "server.log").write_bytes(b"x" * (embedded_postgres.LOG_MAX_BYTES + 1))
+    start(data_dir).release()
+    assert_gone(data_dir, CLEAN_STOP_S)
+    assert (home / "server.log").stat().st_size < 100_000
+    assert (home / "server.log.1").exists()
+
+
+def test_secrets_and_settings_of_the_service_stay_out(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORDER_CALLBACK_SECRET", "canary")
+    monkeypatch.setenv("PGDATA", "/nonexistent")
+    with start(data_dir):
+        for pid in (supervisor(data_dir), postmaster(data_dir)):
+            assert b"canary" not in Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def test_default_data_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert embedded_postgres.default_data_dir() == Path("/var/lib/payment-service")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("XDG_DATA_HOME", "/data/home")
+    assert embedded_postgres.default_data_dir() == Path("/data/home/payment-service")
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")
+    expected = Path("/home/someone/.local/share/payment-service")
+    assert embedded_postgres.default_data_dir() == expected
+
+
+def test_missing_package(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert_fails(data_dir, "embedded-postgres is not installed", "DATABASE_HOST")
+
+
+@as_root
+def test_root_runs_it_as_nobody_and_touches_nothing_else(data_dir: Path) -> None:
+    data_dir.mkdir()
+    (data_dir / "ledger").write_text("not yours")
+    (data_dir / "ledger").chmod(0o640)
+    data_dir.chmod(0o751)
+    before = [(p.stat().st_uid, p.stat().st_mode) for p in (data_dir, data_dir / "ledger")]
+    with start(data_dir):
+        status = Path(f"/proc/{postmaster(data_dir)}/status").read_text()
+        uid = pwd.getpwnam("nobody").pw_uid
+        assert f"\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\n" in status
+        assert "\nGroups:\t \n" in status
+    assert before == [(p.stat().st_uid, p.stat().st_mode) for p in (data_dir, data_dir / "ledger")]
+    assert {path.stat().st_uid for path in (data_dir / "postgres").glob("*.l*")} == {0}
+
+
+@as_root
+def test_root_with_a_private_umask(data_dir: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        with start(data_dir / "deeper") as server:
+            assert show(server, "fsync") == "on"
+    finally:
+        os.umask(before)
+
+
+@as_root
+def test_root_with_a_data_dir_that_nobody_cannot_reach(room: Path) -> None:
+    private = room / "private"
+    private.mkdir(mode=0o700)
+    assert_fails(private / "data", f"may not enter {private}:", "PAYMENTS_DATA_DIR")
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    assert not (private / "data" / "postgres" / "cluster").exists()
+
+
+@as_root
+def test_root_with_programs_that_nobody_cannot_reach(
+    room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = room / "private"
+    private.mkdir(mode=0o700)
+    package = embedded_postgres._package_dir()
+    for name in (package.name, "embedded_postgres.libs"):
+        shutil.copytree(package.parent / name, private / name)
+    monkeypatch.setattr(embedded_postgres, "_package_dir", lambda: private / package.name)
+    home = room / "data" / "postgres"
+    for name in ("binaries-partial", "binaries-17.0.0"):
+        (home / name).mkdir(parents=True)
+    made = []
+    for _ in range(2):  # the second start uses the same copy
+        with start(room / "data") as server:
+            assert show(server, "fsync") == "on"
+            assert str(home / "binaries-18") in about(postmaster(room / "data"))
+        assert_gone(room / "data", CLEAN_STOP_S)
+        made.append([(path.name, path.stat().st_ino) for path in home.glob("binaries-*")])
+    assert len(made[0]) == 1
+    assert made[0] == made[1]
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+
+
+@as_root
+def test_root_without_a_user_nobody(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise KeyError(name)
+
+    monkeypatch.setattr(pwd, "getpwnam", missing)
+    assert_fails(data_dir, "no user nobody", "DATABASE_HOST")
+
+
+@as_root
+def test_data_of_another_user(data_dir: Path) -> None:
+    (data_dir / "postgres").mkdir(parents=True)
+    os.chown(data_dir / "postgres", 12345, -1)
+    assert_fails(data_dir, "belongs to user 12345", "PAYMENTS_DATA_DIR")
+
+
+@not_as_root
+def test_data_dir_that_cannot_be_written(room: Path) -> None:
+    (room / "closed").mkdir(mode=0o500)
+    assert_fails(room / "closed" / "data", "Permission denied", str(room / "closed"))
