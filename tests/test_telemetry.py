@@ -331,7 +331,7 @@ class TestMetrics:
 
     def test_every_service_counts_for_itself(self) -> None:
         one, other = Telemetry(), Telemetry()
-        one.charges.labels("success").inc()
+        one.charges["success"].inc()
         (counted,) = [
             s.value
             for s in families(one)["payments_charges"].samples

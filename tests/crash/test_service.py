@@ -92,7 +92,7 @@ def events_of(data_dir: Path) -> dict[uuid.UUID, list[str]]:
 def captured_by_provider(data_dir: Path) -> set[uuid.UUID]:
     with closing(sqlite3.connect(data_dir / "simulated-ledger.sqlite")) as ledger:
         rows = ledger.execute("SELECT payment_id FROM charges WHERE outcome = 'approved'")
-        return {uuid.UUID(bytes=payment_id) for (payment_id,) in rows}
+        return {uuid.UUID(payment_id) for (payment_id,) in rows}
 
 
 @pytest.mark.timeout(180)

@@ -213,8 +213,11 @@ asyncio.run(main())
 
     async def test_a_closed_one_leaves_the_outcome_unknown(self) -> None:
         gateway = SimulatedGateway(None)
+        await charge(gateway)
         await gateway.close()
-        assert await charge(gateway) is OutcomeUnknown
+        async with asyncio.timeout(2):  # a caller never hangs
+            assert await charge(gateway, OTHER_ID) is OutcomeUnknown
+            assert await find(gateway) is OutcomeUnknown
 
 
 class TestManyAtOnce:

@@ -73,16 +73,13 @@ class Appender:
         telemetry: Telemetry,
         intent_queue_max: int,
     ) -> None:
-        self._connect = connect
-        self._telemetry = telemetry
         self._intent_queue_max = intent_queue_max
         self._waiting: deque[_Append] = deque()
         self._wake = asyncio.Event()
-        self._connection: psycopg.AsyncConnection[Any] | None = None
-        self._task: asyncio.Task[None] | None = None
         self._stopping = False
-        self._batch: list[_Append] = []  # what is being written
         self._expiry: asyncio.TimerHandle | None = None
+        self._writer = _Writer(connect, telemetry)
+        self._task: asyncio.Task[None] | None = None
         telemetry.append_backlog.set_function(lambda: len(self._waiting))
 
     def start(self) -> None:
@@ -96,9 +93,10 @@ class Appender:
             await asyncio.wait({self._task}, timeout=timeout_s)
             self._task.cancel()
             await asyncio.wait({self._task})
-        while self._waiting:
-            self._waiting.popleft().resolve(DatabaseUnavailable("The service is stopping."))
-        await self._disconnect()
+        for append in self._pending():
+            append.resolve(DatabaseUnavailable("The service is stopping."))
+        self._waiting.clear()
+        await self._writer.disconnect()
 
     def append_intent(self, event: StoredEvent) -> "asyncio.Future[int]":
         """Appends the event that has to be durable before a provider is asked.
@@ -128,15 +126,18 @@ class Appender:
 
     def _expire(self) -> None:
         """Tells the intents whose time is up; one timer for all of them."""
-        now = time.monotonic()
-        for append in (*self._batch, *self._waiting):
+        now, pending = time.monotonic(), self._pending()
+        for append in pending:
             if now >= append.expires_at:
                 append.resolve(
                     DatabaseUnavailable("The event store does not answer. Nothing was charged.")
                 )
-        pending = bool(self._batch or self._waiting)
         loop = asyncio.get_running_loop()
         self._expiry = loop.call_later(EXPIRY_S, self._expire) if pending else None
+
+    def _pending(self) -> list[_Append]:
+        """Everything that is being written or waits for it."""
+        return [*self._writer.batch, *self._waiting]
 
     async def _run(self) -> None:
         while True:
@@ -147,9 +148,7 @@ class Appender:
                 await self._wake.wait()
                 # Let the requests that woke in the same turn of the loop join this batch.
                 await asyncio.sleep(0)
-            self._batch = self._gather()
-            await self._write(self._batch)
-            self._batch = []
+            await self._writer.write(self._gather())
 
     def _gather(self) -> list[_Append]:
         batch: list[_Append] = []
@@ -159,57 +158,76 @@ class Appender:
                 batch.append(append)
         return batch
 
+
+class _Writer:
+    """One connection that writes batches, one after another."""
+
+    def __init__(
+        self,
+        connect: Callable[[str], Awaitable[psycopg.AsyncConnection[Any]]],
+        telemetry: Telemetry,
+    ) -> None:
+        self._connect = connect
+        self._telemetry = telemetry
+        self._connection: psycopg.AsyncConnection[Any] | None = None
+        self.batch: list[_Append] = []
+
+    async def write(self, batch: list[_Append]) -> None:
+        """Writes the batch, however long that takes."""
+        self.batch = batch
+        try:
+            await self._write(batch)
+        except psycopg.Error as error:
+            # It was refused for its data: only the culprit shall fail.
+            for append in batch:
+                await self._write_alone(append, error)
+        self.batch = []
+
+    async def _write_alone(self, append: _Append, error: psycopg.Error) -> None:
+        try:
+            await self._write([append])
+        except psycopg.Error as error:
+            self._telemetry.append_failures["refused"].inc()
+            logger.bind(sqlstate=error.sqlstate, reason=error.diag.message_primary).error(
+                "the event store refused an append"
+            )
+            append.resolve(AppendRefused(f"refused with SQLSTATE {error.sqlstate}"))
+
     async def _write(self, batch: list[_Append]) -> None:
-        """Sends the batch until its fate is known, whatever happens to the connection."""
+        """Sends the batch until its fate is known, whatever happens to the connection.
+
+        Raises psycopg.Error if the database refuses it for its data.
+        """
         pause_s = RECONNECT_MIN_S
         while batch:
             try:
                 await self._send(batch)
-            except asyncio.CancelledError:
-                for append in batch:
-                    append.resolve(DatabaseUnavailable("The service is stopping."))
-                raise
-            except psycopg.Error as error:
-                if _is_refusal(error):
-                    await self._write_one_by_one(batch, error)
-                    return
+            except Exception as error:
+                await self.disconnect()
+                if isinstance(error, psycopg.Error) and _is_refusal(error):
+                    raise
                 self._telemetry.append_failures["retried"].inc()
-                logger.bind(sqlstate=error.sqlstate, appends=len(batch)).warning(
+                logger.bind(reason=type(error).__name__, appends=len(batch)).warning(
                     "the event store does not answer, trying again"
                 )
-            except Exception:  # noqa: BLE001 - this task must outlive any surprise
-                self._telemetry.append_failures["retried"].inc()
-                logger.exception("an append failed unexpectedly, trying again")
             else:
                 return
-            await self._disconnect()
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, RECONNECT_MAX_S)
             batch = [append for append in batch if not append.given_up]
-
-    async def _write_one_by_one(self, batch: list[_Append], error: psycopg.Error) -> None:
-        """The database refused the batch for its data: only the culprit shall fail."""
-        if len(batch) > 1:
-            for append in batch:
-                await self._write([append])
-            return
-        self._telemetry.append_failures["refused"].inc()
-        logger.bind(sqlstate=error.sqlstate, reason=error.diag.message_primary).error(
-            "the event store refused an append"
-        )
-        batch[0].resolve(AppendRefused(f"refused with SQLSTATE {error.sqlstate}"))
 
     async def _send(self, batch: list[_Append]) -> None:
         """One round trip, one transaction, one flush to disk; then every caller is told."""
         if self._connection is None:
             self._connection = await self._connect("payments appender")
-        with self._telemetry.append_seconds.time():
-            async with cut_after(self._connection, BATCH_TIMEOUT_S):
-                cursor = self._connection.cursor(binary=True)
-                await cursor.execute(
-                    APPEND, append_params([append.events for append in batch]), prepare=True
-                )
-                rows = await cursor.fetchall()
+        started = time.perf_counter()
+        async with cut_after(self._connection, BATCH_TIMEOUT_S):
+            cursor = self._connection.cursor(binary=True)
+            await cursor.execute(
+                APPEND, append_params([append.events for append in batch]), prepare=True
+            )
+            rows = await cursor.fetchall()
+        self._telemetry.append_seconds.observe(time.perf_counter() - started)
         self._telemetry.append_batch_size.observe(len(batch))
         for append, (outcome, position) in zip(batch, rows, strict=True):
             if outcome == CONFLICT:
@@ -217,7 +235,7 @@ class Appender:
             else:
                 append.resolve(position)
 
-    async def _disconnect(self) -> None:
+    async def disconnect(self) -> None:
         if self._connection is not None:
             connection, self._connection = self._connection, None
             await connection.close()

@@ -28,6 +28,7 @@ from psycopg.conninfo import conninfo_to_dict
 from payments.database import Database, DatabaseAddress
 from payments.errors import PaymentUnreadable
 from payments.events import facts
+from payments.events.arrays import BinaryArray, bigints, byteas, integers, texts, uuids
 from payments.events.facts import Fact, UndecodableEvent
 from payments.payment import Payment, UnexpectedEvent, fold
 
@@ -46,9 +47,9 @@ SELECT topic, state, recorded_at, clock_timestamp()
 APPENDED, REPEATED, CONFLICT = "appended", "repeated", "conflict"
 
 
-def append_params(appends: Iterable[Sequence[StoredEvent]]) -> tuple[list[Any], ...]:
+def append_params(appends: Iterable[Sequence[StoredEvent]]) -> tuple[BinaryArray, ...]:
     """The parameters of APPEND for some appends, each some consecutive events of one stream."""
-    streams: list[Any] = []
+    streams: list[UUID | str] = []
     first_versions: list[int] = []
     sizes: list[int] = []
     append_nos: list[int] = []
@@ -62,7 +63,14 @@ def append_params(appends: Iterable[Sequence[StoredEvent]]) -> tuple[list[Any], 
             append_nos.append(number)
             topics.append(event.topic)
             states.append(event.state)
-    return streams, first_versions, sizes, append_nos, topics, states
+    return (
+        uuids(streams),
+        bigints(first_versions),
+        integers(sizes),
+        integers(append_nos),
+        texts(topics),
+        byteas(states),
+    )
 
 
 class FactMapper(Mapper[UUID]):

@@ -1,16 +1,20 @@
 """The simulated provider: the default gateway, for development, demonstrations and tests.
 
 It is deterministic: an amount whose last digit is 7 is declined, every other is captured. It keeps
-its own ledger, as a real provider does: a SQLite file that all processes share, that only grows and
-that survives a kill -9 of any of them. Faults can be scripted: docs/simulated-gateway.md.
+its own ledger, as a real provider does: a file that all processes share, that only grows and that
+survives a kill -9 of any of them. Faults can be scripted: docs/simulated-gateway.md.
 """
 
 import asyncio
+import errno
+import fcntl
+import mmap
+import os
 import re
-import sqlite3
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 import msgspec
@@ -19,31 +23,22 @@ from payments.errors import StartError
 from payments.gateways import NeverSent, OutcomeUnknown, ProviderCharge
 from payments.payment import Approved, Declined
 
-IN_MEMORY_MAX = 100_000  # charges that a ledger without a file remembers
+RECENT_MAX = 20_000  # decisions kept in memory: some seconds of the highest load
+READ_MAX = 1 << 20
 
 _FAULT = re.compile(
     r"(?:delay=(?P<seconds>[0-9]{1,4}(?:\.[0-9]{1,4})?)|(?P<kind>timeout|answer_lost|down))"
     r"(?:\*(?P<count>[0-9]{1,6}))?"
 )
 
-_SCHEMA = """
--- One row for each charge that the provider decided; outcome is 'approved' or a decline code.
-CREATE TABLE IF NOT EXISTS charges (
-    number       INTEGER PRIMARY KEY,
-    payment_id   BLOB NOT NULL UNIQUE,
-    amount_cents INTEGER NOT NULL,
-    currency     TEXT NOT NULL,
-    outcome      TEXT NOT NULL
-);
-CREATE TRIGGER IF NOT EXISTS charges_are_never_changed BEFORE UPDATE ON charges
-BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
-"""
-_CHARGE = """
-INSERT INTO charges (payment_id, amount_cents, currency, outcome) VALUES (?, ?, ?, ?)
-ON CONFLICT (payment_id) DO NOTHING
-"""
-_FIND = "SELECT amount_cents, currency, outcome FROM charges WHERE payment_id = ?"
-_FORGET = "DELETE FROM charges WHERE number <= (SELECT max(number) FROM charges) - ?"
+
+class _Line(msgspec.Struct, frozen=True, array_like=True):
+    """One decision in the ledger; outcome is `approved` or a decline code."""
+
+    payment_id: UUID
+    amount_cents: int
+    currency: str
+    outcome: str
 
 
 class Fault(msgspec.Struct):
@@ -92,25 +87,18 @@ class SimulatedGateway:
     async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined:
         fault = await self._suffer(timeout_s)
         outcome = "declined_by_simulation" if charge.amount_cents % 10 == 7 else "approved"
-        row = (charge.payment_id.bytes, charge.amount_cents, charge.currency, outcome)
-
-        def decide(ledger: sqlite3.Connection) -> Any:
-            if ledger.execute(_CHARGE, row).rowcount == 1:
-                return row[1:]
-            return ledger.execute(_FIND, row[:1]).fetchone()
-
-        decided = await self._ledger.run(decide)
+        decided = await self._ledger.decide(
+            _Line(charge.payment_id, charge.amount_cents, charge.currency, outcome)
+        )
         if fault == "answer_lost":
             raise OutcomeUnknown("simulated: the answer was lost")
-        return _outcome(charge.payment_id, decided)
+        return _outcome(decided)
 
     async def find_charge(self, payment_id: UUID, timeout_s: float) -> Approved | Declined | None:
         if self._next_fault(("down",)):
             raise NeverSent("simulated: the provider is down")
-        found = await self._ledger.run(
-            lambda ledger: ledger.execute(_FIND, [payment_id.bytes]).fetchone()
-        )
-        return _outcome(payment_id, found) if found else None
+        found = await self._ledger.find(payment_id)
+        return _outcome(found) if found else None
 
     async def close(self) -> None:
         await self._ledger.close()
@@ -135,70 +123,139 @@ class SimulatedGateway:
         return next((f for f in self._faults if f.kind in kinds and f.take()), None)
 
 
-def _outcome(payment_id: UUID, row: tuple[int, str, str]) -> Approved | Declined:
-    amount_cents, currency, outcome = row
-    if outcome == "approved":
-        return Approved(payment_id, amount_cents, currency, f"sim_{payment_id.hex}")
-    return Declined(outcome)
+def _outcome(line: _Line) -> Approved | Declined:
+    if line.outcome == "approved":
+        txn_id = f"sim_{line.payment_id.hex}"
+        return Approved(line.payment_id, line.amount_cents, line.currency, txn_id)
+    return Declined(line.outcome)
 
 
 class _Ledger:
-    """The SQLite file behind one thread: all calls that wait together share one transaction."""
+    """An append-only file of JSON lines that all processes share, behind one thread.
+
+    An id's first line is its outcome; if another ever follows, it is a repetition and captured
+    nothing. The newest RECENT_MAX decisions are kept in memory, older ones are looked up in the
+    file. All charges that wait together are written together. The file is not flushed to disk: it
+    survives a kill of every process, not a power cut.
+    """
 
     def __init__(self, path: Path | None) -> None:
-        self._in_memory = path is None
-        try:
-            if path is not None:
+        """Without a path there is no file, and what is not recent is forgotten."""
+        self._recent: dict[UUID, _Line] = {}
+        self._read_to = 0
+        self._file: int | None = None
+        if path is not None:
+            try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(
-                path or ":memory:", timeout=2, isolation_level=None, check_same_thread=False
-            )
-            # WAL without flushes: it survives a kill of every process, not a power cut.
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = OFF")
-            self._connection.executescript(_SCHEMA)
-        except (sqlite3.Error, OSError) as error:
-            raise StartError(f"SIMULATED_LEDGER: cannot use {str(path)!r}: {error}") from None
-        self._waiting: list[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]]] = []
+                self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+            except OSError as error:
+                reason = f"cannot use {str(path)!r}: {error.strerror}"
+                raise StartError(f"SIMULATED_LEDGER: {reason}") from None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="simulated ledger")
+        self._waiting: list[tuple[_Line, asyncio.Future[_Line]]] = []
         self._worker: asyncio.Task[None] | None = None
 
-    async def run(self, action: Callable[[sqlite3.Connection], Any]) -> Any:
-        """What the action returns, after its commit; OutcomeUnknown if the file fails."""
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.append((action, future))
+    async def decide(self, line: _Line) -> _Line:
+        """The line that stands for this payment id; OutcomeUnknown if the file fails."""
+        future: asyncio.Future[_Line] = asyncio.get_running_loop().create_future()
+        self._waiting.append((line, future))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work(), name="simulated ledger")
         return await future
 
+    async def find(self, payment_id: UUID) -> _Line | None:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._find, payment_id
+            )
+        except (OSError, RuntimeError) as error:
+            raise OutcomeUnknown(f"simulated: ledger: {error}") from error
+
     async def close(self) -> None:
         if self._worker is not None:
             await self._worker
-        self._connection.close()
+        self._thread.shutdown()
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     async def _work(self) -> None:
         while self._waiting:
             batch, self._waiting = self._waiting, []
+            lines = [line for line, _ in batch]
             try:
-                results = await asyncio.to_thread(self._commit, [action for action, _ in batch])
-            except sqlite3.Error as error:
-                results = [OutcomeUnknown(f"simulated: ledger: {error}")] * len(batch)
-            for (_, future), result in zip(batch, results, strict=True):
-                if future.done():
-                    continue
-                if isinstance(result, Exception):
-                    future.set_exception(result)
-                else:
-                    future.set_result(result)
+                decided = await asyncio.get_running_loop().run_in_executor(
+                    self._thread, self._decide, lines
+                )
+            except (OSError, RuntimeError) as error:
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(OutcomeUnknown(f"simulated: ledger: {error}"))
+            else:
+                for (_, future), line in zip(batch, decided, strict=True):
+                    if not future.done():
+                        future.set_result(line)
 
-    def _commit(self, actions: list[Callable[[sqlite3.Connection], Any]]) -> list[Any]:
-        ledger = self._connection
-        ledger.execute("BEGIN IMMEDIATE")
+    def _decide(self, lines: list[_Line]) -> list[_Line]:
+        with self._locked():
+            self._catch_up()
+            new: dict[UUID, _Line] = {}
+            for line in lines:
+                if line.payment_id not in self._recent:
+                    new.setdefault(line.payment_id, line)
+            self._append(b"".join(msgspec.json.encode(line) + b"\n" for line in new.values()))
+            self._remember(new)
+        return [self._recent[line.payment_id] for line in lines]
+
+    def _find(self, payment_id: UUID) -> _Line | None:
+        with self._locked():
+            self._catch_up()
+        if payment_id in self._recent or not self._read_to or self._file is None:
+            return self._recent.get(payment_id)
+        with mmap.mmap(self._file, self._read_to, access=mmap.ACCESS_READ) as text:
+            start = text.find(b'["%s"' % str(payment_id).encode())
+            if start < 0:
+                return None
+            return msgspec.json.decode(text[start : text.find(b"\n", start)], type=_Line)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Between looking and writing no other process may decide."""
+        if self._file is None:
+            yield
+            return
+        fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
-            results = [action(ledger) for action in actions]
-            if self._in_memory:
-                ledger.execute(_FORGET, [IN_MEMORY_MAX])
-            ledger.execute("COMMIT")
-        except BaseException:
-            ledger.rollback()
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _catch_up(self) -> None:
+        """Reads what other processes, or earlier ones, have decided."""
+        if self._file is None:
+            return
+        end = os.fstat(self._file).st_size
+        while self._read_to < end:
+            text = os.pread(self._file, READ_MAX, self._read_to)
+            text = text[: text.rfind(b"\n") + 1]
+            lines = [msgspec.json.decode(line, type=_Line) for line in text.splitlines()]
+            self._remember({line.payment_id: line for line in reversed(lines)})
+            self._read_to += len(text)
+
+    def _append(self, text: bytes) -> None:
+        """All or nothing: half a line would be nobody's decision."""
+        if self._file is None or not text:
+            return
+        try:
+            if os.write(self._file, text) != len(text):
+                raise OSError(errno.ENOSPC, "the disk is full")
+        except OSError:
+            os.ftruncate(self._file, self._read_to)
             raise
-        return results
+        self._read_to += len(text)
+
+    def _remember(self, lines: dict[UUID, _Line]) -> None:
+        for payment_id, line in lines.items():
+            self._recent.setdefault(payment_id, line)
+        while len(self._recent) > RECENT_MAX:
+            del self._recent[next(iter(self._recent))]

@@ -1,0 +1,94 @@
+"""Postgres arrays in their binary form, for the parameters of an append.
+
+psycopg turns lists into arrays one element at a time, in Python; under load that was an eighth of
+the service's time. The form is that of array_send in the Postgres sources: number of dimensions,
+whether there are NULLs, element type, then length and lower bound of the one dimension, then each
+element with its length before it.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import ClassVar
+from uuid import UUID
+
+from psycopg import adapters
+from psycopg.abc import Buffer
+from psycopg.adapt import Dumper
+from psycopg.pq import Format
+from psycopg.types import TypeInfo
+
+_HEADER = struct.Struct(">iiIii")
+_LENGTH = struct.Struct(">i")
+
+
+class BinaryArray(bytes):
+    """An array that is ready to be sent; a subclass per element type."""
+
+    ELEMENT: ClassVar[TypeInfo]
+
+    @classmethod
+    def _header(cls, count: int) -> bytes:
+        return _HEADER.pack(1, 0, cls.ELEMENT.oid, count, 1)
+
+    @classmethod
+    def of_bytes(cls, items: Sequence[bytes]) -> "BinaryArray":
+        elements = [_LENGTH.pack(len(item)) + item for item in items]
+        return cls(cls._header(len(items)) + b"".join(elements))
+
+    @classmethod
+    def of_integers(cls, items: Sequence[int], code: str, size: int) -> "BinaryArray":
+        flat = [size] * (2 * len(items))
+        flat[1::2] = items
+        return cls(cls._header(len(items)) + struct.pack(">" + ("i" + code) * len(items), *flat))
+
+
+class Integers(BinaryArray):
+    ELEMENT = adapters.types["int4"]
+
+
+class Bigints(BinaryArray):
+    ELEMENT = adapters.types["int8"]
+
+
+class Texts(BinaryArray):
+    ELEMENT = adapters.types["text"]
+
+
+class Byteas(BinaryArray):
+    ELEMENT = adapters.types["bytea"]
+
+
+class Uuids(BinaryArray):
+    ELEMENT = adapters.types["uuid"]
+
+
+def integers(items: Sequence[int]) -> BinaryArray:
+    return Integers.of_integers(items, "i", 4)
+
+
+def bigints(items: Sequence[int]) -> BinaryArray:
+    return Bigints.of_integers(items, "q", 8)
+
+
+def texts(items: Sequence[str]) -> BinaryArray:
+    return Texts.of_bytes([item.encode() for item in items])
+
+
+def byteas(items: Sequence[bytes]) -> BinaryArray:
+    return Byteas.of_bytes(items)
+
+
+def uuids(items: Sequence[UUID | str]) -> BinaryArray:
+    return Uuids.of_bytes([UUID(str(i)).bytes if isinstance(i, str) else i.bytes for i in items])
+
+
+class _ArrayDumper(Dumper):
+    format = Format.BINARY
+
+    def dump(self, obj: Buffer) -> Buffer:
+        return obj
+
+
+for _array in (Integers, Bigints, Texts, Byteas, Uuids):
+    _dumper = type(f"{_array.__name__}Dumper", (_ArrayDumper,), {"oid": _array.ELEMENT.array_oid})
+    adapters.register_dumper(_array, _dumper)
