@@ -88,7 +88,7 @@ async def database(address: DatabaseAddress) -> AsyncIterator[Database]:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(simulated_ledger=str(tmp_path / "ledger.sqlite"))
+    return Settings(simulated_ledger=str(tmp_path / "ledger.jsonl"))
 
 
 @pytest.fixture

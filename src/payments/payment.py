@@ -193,6 +193,8 @@ def evolve(payment: Payment | None, fact: Fact) -> Payment:
         return _begin(fact)
     if fact.version != payment.version + 1 or fact.payment_id != payment.id:
         raise UnexpectedEvent(f"{fact.TOPIC} {fact.version} cannot follow {payment.version}")
+    if isinstance(fact, PaymentCharged | PaymentFailed):
+        _check_same_money(payment, fact)
     if isinstance(fact, PaymentCharged) and payment.status is Status.PENDING:
         return msgspec.structs.replace(
             payment,
@@ -210,6 +212,15 @@ def evolve(payment: Payment | None, fact: Fact) -> Payment:
             updated_at=fact.occurred_at,
         )
     raise UnexpectedEvent(f"{fact.TOPIC} cannot follow {payment.status}")
+
+
+def _check_same_money(payment: Payment, fact: PaymentCharged | PaymentFailed) -> None:
+    if (fact.merchant_order_id, fact.amount_cents, fact.currency) != (
+        payment.merchant_order_id,
+        payment.amount_cents,
+        payment.currency,
+    ):
+        raise UnexpectedEvent(f"{fact.TOPIC} is about another order, amount or currency")
 
 
 def _begin(fact: PaymentInitiated) -> Payment:

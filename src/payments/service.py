@@ -59,7 +59,7 @@ def build_gateway(settings: Settings) -> Gateway:
     """The provider that GATEWAY names; StartError if its settings do not fit."""
     ledger: Path | None
     if settings.simulated_ledger is None:
-        ledger = data_dir(settings) / "simulated-ledger.sqlite"
+        ledger = data_dir(settings) / "simulated-ledger.jsonl"
     else:
         ledger = Path(settings.simulated_ledger) if settings.simulated_ledger else None
     return SimulatedGateway(ledger, settings.simulated_faults)

@@ -14,6 +14,7 @@ import msgspec
 
 from payments.errors import StartError
 
+DEFAULT_CLIENT = "default"  # who asks when no API keys are configured
 CALLBACK_STATUSES = ("SUCCESS", "FAILED", "REFUNDED")
 
 
@@ -52,6 +53,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str = "auto"
     log_level: str = "INFO"
     callback_retention_days: int = 90
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value}" for name, value, _, _ in describe(self))
+        return f"Settings({shown})"
 
 
 class Variable(NamedTuple):
@@ -110,16 +115,20 @@ def _yes_no(value: str) -> bool:
 
 
 def _url(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or not value.isprintable():
+    try:
+        parts = urlsplit(value)
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # its text repeats the address, and there may be a password in it
+        sound = False
+    if not sound or not value.isprintable() or " " in value:
         raise ValueError("must be an http:// or https:// address")
     return value
 
 
 def _statuses(value: str) -> tuple[str, ...]:
     chosen = tuple(part.strip() for part in value.split(","))
-    if not set(chosen) <= set(CALLBACK_STATUSES):
-        raise ValueError(f"must be some of {', '.join(CALLBACK_STATUSES)}, separated by commas")
+    if not set(chosen) <= set(CALLBACK_STATUSES) or len(set(chosen)) != len(chosen):
+        raise ValueError(f"must be some of {', '.join(CALLBACK_STATUSES)}, each once, with commas")
     return chosen
 
 
@@ -134,6 +143,8 @@ def _api_keys(value: str) -> tuple[ApiKey, ...]:
     for entry in value.split(","):
         if not (match := re.fullmatch(r"([a-z0-9_-]{1,64}):([0-9a-f]{64})", entry.strip())):
             raise ValueError("must be name:sha256hex; several are separated by commas")
+        if match[1] == DEFAULT_CLIENT:
+            raise ValueError(f"must not name a client {DEFAULT_CLIENT!r}: that is everyone")
         keys.append(ApiKey(match[1], bytes.fromhex(match[2])))
     return tuple(keys)
 
@@ -238,7 +249,8 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         try:
             values[variable.field] = variable.parse(given)
         except ValueError as error:
-            shown = "the value given" if variable.secret else repr(given)
+            hidden = variable.secret or variable.parse is _url
+            shown = "the value given" if hidden else repr(given)
             raise StartError(f"{variable.name}: {shown} {error}") from None
     settings = Settings(**values)
     _check_together(settings, values)
@@ -251,10 +263,13 @@ def _given(variable: Variable, environ: Mapping[str, str]) -> str | None:
     if environ.get(variable.name):
         raise StartError(f"{variable.name} and {variable.name}_FILE are both set; set one of them")
     try:
-        return Path(path).read_text().strip()
+        value = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise StartError(f"{variable.name}_FILE: cannot read {path!r}: {reason}") from None
+    if not value:  # a named and empty file is a mistake, not a wish to do without
+        raise StartError(f"{variable.name}_FILE: {path!r} is empty")
+    return value
 
 
 def _check_together(settings: Settings, given: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ Metric names and labels are an interface: dashboards and alerts name them. Label
 keys, paths or anything else that grows with the number of payments.
 """
 
+import json
 import logging
 import sys
 import time
@@ -139,19 +140,26 @@ def set_up_logs(format: Literal["auto", "json", "text"], level: str) -> None:
     else:
         logger.add(_write_json_line, format="{message}", **safe)
     logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
+    # The eventsourcing library silences these when it is imported.
+    for name in ("psycopg", "psycopg.pool"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _write_json_line(message: "Message") -> None:
     record = message.record
     line: dict[str, Any] = {
+        **record["extra"],
         "time": record["time"].astimezone(UTC).isoformat(timespec="milliseconds"),
         "level": record["level"].name,
         "message": record["message"],
-        **record["extra"],
     }
     if record["exception"] is not None:
         line["exception"] = str(message).removeprefix(record["message"]).strip()
-    sys.stderr.buffer.write(msgspec.json.encode(line, enc_hook=str) + b"\n")
+    try:
+        encoded = msgspec.json.encode(line, enc_hook=str)
+    except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write
+        encoded = json.dumps(line, default=str).encode()
+    sys.stderr.buffer.write(encoded + b"\n")
     sys.stderr.buffer.flush()
 
 
@@ -159,7 +167,13 @@ class _ToLoguru(logging.Handler):
     """Libraries that log through the standard library end up in the same place."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        # The text is handed over as an argument: it may hold braces that loguru would expand.
-        logger.bind(logger=record.name).opt(exception=record.exc_info).log(
-            record.levelname, "{}", record.getMessage()
-        )
+        try:
+            level: str | int = logger.level(record.levelname).name
+        except ValueError:
+            level = record.levelno
+        try:
+            # Handed over as an argument: the text may hold braces that loguru would expand.
+            bound = logger.bind(logger=record.name).opt(exception=record.exc_info)
+            bound.log(level, "{}", record.getMessage())
+        except Exception:  # noqa: BLE001 - a library must not fail because of its logging
+            self.handleError(record)

@@ -7,9 +7,8 @@ import hashlib
 import hmac
 
 from payments.errors import Unauthorized
-from payments.settings import ApiKey
+from payments.settings import DEFAULT_CLIENT, ApiKey
 
-DEFAULT_CLIENT = "default"
 STAFF = "staff"  # may read and refund every client's payments
 
 

@@ -9,6 +9,9 @@ from payments.errors import FieldError, InvalidRequest, PaymentsError
 
 ERRORS_MAX = 20
 
+# Half a surrogate pair, which JSON can spell, cannot be looked up among the field names and values.
+_NOT_VALID = (msgspec.ValidationError, UnicodeEncodeError)
+
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -45,7 +48,7 @@ def read_body(body: bytes, struct: type[T]) -> T:
         raise InvalidRequest("The body must be a JSON object.")
     try:
         return msgspec.convert(value, struct)
-    except msgspec.ValidationError:
+    except _NOT_VALID:
         errors = _field_errors(value, struct)
     raise InvalidRequest("Mend the fields listed in errors.", tuple(errors[:ERRORS_MAX]))
 
@@ -72,7 +75,7 @@ def _field_errors(value: dict[str, Any], struct: type[msgspec.Struct]) -> list[F
         if field.encode_name in value:
             try:
                 msgspec.convert(value[field.encode_name], field.type)
-            except msgspec.ValidationError:
+            except _NOT_VALID:
                 errors.append(FieldError(field.encode_name, f"must be {_description(field.type)}"))
         elif field.required:
             message = f"is required: {_description(field.type)}"

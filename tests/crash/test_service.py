@@ -1,14 +1,13 @@
 """The real service: killed, stopped, frozen and cut off from its database."""
 
+import json
 import os
 import signal
 import socket
-import sqlite3
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +89,11 @@ def events_of(data_dir: Path) -> dict[uuid.UUID, list[str]]:
 
 
 def captured_by_provider(data_dir: Path) -> set[uuid.UUID]:
-    with closing(sqlite3.connect(data_dir / "simulated-ledger.sqlite")) as ledger:
-        rows = ledger.execute("SELECT payment_id FROM charges WHERE outcome = 'approved'")
-        return {uuid.UUID(payment_id) for (payment_id,) in rows}
+    lines = (data_dir / "simulated-ledger.jsonl").read_text().splitlines()
+    decided = [json.loads(line) for line in lines]
+    assert {outcome for _, _, _, outcome in decided} == {"approved"}
+    assert len({payment_id for payment_id, _, _, _ in decided}) == len(decided)
+    return {uuid.UUID(payment_id) for payment_id, _, _, _ in decided}
 
 
 @pytest.mark.timeout(180)

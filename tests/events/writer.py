@@ -1,4 +1,4 @@
-"""A process that appends events as fast as it can: `python -m tests.events.writer ADDRESS_JSON COUNT`."""
+"""Appends events as fast as it can: `python -m tests.events.writer ADDRESS_JSON COUNT`."""
 
 import asyncio
 import sys

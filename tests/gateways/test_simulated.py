@@ -1,11 +1,9 @@
 """The simulated provider: what it decides, what it remembers, and how it fails when told to."""
 
 import asyncio
-import sqlite3
 import subprocess
 import sys
 import uuid
-from contextlib import closing
 from pathlib import Path
 from uuid import UUID
 
@@ -47,14 +45,12 @@ async def find(
 
 
 def rows(ledger: Path) -> int:
-    with closing(sqlite3.connect(ledger)) as connection:
-        (count,) = connection.execute("SELECT count(*) FROM charges").fetchone()
-        return int(count)
+    return len(ledger.read_text().splitlines())
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Path:
-    return tmp_path / "ledger.sqlite"
+    return tmp_path / "ledger.jsonl"
 
 
 class TestDecisions:
@@ -153,7 +149,7 @@ asyncio.run(main())
         await other.close()
 
     async def test_memory_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(simulated, "IN_MEMORY_MAX", 3)
+        monkeypatch.setattr(simulated, "RECENT_MAX", 3)
         gateway = SimulatedGateway(None)
         ids = [uuid.uuid4() for _ in range(5)]
         for payment_id in ids:
@@ -165,25 +161,36 @@ asyncio.run(main())
     async def test_a_file_forgets_nothing(
         self, ledger: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(simulated, "IN_MEMORY_MAX", 3)
+        monkeypatch.setattr(simulated, "RECENT_MAX", 3)
         gateway = SimulatedGateway(ledger)
-        for _ in range(5):
-            await charge(gateway, uuid.uuid4())
-        await gateway.close()
-        assert rows(ledger) == 5
+        ids = [uuid.uuid4() for _ in range(30)]
+        for payment_id in ids:
+            await charge(gateway, payment_id)
+        again = SimulatedGateway(ledger)
+        for each in (gateway, again):
+            assert all([isinstance(await find(each, payment_id), Approved) for payment_id in ids])
+            assert await find(each) is None
+            await each.close()
+        assert rows(ledger) == 30
 
-    async def test_a_row_cannot_be_updated(self, ledger: Path) -> None:
+    async def test_the_first_line_of_an_id_is_its_outcome(self, ledger: Path) -> None:
+        ledger.write_text(f'["{ID}",1500,"INR","approved"]\n["{ID}",7,"INR","declined"]\n')
         gateway = SimulatedGateway(ledger)
-        await charge(gateway)
-        with closing(sqlite3.connect(ledger)) as connection:
-            for change in ("amount_cents = 1", "outcome = 'x'", "payment_id = x'00'"):
-                with pytest.raises(sqlite3.IntegrityError, match="append-only"):
-                    connection.execute(f"UPDATE charges SET {change}")
         assert await find(gateway) == APPROVED
         await gateway.close()
 
+    async def test_half_a_line_is_nobodys_decision(self, ledger: Path) -> None:
+        gateway = SimulatedGateway(ledger)
+        await charge(gateway, OTHER_ID)
+        with ledger.open("a") as file:
+            file.write(f'["{ID}",1500,"IN')
+        assert await find(gateway) is None
+        assert await charge(gateway) == APPROVED
+        await gateway.close()
+        assert rows(ledger) == 2
+
     async def test_missing_directories_are_made(self, tmp_path: Path) -> None:
-        ledger = tmp_path / "not" / "yet" / "ledger.sqlite"
+        ledger = tmp_path / "not" / "yet" / "ledger.jsonl"
         gateway = SimulatedGateway(ledger)
         await charge(gateway)
         await gateway.close()
@@ -191,24 +198,18 @@ asyncio.run(main())
 
     async def test_an_unusable_file_stops_the_start(self, tmp_path: Path) -> None:
         text = tmp_path / "text"
-        text.write_text("no database" * 100)
-        for path in (tmp_path, text, text / "ledger.sqlite", tmp_path / ("x" * 300)):
+        text.write_text("no ledger\n" * 100)
+        for path in (tmp_path, text, text / "ledger.jsonl", tmp_path / ("x" * 300)):
             with pytest.raises(StartError) as caught:
                 SimulatedGateway(path)
             message = str(caught.value)
             assert message.startswith("SIMULATED_LEDGER: ")
             assert len(message.splitlines()) == 1
 
-    async def test_a_ledger_that_fails_later_leaves_the_outcome_unknown(self, ledger: Path) -> None:
-        gateway = SimulatedGateway(ledger)
-        await charge(gateway)
-        with closing(sqlite3.connect(ledger)) as connection:
-            connection.execute("ALTER TABLE charges RENAME TO moved")
-            assert await charge(gateway, OTHER_ID) is OutcomeUnknown
-            assert await find(gateway) is OutcomeUnknown
-            connection.execute("ALTER TABLE moved RENAME TO charges")
-        assert await find(gateway) == APPROVED
-        assert await find(gateway, OTHER_ID) is None
+    async def test_a_full_disk_leaves_the_outcome_unknown(self) -> None:
+        gateway = SimulatedGateway(Path("/dev/full"))
+        assert await charge(gateway) is OutcomeUnknown
+        assert await find(gateway) is None
         await gateway.close()
 
     async def test_a_closed_one_leaves_the_outcome_unknown(self) -> None:

@@ -5,8 +5,8 @@ import hashlib
 import pytest
 
 from payments.errors import Unauthorized
-from payments.settings import ApiKey
-from web.auth import DEFAULT_CLIENT, STAFF, authenticate, may_read
+from payments.settings import DEFAULT_CLIENT, ApiKey
+from web.auth import STAFF, authenticate, may_read
 
 Headers = list[tuple[bytes, bytes]]
 

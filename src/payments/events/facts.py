@@ -8,12 +8,15 @@ of every version that was ever written; they must decode for ever.
 Times are UTC with microseconds; amounts are whole minor units of the currency.
 """
 
+import re
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal
 from uuid import UUID
 
 import msgspec
+
+_NO_OFFSET = timedelta(0)
 
 
 class UndecodableEvent(Exception):
@@ -36,6 +39,10 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True):
     client: str
     request_id: str | None = None
     traceparent: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.occurred_at.utcoffset() != _NO_OFFSET:
+            raise ValueError("occurred_at must be UTC")
 
     # The eventsourcing library's names for the same two things.
     @property
@@ -96,6 +103,7 @@ FACTS: dict[str, type[Fact]] = {
 # (topic, old schema_version) -> the same fact's fields one version later, schema_version included.
 UPCASTERS: dict[tuple[str, int], Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _encoder = msgspec.json.Encoder()
 _decoders = {topic: msgspec.json.Decoder(fact) for topic, fact in FACTS.items()}
 
@@ -115,11 +123,11 @@ def decode(topic: str, state: bytes) -> Fact:
         raise UndecodableEvent(f"unknown topic {topic!r}")
     try:
         return decoder.decode(state)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        return _decode_older(topic, state, error)
+    except _UNREADABLE:
+        return _decode_older(topic, state)
 
 
-def _decode_older(topic: str, state: bytes, error: Exception) -> Fact:
+def _decode_older(topic: str, state: bytes) -> Fact:
     """Reads an older version through its upcasters, one step at a time."""
     try:
         fields = msgspec.json.decode(state, type=dict[str, Any])
@@ -128,5 +136,7 @@ def _decode_older(topic: str, state: bytes, error: Exception) -> Fact:
             fields = upcast(fields)
             version = fields["schema_version"]
         return msgspec.convert(fields, FACTS[topic])
-    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError) as again:
-        raise UndecodableEvent(f"{topic}: {again}") from error
+    except (*_UNREADABLE, LookupError, TypeError, ValueError) as error:
+        # The only message of msgspec that quotes a value.
+        reason = re.sub(r"(Invalid enum value) .*?(?= - at |$)", r"\1", str(error), flags=re.DOTALL)
+        raise UndecodableEvent(f"{topic}: {reason}") from None

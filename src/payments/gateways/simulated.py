@@ -148,9 +148,11 @@ class _Ledger:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-            except OSError as error:
-                reason = f"cannot use {str(path)!r}: {error.strerror}"
-                raise StartError(f"SIMULATED_LEDGER: {reason}") from None
+                self._read_to = self._start_of_recent(self._file)
+                self._find(UUID(int=0))
+            except (OSError, msgspec.MsgspecError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "it is not such a ledger"
+                raise StartError(f"SIMULATED_LEDGER: cannot use {str(path)!r}: {reason}") from None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="simulated ledger")
         self._waiting: list[tuple[_Line, asyncio.Future[_Line]]] = []
         self._worker: asyncio.Task[None] | None = None
@@ -168,7 +170,7 @@ class _Ledger:
             return await asyncio.get_running_loop().run_in_executor(
                 self._thread, self._find, payment_id
             )
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, msgspec.MsgspecError) as error:
             raise OutcomeUnknown(f"simulated: ledger: {error}") from error
 
     async def close(self) -> None:
@@ -187,7 +189,7 @@ class _Ledger:
                 decided = await asyncio.get_running_loop().run_in_executor(
                     self._thread, self._decide, lines
                 )
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, msgspec.MsgspecError) as error:
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(OutcomeUnknown(f"simulated: ledger: {error}"))
@@ -218,6 +220,12 @@ class _Ledger:
                 return None
             return msgspec.json.decode(text[start : text.find(b"\n", start)], type=_Line)
 
+    @staticmethod
+    def _start_of_recent(file: int) -> int:
+        """Where a line begins, about RECENT_MAX lines before the end."""
+        near = max(0, os.fstat(file).st_size - RECENT_MAX * 100)
+        return near and near + os.pread(file, 1000, near).find(b"\n") + 1
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Between looking and writing no other process may decide."""
@@ -238,6 +246,9 @@ class _Ledger:
         while self._read_to < end:
             text = os.pread(self._file, READ_MAX, self._read_to)
             text = text[: text.rfind(b"\n") + 1]
+            if not text:  # half a line: its writer died on a full disk
+                os.ftruncate(self._file, self._read_to)
+                return
             lines = [msgspec.json.decode(line, type=_Line) for line in text.splitlines()]
             self._remember({line.payment_id: line for line in reversed(lines)})
             self._read_to += len(text)
@@ -246,13 +257,11 @@ class _Ledger:
         """All or nothing: half a line would be nobody's decision."""
         if self._file is None or not text:
             return
-        try:
-            if os.write(self._file, text) != len(text):
-                raise OSError(errno.ENOSPC, "the disk is full")
-        except OSError:
+        written = os.write(self._file, text)
+        if written != len(text):
             os.ftruncate(self._file, self._read_to)
-            raise
-        self._read_to += len(text)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._read_to += written
 
     def _remember(self, lines: dict[UUID, _Line]) -> None:
         for payment_id, line in lines.items():
