@@ -42,12 +42,17 @@ CREATE FUNCTION append_payment_events(
     streams uuid[], first_versions bigint[], sizes integer[],
     append_nos integer[], topics text[], states bytea[]
 ) RETURNS TABLE (outcome text, "position" bigint)
-LANGUAGE plpgsql VOLATILE AS $$
+LANGUAGE plpgsql VOLATILE
+-- Planning took twice as long as running; and a plan made while the table was small must not scan it.
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+AS $$
 DECLARE
     head     bigint;      -- the last position that is taken
     stamp    timestamptz; -- recorded_at of this batch
-    versions bigint[];    -- for append i: the last version of its stream, kept up to date below
-    earlier  integer[];   -- for append i: the append before it in this batch that has the same stream
+    versions bigint[];    -- for append i: the last version of its stream before this batch, or, if
+                          -- i is the first of its stream in the batch, as of now
+    seat     integer;     -- the first append in the batch that has the stream at hand
     skipped  integer[];   -- for append i: how many events of the batch stand before its first
     bases    bigint[];    -- for append i: what to add to an event's place in the batch to get its
                           -- position; NULL when the append conflicts
@@ -65,25 +70,20 @@ BEGIN
     -- Time never runs backwards along the log, even when the server's clock was set back.
     stamp := greatest(clock_timestamp(), stamp);
 
-    SELECT array_agg(a.version ORDER BY a.no), array_agg(a.earlier ORDER BY a.no)
-      INTO versions, earlier
-      FROM (SELECT s.no,
-                   lag(s.no) OVER (PARTITION BY s.stream ORDER BY s.no) AS earlier,
-                   (SELECT max(e.originator_version) FROM payment_events e
-                     WHERE e.originator_id = s.stream) AS version
-              FROM unnest(streams) WITH ORDINALITY AS s (stream, no)) a;
+    versions := ARRAY(
+        SELECT (SELECT max(e.originator_version) FROM payment_events e
+                 WHERE e.originator_id = s.stream)
+          FROM unnest(streams) WITH ORDINALITY AS s (stream, no) ORDER BY s.no);
 
     FOR i IN 1 .. cardinality(streams) LOOP
-        IF earlier[i] IS NOT NULL THEN
-            versions[i] := versions[earlier[i]];
-        END IF;
+        seat := array_position(streams, streams[i]);
         skipped[i] := events;
         -- A stream begins at version 1; other users of the library may begin at 0.
-        IF first_versions[i] = versions[i] + 1
-           OR (versions[i] IS NULL AND first_versions[i] IN (0, 1)) THEN
+        IF first_versions[i] = versions[seat] + 1
+           OR (versions[seat] IS NULL AND first_versions[i] IN (0, 1)) THEN
             bases[i] := head - events;
             head := head + sizes[i];
-            versions[i] := first_versions[i] + sizes[i] - 1;
+            versions[seat] := first_versions[i] + sizes[i] - 1;
         ELSE
             bases[i] := NULL;
         END IF;
