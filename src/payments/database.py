@@ -7,8 +7,8 @@ LISTEN do not survive transaction pooling. TLS is libpq's: set PGSSLMODE and PGS
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -116,16 +116,17 @@ def cut(connection: psycopg.AsyncConnection[Any]) -> None:
         duplicate.shutdown(socket.SHUT_RDWR)
 
 
-@asynccontextmanager
-async def cut_after(
-    connection: psycopg.AsyncConnection[Any], timeout_s: float
-) -> AsyncIterator[None]:
+class cut_after:  # noqa: N801 - used like a function
     """Cuts the connection if the body takes longer; what waits on it raises OperationalError."""
-    timer = asyncio.get_running_loop().call_later(timeout_s, cut, connection)
-    try:
-        yield
-    finally:
-        timer.cancel()
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any], timeout_s: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(timeout_s, cut, connection)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
 
 
 class Database:
@@ -159,13 +160,11 @@ class Database:
         Raises DatabaseUnavailable if there is no connection or it breaks.
         """
         try:
-            async with (
-                self._pool.connection() as connection,
-                cut_after(connection, QUERY_TIMEOUT_S),
-            ):
-                cursor = connection.cursor(binary=True)
-                await cursor.execute(query.encode(), params)
-                return await cursor.fetchall()
+            async with self._pool.connection() as connection:
+                with cut_after(connection, QUERY_TIMEOUT_S):
+                    cursor = connection.cursor(binary=True)
+                    await cursor.execute(query.encode(), params)
+                    return await cursor.fetchall()
         except (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError) as error:
             raise DatabaseUnavailable("The database does not answer.") from error
 

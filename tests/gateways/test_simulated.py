@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 
 from payments.errors import StartError
-from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge, simulated
+from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge, simulated_ledger
 from payments.gateways.simulated import Fault, SimulatedGateway, parse_faults
 from payments.payment import Approved, Declined
 
@@ -149,7 +149,7 @@ asyncio.run(main())
         await other.close()
 
     async def test_memory_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(simulated, "RECENT_MAX", 3)
+        monkeypatch.setattr(simulated_ledger, "RECENT_MAX", 3)
         gateway = SimulatedGateway(None)
         ids = [uuid.uuid4() for _ in range(5)]
         for payment_id in ids:
@@ -161,7 +161,7 @@ asyncio.run(main())
     async def test_a_file_forgets_nothing(
         self, ledger: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(simulated, "RECENT_MAX", 3)
+        monkeypatch.setattr(simulated_ledger, "RECENT_MAX", 3)
         gateway = SimulatedGateway(ledger)
         ids = [uuid.uuid4() for _ in range(30)]
         for payment_id in ids:

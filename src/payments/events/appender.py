@@ -169,7 +169,7 @@ class _Writer:
     ) -> None:
         self._connect = connect
         self._telemetry = telemetry
-        self._connection: psycopg.AsyncConnection[Any] | None = None
+        self._cursor: psycopg.AsyncCursor[Any] | None = None
         self.batch: list[_Append] = []
 
     async def write(self, batch: list[_Append]) -> None:
@@ -218,15 +218,14 @@ class _Writer:
 
     async def _send(self, batch: list[_Append]) -> None:
         """One round trip, one transaction, one flush to disk; then every caller is told."""
-        if self._connection is None:
-            self._connection = await self._connect("payments appender")
+        if self._cursor is None:
+            connection = await self._connect("payments appender")
+            self._cursor = connection.cursor(binary=True)
+        params = append_params([append.events for append in batch])
         started = time.perf_counter()
-        async with cut_after(self._connection, BATCH_TIMEOUT_S):
-            cursor = self._connection.cursor(binary=True)
-            await cursor.execute(
-                APPEND, append_params([append.events for append in batch]), prepare=True
-            )
-            rows = await cursor.fetchall()
+        with cut_after(self._cursor.connection, BATCH_TIMEOUT_S):
+            await self._cursor.execute(APPEND, params, prepare=True)
+            rows = await self._cursor.fetchall()
         self._telemetry.append_seconds.observe(time.perf_counter() - started)
         self._telemetry.append_batch_size.observe(len(batch))
         for append, (outcome, position) in zip(batch, rows, strict=True):
@@ -236,9 +235,9 @@ class _Writer:
                 append.resolve(position)
 
     async def disconnect(self) -> None:
-        if self._connection is not None:
-            connection, self._connection = self._connection, None
-            await connection.close()
+        if self._cursor is not None:
+            cursor, self._cursor = self._cursor, None
+            await cursor.connection.close()
 
 
 def _is_refusal(error: psycopg.Error) -> bool:
