@@ -43,6 +43,10 @@ class Service:
         )
 
     async def start(self) -> None:
+        if not self.settings.payments_api_keys:
+            logger.warning("PAYMENTS_API_KEYS is not set: whoever reaches the port may charge")
+        if self.settings.order_callback_url is not None:
+            logger.warning("ORDER_CALLBACK_URL is set, but this version sends no callbacks yet")
         await self.database.open()
         self.appender.start()
 
