@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import psycopg
 import pytest
+from blockbuster import blockbuster_ctx
 from psycopg.sql import SQL, Identifier
 
 from payments import embedded_postgres
@@ -22,6 +23,19 @@ from payments.settings import Settings
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def nothing_blocks_the_event_loop() -> Iterator[None]:
+    """A blocking call of ours inside the event loop fails the test that made it.
+
+    Allowed: building things before the first request, and reading /proc for the metrics.
+    """
+    with blockbuster_ctx(["payments", "web"]) as blockbuster:
+        for function in blockbuster.functions.values():
+            function.can_block_in("payments/telemetry.py", {"__init__", "exposition"})
+            function.can_block_in("payments/gateways/simulated_ledger.py", {"__init__"})
+        yield
 
 
 @pytest.fixture(scope="session")
