@@ -148,11 +148,11 @@ def set_up_logs(format: Literal["auto", "json", "text"], level: str) -> None:
 def _write_json_line(message: "Message") -> None:
     record = message.record
     line: dict[str, Any] = {
-        **record["extra"],
         "time": record["time"].astimezone(UTC).isoformat(timespec="milliseconds"),
         "level": record["level"].name,
         "message": record["message"],
     }
+    line |= {name: value for name, value in record["extra"].items() if name not in line}
     if record["exception"] is not None:
         line["exception"] = str(message).removeprefix(record["message"]).strip()
     try:
