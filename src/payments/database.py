@@ -5,8 +5,8 @@ LISTEN do not survive transaction pooling. TLS is libpq's: set PGSSLMODE and PGS
 """
 
 import asyncio
-import os
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -23,11 +23,14 @@ from payments.settings import Settings
 CONNECT_TIMEOUT_S = 2  # libpq takes no less, and a healthy server answers in milliseconds
 QUERY_TIMEOUT_S = 1.5  # with the wait for a connection, a request gets its 503 in under 3 s
 POOL_WAIT_S = 1.0
+READ_TIMEOUT_S = POOL_WAIT_S + QUERY_TIMEOUT_S
 
 # Sent with every connection. The server's timeouts stand behind ours: they free what a client that
 # was cut off or frozen still holds.
 SESSION_OPTIONS = {
     "TimeZone": "UTC",
+    # append_payment_events must see what the previous holder of its lock committed.
+    "default_transaction_isolation": r"read\ committed",
     "synchronous_commit": "on",
     "statement_timeout": "2s",
     "lock_timeout": "1200ms",
@@ -96,11 +99,14 @@ def create_database_if_missing(address: DatabaseAddress) -> None:
     """For the embedded server, where nobody else would create it."""
     maintenance = msgspec.structs.replace(address, dbname="postgres")
     statement = SQL("CREATE DATABASE {}").format(Identifier(address.dbname))
-    with (
-        connect(maintenance, "payments create database") as connection,
-        suppress(psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation),
-    ):
-        connection.execute(statement)
+    with connect(maintenance, "payments create database") as connection:
+        connection.execute("SET statement_timeout = '60s'")  # it copies the template's files
+        try:
+            connection.execute(statement)
+        except (psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
+            pass
+        except psycopg.Error as error:
+            raise StartError(f"cannot create {address.dbname}: {_reason(error)}") from None
 
 
 def cut(connection: psycopg.AsyncConnection[Any]) -> None:
@@ -109,11 +115,23 @@ def cut(connection: psycopg.AsyncConnection[Any]) -> None:
     Closing it would ask the server first, and cancelling a query opens another connection to it.
     Shutting the socket down makes whoever waits on it see an end at once.
     """
-    with (
-        suppress(OSError, psycopg.OperationalError),
-        socket.socket(fileno=os.dup(connection.fileno())) as duplicate,
-    ):
-        duplicate.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError, psycopg.OperationalError):
+        borrowed = socket.socket(fileno=connection.fileno())
+        try:
+            borrowed.shutdown(socket.SHUT_RDWR)
+        finally:
+            borrowed.detach()  # the descriptor stays libpq's
+
+
+class _Connection(psycopg.AsyncConnection[Any]):
+    """Cancelling whoever waits for a query cuts the connection.
+
+    psycopg would open a second connection to cancel the query, and wait up to 10 s for a server
+    that may be frozen.
+    """
+
+    async def _try_cancel(self, *, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - psycopg's
+        cut(self)
 
 
 class cut_after:  # noqa: N801 - used like a function
@@ -137,6 +155,7 @@ class Database:
         self.address = address
         self._pool = AsyncConnectionPool(
             address.conninfo(),
+            connection_class=_Connection,
             kwargs={"autocommit": True},
             min_size=1,
             max_size=pool_max,
@@ -155,21 +174,24 @@ class Database:
         await self._pool.close(timeout=1.0)
 
     async def fetch(self, query: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """All rows of one reading statement, within POOL_WAIT_S + QUERY_TIMEOUT_S.
+        """All rows of one reading statement, within READ_TIMEOUT_S.
 
-        Raises DatabaseUnavailable if there is no connection or it breaks.
+        A pooled connection may have died unnoticed, for example in a failover: then the next one
+        is tried. Raises DatabaseUnavailable when the time is up.
         """
-        try:
-            async with self._pool.connection() as connection:
-                with cut_after(connection, QUERY_TIMEOUT_S):
-                    cursor = connection.cursor(binary=True)
-                    await cursor.execute(query.encode(), params)
-                    return await cursor.fetchall()
-        except (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError) as error:
-            raise DatabaseUnavailable("The database does not answer.") from error
+        deadline = time.monotonic() + READ_TIMEOUT_S
+        while True:
+            try:
+                left_s = max(0.05, deadline - time.monotonic())
+                async with self._pool.connection(timeout=min(left_s, POOL_WAIT_S)) as connection:
+                    with cut_after(connection, min(left_s, QUERY_TIMEOUT_S)):
+                        cursor = connection.cursor(binary=True)
+                        await cursor.execute(query.encode(), params)
+                        return await cursor.fetchall()
+            except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+                if isinstance(error, PoolTimeout) or time.monotonic() > deadline - POOL_WAIT_S:
+                    raise DatabaseUnavailable("The database does not answer.") from error
 
     async def connect(self, application_name: str) -> psycopg.AsyncConnection[Any]:
         """A connection of one's own, outside the pool, with the same options."""
-        return await psycopg.AsyncConnection.connect(
-            self.address.conninfo(application_name), autocommit=True
-        )
+        return await _Connection.connect(self.address.conninfo(application_name), autocommit=True)

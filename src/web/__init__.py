@@ -6,5 +6,6 @@ api.py         /v1: charges and payments      bodies.py  reading JSON bodies, al
 operations.py  /health and /metrics
 auth.py        API keys
 problems.py    every error as application/problem+json
+protocol.py    limits on request heads and silent connections
 server.py      uvicorn inside our own process, and the ordered shutdown
 """

@@ -69,7 +69,9 @@ class Guard:
             return
         else:
             await self._app(scope, _Replay(body, receive), send_counted)
-        self._count(scope, status, time.perf_counter() - started)
+        finally:
+            if status:
+                self._count(scope, status, time.perf_counter() - started)
 
     def _count(self, scope: Any, status: int, seconds: float) -> None:
         # The template, never the path: paths are without number.

@@ -8,29 +8,43 @@ from litestar.datastructures import State
 from litestar.enums import MediaType
 
 from payments.errors import DatabaseUnavailable
+from payments.events.appender import INTENT_TIMEOUT_S
 from payments.service import Service
+
+STALLED_S = INTENT_TIMEOUT_S - 0.5  # just before waiting intents are given up
 
 Anyone = Request[Any, Any, State]
 
 
 class Health(msgspec.Struct, frozen=True):
-    """`database` is ok or unavailable; `ok` is whether charges can be taken."""
+    """`ok` is whether charges can be taken.
+
+    `database` is ok or unavailable (for reading); `event_store` is ok or stalled: an append has
+    waited longer than an intent would.
+    """
 
     ok: bool
     service: str
     database: str
+    event_store: str
 
 
 @get("/health", media_type=MediaType.JSON)
 async def health(request: Anyone) -> Response[bytes]:
     """Whether the service can take charges: 200, or 503 while the database is away."""
     service: Service = request.app.state.service
+    database = "ok"
     try:
         await service.database.fetch("SELECT 1")
     except DatabaseUnavailable:
-        state = Health(False, "payment-service", "unavailable")
-    else:
-        state = Health(True, "payment-service", "ok")
+        database = "unavailable"
+    stalled = service.appender.oldest_wait_s() >= STALLED_S
+    state = Health(
+        ok=database == "ok" and not stalled,
+        service="payment-service",
+        database=database,
+        event_store="stalled" if stalled else "ok",
+    )
     return Response(
         msgspec.json.encode(state),
         status_code=200 if state.ok else 503,

@@ -23,9 +23,11 @@ from payments.gateways import Gateway
 from payments.service import Service
 from payments.settings import Settings
 from web.app import create_app
+from web.protocol import Protocol
 
 STOP_S = 9.0
-REQUESTS_STOP_S = 7.5  # a charge answers within its deadline of 7 s
+CHARGES_STOP_S = 6.5  # every charge is answered by then, PENDING if need be
+REQUESTS_STOP_S = 7  # then uvicorn cancels what is left
 BACKLOG = 2048
 KEEP_ALIVE_S = 30  # longer than the pauses of a busy client's connection pool
 
@@ -44,9 +46,11 @@ def bind(settings: Settings) -> socket.socket:
         listener = socket.socket(info[0], socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(info[4])
-    except OSError as error:
+        listener.listen(BACKLOG)  # now, so that a second start notices
+    except (OSError, UnicodeError) as error:
         place = f"HOST {settings.host!r} and PORT {settings.port}"
-        raise StartError(f"cannot listen on {place}: {error.strerror}") from None
+        reason = error.strerror if isinstance(error, OSError) else "not a host name"
+        raise StartError(f"cannot listen on {place}: {reason}") from None
     return listener
 
 
@@ -68,7 +72,7 @@ async def serve(service: Service, listener: socket.socket) -> None:
         uvicorn.Config(
             create_app(service),
             loop="uvloop",
-            http="httptools",
+            http=Protocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -77,7 +81,7 @@ async def serve(service: Service, listener: socket.socket) -> None:
             proxy_headers=False,
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=int(REQUESTS_STOP_S),
+            timeout_graceful_shutdown=REQUESTS_STOP_S,
         )
     )
     stop_by = time.monotonic() + STOP_S
@@ -86,6 +90,7 @@ async def serve(service: Service, listener: socket.socket) -> None:
         nonlocal stop_by
         if not server.should_exit:
             stop_by = time.monotonic() + STOP_S
+            service.charging.hurry(CHARGES_STOP_S)
             logger.info("stopping")
         server.should_exit = True
 

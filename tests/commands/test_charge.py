@@ -389,13 +389,13 @@ async def test_an_outcome_found_by_another_process_first(
 async def test_a_damaged_stream_with_this_key(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
-    """An earlier run may have charged, so the request is answered PENDING, and nothing is sent."""
+    """Nobody can tell whose it is or what became of it: 503, and nothing is sent."""
     gateway = ScriptedGateway()
     service = await make(gateway)
     event = stored_event(payment_id_for("k"), state=b"damaged")
     await service.appender.append([event])
-    charged = await service.charging.charge(charge_of("k"))
-    assert first_answer(charged) == (Status.PENDING, True)
+    with pytest.raises(PaymentUnreadable):
+        await service.charging.charge(charge_of("k"))
     assert gateway.charges == gateway.questions == []
     with pytest.raises(PaymentUnreadable):
         await get_payment(service.database, payment_id_for("k"), None)
@@ -434,3 +434,106 @@ async def test_amounts_at_the_bounds(make: Make, connection: psycopg.Connection[
         charged = await service.charging.charge(charge_of(f"{amount}", amount))
         assert charged.payment.amount_cents == amount
         assert charged.payment.merchant_order_id == ORDER_ID
+
+
+async def test_two_processes_begin_at_the_same_moment_and_nobody_waits_for_ever(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    """The store makes both wait, so the loser's deadline comes before the winner's run is over."""
+    gateway = ScriptedGateway(no_answer)
+    services = [await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3) for _ in range(2)]
+    connection.execute(LOCK)
+    charges = [asyncio.create_task(each.charging.charge(charge_of("k"))) for each in services]
+    await asyncio.sleep(0.2)
+    connection.execute(UNLOCK)
+    answers = await asyncio.wait_for(asyncio.gather(*charges), 2)
+    assert {answer.payment.status for answer in answers} <= {Status.PENDING, Status.SUCCESS}
+
+
+async def test_dead_pooled_connections_are_nobodys_problem(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    """As after a failover: a replay is a replay, another request is 422."""
+    service = await make(ScriptedGateway())
+    await service.charging.charge(charge_of("k"))
+    terminate = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name LIKE 'payments%' AND datname = current_database()"
+    )
+    connection.execute(terminate.encode())
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
+    connection.execute(terminate.encode())
+    with pytest.raises(IdempotencyKeyReused):
+        await service.charging.charge(charge_of("k", 999))
+
+
+async def test_only_a_request_that_is_known_to_be_the_same_is_pending(
+    make: Make, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream can no longer be read when it is found to exist."""
+    service = await make(ScriptedGateway())
+    await service.charging.charge(charge_of("k"))
+
+    async def away(*_: Any) -> None:
+        raise DatabaseUnavailable
+
+    monkeypatch.setattr(service.database, "fetch", away)
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
+    with pytest.raises(IdempotencyKeyReused):
+        await service.charging.charge(charge_of("k", 999))
+
+
+async def test_another_provider_is_not_asked_to_charge_again(make: Make) -> None:
+    old, new = ScriptedGateway(answer_lost), ScriptedGateway()
+    new.name = "other"
+    short: dict[str, Any] = {"charge_deadline_s": 0.3, "gateway_timeout_s": 0.2}
+    await (await make(old, **short)).charging.charge(charge_of("k"))
+    await asyncio.sleep(0.3)
+    service = await make(new, **short)
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
+    assert new.charges == new.questions == []
+
+
+async def test_the_deadline_holds_for_storing_the_outcome_too(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    async def late_then_stop(gateway: ScriptedGateway, charge: ProviderCharge) -> Any:
+        await asyncio.sleep(0.4)
+        connection.execute(LOCK)
+        return approve(gateway, charge)
+
+    service = await make(
+        ScriptedGateway(late_then_stop), charge_deadline_s=0.6, gateway_timeout_s=0.5
+    )
+    started = time.monotonic()
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, False)
+    assert time.monotonic() - started < 0.9
+    connection.execute(UNLOCK)
+
+
+async def test_stopping_answers_who_waits(make: Make) -> None:
+    answered = asyncio.Event()
+    gateway = ScriptedGateway(after(answered))
+    service = await make(gateway)
+    charge = asyncio.create_task(service.charging.charge(charge_of("k")))
+    await until(lambda: gateway.charges)
+    service.charging.hurry(0.1)
+    assert first_answer(await asyncio.wait_for(charge, 1)) == (Status.PENDING, False)
+    answered.set()
+
+
+async def test_more_charges_than_may_run_are_refused_before_anything_is_stored(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    answered = asyncio.Event()
+    gateway = ScriptedGateway(*[after(answered)] * 2)
+    service = await make(gateway, gateway_concurrency_max=1, intent_queue_max=1)
+    charges = [asyncio.create_task(service.charging.charge(charge_of("a")))]
+    await until(lambda: topics(connection, "a"))
+    charges.append(asyncio.create_task(service.charging.charge(charge_of("b"))))
+    await until(lambda: topics(connection, "b"))
+    with pytest.raises(TooBusy):
+        await service.charging.charge(charge_of("c"))
+    answered.set()
+    await asyncio.gather(*charges)
+    assert topics(connection, "c") == []

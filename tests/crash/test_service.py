@@ -1,5 +1,6 @@
 """The real service: killed, stopped, frozen and cut off from its database."""
 
+import fcntl
 import json
 import os
 import signal
@@ -246,6 +247,63 @@ def test_clients_that_misbehave(data_dir: Path) -> None:
         assert raw(service, twice).startswith(b"HTTP/1.1 400")
         assert service.charge(client, "k").status_code == 201
         assert b"ERROR" not in service.log.read_bytes()
+
+
+def test_connections_that_say_nothing_are_cut(data_dir: Path) -> None:
+    with ServiceProcess(data_dir) as service:
+        silent, half = (socket.create_connection(("127.0.0.1", service.port)) for _ in range(2))
+        half.sendall(b"POST /v1/charge HTTP/1.1\r\nHost: x\r\nX-Half: ")
+        started = time.monotonic()
+        for connection in (silent, half):
+            connection.settimeout(10)
+            assert connection.recv(100) == b""
+            connection.close()
+        assert 4.5 < time.monotonic() - started < 7
+        endless = b"GET / HTTP/1.1\r\n" + b"X-Endless: y\r\n" * 20_000
+        assert b"431" in raw(service, endless).split(b"\r\n")[0]
+
+
+def test_a_body_is_never_taken_for_the_next_request(data_dir: Path) -> None:
+    """With an Upgrade header the parser gives up on HTTP after the head."""
+    inner = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = b"POST /v1/charge HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
+    head += b"Content-Length: %d\r\n\r\n" % len(inner)
+    with ServiceProcess(data_dir) as service:
+        for parts in ((head + inner,), (head, inner)):
+            answer = raw(service, *parts, pause_s=0.1)
+            assert answer.startswith(b"HTTP/1.1 400")
+            assert answer.count(b"HTTP/1.1") == 1
+            assert b"upgrade_not_supported" in answer
+
+
+def test_a_charge_whose_body_comes_after_the_sigterm_is_answered(data_dir: Path) -> None:
+    """The provider is asked and slow: PENDING in time, not an error, and exit 0."""
+    body = b'{"merchant_order_id":"f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9","amount_cents":5}'
+    head = b"POST /v1/charge HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += b"Idempotency-Key: k\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with ServiceProcess(data_dir, SIMULATED_FAULTS="delay=5") as service:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=15) as connection:
+            connection.sendall(head)
+            time.sleep(0.3)
+            stopped = time.monotonic()
+            service.process.terminate()
+            time.sleep(3)
+            connection.sendall(body)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 202")
+        assert service.process.wait(timeout=10) == 0
+        assert time.monotonic() - stopped < 9.5
+
+
+def test_a_ledger_that_somebody_holds_does_not_keep_the_service_from_stopping(
+    data_dir: Path,
+) -> None:
+    with ServiceProcess(data_dir) as service, httpx.Client(timeout=15) as client:
+        with (data_dir / "simulated-ledger.jsonl").open("a") as ledger:
+            fcntl.flock(ledger, fcntl.LOCK_EX)
+            assert service.charge(client, "k").status_code == 202
+            started = time.monotonic()
+            assert service.terminate() == 0
+            assert time.monotonic() - started < 9
 
 
 def test_the_service_survives_its_terminal(data_dir: Path) -> None:

@@ -20,6 +20,7 @@ from payments.events.appender import (
     AppendRefused,
     StreamConflict,
 )
+from payments.events.store import APPEND, append_params
 from payments.telemetry import Telemetry
 from tests.proxy import ServerProxy
 from tests.support import stored_event, until
@@ -245,3 +246,54 @@ async def test_an_unexpected_error_does_not_end_the_appender(database: Database)
     assert await appender.append([stored_event()]) == 1
     assert attempts == 3
     await appender.stop(1)
+
+
+async def test_what_cannot_be_packed_is_refused_and_blocks_nobody(appender: Appender) -> None:
+    unpackable = appender.append([stored_event(topic="\ud800")])
+    too_large = appender.append([stored_event(version=2**70)])
+    good = appender.append([stored_event()])
+    appender.start()
+    for refused in (unpackable, too_large):
+        with pytest.raises(AppendRefused):
+            await refused
+    assert await good == 1
+
+
+async def test_the_store_works_under_another_default_isolation_level(
+    appender: Appender, connection: psycopg.Connection[Any], address: DatabaseAddress
+) -> None:
+    """The function must see what was committed while it waited for its lock."""
+    level = f"ALTER DATABASE {address.dbname} SET default_transaction_isolation = 'serializable'"
+    connection.execute(level.encode())
+    appender.start()
+    assert await appender.append([stored_event()]) == 1
+    with psycopg.connect(address.conninfo()) as other:
+        other.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        with pytest.raises(psycopg.errors.InvalidTransactionState, match="READ COMMITTED"):
+            other.execute(APPEND, append_params([[stored_event()]]))
+
+
+async def test_a_conflict_tells_how_the_stream_began(appender: Appender) -> None:
+    event = stored_event()
+    appender.start()
+    await appender.append([event])
+    with pytest.raises(StreamConflict) as conflict:
+        await appender.append([stored_event(event.originator_id)])
+    assert conflict.value.first_state == event.state
+    with pytest.raises(StreamConflict) as conflict:
+        await appender.append([stored_event(version=5)])
+    assert conflict.value.first_state is None
+
+
+async def test_stopping_is_quick_although_the_server_does_not_answer(
+    appender: Appender, connection: psycopg.Connection[Any]
+) -> None:
+    appender.start()
+    with lock_held(connection):
+        future = appender.append([stored_event()])
+        await waits_for_lock(connection)
+        started = time.monotonic()
+        await appender.stop(0.1)
+        assert time.monotonic() - started < 0.5
+        with pytest.raises(DatabaseUnavailable):
+            await future

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 WRITERS, EVENTS = 8, 50_000
 
 
-def append(connection: psycopg.Connection[Any], *events: Any) -> list[tuple[str, int]]:
+def append(connection: psycopg.Connection[Any], *events: Any) -> list[tuple[Any, ...]]:
     return connection.execute(APPEND, append_params([[event] for event in events])).fetchall()
 
 
@@ -91,8 +91,8 @@ def test_recorded_at_never_runs_backwards(connection: psycopg.Connection[Any]) -
 def test_a_rolled_back_append_leaves_no_gap(connection: psycopg.Connection[Any]) -> None:
     append(connection, stored_event())
     with connection.transaction(force_rollback=True):
-        assert append(connection, stored_event()) == [("appended", 2)]
-    assert append(connection, stored_event()) == [("appended", 2)]
+        assert append(connection, stored_event()) == [("appended", 2, None)]
+    assert append(connection, stored_event()) == [("appended", 2, None)]
 
 
 def test_the_view_shows_every_row_as_it_is_stored(connection: psycopg.Connection[Any]) -> None:

@@ -1,5 +1,6 @@
 """The HTTP contract: statuses, headers and bodies, as Order Service and support see them."""
 
+import asyncio
 import hashlib
 import re
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from payments.payment import payment_id_for
 from payments.service import Service
 from payments.settings import ApiKey, Settings
+from tests.events.test_appender import LOCK, UNLOCK
 
 pytestmark = pytest.mark.anyio
 
@@ -225,12 +227,31 @@ async def test_health_and_metrics(client: httpx.AsyncClient) -> None:
     await charge(client)
     health = await client.get("/health")
     assert health.status_code == 200
-    assert health.json() == {"ok": True, "service": "payment-service", "database": "ok"}
+    assert health.json() == {
+        "ok": True,
+        "service": "payment-service",
+        "database": "ok",
+        "event_store": "ok",
+    }
     assert (await client.get("/health/live")).json()["ok"] is True
     metrics = await client.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert 'payments_charges_total{outcome="success"} 1.0' in metrics.text
     assert 'route="/v1/charge",status="201"} 1.0' in metrics.text
+
+
+async def test_health_when_nothing_can_be_appended(
+    client: httpx.AsyncClient, connection: psycopg.Connection[Any]
+) -> None:
+    connection.execute(LOCK)
+    assert problem(await charge(client)) == (503, "database_unavailable")
+    stuck = asyncio.create_task(charge(client, "other"))
+    await asyncio.sleep(1.7)
+    health = await client.get("/health")
+    connection.execute(UNLOCK)
+    await stuck
+    assert (health.status_code, health.json()["event_store"]) == (503, "stalled")
+    assert (await client.get("/health")).status_code == 200
 
 
 async def test_series_do_not_grow_with_the_paths(

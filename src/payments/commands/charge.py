@@ -9,6 +9,7 @@ PENDING, never an error: an error would make the caller drop an order that was p
 """
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -24,9 +25,12 @@ from payments.errors import (
     GatewayUnavailable,
     IdempotencyKeyReused,
     PaymentsError,
+    PaymentUnreadable,
     TooBusy,
 )
+from payments.events import facts
 from payments.events.appender import Appender, StreamConflict
+from payments.events.facts import PaymentInitiated, UndecodableEvent
 from payments.events.store import load_payment, to_stored_event
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
 from payments.payment import (
@@ -37,6 +41,7 @@ from payments.payment import (
     OutcomeMismatch,
     Payment,
     Status,
+    UnexpectedEvent,
     differing_fields,
     evolve,
     initiate,
@@ -66,7 +71,7 @@ class ChargePayment(msgspec.Struct, frozen=True):
 class Charged(msgspec.Struct, frozen=True):
     """The answer: the payment with its first outcome, or PENDING.
 
-    `replayed` says that the outcome was there before this request came.
+    `replayed` says that an earlier request began it, finished or not.
     """
 
     payment: Payment
@@ -79,12 +84,12 @@ class _Run:
     def __init__(self, command: ChargePayment, deadline_s: float) -> None:
         self.command = command
         self.deadline = time.monotonic() + deadline_s
-        # When whoever waits gets an answer in any case; moves on with the steps of the run.
+        # When whoever waits gets an answer in any case: the deadline, or sooner.
         self.answer_by = self.deadline
         self.answer: Charged | Exception | None = None
-        # The payment as it is stored, once the intent is.
+        # The payment as it is stored, and stored for this very request.
         self.payment: Payment | None = None
-        # The provider may have been asked, by this run or by an earlier one with the same key.
+        # The provider may have been asked for it, by this run or by an earlier one.
         self.asked = False
         # The intent was stored by an earlier request, this long ago.
         self.replayed = False
@@ -164,6 +169,9 @@ class Charging:
         # By the whole request: another request with the same key is another run, and the store's
         # version check decides between them.
         self._runs: dict[ChargeRequest, _Run] = {}
+        # As many as may be with the provider, and a queue before it.
+        self._runs_max = settings.gateway_concurrency_max + settings.intent_queue_max
+        self._stop_by = math.inf
         self._tasks: set[asyncio.Task[None]] = set()
         self._watching: asyncio.TimerHandle | None = None
 
@@ -175,6 +183,9 @@ class Charging:
         run = self._runs.get(command.request)
         joined = run is not None
         if run is None:
+            if len(self._runs) >= self._runs_max:
+                self._telemetry.charges["unavailable"].inc()
+                raise TooBusy("Too many charges are under way.")
             run = self._start(command)
         try:
             charged = await run.wait()
@@ -189,6 +200,12 @@ class Charging:
         self._telemetry.charges[outcome].inc()
         return charged
 
+    def hurry(self, within_s: float) -> None:
+        """Every request, of now or to come, is answered by then: the service is stopping."""
+        self._stop_by = time.monotonic() + within_s
+        for run in self._runs.values():
+            run.answer_by = min(run.answer_by, self._stop_by)
+
     async def drain(self, timeout_s: float) -> None:
         """Waits for the runs that go on although their requests were answered."""
         if self._tasks:
@@ -197,10 +214,11 @@ class Charging:
             task.cancel()
         if self._tasks:
             logger.bind(charges=len(self._tasks)).warning("stopping with unfinished charges")
-            await asyncio.wait(self._tasks)
+            await asyncio.wait(self._tasks, timeout=0.5)
 
     def _start(self, command: ChargePayment) -> _Run:
         run = self._runs[command.request] = _Run(command, self._deadline_s)
+        run.answer_by = min(run.answer_by, self._stop_by)
         task = asyncio.create_task(self._run(run), name="charge")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -235,6 +253,8 @@ class Charging:
             run.log().exception("charge failed")
             run.fail(error)
         finally:
+            # Whatever way the run ended, nobody waits for ever.
+            run.fail(TooBusy("The charge did not get its turn in time."))
             del self._runs[run.command.request]
 
     async def _begin(self, run: _Run) -> Payment | None:
@@ -243,9 +263,12 @@ class Charging:
         payment = evolve(None, intent)
         try:
             await self._appender.append_intent(to_stored_event(intent))
-        except StreamConflict:
-            # From here on an earlier run may have asked, so errors are answered with PENDING.
-            run.payment, run.asked, run.replayed = payment, True, True
+        except StreamConflict as conflict:
+            begun = _begun(conflict.first_state)
+            if differing := differing_fields(begun, run.command.request):
+                raise IdempotencyKeyReused(differing) from None
+            # An earlier run may have asked: from here on errors are answered with PENDING.
+            run.payment, run.asked, run.replayed = begun, True, True
             return await self._resume(run, payment.id)
         run.payment = payment
         return payment
@@ -260,20 +283,21 @@ class Charging:
             if loaded is None:
                 raise RuntimeError("the store reported a conflict in a stream without events")
             run.payment, run.age_s = loaded.payment, loaded.age_s
-            if differing := differing_fields(loaded.payment, run.command.request):
-                run.asked = False  # by this request, that is: it is answered 422
-                raise IdempotencyKeyReused(differing)
             if loaded.payment.status is not Status.PENDING:
                 run.finish(loaded.payment)
                 return None
             if loaded.age_s > self._deadline_s:
                 return loaded.payment
             if not run.may_ask():
+                run.finish(loaded.payment)
                 return None
             await asyncio.sleep(OTHER_RUN_POLL_S)
 
     async def _ask(self, run: _Run, payment: Payment) -> Approved | Declined:
         """The provider's outcome. Raises OutcomeUnknown, or Unavailable if it was not asked."""
+        if payment.gateway != self._gateway.name:
+            run.log().bind(gateway=payment.gateway).critical("begun with another provider")
+            raise OutcomeUnknown("only the provider that was asked knows")
         async with self._gateway_slots:
             if run.replayed:
                 # An earlier run may have charged: look before sending again.
@@ -323,7 +347,7 @@ class Charging:
 
     async def _record(self, run: _Run, payment: Payment, outcome: Approved | Declined) -> None:
         """Appends the outcome, however long that takes; the requests wait only a while for it."""
-        run.answer_by = time.monotonic() + OUTCOME_STORE_PATIENCE_S
+        run.answer_by = min(run.answer_by, time.monotonic() + OUTCOME_STORE_PATIENCE_S)
         while fact := record_outcome(payment, outcome, run.cause()):
             try:
                 await self._appender.append([to_stored_event(fact)])
@@ -344,6 +368,14 @@ class Charging:
                 continue
             assert loaded is not None
             return loaded.payment
+
+
+def _begun(first_state: bytes | None) -> Payment:
+    """The payment as its first event began it."""
+    try:
+        return evolve(None, facts.decode(PaymentInitiated.TOPIC, first_state or b""))
+    except (UndecodableEvent, UnexpectedEvent) as error:
+        raise PaymentUnreadable("The payment of this key cannot be read.") from error
 
 
 _OUTCOME_LABELS = {Approved: "approved", Declined: "declined", type(None): "not_found"}

@@ -6,6 +6,7 @@ does with a batch.
 """
 
 import asyncio
+import struct
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -29,7 +30,14 @@ RECONNECT_MIN_S, RECONNECT_MAX_S = 0.02, 0.5
 
 
 class StreamConflict(Exception):
-    """The stream moved on, or already has other events at these versions."""
+    """The stream moved on, or already has other events at these versions.
+
+    `first_state` holds the stored bytes of its first event, None if the stream is empty.
+    """
+
+    def __init__(self, first_state: bytes | None) -> None:
+        super().__init__("another event stands there")
+        self.first_state = first_state
 
 
 class AppendRefused(Exception):
@@ -39,11 +47,12 @@ class AppendRefused(Exception):
 class _Append:
     """One caller's events and the future that tells it their fate."""
 
-    __slots__ = ("events", "expires_at", "future")
+    __slots__ = ("events", "expires_at", "future", "submitted_at")
 
     def __init__(self, events: Sequence[StoredEvent], expires_at: float) -> None:
         self.events = events
-        self.expires_at = expires_at  # by time.monotonic(); infinite unless it is an intent
+        self.submitted_at = time.monotonic()
+        self.expires_at = expires_at  # by the same clock; infinite unless it is an intent
         self.future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     @property
@@ -92,7 +101,7 @@ class Appender:
         if self._task is not None:
             await asyncio.wait({self._task}, timeout=timeout_s)
             self._task.cancel()
-            await asyncio.wait({self._task})
+            await asyncio.wait({self._task}, timeout=1)
         for append in self._pending():
             append.resolve(DatabaseUnavailable("The service is stopping."))
         self._waiting.clear()
@@ -115,6 +124,11 @@ class Appender:
         AppendRefused, and with nothing else while the service runs: through an outage it waits.
         """
         return self._submit(events, NEVER)
+
+    def oldest_wait_s(self) -> float:
+        """How long the append that waits longest has waited; 0 if none does."""
+        pending = self._pending()
+        return time.monotonic() - pending[0].submitted_at if pending else 0.0
 
     def _submit(self, events: Sequence[StoredEvent], expires_at: float) -> "asyncio.Future[int]":
         append = _Append(events, expires_at)
@@ -177,26 +191,25 @@ class _Writer:
         self.batch = batch
         try:
             await self._write(batch)
-        except psycopg.Error as error:
+        except REFUSALS:
             # It was refused for its data: only the culprit shall fail.
             for append in batch:
-                await self._write_alone(append, error)
+                await self._write_alone(append)
         self.batch = []
 
-    async def _write_alone(self, append: _Append, error: psycopg.Error) -> None:
+    async def _write_alone(self, append: _Append) -> None:
         try:
             await self._write([append])
-        except psycopg.Error as error:
+        except REFUSALS as error:
             self._telemetry.append_failures["refused"].inc()
-            logger.bind(sqlstate=error.sqlstate, reason=error.diag.message_primary).error(
-                "the event store refused an append"
-            )
-            append.resolve(AppendRefused(f"refused with SQLSTATE {error.sqlstate}"))
+            reason = getattr(error, "sqlstate", None) or type(error).__name__
+            logger.bind(reason=reason).error("the event store refused an append")
+            append.resolve(AppendRefused(f"refused: {reason}"))
 
     async def _write(self, batch: list[_Append]) -> None:
         """Sends the batch until its fate is known, whatever happens to the connection.
 
-        Raises psycopg.Error if the database refuses it for its data.
+        Raises one of REFUSALS if it cannot be stored because of its data.
         """
         pause_s = RECONNECT_MIN_S
         while batch:
@@ -204,7 +217,7 @@ class _Writer:
                 await self._send(batch)
             except Exception as error:
                 await self.disconnect()
-                if isinstance(error, psycopg.Error) and _is_refusal(error):
+                if _is_refusal(error):
                     raise
                 self._telemetry.append_failures["retried"].inc()
                 logger.bind(reason=type(error).__name__, appends=len(batch)).warning(
@@ -228,9 +241,9 @@ class _Writer:
             rows = await self._cursor.fetchall()
         self._telemetry.append_seconds.observe(time.perf_counter() - started)
         self._telemetry.append_batch_size.observe(len(batch))
-        for append, (outcome, position) in zip(batch, rows, strict=True):
+        for append, (outcome, position, first_state) in zip(batch, rows, strict=True):
             if outcome == CONFLICT:
-                append.resolve(StreamConflict("another event stands there"))
+                append.resolve(StreamConflict(first_state))
             else:
                 append.resolve(position)
 
@@ -240,8 +253,18 @@ class _Writer:
             await cursor.connection.close()
 
 
-def _is_refusal(error: psycopg.Error) -> bool:
-    """Classes 22 and 23 are about the data; psycopg itself refuses a NUL with DataError."""
+# psycopg's own errors, and those of packing values that Postgres has no form for.
+REFUSALS = (psycopg.Error, ValueError, TypeError, struct.error)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the data is at fault, so that sending it again is no use.
+
+    That is SQLSTATE classes 22 and 23, but for 23505: the function checks what is unique under its
+    lock, so a violation says that something else is wrong, and the events must not be lost for it.
+    """
+    if not isinstance(error, psycopg.Error):
+        return isinstance(error, REFUSALS)
     if error.sqlstate is None:
         return isinstance(error, psycopg.DataError)
-    return error.sqlstate[:2] in ("22", "23")
+    return error.sqlstate[:2] in ("22", "23") and error.sqlstate != "23505"

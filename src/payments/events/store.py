@@ -2,8 +2,8 @@
 
 Everything that touches the table payment_events is in this file, except the function that writes
 it (migrations/0001_event_store.sql). There are two doors to that function: the group-commit
-Appender (appender.py) for requests, and the recorder below for the command line, tests and the
-library's own classes.
+Appender (appender.py) for requests, and the recorder below for the library's own classes and for
+whatever runs without an event loop.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,14 +33,14 @@ from payments.events.facts import Fact, UndecodableEvent
 from payments.payment import Payment, UnexpectedEvent, fold
 
 APPEND = """
-SELECT outcome, "position"
+SELECT outcome, "position", first_state
   FROM append_payment_events(%b::uuid[], %b::bigint[], %b::integer[],
                              %b::integer[], %b::text[], %b::bytea[])
 """
 
 # A whole stream, oldest first, with the database's clock as of the reading.
 LOAD_STREAM = """
-SELECT topic, state, recorded_at, clock_timestamp()
+SELECT originator_version, topic, state, recorded_at, clock_timestamp()
   FROM payment_events WHERE originator_id = %s ORDER BY originator_version
 """
 
@@ -84,17 +84,19 @@ class FactMapper(Mapper[UUID]):
         return to_stored_event(domain_event)
 
     def to_domain_event(self, stored_event: StoredEvent) -> Fact:
-        fact = facts.decode(stored_event.topic, stored_event.state)
-        if (fact.payment_id, fact.version) != (
-            stored_event.originator_id,
-            stored_event.originator_version,
-        ):
-            raise UndecodableEvent("the event belongs to another stream or version")
-        return fact
+        return to_fact(stored_event)
 
 
 def to_stored_event(fact: Fact) -> StoredEvent:
     return StoredEvent(fact.payment_id, fact.version, fact.TOPIC, facts.encode(fact))
+
+
+def to_fact(stored: StoredEvent) -> Fact:
+    """Raises UndecodableEvent, also for bytes that stand in another row than they say."""
+    fact = facts.decode(stored.topic, stored.state)
+    if (fact.payment_id, fact.version) != (stored.originator_id, stored.originator_version):
+        raise UndecodableEvent("the event belongs to another stream or version")
+    return fact
 
 
 class PaymentsDatastore(PostgresDatastore):
@@ -186,12 +188,12 @@ async def load_payment(database: Database, payment_id: UUID) -> LoadedPayment | 
     if not rows:
         return None
     try:
-        payment = fold(facts.decode(topic, state) for topic, state, _, _ in rows)
+        payment = fold(to_fact(StoredEvent(payment_id, *row[:3])) for row in rows)
     except (UndecodableEvent, UnexpectedEvent) as error:
         raise PaymentUnreadable(
             f"Payment {payment_id} has an event that this version cannot read."
         ) from error
     assert payment is not None
-    recorded_at: datetime = rows[0][2]
-    read_at: datetime = rows[0][3]
+    recorded_at: datetime = rows[0][3]
+    read_at: datetime = rows[0][4]
     return LoadedPayment(payment, (read_at - recorded_at).total_seconds())

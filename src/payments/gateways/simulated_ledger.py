@@ -5,6 +5,7 @@ import errno
 import fcntl
 import mmap
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from payments.gateways import OutcomeUnknown
 
 RECENT_MAX = 20_000  # decisions kept in memory: some seconds of the highest load
 READ_MAX = 1 << 20
+LOCK_WAIT_S = 1.0  # another process holds the lock for microseconds
 
 
 class Decision(msgspec.Struct, frozen=True, array_like=True):
@@ -92,8 +94,8 @@ class Ledger:
 
     async def close(self) -> None:
         self._jobs.put(None)
-        await asyncio.to_thread(self._thread.join)
-        if self._file is not None:
+        await asyncio.to_thread(self._thread.join, LOCK_WAIT_S)
+        if self._file is not None and not self._thread.is_alive():
             os.close(self._file)
             self._file = None
 
@@ -116,7 +118,7 @@ class Ledger:
             result: list[Any] | Exception
             try:
                 result = job.action(job.items)
-            except (OSError, msgspec.MsgspecError) as error:
+            except Exception as error:  # noqa: BLE001 - whoever waits must hear of it
                 result = OutcomeUnknown(f"simulated: ledger: {error}")
             job.loop.call_soon_threadsafe(self._tell, job, result)
 
@@ -139,8 +141,11 @@ class Ledger:
                 if line.payment_id not in self._recent:
                     new.setdefault(line.payment_id, line)
             self._append(b"".join(msgspec.json.encode(line) + b"\n" for line in new.values()))
+            standing = [
+                new.get(each.payment_id) or self._recent[each.payment_id] for each in decisions
+            ]
             self._remember(new)
-        return [self._recent[decision.payment_id] for decision in decisions]
+        return standing
 
     def _find_all(self, payment_ids: list[UUID]) -> list[Decision | None]:
         return [self._find(payment_id) for payment_id in payment_ids]
@@ -168,7 +173,15 @@ class Ledger:
         if self._file is None:
             yield
             return
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # another process is writing, or was frozen while it was
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.001)
         try:
             yield
         finally:
@@ -185,8 +198,9 @@ class Ledger:
             if not text:  # half a line: its writer died on a full disk
                 os.ftruncate(self._file, self._read_to)
                 return
-            lines = [msgspec.json.decode(line, type=Decision) for line in text.splitlines()]
-            self._remember({line.payment_id: line for line in reversed(lines)})
+            for line in text.splitlines():
+                decision = msgspec.json.decode(line, type=Decision)
+                self._remember({decision.payment_id: decision})
             self._read_to += len(text)
 
     def _append(self, text: bytes) -> None:

@@ -38,10 +38,12 @@ ALTER TABLE payment_events ENABLE ALWAYS TRIGGER payment_events_append_only;
 --             'repeated'  the very same events (topic and state) stood there already
 --             'conflict'  the stream has another last version, or other events stand there
 --   position  where its last event stands; NULL for a conflict
+--   first_state  for a conflict the state of the stream's first event, if it has one: the caller
+--             learns whose stream it is without having to ask again
 CREATE FUNCTION append_payment_events(
     streams uuid[], first_versions bigint[], sizes integer[],
     append_nos integer[], topics text[], states bytea[]
-) RETURNS TABLE (outcome text, "position" bigint)
+) RETURNS TABLE (outcome text, "position" bigint, first_state bytea)
 LANGUAGE plpgsql VOLATILE
 -- Planning took twice as long as running; and a plan made while the table was small must not scan it.
 SET plan_cache_mode = force_generic_plan
@@ -52,12 +54,17 @@ DECLARE
     stamp    timestamptz; -- recorded_at of this batch
     versions bigint[];    -- for append i: the last version of its stream before this batch, or, if
                           -- i is the first of its stream in the batch, as of now
-    seat     integer;     -- the first append in the batch that has the stream at hand
+    leader   integer;     -- the first append in the batch that has the stream at hand
     skipped  integer[];   -- for append i: how many events of the batch stand before its first
     bases    bigint[];    -- for append i: what to add to an event's place in the batch to get its
                           -- position; NULL when the append conflicts
     events   integer := 0;
 BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'append_payment_events needs READ COMMITTED'
+            USING ERRCODE = 'invalid_transaction_state';
+    END IF;
+
     -- Positions are given out under this lock, and it is held until the commit is done. So the
     -- order of positions is the order of commits: a reader that has seen position n never has to
     -- look below n again. VOLATILE and READ COMMITTED matter here: each statement below must see
@@ -76,14 +83,14 @@ BEGIN
           FROM unnest(streams) WITH ORDINALITY AS s (stream, no) ORDER BY s.no);
 
     FOR i IN 1 .. cardinality(streams) LOOP
-        seat := array_position(streams, streams[i]);
+        leader := array_position(streams, streams[i]);
         skipped[i] := events;
         -- A stream begins at version 1; other users of the library may begin at 0.
-        IF first_versions[i] = versions[seat] + 1
-           OR (versions[seat] IS NULL AND first_versions[i] IN (0, 1)) THEN
+        IF first_versions[i] = versions[leader] + 1
+           OR (versions[leader] IS NULL AND first_versions[i] IN (0, 1)) THEN
             bases[i] := head - events;
             head := head + sizes[i];
-            versions[seat] := first_versions[i] + sizes[i] - 1;
+            versions[leader] := first_versions[i] + sizes[i] - 1;
         ELSE
             bases[i] := NULL;
         END IF;
@@ -116,6 +123,11 @@ BEGIN
              WHERE e.no = i;
             outcome := CASE WHEN "position" IS NULL THEN 'conflict' ELSE 'repeated' END;
         END IF;
+        first_state := NULL;
+        IF outcome = 'conflict' THEN
+            SELECT e.state INTO first_state
+              FROM payment_events e WHERE e.originator_id = streams[i] AND e.originator_version = 1;
+        END IF;
         RETURN NEXT;
     END LOOP;
 END $$;
@@ -125,7 +137,7 @@ CREATE FUNCTION payment_event_json(state bytea) RETURNS json
 LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
 BEGIN
     RETURN convert_from(state, 'UTF8')::json;
-EXCEPTION WHEN data_exception THEN
+EXCEPTION WHEN data_exception OR statement_too_complex THEN
     RETURN NULL;
 END $$;
 
@@ -134,7 +146,7 @@ CREATE FUNCTION payment_event_occurred_at(state bytea) RETURNS timestamptz
 LANGUAGE plpgsql STABLE STRICT PARALLEL SAFE AS $$
 BEGIN
     RETURN (convert_from(state, 'UTF8')::json ->> 'occurred_at')::timestamptz;
-EXCEPTION WHEN data_exception THEN
+EXCEPTION WHEN data_exception OR statement_too_complex THEN
     RETURN NULL;
 END $$;
 
