@@ -35,6 +35,7 @@ def server() -> Iterator[DatabaseAddress]:
             yield DatabaseAddress(
                 str(running.socket_dir), running.port, running.user, None, "postgres"
             )
+        embedded_postgres.wait_until_stopped(directory)
 
 
 def measure(parts: list[Part], rounds: int, seconds: float) -> dict[str, list[Figures]]:

@@ -78,6 +78,9 @@ class _WithoutStore(Service):
     async def charge(self, command: ChargePayment) -> Charged:
         return Charged(captured(command))
 
+    def hurry(self, within_s: float) -> None:
+        pass
+
 
 def captured(command: ChargePayment) -> Payment:
     """The payment of a captured charge, made the cheapest way."""

@@ -44,7 +44,7 @@ def state_dir() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="payments-tests-"))
     path.chmod(0o755)
     yield path
-    shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(path)
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +52,7 @@ def server(state_dir: Path) -> Iterator[DatabaseAddress]:
     """The server's maintenance database."""
     with embedded_postgres.start(state_dir) as running:
         yield DatabaseAddress(str(running.socket_dir), running.port, running.user, None, "postgres")
+    embedded_postgres.wait_until_stopped(state_dir)
 
 
 @pytest.fixture(scope="session")

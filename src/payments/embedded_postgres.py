@@ -115,6 +115,21 @@ def start(
     return EmbeddedPostgres(socket_dir, users_fd)
 
 
+def wait_until_stopped(data_dir: Path, *, timeout_s: float = 30) -> None:
+    """Return when no server of `data_dir` runs any more: it may then be moved or removed.
+
+    Raises EmbeddedPostgresError when the time is up, for example because somebody still uses it.
+    """
+    home = data_dir.absolute() / "postgres"
+    deadline = time.monotonic() + timeout_s
+    server_fd = _open_lock(home / "server.lock")
+    try:
+        while not _try_lock(server_fd, fcntl.LOCK_EX):
+            _pause(deadline, f"the server in {home} still runs")
+    finally:
+        os.close(server_fd)
+
+
 def _join_or_start(home: Path, deadline: float, options: dict[str, str]) -> Path:
     address_file = home / "socket-directory"
     while True:

@@ -89,10 +89,10 @@ async def serve(service: Service, listener: socket.socket) -> None:
     def stop() -> None:
         nonlocal stop_by
         if not server.should_exit:
+            server.should_exit = True
             stop_by = time.monotonic() + STOP_S
             service.charging.hurry(CHARGES_STOP_S)
             logger.info("stopping")
-        server.should_exit = True
 
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
