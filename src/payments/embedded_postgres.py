@@ -68,15 +68,12 @@ class EmbeddedPostgres:
 
 
 def default_data_dir() -> Path:
-    """Where data goes when PAYMENTS_DATA_DIR is not set."""
+    """Where data goes when PAYMENTS_DATA_DIR is not set; RuntimeError without a home directory."""
     if os.geteuid() == 0:
         return Path("/var/lib/payment-service")
     data_home = Path(os.environ.get("XDG_DATA_HOME", ""))
     if not data_home.is_absolute():  # the XDG specification: ignore a relative path
-        try:
-            data_home = Path.home() / ".local" / "share"
-        except RuntimeError as error:
-            raise EmbeddedPostgresError("no home directory: set PAYMENTS_DATA_DIR") from error
+        data_home = Path.home() / ".local" / "share"
     return data_home / "payment-service"
 
 
@@ -116,16 +113,12 @@ def start(
 
 
 def wait_until_stopped(data_dir: Path, *, timeout_s: float = 30) -> None:
-    """Return when no server of `data_dir` runs any more: it may then be moved or removed.
-
-    Raises EmbeddedPostgresError when the time is up, for example because somebody still uses it.
-    """
-    home = data_dir.absolute() / "postgres"
+    """Return when no server of `data_dir` runs any more; else EmbeddedPostgresError."""
     deadline = time.monotonic() + timeout_s
-    server_fd = _open_lock(home / "server.lock")
+    server_fd = _open_lock(data_dir.absolute() / "postgres" / "server.lock")
     try:
         while not _try_lock(server_fd, fcntl.LOCK_EX):
-            _pause(deadline, f"the server in {home} still runs")
+            _pause(deadline, f"the server in {data_dir} still runs")
     finally:
         os.close(server_fd)
 

@@ -71,7 +71,10 @@ def build_gateway(settings: Settings) -> Gateway:
 
 
 def data_dir(settings: Settings) -> Path:
-    return settings.payments_data_dir or embedded_postgres.default_data_dir()
+    try:
+        return settings.payments_data_dir or embedded_postgres.default_data_dir()
+    except RuntimeError:
+        raise StartError("there is no home directory: set PAYMENTS_DATA_DIR") from None
 
 
 @contextmanager

@@ -44,6 +44,10 @@ class AppendRefused(Exception):
     """The database refuses these events for what is in them."""
 
 
+class Unpackable(Exception):
+    """An event holds a value that Postgres has no form for."""
+
+
 class _Append:
     """One caller's events and the future that tells it their fate."""
 
@@ -191,7 +195,7 @@ class _Writer:
         self.batch = batch
         try:
             await self._write(batch)
-        except REFUSALS:
+        except (psycopg.Error, Unpackable):
             # It was refused for its data: only the culprit shall fail.
             for append in batch:
                 await self._write_alone(append)
@@ -200,7 +204,7 @@ class _Writer:
     async def _write_alone(self, append: _Append) -> None:
         try:
             await self._write([append])
-        except REFUSALS as error:
+        except (psycopg.Error, Unpackable) as error:
             self._telemetry.append_failures["refused"].inc()
             reason = getattr(error, "sqlstate", None) or type(error).__name__
             logger.bind(reason=reason).error("the event store refused an append")
@@ -209,7 +213,7 @@ class _Writer:
     async def _write(self, batch: list[_Append]) -> None:
         """Sends the batch until its fate is known, whatever happens to the connection.
 
-        Raises one of REFUSALS if it cannot be stored because of its data.
+        Raises psycopg.Error or Unpackable if it cannot be stored because of its data.
         """
         pause_s = RECONNECT_MIN_S
         while batch:
@@ -231,10 +235,13 @@ class _Writer:
 
     async def _send(self, batch: list[_Append]) -> None:
         """One round trip, one transaction, one flush to disk; then every caller is told."""
+        try:
+            params = append_params([append.events for append in batch])
+        except (ValueError, TypeError, struct.error) as error:
+            raise Unpackable from error
         if self._cursor is None:
             connection = await self._connect("payments appender")
             self._cursor = connection.cursor(binary=True)
-        params = append_params([append.events for append in batch])
         started = time.perf_counter()
         with cut_after(self._cursor.connection, BATCH_TIMEOUT_S):
             await self._cursor.execute(APPEND, params, prepare=True)
@@ -253,18 +260,12 @@ class _Writer:
             await cursor.connection.close()
 
 
-# psycopg's own errors, and those of packing values that Postgres has no form for.
-REFUSALS = (psycopg.Error, ValueError, TypeError, struct.error)
-
-
 def _is_refusal(error: Exception) -> bool:
     """Whether the data is at fault, so that sending it again is no use.
 
     That is SQLSTATE classes 22 and 23, but for 23505: the function checks what is unique under its
     lock, so a violation says that something else is wrong, and the events must not be lost for it.
     """
-    if not isinstance(error, psycopg.Error):
-        return isinstance(error, REFUSALS)
-    if error.sqlstate is None:
-        return isinstance(error, psycopg.DataError)
-    return error.sqlstate[:2] in ("22", "23") and error.sqlstate != "23505"
+    if isinstance(error, psycopg.Error) and error.sqlstate is not None:
+        return error.sqlstate[:2] in ("22", "23") and error.sqlstate != "23505"
+    return isinstance(error, Unpackable)
