@@ -537,3 +537,31 @@ async def test_more_charges_than_may_run_are_refused_before_anything_is_stored(
     answered.set()
     await asyncio.gather(*charges)
     assert topics(connection, "c") == []
+
+
+async def test_a_repetition_waits_for_a_run_that_goes_on_after_its_answer(make: Make) -> None:
+    answered = asyncio.Event()
+    gateway = ScriptedGateway(after(answered))
+    service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, False)
+    repetitions = [asyncio.create_task(service.charging.charge(charge_of("k"))) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    assert not any(repetition.done() for repetition in repetitions)
+    answered.set()
+    answers = await asyncio.gather(*repetitions)
+    assert {first_answer(answer) for answer in answers} == {(Status.SUCCESS, True)}
+    assert len(gateway.charges) == 1
+    await service.charging.drain(1)
+    assert service.charging._runs == {}
+
+
+async def test_a_repetition_waits_no_longer_than_its_deadline(make: Make) -> None:
+    answered = asyncio.Event()
+    service = await make(
+        ScriptedGateway(after(answered)), charge_deadline_s=0.4, gateway_timeout_s=0.3
+    )
+    await service.charging.charge(charge_of("k"))
+    started = time.monotonic()
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
+    assert 0.3 < time.monotonic() - started < 0.7
+    answered.set()

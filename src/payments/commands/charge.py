@@ -81,9 +81,9 @@ class Charged(msgspec.Struct, frozen=True):
 class _Run:
     """A charge under way in this process, and everyone who waits for its answer."""
 
-    def __init__(self, command: ChargePayment, deadline_s: float) -> None:
+    def __init__(self, command: ChargePayment, deadline: float) -> None:
         self.command = command
-        self.deadline = time.monotonic() + deadline_s
+        self.deadline = deadline
         # When whoever waits gets an answer in any case: the deadline, or sooner.
         self.answer_by = self.deadline
         self.answer: Charged | Exception | None = None
@@ -94,6 +94,7 @@ class _Run:
         # The intent was stored by an earlier request, this long ago.
         self.replayed = False
         self.age_s = 0.0
+        self.task: asyncio.Task[None] | None = None
         self._waiters: list[asyncio.Future[Charged]] = []
 
     async def wait(self) -> Charged:
@@ -180,25 +181,31 @@ class Charging:
 
         Raises IdempotencyKeyReused, or Unavailable if the provider was surely not asked.
         """
-        run = self._runs.get(command.request)
-        joined = run is not None
-        if run is None:
-            if len(self._runs) >= self._runs_max:
-                self._telemetry.charges["unavailable"].inc()
-                raise TooBusy("Too many charges are under way.")
-            run = self._start(command)
         try:
-            charged = await run.wait()
+            charged = await self._charge(command, time.monotonic() + self._deadline_s)
         except PaymentsError as error:
             refused = isinstance(error, IdempotencyKeyReused)
             self._telemetry.charges["refused" if refused else "unavailable"].inc()
             raise
-        if joined and not charged.replayed:
-            charged = Charged(charged.payment, replayed=True)
         pending = charged.payment.status is Status.PENDING
         outcome = "replayed" if charged.replayed and not pending else charged.payment.status.lower()
         self._telemetry.charges[outcome].inc()
         return charged
+
+    async def _charge(self, command: ChargePayment, deadline: float) -> Charged:
+        run = self._runs.get(command.request)
+        while run is not None and run.answer is not None and run.task is not None:
+            # Its requests were told PENDING, but it still goes on: this one waits for its end.
+            left_s = min(deadline, self._stop_by) - time.monotonic()
+            done, _ = await asyncio.wait({run.task}, timeout=max(0, left_s))
+            if not done:
+                break
+            run = self._runs.get(command.request)
+        if run is None:
+            if len(self._runs) >= self._runs_max:
+                raise TooBusy("Too many charges are under way.")
+            return await self._start(command, deadline).wait()
+        return Charged((await run.wait()).payment, replayed=True)
 
     def hurry(self, within_s: float) -> None:
         """Every request, of now or to come, is answered by then: the service is stopping."""
@@ -216,12 +223,12 @@ class Charging:
             logger.bind(charges=len(self._tasks)).warning("stopping with unfinished charges")
             await asyncio.wait(self._tasks, timeout=0.5)
 
-    def _start(self, command: ChargePayment) -> _Run:
-        run = self._runs[command.request] = _Run(command, self._deadline_s)
+    def _start(self, command: ChargePayment, deadline: float) -> _Run:
+        run = self._runs[command.request] = _Run(command, deadline)
         run.answer_by = min(run.answer_by, self._stop_by)
-        task = asyncio.create_task(self._run(run), name="charge")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        run.task = asyncio.create_task(self._run(run), name="charge")
+        self._tasks.add(run.task)
+        run.task.add_done_callback(self._tasks.discard)
         if self._watching is None:
             self._watch()
         return run
