@@ -115,12 +115,9 @@ def start(
 def wait_until_stopped(data_dir: Path, *, timeout_s: float = 30) -> None:
     """Return when no server of `data_dir` runs any more; else EmbeddedPostgresError."""
     deadline = time.monotonic() + timeout_s
-    server_fd = _open_lock(data_dir.absolute() / "postgres" / "server.lock")
-    try:
-        while not _try_lock(server_fd, fcntl.LOCK_EX):
+    with (data_dir / "postgres" / "server.lock").open("a") as server_lock:
+        while not _try_lock(server_lock.fileno(), fcntl.LOCK_EX):
             _pause(deadline, f"the server in {data_dir} still runs")
-    finally:
-        os.close(server_fd)
 
 
 def _join_or_start(home: Path, deadline: float, options: dict[str, str]) -> Path:
@@ -129,7 +126,8 @@ def _join_or_start(home: Path, deadline: float, options: dict[str, str]) -> Path
         server_fd = _open_lock(home / "server.lock")
         try:
             if _try_lock(server_fd, fcntl.LOCK_EX):
-                # Nobody may find the old address once the lock says that a server is there.
+                # The lock now says that a server is there: who has just read the old one's address
+                # must not rely on it, and looks again below.
                 with suppress(FileNotFoundError):
                     address_file.rename(home / "socket-directory.old")
                 _run_supervisor(_plan(home, options, server_fd), deadline)
@@ -137,7 +135,7 @@ def _join_or_start(home: Path, deadline: float, options: dict[str, str]) -> Path
             os.close(server_fd)
         with suppress(FileNotFoundError):
             socket_dir = Path(address_file.read_text())
-            if _answers(socket_dir):
+            if _answers(socket_dir) and address_file.read_text() == str(socket_dir):
                 return socket_dir
         _pause(deadline, f"Postgres in {home} is not ready (log: {home / 'server.log'})")
 
