@@ -1,4 +1,4 @@
-"""The Payment Service: charges, refunds and their history.
+"""The Payment Service: charges and their history.
 
     request -> command -> gateway -> event -> event store (Postgres, append-only)
     query  <- fold of the stream  <-------------+

@@ -176,11 +176,11 @@ class Database:
     async def fetch(self, query: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """All rows of one reading statement, within READ_TIMEOUT_S.
 
-        A pooled connection may have died unnoticed, for example in a failover: then the next one
-        is tried. Raises DatabaseUnavailable when the time is up.
+        Pooled connections may have died unnoticed, for example in a failover: then the next one is
+        tried, until all of them and a new one were. Raises DatabaseUnavailable.
         """
         deadline = time.monotonic() + READ_TIMEOUT_S
-        while True:
+        for tries_left in range(self._pool.max_size, -1, -1):
             try:
                 left_s = max(0.05, deadline - time.monotonic())
                 async with self._pool.connection(timeout=min(left_s, POOL_WAIT_S)) as connection:
@@ -189,8 +189,10 @@ class Database:
                         await cursor.execute(query.encode(), params)
                         return await cursor.fetchall()
             except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                if isinstance(error, PoolTimeout) or time.monotonic() > deadline - POOL_WAIT_S:
+                late = time.monotonic() > deadline - POOL_WAIT_S
+                if late or not tries_left or isinstance(error, PoolTimeout):
                     raise DatabaseUnavailable("The database does not answer.") from error
+        raise AssertionError("the last try returns or raises")
 
     async def connect(self, application_name: str) -> psycopg.AsyncConnection[Any]:
         """A connection of one's own, outside the pool, with the same options."""

@@ -1,7 +1,7 @@
 """What every request passes before the framework sees it.
 
-The guard reads the whole body, within limits, so that nothing behind it ever waits for a client;
-it gives the request its id; and it counts and times every answer.
+The guard reads the whole body, within limits, so that nothing behind it waits for one; it gives
+the request its id; and it counts and times every answer.
 """
 
 import asyncio
