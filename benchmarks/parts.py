@@ -22,7 +22,7 @@ from payments.database import Database, DatabaseAddress, create_database_if_miss
 from payments.events.appender import Appender
 from payments.events.store import to_stored_event
 from payments.migrations import migrate
-from payments.payment import Cause, ChargeRequest, initiate
+from payments.deciding import Cause, ChargeRequest, initiate
 from payments.telemetry import Telemetry
 
 CONNECTIONS = 32

@@ -20,7 +20,8 @@ from eventsourcing.domain import Aggregate, event
 
 from payments.commands.charge import Charged, ChargePayment
 from payments.database import DatabaseAddress
-from payments.payment import Payment, Status, fingerprint, payment_id_for
+from payments.deciding import fingerprint, payment_id_for
+from payments.payment import Payment, Status
 from payments.service import Service, build_gateway
 from payments.settings import Settings, read_settings
 from payments.telemetry import Telemetry, set_up_logs
@@ -67,7 +68,7 @@ class _WithoutStore(Service):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.telemetry = Telemetry()
-        self.charging = self  # type: ignore[assignment]
+        self.charging = self.runs = self  # type: ignore[assignment]
 
     async def start(self) -> None:
         pass

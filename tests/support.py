@@ -3,13 +3,28 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Any, Self
 
+import psycopg
 from eventsourcing.persistence import StoredEvent
 
 from payments.commands.charge import ChargePayment
-from payments.payment import ChargeRequest
+from payments.deciding import (
+    Cause,
+    ChargeRequest,
+    RefundRequest,
+    abandon,
+    initiate,
+    initiate_refund,
+    record_outcome,
+    record_refund,
+    record_return,
+)
+from payments.events.facts import Fact
+from payments.events.store import APPEND, append_params, to_stored_event
+from payments.payment import Approved, Declined, Payment, Refund, evolve, fold
 
 ORDER_ID = uuid.UUID("f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9")
 
@@ -51,3 +66,143 @@ async def until(
             return found
         assert time.monotonic() < deadline, "the condition did not come to hold"
         await asyncio.sleep(0.01)
+
+
+class History:
+    """A payment's facts, one decision after another: `History("k1").charged().refunded().facts`.
+
+    It begins PENDING. The facts happen one second apart, from `began_at` on.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        amount_cents: int = 1500,
+        *,
+        order_id: uuid.UUID = ORDER_ID,
+        currency: str = "INR",
+        client: str = "default",
+        began_at: datetime = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC),
+    ) -> None:
+        self.facts: list[Fact] = []
+        self._began_at = began_at
+        self._client = client
+        request = ChargeRequest(key, order_id, amount_cents, currency, client)
+        self._add(initiate(request, "simulated", self._cause()))
+
+    @property
+    def payment(self) -> Payment:
+        payment = fold(self.facts)
+        assert payment is not None
+        return payment
+
+    @property
+    def id(self) -> uuid.UUID:
+        return self.facts[0].payment_id
+
+    def charged(self) -> Self:
+        return self._add(record_outcome(self.payment, self._captured(), self._cause()))
+
+    def declined(self, code: str = "insufficient_funds") -> Self:
+        return self._add(record_outcome(self.payment, Declined(code), self._cause()))
+
+    def abandoned(self) -> Self:
+        return self._add(abandon(self.payment, self._cause()))
+
+    def refund_begun(self, key: str | None = None, amount_cents: int | None = None) -> Self:
+        """A refund under way: of the whole rest, if no amount is given."""
+        request = RefundRequest(self.id, amount_cents, key, self._client)
+        return self._add(initiate_refund(self.payment, request, self._cause()))
+
+    def refund_succeeded(self) -> Self:
+        """The oldest refund under way goes through."""
+        refund = self._under_way()
+        back = self._returned(refund.id, refund.amount_cents)
+        return self._add(record_refund(self.payment, refund, back, self._cause()))
+
+    def refund_failed(self, code: str = "account_closed") -> Self:
+        """The oldest refund under way is refused."""
+        outcome = Declined(code)
+        return self._add(record_refund(self.payment, self._under_way(), outcome, self._cause()))
+
+    def refunded(self, key: str | None = None, amount_cents: int | None = None) -> Self:
+        return self.refund_begun(key, amount_cents).refund_succeeded()
+
+    def late_capture_found(self) -> Self:
+        """The provider turns out to have captured a FAILED payment."""
+        return self.charged()
+
+    def late_capture_returned(self) -> Self:
+        found = self.payment.late_capture
+        assert found is not None
+        back = self._returned(found.refund_id, self.payment.amount_cents)
+        return self._add(record_return(self.payment, back, self._cause()))
+
+    def _captured(self) -> Approved:
+        payment = self.payment
+        return Approved(payment.id, payment.amount_cents, payment.currency, f"txn-{payment.id}")
+
+    def _returned(self, refund_id: uuid.UUID, amount_cents: int) -> Approved:
+        return Approved(refund_id, amount_cents, self.payment.currency, f"re-{refund_id}")
+
+    def _under_way(self) -> Refund:
+        return next(each for each in self.payment.refunds if each.status == "PENDING")
+
+    def _cause(self) -> Cause:
+        occurred_at = self._began_at + timedelta(seconds=len(self.facts))
+        return Cause(uuid.uuid4(), occurred_at, self._client, request_id="test")
+
+    def _add(self, fact: Fact | None) -> Self:
+        assert fact is not None
+        evolve(self.payment if self.facts else None, fact)
+        self.facts.append(fact)
+        return self
+
+
+def histories(prefix: str = "key", **options: Any) -> dict[str, History]:
+    """A payment of every kind; their keys begin with `prefix`."""
+
+    def begun(kind: str) -> History:
+        return History(f"{prefix} {kind}", **options)
+
+    return {
+        "pending": begun("pending"),
+        "charged": begun("charged").charged(),
+        "declined": begun("declined").declined(),
+        "abandoned": begun("abandoned").abandoned(),
+        "refund under way": begun("refund under way").charged().refund_begun("r1", 500),
+        "partly refunded": begun("partly refunded").charged().refunded("r1", 500),
+        "refunded in parts": begun("refunded in parts").charged().refunded("r1", 500).refunded(),
+        "refunded": begun("refunded").charged().refunded(),
+        "refund failed": begun("refund failed").charged().refund_begun().refund_failed(),
+        "refunded at last": (
+            begun("refunded at last").charged().refund_begun().refund_failed().refunded("r2")
+        ),
+        "two refunds at once": (
+            begun("two refunds at once")
+            .charged()
+            .refund_begun("r1", 500)
+            .refund_begun("r2", 600)
+            .refund_succeeded()
+        ),
+        "late capture found": begun("late capture found").abandoned().late_capture_found(),
+        "late capture returned": (
+            begun("late capture returned").abandoned().late_capture_found().late_capture_returned()
+        ),
+        "declined, yet captured": (
+            begun("declined, yet captured").declined().late_capture_found().late_capture_returned()
+        ),
+    }
+
+
+def append(connection: psycopg.Connection[Any], facts: Iterable[Fact]) -> int:
+    """Appends facts of any payments, in this order; returns the last position."""
+    return append_stored(connection, [to_stored_event(fact) for fact in facts])
+
+
+def append_stored(connection: psycopg.Connection[Any], events: Iterable[StoredEvent]) -> int:
+    """The same for events whose bytes may be damaged."""
+    rows = connection.execute(APPEND, append_params([[event] for event in events])).fetchall()
+    assert {outcome for outcome, _, _ in rows} == {"appended"}
+    position: int = rows[-1][1]
+    return position

@@ -45,6 +45,8 @@ def test_settings_lists_every_variable_and_hides_secrets() -> None:
         ({"SIMULATED_FAULTS": "explode", "DATABASE_HOST": "/nowhere"}, "SIMULATED_FAULTS"),
         ({"DATABASE_HOST": "/nowhere"}, "cannot connect to Postgres as postgres@/nowhere:5432"),
         ({"DATABASE_HOST": "127.0.0.1", "DATABASE_PORT": "1"}, "refused"),
+        ({"GATEWAY": "nowhere.to_be:found"}, "GATEWAY: cannot import 'nowhere.to_be:found'"),
+        ({"GATEWAY": "json:nothing"}, "GATEWAY: cannot import 'json:nothing'"),
         ({"HOST": "203.0.113.1"}, "cannot listen on HOST '203.0.113.1'"),
     ],
 )

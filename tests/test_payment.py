@@ -1,6 +1,5 @@
-"""The aggregate: given these events, when this, then that."""
+"""What a payment's events amount to, and which event may follow which."""
 
-import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -11,82 +10,136 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from payments.events.facts import FACTS, Fact, PaymentCharged, PaymentFailed, PaymentInitiated
+from payments.events.facts import (
+    FACTS,
+    Fact,
+    LateCaptureFound,
+    LateCaptureReturned,
+    PaymentCharged,
+    PaymentFailed,
+    PaymentInitiated,
+    PaymentRefunded,
+    RefundFailed,
+    RefundInitiated,
+)
 from payments.payment import (
-    Approved,
-    Cause,
-    ChargeRequest,
-    Declined,
-    OutcomeMismatch,
+    LateCapture,
     Payment,
+    Refund,
     Status,
     UnexpectedEvent,
-    differing_fields,
+    Unsettled,
     evolve,
-    fingerprint,
     fold,
-    initiate,
-    payment_id_for,
-    record_outcome,
 )
 
 ORDER_ID = UUID("f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9")
 PAYMENT_ID = UUID("058c9593-e150-402f-ab5b-37dd4c9816f0")
 OTHER_ID = UUID("11111111-1111-4111-8111-111111111111")
+# What the keys r1 and r2 mean for this payment; a refund without a key; a late capture's return.
+R1 = UUID("f8827278-9918-4c25-a226-83d3043fb3d9")
+R2 = UUID("afacf3ab-0d98-4539-a164-910ca329b36d")
+UNKEYED = UUID("22222222-2222-4222-8222-222222222222")
+LATE = UUID("31ede0d5-849d-4305-9d76-63209442e8f3")
+CAPTURED_CENTS = 1500
 T0 = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
-T1 = T0 + timedelta(seconds=1)
 
-REQUEST = ChargeRequest(
+
+def at(version: int) -> datetime:
+    """When the fact of this version happened: one a second."""
+    return T0 + timedelta(seconds=version - 1)
+
+
+def about(version: int, amount_cents: int = CAPTURED_CENTS) -> dict[str, Any]:
+    """What every fact of this payment holds."""
+    return {
+        "payment_id": PAYMENT_ID,
+        "version": version,
+        "event_id": UUID(int=version),
+        "occurred_at": at(version),
+        "client": "order",
+        "request_id": "request-1",
+        "traceparent": "00-" + "a" * 32 + "-1-01",
+        "merchant_order_id": ORDER_ID,
+        "amount_cents": amount_cents,
+        "currency": "INR",
+    }
+
+
+def began(version: int, refund_id: UUID, amount_cents: int, *, whole: bool = False) -> Fact:
+    key = {R1: "r1", R2: "r2"}.get(refund_id)
+    shared = about(version, amount_cents)
+    return RefundInitiated(**shared, refund_id=refund_id, idempotency_key=key, whole=whole)
+
+
+def given_back(version: int, refund_id: UUID, amount_cents: int, in_total: int) -> Fact:
+    return PaymentRefunded(
+        **about(version, amount_cents),
+        refund_id=refund_id,
+        provider_refund_id="re-1",
+        refunded_cents=in_total,
+        captured_cents=CAPTURED_CENTS,
+    )
+
+
+def refused(version: int, refund_id: UUID, amount_cents: int) -> Fact:
+    return RefundFailed(
+        **about(version, amount_cents), refund_id=refund_id, decline_code="account_closed"
+    )
+
+
+INITIATED = PaymentInitiated(
+    **about(1),
     idempotency_key="abc123",
-    merchant_order_id=ORDER_ID,
-    amount_cents=1500,
-    currency="INR",
-    client="order",
-    payment_method="tok_1",
+    fingerprint="aca6776269074565b9d8c8676dbdccb86bff9aa57bc7600de6dc98e9989d323c",
+    gateway="simulated",
 )
-# One other value for every part of a request but the key.
-CHANGES: dict[str, Any] = {
-    "merchant_order_id": OTHER_ID,
-    "amount_cents": 1501,
-    "currency": "USD",
-    "client": "someone-else",
-    "payment_method": "tok_2",
+CHARGED = PaymentCharged(**about(2), provider_txn_id="txn-1")
+DECLINED = PaymentFailed(**about(2), reason="declined", decline_code="no_funds")
+ABANDONED = PaymentFailed(**about(2), reason="abandoned")
+FOUND = LateCaptureFound(**about(3), refund_id=LATE, provider_txn_id="txn-1")
+RETURNED = LateCaptureReturned(**about(4), refund_id=LATE, provider_refund_id="re-1")
+
+R1_BEGAN = began(3, R1, 500)
+R1_BACK = given_back(4, R1, 500, 500)
+SUCCESS: list[Fact] = [INITIATED, CHARGED]
+
+# Every state that a payment can be in, as the events that lead there.
+STREAMS: dict[str, list[Fact]] = {
+    "none": [],
+    "PENDING": [INITIATED],
+    "SUCCESS": SUCCESS,
+    "500 under way": [*SUCCESS, R1_BEGAN],
+    "all under way": [*SUCCESS, began(3, UNKEYED, 1500, whole=True)],
+    "500 back": [*SUCCESS, R1_BEGAN, R1_BACK],
+    "500 back, 300 going": [*SUCCESS, R1_BEGAN, R1_BACK, began(5, R2, 300)],
+    "300 back, 500 refused": [
+        *SUCCESS,
+        began(3, R2, 300),
+        began(4, R1, 500),
+        given_back(5, R2, 300, 300),
+        refused(6, R1, 500),
+    ],
+    "REFUNDED at once": [
+        *SUCCESS,
+        began(3, R1, 1500, whole=True),
+        given_back(4, R1, 1500, 1500),
+    ],
+    "REFUNDED in parts": [
+        *SUCCESS,
+        R1_BEGAN,
+        began(4, R2, 300),
+        given_back(5, R2, 300, 300),
+        given_back(6, R1, 500, 800),
+        began(7, UNKEYED, 700, whole=True),
+        given_back(8, UNKEYED, 700, 1500),
+    ],
+    "FAILED declined": [INITIATED, DECLINED],
+    "FAILED abandoned": [INITIATED, ABANDONED],
+    "late capture found": [INITIATED, ABANDONED, FOUND],
+    "late capture returned": [INITIATED, ABANDONED, FOUND, RETURNED],
 }
-
-
-def cause(occurred_at: datetime) -> Cause:
-    return Cause(UUID(int=7), occurred_at, "order", "request-1", "00-" + "a" * 32 + "-1-01")
-
-
-def changed(request: ChargeRequest, **fields: Any) -> ChargeRequest:
-    return msgspec.structs.replace(request, **fields)
-
-
-INITIATED = initiate(REQUEST, "simulated", cause(T0))
-OUTCOME: dict[str, Any] = {
-    "payment_id": PAYMENT_ID,
-    "version": 2,
-    "event_id": UUID(int=7),
-    "occurred_at": T1,
-    "client": "order",
-    "request_id": "request-1",
-    "traceparent": "00-" + "a" * 32 + "-1-01",
-    "merchant_order_id": ORDER_ID,
-    "amount_cents": 1500,
-    "currency": "INR",
-}
-CHARGED = PaymentCharged(**OUTCOME, provider_txn_id="txn-1")
-FAILED = PaymentFailed(**OUTCOME, reason="declined", decline_code="no_funds")
-
-APPROVED = Approved(PAYMENT_ID, 1500, "INR", "txn-1")
-DECLINED = Declined("no_funds")
-
-# A stream for every status that facts lead to so far.
-STREAMS: dict[Status, list[Fact]] = {
-    Status.PENDING: [INITIATED],
-    Status.SUCCESS: [INITIATED, CHARGED],
-    Status.FAILED: [INITIATED, FAILED],
-}
+STATES = [state for state in STREAMS if state != "none"]
 
 
 def payment_after(facts: Sequence[Fact]) -> Payment:
@@ -95,178 +148,25 @@ def payment_after(facts: Sequence[Fact]) -> Payment:
     return payment
 
 
-class TestPaymentId:
-    @pytest.mark.parametrize(
-        ("key", "payment_id"),
-        [
-            ("abc123", "058c9593-e150-402f-ab5b-37dd4c9816f0"),
-            ("order-1-pay", "8547688f-377d-4974-9296-f22dca7975c5"),
-            ("0" * 255, "cb98bdd0-11b8-43db-9561-acf1f51d350b"),
-        ],
-    )
-    def test_a_key_means_the_same_payment_for_ever(self, key: str, payment_id: str) -> None:
-        assert payment_id_for(key) == UUID(payment_id)
-
-    @given(st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=255))
-    def test_it_is_a_version_4_uuid(self, key: str) -> None:
-        payment_id = payment_id_for(key)
-        assert payment_id.version == 4
-        assert payment_id.variant == uuid.RFC_4122
-        assert payment_id == payment_id_for(key)
-
-    @given(st.text(max_size=20), st.text(max_size=20))
-    def test_two_keys_mean_two_payments(self, one: str, other: str) -> None:
-        assert (payment_id_for(one) == payment_id_for(other)) is (one == other)
+def payment_in(state: str) -> Payment:
+    return payment_after(STREAMS[state])
 
 
-class TestFingerprint:
-    def test_it_is_pinned(self) -> None:
-        """It is stored: a change would turn every replay of an old key into a 422."""
-        assert (
-            fingerprint(REQUEST)
-            == "aca6776269074565b9d8c8676dbdccb86bff9aa57bc7600de6dc98e9989d323c"
-        )
-
-    def test_equal_requests_have_equal_ones(self) -> None:
-        assert fingerprint(REQUEST) == fingerprint(changed(REQUEST))
-
-    def test_the_key_is_no_part_of_it(self) -> None:
-        assert fingerprint(REQUEST) == fingerprint(changed(REQUEST, idempotency_key="other"))
-
-    @pytest.mark.parametrize("field", CHANGES)
-    def test_every_other_field_is(self, field: str) -> None:
-        other = changed(REQUEST, **{field: CHANGES[field]})
-        assert fingerprint(REQUEST) != fingerprint(other)
-
-    def test_no_payment_method_differs_from_any(self) -> None:
-        without = changed(REQUEST, payment_method=None)
-        assert len({fingerprint(without), fingerprint(REQUEST)}) == 2
-        assert fingerprint(without) != fingerprint(changed(REQUEST, payment_method=""))
-        assert fingerprint(without) != fingerprint(changed(REQUEST, payment_method="null"))
-
-    def test_the_changes_cover_every_field(self) -> None:
-        assert {*CHANGES, "idempotency_key"} == set(ChargeRequest.__struct_fields__)
-
-
-class TestDifferingFields:
-    def test_none_for_the_same_request(self) -> None:
-        assert differing_fields(payment_after([INITIATED]), REQUEST) == ()
-
-    def test_none_after_the_outcome_either(self) -> None:
-        assert differing_fields(payment_after([INITIATED, CHARGED]), REQUEST) == ()
-
-    @pytest.mark.parametrize("field", CHANGES)
-    def test_each_field_is_named(self, field: str) -> None:
-        other = changed(REQUEST, **{field: CHANGES[field]})
-        assert differing_fields(payment_after([INITIATED]), other) == (field,)
-
-    def test_a_payment_method_that_comes_or_goes_is_named(self) -> None:
-        without = changed(REQUEST, payment_method=None)
-        began_without = payment_after([initiate(without, "simulated", cause(T0))])
-        assert differing_fields(payment_after([INITIATED]), without) == ("payment_method",)
-        assert differing_fields(began_without, REQUEST) == ("payment_method",)
-
-    def test_all_stored_fields_that_differ_are_named(self) -> None:
-        other = changed(REQUEST, **CHANGES)
-        assert differing_fields(payment_after([INITIATED]), other) == (
-            "merchant_order_id",
-            "amount_cents",
-            "currency",
-            "client",
-        )
-
-
-class TestInitiate:
-    def test_a_request_becomes_the_first_event(self) -> None:
-        assert initiate(REQUEST, "simulated", cause(T0)) == PaymentInitiated(
-            payment_id=PAYMENT_ID,
-            version=1,
-            event_id=UUID(int=7),
-            occurred_at=T0,
-            client="order",
-            request_id="request-1",
-            traceparent="00-" + "a" * 32 + "-1-01",
-            idempotency_key="abc123",
-            fingerprint=fingerprint(REQUEST),
-            merchant_order_id=ORDER_ID,
-            amount_cents=1500,
-            currency="INR",
-            gateway="simulated",
-        )
-
-    def test_the_payment_method_is_not_stored(self) -> None:
-        assert b"tok_1" not in msgspec.json.encode(INITIATED)
-
-
-class TestRecordOutcome:
-    @pytest.mark.parametrize(
-        ("outcome", "event"),
-        [(APPROVED, CHARGED), (DECLINED, FAILED)],
-        ids=["approved", "declined"],
-    )
-    def test_a_pending_payment_gets_its_outcome(
-        self, outcome: Approved | Declined, event: Fact
-    ) -> None:
-        assert record_outcome(payment_after([INITIATED]), outcome, cause(T1)) == event
-
-    @pytest.mark.parametrize(
-        ("status", "outcome"),
-        [
-            (Status.SUCCESS, APPROVED),
-            (Status.REFUNDED, APPROVED),
-            (Status.FAILED, DECLINED),
-            (Status.FAILED, Declined("another word for it")),
-        ],
-    )
-    def test_the_same_outcome_again_is_no_event(
-        self, status: Status, outcome: Approved | Declined
-    ) -> None:
-        assert record_outcome(payment_in(status), outcome, cause(T1)) is None
-
-    @pytest.mark.parametrize(
-        ("status", "outcome"),
-        [(Status.SUCCESS, DECLINED), (Status.REFUNDED, DECLINED), (Status.FAILED, APPROVED)],
-    )
-    def test_a_contradiction_is_a_mismatch(
-        self, status: Status, outcome: Approved | Declined
-    ) -> None:
-        with pytest.raises(OutcomeMismatch, match=status):
-            record_outcome(payment_in(status), outcome, cause(T1))
-
-    @pytest.mark.parametrize("status", Status)
-    @pytest.mark.parametrize(
-        "outcome",
-        [
-            Approved(OTHER_ID, 1500, "INR", "txn-1"),
-            Approved(PAYMENT_ID, 1499, "INR", "txn-1"),
-            Approved(PAYMENT_ID, 1500, "USD", "txn-1"),
-            Approved(PAYMENT_ID, 1500, "inr", "txn-1"),
-        ],
-        ids=["id", "amount", "currency", "currency spelling"],
-    )
-    def test_an_answer_about_something_else_is_a_mismatch(
-        self, status: Status, outcome: Approved
-    ) -> None:
-        with pytest.raises(OutcomeMismatch):
-            record_outcome(payment_in(status), outcome, cause(T1))
-
-
-def payment_in(status: Status) -> Payment:
-    """No fact leads to REFUNDED yet, so the status is put in by hand."""
-    return msgspec.structs.replace(payment_after([INITIATED, CHARGED]), status=status)
+def changed(fact: Fact, **fields: Any) -> Fact:
+    return msgspec.structs.replace(fact, **fields)
 
 
 class TestFold:
     def test_nothing_is_no_payment(self) -> None:
         assert fold([]) is None
 
-    def test_initiated_is_pending(self) -> None:
-        assert fold([INITIATED]) == Payment(
+    def test_initiated(self) -> None:
+        assert payment_in("PENDING") == Payment(
             id=PAYMENT_ID,
             version=1,
             merchant_order_id=ORDER_ID,
             idempotency_key="abc123",
-            fingerprint=fingerprint(REQUEST),
+            fingerprint="aca6776269074565b9d8c8676dbdccb86bff9aa57bc7600de6dc98e9989d323c",
             client="order",
             amount_cents=1500,
             currency="INR",
@@ -274,84 +174,399 @@ class TestFold:
             status=Status.PENDING,
             created_at=T0,
             updated_at=T0,
-            provider_txn_id=None,
-            decline_code=None,
         )
 
-    def test_charged_is_success(self) -> None:
-        before = payment_after([INITIATED])
-        assert fold([INITIATED, CHARGED]) == msgspec.structs.replace(
-            before, version=2, status=Status.SUCCESS, provider_txn_id="txn-1", updated_at=T1
+    # What each further event changes in the payment, besides its version and `updated_at`.
+    CHANGES: list[tuple[list[Fact], dict[str, Any]]] = [  # noqa: RUF012
+        ([INITIATED, CHARGED], {"status": Status.SUCCESS, "provider_txn_id": "txn-1"}),
+        (
+            [INITIATED, DECLINED],
+            {"status": Status.FAILED, "failure": "declined", "decline_code": "no_funds"},
+        ),
+        ([INITIATED, ABANDONED], {"status": Status.FAILED, "failure": "abandoned"}),
+        (
+            STREAMS["500 under way"],
+            {
+                "refunds": (
+                    Refund(
+                        id=R1,
+                        version=3,
+                        idempotency_key="r1",
+                        client="order",
+                        amount_cents=500,
+                        whole=False,
+                        status=Status.PENDING,
+                        created_at=at(3),
+                        updated_at=at(3),
+                    ),
+                )
+            },
+        ),
+        (
+            STREAMS["500 back"],
+            {
+                "refunds": (
+                    Refund(
+                        id=R1,
+                        version=3,
+                        idempotency_key="r1",
+                        client="order",
+                        amount_cents=500,
+                        whole=False,
+                        status=Status.SUCCESS,
+                        created_at=at(3),
+                        updated_at=at(4),
+                        refunded_cents=500,
+                        provider_refund_id="re-1",
+                    ),
+                )
+            },
+        ),
+        (
+            [*STREAMS["all under way"], refused(4, UNKEYED, 1500)],
+            {
+                "refunds": (
+                    Refund(
+                        id=UNKEYED,
+                        version=3,
+                        idempotency_key=None,
+                        client="order",
+                        amount_cents=1500,
+                        whole=True,
+                        status=Status.FAILED,
+                        created_at=at(3),
+                        updated_at=at(4),
+                        decline_code="account_closed",
+                    ),
+                )
+            },
+        ),
+        (
+            STREAMS["late capture found"],
+            {
+                "late_capture": LateCapture(
+                    refund_id=LATE, version=3, found_at=at(3), provider_txn_id="txn-1"
+                )
+            },
+        ),
+        (
+            STREAMS["late capture returned"],
+            {
+                "late_capture": LateCapture(
+                    refund_id=LATE,
+                    version=3,
+                    found_at=at(3),
+                    provider_txn_id="txn-1",
+                    provider_refund_id="re-1",
+                )
+            },
+        ),
+    ]
+
+    @pytest.mark.parametrize(
+        ("stream", "changes"), CHANGES, ids=[stream[-1].TOPIC for stream, _ in CHANGES]
+    )
+    def test_each_event_changes_this_and_nothing_else(
+        self, stream: list[Fact], changes: dict[str, Any]
+    ) -> None:
+        version = len(stream)
+        assert payment_after(stream) == msgspec.structs.replace(
+            payment_after(stream[:-1]), version=version, updated_at=at(version), **changes
         )
 
-    def test_failed_is_failed(self) -> None:
-        before = payment_after([INITIATED])
-        assert fold([INITIATED, FAILED]) == msgspec.structs.replace(
-            before, version=2, status=Status.FAILED, decline_code="no_funds", updated_at=T1
-        )
+    def test_every_event_but_the_first_is_among_them(self) -> None:
+        assert {type(stream[-1]) for stream, _ in self.CHANGES} == {
+            fact for fact in FACTS.values() if fact is not PaymentInitiated
+        }
 
-    @given(st.sampled_from(list(STREAMS.values())), st.integers(0, 2))
+    def test_refunds_are_told_apart(self) -> None:
+        payment = payment_in("REFUNDED in parts")
+        assert [(each.id, each.status, each.refunded_cents) for each in payment.refunds] == [
+            (R1, Status.SUCCESS, 800),
+            (R2, Status.SUCCESS, 300),
+            (UNKEYED, Status.SUCCESS, 1500),
+        ]
+        payment = payment_in("300 back, 500 refused")
+        assert [(each.id, each.status, each.refunded_cents) for each in payment.refunds] == [
+            (R2, Status.SUCCESS, 300),
+            (R1, Status.FAILED, 0),
+        ]
+        assert [(each.provider_refund_id, each.decline_code) for each in payment.refunds] == [
+            ("re-1", None),
+            (None, "account_closed"),
+        ]
+        assert [(each.created_at, each.updated_at) for each in payment.refunds] == [
+            (at(3), at(5)),
+            (at(4), at(6)),
+        ]
+
+    def test_a_refund_belongs_to_the_client_that_asked_for_it(self) -> None:
+        by_staff = changed(R1_BEGAN, client="staff")
+        payment = payment_after([*SUCCESS, by_staff])
+        assert (payment.client, payment.refunds[0].client) == ("order", "staff")
+
+    @given(st.sampled_from(list(STREAMS.values())), st.integers(0, 8))
     def test_a_prefix_and_then_the_rest_is_the_whole(self, stream: list[Fact], cut: int) -> None:
         assert fold(stream[cut:], fold(stream[:cut])) == fold(stream)
 
+    @pytest.mark.parametrize("state", STATES)
+    def test_time_never_runs_backwards(self, state: str) -> None:
+        """Each fact here comes from a clock that is a minute behind the one before it."""
+        stream = [
+            changed(fact, occurred_at=T0 - timedelta(minutes=fact.version - 1))
+            for fact in STREAMS[state]
+        ]
+        payment = payment_after(stream)
+        assert payment.updated_at == payment.created_at == T0
+        assert all(each.updated_at == each.created_at for each in payment.refunds)
 
-def at_version(fact: Fact, version: int) -> Fact:
-    return msgspec.structs.replace(fact, version=version)
+
+# What a payment comes to in each state.
+STANDING: dict[str, tuple[Status, Status, int, int, int, Unsettled | None]] = {
+    # status, outcome of the charge, refunded, reserved, remaining, unsettled
+    "PENDING": (Status.PENDING, Status.PENDING, 0, 0, 0, Unsettled("charge", at(1))),
+    "SUCCESS": (Status.SUCCESS, Status.SUCCESS, 0, 0, 1500, None),
+    "500 under way": (
+        *(Status.SUCCESS, Status.SUCCESS, 0, 500, 1000),
+        Unsettled("refund", at(3)),
+    ),
+    "all under way": (
+        *(Status.SUCCESS, Status.SUCCESS, 0, 1500, 0),
+        Unsettled("refund", at(3)),
+    ),
+    "500 back": (Status.SUCCESS, Status.SUCCESS, 500, 0, 1000, None),
+    "500 back, 300 going": (
+        *(Status.SUCCESS, Status.SUCCESS, 500, 300, 700),
+        Unsettled("refund", at(5)),
+    ),
+    "300 back, 500 refused": (Status.SUCCESS, Status.SUCCESS, 300, 0, 1200, None),
+    "REFUNDED at once": (Status.REFUNDED, Status.SUCCESS, 1500, 0, 0, None),
+    "REFUNDED in parts": (Status.REFUNDED, Status.SUCCESS, 1500, 0, 0, None),
+    "FAILED declined": (Status.FAILED, Status.FAILED, 0, 0, 0, None),
+    "FAILED abandoned": (Status.FAILED, Status.FAILED, 0, 0, 0, Unsettled("abandoned", at(1))),
+    "late capture found": (
+        *(Status.FAILED, Status.FAILED, 0, 0, 0),
+        Unsettled("late_capture", at(3)),
+    ),
+    "late capture returned": (Status.FAILED, Status.FAILED, 0, 0, 0, None),
+}
+
+
+class TestStanding:
+    def test_the_table_covers_every_state(self) -> None:
+        assert list(STANDING) == STATES
+
+    @pytest.mark.parametrize("state", STATES)
+    def test_every_state(self, state: str) -> None:
+        payment = payment_in(state)
+        assert (
+            payment.status,
+            payment.outcome,
+            payment.refunded_cents,
+            payment.reserved_cents,
+            payment.remaining_cents,
+            payment.unsettled,
+        ) == STANDING[state]
+
+    def test_of_several_refunds_under_way_the_oldest_is_the_most_urgent(self) -> None:
+        payment = payment_after([*STREAMS["500 under way"], began(4, R2, 300)])
+        assert payment.unsettled == Unsettled("refund", at(3))
+
+    def test_a_refund_that_is_under_way_is_urgent_beside_one_that_is_done(self) -> None:
+        stream = [*STREAMS["500 under way"], began(4, R2, 300), given_back(5, R1, 500, 500)]
+        assert payment_after(stream).unsettled == Unsettled("refund", at(4))
+
+    def test_a_late_capture_after_a_decline_goes_back_as_well(self) -> None:
+        payment = payment_after([INITIATED, DECLINED, FOUND])
+        assert payment.unsettled == Unsettled("late_capture", at(3))
+        assert evolve(payment, RETURNED).unsettled is None
+
+    def test_a_refund_is_found_by_its_id(self) -> None:
+        payment = payment_in("300 back, 500 refused")
+        assert (payment.refund(R2), payment.refund(R1)) == payment.refunds
+        assert payment.refund(UNKEYED) is None
+        assert payment_in("PENDING").refund(R1) is None
+
+
+def next_fact(topic: str, payment: Payment | None) -> Fact:
+    """A fact that fits the payment as well as one of its topic can."""
+    version = payment.version + 1 if payment else 1
+    refund_id, amount_cents = R1, 500
+    if payment and payment.refunds:
+        refund_id, amount_cents = payment.refunds[-1].id, payment.refunds[-1].amount_cents
+    back = (payment.refunded_cents if payment else 0) + amount_cents
+    return {
+        "PaymentInitiated": changed(INITIATED, version=version),
+        "PaymentCharged": changed(CHARGED, version=version),
+        "PaymentFailed": changed(DECLINED, version=version),
+        "RefundInitiated": began(version, OTHER_ID, 1),
+        "PaymentRefunded": given_back(version, refund_id, amount_cents, back),
+        "RefundFailed": refused(version, refund_id, amount_cents),
+        "LateCaptureFound": changed(FOUND, version=version),
+        "LateCaptureReturned": changed(RETURNED, version=version),
+    }[topic]
+
+
+# Which fact may stand after which state, and the status then. No other may.
+NEXT: dict[tuple[str, str], Status] = {
+    ("none", "PaymentInitiated"): Status.PENDING,
+    ("PENDING", "PaymentCharged"): Status.SUCCESS,
+    ("PENDING", "PaymentFailed"): Status.FAILED,
+    ("SUCCESS", "RefundInitiated"): Status.SUCCESS,
+    ("500 under way", "RefundInitiated"): Status.SUCCESS,
+    ("500 under way", "PaymentRefunded"): Status.SUCCESS,
+    ("500 under way", "RefundFailed"): Status.SUCCESS,
+    ("all under way", "PaymentRefunded"): Status.REFUNDED,
+    ("all under way", "RefundFailed"): Status.SUCCESS,
+    ("500 back", "RefundInitiated"): Status.SUCCESS,
+    ("500 back, 300 going", "RefundInitiated"): Status.SUCCESS,
+    ("500 back, 300 going", "PaymentRefunded"): Status.SUCCESS,
+    ("500 back, 300 going", "RefundFailed"): Status.SUCCESS,
+    ("300 back, 500 refused", "RefundInitiated"): Status.SUCCESS,
+    ("FAILED declined", "LateCaptureFound"): Status.FAILED,
+    ("FAILED abandoned", "LateCaptureFound"): Status.FAILED,
+    ("late capture found", "LateCaptureReturned"): Status.FAILED,
+}
+# What may follow a payment, and may not if it is about something else.
+FOLLOWING = [pair for pair in NEXT if pair[0] != "none"]
+following = pytest.mark.parametrize(("state", "topic"), FOLLOWING)
 
 
 class TestEvolve:
-    """Every fact in every state: the table's status, or UnexpectedEvent."""
-
-    NEXT: dict[tuple[Status | None, str], Status] = {  # noqa: RUF012
-        (None, "PaymentInitiated"): Status.PENDING,
-        (Status.PENDING, "PaymentCharged"): Status.SUCCESS,
-        (Status.PENDING, "PaymentFailed"): Status.FAILED,
-    }
-    FACTS_BY_TOPIC: dict[str, Fact] = {  # noqa: RUF012
-        fact.TOPIC: fact for fact in (INITIATED, CHARGED, FAILED)
-    }
-
-    def test_the_table_covers_every_fact(self) -> None:
-        assert set(self.FACTS_BY_TOPIC) == set(FACTS)
-
     @pytest.mark.parametrize("topic", FACTS)
-    @pytest.mark.parametrize("status", [None, *Status])
-    def test_every_fact_in_every_state(self, status: Status | None, topic: str) -> None:
-        payment = payment_in(status) if status else None
-        fact = at_version(self.FACTS_BY_TOPIC[topic], payment.version + 1 if payment else 1)
-        expected = self.NEXT.get((status, topic))
+    @pytest.mark.parametrize("state", STREAMS)
+    def test_every_fact_in_every_state(self, state: str, topic: str) -> None:
+        payment = fold(STREAMS[state])
+        fact = next_fact(topic, payment)
+        expected = NEXT.get((state, topic))
         if expected is None:
-            with pytest.raises(UnexpectedEvent, match=topic):
+            with pytest.raises(UnexpectedEvent):
                 evolve(payment, fact)
         else:
             assert evolve(payment, fact).status is expected
 
+    def test_every_fact_may_stand_somewhere(self) -> None:
+        assert {topic for _, topic in NEXT} == set(FACTS)
+        assert {state for state, _ in NEXT} < set(STREAMS)
+
     @pytest.mark.parametrize("version", [-1, 0, 2, 3])
     def test_a_stream_begins_at_version_1(self, version: int) -> None:
         with pytest.raises(UnexpectedEvent):
-            evolve(None, at_version(INITIATED, version))
+            evolve(None, changed(INITIATED, version=version))
 
-    @pytest.mark.parametrize("version", [0, 1, 3, 4])
-    @pytest.mark.parametrize("fact", [CHARGED, FAILED], ids=lambda fact: fact.TOPIC)
-    def test_versions_have_no_gaps_and_never_repeat(self, fact: Fact, version: int) -> None:
+    @following
+    @pytest.mark.parametrize("by", [-2, -1, 1, 2])
+    def test_versions_have_no_gaps_and_never_repeat(self, state: str, topic: str, by: int) -> None:
+        payment = payment_in(state)
+        fact = next_fact(topic, payment)
         with pytest.raises(UnexpectedEvent):
-            evolve(payment_after([INITIATED]), at_version(fact, version))
+            evolve(payment, changed(fact, version=fact.version + by))
 
-    @pytest.mark.parametrize("fact", [CHARGED, FAILED], ids=lambda fact: fact.TOPIC)
-    def test_a_fact_of_another_payment_is_refused(self, fact: Fact) -> None:
+    @following
+    def test_a_fact_of_another_payment_is_refused(self, state: str, topic: str) -> None:
+        payment = payment_in(state)
         with pytest.raises(UnexpectedEvent):
-            evolve(payment_after([INITIATED]), msgspec.structs.replace(fact, payment_id=OTHER_ID))
+            evolve(payment, changed(next_fact(topic, payment), payment_id=OTHER_ID))
 
-    @pytest.mark.parametrize("field", ["amount_cents", "currency", "merchant_order_id"])
-    @pytest.mark.parametrize("fact", [CHARGED, FAILED], ids=lambda fact: fact.TOPIC)
-    def test_a_fact_about_other_money_is_refused(self, fact: Fact, field: str) -> None:
-        """A stream whose facts disagree about what was captured is damaged."""
+    @following
+    @pytest.mark.parametrize("currency", ["USD", "inr", ""])
+    def test_a_fact_in_another_currency_is_refused(
+        self, state: str, topic: str, currency: str
+    ) -> None:
+        payment = payment_in(state)
         with pytest.raises(UnexpectedEvent):
-            evolve(
-                payment_after([INITIATED]), msgspec.structs.replace(fact, **{field: CHANGES[field]})
-            )
+            evolve(payment, changed(next_fact(topic, payment), currency=currency))
 
-    def test_the_payment_before_is_untouched(self) -> None:
-        before = payment_after([INITIATED])
-        evolve(before, CHARGED)
-        assert before == payment_after([INITIATED])
+    @following
+    def test_a_fact_about_another_order_is_refused(self, state: str, topic: str) -> None:
+        payment = payment_in(state)
+        with pytest.raises(UnexpectedEvent):
+            evolve(payment, changed(next_fact(topic, payment), merchant_order_id=OTHER_ID))
+
+    @pytest.mark.parametrize(
+        ("state", "topic"), [pair for pair in FOLLOWING if pair[1] != "RefundInitiated"]
+    )
+    @pytest.mark.parametrize("by", [-1, 1, -(10**6)])
+    def test_a_fact_about_another_amount_is_refused(self, state: str, topic: str, by: int) -> None:
+        """Also if its totals agree with that amount: only what was reserved can be given back."""
+        payment = payment_in(state)
+        fact: Any = next_fact(topic, payment)
+        changes = {"amount_cents": fact.amount_cents + by}
+        with pytest.raises(UnexpectedEvent):
+            evolve(payment, changed(fact, **changes))
+        if isinstance(fact, PaymentRefunded):
+            with pytest.raises(UnexpectedEvent):
+                evolve(payment, changed(fact, **changes, refunded_cents=fact.refunded_cents + by))
+
+    @pytest.mark.parametrize("state", [state for state in STATES if STANDING[state][4]])
+    def test_a_refund_reserves_at_most_what_remains(self, state: str) -> None:
+        payment = payment_in(state)
+        remaining_cents = STANDING[state][4]
+        fitting = began(payment.version + 1, OTHER_ID, remaining_cents)
+        assert evolve(payment, fitting).remaining_cents == 0
+        for amount_cents in (remaining_cents + 1, 2**31):
+            with pytest.raises(UnexpectedEvent):
+                evolve(payment, changed(fitting, amount_cents=amount_cents))
+
+    @pytest.mark.parametrize("state", STATES)
+    @pytest.mark.parametrize("amount_cents", [0, -1, -1500])
+    def test_a_refund_is_never_of_nothing_or_less(self, state: str, amount_cents: int) -> None:
+        payment = payment_in(state)
+        with pytest.raises(UnexpectedEvent):
+            evolve(payment, began(payment.version + 1, OTHER_ID, amount_cents))
+
+    @pytest.mark.parametrize("state", [state for state in STATES if payment_in(state).refunds])
+    def test_a_refund_begins_once(self, state: str) -> None:
+        """Whether it is under way, was given back or was refused."""
+        payment = payment_in(state)
+        for refund in payment.refunds:
+            with pytest.raises(UnexpectedEvent):
+                evolve(payment, began(payment.version + 1, refund.id, 1))
+
+    @pytest.mark.parametrize("state", [state for state in STATES if payment_in(state).refunds])
+    def test_a_refund_ends_once(self, state: str) -> None:
+        payment = payment_in(state)
+        version = payment.version + 1
+        for refund in payment.refunds:
+            if refund.status is Status.PENDING:
+                continue
+            back = payment.refunded_cents + refund.amount_cents
+            for fact in (
+                given_back(version, refund.id, refund.amount_cents, back),
+                given_back(version, refund.id, refund.amount_cents, payment.refunded_cents),
+                refused(version, refund.id, refund.amount_cents),
+            ):
+                with pytest.raises(UnexpectedEvent):
+                    evolve(payment, fact)
+
+    @pytest.mark.parametrize(
+        ("state", "topic"),
+        [pair for pair in FOLLOWING if pair[1] in ("PaymentRefunded", "RefundFailed")],
+    )
+    def test_a_refund_that_never_began_does_not_end(self, state: str, topic: str) -> None:
+        payment = payment_in(state)
+        with pytest.raises(UnexpectedEvent):
+            evolve(payment, changed(next_fact(topic, payment), refund_id=OTHER_ID))
+
+    @pytest.mark.parametrize(
+        "state", [state for state, topic in FOLLOWING if topic == "PaymentRefunded"]
+    )
+    @pytest.mark.parametrize("total", ["refunded_cents", "captured_cents"])
+    @pytest.mark.parametrize("by", [-500, -1, 1, 500])
+    def test_totals_that_do_not_add_up_are_refused(self, state: str, total: str, by: int) -> None:
+        payment = payment_in(state)
+        fact = next_fact("PaymentRefunded", payment)
+        with pytest.raises(UnexpectedEvent):
+            evolve(payment, changed(fact, **{total: getattr(fact, total) + by}))
+
+    @pytest.mark.parametrize("refund_id", [OTHER_ID, R1, PAYMENT_ID])
+    def test_a_late_capture_goes_back_under_its_own_refund_id(self, refund_id: UUID) -> None:
+        with pytest.raises(UnexpectedEvent):
+            evolve(payment_in("late capture found"), changed(RETURNED, refund_id=refund_id))
+
+    @pytest.mark.parametrize("state", STATES)
+    def test_the_payment_before_is_untouched(self, state: str) -> None:
+        stream = STREAMS[state]
+        before = fold(stream[:-1])
+        evolve(before, stream[-1])
+        assert before == fold(stream[:-1])

@@ -55,6 +55,7 @@ BESIDE = {
     "DATABASE_USERNAME": {"DATABASE_HOST": "db"},
     "DATABASE_PASSWORD": {"DATABASE_HOST": "db"},
     "GATEWAY_TIMEOUT_S": {"CHARGE_DEADLINE_S": "60"},
+    "PENDING_ABANDON_AFTER_S": {"CHARGE_DEADLINE_S": "0.5", "GATEWAY_TIMEOUT_S": "0.1"},
 }
 
 GOOD: list[tuple[str, str, Any]] = [
@@ -95,6 +96,7 @@ GOOD: list[tuple[str, str, Any]] = [
     ("GATEWAY_CONCURRENCY_MAX", "1", 1),
     ("DATABASE_POOL_MAX", "100", 100),
     ("GATEWAY", "simulated", "simulated"),
+    ("GATEWAY", "acme.payments:build", "acme.payments:build"),
     ("SIMULATED_LEDGER", "/srv/ledger.sqlite", "/srv/ledger.sqlite"),
     ("SIMULATED_LEDGER", "", ""),
     ("SIMULATED_FAULTS", "delay=0.5,answer_lost*1", "delay=0.5,answer_lost*1"),
@@ -163,6 +165,8 @@ BAD = [
     ("DATABASE_POOL_MAX", "0"),
     ("DATABASE_POOL_MAX", "101"),
     ("GATEWAY", "stripe"),
+    ("GATEWAY", "acme:"),
+    ("GATEWAY", "acme.payments:build()"),
     ("SIMULATED_LEDGER", "a\nb"),
     ("SIMULATED_FAULTS", "down\n"),
     ("MIGRATE_ON_START", "yes"),

@@ -7,7 +7,7 @@ LISTEN do not survive transaction pooling. TLS is libpq's: set PGSSLMODE and PGS
 import asyncio
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -173,23 +173,36 @@ class Database:
     async def close(self) -> None:
         await self._pool.close(timeout=1.0)
 
-    async def fetch(self, query: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """All rows of one reading statement, within READ_TIMEOUT_S.
+    async def fetch(
+        self,
+        query: str,
+        params: Sequence[Any] | Mapping[str, Any] = (),
+        *,
+        timeout_s: float = READ_TIMEOUT_S,
+        prepare: bool | None = None,
+    ) -> list[tuple[Any, ...]]:
+        """All rows of one reading statement, within `timeout_s`, READ_TIMEOUT_S at the most.
 
-        Pooled connections may have died unnoticed, for example in a failover: then the next one is
-        tried, until all of them and a new one were. Raises DatabaseUnavailable.
+        `prepare=False` has each execution planned for its own values; by default a statement that
+        comes often keeps its plan. Pooled connections may have died unnoticed, for example in a
+        failover: then the next one is tried, until all of them and a new one were. Raises
+        DatabaseUnavailable.
         """
-        deadline = time.monotonic() + READ_TIMEOUT_S
+        deadline = time.monotonic() + min(timeout_s, READ_TIMEOUT_S)
+
+        def left_s() -> float:
+            return max(0.01, deadline - time.monotonic())
+
         for tries_left in range(self._pool.max_size, -1, -1):
             try:
-                left_s = max(0.05, deadline - time.monotonic())
-                async with self._pool.connection(timeout=min(left_s, POOL_WAIT_S)) as connection:
-                    with cut_after(connection, min(left_s, QUERY_TIMEOUT_S)):
+                wait_s = min(left_s(), POOL_WAIT_S)
+                async with self._pool.connection(timeout=wait_s) as connection:
+                    with cut_after(connection, min(left_s(), QUERY_TIMEOUT_S)):
                         cursor = connection.cursor(binary=True)
-                        await cursor.execute(query.encode(), params)
+                        await cursor.execute(query.encode(), params, prepare=prepare)
                         return await cursor.fetchall()
             except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                late = time.monotonic() > deadline - POOL_WAIT_S
+                late = time.monotonic() > deadline - min(timeout_s / 2, POOL_WAIT_S)
                 if late or not tries_left or isinstance(error, PoolTimeout):
                     raise DatabaseUnavailable("The database does not answer.") from error
         raise AssertionError("the last try returns or raises")

@@ -5,6 +5,10 @@ PaymentsError
 ├── InvalidIdempotencyKey        400  invalid_idempotency_key
 ├── Unauthorized                 401  unauthorized
 ├── PaymentNotFound              404  payment_not_found
+├── PaymentNotRefundable         409  payment_not_refundable
+├── PaymentAlreadyRefunded       409  payment_already_refunded
+├── RefundExceedsCapture         409  refund_exceeds_capture
+├── RefundDeclined               409  refund_declined
 ├── IdempotencyKeyReused         422  idempotency_key_reused
 ├── PaymentUnreadable            503  payment_unreadable
 └── Unavailable                  503
@@ -61,6 +65,30 @@ class PaymentNotFound(PaymentsError):
     status = 404
     code = "payment_not_found"
     title = "There is no such payment"
+
+
+class PaymentNotRefundable(PaymentsError):
+    status = 409
+    code = "payment_not_refundable"
+    title = "This payment cannot be refunded"
+
+
+class PaymentAlreadyRefunded(PaymentsError):
+    status = 409
+    code = "payment_already_refunded"
+    title = "The payment is refunded already"
+
+
+class RefundExceedsCapture(PaymentsError):
+    status = 409
+    code = "refund_exceeds_capture"
+    title = "The refund is more than is left of the payment"
+
+
+class RefundDeclined(PaymentsError):
+    status = 409
+    code = "refund_declined"
+    title = "The provider refused the refund"
 
 
 class IdempotencyKeyReused(PaymentsError):

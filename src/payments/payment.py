@@ -1,22 +1,30 @@
-"""The payment: what its events amount to, and which event may come next.
+"""The payment: what its events amount to.
 
-Pure: no I/O, no clock, no randomness. Commands load events, `fold` them, ask one of the deciding
-functions for the next event, and append it.
+Pure: no I/O, no clock, no randomness. Commands load events, `fold` them, ask a function of
+deciding.py for the next event, and append it.
 """
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import msgspec
 
-from payments.events.facts import Fact, PaymentCharged, PaymentFailed, PaymentInitiated
+from payments.events.facts import (
+    Fact,
+    LateCaptureFound,
+    LateCaptureReturned,
+    PaymentCharged,
+    PaymentFailed,
+    PaymentInitiated,
+    PaymentRefunded,
+    RefundFailed,
+    RefundInitiated,
+)
 
-# Fixed for ever: another namespace would give every old key a new payment.
-_NAMESPACE = b"payment-service/idempotency-key/1\x00"
+ABANDONED = "abandoned"
 
 
 class Status(StrEnum):
@@ -26,31 +34,45 @@ class Status(StrEnum):
     REFUNDED = "REFUNDED"
 
 
-class Cause(msgspec.Struct, frozen=True):
-    """Who asked for an event, and when: what the deciding functions put into every fact.
+class Refund(msgspec.Struct, frozen=True, kw_only=True):
+    """One refund of a payment: PENDING, SUCCESS or FAILED.
 
-    `client` is the API client's name; `traceparent` is a W3C trace context header.
+    `version` is that of its RefundInitiated. `refunded_cents` is what had been given back of the
+    payment in total once this refund went through, 0 until then.
     """
 
-    event_id: UUID
-    occurred_at: datetime
+    id: UUID
+    version: int
+    idempotency_key: str | None
     client: str
-    request_id: str | None = None
-    traceparent: str | None = None
-
-
-class ChargeRequest(msgspec.Struct, frozen=True):
-    """What Order Service asks for. Two requests with one key are the same if all of this is equal.
-
-    `payment_method` is a provider's token; it is passed on and never stored.
-    """
-
-    idempotency_key: str
-    merchant_order_id: UUID
     amount_cents: int
-    currency: str
-    client: str
-    payment_method: str | None = None
+    whole: bool
+    status: Status
+    created_at: datetime
+    updated_at: datetime
+    refunded_cents: int = 0
+    provider_refund_id: str | None = None
+    decline_code: str | None = None
+
+
+class LateCapture(msgspec.Struct, frozen=True, kw_only=True):
+    """Money that the provider captured for a FAILED payment, on its way back or there.
+
+    `version` is that of its LateCaptureFound.
+    """
+
+    refund_id: UUID
+    version: int
+    found_at: datetime
+    provider_txn_id: str
+    provider_refund_id: str | None = None
+
+
+class Unsettled(msgspec.Struct, frozen=True):
+    """Why the provider must be asked about a payment again, and since when."""
+
+    kind: Literal["charge", "abandoned", "late_capture", "refund"]
+    since: datetime
 
 
 class Payment(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,110 +91,74 @@ class Payment(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime
     updated_at: datetime
     provider_txn_id: str | None = None
+    failure: str | None = None
     decline_code: str | None = None
+    refunds: tuple[Refund, ...] = ()
+    late_capture: LateCapture | None = None
+
+    @property
+    def outcome(self) -> Status:
+        """What its charge came to: PENDING, SUCCESS or FAILED, whatever was refunded since."""
+        return Status.SUCCESS if self.status is Status.REFUNDED else self.status
+
+    @property
+    def refunded_cents(self) -> int:
+        return self._refund_cents(Status.SUCCESS)
+
+    @property
+    def reserved_cents(self) -> int:
+        """What refunds under way may still give back."""
+        return self._refund_cents(Status.PENDING)
+
+    @property
+    def remaining_cents(self) -> int:
+        """What may still be asked back."""
+        if self.outcome is not Status.SUCCESS:
+            return 0
+        return self.amount_cents - self.refunded_cents - self.reserved_cents
+
+    @property
+    def unsettled(self) -> "Unsettled | None":
+        """What is left to find out at the provider, the most urgent thing of several."""
+        if self.status is Status.PENDING:
+            return Unsettled("charge", self.created_at)
+        if self.status is Status.FAILED:
+            if self.late_capture is not None:
+                returned = self.late_capture.provider_refund_id is not None
+                return None if returned else Unsettled("late_capture", self.late_capture.found_at)
+            # The provider does not know of it, and may yet capture it.
+            return Unsettled("abandoned", self.created_at) if self.failure == ABANDONED else None
+        under_way = [each for each in self.refunds if each.status is Status.PENDING]
+        return Unsettled("refund", under_way[0].created_at) if under_way else None
+
+    def refund(self, refund_id: UUID) -> Refund | None:
+        return next((refund for refund in self.refunds if refund.id == refund_id), None)
+
+    def _refund_cents(self, status: Status) -> int:
+        return sum(refund.amount_cents for refund in self.refunds if refund.status is status)
 
 
 class Approved(msgspec.Struct, frozen=True):
-    """The provider captured the money. Id, amount and currency are as the provider states them."""
+    """The provider captured the money, or gave it back; everything is as the provider states it.
 
-    payment_id: UUID
+    `id` is ours, which the provider was given: the payment's, or the refund's. `provider_txn_id`
+    is the provider's own id of the capture or of the refund.
+    """
+
+    id: UUID
     amount_cents: int
     currency: str
     provider_txn_id: str
 
 
 class Declined(msgspec.Struct, frozen=True):
-    """The provider refused, and will not change its mind under this payment id."""
+    """The provider refused, and will not change its mind under this id."""
 
     code: str
 
 
 class UnexpectedEvent(Exception):
     """A fact that cannot follow the ones before it: the stream is damaged."""
-
-
-class OutcomeMismatch(Exception):
-    """The provider answered for another payment, amount or currency than was asked for."""
-
-
-def payment_id_for(idempotency_key: str) -> UUID:
-    """The payment that this key means, for ever: docs/decisions/payment-id.md."""
-    digest = hashlib.sha256(_NAMESPACE + idempotency_key.encode()).digest()
-    return UUID(bytes=digest[:16], version=4)
-
-
-def fingerprint(request: ChargeRequest) -> str:
-    """SHA-256 of everything in the request but the key, in hex."""
-    parts = (
-        request.client,
-        request.merchant_order_id,
-        request.amount_cents,
-        request.currency,
-        request.payment_method,
-    )
-    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
-
-
-def differing_fields(payment: Payment, request: ChargeRequest) -> tuple[str, ...]:
-    """Which parts of the request differ from the one that began this payment; () if none does."""
-    if payment.fingerprint == fingerprint(request):
-        return ()
-    differing = tuple(
-        name
-        for name in ("merchant_order_id", "amount_cents", "currency", "client")
-        if getattr(payment, name) != getattr(request, name)
-    )
-    return differing or ("payment_method",)  # the one part that is not stored
-
-
-def initiate(request: ChargeRequest, gateway: str, cause: Cause) -> PaymentInitiated:
-    return PaymentInitiated(
-        payment_id=payment_id_for(request.idempotency_key),
-        version=1,
-        event_id=cause.event_id,
-        occurred_at=cause.occurred_at,
-        client=cause.client,
-        request_id=cause.request_id,
-        traceparent=cause.traceparent,
-        idempotency_key=request.idempotency_key,
-        fingerprint=fingerprint(request),
-        merchant_order_id=request.merchant_order_id,
-        amount_cents=request.amount_cents,
-        currency=request.currency,
-        gateway=gateway,
-    )
-
-
-def record_outcome(
-    payment: Payment, outcome: Approved | Declined, cause: Cause
-) -> PaymentCharged | PaymentFailed | None:
-    """The event for what the provider answered; None if the payment already has that outcome.
-
-    Raises OutcomeMismatch if the answer is not about this payment, or contradicts its outcome.
-    """
-    if isinstance(outcome, Approved):
-        answered = (outcome.payment_id, outcome.amount_cents, outcome.currency)
-        if answered != (payment.id, payment.amount_cents, payment.currency):
-            raise OutcomeMismatch("the provider answered for another id, amount or currency")
-    if payment.status is not Status.PENDING:
-        if (payment.status is Status.FAILED) is isinstance(outcome, Declined):
-            return None
-        raise OutcomeMismatch(f"the provider's answer contradicts the stored {payment.status}")
-    shared: dict[str, Any] = {
-        "payment_id": payment.id,
-        "version": payment.version + 1,
-        "event_id": cause.event_id,
-        "occurred_at": cause.occurred_at,
-        "client": cause.client,
-        "request_id": cause.request_id,
-        "traceparent": cause.traceparent,
-        "merchant_order_id": payment.merchant_order_id,
-        "amount_cents": payment.amount_cents,
-        "currency": payment.currency,
-    }
-    if isinstance(outcome, Approved):
-        return PaymentCharged(provider_txn_id=outcome.provider_txn_id, **shared)
-    return PaymentFailed(reason="declined", decline_code=outcome.code, **shared)
 
 
 def fold(facts: Iterable[Fact], payment: Payment | None = None) -> Payment | None:
@@ -193,34 +179,14 @@ def evolve(payment: Payment | None, fact: Fact) -> Payment:
         return _begin(fact)
     if fact.version != payment.version + 1 or fact.payment_id != payment.id:
         raise UnexpectedEvent(f"{fact.TOPIC} {fact.version} cannot follow {payment.version}")
-    if isinstance(fact, PaymentCharged | PaymentFailed):
-        _check_same_money(payment, fact)
-    if isinstance(fact, PaymentCharged) and payment.status is Status.PENDING:
-        return msgspec.structs.replace(
-            payment,
-            version=fact.version,
-            status=Status.SUCCESS,
-            provider_txn_id=fact.provider_txn_id,
-            updated_at=fact.occurred_at,
-        )
-    if isinstance(fact, PaymentFailed) and payment.status is Status.PENDING:
-        return msgspec.structs.replace(
-            payment,
-            version=fact.version,
-            status=Status.FAILED,
-            decline_code=fact.decline_code,
-            updated_at=fact.occurred_at,
-        )
-    raise UnexpectedEvent(f"{fact.TOPIC} cannot follow {payment.status}")
-
-
-def _check_same_money(payment: Payment, fact: PaymentCharged | PaymentFailed) -> None:
-    if (fact.merchant_order_id, fact.amount_cents, fact.currency) != (
-        payment.merchant_order_id,
-        payment.amount_cents,
-        payment.currency,
-    ):
-        raise UnexpectedEvent(f"{fact.TOPIC} is about another order, amount or currency")
+    changes = _CHANGES[type(fact)](payment, fact)
+    return msgspec.structs.replace(
+        payment,
+        version=fact.version,
+        # The clocks of two processes may differ; time never runs backwards for a reader.
+        updated_at=max(payment.updated_at, fact.occurred_at),
+        **changes,
+    )
 
 
 def _begin(fact: PaymentInitiated) -> Payment:
@@ -238,3 +204,122 @@ def _begin(fact: PaymentInitiated) -> Payment:
         created_at=fact.occurred_at,
         updated_at=fact.occurred_at,
     )
+
+
+def _initiated(payment: Payment, fact: PaymentInitiated) -> dict[str, Any]:
+    raise UnexpectedEvent("a payment begins once")
+
+
+def _charged(payment: Payment, fact: PaymentCharged) -> dict[str, Any]:
+    _check(payment, fact, payment.status is Status.PENDING, payment.amount_cents)
+    return {"status": Status.SUCCESS, "provider_txn_id": fact.provider_txn_id}
+
+
+def _failed(payment: Payment, fact: PaymentFailed) -> dict[str, Any]:
+    _check(payment, fact, payment.status is Status.PENDING, payment.amount_cents)
+    return {
+        "status": Status.FAILED,
+        "failure": fact.reason,
+        "decline_code": fact.decline_code,
+    }
+
+
+def _refund_initiated(payment: Payment, fact: RefundInitiated) -> dict[str, Any]:
+    fits = 0 < fact.amount_cents <= payment.remaining_cents and not payment.refund(fact.refund_id)
+    _check(payment, fact, fits, fact.amount_cents)
+    refund = Refund(
+        id=fact.refund_id,
+        version=fact.version,
+        idempotency_key=fact.idempotency_key,
+        client=fact.client,
+        amount_cents=fact.amount_cents,
+        whole=fact.whole,
+        status=Status.PENDING,
+        created_at=fact.occurred_at,
+        updated_at=fact.occurred_at,
+    )
+    return {"refunds": (*payment.refunds, refund)}
+
+
+def _refunded(payment: Payment, fact: PaymentRefunded) -> dict[str, Any]:
+    refund = _pending_refund(payment, fact)
+    given_back = payment.refunded_cents + refund.amount_cents
+    totals = (fact.refunded_cents, fact.captured_cents)
+    _check(payment, fact, totals == (given_back, payment.amount_cents), refund.amount_cents)
+    changes = _refund_changes(
+        payment,
+        refund,
+        fact,
+        status=Status.SUCCESS,
+        refunded_cents=given_back,
+        provider_refund_id=fact.provider_refund_id,
+    )
+    if given_back == payment.amount_cents:
+        changes["status"] = Status.REFUNDED
+    return changes
+
+
+def _refund_failed(payment: Payment, fact: RefundFailed) -> dict[str, Any]:
+    refund = _pending_refund(payment, fact)
+    _check(payment, fact, True, refund.amount_cents)
+    return _refund_changes(
+        payment, refund, fact, status=Status.FAILED, decline_code=fact.decline_code
+    )
+
+
+def _late_capture_found(payment: Payment, fact: LateCaptureFound) -> dict[str, Any]:
+    fits = payment.status is Status.FAILED and payment.late_capture is None
+    _check(payment, fact, fits, payment.amount_cents)
+    return {
+        "late_capture": LateCapture(
+            refund_id=fact.refund_id,
+            version=fact.version,
+            found_at=fact.occurred_at,
+            provider_txn_id=fact.provider_txn_id,
+        )
+    }
+
+
+def _late_capture_returned(payment: Payment, fact: LateCaptureReturned) -> dict[str, Any]:
+    found = payment.late_capture
+    if found is None or found.provider_refund_id is not None or found.refund_id != fact.refund_id:
+        raise UnexpectedEvent(f"{fact.TOPIC} cannot follow {payment.status}")
+    _check(payment, fact, True, payment.amount_cents)
+    returned = msgspec.structs.replace(found, provider_refund_id=fact.provider_refund_id)
+    return {"late_capture": returned}
+
+
+def _pending_refund(payment: Payment, fact: PaymentRefunded | RefundFailed) -> Refund:
+    refund = payment.refund(fact.refund_id)
+    if refund is None or refund.status is not Status.PENDING:
+        raise UnexpectedEvent(f"{fact.TOPIC} without a refund that is under way")
+    return refund
+
+
+def _refund_changes(
+    payment: Payment, refund: Refund, fact: Fact, **changes: Any
+) -> dict[str, tuple[Refund, ...] | Status]:
+    updated_at = max(refund.updated_at, fact.occurred_at)
+    changed = msgspec.structs.replace(refund, updated_at=updated_at, **changes)
+    return {"refunds": tuple(changed if each is refund else each for each in payment.refunds)}
+
+
+def _check(payment: Payment, fact: Any, fits: bool, amount_cents: int) -> None:
+    """Whether the fact may stand here, and is about the same order, amount and currency."""
+    if not fits:
+        raise UnexpectedEvent(f"{fact.TOPIC} cannot follow {payment.status}")
+    same = (payment.merchant_order_id, amount_cents, payment.currency)
+    if (fact.merchant_order_id, fact.amount_cents, fact.currency) != same:
+        raise UnexpectedEvent(f"{fact.TOPIC} is about another order, amount or currency")
+
+
+_CHANGES: dict[type[Fact], Callable[[Payment, Any], dict[str, Any]]] = {
+    PaymentInitiated: _initiated,
+    PaymentCharged: _charged,
+    PaymentFailed: _failed,
+    RefundInitiated: _refund_initiated,
+    PaymentRefunded: _refunded,
+    RefundFailed: _refund_failed,
+    LateCaptureFound: _late_capture_found,
+    LateCaptureReturned: _late_capture_returned,
+}

@@ -1,6 +1,7 @@
 """The composition root: Settings in, Service out. Nothing is built when a module is imported."""
 
 import asyncio
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,14 +10,22 @@ from loguru import logger
 
 from payments import embedded_postgres
 from payments.commands.charge import Charging
+from payments.commands.refund import Refunding
+from payments.commands.runs import Runs
+from payments.commands.settle import Settling
 from payments.database import Database, DatabaseAddress, create_database_if_missing
 from payments.errors import StartError
 from payments.events.appender import Appender
 from payments.gateways import Gateway
+from payments.gateways.counted import CountedGateway
 from payments.gateways.simulated import SimulatedGateway
 from payments.migrations import check_migrated, migrate
+from payments.projections.follower import Follower
+from payments.projections.payments import PaymentsProjection
+from payments.queries.followers import follower_states, unsettled_payments
+from payments.queries.lookups import PaymentLookups
 from payments.settings import Settings
-from payments.telemetry import Telemetry
+from payments.telemetry import UNSETTLED_KINDS, Telemetry
 
 
 class Service:
@@ -36,23 +45,49 @@ class Service:
         self.settings = settings
         self.telemetry = telemetry or Telemetry()
         self.database = Database(address, settings.database_pool_max)
-        self.gateway = gateway or build_gateway(settings)
+        self.gateway = CountedGateway(gateway or build_gateway(settings), self.telemetry)
         self.appender = Appender(self.database.connect, self.telemetry, settings.intent_queue_max)
-        self.charging = Charging(
-            self.appender, self.database, self.gateway, self.telemetry, settings
-        )
+        # As many as may be with the provider, and a queue before it.
+        self.runs = Runs(settings.gateway_concurrency_max + settings.intent_queue_max)
+        slots = asyncio.Semaphore(settings.gateway_concurrency_max)
+        shared = (self.appender, self.database, self.gateway)
+        self.charging = Charging(self.runs, *shared, slots, self.telemetry, settings)
+        self.refunding = Refunding(self.runs, *shared, slots, self.telemetry, settings)
+        self.lookups = PaymentLookups(self.database)
+        self.follower = payments_follower(settings, self.database, self.telemetry)
+        self.settling = Settling(*shared, self.telemetry, settings)
 
-    async def start(self) -> None:
+    async def start(self, *, work: bool = True) -> None:
+        """Without `work` it only answers requests: another process follows and settles."""
         if not self.settings.payments_api_keys:
             logger.warning("PAYMENTS_API_KEYS is not set: whoever reaches the port may charge")
         if self.settings.order_callback_url is not None:
             logger.warning("ORDER_CALLBACK_URL is set, but this version sends no callbacks yet")
         await self.database.open()
         self.appender.start()
+        if work:
+            self.follower.start()
+            self.settling.start()
+
+    async def observe(self) -> None:
+        """Brings the gauges that only the database knows up to date; DatabaseUnavailable."""
+        for follower in await follower_states(self.database):
+            if follower.name in self.telemetry.follower_lag:
+                self.telemetry.follower_lag[follower.name].set(follower.lag_events)
+                self.telemetry.parked_streams[follower.name].set(follower.parked_streams)
+        found = {row.kind: row for row in await unsettled_payments(self.database)}
+        for kind in UNSETTLED_KINDS:
+            row = found.get(kind)
+            self.telemetry.unsettled[kind].set(row.payments if row else 0)
+            self.telemetry.unsettled_age[kind].set(row.oldest_age_s if row else 0)
 
     async def stop(self, timeout_s: float) -> None:
         """Finishes what was begun, within about `timeout_s` seconds. No request may be open."""
-        await self.charging.drain(timeout_s * 0.4)
+        await asyncio.gather(
+            self.runs.drain(timeout_s * 0.4),
+            self.settling.stop(timeout_s * 0.4),
+            self.follower.stop(timeout_s * 0.4),
+        )
         await self.appender.stop(timeout_s * 0.3)
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s * 0.3):
@@ -60,14 +95,32 @@ class Service:
                 await self.database.close()
 
 
+def payments_follower(settings: Settings, database: Database, telemetry: Telemetry) -> Follower:
+    """The follower behind the payments read model; not started."""
+    projection = PaymentsProjection(settle_after_s=settings.charge_deadline_s)
+    return Follower(database.connect, projection, telemetry)
+
+
 def build_gateway(settings: Settings) -> Gateway:
-    """The provider that GATEWAY names; StartError if its settings do not fit."""
+    """The provider that GATEWAY names; StartError if it or its settings do not fit."""
+    if ":" in settings.gateway:
+        return _plugged_in_gateway(settings)
     ledger: Path | None
     if settings.simulated_ledger is None:
         ledger = data_dir(settings) / "simulated-ledger.jsonl"
     else:
         ledger = Path(settings.simulated_ledger) if settings.simulated_ledger else None
     return SimulatedGateway(ledger, settings.simulated_faults)
+
+
+def _plugged_in_gateway(settings: Settings) -> Gateway:
+    module, _, factory = settings.gateway.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise StartError(f"GATEWAY: cannot import {settings.gateway!r}: {error}") from None
+    gateway: Gateway = build(settings)
+    return gateway
 
 
 def data_dir(settings: Settings) -> Path:

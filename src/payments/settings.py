@@ -107,6 +107,12 @@ def _one_of(*choices: str, upper: bool = False) -> Callable[[str], str]:
     return parse
 
 
+def _gateway(value: str) -> str:
+    if value != "simulated" and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        raise ValueError("must be simulated, or package.module:factory")
+    return value
+
+
 def _yes_no(value: str) -> bool:
     try:
         return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
@@ -184,7 +190,9 @@ VARIABLES = (
         "API clients as name:sha256hex, separated by commas; unset: no key is asked for",
         secret=True,
     ),
-    Variable("CHARGE_DEADLINE_S", _seconds(0.1, 60), "7", "a charge is answered within this"),
+    Variable(
+        "CHARGE_DEADLINE_S", _seconds(0.1, 60), "7", "a charge or refund is answered within this"
+    ),
     Variable(
         "GATEWAY_TIMEOUT_S", _seconds(0.05, 60), "6", "the provider's share of it, at the most"
     ),
@@ -204,7 +212,12 @@ VARIABLES = (
         "GATEWAY_CONCURRENCY_MAX", _whole(1, 100_000), "1000", "provider calls under way at once"
     ),
     Variable("DATABASE_POOL_MAX", _whole(1, 100), "8", "database connections for reading"),
-    Variable("GATEWAY", _one_of("simulated"), "simulated", "the payment provider"),
+    Variable(
+        "GATEWAY",
+        _gateway,
+        "simulated",
+        "the payment provider: simulated, or package.module:factory: docs/gateways.md",
+    ),
     Variable(
         "SIMULATED_LEDGER",
         _text,
@@ -281,6 +294,11 @@ def _check_together(settings: Settings, given: Mapping[str, Any]) -> None:
                     f"{name} is set but DATABASE_HOST is not: set it too, or neither "
                     "to use the embedded Postgres"
                 )
+    if settings.pending_abandon_after_s < settings.charge_deadline_s:
+        raise StartError(
+            f"PENDING_ABANDON_AFTER_S: {settings.pending_abandon_after_s:g} must not be less than "
+            f"CHARGE_DEADLINE_S ({settings.charge_deadline_s:g})"
+        )
     if settings.gateway_timeout_s >= settings.charge_deadline_s:
         raise StartError(
             f"GATEWAY_TIMEOUT_S: {settings.gateway_timeout_s:g} must be less than "

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 7.5)
 
 CHARGE_OUTCOMES = ("success", "failed", "pending", "replayed", "refused", "unavailable")
-GATEWAY_OPERATIONS = ("charge", "find_charge")
+REFUND_OUTCOMES = ("success", "failed", "pending", "replayed", "refused", "unavailable")
+UNSETTLED_KINDS = ("charge", "abandoned", "late_capture", "refund")
+SETTLING_OUTCOMES = ("settled", "open", "unknown", "mismatch")
+FOLLOWERS = ("payments",)
+GATEWAY_OPERATIONS = ("charge", "find_charge", "refund", "find_refund")
 GATEWAY_OUTCOMES = ("approved", "declined", "not_found", "unknown", "never_sent", "mismatch")
 APPEND_FAILURES = ("retried", "refused")
 
@@ -56,6 +60,22 @@ class Telemetry:
             "payments_charges", "Charge requests by their answer", ["outcome"], registry=registry
         )
         self.charges = {outcome: charges.labels(outcome) for outcome in CHARGE_OUTCOMES}
+        refunds = Counter(
+            "payments_refunds", "Refund requests by their answer", ["outcome"], registry=registry
+        )
+        self.refunds = {outcome: refunds.labels(outcome) for outcome in REFUND_OUTCOMES}
+        settling = Counter(
+            "payments_settling_attempts",
+            "Attempts to settle an open payment by what was open and what came of it",
+            ["kind", "outcome"],
+            registry=registry,
+        )
+        self.settling = {
+            (kind, outcome): settling.labels(kind, outcome)
+            for kind in UNSETTLED_KINDS
+            for outcome in SETTLING_OUTCOMES
+        }
+        self._add_follower_metrics(registry)
         gateway_calls = Counter(
             "payments_gateway_calls",
             "Calls of the payment provider by what came of them",
@@ -100,6 +120,49 @@ class Telemetry:
             "payments_append_backlog", "Appends that wait for the event store", registry=registry
         )
         self._add_process_gauges(psutil.Process())
+
+    def _add_follower_metrics(self, registry: CollectorRegistry) -> None:
+        def gauges(name: str, text: str, label: str, values: tuple[str, ...]) -> dict[str, Gauge]:
+            gauge = Gauge(name, text, [label], registry=registry)
+            return {value: gauge.labels(value) for value in values}
+
+        applied = Counter(
+            "payments_follower_applied_events",
+            "Events that this process wrote to a read model",
+            ["follower"],
+            registry=registry,
+        )
+        self.follower_applied = {name: applied.labels(name) for name in FOLLOWERS}
+        batches = Histogram(
+            "payments_follower_batch_duration_seconds",
+            "Reading, applying and committing one batch",
+            ["follower"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.follower_seconds = {name: batches.labels(name) for name in FOLLOWERS}
+        # What the database says, as of the scrape: queries/followers.py.
+        self.follower_lag = gauges(
+            "payments_follower_lag_events",
+            "Events that a read model does not show yet",
+            "follower",
+            FOLLOWERS,
+        )
+        self.parked_streams = gauges(
+            "payments_parked_streams",
+            "Streams that a follower could not apply",
+            "follower",
+            FOLLOWERS,
+        )
+        self.unsettled = gauges(
+            "payments_unsettled", "Payments left open at the provider", "kind", UNSETTLED_KINDS
+        )
+        self.unsettled_age = gauges(
+            "payments_unsettled_oldest_age_seconds",
+            "How long the oldest of them has been open",
+            "kind",
+            UNSETTLED_KINDS,
+        )
 
     def _add_process_gauges(self, process: psutil.Process) -> None:
         """CPU, memory, uptime and timestamp, as documented for /metrics."""

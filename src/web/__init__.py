@@ -2,7 +2,9 @@
 
 guard.py       what every request passes first: limits, request id, metrics (plain ASGI)
 app.py         the Litestar application
-api.py         /v1: charges and payments      bodies.py  reading JSON bodies, all errors at once
+api.py         /v1: charges.py, refunds.py, payments.py
+requests.py    what they read from headers and path     bodies.py  from JSON bodies
+list_query.py  and from the query of the list; all errors at once
 operations.py  /health and /metrics
 auth.py        API keys
 problems.py    every error as application/problem+json

@@ -55,19 +55,27 @@ def bind(settings: Settings) -> socket.socket:
 
 
 def run(
-    settings: Settings, address: DatabaseAddress, gateway: Gateway, listener: socket.socket
+    settings: Settings,
+    address: DatabaseAddress,
+    gateway: Gateway,
+    listener: socket.socket,
+    *,
+    work: bool = True,
 ) -> None:
     """Serves until SIGTERM or SIGINT."""
 
     async def main() -> None:
-        await serve(Service(settings, address, gateway=gateway), listener)
+        await serve(Service(settings, address, gateway=gateway), listener, work=work)
 
     uvloop.run(main())
 
 
-async def serve(service: Service, listener: socket.socket) -> None:
-    """Starts the service, answers requests, and stops everything in order."""
-    await service.start()
+async def serve(service: Service, listener: socket.socket, *, work: bool = True) -> None:
+    """Starts the service, answers requests, and stops everything in order.
+
+    Without `work` another process follows the log and settles.
+    """
+    await service.start(work=work)
     server = _Server(
         uvicorn.Config(
             create_app(service),
@@ -91,7 +99,7 @@ async def serve(service: Service, listener: socket.socket) -> None:
         if not server.should_exit:
             server.should_exit = True
             stop_by = time.monotonic() + STOP_S
-            service.charging.hurry(CHARGES_STOP_S)
+            service.runs.hurry(CHARGES_STOP_S)
             logger.info("stopping")
 
     loop = asyncio.get_running_loop()

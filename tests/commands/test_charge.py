@@ -3,8 +3,6 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
 from typing import Any
 
 import msgspec
@@ -12,7 +10,7 @@ import psycopg
 import pytest
 
 from payments.commands.charge import Charged
-from payments.database import DatabaseAddress
+from payments.deciding import payment_id_for
 from payments.errors import (
     DatabaseUnavailable,
     GatewayUnavailable,
@@ -21,10 +19,9 @@ from payments.errors import (
     TooBusy,
 )
 from payments.gateways import ProviderCharge
-from payments.payment import Status, payment_id_for
+from payments.payment import Status
 from payments.queries.payments import get_payment
-from payments.service import Service
-from payments.settings import Settings
+from tests.commands.conftest import Make
 from tests.doubles.gateway import (
     ScriptedGateway,
     after,
@@ -38,22 +35,6 @@ from tests.events.test_appender import LOCK, UNLOCK, waits_for_lock
 from tests.support import ORDER_ID, charge_of, stored_event, until
 
 pytestmark = pytest.mark.anyio
-
-Make = Callable[..., Awaitable[Service]]
-
-
-@pytest.fixture
-async def make(address: DatabaseAddress) -> AsyncIterator[Make]:
-    """Starts services on one database; several of them stand for several processes."""
-    async with AsyncExitStack() as stack:
-
-        async def start(gateway: ScriptedGateway, **changed: Any) -> Service:
-            service = Service(Settings(database_pool_max=1, **changed), address, gateway=gateway)
-            await service.start()
-            stack.push_async_callback(service.stop, 2)
-            return service
-
-        yield start
 
 
 def topics(connection: psycopg.Connection[Any], key: str) -> list[str]:
@@ -272,7 +253,7 @@ async def test_a_provider_that_was_never_reached_is_unavailable(
 
 @pytest.mark.parametrize(
     "changed",
-    [{"amount_cents": 1}, {"currency": "USD"}, {"payment_id": uuid.UUID(int=1)}],
+    [{"amount_cents": 1}, {"currency": "USD"}, {"id": uuid.UUID(int=1)}],
     ids=lambda changed: next(iter(changed)),
 )
 async def test_an_answer_about_something_else_is_never_success(
@@ -363,7 +344,7 @@ async def test_a_charge_that_gets_no_turn_at_the_provider_is_not_sent(
         await service.charging.charge(charge_of("b"))
     answered.set()
     await first
-    await service.charging.drain(2)
+    await service.runs.drain(2)
     assert [charge.payment_id for charge in gateway.charges] == [payment_id_for("a")]
     assert topics(connection, "b") == ["PaymentInitiated"]
 
@@ -381,7 +362,7 @@ async def test_an_outcome_found_by_another_process_first(
     await asyncio.sleep(0.1)
     assert first_answer(await other.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
     answered.set()
-    await slow.charging.drain(2)
+    await slow.runs.drain(2)
     assert topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"]
     assert len(gateway.captures) == 1
 
@@ -410,7 +391,7 @@ async def test_draining_waits_for_charges_whose_requests_were_answered(
     )
     await service.charging.charge(charge_of("k"))
     asyncio.get_running_loop().call_later(0.2, answered.set)
-    await service.charging.drain(5)
+    await service.runs.drain(5)
     assert topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"]
 
 
@@ -517,7 +498,7 @@ async def test_stopping_answers_who_waits(make: Make) -> None:
     service = await make(gateway)
     charge = asyncio.create_task(service.charging.charge(charge_of("k")))
     await until(lambda: gateway.charges)
-    service.charging.hurry(0.1)
+    service.runs.hurry(0.1)
     assert first_answer(await asyncio.wait_for(charge, 1)) == (Status.PENDING, False)
     answered.set()
 
@@ -551,8 +532,8 @@ async def test_a_repetition_waits_for_a_run_that_goes_on_after_its_answer(make: 
     answers = await asyncio.gather(*repetitions)
     assert {first_answer(answer) for answer in answers} == {(Status.SUCCESS, True)}
     assert len(gateway.charges) == 1
-    await service.charging.drain(1)
-    assert service.charging._runs == {}
+    await service.runs.drain(1)
+    assert service.runs._runs == {}
 
 
 async def test_a_repetition_waits_no_longer_than_its_deadline(make: Make) -> None:

@@ -18,7 +18,7 @@ import psycopg
 import pytest
 
 from payments import embedded_postgres
-from payments.payment import payment_id_for
+from payments.deciding import payment_id_for
 from tests.process import ServiceProcess, database_processes
 
 KILLS = 20

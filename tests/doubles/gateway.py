@@ -1,40 +1,51 @@
-"""A payment provider inside the test: it captures once per id, and does as it is told."""
+"""A payment provider inside the test: it moves money once per id, and does as it is told."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from uuid import UUID
 
-from payments.gateways import NeverSent, OutcomeUnknown, ProviderCharge
+from payments.gateways import NeverSent, OutcomeUnknown, ProviderCharge, ProviderRefund
 from payments.payment import Approved, Declined
 
-Step = Callable[["ScriptedGateway", ProviderCharge], Any]
+Asked = ProviderCharge | ProviderRefund
+Step = Callable[["ScriptedGateway", Any], Any]  # of a charge, of a refund, or of both
 
 
 class ScriptedGateway:
     """`script` holds what happens at the next charges, one entry each; then they are approved.
 
     An entry is a function of the gateway and the charge; it may return an outcome, raise, or be a
-    coroutine function. `captures` lists every capture, so a doubled one shows.
+    coroutine function. `refund_script` is the same for refunds. `captures` lists every capture and
+    `given_back` every refund that moved money, so a doubled one shows.
     """
 
     name = "scripted"
 
-    def __init__(self, *script: Step, safe_retry_s: float = 3600) -> None:
+    def __init__(
+        self,
+        *script: Step,
+        refund_script: Iterable[Step] = (),
+        safe_retry_s: float = 3600,
+        late_capture_s: float = 24 * 3600,
+    ) -> None:
         self.script = list(script)
+        self.refund_script = list(refund_script)
         self.safe_retry_s = safe_retry_s
+        self.late_capture_s = late_capture_s
         self.charges: list[ProviderCharge] = []
         self.questions: list[UUID] = []
         self.captures: list[UUID] = []
         self.outcomes: dict[UUID, Approved | Declined] = {}
+        self.refunds: list[ProviderRefund] = []
+        self.refund_questions: list[UUID] = []  # refund ids
+        self.given_back: list[UUID] = []  # refund ids
+        self.refund_outcomes: dict[UUID, Approved | Declined] = {}  # by refund id
         self.reachable = True
 
     async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined:
         self.charges.append(charge)
-        if self.script:
-            result = self.script.pop(0)(self, charge)
-            return await result if asyncio.iscoroutine(result) else result  # type: ignore[no-any-return]
-        return self.capture(charge)
+        return await self._play(self.script, charge)
 
     async def find_charge(self, payment_id: UUID, timeout_s: float) -> Approved | Declined | None:
         self.questions.append(payment_id)
@@ -42,8 +53,25 @@ class ScriptedGateway:
             raise NeverSent("scripted")
         return self.outcomes.get(payment_id)
 
+    async def refund(self, refund: ProviderRefund, timeout_s: float) -> Approved | Declined:
+        self.refunds.append(refund)
+        return await self._play(self.refund_script, refund)
+
+    async def find_refund(
+        self, refund: ProviderRefund, timeout_s: float
+    ) -> Approved | Declined | None:
+        self.refund_questions.append(refund.refund_id)
+        if not self.reachable:
+            raise NeverSent("scripted")
+        return self.refund_outcomes.get(refund.refund_id)
+
     async def close(self) -> None:
         pass
+
+    async def _play(self, script: list[Step], asked: Asked) -> Approved | Declined:
+        step: Step = script.pop(0) if script else approve
+        result = step(self, asked)
+        return await result if asyncio.iscoroutine(result) else result  # type: ignore[no-any-return]
 
     def capture(self, charge: ProviderCharge) -> Approved | Declined:
         """What a sound provider does: the first outcome of an id stands."""
@@ -54,35 +82,49 @@ class ScriptedGateway:
             )
         return self.outcomes[charge.payment_id]
 
+    def give_back(self, refund: ProviderRefund) -> Approved | Declined:
+        """As `capture`. It gives back more than it captured: refusing that is the service's job."""
+        refund_id = refund.refund_id
+        if refund_id not in self.refund_outcomes:
+            self.given_back.append(refund_id)
+            self.refund_outcomes[refund_id] = Approved(
+                refund_id, refund.amount_cents, refund.currency, f"refund-txn-{refund_id}"
+            )
+        return self.refund_outcomes[refund_id]
 
-def approve(gateway: ScriptedGateway, charge: ProviderCharge) -> Approved | Declined:
-    return gateway.capture(charge)
+
+def approve(gateway: ScriptedGateway, asked: Asked) -> Approved | Declined:
+    if isinstance(asked, ProviderRefund):
+        return gateway.give_back(asked)
+    return gateway.capture(asked)
 
 
-def decline(gateway: ScriptedGateway, charge: ProviderCharge) -> Declined:
-    declined = Declined("insufficient_funds")
-    gateway.outcomes[charge.payment_id] = declined
+def decline(gateway: ScriptedGateway, asked: Asked) -> Declined:
+    if isinstance(asked, ProviderRefund):
+        refused = gateway.refund_outcomes[asked.refund_id] = Declined("refund_refused")
+        return refused
+    declined = gateway.outcomes[asked.payment_id] = Declined("insufficient_funds")
     return declined
 
 
-def never_sent(gateway: ScriptedGateway, charge: ProviderCharge) -> None:
+def never_sent(gateway: ScriptedGateway, asked: Asked) -> None:
     raise NeverSent("scripted")
 
 
-def no_answer(gateway: ScriptedGateway, charge: ProviderCharge) -> None:
+def no_answer(gateway: ScriptedGateway, asked: Asked) -> None:
     raise OutcomeUnknown("scripted")
 
 
-def answer_lost(gateway: ScriptedGateway, charge: ProviderCharge) -> None:
-    gateway.capture(charge)
+def answer_lost(gateway: ScriptedGateway, asked: Asked) -> None:
+    approve(gateway, asked)
     raise OutcomeUnknown("scripted")
 
 
 def after(event: asyncio.Event, then: Step = approve) -> Step:
     """Goes on with `then` once the event is set."""
 
-    async def wait(gateway: ScriptedGateway, charge: ProviderCharge) -> Any:
+    async def wait(gateway: ScriptedGateway, asked: Asked) -> Any:
         await event.wait()
-        return then(gateway, charge)
+        return then(gateway, asked)
 
     return wait

@@ -1,16 +1,30 @@
 """The simulated provider: what it decides, what it remembers, and how it fails when told to."""
 
 import asyncio
+import json
+import mmap
+import random
+import re
 import subprocess
 import sys
 import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
 
 from payments.errors import StartError
-from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge, simulated_ledger
+from payments.gateways import (
+    Gateway,
+    NeverSent,
+    OutcomeUnknown,
+    ProviderCharge,
+    ProviderRefund,
+    simulated_ledger,
+)
 from payments.gateways.simulated import Fault, SimulatedGateway, parse_faults
 from payments.payment import Approved, Declined
 
@@ -18,7 +32,11 @@ pytestmark = pytest.mark.anyio
 
 ID = UUID("058c9593-e150-402f-ab5b-37dd4c9816f0")
 OTHER_ID = UUID("11111111-1111-4111-8111-111111111111")
+REFUND_ID = UUID("22222222-2222-4222-8222-222222222222")
 APPROVED = Approved(ID, 1500, "INR", f"sim_{ID.hex}")
+GIVEN_BACK = Approved(REFUND_ID, 500, "INR", f"simre_{REFUND_ID.hex}")
+EXCEEDS = Declined("refund_exceeds_capture")
+NOT_CAPTURED = Declined("not_captured")
 
 
 def charge_of(
@@ -44,13 +62,86 @@ async def find(
         return type(error)
 
 
+def refund_of(
+    amount_cents: int = 500,
+    refund_id: UUID | None = None,
+    payment_id: UUID = ID,
+    currency: str = "INR",
+    txn_id: str | None = None,
+) -> ProviderRefund:
+    """A new refund, unless it is given an id."""
+    txn_id = txn_id or f"sim_{payment_id.hex}"
+    return ProviderRefund(refund_id or uuid.uuid4(), payment_id, txn_id, amount_cents, currency)
+
+
+REFUND = refund_of(refund_id=REFUND_ID)
+
+
+async def refund(
+    gateway: Gateway, asked: ProviderRefund = REFUND
+) -> Approved | Declined | type[Exception]:
+    try:
+        return await gateway.refund(asked, timeout_s=0)
+    except (OutcomeUnknown, NeverSent) as error:
+        return type(error)
+
+
+async def find_refund(
+    gateway: Gateway, asked: ProviderRefund = REFUND
+) -> Approved | Declined | type[Exception] | None:
+    try:
+        return await gateway.find_refund(asked, timeout_s=0)
+    except (OutcomeUnknown, NeverSent) as error:
+        return type(error)
+
+
 def rows(ledger: Path) -> int:
     return len(ledger.read_text().splitlines())
+
+
+def given_back(ledger: Path) -> dict[str, int]:
+    """Cents by payment id; no refund id may have two lines."""
+    lines = [line for line in map(json.loads, ledger.read_text().splitlines()) if len(line) == 6]
+    assert len({line[0] for line in lines}) == len(lines)
+    sums: dict[str, int] = {}
+    for _, amount_cents, _, outcome, _, payment_id in lines:
+        if outcome == "approved":
+            sums[payment_id] = sums.get(payment_id, 0) + amount_cents
+    return sums
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Path:
     return tmp_path / "ledger.jsonl"
+
+
+Open = Callable[..., SimulatedGateway]
+
+
+@pytest.fixture
+async def open_gateway() -> AsyncIterator[Open]:
+    """Several on one file stand for several processes: each has its own memory and its own lock."""
+    async with AsyncExitStack() as stack:
+
+        def start(ledger: Path | None, faults: str = "") -> SimulatedGateway:
+            gateway = SimulatedGateway(ledger, faults)
+            stack.push_async_callback(gateway.close)
+            return gateway
+
+        yield start
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulated_ledger, "RECENT_MAX", 3)
+
+
+async def forget(gateway: Gateway) -> None:
+    """With a small memory: nothing that was decided before is in it afterwards."""
+    for _ in range(4):
+        other = uuid.uuid4()
+        await charge(gateway, other)
+        await refund(gateway, refund_of(payment_id=other))
 
 
 class TestDecisions:
@@ -102,6 +193,7 @@ class TestDecisions:
         gateway = SimulatedGateway(None)
         assert gateway.name == "simulated"
         assert gateway.safe_retry_s == 24 * 3600
+        assert gateway.late_capture_s == 24 * 3600
         await gateway.close()
 
 
@@ -221,7 +313,387 @@ asyncio.run(main())
             assert await find(gateway) is OutcomeUnknown
 
 
+class TestRefunds:
+    async def test_what_was_captured_is_given_back(self, open_gateway: Open) -> None:
+        gateway = open_gateway(None)
+        await charge(gateway)
+        assert await find_refund(gateway) is None
+        assert await refund(gateway) == GIVEN_BACK
+        assert await find_refund(gateway) == GIVEN_BACK
+        assert await find(gateway) == APPROVED
+
+    @pytest.mark.parametrize("with_file", [True, False])
+    async def test_partial_refunds_add_up_to_the_capture_and_no_further(
+        self, open_gateway: Open, ledger: Path, with_file: bool
+    ) -> None:
+        gateway = open_gateway(ledger if with_file else None)
+        await charge(gateway)
+        amounts = [1000, 501, 400, 101, 100, 1]
+        answers = [await refund(gateway, refund_of(amount)) for amount in amounts]
+        assert [type(answer) for answer in answers] == [Approved, Declined] * 3
+        assert answers[1::2] == [EXCEEDS] * 3
+
+    @pytest.mark.parametrize("amount_cents", [1, 9, 1500, 1509, 2_147_483_639])
+    async def test_a_whole_refund_always_works(self, open_gateway: Open, amount_cents: int) -> None:
+        gateway = open_gateway(None)
+        await gateway.charge(charge_of(amount_cents=amount_cents), 1)
+        assert isinstance(await refund(gateway, refund_of(amount_cents)), Approved)
+        assert await refund(gateway, refund_of(1)) == EXCEEDS
+
+    @pytest.mark.parametrize("amount_cents", [9, 509, 1499])
+    async def test_a_partial_refund_with_a_last_digit_of_9_is_declined(
+        self, open_gateway: Open, amount_cents: int
+    ) -> None:
+        gateway = open_gateway(None)
+        await charge(gateway)
+        asked = refund_of(amount_cents)
+        declined = Declined("refund_declined_by_simulation")
+        assert await refund(gateway, asked) == declined
+        assert await refund(gateway, asked) == declined
+        assert await find_refund(gateway, asked) == declined
+        assert isinstance(await refund(gateway, refund_of(1500)), Approved)
+
+    async def test_the_rest_after_a_partial_refund_is_partial_too(self, open_gateway: Open) -> None:
+        gateway = open_gateway(None)
+        await gateway.charge(charge_of(amount_cents=1509), 1)
+        await refund(gateway, refund_of(1500))
+        assert await refund(gateway, refund_of(9)) == Declined("refund_declined_by_simulation")
+
+    @pytest.mark.parametrize("amount_cents", [0, -1, -500, 1501, 1509, 2_147_483_647])
+    async def test_an_impossible_amount_is_declined(
+        self, open_gateway: Open, amount_cents: int
+    ) -> None:
+        gateway = open_gateway(None)
+        await charge(gateway)
+        assert await refund(gateway, refund_of(amount_cents)) == EXCEEDS
+        assert isinstance(await refund(gateway, refund_of(1500)), Approved)
+
+    async def test_what_was_not_captured_is_not_given_back(self, open_gateway: Open) -> None:
+        gateway = open_gateway(None)
+        assert await refund(gateway) == NOT_CAPTURED
+        await gateway.charge(charge_of(OTHER_ID, 1507), 1)
+        assert await refund(gateway, refund_of(payment_id=OTHER_ID)) == NOT_CAPTURED
+        await charge(gateway)
+        assert await refund(gateway) == NOT_CAPTURED  # decided before, once and for all
+        assert await refund(gateway, refund_of(currency="USD")) == NOT_CAPTURED
+        assert await refund(gateway, refund_of(txn_id=f"sim_{OTHER_ID.hex}")) == NOT_CAPTURED
+
+    @pytest.mark.parametrize(
+        "again",
+        [
+            REFUND,
+            refund_of(1500, REFUND_ID),
+            refund_of(9, REFUND_ID),
+            refund_of(9_999, REFUND_ID),
+            refund_of(500, REFUND_ID, OTHER_ID),
+            refund_of(500, REFUND_ID, currency="USD"),
+        ],
+    )
+    async def test_the_same_refund_id_twice_is_one_refund(
+        self, open_gateway: Open, ledger: Path, again: ProviderRefund
+    ) -> None:
+        gateway = open_gateway(ledger)
+        await charge(gateway)
+        assert await refund(gateway) == GIVEN_BACK
+        assert await refund(gateway, again) == GIVEN_BACK
+        assert await find_refund(gateway, again) == GIVEN_BACK
+        assert given_back(ledger) == {str(ID): 500}
+
+    async def test_a_refund_may_have_the_id_of_its_payment(
+        self, open_gateway: Open, ledger: Path, small_memory: None
+    ) -> None:
+        gateway = open_gateway(ledger)
+        await charge(gateway)
+        asked = refund_of(500, ID)
+        assert await find_refund(gateway, asked) is None
+        answer = Approved(ID, 500, "INR", f"simre_{ID.hex}")
+        assert await refund(gateway, asked) == answer
+        for _ in range(2):
+            assert await refund(gateway, asked) == answer
+            assert await find_refund(gateway, asked) == answer
+            assert await charge(gateway) == await find(gateway) == APPROVED
+            await forget(gateway)
+        assert await find(gateway) == APPROVED
+
+    async def test_a_refund_with_a_payment_id_that_is_charged_later(
+        self, open_gateway: Open, ledger: Path, small_memory: None
+    ) -> None:
+        gateway = open_gateway(ledger)
+        await charge(gateway, OTHER_ID)
+        await refund(gateway, refund_of(500, ID, OTHER_ID))
+        await forget(gateway)
+        assert await find(gateway) is None
+        assert await charge(gateway) == APPROVED
+
+
+class TestRefundsInTheLedger:
+    async def test_a_line(self, open_gateway: Open, ledger: Path) -> None:
+        gateway = open_gateway(ledger)
+        await charge(gateway)
+        await refund(gateway)
+        assert ledger.read_text() == (
+            f'["{ID}",1500,"INR","approved"]\n'
+            f'["{REFUND_ID}",500,"INR","approved","refund","{ID}"]\n'
+        )
+
+    async def test_a_file_from_before_there_were_refunds(
+        self, open_gateway: Open, ledger: Path
+    ) -> None:
+        ledger.write_text(
+            f'["{ID}",1500,"INR","approved"]\n["{OTHER_ID}",17,"INR","declined_by_simulation"]\n'
+        )
+        gateway = open_gateway(ledger)
+        assert await find(gateway) == APPROVED
+        assert await find_refund(gateway) is None
+        assert await refund(gateway) == GIVEN_BACK
+        assert await refund(gateway, refund_of(17, payment_id=OTHER_ID)) == NOT_CAPTURED
+        assert await refund(gateway, refund_of(1001)) == EXCEEDS
+
+    async def test_it_survives_being_opened_again(self, ledger: Path) -> None:
+        for _ in range(3):
+            gateway = SimulatedGateway(ledger)
+            await charge(gateway)
+            assert await refund(gateway) == GIVEN_BACK
+            assert await refund(gateway, refund_of(1001)) == EXCEEDS
+            await gateway.close()
+            again = SimulatedGateway(ledger)
+            assert await find_refund(again) == GIVEN_BACK
+            await again.close()
+        assert given_back(ledger) == {str(ID): 500}
+
+    async def test_it_survives_a_kill(self, open_gateway: Open, ledger: Path) -> None:
+        await charge(open_gateway(ledger))
+        program = """
+import asyncio, os, pathlib, signal, sys, uuid
+from payments.gateways import ProviderRefund
+from payments.gateways.simulated import SimulatedGateway
+async def main():
+    gateway = SimulatedGateway(pathlib.Path(sys.argv[1]))
+    refund_id, payment_id = map(uuid.UUID, sys.argv[2:])
+    await gateway.refund(
+        ProviderRefund(refund_id, payment_id, f"sim_{payment_id.hex}", 500, "INR"), 1
+    )
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+        killed = subprocess.run(
+            [sys.executable, "-c", program, ledger, str(REFUND_ID), str(ID)], check=False
+        )
+        assert killed.returncode == -9
+        gateway = open_gateway(ledger)
+        assert await find_refund(gateway) == GIVEN_BACK
+        assert await refund(gateway) == GIVEN_BACK
+        assert await refund(gateway, refund_of(1001)) == EXCEEDS
+
+    async def test_what_another_process_gave_back_counts(
+        self, open_gateway: Open, ledger: Path
+    ) -> None:
+        one, other = open_gateway(ledger), open_gateway(ledger)
+        await charge(one)
+        assert await refund(other) == GIVEN_BACK
+        assert await refund(one) == await find_refund(one) == GIVEN_BACK
+        assert await refund(one, refund_of(1001)) == EXCEEDS
+        assert isinstance(await refund(one, refund_of(600)), Approved)
+        assert await refund(other, refund_of(401)) == EXCEEDS
+        assert isinstance(await refund(other, refund_of(400)), Approved)
+        assert await refund(one, refund_of(1)) == EXCEEDS
+        assert given_back(ledger) == {str(ID): 1500}
+
+    @pytest.mark.parametrize("reopened", [True, False])
+    async def test_what_is_no_longer_in_memory_counts(
+        self, open_gateway: Open, ledger: Path, small_memory: None, reopened: bool
+    ) -> None:
+        gateway = open_gateway(ledger)
+        await charge(gateway)
+        declined = refund_of(509)
+        for amount_cents, answer in [(500, GIVEN_BACK), (800, None), (100, None), (100, None)]:
+            asked = REFUND if answer else refund_of(amount_cents)
+            assert isinstance(await refund(gateway, asked), Approved)
+            assert isinstance(await refund(gateway, declined), Declined)
+            await forget(gateway)
+            if reopened:
+                gateway = open_gateway(ledger)
+            assert await find_refund(gateway) == GIVEN_BACK
+            assert await refund(gateway) == GIVEN_BACK
+        for _ in range(2):
+            assert await refund(gateway, refund_of(1)) == EXCEEDS
+            await forget(gateway)
+        assert await find_refund(gateway, declined) == Declined("refund_declined_by_simulation")
+        assert given_back(ledger)[str(ID)] == 1500
+
+    async def test_a_repeated_charge_does_not_hide_what_was_given_back(
+        self, open_gateway: Open, ledger: Path, small_memory: None
+    ) -> None:
+        """Its first line is no longer in memory, so it is charged, and written, again."""
+        gateway = open_gateway(ledger)
+        await charge(gateway)
+        await refund(gateway, refund_of(1000))
+        await forget(gateway)
+        assert await charge(gateway) == APPROVED
+        assert ledger.read_text().count(f'["{ID}"') == 2
+        assert await refund(gateway, refund_of(501)) == EXCEEDS
+        assert isinstance(await refund(gateway, refund_of(500)), Approved)
+
+    async def test_refunds_that_share_a_mark_are_told_apart(
+        self, open_gateway: Open, ledger: Path, small_memory: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(simulated_ledger, "MARKS", 1)
+        gateway = open_gateway(ledger)
+        ids = [uuid.uuid4() for _ in range(8)]
+        for payment_id in ids:
+            await charge(gateway, payment_id)
+        for amount_cents in (1000, 500, 1):
+            asked = [refund_of(amount_cents, payment_id=payment_id) for payment_id in ids]
+            assert [await find_refund(gateway, each) for each in asked] == [None] * 8
+            answers = [await refund(gateway, each) for each in asked]
+            assert [await find_refund(gateway, each) for each in asked] == answers
+            assert {type(answer) for answer in answers} == {
+                Declined if amount_cents == 1 else Approved
+            }
+
+    async def test_without_a_file_memory_is_bounded_and_still_exact(
+        self, open_gateway: Open, small_memory: None
+    ) -> None:
+        """A charge and what was given back of it are forgotten together."""
+        gateway = open_gateway(None)
+        await charge(gateway, OTHER_ID)
+        await charge(gateway)
+        asked = refund_of(1500)
+        assert isinstance(await refund(gateway, asked), Approved)
+        for _ in range(5):
+            assert isinstance(await refund(gateway, refund_of(10, payment_id=OTHER_ID)), Approved)
+        assert await refund(gateway, refund_of(1)) == EXCEEDS
+        await forget(gateway)
+        assert await refund(gateway, refund_of(1)) == NOT_CAPTURED
+        assert await find_refund(gateway, asked) is None
+
+    async def test_a_recent_payment_is_refunded_without_a_search(
+        self, open_gateway: Open, ledger: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gateway = open_gateway(ledger)
+        await charge(gateway)
+
+        def search(*_: Any, **__: Any) -> None:
+            raise AssertionError("searched the file")
+
+        monkeypatch.setattr(mmap, "mmap", search)
+        asked = [refund_of(amount_cents) for amount_cents in (500, 509, 500, 501, 500)]
+        answers = [await refund(gateway, each) for each in asked]
+        kinds = [Approved, Declined, Approved, Declined, Approved]
+        assert [type(answer) for answer in answers] == kinds
+        assert [await find_refund(gateway, each) for each in asked] == answers
+
+    async def test_half_a_line_is_nobodys_refund(self, open_gateway: Open, ledger: Path) -> None:
+        gateway = open_gateway(ledger)
+        await charge(gateway)
+        with ledger.open("a") as file:
+            file.write(f'["{REFUND_ID}",500,"INR","approved","refund","{ID}"')
+        assert await find_refund(gateway) is None
+        assert await refund(gateway, refund_of(1500)) != EXCEEDS
+        assert given_back(ledger) == {str(ID): 1500}
+
+    async def test_a_full_disk_leaves_the_outcome_unknown(self, open_gateway: Open) -> None:
+        gateway = open_gateway(Path("/dev/full"))
+        assert await refund(gateway) is OutcomeUnknown
+        assert await find_refund(gateway) is None
+
+    async def test_a_closed_one_leaves_the_outcome_unknown(self) -> None:
+        gateway = SimulatedGateway(None)
+        await gateway.close()
+        async with asyncio.timeout(2):
+            assert await refund(gateway) is OutcomeUnknown
+            assert await find_refund(gateway) is OutcomeUnknown
+
+    async def test_any_mixture_is_as_one_without_bounds_decides(
+        self, open_gateway: Open, ledger: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Three processes with hardly any memory, one restarted now and then, against a model."""
+        chance = random.Random(1)
+        ids = [uuid.uuid4() for _ in range(6)]
+        refunds = [
+            refund_of(chance.choice([100, 109, 300, 700, 1000]), payment_id=chance.choice(ids))
+            for _ in range(80)
+        ]
+        in_memory = open_gateway(None)
+        monkeypatch.setattr(simulated_ledger, "RECENT_MAX", 2)
+        several = [open_gateway(ledger) for _ in range(3)]
+        for _ in range(600):
+            if chance.random() < 0.05:
+                several[chance.randrange(3)] = open_gateway(ledger)
+            which, payment_id = chance.choice(several), chance.choice(ids)
+            asked = chance.choice(refunds)
+            monkeypatch.setattr(simulated_ledger, "RECENT_MAX", 1_000)
+            expected = [await charge(in_memory, payment_id), await refund(in_memory, asked)]
+            monkeypatch.setattr(simulated_ledger, "RECENT_MAX", 2)
+            assert [await charge(which, payment_id), await refund(which, asked)] == expected
+            assert await find_refund(chance.choice(several), asked) == expected[1]
+        sums = given_back(ledger)
+        assert max(sums.values()) <= 1500
+        assert len(sums) == len(ids)
+
+
 class TestManyAtOnce:
+    async def test_two_processes_race_with_32_refunds(
+        self, open_gateway: Open, ledger: Path
+    ) -> None:
+        """Of each of 30 payments, 1500 in all; three refunds of 500 fit, 29 do not."""
+        gateways = [open_gateway(ledger), open_gateway(ledger)]
+        for _ in range(30):
+            payment_id = uuid.uuid4()
+            await charge(gateways[0], payment_id)
+            asked = [refund_of(500, payment_id=payment_id) for _ in range(32)]
+            answers = await asyncio.gather(
+                *(refund(gateways[place % 2], each) for place, each in enumerate(asked))
+            )
+            assert sum(isinstance(answer, Approved) for answer in answers) == 3
+            assert answers.count(EXCEEDS) == 29
+            assert [await find_refund(gateways[0], each) for each in asked] == answers
+        assert set(given_back(ledger).values()) == {1500}
+
+    async def test_two_processes_race_with_one_refund_id(
+        self, open_gateway: Open, ledger: Path
+    ) -> None:
+        gateways = [open_gateway(ledger), open_gateway(ledger)]
+        await charge(gateways[0])
+        for _ in range(30):
+            asked = refund_of(50)
+            answers = await asyncio.gather(*(refund(gateways[n % 2], asked) for n in range(32)))
+            assert len(set(answers)) == 1
+        assert rows(ledger) == 31
+        assert given_back(ledger) == {str(ID): 1500}
+
+    async def test_two_programs_race(self, open_gateway: Open, ledger: Path) -> None:
+        program = """
+import asyncio, pathlib, sys, uuid
+from payments.gateways import ProviderRefund
+from payments.gateways.simulated import SimulatedGateway
+async def main():
+    gateway = SimulatedGateway(pathlib.Path(sys.argv[1]))
+    payment_id = uuid.UUID(sys.argv[2])
+    for _ in range(200):
+        await gateway.refund(
+            ProviderRefund(uuid.uuid4(), payment_id, f"sim_{payment_id.hex}", 10, "INR"), 1
+        )
+asyncio.run(main())
+"""
+        await charge(open_gateway(ledger))
+        command = [sys.executable, "-c", program, str(ledger), str(ID)]
+        programs = [await asyncio.create_subprocess_exec(*command) for _ in range(2)]
+        assert [await each.wait() for each in programs] == [0, 0]
+        assert rows(ledger) == 401
+        assert given_back(ledger) == {str(ID): 1500}
+
+    async def test_refunds_and_charges_together(self, open_gateway: Open, ledger: Path) -> None:
+        gateway = open_gateway(ledger)
+        ids = [uuid.uuid4() for _ in range(100)]
+        await asyncio.gather(*(charge(gateway, payment_id) for payment_id in ids))
+        answers = await asyncio.gather(
+            *(refund(gateway, refund_of(1500, payment_id=payment_id)) for payment_id in ids),
+            *(charge(gateway, uuid.uuid4()) for _ in range(100)),
+        )
+        assert all(isinstance(answer, Approved) for answer in answers)
+        assert rows(ledger) == 300
+
     async def test_200_charges(self, ledger: Path) -> None:
         gateway = SimulatedGateway(ledger)
         ids = [uuid.uuid4() for _ in range(200)]
@@ -338,10 +810,89 @@ class TestFaults:
         assert await charge(gateway) is OutcomeUnknown
         await gateway.close()
 
+    async def test_a_refund_that_times_out_gives_nothing_back(
+        self, open_gateway: Open, ledger: Path
+    ) -> None:
+        gateway = open_gateway(ledger, "refund:timeout*1")
+        await charge(gateway)
+        assert await refund(gateway) is OutcomeUnknown
+        assert await find_refund(gateway) is None
+        assert given_back(ledger) == {}
+        assert await refund(gateway) == GIVEN_BACK
+
+    async def test_a_refund_whose_answer_is_lost_gives_back_once(
+        self, open_gateway: Open, ledger: Path
+    ) -> None:
+        gateway = open_gateway(ledger, "refund:answer_lost*1")
+        await charge(gateway)
+        assert await refund(gateway) is OutcomeUnknown
+        assert await find_refund(gateway) == GIVEN_BACK
+        assert await refund(gateway) == GIVEN_BACK
+        assert given_back(ledger) == {str(ID): 500}
+
+    async def test_down_is_never_sent_for_refunds_and_their_questions(
+        self, open_gateway: Open, ledger: Path
+    ) -> None:
+        await charge(open_gateway(ledger))
+        gateway = open_gateway(ledger, "down*2")
+        assert await refund(gateway) is NeverSent
+        assert await find_refund(gateway) is NeverSent
+        assert await find_refund(gateway) is None
+        assert await refund(gateway) == GIVEN_BACK
+
+    async def test_a_delay_of_refunds(self, open_gateway: Open) -> None:
+        gateway = open_gateway(None, "refund:delay=60*1,refund:delay=0.001")
+        await charge(gateway)
+        assert await refund(gateway) is OutcomeUnknown
+        assert await find_refund(gateway) is None
+        assert await gateway.refund(REFUND, timeout_s=5) == GIVEN_BACK
+
+    @pytest.mark.parametrize(
+        ("faults", "learned"),
+        [
+            # what is called: charge, find_charge, refund, find_refund, twice over
+            ("down", [NeverSent] * 8),
+            ("down*1", [NeverSent, None, NOT_CAPTURED, NOT_CAPTURED, APPROVED, APPROVED]),
+            ("charge:down", [NeverSent, NeverSent, NOT_CAPTURED, NOT_CAPTURED] * 2),
+            ("refund:down", [APPROVED, APPROVED, NeverSent, NeverSent] * 2),
+            ("refund:down*2", [APPROVED, APPROVED, NeverSent, NeverSent, APPROVED, APPROVED]),
+            ("refund:timeout", [APPROVED, APPROVED, OutcomeUnknown, None] * 2),
+            ("charge:timeout", [OutcomeUnknown, None, NOT_CAPTURED, NOT_CAPTURED] * 2),
+            ("refund:answer_lost", [APPROVED, APPROVED, OutcomeUnknown, GIVEN_BACK] * 2),
+            ("charge:answer_lost", [OutcomeUnknown, APPROVED, GIVEN_BACK, GIVEN_BACK] * 2),
+            (
+                "timeout*1,refund:answer_lost*1",
+                [OutcomeUnknown, None, OutcomeUnknown, NOT_CAPTURED, APPROVED, APPROVED],
+            ),
+            ("charge:delay=60,refund:down*1", [OutcomeUnknown, None, NeverSent, None]),
+        ],
+    )
+    async def test_faults_of_one_operation(
+        self, open_gateway: Open, faults: str, learned: list[Any]
+    ) -> None:
+        gateway = open_gateway(None, faults)
+        calls: list[Callable[[Gateway], Awaitable[Any]]] = [charge, find, refund, find_refund] * 2
+        assert [await call(gateway) for call in calls][: len(learned)] == learned
+
+    @pytest.mark.parametrize("fault", ["timeout*1", "answer_lost*1", "delay=60*1"])
+    async def test_whichever_call_comes_first_uses_up_a_fault(
+        self, open_gateway: Open, ledger: Path, fault: str
+    ) -> None:
+        await charge(open_gateway(ledger))
+        gateway = open_gateway(ledger, fault)
+        assert await find_refund(gateway) is None
+        assert await refund(gateway) is OutcomeUnknown
+        assert await charge(gateway) == APPROVED
+
     @pytest.mark.parametrize(
         ("text", "faults"),
         [
             ("", []),
+            ("refund:answer_lost*1", [Fault("answer_lost", 0, 1, "refund")]),
+            (
+                "charge:delay=0.5,down",
+                [Fault("delay", 0.5, None, "charge"), Fault("down", 0, None)],
+            ),
             (" , ", []),
             ("down", [Fault("down", 0, None)]),
             ("timeout*3", [Fault("timeout", 0, 3)]),
@@ -362,6 +913,8 @@ class TestFaults:
             *("delay=nan", "delay=99999", "delay*3", "down=1", "down*", "down*-1", "down*x"),
             *("down*9999999", "down*1*2", "down timeout", "down;timeout", "DOWN", "late", "*1"),
             *("down,late", "down\nlate", "down*١", "delay=٥"),
+            *("refund:", "refund:late", "refund", "refunds:down", "find:down", ":down"),
+            *("refund: down", "refund :down", "Refund:down", "charge:refund:down", "down:refund"),
         ],
     )
     async def test_bad_faults_stop_the_start(self, text: str) -> None:
@@ -370,3 +923,8 @@ class TestFaults:
         message = str(caught.value)
         assert message.startswith("SIMULATED_FAULTS: ")
         assert len(message.splitlines()) == 1
+
+    @pytest.mark.parametrize("entry", ["late", "delay", "refund:late", "refunds:down", "down*x"])
+    async def test_the_error_names_the_entry(self, entry: str) -> None:
+        with pytest.raises(StartError, match=re.escape(repr(entry))):
+            parse_faults(f"down*1,{entry},refund:timeout")

@@ -10,7 +10,7 @@ import msgspec
 import psycopg
 import pytest
 
-from payments.payment import payment_id_for
+from payments.deciding import payment_id_for
 from payments.service import Service
 from payments.settings import ApiKey, Settings
 from tests.events.test_appender import LOCK, UNLOCK

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from payments.errors import InvalidRequest
-from web.api import ChargeBody
+from web.charges import ChargeBody
 from web.bodies import ERRORS_MAX, UnsupportedMediaType, check_json, read_body
 
 ORDER_ID = "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9"

@@ -1,13 +1,14 @@
-"""Postgres arrays in their binary form, for the parameters of an append.
+"""Postgres arrays in their binary form, for statements that write many rows at once.
 
 psycopg turns lists into arrays one element at a time, in Python; under load that was an eighth of
-the service's time. The form is that of array_send in the Postgres sources: number of dimensions,
-whether there are NULLs, element type, then length and lower bound of the one dimension, then each
-element with its length before it.
+the time of a service that only appended. The form is that of array_send in the Postgres sources:
+number of dimensions, whether there are NULLs, element type, then length and lower bound of the one
+dimension, then each element with its length before it; the length of NULL is -1.
 """
 
 import struct
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import ClassVar
 from uuid import UUID
 
@@ -19,6 +20,9 @@ from psycopg.types import TypeInfo
 
 _HEADER = struct.Struct(">iiIii")
 _LENGTH = struct.Struct(">i")
+_NULL = _LENGTH.pack(-1)
+_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 
 
 class BinaryArray(bytes):
@@ -27,13 +31,13 @@ class BinaryArray(bytes):
     ELEMENT: ClassVar[TypeInfo]
 
     @classmethod
-    def _header(cls, count: int) -> bytes:
-        return _HEADER.pack(1, 0, cls.ELEMENT.oid, count, 1)
+    def _header(cls, count: int, nulls: bool = False) -> bytes:
+        return _HEADER.pack(1, nulls, cls.ELEMENT.oid, count, 1)
 
     @classmethod
-    def of_bytes(cls, items: Sequence[bytes]) -> "BinaryArray":
-        elements = [_LENGTH.pack(len(item)) + item for item in items]
-        return cls(cls._header(len(items)) + b"".join(elements))
+    def of_bytes(cls, items: Sequence[bytes | None]) -> "BinaryArray":
+        elements = [_NULL if item is None else _LENGTH.pack(len(item)) + item for item in items]
+        return cls(cls._header(len(items), None in items) + b"".join(elements))
 
     @classmethod
     def of_integers(cls, items: Sequence[int], code: str, size: int) -> "BinaryArray":
@@ -48,6 +52,10 @@ class Integers(BinaryArray):
 
 class Bigints(BinaryArray):
     ELEMENT = adapters.types["int8"]
+
+
+class Timestamps(BinaryArray):
+    ELEMENT = adapters.types["timestamptz"]
 
 
 class Texts(BinaryArray):
@@ -70,8 +78,12 @@ def bigints(items: Sequence[int]) -> BinaryArray:
     return Bigints.of_integers(items, "q", 8)
 
 
-def texts(items: Sequence[str]) -> BinaryArray:
-    return Texts.of_bytes([item.encode() for item in items])
+def timestamps(items: Sequence[datetime]) -> BinaryArray:
+    return Timestamps.of_integers([(item - _EPOCH) // _MICROSECOND for item in items], "q", 8)
+
+
+def texts(items: Sequence[str | None]) -> BinaryArray:
+    return Texts.of_bytes([None if item is None else item.encode() for item in items])
 
 
 def byteas(items: Sequence[bytes]) -> BinaryArray:
@@ -89,6 +101,6 @@ class _ArrayDumper(Dumper):
         return obj
 
 
-for _array in (Integers, Bigints, Texts, Byteas, Uuids):
+for _array in (Integers, Bigints, Timestamps, Texts, Byteas, Uuids):
     _dumper = type(f"{_array.__name__}Dumper", (_ArrayDumper,), {"oid": _array.ELEMENT.array_oid})
     adapters.register_dumper(_array, _dumper)

@@ -84,7 +84,7 @@ class PaymentCharged(Fact, frozen=True, kw_only=True):
 
 
 class PaymentFailed(Fact, frozen=True, kw_only=True):
-    """The provider declined; `decline_code` is the provider's word for why."""
+    """The provider declined (`decline_code` is its word for why), or never came to know of it."""
 
     TOPIC = "PaymentFailed"
     schema_version: Literal[1] = 1
@@ -92,12 +92,96 @@ class PaymentFailed(Fact, frozen=True, kw_only=True):
     merchant_order_id: UUID
     amount_cents: int
     currency: str
-    reason: Literal["declined"]
+    reason: Literal["declined", "abandoned"]
     decline_code: str | None = None
 
 
+class RefundInitiated(Fact, frozen=True, kw_only=True):
+    """A refund was accepted and its amount is reserved; from here on the provider may be asked.
+
+    `whole`: the request named no amount, so it means whatever was left.
+    """
+
+    TOPIC = "RefundInitiated"
+    schema_version: Literal[1] = 1
+
+    refund_id: UUID
+    idempotency_key: str | None
+    merchant_order_id: UUID
+    amount_cents: int
+    currency: str
+    whole: bool
+
+
+class PaymentRefunded(Fact, frozen=True, kw_only=True):
+    """The provider gave `amount_cents` back: `refunded_cents` of `captured_cents` by now."""
+
+    TOPIC = "PaymentRefunded"
+    schema_version: Literal[1] = 1
+
+    refund_id: UUID
+    merchant_order_id: UUID
+    amount_cents: int
+    currency: str
+    provider_refund_id: str
+    refunded_cents: int
+    captured_cents: int
+
+
+class RefundFailed(Fact, frozen=True, kw_only=True):
+    """The provider refused to give the amount back; it is no longer reserved."""
+
+    TOPIC = "RefundFailed"
+    schema_version: Literal[1] = 1
+
+    refund_id: UUID
+    merchant_order_id: UUID
+    amount_cents: int
+    currency: str
+    decline_code: str
+
+
+class LateCaptureFound(Fact, frozen=True, kw_only=True):
+    """The provider captured a payment that is held as FAILED; the money is sent back.
+
+    `refund_id` is the provider's idempotency key for sending it back.
+    """
+
+    TOPIC = "LateCaptureFound"
+    schema_version: Literal[1] = 1
+
+    refund_id: UUID
+    merchant_order_id: UUID
+    amount_cents: int
+    currency: str
+    provider_txn_id: str
+
+
+class LateCaptureReturned(Fact, frozen=True, kw_only=True):
+    """The money of a late capture went back."""
+
+    TOPIC = "LateCaptureReturned"
+    schema_version: Literal[1] = 1
+
+    refund_id: UUID
+    merchant_order_id: UUID
+    amount_cents: int
+    currency: str
+    provider_refund_id: str
+
+
 FACTS: dict[str, type[Fact]] = {
-    fact.TOPIC: fact for fact in (PaymentInitiated, PaymentCharged, PaymentFailed)
+    fact.TOPIC: fact
+    for fact in (
+        PaymentInitiated,
+        PaymentCharged,
+        PaymentFailed,
+        RefundInitiated,
+        PaymentRefunded,
+        RefundFailed,
+        LateCaptureFound,
+        LateCaptureReturned,
+    )
 }
 
 # (topic, old schema_version) -> the same fact's fields one version later, schema_version included.

@@ -44,6 +44,26 @@ SELECT originator_version, topic, state, recorded_at, clock_timestamp()
   FROM payment_events WHERE originator_id = %s ORDER BY originator_version
 """
 
+# Several whole streams, each oldest first.
+LOAD_STREAMS = """
+SELECT originator_id, originator_version, topic, state
+  FROM payment_events WHERE originator_id = ANY(%b::uuid[])
+ ORDER BY originator_id, originator_version
+"""
+
+# The log after a position, in order.
+READ_LOG = """
+SELECT notification_id, originator_id, originator_version, topic, state
+  FROM payment_events WHERE notification_id > %s ORDER BY notification_id LIMIT %s
+"""
+
+# Of one stream the part between two positions, both included.
+READ_STREAM_PART = """
+SELECT notification_id, originator_id, originator_version, topic, state
+  FROM payment_events
+ WHERE originator_id = %s AND notification_id BETWEEN %s AND %s ORDER BY originator_version
+"""
+
 APPENDED, REPEATED, CONFLICT = "appended", "repeated", "conflict"
 
 
@@ -173,10 +193,18 @@ def _check_consecutive(append: Sequence[StoredEvent]) -> None:
 
 
 class LoadedPayment(NamedTuple):
-    """A payment folded from its stream; `age_s` is the database's time since it was initiated."""
+    """A payment folded from its stream, which was read at `read_at` by the database's clock.
+
+    `recorded_at` holds the time of each of its events, by the same clock.
+    """
 
     payment: Payment
-    age_s: float
+    recorded_at: list[datetime]
+    read_at: datetime
+
+    def age_s(self, version: int = 1) -> float:
+        """How old the event with this version was."""
+        return (self.read_at - self.recorded_at[version - 1]).total_seconds()
 
 
 async def load_payment(database: Database, payment_id: UUID) -> LoadedPayment | None:
@@ -187,13 +215,17 @@ async def load_payment(database: Database, payment_id: UUID) -> LoadedPayment | 
     rows = await database.fetch(LOAD_STREAM, [payment_id])
     if not rows:
         return None
+    payment = fold_stored(payment_id, (row[:3] for row in rows))
+    return LoadedPayment(payment, [row[3] for row in rows], rows[0][4])
+
+
+def fold_stored(payment_id: UUID, rows: Iterable[tuple[int, str, bytes]]) -> Payment:
+    """The payment that a stream's events (version, topic, state) make; PaymentUnreadable."""
     try:
-        payment = fold(to_fact(StoredEvent(payment_id, *row[:3])) for row in rows)
+        payment = fold(to_fact(StoredEvent(payment_id, *row)) for row in rows)
     except (UndecodableEvent, UnexpectedEvent) as error:
         raise PaymentUnreadable(
             f"Payment {payment_id} has an event that this version cannot read."
         ) from error
     assert payment is not None
-    recorded_at: datetime = rows[0][3]
-    read_at: datetime = rows[0][4]
-    return LoadedPayment(payment, (read_at - recorded_at).total_seconds())
+    return payment

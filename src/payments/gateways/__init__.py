@@ -30,11 +30,30 @@ class ProviderCharge(msgspec.Struct, frozen=True):
     payment_method: str | None = None
 
 
-class Gateway(Protocol):
-    """A payment provider.
+class ProviderRefund(msgspec.Struct, frozen=True):
+    """What a provider is asked to give back. `refund_id` is its idempotency key.
 
-    `safe_retry_s`: for how many seconds after the first charge the provider surely remembers the
-    idempotency key. Within it, `charge` may be sent again; after it, only `find_charge` is safe.
+    `provider_txn_id` is the provider's own id of the capture that the money comes from.
+    """
+
+    refund_id: UUID
+    payment_id: UUID
+    provider_txn_id: str
+    amount_cents: int
+    currency: str
+
+
+class Gateway(Protocol):
+    """A payment provider. docs/gateways.md says how to write one.
+
+    Each call returns within about `timeout_s` seconds, or raises OutcomeUnknown or NeverSent.
+    What it returns is what the provider says, unchanged: whether id, amount and currency are those
+    that were asked for is checked by the caller.
+
+    `safe_retry_s`: for how many seconds after the first sending the provider surely remembers an
+    idempotency key. Within it, `charge` and `refund` may be sent again; after it, only asking is
+    safe. `late_capture_s`: for how long after the first sending a charge that the provider did not
+    know of may still be captured; it is asked about for at least a day.
     """
 
     @property
@@ -43,18 +62,25 @@ class Gateway(Protocol):
     @property
     def safe_retry_s(self) -> float: ...
 
-    async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined:
-        """Captures once per payment id, however often it is called.
+    @property
+    def late_capture_s(self) -> float: ...
 
-        Returns within about `timeout_s` seconds, or raises OutcomeUnknown or NeverSent.
-        """
+    async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined:
+        """Captures once per payment id, however often it is called."""
         ...
 
     async def find_charge(self, payment_id: UUID, timeout_s: float) -> Approved | Declined | None:
-        """What became of a charge; None if the provider has none for this payment.
+        """What became of a charge; None if the provider has none for this payment."""
+        ...
 
-        Raises OutcomeUnknown or NeverSent if it cannot be found out now.
-        """
+    async def refund(self, refund: ProviderRefund, timeout_s: float) -> Approved | Declined:
+        """Gives back once per refund id, however often it is called."""
+        ...
+
+    async def find_refund(
+        self, refund: ProviderRefund, timeout_s: float
+    ) -> Approved | Declined | None:
+        """What became of a refund; None if the provider has none with this refund id."""
         ...
 
     async def close(self) -> None: ...

@@ -1,8 +1,9 @@
 """The simulated provider: the default gateway, for development, demonstrations and tests.
 
-It is deterministic: an amount whose last digit is 7 is declined, every other is captured. It keeps
-its own ledger, as a real provider does: a file that all processes share, that only grows and that
-survives a kill -9 of any of them. Faults can be scripted: docs/simulated-gateway.md.
+It is deterministic: an amount whose last digit is 7 is declined, every other is captured; a partial
+refund whose last digit is 9 is declined. It keeps its own ledger, as a real provider does: a file
+that all processes share, that only grows and that survives a kill -9 of any of them. Faults can be
+scripted: docs/simulated-gateway.md.
 """
 
 import asyncio
@@ -13,22 +14,27 @@ from uuid import UUID
 import msgspec
 
 from payments.errors import StartError
-from payments.gateways import NeverSent, OutcomeUnknown, ProviderCharge
+from payments.gateways import NeverSent, OutcomeUnknown, ProviderCharge, ProviderRefund
 from payments.gateways.simulated_ledger import Decision, Ledger
 from payments.payment import Approved, Declined
 
 _FAULT = re.compile(
+    r"(?:(?P<operation>charge|refund):)?"
     r"(?:delay=(?P<seconds>[0-9]{1,4}(?:\.[0-9]{1,4})?)|(?P<kind>timeout|answer_lost|down))"
     r"(?:\*(?P<count>[0-9]{1,6}))?"
 )
 
 
 class Fault(msgspec.Struct):
-    """One scripted fault; `left` is how many calls it still applies to, None for all."""
+    """One scripted fault; `left` is how many calls it still applies to, None for all.
+
+    `operation` is `charge` or `refund`, None for both.
+    """
 
     kind: str
     seconds: float
     left: int | None
+    operation: str | None = None
 
     def take(self) -> bool:
         if self.left is None:
@@ -38,60 +44,76 @@ class Fault(msgspec.Struct):
 
 
 def parse_faults(text: str) -> list[Fault]:
-    """`kind[=seconds][*count]`, separated by commas; raises StartError.
+    """`[operation:]kind[=seconds][*count]`, separated by commas; raises StartError.
 
     delay=S       the answer takes S seconds longer
-    timeout       nothing is captured, and no answer comes
-    answer_lost   the charge is decided, but its answer never arrives
-    down          the provider cannot be reached, for charges and for questions
+    timeout       nothing is captured or given back, and no answer comes
+    answer_lost   the charge or refund is decided, but its answer never arrives
+    down          the provider cannot be reached, for questions neither
     """
     faults = []
     for entry in filter(None, (part.strip() for part in text.split(","))):
         if not (match := _FAULT.fullmatch(entry)):
             raise StartError(
                 f"SIMULATED_FAULTS: {entry!r} must be delay=SECONDS, timeout, answer_lost or down, "
-                "each with *COUNT behind it if it is for the first calls only"
+                "each with *COUNT behind it if it is for the first calls only, and with charge: "
+                "or refund: before it if it is for one of them only"
             )
-        seconds, kind, count = match["seconds"], match["kind"], match["count"]
-        faults.append(Fault(kind or "delay", float(seconds or 0), int(count) if count else None))
+        operation, seconds, kind, count = match.group("operation", "seconds", "kind", "count")
+        left = int(count) if count else None
+        faults.append(Fault(kind or "delay", float(seconds or 0), left, operation))
     return faults
 
 
 class SimulatedGateway:
     name = "simulated"
     safe_retry_s = 24 * 3600.0
+    late_capture_s = 24 * 3600.0
 
     def __init__(self, ledger: Path | None, faults: str = "") -> None:
         """`ledger` is the file, None for memory only. Raises StartError if it cannot be opened."""
         self._faults = parse_faults(faults)
-        self._ledger = Ledger(ledger)
+        self._ledger = Ledger(ledger, _refund_outcome)
 
     async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined:
-        fault = await self._suffer(timeout_s)
+        fault = await self._suffer("charge", timeout_s)
         outcome = "declined_by_simulation" if charge.amount_cents % 10 == 7 else "approved"
         decided = await self._ledger.decide(
             Decision(charge.payment_id, charge.amount_cents, charge.currency, outcome)
         )
         if fault == "answer_lost":
             raise OutcomeUnknown("simulated: the answer was lost")
-        return _outcome(decided)
+        return _outcome(decided, "sim")
 
     async def find_charge(self, payment_id: UUID, timeout_s: float) -> Approved | Declined | None:
-        if self._next_fault(("down",)):
-            raise NeverSent("simulated: the provider is down")
+        self._refuse_if_down("charge")
         found = await self._ledger.find(payment_id)
-        return _outcome(found) if found else None
+        return _outcome(found, "sim") if found else None
+
+    async def refund(self, refund: ProviderRefund, timeout_s: float) -> Approved | Declined:
+        fault = await self._suffer("refund", timeout_s)
+        decided = await self._ledger.refund(refund)
+        if fault == "answer_lost":
+            raise OutcomeUnknown("simulated: the answer was lost")
+        return _outcome(decided, "simre")
+
+    async def find_refund(
+        self, refund: ProviderRefund, timeout_s: float
+    ) -> Approved | Declined | None:
+        self._refuse_if_down("refund")
+        found = await self._ledger.find_refund(refund.refund_id)
+        return _outcome(found, "simre") if found else None
 
     async def close(self) -> None:
         await self._ledger.close()
 
-    async def _suffer(self, timeout_s: float) -> str | None:
-        """Applies what is scripted for this charge; returns the fault if it comes afterwards."""
-        if delay := self._next_fault(("delay",)):
+    async def _suffer(self, operation: str, timeout_s: float) -> str | None:
+        """Applies what is scripted for this call; returns the fault if it comes afterwards."""
+        if delay := self._next_fault(operation, ("delay",)):
             await asyncio.sleep(min(delay.seconds, timeout_s))
             if delay.seconds > timeout_s:
                 raise OutcomeUnknown("simulated: slower than the timeout")
-        fault = self._next_fault(("timeout", "answer_lost", "down"))
+        fault = self._next_fault(operation, ("timeout", "answer_lost", "down"))
         if fault is None:
             return None
         if fault.kind == "down":
@@ -101,12 +123,33 @@ class SimulatedGateway:
             raise OutcomeUnknown("simulated: no answer")
         return fault.kind
 
-    def _next_fault(self, kinds: tuple[str, ...]) -> Fault | None:
-        return next((f for f in self._faults if f.kind in kinds and f.take()), None)
+    def _refuse_if_down(self, operation: str) -> None:
+        """All that a question may suffer."""
+        if self._next_fault(operation, ("down",)):
+            raise NeverSent("simulated: the provider is down")
+
+    def _next_fault(self, operation: str, kinds: tuple[str, ...]) -> Fault | None:
+        for fault in self._faults:
+            if fault.kind in kinds and fault.operation in (None, operation) and fault.take():
+                return fault
+        return None
 
 
-def _outcome(decision: Decision) -> Approved | Declined:
+def _refund_outcome(refund: ProviderRefund, charge: Decision | None, given_back: int) -> str:
+    """`approved` or a decline code. The capture is found by the provider's own id of it."""
+    capture = (f"sim_{refund.payment_id.hex}", "approved", refund.currency)
+    if charge is None or (refund.provider_txn_id, charge.outcome, charge.currency) != capture:
+        return "not_captured"
+    if not 0 < refund.amount_cents <= charge.amount_cents - given_back:
+        return "refund_exceeds_capture"
+    if refund.amount_cents % 10 == 9 and refund.amount_cents < charge.amount_cents:
+        return "refund_declined_by_simulation"
+    return "approved"
+
+
+def _outcome(decision: Decision, prefix: str) -> Approved | Declined:
+    """`prefix` tells the provider's own ids of captures from those of refunds."""
     if decision.outcome == "approved":
-        txn_id = f"sim_{decision.payment_id.hex}"
-        return Approved(decision.payment_id, decision.amount_cents, decision.currency, txn_id)
+        txn_id = f"{prefix}_{decision.id.hex}"
+        return Approved(decision.id, decision.amount_cents, decision.currency, txn_id)
     return Declined(decision.outcome)

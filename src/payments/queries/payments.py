@@ -1,14 +1,84 @@
-"""Reading payments."""
+"""Reading payments: one as it is now, a list of them as the projector last wrote it."""
 
-from datetime import datetime
+import base64
+import binascii
+import struct
+import zlib
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
 
 from payments.database import Database
-from payments.errors import PaymentNotFound
-from payments.events.store import load_payment
+from payments.errors import DatabaseUnavailable, FieldError, InvalidRequest, PaymentNotFound
+from payments.money import DECIMALS
 from payments.payment import Payment, Status
+from payments.queries.lookups import PaymentLookups
+
+LIMIT_DEFAULT, LIMIT_MAX = 50, 200
+OF_ORDER_MAX = 5
+# Naming an order's payments is a courtesy of an answer that is certain without it: with the lookup
+# before it the request stays under 3 s.
+COURTESY_TIMEOUT_S = 0.4
+
+# A page of all payments, newest first, and how far the projector was; one row without a payment if
+# none fits. `limit` is one more than the page holds. Always planned for the values of this page: a
+# filter that is not asked for is then no part of the plan.
+PAGE = """
+SELECT f.position, p.id, p.merchant_order_id, p.idempotency_key, p.amount_cents, p.currency,
+       p.status, p.provider_txn_id,
+       p.created_at AT TIME ZONE 'UTC', p.updated_at AT TIME ZONE 'UTC',
+       (SELECT coalesce(sum(r.amount_cents), 0) FROM refunds r
+         WHERE r.payment_id = p.id AND r.status = 'SUCCESS')
+  FROM followers f
+  LEFT JOIN LATERAL (
+       SELECT * FROM payments
+        WHERE (%(merchant_order_id)s::uuid IS NULL OR merchant_order_id = %(merchant_order_id)s)
+          AND (%(status)s::text IS NULL OR status = %(status)s)
+          AND (%(currency)s::text IS NULL OR currency = %(currency)s)
+          AND (%(created_from)s::timestamp IS NULL OR created_at >= %(created_from)s)
+          AND (%(created_until)s::timestamp IS NULL OR created_at < %(created_until)s)
+          AND (%(before)s::timestamp IS NULL OR (created_at, id) < (%(before)s, %(before_id)s::uuid))
+        ORDER BY created_at DESC, id DESC LIMIT %(limit)s) AS p ON true
+ WHERE f.name = 'payments'
+ ORDER BY p.created_at DESC, p.id DESC
+"""
+
+# The same of one API client's payments. Its own index gives their order; created_at is the same in
+# both tables.
+PAGE_OF_CLIENT = """
+SELECT f.position, p.id, p.merchant_order_id, p.idempotency_key, p.amount_cents, p.currency,
+       p.status, p.provider_txn_id,
+       p.created_at AT TIME ZONE 'UTC', p.updated_at AT TIME ZONE 'UTC',
+       (SELECT coalesce(sum(r.amount_cents), 0) FROM refunds r
+         WHERE r.payment_id = p.id AND r.status = 'SUCCESS')
+  FROM followers f
+  LEFT JOIN LATERAL (
+       SELECT p.* FROM payment_clients c JOIN payments p ON p.id = c.payment_id
+        WHERE c.client = %(client)s
+          AND (%(merchant_order_id)s::uuid IS NULL OR p.merchant_order_id = %(merchant_order_id)s)
+          AND (%(status)s::text IS NULL OR p.status = %(status)s)
+          AND (%(currency)s::text IS NULL OR p.currency = %(currency)s)
+          AND (%(created_from)s::timestamp IS NULL OR c.created_at >= %(created_from)s)
+          AND (%(created_until)s::timestamp IS NULL OR c.created_at < %(created_until)s)
+          AND (%(before)s::timestamp IS NULL
+               OR (c.created_at, c.payment_id) < (%(before)s, %(before_id)s::uuid))
+        ORDER BY c.created_at DESC, c.payment_id DESC LIMIT %(limit)s) AS p ON true
+ WHERE f.name = 'payments'
+ ORDER BY p.created_at DESC, p.id DESC
+"""
+
+# The newest payments of an order, with `client` only that API client's.
+OF_ORDER = """
+SELECT id, status, amount_cents, currency FROM payments p
+ WHERE merchant_order_id = %(merchant_order_id)s
+   AND (%(client)s::text IS NULL
+        OR EXISTS (SELECT FROM payment_clients c WHERE c.payment_id = p.id AND c.client = %(client)s))
+ ORDER BY created_at DESC, id DESC LIMIT %(limit)s
+"""
 
 
 class PaymentView(msgspec.Struct, frozen=True):
@@ -26,28 +96,158 @@ class PaymentView(msgspec.Struct, frozen=True):
     refunded_cents: int
 
 
-def view_of(payment: Payment) -> PaymentView:
-    return PaymentView(
-        id=payment.id,
-        merchant_order_id=payment.merchant_order_id,
-        idempotency_key=payment.idempotency_key,
-        amount_cents=payment.amount_cents,
-        currency=payment.currency,
-        status=payment.status,
-        provider_txn_id=payment.provider_txn_id,
-        created_at=payment.created_at,
-        updated_at=payment.updated_at,
-        refunded_cents=0,
-    )
+class PaymentFilter(msgspec.Struct, frozen=True):
+    """Which payments are listed; `created_from` is included, `created_until` is not."""
+
+    merchant_order_id: UUID | None = None
+    status: Status | None = None
+    currency: str | None = None
+    created_from: datetime | None = None
+    created_until: datetime | None = None
 
 
-async def get_payment(database: Database, payment_id: UUID, client: str | None) -> PaymentView:
-    """The payment as of now, folded from its stream.
+class PaymentPage(msgspec.Struct, frozen=True):
+    """Payments, newest first. `next_cursor` asks for what follows; None: nothing does.
+
+    `position` is how far into the log the list was written when it was read.
+    """
+
+    payments: list[PaymentView]
+    next_cursor: str | None
+    position: int
+
+
+class Place(NamedTuple):
+    """Where a page ends in the order of the list."""
+
+    created_at: datetime
+    id: UUID
+
+
+async def get_payment(
+    database: Database, lookups: PaymentLookups, payment_id: UUID, client: str | None
+) -> PaymentView:
+    """The payment as of now, however far the projector is.
 
     `client` restricts the answer to that API client's payments; None reads all. Raises
     PaymentNotFound, PaymentUnreadable or DatabaseUnavailable.
     """
-    loaded = await load_payment(database, payment_id)
-    if loaded is None or client not in (None, loaded.payment.client):
-        raise PaymentNotFound(f"There is no payment {payment_id}.")
-    return view_of(loaded.payment)
+    payment = await lookups.find(payment_id)
+    if payment is None or client not in (None, payment.client):
+        raise await not_found(database, payment_id, client)
+    return view_of(payment)
+
+
+def view_of(payment: Payment) -> PaymentView:
+    return PaymentView(
+        payment.id,
+        payment.merchant_order_id,
+        payment.idempotency_key,
+        payment.amount_cents,
+        payment.currency,
+        payment.status,
+        payment.provider_txn_id,
+        payment.created_at,
+        payment.updated_at,
+        payment.refunded_cents,
+    )
+
+
+async def list_payments(
+    database: Database,
+    wanted: PaymentFilter,
+    client: str | None,
+    limit: int = LIMIT_DEFAULT,
+    cursor: str | None = None,
+) -> PaymentPage:
+    """The payments that fit, newest first, as the projector wrote them.
+
+    What was written before the first page was read is on exactly one page, whatever is written
+    meanwhile: a page goes on after a payment, not after a number of them. `client` is as for
+    get_payment. Raises InvalidRequest for a cursor that is not of an earlier page.
+    """
+    before = Place(*read_cursor(cursor)) if cursor is not None else None
+    params: Mapping[str, Any] = {
+        "client": client,
+        "merchant_order_id": wanted.merchant_order_id,
+        "status": wanted.status and wanted.status.value,
+        "currency": wanted.currency,
+        "created_from": _column_time(wanted.created_from),
+        "created_until": _column_time(wanted.created_until),
+        "before": before and _column_time(before.created_at),
+        "before_id": before and before.id,
+        "limit": limit + 1,
+    }
+    query = PAGE if client is None else PAGE_OF_CLIENT
+    rows = await database.fetch(query, params, prepare=False)
+    payments = [PaymentView(*row[1:]) for row in rows if row[1] is not None]
+    more = len(payments) > limit
+    last = payments[limit - 1] if more else None
+    return PaymentPage(
+        payments[:limit],
+        write_cursor(Place(last.created_at, last.id)) if last else None,
+        rows[0][0],
+    )
+
+
+async def payments_of_order(
+    database: Database, order_id: UUID, client: str | None, limit: int
+) -> list[tuple[UUID, str, int, str]]:
+    """(id, status, amount_cents, currency) of the order's payments, newest first."""
+    params = {"merchant_order_id": order_id, "client": client, "limit": limit}
+    rows = await database.fetch(OF_ORDER, params, timeout_s=COURTESY_TIMEOUT_S, prepare=False)
+    return [(id, status, amount, currency) for id, status, amount, currency in rows]
+
+
+async def not_found(database: Database, payment_id: UUID, client: str | None) -> PaymentNotFound:
+    """The error for an id that no payment has; it says so if the id is an order's."""
+    detail = f"There is no payment {payment_id}."
+    try:
+        found = await payments_of_order(database, payment_id, client, OF_ORDER_MAX + 1)
+    except DatabaseUnavailable:
+        found = []
+    if found:
+        listed = ", ".join(
+            f"{id} ({status}, {_amount(amount, currency)})"
+            for id, status, amount, currency in found[:OF_ORDER_MAX]
+        )
+        older = " and older ones" if len(found) > OF_ORDER_MAX else ""
+        detail += f" An order with this id has the payments {listed}{older}: use one of these ids."
+    return PaymentNotFound(detail)
+
+
+def _amount(amount_cents: int, currency: str) -> str:
+    return f"{Decimal(amount_cents).scaleb(-DECIMALS.get(currency, 2))} {currency}"
+
+
+# Microseconds since 1970, the payment's id, and a checksum: a cursor that was cut short or mistyped
+# must not pass for another place in the list.
+_PLACE = struct.Struct(">q16s")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+def write_cursor(place: Place) -> str:
+    packed = _PLACE.pack((place.created_at - _EPOCH) // _MICROSECOND, place.id.bytes)
+    checked = packed + zlib.crc32(packed).to_bytes(4, "big")
+    return base64.urlsafe_b64encode(checked).rstrip(b"=").decode("ascii")
+
+
+def read_cursor(cursor: str) -> Place:
+    """Raises InvalidRequest that names `cursor`."""
+    try:
+        padded = cursor.encode("ascii") + b"=" * (-len(cursor) % 4)
+        checked = base64.b64decode(padded, altchars=b"-_", validate=True)
+        packed, checksum = checked[:-4], checked[-4:]
+        micros, id_bytes = _PLACE.unpack(packed)
+        if zlib.crc32(packed).to_bytes(4, "big") != checksum:
+            raise ValueError("it was changed")
+        return Place(_EPOCH + micros * _MICROSECOND, UUID(bytes=id_bytes))
+    except (ValueError, OverflowError, struct.error, binascii.Error):
+        error = FieldError("cursor", "must be the next_cursor of an earlier answer, unchanged")
+        raise InvalidRequest("The cursor is not one of ours.", (error,)) from None
+
+
+def _column_time(time: datetime | None) -> datetime | None:
+    """As the documented columns hold it: UTC without saying so."""
+    return None if time is None else time.astimezone(UTC).replace(tzinfo=None)

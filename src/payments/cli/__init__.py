@@ -1,0 +1,33 @@
+"""The `payments` command. Data goes to stdout, everything else to stderr.
+
+Exit codes: 0 done, 1 could not (one line says why), 2 wrong arguments.
+"""
+
+import sys
+
+import click
+
+from payments.cli.parked import parked
+from payments.cli.processes import migrate, serve, settings, work
+from payments.errors import PaymentsError, StartError
+
+
+class _Group(click.Group):
+    """Turns the errors that are meant for people into one line and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (StartError, PaymentsError) as error:
+            click.echo(f"payments: {error}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="payment-service")
+def main() -> None:
+    """The Payment Service. Settings are environment variables: `payments settings` lists them."""
+
+
+for command in (serve, work, migrate, settings, parked):
+    main.add_command(command)

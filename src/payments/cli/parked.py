@@ -1,0 +1,63 @@
+"""`payments parked`: streams that a read model goes on without."""
+
+import asyncio
+import sys
+from uuid import UUID
+
+import click
+
+from payments.cli.output import format_option, print_rows
+from payments.cli.processes import begin
+from payments.database import Database, DatabaseAddress
+from payments.projections.follower import Parked
+from payments.queries.followers import ParkedStream, parked_streams
+from payments.service import open_database, payments_follower
+from payments.settings import Settings
+from payments.telemetry import Telemetry
+
+
+@click.group()
+def parked() -> None:
+    """Streams that a read model goes on without, since an event of theirs could not be applied."""
+
+
+@parked.command("list")
+@format_option
+def list_parked(form: str) -> None:
+    """Print the parked streams and why they are."""
+
+    async def read() -> list[ParkedStream]:
+        database = Database(address, 1)
+        await database.open()
+        try:
+            return await parked_streams(database)
+        finally:
+            await database.close()
+
+    with open_database(begin(), migrating=False) as address:
+        print_rows(ParkedStream._fields, asyncio.run(read()), form)
+
+
+@parked.command()
+@click.argument("payments", nargs=-1, type=click.UUID)
+@click.option("--all", "every", is_flag=True, help="Retry every parked stream.")
+def retry(payments: tuple[UUID, ...], every: bool) -> None:
+    """Apply what parked streams have missed; exit code 1 if one of them stays parked."""
+    if bool(payments) == every:
+        raise click.UsageError("name the PAYMENTS to retry, or say --all")
+    settings = begin()
+    with open_database(settings, migrating=False) as address:
+        left = asyncio.run(_retry(settings, address, payments or None))
+    for stream in left:
+        click.echo(f"still parked: {stream.payment_id}: {stream.reason}", err=True)
+    sys.exit(1 if left else 0)
+
+
+async def _retry(
+    settings: Settings, address: DatabaseAddress, payments: tuple[UUID, ...] | None
+) -> list[Parked]:
+    follower = payments_follower(settings, Database(address, 1), Telemetry())
+    try:
+        return await follower.retry_parked(payments)
+    finally:
+        await follower.close()

@@ -1,0 +1,85 @@
+"""What runs the service: `serve`, `work`, `migrate`, `settings`."""
+
+import asyncio
+import importlib
+import os
+import signal
+import sys
+
+import click
+import uvloop
+from loguru import logger
+
+from payments.cli.output import format_option, print_rows
+from payments.service import Service, build_gateway, open_database
+from payments.settings import Settings, describe, read_settings
+from payments.telemetry import set_up_logs
+
+WORK_STOP_S = 8.0  # container runtimes kill after 10 s
+
+
+def begin() -> Settings:
+    """Reads the settings and sets up the logs."""
+    settings = read_settings(os.environ)
+    set_up_logs(settings.log_format, settings.log_level)  # type: ignore[arg-type]
+    return settings
+
+
+def _end_on_sigterm() -> None:
+    """Until an event loop takes over, a SIGTERM ends the start-up in an orderly way."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+
+@click.command()
+@click.option("--api-only", is_flag=True, help="Leave read models and settling to `payments work`.")
+def serve(api_only: bool) -> None:
+    """Start the service and run until SIGTERM."""
+    _end_on_sigterm()
+    settings = begin()
+    # By name: nothing in payments imports web.
+    server = importlib.import_module("web.server")
+    listener = server.bind(settings)
+    gateway = build_gateway(settings)
+    with open_database(settings, migrating=settings.migrate_on_start) as address:
+        server.run(settings, address, gateway, listener, work=not api_only)
+
+
+@click.command()
+def work() -> None:
+    """Follow the log and settle open payments until SIGTERM, without the API."""
+    _end_on_sigterm()
+    settings = begin()
+    gateway = build_gateway(settings)
+
+    async def run() -> None:
+        await _work(Service(settings, address, gateway=gateway))
+
+    with open_database(settings, migrating=settings.migrate_on_start) as address:
+        uvloop.run(run())
+
+
+async def _work(service: Service) -> None:
+    stopping = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, stopping.set)
+    await service.start()
+    logger.info("working")
+    await stopping.wait()
+    logger.info("stopping")
+    await service.stop(WORK_STOP_S)
+    logger.info("stopped")
+
+
+@click.command()
+def migrate() -> None:
+    """Bring the database's schema up to date and exit."""
+    with open_database(begin(), migrating=True):
+        click.echo("the database is up to date", err=True)
+
+
+@click.command()
+@format_option
+def settings(form: str) -> None:
+    """Print every setting with its value, default and meaning; secrets are hidden."""
+    columns = ("variable", "value", "default", "meaning")
+    print_rows(columns, describe(read_settings(os.environ)), form)

@@ -1,0 +1,47 @@
+"""Appending what a provider did: refused never, decided again when the stream has moved on."""
+
+import asyncio
+from collections.abc import Callable
+
+from payments.database import Database
+from payments.errors import DatabaseUnavailable
+from payments.events.appender import Appender, StreamConflict
+from payments.events.facts import Fact
+from payments.events.store import load_payment, to_stored_event
+from payments.payment import Payment, evolve
+
+RELOAD_PAUSE_S = 0.1
+
+
+class Recorder:
+    """Writes outcomes to the store, however long that takes."""
+
+    def __init__(self, appender: Appender, database: Database) -> None:
+        self._appender = appender
+        self._database = database
+
+    async def record(self, payment: Payment, decide: Callable[[Payment], Fact | None]) -> Payment:
+        """Appends what `decide` says of the payment; the payment afterwards.
+
+        `decide` is asked again whenever another append came first; None means that it is recorded
+        already. Raises what `decide` raises.
+        """
+        while fact := decide(payment):
+            try:
+                await self._appender.append([to_stored_event(fact)])
+            except StreamConflict:
+                payment = await self._reload(payment)
+            else:
+                return evolve(payment, fact)
+        return payment
+
+    async def _reload(self, payment: Payment) -> Payment:
+        """The payment as it is stored now; waits out an outage of the database."""
+        while True:
+            try:
+                loaded = await load_payment(self._database, payment.id)
+            except DatabaseUnavailable:
+                await asyncio.sleep(RELOAD_PAUSE_S)
+                continue
+            assert loaded is not None
+            return loaded.payment

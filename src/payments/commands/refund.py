@@ -1,0 +1,252 @@
+"""Give back a captured payment, or a part of it.
+
+    amount reserved by an event -> provider asked -> outcome appended -> answered
+
+The stream's version check keeps the sum of all refunds within the capture: of two that are decided
+at once one conflicts, and is decided again. Once its amount is reserved a refund is never given up:
+the answer is its outcome or PENDING, and settling goes on with it (settle.py).
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from loguru import logger
+
+from payments.commands.recording import Recorder
+from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
+from payments.database import Database
+from payments.deciding import (
+    Cause,
+    OutcomeMismatch,
+    RefundRequest,
+    initiate_refund,
+    known_refund,
+    record_refund,
+)
+from payments.errors import (
+    PaymentNotFound,
+    PaymentNotRefundable,
+    PaymentsError,
+    RefundDeclined,
+    Unavailable,
+)
+from payments.events.appender import Appender, StreamConflict
+from payments.events.store import LoadedPayment, load_payment, to_stored_event
+from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderRefund
+from payments.payment import Approved, Declined, Payment, Refund, Status, evolve
+from payments.settings import Settings
+from payments.telemetry import Telemetry
+
+
+class RefundPayment(msgspec.Struct, frozen=True):
+    """The command. `may_read` is the client whose payments are in reach, None for everyone's."""
+
+    request: RefundRequest
+    may_read: str | None = None
+    request_id: str | None = None
+    traceparent: str | None = None
+
+
+class Refunded(msgspec.Struct, frozen=True):
+    """The answer: a refund that went through, or is PENDING, and its payment.
+
+    `replayed` says that an earlier request began it, finished or not.
+    """
+
+    payment: Payment
+    refund: Refund
+    replayed: bool = False
+
+
+class _Begun(msgspec.Struct, frozen=True):
+    """A refund that the provider is to make; `age_s` if an earlier request reserved it."""
+
+    payment: Payment
+    refund: Refund
+    age_s: float | None = None
+
+
+class Refunding:
+    """Refunds. One instance per process; any number of processes may share the store."""
+
+    def __init__(
+        self,
+        runs: Runs,
+        appender: Appender,
+        database: Database,
+        gateway: Gateway,
+        gateway_slots: asyncio.Semaphore,
+        telemetry: Telemetry,
+        settings: Settings,
+    ) -> None:
+        self._runs = runs
+        self._appender = appender
+        self._recorder = Recorder(appender, database)
+        self._database = database
+        self._gateway = gateway
+        self._gateway_slots = gateway_slots
+        self._telemetry = telemetry
+        self._deadline_s = settings.charge_deadline_s
+        self._gateway_timeout_s = settings.gateway_timeout_s
+
+    async def refund(self, command: RefundPayment) -> Refunded:
+        """Refunds, or joins or repeats the refund that this request already began.
+
+        Raises PaymentNotFound, IdempotencyKeyReused, PaymentNotRefundable, PaymentAlreadyRefunded,
+        RefundExceedsCapture, RefundDeclined, or Unavailable if the provider was surely not asked.
+        """
+
+        async def work(run: Run[Refunded]) -> None:
+            await self._refund(run, command)
+
+        try:
+            refunded, joined = await self._runs.answer(command.request, self._deadline_s, work)
+        except PaymentsError as error:
+            self._telemetry.refunds[_error_label(error)].inc()
+            raise
+        if joined:
+            refunded = Refunded(refunded.payment, refunded.refund, replayed=True)
+        finished = refunded.refund.status is not Status.PENDING
+        label = "replayed" if finished and refunded.replayed else refunded.refund.status.lower()
+        self._telemetry.refunds[label].inc()
+        return refunded
+
+    async def _refund(self, run: Run[Refunded], command: RefundPayment) -> None:
+        begun = await self._begin(run, command)
+        if begun is None:
+            return
+        # Its amount is reserved: whatever happens now, the refund goes on.
+        run.fallback = Refunded(begun.payment, begun.refund, begun.age_s is not None)
+        try:
+            outcome = await self._ask(run, begun)
+            run.wait_for_storing_only_a_while()
+            payment = await self._recorder.record(
+                begun.payment,
+                lambda payment: record_refund(payment, begun.refund, outcome, _cause(command)),
+            )
+        except NeverSent as error:
+            raise OutcomeUnknown("the provider cannot be reached") from error
+        except OutcomeMismatch as error:
+            self._telemetry.gateway_calls["refund", "mismatch"].inc()
+            _log(command).bind(reason=str(error)).critical("the provider's answer does not fit")
+            raise
+        _answer(run, payment, begun.refund, begun.age_s is not None)
+
+    async def _begin(self, run: Run[Refunded], command: RefundPayment) -> _Begun | None:
+        """Reserves the amount; None if an earlier request like this one has an answer."""
+        while True:
+            loaded = await self._load(command)
+            known = known_refund(loaded.payment, command.request)
+            if known is not None:
+                return await self._resume(run, command, loaded, known)
+            if loaded.payment.gateway != self._gateway.name:
+                raise PaymentNotRefundable(
+                    f"It was captured by the provider {loaded.payment.gateway}, "
+                    f"and this service now works with {self._gateway.name}."
+                )
+            fact = initiate_refund(loaded.payment, command.request, _cause(command))
+            run.check_may_ask()
+            try:
+                await self._appender.append_intent(to_stored_event(fact))
+            except StreamConflict:
+                continue
+            payment = evolve(loaded.payment, fact)
+            return _Begun(payment, payment.refunds[-1])
+
+    async def _resume(
+        self, run: Run[Refunded], command: RefundPayment, loaded: LoadedPayment, refund: Refund
+    ) -> _Begun | None:
+        """Waits for what an earlier request comes to; the refund if its run is over.
+
+        A run is over when its reservation is older than the deadline, by the database's clock.
+        """
+        while True:
+            payment, refund_id = loaded.payment, refund.id
+            refund = _refund_of(payment, refund_id)
+            if refund.status is not Status.PENDING:
+                _answer(run, payment, refund, replayed=True)
+                return None
+            run.fallback = Refunded(payment, refund, replayed=True)
+            age_s = loaded.age_s(refund.version)
+            if age_s > self._deadline_s:
+                return _Begun(payment, refund, age_s)
+            if not run.may_ask():
+                run.finish(run.fallback)
+                return None
+            await asyncio.sleep(OTHER_RUN_POLL_S)
+            loaded = await self._load(command)
+
+    async def _load(self, command: RefundPayment) -> LoadedPayment:
+        payment_id = command.request.payment_id
+        loaded = await load_payment(self._database, payment_id)
+        if loaded is None or command.may_read not in (None, loaded.payment.client):
+            raise PaymentNotFound(f"There is no payment {payment_id}.")
+        return loaded
+
+    async def _ask(self, run: Run[Refunded], begun: _Begun) -> Approved | Declined:
+        def timeout_s() -> float:
+            run.check_may_ask()
+            return run.left_s(self._gateway_timeout_s)
+
+        order = provider_refund(begun.payment, begun.refund)
+        async with self._gateway_slots:
+            if begun.age_s is not None:
+                return await ask_again(self._gateway, order, begun.age_s, timeout_s)
+            return await self._gateway.refund(order, timeout_s())
+
+
+def provider_refund(payment: Payment, refund: Refund) -> ProviderRefund:
+    assert payment.provider_txn_id is not None
+    return ProviderRefund(
+        refund.id, payment.id, payment.provider_txn_id, refund.amount_cents, payment.currency
+    )
+
+
+async def ask_again(
+    gateway: Gateway, refund: ProviderRefund, age_s: float, timeout_s: Callable[[], float]
+) -> Approved | Declined:
+    """What became of a refund that may have been sent before; sends it again if that is safe.
+
+    `timeout_s` is asked before each call; it may raise to prevent it. Raises OutcomeUnknown also
+    if the provider does not know the refund and might make it twice.
+    """
+    found = await gateway.find_refund(refund, timeout_s())
+    if found is not None:
+        return found
+    if age_s > gateway.safe_retry_s:
+        raise OutcomeUnknown("too old to be sent again under the same provider key")
+    return await gateway.refund(refund, timeout_s())
+
+
+def _answer(run: Run[Refunded], payment: Payment, refund: Refund, replayed: bool) -> None:
+    """Ends the run with what became of the refund."""
+    refund = _refund_of(payment, refund.id)
+    if refund.status is Status.FAILED:
+        run.fallback = None  # this error is the outcome
+        raise RefundDeclined(
+            f"The provider refused the refund {refund.id} ({refund.decline_code}). "
+            "Nothing was given back; what is left of the payment can still be refunded."
+        )
+    run.finish(Refunded(payment, refund, replayed))
+
+
+def _refund_of(payment: Payment, refund_id: Any) -> Refund:
+    refund = payment.refund(refund_id)
+    assert refund is not None
+    return refund
+
+
+def _cause(command: RefundPayment) -> Cause:
+    return cause(command.request.client, command.request_id, command.traceparent)
+
+
+def _log(command: RefundPayment) -> Any:
+    return logger.bind(payment_id=command.request.payment_id, request_id=command.request_id)
+
+
+def _error_label(error: PaymentsError) -> str:
+    if isinstance(error, RefundDeclined):
+        return "failed"
+    return "unavailable" if isinstance(error, Unavailable) else "refused"

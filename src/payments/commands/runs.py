@@ -1,0 +1,180 @@
+"""Work that a request begins and the service finishes.
+
+A run is a task of the service, not of the request: a client that goes away, or a deadline that
+passes, cancels neither an append nor a provider call. Requests only wait for its answer, and get
+one by the deadline in any case.
+"""
+
+import asyncio
+import math
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Hashable
+from datetime import UTC, datetime
+from typing import Any, Generic, TypeVar
+
+from loguru import logger
+
+from payments.deciding import Cause, OutcomeMismatch
+from payments.errors import DatabaseUnavailable, PaymentsError, TooBusy
+from payments.gateways import OutcomeUnknown
+
+# How often it is looked whether a request's time is up.
+WATCH_S = 0.05
+# How often a request looks whether another process has finished its run.
+OTHER_RUN_POLL_S = 0.1
+# How long an answer waits for its outcome to be stored, after which it is PENDING: design, "with
+# Postgres down or frozen each request is answered in under 3 s".
+OUTCOME_STORE_PATIENCE_S = 2.0
+
+A = TypeVar("A")
+
+
+class Run(Generic[A]):
+    """A request's work in this process, and everyone who waits for its answer."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        # When whoever waits gets an answer in any case: the deadline, or sooner.
+        self.answer_by = deadline
+        self.answer: A | Exception | None = None
+        # Set once the provider may have been asked: from then on the answer is never an error.
+        self.fallback: A | None = None
+        self.task: asyncio.Task[None] | None = None
+        self._waiters: list[asyncio.Future[A]] = []
+
+    async def wait(self) -> A:
+        """The answer. Each request waits on a future of its own, so one that goes away takes
+        nobody with it."""
+        waiter: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._tell()
+        return await waiter
+
+    def finish(self, answer: A) -> None:
+        if self.answer is None:
+            self.answer = answer
+            self._tell()
+
+    def fail(self, error: Exception) -> None:
+        """Tells waiting requests of an error, or gives them the fallback."""
+        if self.answer is None:
+            self.answer = error if self.fallback is None else self.fallback
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.answer is None:
+            return
+        for waiter in self._waiters:
+            if waiter.done():
+                continue
+            if isinstance(self.answer, Exception):
+                waiter.set_exception(self.answer)
+            else:
+                waiter.set_result(self.answer)
+        self._waiters.clear()
+
+    def may_ask(self) -> bool:
+        """Looked at immediately before each provider call: a process that was frozen must not send
+        late, and nothing may be sent for a request that was told 503."""
+        return self.answer is None and time.monotonic() < self.deadline
+
+    def check_may_ask(self) -> None:
+        if not self.may_ask():
+            raise TooBusy("The request did not get its turn in time.")
+
+    def left_s(self, most_s: float) -> float:
+        return min(most_s, self.deadline - time.monotonic())
+
+    def wait_for_storing_only_a_while(self) -> None:
+        self.answer_by = min(self.answer_by, time.monotonic() + OUTCOME_STORE_PATIENCE_S)
+
+
+class Runs:
+    """All runs of one process: they are bounded, and stopped together."""
+
+    def __init__(self, runs_max: int) -> None:
+        # By the whole request: another request with the same key is another run, and the store's
+        # version check decides between them.
+        self._runs: dict[Hashable, Run[Any]] = {}
+        self._runs_max = runs_max
+        self._stop_by = math.inf
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.TimerHandle | None = None
+
+    async def answer(
+        self, request: Hashable, deadline_s: float, work: Callable[[Run[A]], Awaitable[None]]
+    ) -> tuple[A, bool]:
+        """The answer of `work`, or of the run of an equal request; and whether it was joined.
+
+        Raises what the work failed with, or TooBusy.
+        """
+        deadline = time.monotonic() + deadline_s
+        run = self._runs.get(request)
+        while run is not None and run.answer is not None and run.task is not None:
+            # Its requests were told PENDING, but it still goes on: this one waits for its end.
+            left_s = min(deadline, self._stop_by) - time.monotonic()
+            done, _ = await asyncio.wait({run.task}, timeout=max(0, left_s))
+            if not done:
+                break
+            run = self._runs.get(request)
+        if run is not None:
+            return await run.wait(), True
+        if len(self._runs) >= self._runs_max:
+            raise TooBusy("Too many requests are under way.")
+        run = self._runs[request] = Run(deadline)
+        run.answer_by = min(run.answer_by, self._stop_by)
+        run.task = asyncio.create_task(self._run(request, run, work), name="run")
+        self._tasks.add(run.task)
+        run.task.add_done_callback(self._tasks.discard)
+        if self._watching is None:
+            self._watch()
+        return await run.wait(), False
+
+    async def _run(
+        self, request: Hashable, run: Run[A], work: Callable[[Run[A]], Awaitable[None]]
+    ) -> None:
+        try:
+            await work(run)
+        except (PaymentsError, OutcomeUnknown, OutcomeMismatch) as error:
+            run.fail(error)
+        except asyncio.CancelledError:
+            run.fail(DatabaseUnavailable("The service is stopping."))
+            raise
+        except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
+            logger.bind(kind=type(request).__name__).exception("a run failed")
+            run.fail(error)
+        finally:
+            # Whatever way the run ended, nobody waits for ever.
+            run.fail(TooBusy("The request did not get its turn in time."))
+            del self._runs[request]
+
+    def hurry(self, within_s: float) -> None:
+        """Every request, of now or to come, is answered by then: the service is stopping."""
+        self._stop_by = time.monotonic() + within_s
+        for run in self._runs.values():
+            run.answer_by = min(run.answer_by, self._stop_by)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Waits for the runs that go on although their requests were answered."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            logger.bind(runs=len(self._tasks)).warning("stopping with unfinished requests")
+            await asyncio.wait(self._tasks, timeout=0.5)
+
+    def _watch(self) -> None:
+        """Answers the requests whose time is up; one timer for all runs."""
+        now = time.monotonic()
+        for run in self._runs.values():
+            if now >= run.answer_by:
+                run.fail(TooBusy("The request did not get its turn in time."))
+        loop = asyncio.get_running_loop()
+        self._watching = loop.call_later(WATCH_S, self._watch) if self._runs else None
+
+
+def cause(client: str, request_id: str | None = None, traceparent: str | None = None) -> Cause:
+    """What goes into an event that is decided now."""
+    return Cause(uuid.uuid4(), datetime.now(UTC), client, request_id, traceparent)

@@ -1,0 +1,306 @@
+"""Which event may come next: from a payment and what is asked for, or what a provider answered.
+
+Pure, like payment.py. A deciding function returns the event to append, None if the events already
+say it, or raises why there is none.
+"""
+
+import hashlib
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from payments.errors import (
+    IdempotencyKeyReused,
+    PaymentAlreadyRefunded,
+    PaymentNotRefundable,
+    RefundExceedsCapture,
+)
+from payments.events.facts import (
+    LateCaptureFound,
+    LateCaptureReturned,
+    PaymentCharged,
+    PaymentFailed,
+    PaymentInitiated,
+    PaymentRefunded,
+    RefundFailed,
+    RefundInitiated,
+)
+from payments.payment import Approved, Declined, Payment, Refund, Status
+
+# Fixed for ever: another namespace would give every old key a new payment or a new refund.
+_PAYMENT_NAMESPACE = b"payment-service/idempotency-key/1\x00"
+_REFUND_NAMESPACE = b"payment-service/refund/1\x00"
+_LATE_CAPTURE_NAMESPACE = b"payment-service/late-capture/1\x00"
+
+
+class OutcomeMismatch(Exception):
+    """The provider's answer does not fit what was asked for, or contradicts the events."""
+
+
+class Cause(msgspec.Struct, frozen=True):
+    """Who asked for an event, and when: what the deciding functions put into every fact.
+
+    `client` is the API client's name; `traceparent` is a W3C trace context header.
+    """
+
+    event_id: UUID
+    occurred_at: datetime
+    client: str
+    request_id: str | None = None
+    traceparent: str | None = None
+
+
+class ChargeRequest(msgspec.Struct, frozen=True):
+    """What Order Service asks for. Two requests with one key are the same if all of this is equal.
+
+    `payment_method` is a provider's token; it is passed on and never stored.
+    """
+
+    idempotency_key: str
+    merchant_order_id: UUID
+    amount_cents: int
+    currency: str
+    client: str
+    payment_method: str | None = None
+
+
+class RefundRequest(msgspec.Struct, frozen=True):
+    """A refund of `amount_cents`, or without it of whatever is left.
+
+    The key counts within its payment. Without one there is no amount either, and a request while
+    such a refund is under way means that one.
+    """
+
+    payment_id: UUID
+    amount_cents: int | None
+    idempotency_key: str | None
+    client: str
+
+
+def payment_id_for(idempotency_key: str) -> UUID:
+    """The payment that this key means, for ever: docs/decisions/payment-id.md."""
+    return _derived(_PAYMENT_NAMESPACE, idempotency_key.encode())
+
+
+def refund_id_for(payment_id: UUID, idempotency_key: str) -> UUID:
+    """The refund of this payment that this key means, for ever."""
+    return _derived(_REFUND_NAMESPACE, payment_id.bytes + idempotency_key.encode())
+
+
+def fingerprint(request: ChargeRequest) -> str:
+    """SHA-256 of everything in the request but the key, in hex."""
+    parts = (
+        request.client,
+        request.merchant_order_id,
+        request.amount_cents,
+        request.currency,
+        request.payment_method,
+    )
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+
+
+def differing_fields(payment: Payment, request: ChargeRequest) -> tuple[str, ...]:
+    """Which parts of the request differ from the one that began this payment; () if none does."""
+    if payment.fingerprint == fingerprint(request):
+        return ()
+    differing = tuple(
+        name
+        for name in ("merchant_order_id", "amount_cents", "currency", "client")
+        if getattr(payment, name) != getattr(request, name)
+    )
+    return differing or ("payment_method",)  # the one part that is not stored
+
+
+def initiate(request: ChargeRequest, gateway: str, cause: Cause) -> PaymentInitiated:
+    return PaymentInitiated(
+        payment_id=payment_id_for(request.idempotency_key),
+        version=1,
+        idempotency_key=request.idempotency_key,
+        fingerprint=fingerprint(request),
+        merchant_order_id=request.merchant_order_id,
+        amount_cents=request.amount_cents,
+        currency=request.currency,
+        gateway=gateway,
+        **_metadata(cause),
+    )
+
+
+def record_outcome(
+    payment: Payment, outcome: Approved | Declined, cause: Cause
+) -> PaymentCharged | PaymentFailed | LateCaptureFound | None:
+    """The event for what the provider says became of a charge.
+
+    Raises OutcomeMismatch if that is not about this payment, or contradicts its outcome: a decline
+    of what was captured, or a second capture.
+    """
+    if isinstance(outcome, Declined):
+        if payment.outcome is Status.SUCCESS:
+            raise OutcomeMismatch("the provider declines what it had captured")
+        if payment.outcome is Status.FAILED:
+            return None
+        return PaymentFailed(
+            reason="declined", decline_code=outcome.code, **_next(payment, payment, cause)
+        )
+    _check_answer(outcome, payment.id, payment.amount_cents, payment.currency)
+    if payment.outcome is Status.PENDING:
+        return PaymentCharged(
+            provider_txn_id=outcome.provider_txn_id, **_next(payment, payment, cause)
+        )
+    known = payment.late_capture or payment
+    if payment.outcome is Status.FAILED and payment.late_capture is None:
+        return LateCaptureFound(
+            refund_id=_derived(_LATE_CAPTURE_NAMESPACE, payment.id.bytes),
+            provider_txn_id=outcome.provider_txn_id,
+            **_next(payment, payment, cause),
+        )
+    if known.provider_txn_id != outcome.provider_txn_id:
+        raise OutcomeMismatch("the provider has captured the payment twice")
+    return None
+
+
+def abandon(payment: Payment, cause: Cause) -> PaymentFailed | None:
+    """The end of a payment that the provider does not know of."""
+    if payment.outcome is not Status.PENDING:
+        return None
+    return PaymentFailed(reason="abandoned", **_next(payment, payment, cause))
+
+
+def known_refund(payment: Payment, request: RefundRequest) -> Refund | None:
+    """The refund that an earlier request like this one began.
+
+    Raises IdempotencyKeyReused if the key was used for another refund of this payment.
+    """
+    if request.idempotency_key is None:
+        unkeyed = (refund for refund in payment.refunds if refund.idempotency_key is None)
+        return next((refund for refund in unkeyed if refund.status is Status.PENDING), None)
+    refund = payment.refund(refund_id_for(payment.id, request.idempotency_key))
+    if refund is None:
+        return None
+    differing = []
+    if request.amount_cents != refund.amount_cents and not (
+        request.amount_cents is None and refund.whole
+    ):
+        differing.append("amount_cents")
+    if request.client != refund.client:
+        differing.append("client")
+    if differing:
+        raise IdempotencyKeyReused(tuple(differing))
+    return refund
+
+
+def initiate_refund(payment: Payment, request: RefundRequest, cause: Cause) -> RefundInitiated:
+    """Reserves the amount of a refund that is not known yet.
+
+    Raises PaymentNotRefundable, PaymentAlreadyRefunded or RefundExceedsCapture.
+    """
+    if payment.outcome is not Status.SUCCESS:
+        raise PaymentNotRefundable(
+            f"The payment is {payment.status}; only a captured payment can be refunded."
+        )
+    if payment.status is Status.REFUNDED:
+        raise PaymentAlreadyRefunded("The whole amount was given back before.")
+    left = payment.remaining_cents
+    amount = left if request.amount_cents is None else request.amount_cents
+    if amount > left or not amount:
+        under_way = payment.reserved_cents
+        raise RefundExceedsCapture(
+            f"Of {payment.amount_cents} captured, {payment.refunded_cents} were given back"
+            + (f" and {under_way} are under way" if under_way else "")
+            + f": at most {left} can be refunded."
+        )
+    key = request.idempotency_key
+    # Without a key nobody will name this refund again: its own event's id is as good as any.
+    refund_id = cause.event_id if key is None else refund_id_for(payment.id, key)
+    return RefundInitiated(
+        payment_id=payment.id,
+        version=payment.version + 1,
+        refund_id=refund_id,
+        idempotency_key=key,
+        merchant_order_id=payment.merchant_order_id,
+        amount_cents=amount,
+        currency=payment.currency,
+        whole=request.amount_cents is None,
+        **_metadata(cause),
+    )
+
+
+def record_refund(
+    payment: Payment, refund: Refund, outcome: Approved | Declined, cause: Cause
+) -> PaymentRefunded | RefundFailed | None:
+    """The event for what the provider says became of a refund; OutcomeMismatch as above."""
+    stored = payment.refund(refund.id)
+    assert stored is not None
+    if isinstance(outcome, Declined):
+        if stored.status is Status.SUCCESS:
+            raise OutcomeMismatch("the provider declines a refund that it had made")
+        if stored.status is Status.FAILED:
+            return None
+        return RefundFailed(
+            refund_id=stored.id, decline_code=outcome.code, **_next(payment, stored, cause)
+        )
+    _check_answer(outcome, stored.id, stored.amount_cents, payment.currency)
+    if stored.status is Status.FAILED:
+        raise OutcomeMismatch("the provider has made a refund that it had declined")
+    if stored.status is Status.SUCCESS:
+        if stored.provider_refund_id != outcome.provider_txn_id:
+            raise OutcomeMismatch("the provider has made the refund twice")
+        return None
+    return PaymentRefunded(
+        refund_id=stored.id,
+        provider_refund_id=outcome.provider_txn_id,
+        refunded_cents=payment.refunded_cents + stored.amount_cents,
+        captured_cents=payment.amount_cents,
+        **_next(payment, stored, cause),
+    )
+
+
+def record_return(
+    payment: Payment, outcome: Approved | Declined, cause: Cause
+) -> LateCaptureReturned | None:
+    """The event for sending a late capture back; OutcomeMismatch also if the provider refuses."""
+    found = payment.late_capture
+    assert found is not None
+    if isinstance(outcome, Declined):
+        raise OutcomeMismatch("the provider refuses to take a late capture back")
+    _check_answer(outcome, found.refund_id, payment.amount_cents, payment.currency)
+    if found.provider_refund_id is not None:
+        return None
+    return LateCaptureReturned(
+        refund_id=found.refund_id,
+        provider_refund_id=outcome.provider_txn_id,
+        **_next(payment, payment, cause),
+    )
+
+
+def _check_answer(outcome: Approved, id: UUID, amount_cents: int, currency: str) -> None:
+    if (outcome.id, outcome.amount_cents, outcome.currency) != (id, amount_cents, currency):
+        raise OutcomeMismatch("the provider answered for another id, amount or currency")
+
+
+def _next(payment: Payment, about: Payment | Refund, cause: Cause) -> dict[str, Any]:
+    """What every fact after the first holds."""
+    return {
+        "payment_id": payment.id,
+        "version": payment.version + 1,
+        "merchant_order_id": payment.merchant_order_id,
+        "amount_cents": about.amount_cents,
+        "currency": payment.currency,
+        **_metadata(cause),
+    }
+
+
+def _metadata(cause: Cause) -> dict[str, Any]:
+    return {
+        "event_id": cause.event_id,
+        "occurred_at": cause.occurred_at,
+        "client": cause.client,
+        "request_id": cause.request_id,
+        "traceparent": cause.traceparent,
+    }
+
+
+def _derived(namespace: bytes, name: bytes) -> UUID:
+    """A version-4 UUID, as Order Service takes no other."""
+    return UUID(bytes=hashlib.sha256(namespace + name).digest()[:16], version=4)

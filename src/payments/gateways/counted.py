@@ -1,0 +1,64 @@
+"""A gateway whose every call is counted and timed."""
+
+import time
+from collections.abc import Awaitable
+from typing import TypeVar
+from uuid import UUID
+
+from loguru import logger
+
+from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge, ProviderRefund
+from payments.payment import Approved, Declined
+from payments.telemetry import Telemetry
+
+_OUTCOME_LABELS = {Approved: "approved", Declined: "declined", type(None): "not_found"}
+
+T = TypeVar("T", bound=Approved | Declined | None)
+
+
+class CountedGateway:
+    """Passes every call on. Whatever else than its two exceptions a gateway raises is a defect of
+    it, and becomes OutcomeUnknown: the provider may have been reached."""
+
+    def __init__(self, gateway: Gateway, telemetry: Telemetry) -> None:
+        self._gateway = gateway
+        self._telemetry = telemetry
+        self.name = gateway.name
+        self.safe_retry_s = gateway.safe_retry_s
+        self.late_capture_s = gateway.late_capture_s
+
+    async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined:
+        return await self._counted("charge", self._gateway.charge(charge, timeout_s))
+
+    async def find_charge(self, payment_id: UUID, timeout_s: float) -> Approved | Declined | None:
+        return await self._counted("find_charge", self._gateway.find_charge(payment_id, timeout_s))
+
+    async def refund(self, refund: ProviderRefund, timeout_s: float) -> Approved | Declined:
+        return await self._counted("refund", self._gateway.refund(refund, timeout_s))
+
+    async def find_refund(
+        self, refund: ProviderRefund, timeout_s: float
+    ) -> Approved | Declined | None:
+        return await self._counted("find_refund", self._gateway.find_refund(refund, timeout_s))
+
+    async def close(self) -> None:
+        await self._gateway.close()
+
+    async def _counted(self, operation: str, call: Awaitable[T]) -> T:
+        started = time.perf_counter()
+        outcome = "unknown"
+        try:
+            answer = await call
+            outcome = _OUTCOME_LABELS[type(answer)]
+        except NeverSent:
+            outcome = "never_sent"
+            raise
+        except OutcomeUnknown:
+            raise
+        except Exception as error:
+            logger.bind(operation=operation).exception("the gateway failed")
+            raise OutcomeUnknown("the gateway failed") from error
+        finally:
+            self._telemetry.gateway_calls[operation, outcome].inc()
+        self._telemetry.gateway_seconds[operation].observe(time.perf_counter() - started)
+        return answer

@@ -1,0 +1,311 @@
+"""The follower: reads the log in order and hands it to a projection, batch by batch.
+
+One transaction holds a batch's rows and the position behind it, so each event is applied once. The
+follower's row in `followers` is locked meanwhile, so among any number of processes one is active;
+its lock goes with its transaction, and another takes over.
+
+A stream that cannot be applied is parked, and the others go on: see `_apply_each`.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, Protocol
+from uuid import UUID
+
+import psycopg
+from loguru import logger
+
+from payments.database import cut_after
+from payments.events.store import READ_LOG, READ_STREAM_PART
+from payments.telemetry import Telemetry
+
+BATCH_MAX = 1000  # events; larger ones save nothing and keep the event loop for longer
+BATCH_TIMEOUT_S = 10.0  # a batch takes milliseconds; a frozen server is given up after this
+POLL_S = 1.0  # a NOTIFY is a hint that may be lost
+# Events that come together are applied together: the two of a charge stand for one row.
+GATHER_S = 0.01
+BUSY_GATHER_S = 0.05
+BUSY_EVENTS = 64
+RETRY_MIN_S, RETRY_MAX_S = 0.05, 2.0
+
+# Without a row another process is active.
+TAKE_POSITION = """
+SELECT position FROM followers WHERE name = %s FOR UPDATE SKIP LOCKED
+"""
+
+AWAIT_POSITION = """
+SELECT position FROM followers WHERE name = %s FOR UPDATE
+"""
+
+# To be read once the position is taken: the follower before may just have parked one.
+PARKED_IDS = """
+SELECT payment_id FROM parked_streams WHERE follower = %s
+"""
+
+MOVE_POSITION = """
+UPDATE followers SET position = %s, updated_at = clock_timestamp() WHERE name = %s
+"""
+
+PARK = """
+INSERT INTO parked_streams (follower, payment_id, position, reason) VALUES (%s, %s, %s, %s)
+    ON CONFLICT (follower, payment_id) DO UPDATE SET reason = excluded.reason
+"""
+
+LIST_PARKED = """
+SELECT payment_id, position, reason, parked_at
+  FROM parked_streams WHERE follower = %s ORDER BY position
+"""
+
+UNPARK = """
+DELETE FROM parked_streams WHERE follower = %s AND payment_id = %s
+"""
+
+
+class RecordedEvent(NamedTuple):
+    """A row of the log, its state as it was stored."""
+
+    position: int
+    payment_id: UUID
+    version: int
+    topic: str
+    state: bytes
+
+
+class Projection(Protocol):
+    """What a follower keeps up to date. Its name is that of its row in `followers`."""
+
+    name: str
+
+    async def apply(
+        self, connection: psycopg.AsyncConnection[Any], events: Sequence[RecordedEvent]
+    ) -> None:
+        """Writes what these events mean, within the follower's transaction.
+
+        The events are in order, and of each stream nothing is left out between what was applied
+        before and these. Raises for the whole batch if one of them cannot be applied.
+        """
+        ...
+
+
+class Parked(NamedTuple):
+    """A stream that is parked; `position` is its first event that was not applied."""
+
+    payment_id: UUID
+    position: int
+    reason: str
+    parked_at: Any
+
+
+class Follower:
+    """Follows the log for one projection, on a connection of its own."""
+
+    def __init__(
+        self,
+        connect: Callable[[str], Awaitable[psycopg.AsyncConnection[Any]]],
+        projection: Projection,
+        telemetry: Telemetry,
+        batch_max: int = BATCH_MAX,
+    ) -> None:
+        self._connect = connect
+        self._projection = projection
+        self._name = projection.name
+        self._telemetry = telemetry
+        self._batch_max = batch_max
+        self._opened: psycopg.AsyncConnection[Any] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._applying = self._stopping = False
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=f"follower {self._name}")
+
+    async def stop(self, timeout_s: float = 2.0) -> None:
+        """Stops after the present batch; one that takes too long has not happened."""
+        self._stopping = True
+        if self._task is not None:
+            if self._applying:
+                await asyncio.wait({self._task}, timeout=timeout_s)
+            self._task.cancel()
+            await asyncio.wait({self._task}, timeout=1)
+        await self.close()
+
+    async def close(self) -> None:
+        if self._opened is not None:
+            connection, self._opened = self._opened, None
+            await connection.close()
+
+    async def run_once(self) -> int:
+        """Applies one batch; returns by how many events the position moved.
+
+        0 if there are none, or if another process is active.
+        """
+        started = time.perf_counter()
+        connection = await self._connection()
+        with cut_after(connection, BATCH_TIMEOUT_S):
+            async with connection.transaction():
+                position = await _one(connection, TAKE_POSITION, [self._name])
+                if position is None:
+                    return 0
+                events = await _read(connection, READ_LOG, [position, self._batch_max])
+                if not events:
+                    return 0
+                await self._apply(connection, events)
+                await connection.execute(MOVE_POSITION, [events[-1].position, self._name])
+        self._telemetry.follower_applied[self._name].inc(len(events))
+        self._telemetry.follower_seconds[self._name].observe(time.perf_counter() - started)
+        return len(events)
+
+    async def parked(self) -> list[Parked]:
+        """The parked streams, oldest first."""
+        connection = await self._connection()
+        cursor = await connection.execute(LIST_PARKED, [self._name])
+        return [Parked(*row) for row in await cursor.fetchall()]
+
+    async def retry_parked(self, payment_ids: Collection[UUID] | None = None) -> list[Parked]:
+        """Applies what parked streams have missed (all, or these); returns those still parked.
+
+        Waits for its turn if another process is active.
+        """
+        for parked in await self.parked():
+            if payment_ids is None or parked.payment_id in payment_ids:
+                await self._retry(parked)
+        return [
+            parked
+            for parked in await self.parked()
+            if payment_ids is None or parked.payment_id in payment_ids
+        ]
+
+    async def _retry(self, parked: Parked) -> None:
+        connection = await self._connection()
+        with cut_after(connection, BATCH_TIMEOUT_S):
+            async with connection.transaction():
+                position = await _one(connection, AWAIT_POSITION, [self._name])
+                if parked.payment_id not in await self._parked_ids(connection):
+                    return
+                part = [parked.payment_id, parked.position, position]
+                events = await _read(connection, READ_STREAM_PART, part)
+                await connection.execute(UNPARK, [self._name, parked.payment_id])
+                await self._apply_or_park(connection, events)
+
+    async def _run(self) -> None:
+        """Follows until cancelled, whatever happens to the database."""
+        pause_s = RETRY_MIN_S
+        retried_parked = False
+        while not self._stopping:
+            try:
+                connection = await self._connection()
+                if not retried_parked:
+                    await self.retry_parked()
+                    retried_parked = True
+                await self._run_connected(connection)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                log = logger.bind(follower=self._name, reason=type(error).__name__)
+                if isinstance(error, psycopg.Error | OSError):
+                    log.warning("the follower lost its database, trying again")
+                else:
+                    log.exception("the follower failed, trying again")
+                with suppress(Exception):
+                    await self.close()
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, RETRY_MAX_S)
+            else:
+                pause_s = RETRY_MIN_S
+
+    async def _run_connected(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Applies all there is, then waits for a NOTIFY or the poll."""
+        while moved := await self._run_batch():
+            if self._stopping:
+                return
+            if moved < self._batch_max:
+                await asyncio.sleep(BUSY_GATHER_S if moved > BUSY_EVENTS else GATHER_S)
+        async for _ in connection.notifies(timeout=POLL_S, stop_after=1):
+            pass
+        await asyncio.sleep(GATHER_S)
+
+    async def _run_batch(self) -> int:
+        self._applying = True
+        try:
+            return await self.run_once()
+        finally:
+            self._applying = False
+
+    async def _connection(self) -> psycopg.AsyncConnection[Any]:
+        if self._opened is None:
+            self._opened = await self._connect(f"payments follower {self._name}")
+            await self._opened.execute("LISTEN payment_events")
+        return self._opened
+
+    async def _parked_ids(self, connection: psycopg.AsyncConnection[Any]) -> set[UUID]:
+        cursor = await connection.execute(PARKED_IDS, [self._name])
+        return {payment_id for (payment_id,) in await cursor.fetchall()}
+
+    async def _apply(
+        self, connection: psycopg.AsyncConnection[Any], events: list[RecordedEvent]
+    ) -> None:
+        if parked := await self._parked_ids(connection):
+            events = [event for event in events if event.payment_id not in parked]
+        if not events:
+            return
+        try:
+            async with connection.transaction():
+                await self._projection.apply(connection, events)
+        except Exception as error:
+            if not _is_the_events_fault(error):
+                raise
+            await self._apply_each(connection, events)
+
+    async def _apply_each(
+        self, connection: psycopg.AsyncConnection[Any], events: list[RecordedEvent]
+    ) -> None:
+        """Stream by stream, each in a savepoint: only the culprits are parked."""
+        streams: dict[UUID, list[RecordedEvent]] = {}
+        for event in events:
+            streams.setdefault(event.payment_id, []).append(event)
+        for stream in streams.values():
+            await self._apply_or_park(connection, stream)
+
+    async def _apply_or_park(
+        self, connection: psycopg.AsyncConnection[Any], stream: list[RecordedEvent]
+    ) -> None:
+        try:
+            async with connection.transaction():
+                await self._projection.apply(connection, stream)
+        except Exception as error:
+            if not _is_the_events_fault(error):
+                raise
+            first, reason = stream[0], _reason(error)
+            logger.bind(follower=self._name, payment_id=first.payment_id, reason=reason).log(
+                "ERROR", "a stream is parked: `payments parked list`"
+            )
+            await connection.execute(PARK, [self._name, first.payment_id, first.position, reason])
+
+
+async def _one(connection: psycopg.AsyncConnection[Any], query: str, params: list[Any]) -> Any:
+    cursor = await connection.execute(query.encode(), params)
+    row = await cursor.fetchone()
+    return row[0] if row else None
+
+
+async def _read(
+    connection: psycopg.AsyncConnection[Any], query: str, params: list[Any]
+) -> list[RecordedEvent]:
+    async with connection.cursor(binary=True) as cursor:
+        await cursor.execute(query.encode(), params)
+        return [RecordedEvent(*row) for row in await cursor.fetchall()]
+
+
+def _is_the_events_fault(error: Exception) -> bool:
+    """Whether it would fail again: not for a lost connection, a lock, or a full disk."""
+    if isinstance(error, psycopg.Error):
+        return error.sqlstate is not None and error.sqlstate[:2] in ("22", "23")
+    return not isinstance(error, OSError | MemoryError)
+
+
+def _reason(error: Exception) -> str:
+    """For people; without the values of a row, which the text of a database error may hold."""
+    if isinstance(error, psycopg.Error):
+        return f"{error.sqlstate}: {error.diag.message_primary}"
+    return f"{type(error).__name__}: {error}"[:500]

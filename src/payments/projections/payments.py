@@ -1,0 +1,194 @@
+"""The payments read model: what the events of a batch change in its tables.
+
+Tables payments, refunds, payment_clients and unsettled_payments; one statement each per batch.
+"""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from eventsourcing.persistence import StoredEvent
+
+from payments import unsettled
+from payments.events.arrays import integers, texts, timestamps, uuids
+from payments.events.store import LOAD_STREAMS, to_fact
+from payments.payment import Payment, Refund, evolve
+from payments.projections.follower import RecordedEvent
+from payments.settings import DEFAULT_CLIENT
+
+YIELD_EVERY = 200  # streams; in between the event loop serves requests
+
+UPSERT_PAYMENTS = """
+INSERT INTO payments (id, merchant_order_id, idempotency_key, amount_cents, currency, status,
+                      provider_txn_id, created_at, updated_at)
+SELECT id, merchant_order_id, idempotency_key, amount_cents, currency, status, provider_txn_id,
+       created_at AT TIME ZONE 'UTC', updated_at AT TIME ZONE 'UTC'
+  FROM unnest(%b::uuid[], %b::uuid[], %b::text[], %b::integer[], %b::text[], %b::text[],
+              %b::text[], %b::timestamptz[], %b::timestamptz[])
+    AS new (id, merchant_order_id, idempotency_key, amount_cents, currency, status,
+            provider_txn_id, created_at, updated_at)
+    ON CONFLICT (id) DO UPDATE
+   SET merchant_order_id = excluded.merchant_order_id,
+       idempotency_key = excluded.idempotency_key,
+       amount_cents = excluded.amount_cents,
+       currency = excluded.currency,
+       status = excluded.status,
+       provider_txn_id = excluded.provider_txn_id,
+       created_at = excluded.created_at,
+       updated_at = excluded.updated_at
+"""
+
+UPSERT_REFUNDS = """
+INSERT INTO refunds (id, payment_id, idempotency_key, amount_cents, currency, status,
+                     provider_refund_id, decline_code, created_at, updated_at)
+SELECT id, payment_id, idempotency_key, amount_cents, currency, status, provider_refund_id,
+       decline_code, created_at AT TIME ZONE 'UTC', updated_at AT TIME ZONE 'UTC'
+  FROM unnest(%b::uuid[], %b::uuid[], %b::text[], %b::integer[], %b::text[], %b::text[],
+              %b::text[], %b::text[], %b::timestamptz[], %b::timestamptz[])
+    AS new (id, payment_id, idempotency_key, amount_cents, currency, status,
+            provider_refund_id, decline_code, created_at, updated_at)
+    ON CONFLICT (id) DO UPDATE
+   SET payment_id = excluded.payment_id,
+       idempotency_key = excluded.idempotency_key,
+       amount_cents = excluded.amount_cents,
+       currency = excluded.currency,
+       status = excluded.status,
+       provider_refund_id = excluded.provider_refund_id,
+       decline_code = excluded.decline_code,
+       created_at = excluded.created_at,
+       updated_at = excluded.updated_at
+"""
+
+UPSERT_CLIENTS = """
+INSERT INTO payment_clients (payment_id, client, created_at)
+SELECT payment_id, client, created_at AT TIME ZONE 'UTC'
+  FROM unnest(%b::uuid[], %b::text[], %b::timestamptz[]) AS new (payment_id, client, created_at)
+    ON CONFLICT (payment_id) DO UPDATE
+   SET client = excluded.client, created_at = excluded.created_at
+"""
+
+
+class PaymentsProjection:
+    """`settle_after_s`: how long an open payment is left to the request that opened it."""
+
+    name = "payments"
+
+    def __init__(self, settle_after_s: float) -> None:
+        self._settle_after_s = settle_after_s
+
+    async def apply(
+        self, connection: psycopg.AsyncConnection[Any], events: Sequence[RecordedEvent]
+    ) -> None:
+        """Raises UndecodableEvent or UnexpectedEvent for the whole batch."""
+        async with connection.cursor(binary=True) as cursor:
+            earlier = await _earlier(cursor, events)
+            payments = await _fold(events, earlier)
+            await cursor.execute(UPSERT_PAYMENTS.encode(), _payment_params(payments))
+            if refunds := _changed_refunds(payments, earlier):
+                await cursor.execute(UPSERT_REFUNDS.encode(), _refund_params(refunds))
+            if of_clients := [p for p in payments if p.client != DEFAULT_CLIENT]:
+                await cursor.execute(UPSERT_CLIENTS.encode(), _client_params(of_clients))
+            await self._list_unsettled(cursor, payments, earlier)
+
+    async def _list_unsettled(
+        self,
+        cursor: psycopg.AsyncCursor[Any],
+        payments: list[Payment],
+        earlier: dict[UUID, Payment],
+    ) -> None:
+        settled, open_ids, kinds, since = [], [], [], []
+        for payment in payments:
+            if (reason := payment.unsettled) is not None:
+                open_ids.append(payment.id)
+                kinds.append(reason.kind)
+                since.append(reason.since)
+            elif payment.id in earlier:  # what began in this batch was never listed
+                settled.append(payment.id)
+        if open_ids:
+            params = (self._settle_after_s, uuids(open_ids), texts(kinds), timestamps(since))
+            await cursor.execute(unsettled.ADD.encode(), params)
+        if settled:
+            await cursor.execute(unsettled.REMOVE.encode(), [uuids(settled)])
+
+
+async def _earlier(
+    cursor: psycopg.AsyncCursor[Any], events: Sequence[RecordedEvent]
+) -> dict[UUID, Payment]:
+    """The payments that began before this batch, as they were then."""
+    first_versions: dict[UUID, int] = {}
+    for event in events:
+        first_versions.setdefault(event.payment_id, event.version)
+    continued = [stream for stream, version in first_versions.items() if version > 1]
+    if not continued:
+        return {}
+    await cursor.execute(LOAD_STREAMS.encode(), [uuids(continued)])
+    earlier: dict[UUID, Payment] = {}
+    for row in await cursor.fetchall():
+        stored = StoredEvent(*row)
+        stream = stored.originator_id
+        assert isinstance(stream, UUID)
+        if stored.originator_version < first_versions[stream]:
+            earlier[stream] = evolve(earlier.get(stream), to_fact(stored))
+    return earlier
+
+
+async def _fold(events: Sequence[RecordedEvent], earlier: dict[UUID, Payment]) -> list[Payment]:
+    """Each payment of the batch as it is after it."""
+    payments: dict[UUID, Payment] = {}
+    for number, event in enumerate(events):
+        if number % YIELD_EVERY == YIELD_EVERY - 1:
+            await asyncio.sleep(0)
+        stream = event.payment_id
+        before = payments.get(stream) or earlier.get(stream)
+        payments[stream] = evolve(before, to_fact(StoredEvent(*event[1:])))
+    return list(payments.values())
+
+
+def _changed_refunds(
+    payments: Iterable[Payment], earlier: dict[UUID, Payment]
+) -> list[tuple[Payment, Refund]]:
+    changed = []
+    for payment in payments:
+        if payment.refunds:
+            before = earlier[payment.id].refunds if payment.id in earlier else ()
+            changed += [(payment, refund) for refund in payment.refunds if refund not in before]
+    return changed
+
+
+def _payment_params(payments: list[Payment]) -> tuple[Any, ...]:
+    return (
+        uuids([payment.id for payment in payments]),
+        uuids([payment.merchant_order_id for payment in payments]),
+        texts([payment.idempotency_key for payment in payments]),
+        integers([payment.amount_cents for payment in payments]),
+        texts([payment.currency for payment in payments]),
+        texts([payment.status for payment in payments]),
+        texts([payment.provider_txn_id for payment in payments]),
+        timestamps([payment.created_at for payment in payments]),
+        timestamps([payment.updated_at for payment in payments]),
+    )
+
+
+def _refund_params(refunds: list[tuple[Payment, Refund]]) -> tuple[Any, ...]:
+    return (
+        uuids([refund.id for _, refund in refunds]),
+        uuids([payment.id for payment, _ in refunds]),
+        texts([refund.idempotency_key for _, refund in refunds]),
+        integers([refund.amount_cents for _, refund in refunds]),
+        texts([payment.currency for payment, _ in refunds]),
+        texts([refund.status for _, refund in refunds]),
+        texts([refund.provider_refund_id for _, refund in refunds]),
+        texts([refund.decline_code for _, refund in refunds]),
+        timestamps([refund.created_at for _, refund in refunds]),
+        timestamps([refund.updated_at for _, refund in refunds]),
+    )
+
+
+def _client_params(payments: list[Payment]) -> tuple[Any, ...]:
+    return (
+        uuids([payment.id for payment in payments]),
+        texts([payment.client for payment in payments]),
+        timestamps([payment.created_at for payment in payments]),
+    )

@@ -1,0 +1,65 @@
+"""How far the followers are, and what is left open at the provider: for operators."""
+
+from datetime import datetime
+from typing import NamedTuple
+from uuid import UUID
+
+from payments.database import Database
+
+FOLLOWERS = """
+SELECT f.name,
+       f.position,
+       coalesce((SELECT max(notification_id) FROM payment_events), 0) - f.position,
+       (SELECT count(*) FROM parked_streams p WHERE p.follower = f.name)
+  FROM followers f ORDER BY f.name
+"""
+
+PARKED_STREAMS = """
+SELECT follower, payment_id, "position", reason, parked_at
+  FROM parked_streams ORDER BY parked_at, "position"
+"""
+
+UNSETTLED = """
+SELECT kind, count(*), extract(epoch FROM clock_timestamp() - min(since))::float8
+  FROM unsettled_payments GROUP BY kind
+"""
+
+
+class FollowerState(NamedTuple):
+    """`lag_events` is how many events its read model does not show yet."""
+
+    name: str
+    position: int
+    lag_events: int
+    parked_streams: int
+
+
+class ParkedStream(NamedTuple):
+    """A stream that a follower goes on without; `position` is its first event that is missing."""
+
+    follower: str
+    payment_id: UUID
+    position: int
+    reason: str
+    parked_at: datetime
+
+
+class UnsettledPayments(NamedTuple):
+    """How many payments are open for one kind of reason, and for how long the oldest."""
+
+    kind: str
+    payments: int
+    oldest_age_s: float
+
+
+async def follower_states(database: Database) -> list[FollowerState]:
+    return [FollowerState(*row) for row in await database.fetch(FOLLOWERS)]
+
+
+async def parked_streams(database: Database) -> list[ParkedStream]:
+    """All of them, the one that was parked first at the top."""
+    return [ParkedStream(*row) for row in await database.fetch(PARKED_STREAMS)]
+
+
+async def unsettled_payments(database: Database) -> list[UnsettledPayments]:
+    return [UnsettledPayments(*row) for row in await database.fetch(UNSETTLED)]

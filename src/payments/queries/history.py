@@ -1,0 +1,60 @@
+"""Reading what happened to one payment: its events, just as they are stored."""
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import msgspec
+from eventsourcing.persistence import StoredEvent
+
+from payments.database import Database
+from payments.events.facts import PaymentInitiated, UndecodableEvent
+from payments.events.store import to_fact
+from payments.queries.payments import not_found
+
+# A whole stream, oldest first; `data` is the stored text itself, NULL where that is not JSON.
+HISTORY = """
+SELECT "position", version, type, recorded_at, data::text
+  FROM payment_event_log WHERE payment_id = %s ORDER BY version
+"""
+
+
+class PaymentEvent(msgspec.Struct, frozen=True):
+    """One event; `position` is its place in the whole log, `version` that in its payment."""
+
+    position: int
+    version: int
+    type: str
+    recorded_at: datetime
+    data: msgspec.Raw | None
+
+
+class PaymentHistory(msgspec.Struct, frozen=True):
+    events: list[PaymentEvent]
+
+
+async def get_history(database: Database, payment_id: UUID, client: str | None) -> PaymentHistory:
+    """The payment's events as of now, also if this version cannot make a payment of them.
+
+    `client` restricts the answer to that API client's payments; None reads all. Raises
+    PaymentNotFound or DatabaseUnavailable.
+    """
+    rows = await database.fetch(HISTORY, [payment_id])
+    if not rows or (client is not None and client != _client(payment_id, rows[0])):
+        raise await not_found(database, payment_id, client)
+    return PaymentHistory(
+        [
+            PaymentEvent(*columns, None if data is None else msgspec.Raw(data.encode()))
+            for *columns, data in rows
+        ]
+    )
+
+
+def _client(payment_id: UUID, first: tuple[Any, ...]) -> str | None:
+    """Whose payment the first event says it is; None if that cannot be read."""
+    _, version, topic, _, data = first
+    try:
+        fact = to_fact(StoredEvent(payment_id, version, topic, (data or "").encode()))
+    except UndecodableEvent:
+        return None
+    return fact.client if isinstance(fact, PaymentInitiated) and version == 1 else None

@@ -1,0 +1,69 @@
+"""The table of payments that the provider must be asked about again, and all of its SQL.
+
+The projector adds and removes rows in the transaction of its position; settling claims rows that
+are due. `attempts` guards a claim: whoever finds another number than it claimed with came too late.
+"""
+
+from typing import NamedTuple
+from uuid import UUID
+
+from payments.database import Database
+
+# One row per payment. A new reason to ask makes it due soon, however patient it had become.
+ADD = """
+INSERT INTO unsettled_payments AS u (payment_id, kind, since, due_at)
+SELECT payment_id, kind, since, clock_timestamp() + make_interval(secs => %b)
+  FROM unnest(%b::uuid[], %b::text[], %b::timestamptz[]) AS new (payment_id, kind, since)
+    ON CONFLICT (payment_id) DO UPDATE
+   SET kind = excluded.kind, since = excluded.since,
+       due_at = least(u.due_at, excluded.due_at), attempts = 0
+"""
+
+REMOVE = """
+DELETE FROM unsettled_payments WHERE payment_id = ANY(%b::uuid[])
+"""
+
+# What is due, oldest first; nobody else gets it until the lease is over.
+CLAIM = """
+UPDATE unsettled_payments u
+   SET attempts = u.attempts + 1, due_at = clock_timestamp() + make_interval(secs => %(lease_s)s)
+  FROM (SELECT payment_id FROM unsettled_payments
+         WHERE due_at <= clock_timestamp()
+         ORDER BY due_at LIMIT %(limit)s
+           FOR UPDATE SKIP LOCKED) AS due
+ WHERE u.payment_id = due.payment_id
+RETURNING u.payment_id, u.attempts
+"""
+
+POSTPONE = """
+UPDATE unsettled_payments
+   SET due_at = clock_timestamp() + make_interval(secs => %(pause_s)s)
+ WHERE payment_id = %(payment_id)s AND attempts = %(attempts)s
+RETURNING payment_id
+"""
+
+FORGET = """
+DELETE FROM unsettled_payments WHERE payment_id = %(payment_id)s AND attempts = %(attempts)s
+RETURNING payment_id
+"""
+
+
+class Claim(NamedTuple):
+    """A payment that this process may ask about, for the `attempts`th time."""
+
+    payment_id: UUID
+    attempts: int
+
+
+async def claim(database: Database, limit: int, lease_s: float) -> list[Claim]:
+    rows = await database.fetch(CLAIM, {"limit": limit, "lease_s": lease_s})
+    return [Claim(*row) for row in rows]
+
+
+async def postpone(database: Database, claimed: Claim, pause_s: float) -> None:
+    await database.fetch(POSTPONE, {**claimed._asdict(), "pause_s": pause_s})
+
+
+async def forget(database: Database, claimed: Claim) -> None:
+    """Nothing is left to ask about it, and the projector will not say so: it is long past."""
+    await database.fetch(FORGET, claimed._asdict())

@@ -1,0 +1,124 @@
+"""POST /v1/charge."""
+
+from enum import StrEnum
+from typing import Annotated
+from uuid import UUID
+
+import msgspec
+from litestar import Response, post
+from litestar.enums import MediaType
+
+from payments import money
+from payments.commands.charge import Charged, ChargePayment
+from payments.deciding import ChargeRequest
+from payments.errors import InvalidIdempotencyKey
+from payments.payment import Status
+from web.bodies import read_body
+from web.requests import (
+    UUID_PATTERN,
+    Anyone,
+    check_sent_json,
+    client_of,
+    headers_of,
+    idempotency_key,
+    request_id,
+    service_of,
+    traceparent,
+)
+
+Currency = StrEnum("Currency", [(code, code) for code in sorted(money.DECIMALS)])  # type: ignore[misc]
+
+
+class ChargeBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What POST /v1/charge takes. The descriptions are also the texts of the field errors."""
+
+    # In the patterns `$` alone would let a final line feed pass; the length or `(?!\n)` does not.
+    merchant_order_id: Annotated[
+        str,
+        msgspec.Meta(
+            pattern=UUID_PATTERN,
+            max_length=36,
+            description="the order's UUID, like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
+        ),
+    ]
+    amount_cents: Annotated[
+        int,
+        msgspec.Meta(
+            ge=money.MIN_AMOUNT_CENTS,
+            le=money.MAX_AMOUNT_CENTS,
+            description=f"a whole number from {money.MIN_AMOUNT_CENTS} to "
+            f"{money.MAX_AMOUNT_CENTS}: the amount in the currency's smallest unit",
+        ),
+    ]
+    currency: Annotated[
+        Currency, msgspec.Meta(description="an ISO 4217 code in upper case, like INR")
+    ] = Currency(money.DEFAULT_CURRENCY)
+    payment_method: Annotated[
+        Annotated[str, msgspec.Meta(pattern=r"^[!-~]{1,255}(?!\n)$")] | None,
+        msgspec.Meta(
+            description="the provider's token: 1 to 255 printable ASCII characters without spaces"
+        ),
+    ] = None
+
+
+class ChargeAnswer(msgspec.Struct, frozen=True):
+    """What POST /v1/charge answers: the payment with its first outcome."""
+
+    id: UUID
+    merchant_order_id: UUID
+    provider_txn_id: str | None
+    status: Status
+    amount_cents: int
+    currency: str
+
+
+@post("/charge", status_code=201, media_type=MediaType.JSON)
+async def charge(request: Anyone) -> Response[bytes]:
+    """Charge a payment, exactly once per Idempotency-Key."""
+    headers = headers_of(request)
+    client = client_of(request)
+    check_sent_json(headers)
+    key = idempotency_key(headers)
+    if key is None:
+        raise InvalidIdempotencyKey(
+            "Send an Idempotency-Key header: one value per charge, the same one when you retry it."
+        )
+    body = read_body(await request.body(), ChargeBody)
+    charged = await service_of(request).charging.charge(
+        ChargePayment(
+            ChargeRequest(
+                key,
+                UUID(body.merchant_order_id),
+                body.amount_cents,
+                body.currency.value,
+                client,
+                body.payment_method,
+            ),
+            request_id(request),
+            traceparent(headers),
+        )
+    )
+    return _answer(charged)
+
+
+def _answer(charged: Charged) -> Response[bytes]:
+    payment = charged.payment
+    answer = ChargeAnswer(
+        payment.id,
+        payment.merchant_order_id,
+        payment.provider_txn_id,
+        # Not its status: a replay after a refund has the same body as the first answer.
+        payment.outcome,
+        payment.amount_cents,
+        payment.currency,
+    )
+    headers = {"Location": f"/v1/payments/{payment.id}"}
+    pending = answer.status is Status.PENDING
+    if charged.replayed and not pending:
+        headers["Idempotent-Replayed"] = "true"
+    return Response(
+        msgspec.json.encode(answer),
+        status_code=202 if pending else 201,
+        headers=headers,
+        media_type=MediaType.JSON,
+    )

@@ -1,0 +1,117 @@
+"""The query parameters of GET /v1/payments: strict, and with every one's error at once."""
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+from urllib.parse import unquote_plus
+from uuid import UUID
+
+from payments.errors import FieldError, InvalidRequest
+from payments.money import DECIMALS
+from payments.payment import Status
+from payments.queries.payments import LIMIT_DEFAULT, LIMIT_MAX, PaymentFilter, read_cursor
+from web.bodies import ERRORS_MAX
+from web.requests import UUID_PATTERN
+
+_TIME = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?"
+    r"([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+
+
+class ListQuery(NamedTuple):
+    filter: PaymentFilter
+    limit: int
+    cursor: str | None
+
+
+def read_list_query(query_string: bytes) -> ListQuery:
+    """InvalidRequest names every parameter that is wrong and how to mend it."""
+    found: dict[str, Any] = {}
+    errors: list[FieldError] = []
+    for name, values in _parameters(query_string).items():
+        if name not in _READERS:
+            errors.append(FieldError(name[:64], "is not a parameter of this request; leave it out"))
+        elif len(values) > 1:
+            errors.append(FieldError(name, f"was sent {len(values)} times; send it once"))
+        else:
+            read, description = _READERS[name]
+            try:
+                found[name] = read(values[0])
+            except (ValueError, OverflowError):
+                errors.append(FieldError(name, f"must be {description}{_hint(name, values[0])}"))
+    if not errors and found.get("created_until", _LAST) < found.get("created_from", _FIRST):
+        errors.append(FieldError("created_until", "must not be before created_from"))
+    if errors:
+        raise InvalidRequest(
+            "Mend the query parameters listed in errors.", tuple(errors[:ERRORS_MAX])
+        )
+    limit, cursor = found.pop("limit", LIMIT_DEFAULT), found.pop("cursor", None)
+    return ListQuery(PaymentFilter(**found), limit, cursor)
+
+
+def _parameters(query_string: bytes) -> dict[str, list[str]]:
+    """Names and values as a form sends them: percent-encoded UTF-8, + for a space.
+
+    What is not UTF-8 becomes replacement characters, which no parameter takes.
+    """
+    parameters: dict[str, list[str]] = {}
+    for part in query_string.decode("utf-8", "replace").split("&"):
+        if part:
+            name, _, value = part.partition("=")
+            parameters.setdefault(unquote_plus(name), []).append(unquote_plus(value))
+    return parameters
+
+
+def _uuid(text: str) -> UUID:
+    if not re.fullmatch(UUID_PATTERN[1:-1], text):
+        raise ValueError(text)
+    return UUID(text)
+
+
+def _currency(text: str) -> str:
+    if text not in DECIMALS:
+        raise ValueError(text)
+    return text
+
+
+def _time(text: str) -> datetime:
+    if not _TIME.fullmatch(text):
+        raise ValueError(text)
+    return datetime.fromisoformat(text.upper()).astimezone(UTC)
+
+
+def _limit(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= LIMIT_MAX:
+        raise ValueError(text)
+    return int(text)
+
+
+def _cursor(text: str) -> str:
+    try:
+        read_cursor(text)
+    except InvalidRequest as error:
+        raise ValueError(text) from error
+    return text
+
+
+def _hint(name: str, value: str) -> str:
+    """The usual mistake: a + that stands for itself must be written as %2B in a query."""
+    with_plus = value.replace(" ", "+")
+    lost = name in ("created_from", "created_until") and " " in value and _TIME.fullmatch(with_plus)
+    return ". A + in a query stands for a space: write it as %2B, or use Z" if lost else ""
+
+
+_FIRST = datetime.min.replace(tzinfo=UTC)
+_LAST = datetime.max.replace(tzinfo=UTC)
+_TIME_TEXT = "a time with its offset from UTC (RFC 3339), like 2026-01-31T18:30:00Z"
+_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "merchant_order_id": (_uuid, "the order's UUID, like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9"),
+    "status": (Status, f"one of {', '.join(Status)}"),
+    "currency": (_currency, "an ISO 4217 code in upper case, like INR"),
+    "created_from": (_time, _TIME_TEXT),
+    "created_until": (_time, _TIME_TEXT),
+    "limit": (_limit, f"a whole number from 1 to {LIMIT_MAX}"),
+    "cursor": (_cursor, "the next_cursor of an earlier answer, unchanged"),
+}

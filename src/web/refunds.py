@@ -1,0 +1,112 @@
+"""POST /v1/refund."""
+
+from typing import Annotated
+from uuid import UUID
+
+import msgspec
+from litestar import Response, post
+from litestar.enums import MediaType
+
+from payments import money
+from payments.commands.refund import Refunded, RefundPayment
+from payments.deciding import RefundRequest
+from payments.errors import InvalidIdempotencyKey, PaymentNotFound
+from payments.payment import Status
+from payments.queries.payments import not_found
+from web.auth import may_read
+from web.bodies import read_body
+from web.requests import (
+    UUID_PATTERN,
+    Anyone,
+    check_sent_json,
+    client_of,
+    headers_of,
+    idempotency_key,
+    request_id,
+    service_of,
+    traceparent,
+)
+
+
+class RefundBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What POST /v1/refund takes. The descriptions are also the texts of the field errors."""
+
+    payment_id: Annotated[
+        str,
+        msgspec.Meta(
+            pattern=UUID_PATTERN,
+            max_length=36,
+            description="the payment's UUID, like 058c9593-e150-402f-ab5b-37dd4c9816f0",
+        ),
+    ]
+    # Not null: a client that failed to work out an amount must not give back everything.
+    amount_cents: Annotated[
+        Annotated[int, msgspec.Meta(ge=money.MIN_AMOUNT_CENTS, le=money.MAX_AMOUNT_CENTS)]
+        | msgspec.UnsetType,
+        msgspec.Meta(
+            description=f"a whole number from {money.MIN_AMOUNT_CENTS} to "
+            f"{money.MAX_AMOUNT_CENTS}, or left out to refund all that is left"
+        ),
+    ] = msgspec.UNSET
+
+
+class RefundAnswer(msgspec.Struct, frozen=True):
+    """What POST /v1/refund answers.
+
+    `id` and `status` are the payment's and `amount_cents` is the refund's. `refunded_cents` is what
+    was given back of the payment in total. Once the refund is finished all is as of that moment.
+    """
+
+    id: UUID
+    status: Status
+    refund_id: UUID
+    amount_cents: int
+    refunded_cents: int
+
+
+@post("/refund", status_code=201, media_type=MediaType.JSON)
+async def refund(request: Anyone) -> Response[bytes]:
+    """Give a captured payment back, or a part of it."""
+    headers = headers_of(request)
+    client = client_of(request)
+    check_sent_json(headers)
+    key = idempotency_key(headers)
+    body = read_body(await request.body(), RefundBody)
+    amount_cents = None if body.amount_cents is msgspec.UNSET else body.amount_cents
+    if amount_cents is not None and key is None:
+        raise InvalidIdempotencyKey(
+            "Send an Idempotency-Key header with amount_cents: without one, a partial refund that "
+            "is retried would be made twice."
+        )
+    service = service_of(request)
+    wanted = RefundRequest(UUID(body.payment_id), amount_cents, key, client)
+    reach = may_read(client)
+    try:
+        refunded = await service.refunding.refund(
+            RefundPayment(wanted, reach, request_id(request), traceparent(headers))
+        )
+    except PaymentNotFound:
+        raise await not_found(service.database, wanted.payment_id, reach) from None
+    return _answer(refunded)
+
+
+def _answer(refunded: Refunded) -> Response[bytes]:
+    payment, made = refunded.payment, refunded.refund
+    pending = made.status is Status.PENDING
+    if pending:
+        status, refunded_cents = payment.status, payment.refunded_cents
+    else:
+        # As of this refund, whatever was refunded since: a replay has the same body.
+        refunded_cents = made.refunded_cents
+        whole = refunded_cents == payment.amount_cents
+        status = Status.REFUNDED if whole else Status.SUCCESS
+    answer = RefundAnswer(payment.id, status, made.id, made.amount_cents, refunded_cents)
+    headers = {"Location": f"/v1/payments/{payment.id}"}
+    if refunded.replayed and not pending:
+        headers["Idempotent-Replayed"] = "true"
+    return Response(
+        msgspec.json.encode(answer),
+        status_code=202 if pending else 201,
+        headers=headers,
+        media_type=MediaType.JSON,
+    )

@@ -1,0 +1,73 @@
+"""What the endpoints under /v1 read from a request's headers and path."""
+
+import re
+from typing import Any, cast
+from uuid import UUID
+
+from litestar import Request
+from litestar.datastructures import State
+
+from payments.errors import FieldError, InvalidIdempotencyKey, InvalidRequest
+from payments.service import Service
+from web.auth import authenticate
+from web.bodies import check_json
+
+Anyone = Request[Any, Any, State]
+Headers = list[tuple[bytes, bytes]]
+
+UUID_PATTERN = "^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
+KEY_MAX = 255
+_KEY = re.compile(rb"[\x21-\x7e](?:[\x20-\x7e]{0,253}[\x21-\x7e])?")
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def service_of(request: Anyone) -> Service:
+    return cast(Service, request.app.state.service)
+
+
+def headers_of(request: Anyone) -> Headers:
+    return cast(Headers, request.scope["headers"])
+
+
+def client_of(request: Anyone) -> str:
+    """The API client that sent the request; raises Unauthorized."""
+    return authenticate(headers_of(request), service_of(request).settings.payments_api_keys)
+
+
+def check_sent_json(headers: Headers) -> None:
+    """Raises UnsupportedMediaType."""
+    check_json([value for name, value in headers if name == b"content-type"])
+
+
+def idempotency_key(headers: Headers) -> str | None:
+    """The key, None if none was sent; raises InvalidIdempotencyKey."""
+    sent = [value for name, value in headers if name == b"idempotency-key"]
+    if not sent:
+        return None
+    if len(sent) > 1:
+        raise InvalidIdempotencyKey("Send the Idempotency-Key header once.")
+    if not _KEY.fullmatch(sent[0]):
+        raise InvalidIdempotencyKey(
+            f"The Idempotency-Key must be 1 to {KEY_MAX} printable ASCII characters."
+        )
+    return sent[0].decode("ascii")
+
+
+def traceparent(headers: Headers) -> str | None:
+    """The W3C trace context that the request belongs to, if it is well-formed."""
+    for name, value in headers:
+        if name == b"traceparent" and _TRACEPARENT.fullmatch(value):
+            return value.decode("ascii")
+    return None
+
+
+def request_id(request: Anyone) -> str:
+    return cast(str, request.scope["state"]["request_id"])
+
+
+def uuid_in_path(text: str, field: str) -> UUID:
+    """The one spelling with dashes; raises InvalidRequest for all others."""
+    if not re.fullmatch(UUID_PATTERN[1:-1], text):
+        error = FieldError(field, "must be a UUID like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9")
+        raise InvalidRequest(f"The {field} in the path is not a UUID.", (error,))
+    return UUID(text)

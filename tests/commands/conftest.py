@@ -1,0 +1,29 @@
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+
+from payments.database import DatabaseAddress
+from payments.gateways import Gateway
+from payments.service import Service
+from payments.settings import Settings
+
+Make = Callable[..., Awaitable[Service]]
+
+
+@pytest.fixture
+async def make(address: DatabaseAddress) -> AsyncIterator[Make]:
+    """Starts services on one database; several of them stand for several processes.
+
+    They follow and settle only if told to: `work=True`.
+    """
+    async with AsyncExitStack() as stack:
+
+        async def start(gateway: Gateway, *, work: bool = False, **changed: Any) -> Service:
+            service = Service(Settings(database_pool_max=1, **changed), address, gateway=gateway)
+            await service.start(work=work)
+            stack.push_async_callback(service.stop, 2)
+            return service
+
+        yield start

@@ -1,0 +1,327 @@
+"""The situations of a refund: what is answered, what is stored, what the provider was asked."""
+
+import asyncio
+import time
+import uuid
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import psycopg
+import pytest
+
+from payments.commands.refund import Refunded, RefundPayment
+from payments.deciding import RefundRequest, payment_id_for
+from payments.errors import (
+    DatabaseUnavailable,
+    IdempotencyKeyReused,
+    PaymentAlreadyRefunded,
+    PaymentNotFound,
+    PaymentNotRefundable,
+    RefundDeclined,
+    RefundExceedsCapture,
+    TooBusy,
+)
+from payments.payment import Status
+from payments.service import Service
+from tests.commands.conftest import Make
+from tests.doubles.gateway import (
+    ScriptedGateway,
+    after,
+    answer_lost,
+    approve,
+    decline,
+    never_sent,
+    no_answer,
+)
+from tests.support import charge_of, until
+
+pytestmark = pytest.mark.anyio
+
+PAYMENT = payment_id_for("k")
+FAST: dict[str, Any] = {"charge_deadline_s": 0.4, "gateway_timeout_s": 0.2}
+
+
+def refund_of(
+    amount_cents: int | None = None,
+    key: str | None = None,
+    *,
+    client: str = "default",
+    may_read: str | None = None,
+    payment_id: uuid.UUID = PAYMENT,
+) -> RefundPayment:
+    return RefundPayment(RefundRequest(payment_id, amount_cents, key, client), may_read, "test")
+
+
+async def charged(make: Make, *script: Any, amount_cents: int = 1000, **changed: Any) -> Service:
+    """A service whose payment `k` is captured; `script` is for its refunds."""
+    service = await make(ScriptedGateway(refund_script=script), **changed)
+    await service.charging.charge(charge_of("k", amount_cents))
+    return service
+
+
+def gateway_of(service: Service) -> ScriptedGateway:
+    gateway = service.gateway._gateway
+    assert isinstance(gateway, ScriptedGateway)
+    return gateway
+
+
+def topics(connection: psycopg.Connection[Any]) -> list[str]:
+    rows = connection.execute(
+        "SELECT topic FROM payment_events WHERE originator_id = %s ORDER BY originator_version",
+        [PAYMENT],
+    ).fetchall()
+    return [topic for (topic,) in rows]
+
+
+def summary(refunded: Refunded) -> tuple[Status, int, int, Status, bool]:
+    """Refund status and amount, given back in all, payment status, replayed."""
+    payment, refund = refunded.payment, refunded.refund
+    return (
+        refund.status,
+        refund.amount_cents,
+        payment.refunded_cents,
+        payment.status,
+        refunded.replayed,
+    )
+
+
+async def test_the_whole_amount(make: Make, connection: psycopg.Connection[Any]) -> None:
+    service = await charged(make)
+    refunded = await service.refunding.refund(refund_of())
+    assert summary(refunded) == (Status.SUCCESS, 1000, 1000, Status.REFUNDED, False)
+    (asked,) = gateway_of(service).refunds
+    assert asked.payment_id == PAYMENT
+    assert asked.provider_txn_id == f"txn-{PAYMENT}"
+    assert (asked.amount_cents, asked.currency) == (1000, "INR")
+    assert topics(connection)[2:] == ["RefundInitiated", "PaymentRefunded"]
+
+
+async def test_the_amount_is_reserved_before_the_provider_is_asked(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    stored_when_asked: list[str] = []
+
+    def look(gateway: ScriptedGateway, refund: Any) -> Any:
+        stored_when_asked.extend(topics(connection))
+        return approve(gateway, refund)
+
+    service = await charged(make, look)
+    await service.refunding.refund(refund_of())
+    assert stored_when_asked[2:] == ["RefundInitiated"]
+
+
+async def test_parts_add_up(make: Make) -> None:
+    service = await charged(make)
+    first = await service.refunding.refund(refund_of(300, "a"))
+    assert summary(first) == (Status.SUCCESS, 300, 300, Status.SUCCESS, False)
+    with pytest.raises(RefundExceedsCapture, match="at most 700"):
+        await service.refunding.refund(refund_of(701, "b"))
+    rest = await service.refunding.refund(refund_of())
+    assert summary(rest) == (Status.SUCCESS, 700, 1000, Status.REFUNDED, False)
+    with pytest.raises(PaymentAlreadyRefunded):
+        await service.refunding.refund(refund_of())
+    assert len(gateway_of(service).given_back) == 2
+
+
+async def test_a_key_means_one_refund(make: Make) -> None:
+    service = await charged(make)
+    first = await service.refunding.refund(refund_of(300, "a"))
+    again = await service.refunding.refund(refund_of(300, "a"))
+    assert again.refund == first.refund
+    assert again.replayed
+    with pytest.raises(IdempotencyKeyReused) as reused:
+        await service.refunding.refund(refund_of(301, "a"))
+    assert [error.field for error in reused.value.errors] == ["amount_cents"]
+    assert len(gateway_of(service).given_back) == 1
+
+
+async def test_a_replay_tells_the_first_outcome_also_after_later_refunds(make: Make) -> None:
+    service = await charged(make)
+    first = await service.refunding.refund(refund_of(300, "a"))
+    await service.refunding.refund(refund_of())
+    again = await service.refunding.refund(refund_of(300, "a"))
+    assert again.refund.refunded_cents == first.refund.refunded_cents == 300
+
+
+@pytest.mark.parametrize("key", [None, "a"])
+async def test_what_was_not_captured_cannot_be_refunded(make: Make, key: str | None) -> None:
+    service = await make(ScriptedGateway(decline, no_answer), **FAST)
+    await service.charging.charge(charge_of("k"))
+    await service.charging.charge(charge_of("open"))
+    for payment_id in (PAYMENT, payment_id_for("open")):
+        with pytest.raises(PaymentNotRefundable):
+            await service.refunding.refund(refund_of(key=key, payment_id=payment_id))
+    assert gateway_of(service).refunds == []
+
+
+async def test_unknown_and_foreign_payments(make: Make) -> None:
+    service = await charged(make)
+    with pytest.raises(PaymentNotFound):
+        await service.refunding.refund(refund_of(payment_id=uuid.uuid4()))
+    with pytest.raises(PaymentNotFound):
+        await service.refunding.refund(refund_of(client="other", may_read="other"))
+    refunded = await service.refunding.refund(refund_of(client="staff", may_read=None))
+    assert refunded.refund.client == "staff"
+
+
+async def test_a_payment_of_another_provider(make: Make) -> None:
+    await charged(make)
+    other = ScriptedGateway()
+    other.name = "other"
+    with pytest.raises(PaymentNotRefundable, match="scripted"):
+        await (await make(other)).refunding.refund(refund_of())
+    assert other.refunds == []
+
+
+async def test_a_refusal_of_the_provider_is_an_error_and_frees_the_amount(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await charged(make, decline)
+    for _ in range(2):  # the second time it is replayed
+        with pytest.raises(RefundDeclined, match="refund_refused"):
+            await service.refunding.refund(refund_of(1000, "a"))
+    assert topics(connection)[2:] == ["RefundInitiated", "RefundFailed"]
+    assert len(gateway_of(service).refunds) == 1
+    refunded = await service.refunding.refund(refund_of(1000, "b"))
+    assert refunded.payment.status is Status.REFUNDED
+
+
+@pytest.mark.parametrize("step", [no_answer, answer_lost, never_sent], ids=lambda s: s.__name__)
+async def test_an_unknown_outcome_is_pending_and_stays_reserved(make: Make, step: Any) -> None:
+    """Also if the provider was surely not reached: the refund goes on by itself."""
+    service = await charged(make, step)
+    pending = await service.refunding.refund(refund_of(600, "a"))
+    assert summary(pending) == (Status.PENDING, 600, 0, Status.SUCCESS, False)
+    with pytest.raises(RefundExceedsCapture, match="600 are under way: at most 400"):
+        await service.refunding.refund(refund_of(500, "b"))
+
+
+@pytest.mark.parametrize("step", [no_answer, answer_lost, never_sent], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("key", [None, "a"])
+async def test_a_retry_after_its_run_finds_out(make: Make, step: Any, key: str | None) -> None:
+    service = await charged(make, step, **FAST)
+    assert (await service.refunding.refund(refund_of(key=key))).refund.status is Status.PENDING
+    await asyncio.sleep(FAST["charge_deadline_s"])
+    again = await service.refunding.refund(refund_of(key=key))
+    assert summary(again) == (Status.SUCCESS, 1000, 1000, Status.REFUNDED, True)
+    gateway = gateway_of(service)
+    assert len(gateway.refund_questions) == 1
+    assert len(gateway.given_back) == 1
+
+
+async def test_a_retry_that_is_too_late_to_send_again_only_asks(make: Make) -> None:
+    service = await charged(make, no_answer, **FAST)
+    gateway_of(service).safe_retry_s = service.gateway.safe_retry_s = 0.1
+    await service.refunding.refund(refund_of(300, "a"))
+    await asyncio.sleep(FAST["charge_deadline_s"])
+    again = await service.refunding.refund(refund_of(300, "a"))
+    assert summary(again) == (Status.PENDING, 300, 0, Status.SUCCESS, True)
+    assert len(gateway_of(service).refunds) == 1
+
+
+async def test_a_slow_provider_is_answered_pending_and_recorded_late(make: Make) -> None:
+    answered = asyncio.Event()
+    service = await charged(make, after(answered), **FAST)
+    pending = await service.refunding.refund(refund_of(300, "a"))
+    assert pending.refund.status is Status.PENDING
+    answered.set()
+    await service.runs.drain(2)
+    again = await service.refunding.refund(refund_of(300, "a"))
+    assert summary(again) == (Status.SUCCESS, 300, 300, Status.SUCCESS, True)
+    assert len(gateway_of(service).refunds) == 1
+
+
+@pytest.mark.parametrize("changed", [{"amount_cents": 1}, {"currency": "USD"}, {"id": PAYMENT}])
+async def test_an_answer_about_something_else_is_never_success(
+    make: Make, connection: psycopg.Connection[Any], changed: dict[str, Any]
+) -> None:
+    def mutate(gateway: ScriptedGateway, refund: Any) -> Any:
+        return msgspec.structs.replace(approve(gateway, refund), **changed)
+
+    service = await charged(make, mutate)
+    assert (await service.refunding.refund(refund_of())).refund.status is Status.PENDING
+    assert topics(connection)[2:] == ["RefundInitiated"]
+    assert service.telemetry.gateway_calls["refund", "mismatch"]._value.get() == 1
+
+
+async def test_eight_parallel_refunds_of_300_on_1000(make: Make) -> None:
+    """Three go through; the conflicts of the others are decided again inside."""
+    service = await charged(make)
+    results = await asyncio.gather(
+        *(service.refunding.refund(refund_of(300, f"r{n}")) for n in range(8)),
+        return_exceptions=True,
+    )
+    assert sum(isinstance(result, Refunded) for result in results) == 3
+    assert sum(isinstance(result, RefundExceedsCapture) for result in results) == 5
+    assert len(gateway_of(service).given_back) == 3
+
+
+@pytest.mark.parametrize("key", [None, "a"])
+async def test_parallel_repetitions_are_one_refund(make: Make, key: str | None) -> None:
+    """In one process and in another: all get the same answer."""
+    first, second = await charged(make), await make(ScriptedGateway())
+    go_on = asyncio.Event()
+    gateway_of(first).refund_script = [after(go_on)]
+    tasks = [
+        asyncio.create_task(service.refunding.refund(refund_of(key=key)))
+        for service in (first, first, second, second)
+    ]
+    await until(lambda: gateway_of(first).refunds or gateway_of(second).refunds)
+    await asyncio.sleep(0.1)
+    go_on.set()
+    answers = await asyncio.gather(*tasks)
+    assert len({answer.refund.id for answer in answers}) == 1
+    assert {answer.refund.status for answer in answers} == {Status.SUCCESS}
+    given_back = gateway_of(first).given_back + gateway_of(second).given_back
+    assert len(given_back) == 1
+
+
+async def test_a_client_that_goes_away_cancels_nothing(make: Make) -> None:
+    go_on = asyncio.Event()
+    service = await charged(make, after(go_on))
+    request = asyncio.create_task(service.refunding.refund(refund_of(300, "a")))
+    await until(lambda: gateway_of(service).refunds)
+    request.cancel()
+    go_on.set()
+    await service.runs.drain(2)
+    assert (await service.refunding.refund(refund_of(300, "a"))).refund.status is Status.SUCCESS
+
+
+async def test_too_many_intents_are_refused_before_anything(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await charged(make)
+    service.appender._intent_queue_max = 0
+    with pytest.raises(TooBusy):
+        await service.refunding.refund(refund_of())
+    assert len(topics(connection)) == 2
+    assert gateway_of(service).refunds == []
+
+
+async def test_no_database_is_503_within_the_bound(make: Make) -> None:
+    service = await charged(make)
+    await service.database.close()
+    started = time.monotonic()
+    with pytest.raises(DatabaseUnavailable):
+        await service.refunding.refund(refund_of())
+    assert time.monotonic() - started < 3
+    assert gateway_of(service).refunds == []
+
+
+async def test_outcomes_are_counted(make: Make) -> None:
+    service = await charged(make, decline, approve, no_answer)
+    for request in (refund_of(1, "a"), refund_of(2, "b"), refund_of(2, "b"), refund_of(3, "c")):
+        with suppress(RefundDeclined):
+            await service.refunding.refund(request)
+    with pytest.raises(RefundExceedsCapture):
+        await service.refunding.refund(refund_of(5000, "d"))
+    counted = {name: child._value.get() for name, child in service.telemetry.refunds.items()}
+    assert counted == {
+        "success": 1,
+        "failed": 1,
+        "pending": 1,
+        "replayed": 1,
+        "refused": 1,
+        "unavailable": 0,
+    }
