@@ -20,6 +20,7 @@ from payments.telemetry import set_up_logs
 
 RATIOS = (
     ("charge", "floor_post"),
+    ("get", "floor_get"),
     ("charge", "pg_commit"),
     ("charge", "library"),
 )

@@ -1,4 +1,5 @@
-"""A load of charges with unique keys on keep-alive connections: by wrk if on PATH, else our own."""
+"""A load on keep-alive connections, by wrk if on PATH, else our own: charges with unique keys, or
+reads of given paths."""
 
 import asyncio
 import re
@@ -8,6 +9,7 @@ import subprocess
 import tempfile
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Self
 
 import msgspec
@@ -19,7 +21,7 @@ BODY = (
 )
 
 # wrk calls these; the key is unique by the run's prefix and a counter.
-_WRK_SCRIPT = """
+_WRK_CHARGES = """
 local count = 0
 wrk.method = "POST"
 wrk.body = '%s'
@@ -29,8 +31,21 @@ function request()
   wrk.headers["Idempotency-Key"] = "%s-" .. count
   return wrk.format()
 end
+"""
+
+# The paths, one a line, are read from a file, in turn.
+_WRK_READS = """
+local paths, count = {}, 0
+for path in io.lines("%s") do paths[#paths + 1] = path end
+function request()
+  count = count %% #paths + 1
+  return wrk.format("GET", paths[count])
+end
+"""
+
+_WRK_DONE = """
 function done(summary, latency)
-  io.write(string.format("RESULT %%d %%d %%d %%.3f %%.3f\\n", summary.requests, summary.duration,
+  io.write(string.format("RESULT %d %d %d %.3f %.3f\\n", summary.requests, summary.duration,
     summary.errors.status + summary.errors.connect + summary.errors.read + summary.errors.write
     + summary.errors.timeout, latency:percentile(50) / 1000, latency:percentile(99) / 1000))
 end
@@ -54,9 +69,11 @@ class Figures(msgspec.Struct, frozen=True):
 
 
 class Load:
-    def __init__(self, port: int, connections: int) -> None:
+    def __init__(self, port: int, connections: int, paths: Sequence[str] = ()) -> None:
+        """Reads `paths` in turn; without any it charges."""
         self._port = port
         self._connections = connections
+        self._paths = paths
         self._prefix = uuid.uuid4().hex
 
     def run(self, seconds: float) -> Figures:
@@ -65,8 +82,16 @@ class Load:
         return uvloop.run(self._own(seconds))
 
     def _wrk(self, seconds: float) -> Figures:
-        with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-            script.write(_WRK_SCRIPT % (BODY, self._prefix))
+        with (
+            tempfile.NamedTemporaryFile("w", suffix=".lua") as script,
+            tempfile.NamedTemporaryFile("w", suffix=".txt") as paths,
+        ):
+            paths.write("\n".join(self._paths))
+            paths.flush()
+            if self._paths:
+                script.write(_WRK_READS % paths.name + _WRK_DONE)
+            else:
+                script.write(_WRK_CHARGES % (BODY, self._prefix) + _WRK_DONE)
             script.flush()
             done = subprocess.run(
                 [
@@ -92,7 +117,10 @@ class Load:
     async def _own(self, seconds: float) -> Figures:
         loop = asyncio.get_running_loop()
         until = time.perf_counter() + seconds
-        clients = [_Client(f"{self._prefix}-{n}", until) for n in range(self._connections)]
+        clients = [
+            _Client(f"{self._prefix}-{n}", until, self._paths[n:] or self._paths)
+            for n in range(self._connections)
+        ]
         started = time.perf_counter()
         for client in clients:
             await loop.create_connection(client.itself, "127.0.0.1", self._port)
@@ -103,13 +131,13 @@ class Load:
 
 
 class _Client(asyncio.Protocol):
-    """One connection that sends the next charge when the last one is answered."""
+    """One connection that sends the next request when the last one is answered."""
 
-    def __init__(self, prefix: str, until: float) -> None:
+    def __init__(self, prefix: str, until: float, paths: Sequence[str]) -> None:
         self.latencies: list[float] = []
         self.errors = 0
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._prefix, self._until = prefix, until
+        self._prefix, self._until, self._paths = prefix, until, paths
         self._received = b""
 
     def itself(self) -> Self:
@@ -123,9 +151,14 @@ class _Client(asyncio.Protocol):
 
     def _send(self) -> None:
         self._sent_at = time.perf_counter()
+        number = len(self.latencies) + self.errors
+        if self._paths:
+            path = self._paths[number % len(self._paths)]
+            self._transport.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            return
         head = (
             "POST /v1/charge HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            f"Idempotency-Key: {self._prefix}-{len(self.latencies) + self.errors}\r\n"
+            f"Idempotency-Key: {self._prefix}-{number}\r\n"
             f"Content-Length: {len(BODY)}\r\n\r\n"
         )
         self._transport.write((head + BODY).encode())

@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import time
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar, Self
@@ -15,17 +16,24 @@ import psycopg
 import uvloop
 
 from benchmarks.load import Figures, Load
+from benchmarks.log import fill_log, project
 from benchmarks.process import ServerProcess
 from payments import embedded_postgres
 from payments.commands.charge import ChargePayment
 from payments.database import Database, DatabaseAddress, create_database_if_missing
+from payments.deciding import Cause, ChargeRequest, initiate
 from payments.events.appender import Appender
 from payments.events.store import to_stored_event
 from payments.migrations import migrate
-from payments.deciding import Cause, ChargeRequest, initiate
 from payments.telemetry import Telemetry
 
 CONNECTIONS = 32
+
+
+LAG = """
+SELECT (SELECT coalesce(max(notification_id), 0) FROM payment_events)
+       - (SELECT position FROM followers WHERE name = 'payments')
+"""
 
 
 class Part:
@@ -56,16 +64,18 @@ class Part:
 
     def count(self, query: str) -> int:
         with psycopg.connect(self.address.conninfo("benchmarks")) as connection:
+            connection.execute("SET statement_timeout = 0")
             row = connection.execute(query.encode()).fetchone()
         assert row is not None
         return int(row[0])
 
 
 class HttpPart(Part):
-    """A server in a process of its own, and a load of charges with unique keys."""
+    """A server in a process of its own, and a load of charges with unique keys, or of reads."""
 
     connections: ClassVar[int] = CONNECTIONS
     settings: ClassVar[dict[str, str]] = {}
+    paths: Sequence[str] = ()
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -78,7 +88,7 @@ class HttpPart(Part):
         self._server.stop()
 
     def run(self, seconds: float) -> Figures:
-        figures = Load(self._server.port, self.connections).run(seconds)
+        figures = Load(self._server.port, self.connections, self.paths).run(seconds)
         self.answered += figures.answers
         self.refused += figures.errors
         self.runs += 1
@@ -92,18 +102,40 @@ class FloorPost(HttpPart):
 
 
 class Charge(HttpPart):
-    """POST /v1/charge as it is: two durable appends and a provider call each."""
+    """POST /v1/charge as it is: two durable appends and a provider call each, and the projector."""
 
     name = "charge"
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._lags: list[tuple[int, float]] = []  # events behind at the end of a round, seconds
+        self._resident_mb: list[float] = []
+        return self
+
+    def run(self, seconds: float) -> Figures:
+        figures = super().run(seconds)
+        ended = time.monotonic()
+        lag = self.count(LAG)
+        while self.count(LAG):
+            assert time.monotonic() < ended + 60, "the projector does not catch up"
+            time.sleep(0.01)
+        self._lags.append((lag, time.monotonic() - ended))
+        self._resident_mb.append(self._server.resident_mb())
+        return figures
 
     def remarks(self) -> list[str]:
         stored = self.count("SELECT count(*) FROM payment_events WHERE topic = 'PaymentCharged'")
         # The load ends in the middle of requests: some are stored and no longer answered.
         most = self.answered + self.connections * self.runs
         assert self.answered <= stored <= most, (self.answered, stored)
+        lag, took_s = max(self._lags, key=lambda pair: pair[1])
         return [
             f"{self.answered:,} charges answered 2xx, {stored:,} stored as PaymentCharged, "
-            f"{self.refused:,} refused"
+            f"{self.refused:,} refused",
+            f"read model at the end of a burst: at most {lag:,} events behind, "
+            f"level after at most {took_s:.2f} s",
+            f"resident memory: {self._resident_mb[0]:.1f} MB after the warm-up, "
+            f"{self._resident_mb[-1]:.1f} MB at the end",
         ]
 
 
@@ -126,6 +158,80 @@ class Library(HttpPart):
     def remarks(self) -> list[str]:
         stored = self.count("SELECT count(*) FROM librarypayments_events")
         return [f"{self.answered:,} charges answered, {stored:,} events stored"]
+
+
+class Reads(HttpPart):
+    """Reads of payments that were charged before."""
+
+    payments: ClassVar[int] = 20_000
+
+    def prepare(self) -> None:
+        super().prepare()
+        with psycopg.connect(self.address.conninfo("benchmarks")) as connection:
+            self.ids = fill_log(connection, self.payments)
+        asyncio.run(project(self.address))
+        self.paths = self.all_paths()
+
+    def all_paths(self) -> list[str]:
+        return [f"/v1/payments/{payment_id}" for payment_id in self.ids]
+
+
+class FloorGet(Reads):
+    """The same route and answer, and no database behind it."""
+
+    name = "floor_get"
+
+
+class Get(Reads):
+    """GET /v1/payments/{id}: strictly current."""
+
+    name = "get"
+
+
+class List(Reads):
+    """GET /v1/payments: the newest 50, and the payments of one status."""
+
+    name = "list"
+    payments = 100_000
+
+    def all_paths(self) -> list[str]:
+        return ["/v1/payments", "/v1/payments?status=SUCCESS", "/v1/payments?status=FAILED"]
+
+
+class Project(Part):
+    """The follower alone: 1,000,000 events, of which it makes 490,000 rows, per round.
+
+    Latency is that of a batch.
+    """
+
+    name = "project"
+    payments: ClassVar[int] = 490_200
+
+    def prepare(self) -> None:
+        super().prepare()
+        with psycopg.connect(self.address.conninfo("benchmarks")) as connection:
+            fill_log(connection, self.payments)
+        self._events = self.count("SELECT count(*) FROM payment_events")
+
+    def run(self, seconds: float) -> Figures:
+        with psycopg.connect(self.address.conninfo("benchmarks")) as connection:
+            connection.execute("SET statement_timeout = 0")
+            connection.execute("TRUNCATE payments, refunds, payment_clients, unsettled_payments")
+            connection.execute("UPDATE followers SET position = 0")
+        warm_up = seconds <= 1
+        started = time.perf_counter()
+        batches = uvloop.run(project(self.address, 20_000 if warm_up else self._events))
+        took = time.perf_counter() - started
+        events = sum(count for count, _ in batches)
+        latencies = [seconds for _, seconds in batches]
+        return msgspec.structs.replace(
+            Figures.of(latencies, took), per_s=events / took, answers=events
+        )
+
+    def remarks(self) -> list[str]:
+        rows = self.count("SELECT count(*) FROM payments")
+        refunds = self.count("SELECT count(*) FROM refunds")
+        return [f"{self._events:,} events became {rows:,} payments and {refunds:,} refunds"]
 
 
 class Append(Part):
@@ -224,5 +330,17 @@ def _now() -> datetime:
 
 
 PARTS: dict[str, type[Part]] = {
-    part.name: part for part in (FloorPost, Charge, Append, PgCommit, Library, ChargeSlowProvider)
+    part.name: part
+    for part in (
+        FloorPost,
+        Charge,
+        FloorGet,
+        Get,
+        List,
+        Append,
+        Project,
+        PgCommit,
+        Library,
+        ChargeSlowProvider,
+    )
 }

@@ -14,13 +14,14 @@ from typing import Any
 
 import httpx
 import msgspec
+import psutil
 import uvloop
 from eventsourcing.application import Application
 from eventsourcing.domain import Aggregate, event
 
 from payments.commands.charge import Charged, ChargePayment
 from payments.database import DatabaseAddress
-from payments.deciding import fingerprint, payment_id_for
+from payments.deciding import ChargeRequest, fingerprint, payment_id_for
 from payments.payment import Payment, Status
 from payments.service import Service, build_gateway
 from payments.settings import Settings, read_settings
@@ -61,17 +62,28 @@ class ServerProcess:
         self._process.wait(timeout=15)
         self._data_dir.cleanup()
 
+    def resident_mb(self) -> float:
+        return float(psutil.Process(self._process.pid).memory_info().rss) / 1e6
+
+
+_COMMAND = ChargePayment(ChargeRequest("k", uuid.uuid4(), 1500, "INR", "default"))
+
 
 class _WithoutStore(Service):
-    """The part of a Service that the route of a charge needs."""
+    """The part of a Service that the routes of a charge and of a read need."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.telemetry = Telemetry()
-        self.charging = self.runs = self  # type: ignore[assignment]
+        self.charging = self.runs = self.lookups = self  # type: ignore[assignment]
+        self.database = None  # type: ignore[assignment]
+        self._found = captured(_COMMAND)
 
-    async def start(self) -> None:
+    async def start(self, *, work: bool = True) -> None:
         pass
+
+    async def find(self, payment_id: uuid.UUID) -> Payment:
+        return msgspec.structs.replace(self._found, id=payment_id)
 
     async def stop(self, timeout_s: float) -> None:
         pass
@@ -150,7 +162,7 @@ class _Library(_WithoutStore):
 
 
 def build(kind: str, settings: Settings, address: DatabaseAddress) -> Any:
-    if kind == "floor_post":
+    if kind in ("floor_post", "floor_get"):
         return _WithoutStore(settings)
     if kind == "library":
         return _Library(settings, address)

@@ -203,7 +203,7 @@ def initiate_refund(payment: Payment, request: RefundRequest, cause: Cause) -> R
         raise PaymentAlreadyRefunded("The whole amount was given back before.")
     left = payment.remaining_cents
     amount = left if request.amount_cents is None else request.amount_cents
-    if amount > left or not amount:
+    if not 0 < amount <= left:
         under_way = payment.reserved_cents
         raise RefundExceedsCapture(
             f"Of {payment.amount_cents} captured, {payment.refunded_cents} were given back"
@@ -266,6 +266,8 @@ def record_return(
         raise OutcomeMismatch("the provider refuses to take a late capture back")
     _check_answer(outcome, found.refund_id, payment.amount_cents, payment.currency)
     if found.provider_refund_id is not None:
+        if found.provider_refund_id != outcome.provider_txn_id:
+            raise OutcomeMismatch("the provider has taken a late capture back twice")
         return None
     return LateCaptureReturned(
         refund_id=found.refund_id,

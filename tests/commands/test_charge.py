@@ -379,7 +379,7 @@ async def test_a_damaged_stream_with_this_key(
         await service.charging.charge(charge_of("k"))
     assert gateway.charges == gateway.questions == []
     with pytest.raises(PaymentUnreadable):
-        await get_payment(service.database, payment_id_for("k"), None)
+        await get_payment(service.database, service.lookups, payment_id_for("k"), None)
 
 
 async def test_draining_waits_for_charges_whose_requests_were_answered(

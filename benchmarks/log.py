@@ -1,0 +1,111 @@
+"""A log made for measuring, and the projector let loose on it."""
+
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+
+from payments.database import Database, DatabaseAddress
+from payments.deciding import (
+    Cause,
+    ChargeRequest,
+    RefundRequest,
+    initiate,
+    initiate_refund,
+    record_outcome,
+    record_refund,
+)
+from payments.events import facts
+from payments.events.facts import Fact
+from payments.payment import Approved, Declined, Payment, evolve
+from payments.service import payments_follower
+from payments.settings import Settings
+from payments.telemetry import Telemetry
+
+BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def fill_log(connection: psycopg.Connection[Any], payments: int) -> list[uuid.UUID]:
+    """Writes the events of so many payments: 3 % declined, 2 % refunded, the rest just charged.
+
+    The two events of a charge stand about 30 positions apart, as under load. Returns the ids.
+    """
+    ids = []
+    query = (
+        "COPY payment_events (notification_id, originator_id, originator_version, topic, state,"
+        " recorded_at) FROM STDIN (FORMAT BINARY)"
+    )
+    connection.execute("SET statement_timeout = 0")
+    with connection.cursor() as cursor, cursor.copy(query) as copy:
+        copy.set_types(["int8", "uuid", "int8", "text", "bytea", "timestamptz"])
+        for position, fact in enumerate(_interleaved(payments), 1):
+            state = facts.encode(fact)
+            row = (position, fact.payment_id, fact.version, fact.TOPIC, state, fact.occurred_at)
+            copy.write_row(row)
+            if fact.version == 1:
+                ids.append(fact.payment_id)
+    connection.execute("ANALYZE payment_events")
+    connection.commit()
+    return ids
+
+
+def _interleaved(payments: int) -> Iterator[Fact]:
+    """All first events, each 16 payments ahead of the rest of its stream."""
+    waiting: list[list[Fact]] = []
+    for number in range(payments):
+        first, *rest = _history(number)
+        yield first
+        waiting.append(rest)
+        if len(waiting) > 16:
+            yield from waiting.pop(0)
+    for rest in waiting:
+        yield from rest
+
+
+def _history(number: int) -> list[Fact]:
+    cause = Cause(
+        uuid.UUID(int=number), BEGIN + timedelta(milliseconds=number), "default", "benchmark"
+    )
+    request = ChargeRequest(f"benchmark-{number}", uuid.uuid4(), 1500, "INR", "default")
+    events: list[Fact] = [initiate(request, "simulated", cause)]
+    payment = evolve(None, events[0])
+    if number % 100 < 3:
+        outcome: Approved | Declined = Declined("declined_by_simulation")
+    else:
+        outcome = Approved(payment.id, 1500, "INR", f"sim_{payment.id.hex}")
+    fact = record_outcome(payment, outcome, cause)
+    assert fact is not None
+    events.append(fact)
+    if number % 100 >= 98:
+        events += _refund(evolve(payment, fact), cause)
+    return events
+
+
+def _refund(payment: Payment, cause: Cause) -> list[Fact]:
+    request = RefundRequest(payment.id, 500, "r", "default")
+    begun = initiate_refund(payment, request, cause)
+    payment = evolve(payment, begun)
+    refund = payment.refunds[-1]
+    outcome = Approved(refund.id, 500, "INR", f"simre_{refund.id.hex}")
+    done = record_refund(payment, refund, outcome, cause)
+    assert done is not None
+    return [begun, done]
+
+
+async def project(address: DatabaseAddress, events: int = 1 << 62) -> list[tuple[int, float]]:
+    """Runs the projector until it has applied `events`, or all; (events, seconds) of each batch."""
+    follower = payments_follower(Settings(), Database(address, 1), Telemetry())
+    batches = []
+    done = 0
+    while done < events:
+        started = time.perf_counter()
+        moved = await follower.run_once()
+        if not moved:
+            break
+        batches.append((moved, time.perf_counter() - started))
+        done += moved
+    await follower.close()
+    return batches

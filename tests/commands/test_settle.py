@@ -1,0 +1,429 @@
+"""Settling: whatever was left open comes to its end once the provider answers."""
+
+import asyncio
+import uuid
+from typing import Any
+
+import msgspec
+import psycopg
+import pytest
+
+from payments.commands.settle import pause_s
+from payments.deciding import payment_id_for
+from payments.payment import Status
+from payments.service import Service
+from payments.unsettled import CLAIM
+from tests.commands.conftest import Make
+from tests.commands.test_refund import refund_of
+from tests.doubles.gateway import (
+    ScriptedGateway,
+    answer_lost,
+    approve,
+    decline,
+    never_sent,
+    no_answer,
+)
+from tests.support import charge_of, until
+
+pytestmark = pytest.mark.anyio
+
+PAYMENT = payment_id_for("k")
+FAST: dict[str, Any] = {"charge_deadline_s": 0.3, "gateway_timeout_s": 0.2}
+SOON: dict[str, Any] = {**FAST, "pending_abandon_after_s": 0.3}
+
+
+def gateway_of(service: Service) -> ScriptedGateway:
+    gateway = service.gateway._gateway
+    assert isinstance(gateway, ScriptedGateway)
+    return gateway
+
+
+def topics(connection: psycopg.Connection[Any], payment_id: uuid.UUID = PAYMENT) -> list[str]:
+    rows = connection.execute(
+        "SELECT topic FROM payment_events WHERE originator_id = %s ORDER BY originator_version",
+        [payment_id],
+    ).fetchall()
+    return [topic for (topic,) in rows]
+
+
+async def project(service: Service) -> None:
+    while await service.follower.run_once():
+        pass
+
+
+async def settle(service: Service, connection: psycopg.Connection[Any]) -> int:
+    """Lets the time pass that a row waits for, and settles; how many payments were tried."""
+    await project(service)
+    connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
+    tried = await service.settling.run_once()
+    await project(service)
+    return tried
+
+
+def unsettled(connection: psycopg.Connection[Any]) -> list[tuple[str, int]]:
+    return connection.execute("SELECT kind, attempts FROM unsettled_payments").fetchall()
+
+
+async def age(connection: psycopg.Connection[Any], seconds: float) -> None:
+    """Makes all events older, as only a superuser without the trigger can."""
+    connection.execute("ALTER TABLE payment_events DISABLE TRIGGER payment_events_append_only")
+    connection.execute(
+        "UPDATE payment_events SET recorded_at = recorded_at - make_interval(secs => %s)", [seconds]
+    )
+    connection.execute(
+        "ALTER TABLE payment_events ENABLE ALWAYS TRIGGER payment_events_append_only"
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "becomes"),
+    [(answer_lost, "PaymentCharged"), (decline, "PaymentFailed")],
+    ids=["captured", "declined"],
+)
+async def test_a_pending_payment_gets_the_providers_outcome(
+    make: Make, connection: psycopg.Connection[Any], step: Any, becomes: str
+) -> None:
+    def lost(gateway: ScriptedGateway, charge: Any) -> Any:
+        step(gateway, charge)
+        no_answer(gateway, charge)
+
+    service = await make(ScriptedGateway(lost if step is decline else step), **FAST)
+    charged = await service.charging.charge(charge_of("k"))
+    assert charged.payment.status is Status.PENDING
+    await project(service)
+    assert unsettled(connection) == [("charge", 0)]
+    assert await settle(service, connection) == 1
+    assert topics(connection) == ["PaymentInitiated", becomes]
+    assert unsettled(connection) == []
+    assert len(gateway_of(service).charges) == 1
+
+
+async def test_settling_only_asks_about_charges(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await make(ScriptedGateway(never_sent), **FAST)
+    with pytest.raises(Exception, match="cannot be reached"):
+        await service.charging.charge(charge_of("k"))
+    for attempts in (1, 2, 3):
+        assert await settle(service, connection) == 1
+        assert unsettled(connection) == [("charge", attempts)]
+    gateway = gateway_of(service)
+    assert (len(gateway.charges), len(gateway.questions)) == (1, 3)
+    assert topics(connection) == ["PaymentInitiated"]
+
+
+async def test_a_row_is_not_due_before_the_requests_deadline(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await make(ScriptedGateway(no_answer))
+    await service.charging.charge(charge_of("k"))
+    await project(service)
+    (wait_s,) = connection.execute(
+        "SELECT extract(epoch FROM due_at - clock_timestamp())::float8 FROM unsettled_payments"
+    ).fetchone() or (0,)
+    assert 5 < wait_s <= 7
+    assert await service.settling.run_once() == 0
+
+
+async def test_a_payment_the_provider_does_not_know_is_abandoned(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await make(ScriptedGateway(no_answer), **FAST)
+    await service.charging.charge(charge_of("k"))
+    await age(connection, 899)
+    await settle(service, connection)
+    assert topics(connection) == ["PaymentInitiated"]
+    await age(connection, 1)
+    await settle(service, connection)
+    assert topics(connection) == ["PaymentInitiated", "PaymentFailed"]
+    assert unsettled(connection)[0][0] == "abandoned"
+    charged = await service.charging.charge(charge_of("k"))
+    assert (charged.payment.status, charged.payment.failure) == (Status.FAILED, "abandoned")
+
+
+async def abandoned(make: Make, connection: psycopg.Connection[Any], *script: Any) -> Service:
+    service = await make(ScriptedGateway(no_answer, refund_script=script), **SOON)
+    await service.charging.charge(charge_of("k"))
+    await age(connection, 1)
+    await settle(service, connection)
+    assert topics(connection) == ["PaymentInitiated", "PaymentFailed"]
+    return service
+
+
+def capture_late(service: Service) -> None:
+    gateway = gateway_of(service)
+    gateway.capture(gateway.charges[0])
+
+
+async def test_a_late_capture_goes_back(make: Make, connection: psycopg.Connection[Any]) -> None:
+    service = await abandoned(make, connection)
+    capture_late(service)
+    await settle(service, connection)
+    assert topics(connection)[2:] == ["LateCaptureFound", "LateCaptureReturned"]
+    assert unsettled(connection) == []
+    gateway = gateway_of(service)
+    (back,) = gateway.refunds
+    assert (back.amount_cents, back.provider_txn_id) == (1500, f"txn-{PAYMENT}")
+    assert gateway.given_back == [back.refund_id]
+    assert (await service.charging.charge(charge_of("k"))).payment.status is Status.FAILED
+
+
+@pytest.mark.parametrize("step", [answer_lost, no_answer, never_sent], ids=lambda s: s.__name__)
+async def test_a_late_capture_goes_back_once_whatever_happens(
+    make: Make, connection: psycopg.Connection[Any], step: Any
+) -> None:
+    service = await abandoned(make, connection, step)
+    capture_late(service)
+    await settle(service, connection)
+    assert topics(connection)[2:] == ["LateCaptureFound"]
+    assert unsettled(connection)[0][0] == "late_capture"
+    await settle(service, connection)
+    assert topics(connection)[2:] == ["LateCaptureFound", "LateCaptureReturned"]
+    assert len(gateway_of(service).given_back) == 1
+
+
+async def test_a_late_capture_that_the_provider_keeps_is_an_alarm(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await abandoned(make, connection, decline)
+    capture_late(service)
+    await settle(service, connection)
+    assert topics(connection)[2:] == ["LateCaptureFound"]
+    assert service.telemetry.settling["abandoned", "mismatch"]._value.get() == 1
+    assert unsettled(connection)[0][0] == "late_capture"
+
+
+async def test_an_abandoned_payment_is_asked_about_for_a_day(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await abandoned(make, connection)
+    asked = len(gateway_of(service).questions)
+    await age(connection, 23.9 * 3600)
+    await settle(service, connection)
+    assert len(gateway_of(service).questions) == asked + 1
+    await age(connection, 0.2 * 3600)
+    await settle(service, connection)
+    assert len(gateway_of(service).questions) == asked + 1
+    assert unsettled(connection) == []
+
+
+async def test_a_gateway_may_ask_for_a_longer_watch(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    gateway = ScriptedGateway(no_answer, late_capture_s=48 * 3600)
+    service = await make(gateway, **SOON)
+    await service.charging.charge(charge_of("k"))
+    await age(connection, 1)
+    await settle(service, connection)
+    await age(connection, 47 * 3600)
+    asked = len(gateway.questions)
+    await settle(service, connection)
+    assert len(gateway.questions) == asked + 1
+
+
+async def test_a_capture_that_comes_while_it_is_abandoned_goes_back(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    """The slow run of the request itself brings the provider's yes after the abandonment."""
+    go_on = asyncio.Event()
+
+    async def slow(gateway: ScriptedGateway, charge: Any) -> Any:
+        await go_on.wait()
+        return approve(gateway, charge)
+
+    service = await make(ScriptedGateway(slow), **SOON)
+    assert (await service.charging.charge(charge_of("k"))).payment.status is Status.PENDING
+    await settle(service, connection)
+    assert topics(connection) == ["PaymentInitiated", "PaymentFailed"]
+    go_on.set()
+    await service.runs.drain(2)
+    assert topics(connection)[2:] == ["LateCaptureFound"]
+    await settle(service, connection)
+    assert topics(connection)[3:] == ["LateCaptureReturned"]
+
+
+async def test_a_retry_does_not_send_what_is_about_to_be_abandoned(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await make(ScriptedGateway(no_answer), **FAST)
+    await service.charging.charge(charge_of("k"))
+    await age(connection, 899.9)
+    assert (await service.charging.charge(charge_of("k"))).payment.status is Status.PENDING
+    assert len(gateway_of(service).charges) == 1
+
+
+@pytest.mark.parametrize("step", [answer_lost, no_answer, never_sent], ids=lambda s: s.__name__)
+async def test_an_open_refund_is_sent_again_while_that_is_safe(
+    make: Make, connection: psycopg.Connection[Any], step: Any
+) -> None:
+    service = await make(ScriptedGateway(refund_script=[step]), **FAST)
+    await service.charging.charge(charge_of("k"))
+    await service.refunding.refund(refund_of(300, "a"))
+    await asyncio.sleep(FAST["charge_deadline_s"])
+    await settle(service, connection)
+    assert topics(connection)[2:] == ["RefundInitiated", "PaymentRefunded"]
+    assert len(gateway_of(service).given_back) == 1
+    assert unsettled(connection) == []
+
+
+async def test_an_open_refund_is_never_given_up_and_only_asked_about_when_too_old(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await make(ScriptedGateway(refund_script=[no_answer]), **FAST)
+    await service.charging.charge(charge_of("k"))
+    refund = (await service.refunding.refund(refund_of(300, "a"))).refund
+    await age(connection, 30 * 24 * 3600)
+    for _ in range(3):
+        await settle(service, connection)
+    gateway = gateway_of(service)
+    assert (len(gateway.refunds), len(gateway.refund_questions)) == (1, 3)
+    assert topics(connection)[2:] == ["RefundInitiated"]
+    gateway.give_back(gateway.refunds[0])
+    await settle(service, connection)
+    assert topics(connection)[2:] == ["RefundInitiated", "PaymentRefunded"]
+    assert gateway.given_back == [refund.id]
+
+
+async def test_a_refund_that_nobody_knows_of_does_not_hold_up_the_next(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await make(ScriptedGateway(refund_script=[no_answer]), **FAST)
+    await service.charging.charge(charge_of("k"))
+    await service.refunding.refund(refund_of(300, "a"))
+    await age(connection, 30 * 24 * 3600)
+    gateway_of(service).refund_script = [no_answer]
+    await service.refunding.refund(refund_of(200, "b"))
+    await asyncio.sleep(FAST["charge_deadline_s"])
+    await settle(service, connection)
+    assert topics(connection)[2:] == ["RefundInitiated", "RefundInitiated", "PaymentRefunded"]
+
+
+async def test_a_refund_under_way_is_left_to_its_request(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await make(ScriptedGateway(refund_script=[no_answer]))
+    await service.charging.charge(charge_of("k"))
+    await service.refunding.refund(refund_of(300, "a"))
+    await settle(service, connection)
+    assert gateway_of(service).refund_questions == []
+    assert unsettled(connection) == [("refund", 1)]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"amount_cents": 1}, {"currency": "USD"}, {"id": uuid.UUID(int=1)}]
+)
+async def test_an_answer_about_something_else_settles_nothing(
+    make: Make, connection: psycopg.Connection[Any], changed: dict[str, Any]
+) -> None:
+    service = await make(ScriptedGateway(answer_lost), **FAST)
+    await service.charging.charge(charge_of("k"))
+    gateway = gateway_of(service)
+    sound = gateway.outcomes[PAYMENT]
+    gateway.outcomes[PAYMENT] = msgspec.structs.replace(sound, **changed)
+    await settle(service, connection)
+    assert topics(connection) == ["PaymentInitiated"]
+    assert service.telemetry.settling["charge", "mismatch"]._value.get() == 1
+    gateway.outcomes[PAYMENT] = sound
+    await settle(service, connection)
+    assert topics(connection) == ["PaymentInitiated", "PaymentCharged"]
+
+
+async def test_a_payment_of_another_provider_is_never_asked_about(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    await (await make(ScriptedGateway(no_answer), **FAST)).charging.charge(charge_of("k"))
+    other = ScriptedGateway()
+    other.name = "other"
+    service = await make(other, **SOON)
+    await age(connection, 10_000)
+    await settle(service, connection)
+    assert other.questions == []
+    assert topics(connection) == ["PaymentInitiated"]
+
+
+async def test_a_provider_that_is_away(make: Make, connection: psycopg.Connection[Any]) -> None:
+    """Nothing is decided while it cannot be asked, not even an abandonment."""
+    service = await make(ScriptedGateway(answer_lost), **SOON)
+    await service.charging.charge(charge_of("k"))
+    gateway_of(service).reachable = False
+    await age(connection, 10_000)
+    await settle(service, connection)
+    assert topics(connection) == ["PaymentInitiated"]
+    gateway_of(service).reachable = True
+    await settle(service, connection)
+    assert topics(connection) == ["PaymentInitiated", "PaymentCharged"]
+
+
+async def test_one_process_at_a_time_asks_about_a_payment(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    first = await make(ScriptedGateway(*[no_answer] * 20), **FAST)
+    others = [await make(ScriptedGateway(), **FAST) for _ in range(3)]
+    for number in range(20):
+        await first.charging.charge(charge_of(f"k{number}"))
+    await project(first)
+    connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
+    tried = await asyncio.gather(*(s.settling.run_once() for s in (first, *others)))
+    assert sum(tried) == 20
+    asked = [question for s in (first, *others) for question in gateway_of(s).questions]
+    assert len(asked) == len(set(asked)) == 20
+
+
+async def test_a_claim_that_came_too_late_changes_nothing(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    """A process that was frozen past its lease must not forget or postpone another's row."""
+    service = await make(ScriptedGateway(no_answer), **FAST)
+    await service.charging.charge(charge_of("k"))
+    frozen, go_on = asyncio.Event(), asyncio.Event()
+
+    async def freeze(payment_id: uuid.UUID, timeout_s: float) -> None:
+        frozen.set()
+        await go_on.wait()
+
+    gateway_of(service).find_charge = freeze  # type: ignore[method-assign]
+    attempt = asyncio.create_task(settle(service, connection))
+    await frozen.wait()
+    connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
+    connection.execute(CLAIM, {"limit": 1, "lease_s": 1000})
+    before = connection.execute("SELECT * FROM unsettled_payments").fetchall()
+    go_on.set()
+    await attempt
+    assert connection.execute("SELECT * FROM unsettled_payments").fetchall() == before
+
+
+async def test_it_runs_by_itself(make: Make, connection: psycopg.Connection[Any]) -> None:
+    """Two services follow and settle, as `serve` and `work` do."""
+    gateway = ScriptedGateway(*[answer_lost] * 20)
+    services = [await make(gateway, work=True, **FAST) for _ in range(2)]
+    for number in range(20):
+        charged = await services[number % 2].charging.charge(charge_of(f"k{number}"))
+        assert charged.payment.status is Status.PENDING
+    charged_count = "SELECT count(*) FROM payments WHERE status = 'SUCCESS'"
+    await until(lambda: connection.execute(charged_count).fetchone() == (20,))
+    await until(lambda: unsettled(connection) == [])
+    assert len(gateway.charges) == len(gateway.captures) == 20
+
+
+async def test_the_events_say_who_asked(make: Make, connection: psycopg.Connection[Any]) -> None:
+    service = await make(ScriptedGateway(answer_lost), **FAST)
+    await service.charging.charge(charge_of("k", client="orders"))
+    await settle(service, connection)
+    rows = connection.execute(
+        "SELECT data ->> 'client' FROM payment_event_log ORDER BY position"
+    ).fetchall()
+    assert rows == [("orders",), ("settling",)]
+
+
+def test_the_pauses() -> None:
+    assert [pause_s(attempts, "charge") for attempts in range(1, 9)] == [
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+        60,
+        60,
+    ]
+    assert [pause_s(attempts, "refund") for attempts in (1, 10, 11, 5000)] == [1, 512, 900, 900]
