@@ -6,11 +6,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 import psutil
+
+from payments.database import DatabaseAddress
 
 PAYMENTS = (sys.executable, "-m", "payments")
 START_TIMEOUT_S = 30
@@ -43,14 +47,18 @@ def run(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]
     )
 
 
+ROOT = Path(__file__).parent.parent
+
+
 class ServiceProcess:
     """`payments serve` on a free port, in a process group of its own."""
 
-    def __init__(self, data_dir: Path, **settings: object) -> None:
+    def __init__(self, data_dir: Path, *options: str, **settings: object) -> None:
         self.data_dir = data_dir
+        self._options = options
         self.port = int(str(settings.pop("PORT", free_port())))
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log = data_dir / "service.log"
+        self.log = data_dir / f"service-{self.port}.log"
         self._settings = {"PORT": self.port, "PAYMENTS_DATA_DIR": data_dir, **settings}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -62,7 +70,8 @@ class ServiceProcess:
     def start(self) -> Self:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*PAYMENTS, "serve"],
+                [*PAYMENTS, "serve", *self._options],
+                cwd=ROOT,
                 env=environment(**self._settings),
                 stderr=log,
                 start_new_session=True,
@@ -108,6 +117,38 @@ class ServiceProcess:
         body = {"merchant_order_id": "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9", "amount_cents": 1500}
         headers = {"Idempotency-Key": key}
         return client.post(f"{self.url}/v1/charge", json=body | changed, headers=headers)
+
+
+@contextmanager
+def working(**settings: object) -> Iterator[subprocess.Popen[str]]:
+    """`payments work` until the end of the block; it must stop with exit code 0."""
+    process = subprocess.Popen(
+        [*PAYMENTS, "work"],
+        cwd=ROOT,
+        env=environment(LOG_FORMAT="json", **settings),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if '"working"' in line:
+                break
+        yield process
+    finally:
+        process.terminate()
+        _, talk = process.communicate(timeout=15)
+    assert process.returncode == 0, talk
+
+
+def at(address: DatabaseAddress) -> dict[str, object]:
+    """The settings for this database."""
+    return {
+        "DATABASE_HOST": address.host,
+        "DATABASE_PORT": address.port,
+        "DATABASE_USERNAME": address.user,
+        "DATABASE_NAME": address.dbname,
+    }
 
 
 def database_processes(data_dir: Path) -> list[psutil.Process]:

@@ -10,16 +10,7 @@ import pytest
 
 from payments.database import DatabaseAddress
 from payments.settings import VARIABLES
-from tests.process import run
-
-
-def outside(address: DatabaseAddress) -> dict[str, object]:
-    return {
-        "DATABASE_HOST": address.host,
-        "DATABASE_PORT": address.port,
-        "DATABASE_USERNAME": address.user,
-        "DATABASE_NAME": address.dbname,
-    }
+from tests.process import at, run
 
 
 def test_settings_lists_every_variable_and_hides_secrets() -> None:
@@ -77,24 +68,24 @@ def test_a_refused_password(address: DatabaseAddress, server: DatabaseAddress) -
     """The server asks everyone else for a password; here nobody gets in without one."""
     with psycopg.connect(server.conninfo(), autocommit=True) as connection:
         connection.execute("CREATE ROLE locked_out NOLOGIN")
-    done = run("migrate", **outside(address) | {"DATABASE_USERNAME": "locked_out"})
+    done = run("migrate", **at(address) | {"DATABASE_USERNAME": "locked_out"})
     assert done.returncode == 1
     assert 'role "locked_out" is not permitted to log in' in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_migrate_and_the_check_for_it(empty_database: DatabaseAddress) -> None:
-    unmigrated = run("serve", **outside(empty_database), MIGRATE_ON_START="false", PORT=1 + 4099)
+    unmigrated = run("serve", **at(empty_database), MIGRATE_ON_START="false", PORT=1 + 4099)
     assert unmigrated.returncode == 1
     assert "run `payments migrate` first" in unmigrated.stderr
-    done = run("migrate", **outside(empty_database))
+    done = run("migrate", **at(empty_database))
     assert (done.returncode, done.stdout) == (0, "")
     assert "up to date" in done.stderr
 
 
 def test_a_missing_database_is_named(server: DatabaseAddress) -> None:
     missing = msgspec.structs.replace(server, dbname="no_such_database")
-    done = run("migrate", **outside(missing))
+    done = run("migrate", **at(missing))
     assert done.returncode == 1
     assert 'database "no_such_database" does not exist' in done.stderr
 

@@ -35,8 +35,8 @@ from payments.unsettled import Claim, claim, forget, postpone
 
 CLIENT = "settling"  # who asks, in the events that settling causes
 CONCURRENCY_MAX = 32  # payments asked about at once, by one process
-ATTEMPT_S = 40.0  # one attempt: a few calls of the provider; then nothing more is sent
-LEASE_S = ATTEMPT_S + 20  # nobody else tries before, nor after a crash
+CALLS_MAX = 3  # an attempt has the time of so many calls that all time out; then it sends no more
+LEASE_MARGIN_S = 2.0  # for reading and appending; after a crash another process waits for the lease
 POLL_S = 0.5
 # Between two attempts: 1 s, doubling. A customer waits for a PENDING payment.
 CHARGE_PAUSE_MAX_S = 60.0
@@ -67,6 +67,7 @@ class Settling:
         self._telemetry = telemetry
         self._deadline_s = settings.charge_deadline_s
         self._gateway_timeout_s = settings.gateway_timeout_s
+        self._attempt_s = CALLS_MAX * settings.gateway_timeout_s
         self._abandon_after_s = settings.pending_abandon_after_s
         self._late_capture_s = max(LATE_CAPTURE_S, gateway.late_capture_s)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -108,7 +109,7 @@ class Settling:
 
     async def _begin_due(self) -> list[asyncio.Task[None]]:
         free = CONCURRENCY_MAX - len(self._tasks)
-        claims = await claim(self._database, free, LEASE_S) if free else []
+        claims = await claim(self._database, free, self._attempt_s + LEASE_MARGIN_S) if free else []
         tasks = [asyncio.create_task(self._settle(each), name="settle") for each in claims]
         for task in tasks:
             self._tasks.add(task)
@@ -149,7 +150,7 @@ class Settling:
             return wait_s
         outcome = "unknown"
         try:
-            payment = await self._ask(loaded)
+            payment = await self._ask(loaded, attempts)
             outcome = "settled" if payment.unsettled is None else "open"
         except (OutcomeUnknown, NeverSent) as error:
             log.bind(reason=str(error)).info("the provider's outcome is not known yet")
@@ -164,9 +165,9 @@ class Settling:
             log.bind(status=payment.status).info("settled")
         return wait_s
 
-    async def _ask(self, loaded: LoadedPayment) -> Payment:
+    async def _ask(self, loaded: LoadedPayment, attempts: int) -> Payment:
         """Asks about everything that is open; the payment afterwards."""
-        give_up_at = time.monotonic() + ATTEMPT_S
+        give_up_at = time.monotonic() + self._attempt_s
 
         def timeout_s() -> float:
             """Looked at before each call: a process that was frozen must not send late."""
@@ -179,14 +180,19 @@ class Settling:
             payment = await self._find_capture(loaded, timeout_s)
         if payment.late_capture is not None:
             payment = await self._return_late_capture(loaded, payment, timeout_s)
+        under_way = [
+            refund
+            for refund in loaded.payment.refunds
+            if refund.status is Status.PENDING and loaded.age_s(refund.version) > self._deadline_s
+        ]
+        # One refund that nobody knows of must not hold up the others, nor use up their time.
+        first = attempts % len(under_way) if under_way else 0
         failure: Exception | None = None
-        for refund in loaded.payment.refunds:
-            under_way = refund.status is Status.PENDING
-            if under_way and loaded.age_s(refund.version) > self._deadline_s:
-                try:
-                    payment = await self._settle_refund(loaded, payment, refund, timeout_s)
-                except (OutcomeUnknown, NeverSent, OutcomeMismatch) as error:
-                    failure = error  # one refund that nobody knows of must not hold up the others
+        for refund in under_way[first:] + under_way[:first]:
+            try:
+                payment = await self._settle_refund(loaded, payment, refund, timeout_s)
+            except (OutcomeUnknown, NeverSent, OutcomeMismatch) as error:
+                failure = error
         if failure is not None:
             raise failure
         return payment

@@ -1,5 +1,6 @@
 """A gateway whose every call is counted and timed."""
 
+import re
 import time
 from collections.abc import Awaitable
 from typing import TypeVar
@@ -12,6 +13,8 @@ from payments.payment import Approved, Declined
 from payments.telemetry import Telemetry
 
 _OUTCOME_LABELS = {Approved: "approved", Declined: "declined", type(None): "not_found"}
+
+_WORD = re.compile(r"[\x20-\x7e]{1,255}")
 
 T = TypeVar("T", bound=Approved | Declined | None)
 
@@ -49,11 +52,13 @@ class CountedGateway:
         outcome = "unknown"
         try:
             answer = await call
+            _check_storable(answer)
             outcome = _OUTCOME_LABELS[type(answer)]
         except NeverSent:
             outcome = "never_sent"
             raise
-        except OutcomeUnknown:
+        except OutcomeUnknown as error:
+            logger.bind(operation=operation, reason=str(error)).info("the provider gave no outcome")
             raise
         except Exception as error:
             logger.bind(operation=operation).exception("the gateway failed")
@@ -62,3 +67,12 @@ class CountedGateway:
             self._telemetry.gateway_calls[operation, outcome].inc()
         self._telemetry.gateway_seconds[operation].observe(time.perf_counter() - started)
         return answer
+
+
+def _check_storable(answer: Approved | Declined | None) -> None:
+    """What the provider calls things goes into events and text columns."""
+    if answer is None:
+        return
+    word = answer.provider_txn_id if isinstance(answer, Approved) else answer.code
+    if not _WORD.fullmatch(word):
+        raise ValueError("the provider's id or code is not 1 to 255 printable ASCII characters")

@@ -1,0 +1,395 @@
+"""Money against a provider that keeps its own ledger in another process, and processes that die.
+
+Each scenario ends in the one checker of tests/invariants.
+"""
+
+import asyncio
+import random
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from payments import embedded_postgres
+from payments.database import DatabaseAddress
+from payments.deciding import payment_id_for
+from tests.crash.client import Answer, Caller, race
+from tests.crash.test_service import postgres_of, same_place
+from tests.doubles.provider import Fault, ProviderProcess
+from tests.invariants.checker import ChargeAnswer, ProviderRecord, RefundAnswer, check
+from tests.process import ServiceProcess, at, working
+
+FAST = {"CHARGE_DEADLINE_S": 1, "GATEWAY_TIMEOUT_S": 0.8, "PENDING_ABANDON_AFTER_S": 3}
+
+
+@pytest.fixture
+def provider(tmp_path: Path) -> Iterator[ProviderProcess]:
+    with ProviderProcess(tmp_path / "provider.jsonl") as running:
+        yield running
+
+
+def settings(address: DatabaseAddress, provider: ProviderProcess, **more: object) -> dict[str, Any]:
+    return {
+        **at(address),
+        **FAST,
+        "GATEWAY": "tests.doubles.http_gateway:build",
+        "TEST_PROVIDER_URL": provider.url,
+        **more,
+    }
+
+
+def records(provider: ProviderProcess) -> list[ProviderRecord]:
+    """The money that the provider moved."""
+    captures = {line.txn_id: line for line in provider.captures()}
+    return [
+        *(
+            ProviderRecord(
+                "capture",
+                uuid.UUID(line.id),
+                uuid.UUID(line.id),
+                line.amount_cents,
+                line.currency,
+                line.txn_id,
+            )
+            for line in captures.values()
+        ),
+        *(
+            ProviderRecord(
+                "refund",
+                uuid.UUID(line.id),
+                uuid.UUID(captures[line.charge_txn_id].id),
+                line.amount_cents,
+                line.currency,
+                line.txn_id,
+            )
+            for line in provider.refunds()
+        ),
+    ]
+
+
+def eventually(holds: Callable[[], Any], timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "the condition did not come to hold"
+        time.sleep(0.05)
+
+
+def nothing_open(connection: psycopg.Connection[Any]) -> bool:
+    """The projector has seen everything, and nothing waits for the provider."""
+    row = connection.execute(
+        "SELECT (SELECT position FROM followers WHERE name = 'payments')"
+        "       = (SELECT coalesce(max(notification_id), 0) FROM payment_events)"
+        "   AND NOT EXISTS (SELECT FROM unsettled_payments WHERE kind <> 'abandoned')"
+    ).fetchone()
+    assert row is not None
+    return bool(row[0])
+
+
+class Answers:
+    """What callers were told, for the checker."""
+
+    def __init__(self) -> None:
+        self.charges: list[ChargeAnswer] = []
+        self.refunds: list[RefundAnswer] = []
+        self.unanswered: list[str] = []
+
+    def charged(self, key: str, answer: Answer | None) -> None:
+        if answer is None:
+            self.unanswered.append(key)
+            return
+        assert answer.status in (201, 202, 503), answer
+        if answer.status < 300:
+            payment_id = uuid.UUID(answer.body["id"])
+            self.charges.append(ChargeAnswer(payment_id, answer.status, answer.body["status"]))
+
+    def refunded(self, answer: Answer | None) -> None:
+        if answer is None:
+            return
+        assert answer.status in (201, 202, 409, 503), answer
+        if answer.status < 300:
+            body = answer.body
+            self.refunds.append(
+                RefundAnswer(
+                    uuid.UUID(body["id"]),
+                    uuid.UUID(body["refund_id"]),
+                    answer.status,
+                    body["amount_cents"],
+                )
+            )
+
+
+class Traffic:
+    """Charges, refunds of some, and repetitions of what got no answer, in a thread of its own."""
+
+    def __init__(self, port: int, answers: Answers, callers: int = 8) -> None:
+        self._port = port
+        self._answers = answers
+        self._callers = callers
+        self._stopped = False
+        self.captured = 0
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Traffic":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        self._thread.join(timeout=30)
+        assert not self._thread.is_alive()
+
+    def _run(self) -> None:
+        async def all_of_them(callers: list[Caller]) -> None:
+            await asyncio.gather(*(self._call(caller) for caller in callers))
+
+        race([self._port], self._callers, all_of_them)
+
+    async def _call(self, caller: Caller) -> None:
+        while not self._stopped:
+            repeat = self._answers.unanswered and random.random() < 0.3
+            key = self._answers.unanswered.pop() if repeat else str(uuid.uuid4())
+            answer = await caller.charge(key)
+            self._answers.charged(key, answer)
+            if answer is None or answer.status == 503:
+                await asyncio.sleep(0.02)
+            elif answer.body["status"] == "SUCCESS":
+                self.captured += 1
+                if self.captured % 3 == 0:
+                    refund_key = f"{key}-refund" if self.captured % 2 else None
+                    amount = 300 if refund_key else None
+                    refunded = await caller.refund(payment_id_for(key), amount, refund_key)
+                    self._answers.refunded(refunded)
+
+
+UNRELIABLE = (
+    Fault("slow", count=None, probability=0.3, seconds=0.1),
+    Fault("answer_lost", count=None, probability=0.05),
+    Fault("500", count=None, probability=0.03),
+    Fault("500_after", count=None, probability=0.03),
+    Fault("reset_after", count=None, probability=0.03),
+    Fault("reset", count=None, probability=0.03),
+)
+
+
+def test_kill_9_loop(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    provider: ProviderProcess,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    """The service dies again and again; in the end each payment and refund is settled by itself."""
+    kills: int = request.config.getoption("--kills")
+    dice = random.Random(1)
+    answers = Answers()
+    service = ServiceProcess(tmp_path, **settings(address, provider))
+    provider.script(*UNRELIABLE)
+    for _ in range(kills):
+        service.start()
+        with Traffic(service.port, answers) as traffic:
+            eventually(lambda: traffic.captured >= 5)
+            time.sleep(dice.random() * 0.3)
+            service.kill()
+    check(connection, records(provider), answers.charges, answers.refunds, caught_up=False)
+    provider.script()
+    with service:
+        eventually(lambda: nothing_open(connection), 30)
+        assert service.terminate() == 0
+    check(connection, records(provider), answers.charges, answers.refunds, settled=True)
+    assert len(answers.charges) > kills * 5
+    assert answers.refunds
+
+
+test_kill_9_loop = pytest.mark.timeout(3600)(test_kill_9_loop)
+
+
+def test_200_keys_32_times_each_over_two_processes(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    provider: ProviderProcess,
+    tmp_path: Path,
+) -> None:
+    more = settings(address, provider, CHARGE_DEADLINE_S=7, GATEWAY_TIMEOUT_S=6)
+    more["PENDING_ABANDON_AFTER_S"] = 900
+    answers = Answers()
+
+    async def charge_all(callers: list[Caller]) -> None:
+        for number in range(200):
+            key = f"key-{number}"
+            told = await asyncio.gather(*(caller.charge(key) for caller in callers))
+            assert len({answer and (answer.status, answer.raw) for answer in told}) == 1, told
+            for answer in told:
+                answers.charged(key, answer)
+
+    with ServiceProcess(tmp_path, **more) as one, ServiceProcess(tmp_path, **more) as two:
+        race([one.port, two.port], 32, charge_all)
+        eventually(lambda: nothing_open(connection))
+    assert len(answers.charges) == 200 * 32
+    assert {(answer.status_code, answer.status) for answer in answers.charges} == {(201, "SUCCESS")}
+    assert len(provider.captures()) == 200
+    check(connection, records(provider), answers.charges, settled=True)
+
+
+def test_500_payments_with_6_parallel_refunds_each(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    provider: ProviderProcess,
+    tmp_path: Path,
+) -> None:
+    """300 each on 1000, over two processes: three go through, three are too much."""
+    more = settings(address, provider, CHARGE_DEADLINE_S=7, GATEWAY_TIMEOUT_S=6)
+    more["PENDING_ABANDON_AFTER_S"] = 900
+    answers = Answers()
+    codes: list[str] = []
+
+    async def refund_all(callers: list[Caller]) -> None:
+        for number in range(500):
+            key = f"key-{number}"
+            answers.charged(key, await callers[0].charge(key))
+            payment_id = payment_id_for(key)
+            told = await asyncio.gather(
+                *(caller.refund(payment_id, 300, f"r-{n}") for n, caller in enumerate(callers))
+            )
+            for answer in told:
+                assert answer is not None
+                answers.refunded(answer)
+                codes.append(answer.body.get("code", "refunded"))
+
+    with ServiceProcess(tmp_path, **more) as one, ServiceProcess(tmp_path, **more) as two:
+        race([one.port, two.port], 6, refund_all)
+        eventually(lambda: nothing_open(connection))
+    assert codes.count("refunded") == codes.count("refund_exceeds_capture") == 1500
+    assert {answer.status_code for answer in answers.refunds} == {201}
+    check(connection, records(provider), answers.charges, answers.refunds, settled=True)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGSTOP, signal.SIGKILL], ids=["frozen", "killed"])
+def test_the_database_goes_away_between_the_providers_answer_and_the_append(
+    provider: ProviderProcess, state_dir: Path, tmp_path: Path, stop: signal.Signals
+) -> None:
+    """202 in time, not an error: the money is captured. Then it is recorded by itself."""
+    outside = state_dir / uuid.uuid4().hex[:8]
+    outside.mkdir()
+    provider.script(Fault("slow", operation="charge", seconds=0.5))
+    with embedded_postgres.start(outside) as server:
+        address = DatabaseAddress(
+            str(server.socket_dir), server.port, server.user, None, "postgres"
+        )
+        answers = Answers()
+        more = settings(address, provider, CHARGE_DEADLINE_S=5, PENDING_ABANDON_AFTER_S=9)
+        with ServiceProcess(tmp_path, **more) as one:
+
+            async def charge(callers: list[Caller]) -> Answer | None:
+                task = asyncio.create_task(callers[0].charge("k"))
+                while not provider.captures():
+                    await asyncio.sleep(0.01)
+                for process in postgres_of(outside):
+                    process.send_signal(stop)
+                return await task
+
+            started = time.monotonic()
+            answer = race([one.port], 1, charge)
+            assert time.monotonic() - started < 3.5  # 0.5 s of it are the provider's
+            assert answer is not None
+            assert (answer.status, answer.body["status"]) == (202, "PENDING")
+            answers.charged("k", answer)
+            if stop is signal.SIGKILL:
+                server.release()
+                again = embedded_postgres.start(outside)
+                same_place(server.socket_dir, again.socket_dir)
+            else:
+                again = server
+                for process in postgres_of(outside):
+                    process.send_signal(signal.SIGCONT)
+            with again, psycopg.connect(address.conninfo("tests"), autocommit=True) as connection:
+                eventually(lambda: nothing_open(connection) and count(connection) == 2)
+                assert one.terminate() == 0
+                check(connection, records(provider), answers.charges, settled=True)
+
+
+def count(connection: psycopg.Connection[Any]) -> int:
+    row = connection.execute("SELECT count(*) FROM payment_events").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def test_a_frozen_process_wakes_up_after_another_has_settled(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    provider: ProviderProcess,
+    tmp_path: Path,
+) -> None:
+    """Frozen at any moment for longer than its deadline and than the abandonment."""
+    answers = Answers()
+    common = settings(address, provider)
+    provider.script(Fault("slow", count=None, probability=0.5, seconds=0.1))
+    with working(**common), ServiceProcess(tmp_path, "--api-only", **common) as service:
+        for _ in range(2):
+            with Traffic(service.port, answers) as traffic:
+                eventually(lambda: traffic.captured >= 20)
+                service.process.send_signal(signal.SIGSTOP)
+                time.sleep(4.5)
+                service.process.send_signal(signal.SIGCONT)
+                before = traffic.captured
+                eventually(lambda: traffic.captured > before + 5)  # noqa: B023
+        eventually(lambda: nothing_open(connection))
+        assert service.terminate() == 0
+    check(connection, records(provider), answers.charges, answers.refunds, settled=True)
+
+
+def test_a_provider_that_forgets_keys_is_only_asked(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    provider: ProviderProcess,
+    tmp_path: Path,
+) -> None:
+    provider.script(
+        Fault("forgets_keys", count=None), Fault("answer_lost", operation="charge", count=5)
+    )
+    more = settings(address, provider, TEST_PROVIDER_SAFE_RETRY_S=0, PENDING_ABANDON_AFTER_S=900)
+    answers = Answers()
+
+    async def charge(callers: list[Caller]) -> None:
+        for pause_s in (0, 1.2, 0):
+            await asyncio.sleep(pause_s)
+            for number, caller in enumerate(callers):
+                answers.charged(f"k{number}", await caller.charge(f"k{number}"))
+
+    with ServiceProcess(tmp_path, **more) as service:
+        race([service.port], 5, charge)
+        eventually(lambda: nothing_open(connection))
+    assert [answer.status_code for answer in answers.charges] == [202] * 5 + [201] * 10
+    assert len(provider.captures()) == 5
+    check(connection, records(provider), answers.charges, settled=True)
+
+
+@pytest.mark.parametrize("kind", ["wrong_amount", "wrong_currency", "wrong_id"])
+def test_a_provider_that_answers_about_something_else(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    provider: ProviderProcess,
+    tmp_path: Path,
+    kind: Any,
+) -> None:
+    """Never SUCCESS; once it answers soundly, it is settled by itself."""
+    provider.script(Fault(kind, count=None))
+    answers = Answers()
+
+    async def charge(callers: list[Caller]) -> None:
+        answers.charged("k", await callers[0].charge("k"))
+
+    with ServiceProcess(tmp_path, **settings(address, provider)) as service:
+        race([service.port], 1, charge)
+        assert [(a.status_code, a.status) for a in answers.charges] == [(202, "PENDING")]
+        eventually(lambda: provider.counts()["find_charge"] >= 2)
+        assert count(connection) == 1
+        provider.script()
+        eventually(lambda: nothing_open(connection) and count(connection) == 2)
+    assert "does not fit" in service.log.read_text()
+    check(connection, records(provider), answers.charges, settled=True)
