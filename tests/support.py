@@ -11,6 +11,7 @@ import psycopg
 from eventsourcing.persistence import StoredEvent
 
 from payments.commands.charge import ChargePayment
+from payments.database import Database
 from payments.deciding import (
     Cause,
     ChargeRequest,
@@ -25,6 +26,9 @@ from payments.deciding import (
 from payments.events.facts import Fact
 from payments.events.store import APPEND, append_params, to_stored_event
 from payments.payment import Approved, Declined, Payment, Refund, evolve, fold
+from payments.projections.follower import Follower
+from payments.projections.payments import PaymentsProjection
+from payments.telemetry import Telemetry
 
 ORDER_ID = uuid.UUID("f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9")
 
@@ -206,3 +210,14 @@ def append_stored(connection: psycopg.Connection[Any], events: Iterable[StoredEv
     assert {outcome for outcome, _, _ in rows} == {"appended"}
     position: int = rows[-1][1]
     return position
+
+
+async def follow(database: Database, batch_max: int = 1000) -> None:
+    """Brings the payments read model up to the log's end."""
+    projection = PaymentsProjection(settle_after_s=7)
+    follower = Follower(database.connect, projection, Telemetry(), batch_max)
+    try:
+        while await follower.run_once():
+            pass
+    finally:
+        await follower.close()

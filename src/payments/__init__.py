@@ -1,17 +1,23 @@
-"""The Payment Service: charges and their history.
+"""The Payment Service: charges, refunds and their history.
 
     request -> command -> gateway -> event -> event store (Postgres, append-only)
-    query  <- fold of the stream  <-------------+
+                                                  | NOTIFY
+    query by id  <- fold of the stream  <---------+
+    lists, SQL   <- payments read model <- follower (rows and position in one transaction)
+    settling     <- what is left open   <-+
 
-    commands/          decide and append, one file per intent
+    commands/          decide and append, one file per intent: charge, refund, settle
     queries/           read; never imported by commands, nor the other way round
+    projections/       the follower, and what it writes from the log
     events/            what can happen (facts), and where it is kept (store, appender)
-    payment.py         the aggregate: pure, no I/O, no clock
+    deciding.py        which event may come next: pure, no I/O, no clock
+    payment.py         what a payment's events amount to: as pure
     gateways/          payment providers behind one protocol
+    unsettled.py       the list of what the provider must be asked about again
     database.py        connections;  migrations/ the schema
     service.py         wires everything together from Settings
-    cli.py             the `payments` command
+    cli/               the `payments` command
 
 Imports point one way, and tests/test_architecture.py holds them to it:
-    web, cli > service > commands, queries > gateways, events > payment > money, errors, settings
+    web, cli > service > commands, queries, projections > gateways, events > payment > errors
 """

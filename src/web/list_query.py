@@ -10,7 +10,8 @@ from uuid import UUID
 from payments.errors import FieldError, InvalidRequest
 from payments.money import DECIMALS
 from payments.payment import Status
-from payments.queries.payments import LIMIT_DEFAULT, LIMIT_MAX, PaymentFilter, read_cursor
+from payments.queries.cursor import read_cursor
+from payments.queries.payments import LIMIT_DEFAULT, LIMIT_MAX, PaymentFilter
 from web.bodies import ERRORS_MAX
 from web.requests import UUID_PATTERN
 

@@ -271,10 +271,10 @@ def test_500_payments_with_6_parallel_refunds_each(
 
 @pytest.mark.parametrize("stop", [signal.SIGSTOP, signal.SIGKILL], ids=["frozen", "killed"])
 def test_the_database_goes_away_between_the_providers_answer_and_the_append(
-    provider: ProviderProcess, state_dir: Path, tmp_path: Path, stop: signal.Signals
+    provider: ProviderProcess, data_dir: Path, stop: signal.Signals
 ) -> None:
     """202 in time, not an error: the money is captured. Then it is recorded by itself."""
-    outside = state_dir / uuid.uuid4().hex[:8]
+    outside = data_dir / "outside"
     outside.mkdir()
     provider.script(Fault("slow", operation="charge", seconds=0.5))
     with embedded_postgres.start(outside) as server:
@@ -283,7 +283,7 @@ def test_the_database_goes_away_between_the_providers_answer_and_the_append(
         )
         answers = Answers()
         more = settings(address, provider, CHARGE_DEADLINE_S=5, PENDING_ABANDON_AFTER_S=9)
-        with ServiceProcess(tmp_path, **more) as one:
+        with ServiceProcess(data_dir, **more) as one:
 
             async def charge(callers: list[Caller]) -> Answer | None:
                 task = asyncio.create_task(callers[0].charge("k"))

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,6 @@ from payments.deciding import payment_id_for
 from tests.process import ServiceProcess, database_processes
 
 KILLS = 20
-
-
-@pytest.fixture
-def data_dir(state_dir: Path) -> Iterator[Path]:
-    """A data directory of this test alone; afterwards nothing of it may still run."""
-    path = state_dir / uuid.uuid4().hex[:8]
-    path.mkdir()
-    yield path
-    deadline = time.monotonic() + 6
-    while left := database_processes(path):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
 
 
 class Load:

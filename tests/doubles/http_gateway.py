@@ -1,7 +1,7 @@
 """A gateway to the provider of tests/doubles/provider.py: the shape that a real one has."""
 
 import os
-from typing import Annotated
+from typing import Annotated, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -44,7 +44,8 @@ class NotFound(msgspec.Struct, frozen=True, tag_field="error", tag="not_found"):
 _CHARGE: msgspec.json.Decoder[Captured | Refused] = msgspec.json.Decoder(Captured | Refused)
 _REFUND: msgspec.json.Decoder[Refunded | Refused] = msgspec.json.Decoder(Refunded | Refused)
 _NOT_FOUND = msgspec.json.Decoder(NotFound)
-_Decoder = msgspec.json.Decoder[Captured | Refused] | msgspec.json.Decoder[Refunded | Refused]
+
+Stated = TypeVar("Stated", bound=Captured | Refunded | Refused)
 
 
 class HttpGateway:
@@ -102,7 +103,9 @@ class HttpGateway:
         )
 
 
-def _outcome(answer: Answer, asked: UUID, decoder: _Decoder) -> Approved | Declined:
+def _outcome(
+    answer: Answer, asked: UUID, decoder: msgspec.json.Decoder[Stated]
+) -> Approved | Declined:
     """What a 2xx answer states; any other answer leaves the outcome unknown."""
     if not 200 <= answer.status < 300:
         raise OutcomeUnknown(f"the provider answered {answer.status}")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import get_args
 from uuid import UUID, uuid4
@@ -34,6 +34,7 @@ from tests.gateways.conformance import (
     ask,
     charge_of,
     refund_of,
+    timeout_for,
 )
 
 pytestmark = pytest.mark.anyio
@@ -232,7 +233,7 @@ class TestTheProvider:
         charge = charge_of()
         provider.script(fault_of(kind, "charge"))
         try:
-            await gateway.charge(charge, TIMEOUT_S)
+            await gateway.charge(charge, timeout_for(kind))
         except OutcomeUnknown:
             assert kind not in ("decline", "forgets_keys", *MISMATCHES)
         done = kind not in NOTHING_DONE and kind != "decline"
@@ -336,7 +337,11 @@ class TestTheProvider:
         parent.send_signal(signal.SIGKILL)
         parent.wait(timeout=5)
         parent.stdout.close()
-        provider.wait(timeout=5)
+        try:
+            provider.wait(timeout=5)
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                provider.kill()
 
 
 class TestBuild:

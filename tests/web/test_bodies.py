@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from payments.errors import InvalidRequest
-from web.charges import ChargeBody
 from web.bodies import ERRORS_MAX, UnsupportedMediaType, check_json, read_body
+from web.charges import ChargeBody
 
 ORDER_ID = "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9"
 GOOD: dict[str, Any] = {"merchant_order_id": ORDER_ID, "amount_cents": 1500, "currency": "INR"}

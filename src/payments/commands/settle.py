@@ -161,8 +161,8 @@ class Settling:
         if unsettled.kind == "charge" and payment.status is Status.PENDING:
             until_abandoned = self._abandon_after_s - loaded.age_s()
             wait_s = min(wait_s, max(1.0, until_abandoned))
-        if outcome == "settled":
-            log.bind(status=payment.status).info("settled")
+        if payment.version > loaded.payment.version:
+            log.bind(status=payment.status, failure=payment.failure).info("settled")
         return wait_s
 
     async def _ask(self, loaded: LoadedPayment, attempts: int) -> Payment:

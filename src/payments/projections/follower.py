@@ -4,11 +4,12 @@ One transaction holds a batch's rows and the position behind it, so each event i
 follower's row in `followers` is locked meanwhile, so among any number of processes one is active;
 its lock goes with its transaction, and another takes over.
 
-A stream that cannot be applied is parked, and the others go on: see `_apply_each`.
+A stream that cannot be applied is parked, and the others go on: see `_apply_or_park`.
 """
 
 import asyncio
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +19,9 @@ import psycopg
 from loguru import logger
 
 from payments.database import cut_after
+from payments.events.facts import UndecodableEvent
 from payments.events.store import READ_LOG, READ_STREAM_PART
+from payments.payment import UnexpectedEvent
 from payments.telemetry import Telemetry
 
 BATCH_MAX = 1000  # events; larger ones save nothing and keep the event loop for longer
@@ -42,6 +45,10 @@ SELECT position FROM followers WHERE name = %s FOR UPDATE
 # To be read once the position is taken: the follower before may just have parked one.
 PARKED_IDS = """
 SELECT payment_id FROM parked_streams WHERE follower = %s
+"""
+
+PARKED_POSITION = """
+SELECT position FROM parked_streams WHERE follower = %s AND payment_id = %s
 """
 
 MOVE_POSITION = """
@@ -159,8 +166,9 @@ class Follower:
     async def parked(self) -> list[Parked]:
         """The parked streams, oldest first."""
         connection = await self._connection()
-        cursor = await connection.execute(LIST_PARKED, [self._name])
-        return [Parked(*row) for row in await cursor.fetchall()]
+        with cut_after(connection, BATCH_TIMEOUT_S):
+            cursor = await connection.execute(LIST_PARKED, [self._name])
+            return [Parked(*row) for row in await cursor.fetchall()]
 
     async def retry_parked(self, payment_ids: Collection[UUID] | None = None) -> list[Parked]:
         """Applies what parked streams have missed (all, or these); returns those still parked.
@@ -169,24 +177,25 @@ class Follower:
         """
         for parked in await self.parked():
             if payment_ids is None or parked.payment_id in payment_ids:
-                await self._retry(parked)
+                await self._retry(parked.payment_id)
         return [
             parked
             for parked in await self.parked()
             if payment_ids is None or parked.payment_id in payment_ids
         ]
 
-    async def _retry(self, parked: Parked) -> None:
+    async def _retry(self, payment_id: UUID) -> None:
         connection = await self._connection()
         with cut_after(connection, BATCH_TIMEOUT_S):
             async with connection.transaction():
                 position = await _one(connection, AWAIT_POSITION, [self._name])
-                if parked.payment_id not in await self._parked_ids(connection):
+                # Another process may have retried it since, and parked it again further on.
+                first = await _one(connection, PARKED_POSITION, [self._name, payment_id])
+                if first is None:
                     return
-                part = [parked.payment_id, parked.position, position]
-                events = await _read(connection, READ_STREAM_PART, part)
-                await connection.execute(UNPARK, [self._name, parked.payment_id])
-                await self._apply_or_park(connection, events)
+                events = await _read(connection, READ_STREAM_PART, [payment_id, first, position])
+                if await self._apply_or_park(connection, events):
+                    await connection.execute(UNPARK, [self._name, payment_id])
 
     async def _run(self) -> None:
         """Follows until cancelled, whatever happens to the database."""
@@ -215,15 +224,15 @@ class Follower:
                 pause_s = RETRY_MIN_S
 
     async def _run_connected(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        """Applies all there is, then waits for a NOTIFY or the poll."""
-        while moved := await self._run_batch():
-            if self._stopping:
-                return
-            if moved < self._batch_max:
-                await asyncio.sleep(BUSY_GATHER_S if moved > BUSY_EVENTS else GATHER_S)
-        async for _ in connection.notifies(timeout=POLL_S, stop_after=1):
+        """Applies a batch; if there is none, waits for a NOTIFY or the poll."""
+        moved = await self._run_batch()
+        if self._stopping:
+            return
+        # Also takes what came during the batch: psycopg keeps it for whoever asks, without bound.
+        async for _ in connection.notifies(timeout=0 if moved else POLL_S, stop_after=1):
             pass
-        await asyncio.sleep(GATHER_S)
+        if moved < self._batch_max:
+            await asyncio.sleep(BUSY_GATHER_S if moved > BUSY_EVENTS else GATHER_S)
 
     async def _run_batch(self) -> int:
         self._applying = True
@@ -235,7 +244,8 @@ class Follower:
     async def _connection(self) -> psycopg.AsyncConnection[Any]:
         if self._opened is None:
             self._opened = await self._connect(f"payments follower {self._name}")
-            await self._opened.execute("LISTEN payment_events")
+            with cut_after(self._opened, BATCH_TIMEOUT_S):
+                await self._opened.execute("LISTEN payment_events")
         return self._opened
 
     async def _parked_ids(self, connection: psycopg.AsyncConnection[Any]) -> set[UUID]:
@@ -245,42 +255,45 @@ class Follower:
     async def _apply(
         self, connection: psycopg.AsyncConnection[Any], events: list[RecordedEvent]
     ) -> None:
-        if parked := await self._parked_ids(connection):
-            events = [event for event in events if event.payment_id not in parked]
-        if not events:
-            return
+        parked = await self._parked_ids(connection)
+        events = [event for event in events if event.payment_id not in parked]
+        if events:
+            await self._apply_or_park(connection, events)
+
+    async def _apply_or_park(
+        self, connection: psycopg.AsyncConnection[Any], events: list[RecordedEvent]
+    ) -> bool:
+        """Applies the events, but parks the streams that cannot be; returns whether there is none.
+
+        A batch that fails is halved until the culprits are alone, each part in a savepoint: stream
+        by stream, one of them would make a large batch take longer than it may.
+        """
         try:
             async with connection.transaction():
                 await self._projection.apply(connection, events)
         except Exception as error:
             if not _is_the_events_fault(error):
                 raise
-            await self._apply_each(connection, events)
+            reason = _reason(error)
+        else:
+            return True
+        streams = list(dict.fromkeys(event.payment_id for event in events))
+        if len(streams) == 1:
+            await self._park(connection, events[0], reason)
+            return False
+        half = set(streams[: len(streams) // 2])
+        for part in (True, False):
+            of_part = [event for event in events if (event.payment_id in half) is part]
+            await self._apply_or_park(connection, of_part)
+        return False
 
-    async def _apply_each(
-        self, connection: psycopg.AsyncConnection[Any], events: list[RecordedEvent]
+    async def _park(
+        self, connection: psycopg.AsyncConnection[Any], first: RecordedEvent, reason: str
     ) -> None:
-        """Stream by stream, each in a savepoint: only the culprits are parked."""
-        streams: dict[UUID, list[RecordedEvent]] = {}
-        for event in events:
-            streams.setdefault(event.payment_id, []).append(event)
-        for stream in streams.values():
-            await self._apply_or_park(connection, stream)
-
-    async def _apply_or_park(
-        self, connection: psycopg.AsyncConnection[Any], stream: list[RecordedEvent]
-    ) -> None:
-        try:
-            async with connection.transaction():
-                await self._projection.apply(connection, stream)
-        except Exception as error:
-            if not _is_the_events_fault(error):
-                raise
-            first, reason = stream[0], _reason(error)
-            logger.bind(follower=self._name, payment_id=first.payment_id, reason=reason).log(
-                "ERROR", "a stream is parked: `payments parked list`"
-            )
-            await connection.execute(PARK, [self._name, first.payment_id, first.position, reason])
+        logger.bind(follower=self._name, payment_id=first.payment_id, reason=reason).error(
+            "a stream is parked: `payments parked list`"
+        )
+        await connection.execute(PARK, [self._name, first.payment_id, first.position, reason])
 
 
 async def _one(connection: psycopg.AsyncConnection[Any], query: str, params: list[Any]) -> Any:
@@ -300,12 +313,18 @@ async def _read(
 def _is_the_events_fault(error: Exception) -> bool:
     """Whether it would fail again: not for a lost connection, a lock, or a full disk."""
     if isinstance(error, psycopg.Error):
-        return error.sqlstate is not None and error.sqlstate[:2] in ("22", "23")
+        # SQLSTATE classes 22 and 23, and what psycopg itself refuses to send.
+        return isinstance(error, psycopg.DataError | psycopg.IntegrityError)
     return not isinstance(error, OSError | MemoryError)
 
 
 def _reason(error: Exception) -> str:
-    """For people; without the values of a row, which the text of a database error may hold."""
+    """For people. Other messages than our own may quote what is in a row."""
+    kind = type(error).__name__
+    if isinstance(error, UndecodableEvent | UnexpectedEvent):
+        return f"{kind}: {error}"[:500]
     if isinstance(error, psycopg.Error):
-        return f"{error.sqlstate}: {error.diag.message_primary}"
-    return f"{type(error).__name__}: {error}"[:500]
+        names = (error.diag.table_name, error.diag.column_name, error.diag.constraint_name)
+        return " ".join(part for part in (error.sqlstate, kind, *names) if part)
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    return f"{kind} in {frame.f_code.co_qualname}, line {line}"

@@ -42,12 +42,25 @@ async def get_history(database: Database, payment_id: UUID, client: str | None) 
     rows = await database.fetch(HISTORY, [payment_id])
     if not rows or (client is not None and client != _client(payment_id, rows[0])):
         raise await not_found(database, payment_id, client)
-    return PaymentHistory(
-        [
-            PaymentEvent(*columns, None if data is None else msgspec.Raw(data.encode()))
-            for *columns, data in rows
-        ]
-    )
+    return PaymentHistory([_event(*row) for row in rows])
+
+
+def _event(
+    position: int, version: int, type: str, recorded_at: datetime, data: str | None
+) -> PaymentEvent:
+    return PaymentEvent(position, version, type, recorded_at, _raw(data))
+
+
+def _raw(data: str | None) -> msgspec.Raw | None:
+    """The text as it stands; None if it would make the whole answer unreadable.
+
+    Postgres lets half a surrogate pair and deep nesting pass, which many decoders do not.
+    """
+    try:
+        msgspec.json.decode(data or "")
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+    return msgspec.Raw((data or "").encode())
 
 
 def _client(payment_id: UUID, first: tuple[Any, ...]) -> str | None:

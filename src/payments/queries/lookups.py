@@ -95,11 +95,8 @@ class PaymentLookups:
 
     async def _read(self, batch: dict[UUID, _Wanted]) -> None:
         """One statement for all of them; if it fails, it fails for them alone."""
-        left_s = next(iter(batch.values())).deadline - time.monotonic()
         try:
-            if left_s <= 0:
-                raise DatabaseUnavailable("The database does not answer.")
-            rows = await self._database.fetch(LOAD_STREAMS, [uuids(list(batch))], timeout_s=left_s)
+            rows = await self._fetch(batch)
         except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
             for wanted in batch.values():
                 wanted.fail(error)
@@ -108,3 +105,10 @@ class PaymentLookups:
             batch.pop(payment_id).tell(list(group))
         for wanted in batch.values():
             wanted.tell([])
+
+    async def _fetch(self, batch: dict[UUID, _Wanted]) -> _Rows:
+        # A statement that comes late has what is left of the time of its oldest lookup.
+        left_s = next(iter(batch.values())).deadline - time.monotonic()
+        if left_s <= 0:
+            raise DatabaseUnavailable("The database does not answer.")
+        return await self._database.fetch(LOAD_STREAMS, [uuids(list(batch))], timeout_s=left_s)

@@ -1,21 +1,18 @@
 """Reading payments: one as it is now, a list of them as the projector last wrote it."""
 
-import base64
-import binascii
-import struct
-import zlib
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID
 
 import msgspec
 
 from payments.database import Database
-from payments.errors import DatabaseUnavailable, FieldError, InvalidRequest, PaymentNotFound
+from payments.errors import DatabaseUnavailable, PaymentNotFound
 from payments.money import DECIMALS
 from payments.payment import Payment, Status
+from payments.queries.cursor import Place, read_cursor, write_cursor
 from payments.queries.lookups import PaymentLookups
 
 LIMIT_DEFAULT, LIMIT_MAX = 50, 200
@@ -41,7 +38,8 @@ SELECT f.position, p.id, p.merchant_order_id, p.idempotency_key, p.amount_cents,
           AND (%(currency)s::text IS NULL OR currency = %(currency)s)
           AND (%(created_from)s::timestamp IS NULL OR created_at >= %(created_from)s)
           AND (%(created_until)s::timestamp IS NULL OR created_at < %(created_until)s)
-          AND (%(before)s::timestamp IS NULL OR (created_at, id) < (%(before)s, %(before_id)s::uuid))
+          AND (%(before)s::timestamp IS NULL
+               OR (created_at, id) < (%(before)s, %(before_id)s::uuid))
         ORDER BY created_at DESC, id DESC LIMIT %(limit)s) AS p ON true
  WHERE f.name = 'payments'
  ORDER BY p.created_at DESC, p.id DESC
@@ -76,7 +74,8 @@ OF_ORDER = """
 SELECT id, status, amount_cents, currency FROM payments p
  WHERE merchant_order_id = %(merchant_order_id)s
    AND (%(client)s::text IS NULL
-        OR EXISTS (SELECT FROM payment_clients c WHERE c.payment_id = p.id AND c.client = %(client)s))
+        OR EXISTS (SELECT FROM payment_clients c
+                    WHERE c.payment_id = p.id AND c.client = %(client)s))
  ORDER BY created_at DESC, id DESC LIMIT %(limit)s
 """
 
@@ -115,13 +114,6 @@ class PaymentPage(msgspec.Struct, frozen=True):
     payments: list[PaymentView]
     next_cursor: str | None
     position: int
-
-
-class Place(NamedTuple):
-    """Where a page ends in the order of the list."""
-
-    created_at: datetime
-    id: UUID
 
 
 async def get_payment(
@@ -166,7 +158,7 @@ async def list_payments(
     meanwhile: a page goes on after a payment, not after a number of them. `client` is as for
     get_payment. Raises InvalidRequest for a cursor that is not of an earlier page.
     """
-    before = Place(*read_cursor(cursor)) if cursor is not None else None
+    before = read_cursor(cursor) if cursor is not None else None
     params: Mapping[str, Any] = {
         "client": client,
         "merchant_order_id": wanted.merchant_order_id,
@@ -218,34 +210,6 @@ async def not_found(database: Database, payment_id: UUID, client: str | None) ->
 
 def _amount(amount_cents: int, currency: str) -> str:
     return f"{Decimal(amount_cents).scaleb(-DECIMALS.get(currency, 2))} {currency}"
-
-
-# Microseconds since 1970, the payment's id, and a checksum: a cursor that was cut short or mistyped
-# must not pass for another place in the list.
-_PLACE = struct.Struct(">q16s")
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
-
-
-def write_cursor(place: Place) -> str:
-    packed = _PLACE.pack((place.created_at - _EPOCH) // _MICROSECOND, place.id.bytes)
-    checked = packed + zlib.crc32(packed).to_bytes(4, "big")
-    return base64.urlsafe_b64encode(checked).rstrip(b"=").decode("ascii")
-
-
-def read_cursor(cursor: str) -> Place:
-    """Raises InvalidRequest that names `cursor`."""
-    try:
-        padded = cursor.encode("ascii") + b"=" * (-len(cursor) % 4)
-        checked = base64.b64decode(padded, altchars=b"-_", validate=True)
-        packed, checksum = checked[:-4], checked[-4:]
-        micros, id_bytes = _PLACE.unpack(packed)
-        if zlib.crc32(packed).to_bytes(4, "big") != checksum:
-            raise ValueError("it was changed")
-        return Place(_EPOCH + micros * _MICROSECOND, UUID(bytes=id_bytes))
-    except (ValueError, OverflowError, struct.error, binascii.Error):
-        error = FieldError("cursor", "must be the next_cursor of an earlier answer, unchanged")
-        raise InvalidRequest("The cursor is not one of ours.", (error,)) from None
 
 
 def _column_time(time: datetime | None) -> datetime | None:

@@ -1,0 +1,51 @@
+"""Where a page of a list ends, as a text that clients hand back unread."""
+
+import base64
+import struct
+import zlib
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+from uuid import UUID
+
+from payments.errors import FieldError, InvalidRequest
+
+# Microseconds since 1970 and the payment's id; a CRC-32 follows. A cursor that was cut short or
+# mistyped must not pass for another place in the list, where payments would be missed in silence.
+_PLACE = struct.Struct(">q16s")
+_CHECKSUM = struct.Struct(">I")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+class Place(NamedTuple):
+    """The last payment of a page, in the list's order: newest first, equal times by id."""
+
+    created_at: datetime
+    id: UUID
+
+
+def write_cursor(place: Place) -> str:
+    packed = _PLACE.pack((place.created_at - _EPOCH) // _MICROSECOND, place.id.bytes)
+    checked = packed + _CHECKSUM.pack(zlib.crc32(packed))
+    return base64.urlsafe_b64encode(checked).rstrip(b"=").decode("ascii")
+
+
+def read_cursor(cursor: str) -> Place:
+    """Raises InvalidRequest, which names `cursor`."""
+    try:
+        place = _unpack(base64.b64decode(_padded(cursor), altchars=b"-_", validate=True))
+    except (ValueError, OverflowError, struct.error):
+        place = None
+    if place is None or write_cursor(place) != cursor:
+        error = FieldError("cursor", "must be the next_cursor of an earlier answer, unchanged")
+        raise InvalidRequest("The cursor is not one of ours.", (error,))
+    return place
+
+
+def _padded(cursor: str) -> bytes:
+    return cursor.encode("ascii") + b"=" * (-len(cursor) % 4)
+
+
+def _unpack(checked: bytes) -> Place:
+    micros, id_bytes = _PLACE.unpack(checked[: _PLACE.size])
+    return Place(_EPOCH + micros * _MICROSECOND, UUID(bytes=id_bytes))

@@ -1,0 +1,218 @@
+"""How Postgres answers each query on 100,000 payments: from an index, and without reading on.
+
+What is bounded is the number of rows that are looked at, as EXPLAIN ANALYZE counts them.
+"""
+
+import hashlib
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from itertools import combinations
+from typing import Any
+
+import psycopg
+import pytest
+
+from payments import unsettled
+from payments.database import DatabaseAddress
+from payments.events.arrays import uuids
+from payments.events.store import LOAD_STREAM, LOAD_STREAMS
+from payments.payment import Status
+from payments.queries.cursor import Place, write_cursor
+from payments.queries.history import HISTORY
+from payments.queries.payments import PaymentFilter, list_payments, payments_of_order
+from tests.conftest import _database
+from tests.queries.conftest import WatchedDatabase
+
+pytestmark = pytest.mark.anyio
+
+LIMIT = 50
+# A page, the one row more, and as many again that a filter or a join may pass over.
+LOOKED_AT_MAX = 1_500
+
+# Payments 1 s apart, the newest last. Of 100: 90 captured, 8 declined, 1 open, 1 refunded; 80 in
+# INR, 15 in USD, 5 in JPY; 50 of a large client; two payments per order. 100 of a small client.
+FILL = """
+INSERT INTO payments
+SELECT md5('p' || n)::uuid, md5('o' || n / 2)::uuid, 'key ' || n, 1500,
+       CASE WHEN c < 80 THEN 'INR' WHEN c < 95 THEN 'USD' ELSE 'JPY' END,
+       CASE WHEN s < 90 THEN 'SUCCESS' WHEN s < 98 THEN 'FAILED'
+            WHEN s < 99 THEN 'PENDING' ELSE 'REFUNDED' END,
+       'txn ' || n, t, t
+  FROM generate_series(1, 100000) n,
+       LATERAL (SELECT abs(hashint4(n)) % 100, abs(hashint4(n + 1000000)) % 100,
+                       timestamp '2026-01-01' + n * interval '1 s') AS x (s, c, t);
+
+INSERT INTO payment_clients
+SELECT id, CASE WHEN n % 1000 = 1 THEN 'small' ELSE 'large' END, created_at
+  FROM (SELECT *, substr(idempotency_key, 5)::integer AS n FROM payments) AS p
+ WHERE n % 1000 = 1 OR hashint4(n + 2000000) % 2 = 0;
+
+INSERT INTO refunds
+SELECT gen_random_uuid(), id, NULL, 1500, currency, 'SUCCESS', NULL, NULL, created_at, created_at
+  FROM payments WHERE status = 'REFUNDED';
+
+INSERT INTO unsettled_payments
+SELECT id, 'charge', created_at, timestamptz '2030-01-01' + (created_at - timestamp '2026-01-01')
+  FROM payments;
+
+INSERT INTO payment_events
+SELECT 2 * n + v, md5('p' || n)::uuid, v, 'PaymentInitiated', decode(repeat('61', 300), 'hex'),
+       now()
+  FROM generate_series(1, 50000) n, generate_series(1, 2) v;
+"""
+
+NEWEST = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=100_000)
+ORDER = uuid.UUID(hashlib.md5(b"o40000").hexdigest())
+FILTERS: dict[str, Any] = {
+    "merchant_order_id": ORDER,
+    "status": Status.PENDING,
+    "currency": "USD",
+    "created_from": NEWEST - timedelta(hours=20),
+    "created_until": NEWEST - timedelta(hours=10),
+}
+
+
+@pytest.fixture(scope="module")
+def big(server: DatabaseAddress, template: DatabaseAddress) -> Iterator[DatabaseAddress]:
+    for address in _database(server, template.dbname):
+        with psycopg.connect(address.conninfo("tests"), autocommit=True) as connection:
+            connection.execute("SET statement_timeout = '60s'")
+            connection.execute(FILL)
+            connection.execute("VACUUM ANALYZE")
+        yield address
+
+
+class Plan:
+    """What EXPLAIN ANALYZE says of a statement."""
+
+    def __init__(self, connection: psycopg.Connection[Any], query: str, params: Any) -> None:
+        explain = "EXPLAIN (ANALYZE, FORMAT JSON) " + query
+        row = connection.execute(explain.encode(), params, prepare=False, binary=False).fetchone()
+        assert row is not None
+        self.nodes = list(_nodes(row[0][0]["Plan"]))
+        self.indexes = {node["Index Name"] for node in self.nodes if "Index Name" in node}
+
+    @property
+    def scanned(self) -> set[str]:
+        """Tables that are read from one end to the other."""
+        return {node["Relation Name"] for node in self.nodes if node["Node Type"] == "Seq Scan"}
+
+    @property
+    def looked_at(self) -> int:
+        """Rows that scans returned or passed over."""
+        return sum(
+            round(
+                (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+            )
+            for node in self.nodes
+            if "Scan" in node["Node Type"]
+        )
+
+
+def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield node
+    for child in node.get("Plans", ()):
+        yield from _nodes(child)
+
+
+@pytest.fixture
+def on_big(big: DatabaseAddress) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(big.conninfo("tests"), autocommit=True) as opened:
+        yield opened
+
+
+async def plan_of_list(
+    big: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    wanted: PaymentFilter,
+    client: str | None,
+    cursor: str | None,
+) -> Plan:
+    """The plan of the statement that list_payments sends."""
+    database = WatchedDatabase(big, 1)
+    await database.open()
+    await list_payments(database, wanted, client, LIMIT, cursor)
+    await database.close()
+    (statement,) = database.statements
+    return Plan(connection, statement.query, statement.params)
+
+
+@pytest.mark.parametrize("cursor", [None, write_cursor(Place(NEWEST - timedelta(hours=15), ORDER))])
+@pytest.mark.parametrize("client", [None, "large", "small"])
+@pytest.mark.parametrize(
+    "names",
+    [(), *((name,) for name in FILTERS), *combinations(FILTERS, 2), tuple(FILTERS)],
+    ids="+".join,
+)
+async def test_a_page_stops_early(
+    big: DatabaseAddress,
+    on_big: psycopg.Connection[Any],
+    names: tuple[str, ...],
+    client: str | None,
+    cursor: str | None,
+) -> None:
+    wanted = PaymentFilter(**{name: FILTERS[name] for name in names})
+    plan = await plan_of_list(big, on_big, wanted, client, cursor)
+    if client == "large" and "status" in names and "merchant_order_id" not in names:
+        # Few payments are open and many are the client's: from either side it takes some reading.
+        assert {"payments_by_status", "payment_clients_newest"} & plan.indexes
+        assert plan.scanned <= {"followers", "payment_clients"}
+        return
+    assert plan.scanned <= {"followers"}
+    assert plan.looked_at <= LOOKED_AT_MAX
+    if "merchant_order_id" in names:
+        assert "payments_of_order" in plan.indexes
+    elif client is not None:
+        assert "payment_clients_newest" in plan.indexes
+    elif "status" in names:
+        assert "payments_by_status" in plan.indexes
+    elif "currency" in names:
+        assert {"payments_by_currency", "payments_newest"} & plan.indexes
+    else:
+        assert "payments_newest" in plan.indexes
+
+
+@pytest.mark.parametrize("client", [None, "large"])
+async def test_the_payments_of_an_order(
+    big: DatabaseAddress, on_big: psycopg.Connection[Any], client: str | None
+) -> None:
+    database = WatchedDatabase(big, 1)
+    await database.open()
+    await payments_of_order(database, uuid.uuid4(), client, 6)
+    await database.close()
+    plan = Plan(on_big, database.statements[0].query, database.statements[0].params)
+    assert "payments_of_order" in plan.indexes
+    assert plan.scanned == set()
+    assert plan.looked_at < 10
+
+
+def test_streams_are_read_by_their_key(on_big: psycopg.Connection[Any]) -> None:
+    found = on_big.execute("SELECT id FROM payments LIMIT 256").fetchall()
+    ids = [id for (id,) in found]
+    for query, params, most in (
+        (LOAD_STREAMS, [uuids(ids)], 2 * 2 * 256),
+        (LOAD_STREAM, [ids[0]], 4),
+        (HISTORY, [ids[0]], 4),
+    ):
+        plan = Plan(on_big, query, params)
+        assert plan.indexes == {"payment_events_stream"}
+        assert plan.scanned == set()
+        assert plan.looked_at <= most
+
+
+@pytest.mark.parametrize("due", [0, 100, 100_000])
+def test_claiming_what_is_due_reads_no_more_than_it_claims(
+    on_big: psycopg.Connection[Any], due: int
+) -> None:
+    with on_big.transaction(force_rollback=True):
+        on_big.execute(
+            "UPDATE unsettled_payments SET due_at = now() - interval '1 s' WHERE payment_id IN"
+            " (SELECT payment_id FROM unsettled_payments ORDER BY due_at LIMIT %s)",
+            [due],
+        )
+        on_big.execute("ANALYZE unsettled_payments")
+        plan = Plan(on_big, unsettled.CLAIM, {"limit": 20, "lease_s": 10})
+        assert "unsettled_payments_due" in plan.indexes
+        assert plan.scanned == set()
+        assert plan.looked_at <= 200
