@@ -23,12 +23,13 @@ REMOVE = """
 DELETE FROM unsettled_payments WHERE payment_id = ANY(%b::uuid[])
 """
 
-# What is due, oldest first; nobody else gets it until the lease is over.
+# What is due, oldest first; nobody else gets it until the lease is over. With clock_timestamp(),
+# which changes from row to row, instead of now() the index could not be used.
 CLAIM = """
 UPDATE unsettled_payments u
    SET attempts = u.attempts + 1, due_at = clock_timestamp() + make_interval(secs => %(lease_s)s)
   FROM (SELECT payment_id FROM unsettled_payments
-         WHERE due_at <= clock_timestamp()
+         WHERE due_at <= now()
          ORDER BY due_at LIMIT %(limit)s
            FOR UPDATE SKIP LOCKED) AS due
  WHERE u.payment_id = due.payment_id

@@ -22,6 +22,7 @@ from payments.gateways import ProviderCharge
 from payments.payment import Status
 from payments.queries.payments import get_payment
 from tests.commands.conftest import Make
+from tests.commands.looking import topics
 from tests.doubles.gateway import (
     ScriptedGateway,
     after,
@@ -37,14 +38,6 @@ from tests.support import ORDER_ID, charge_of, stored_event, until
 pytestmark = pytest.mark.anyio
 
 
-def topics(connection: psycopg.Connection[Any], key: str) -> list[str]:
-    rows = connection.execute(
-        "SELECT topic FROM payment_events WHERE originator_id = %s ORDER BY originator_version",
-        [payment_id_for(key)],
-    ).fetchall()
-    return [topic for (topic,) in rows]
-
-
 def first_answer(charged: Charged) -> tuple[Status, bool]:
     return charged.payment.status, charged.replayed
 
@@ -56,7 +49,7 @@ async def test_captured(make: Make, connection: psycopg.Connection[Any]) -> None
     assert first_answer(charged) == (Status.SUCCESS, False)
     assert charged.payment.provider_txn_id == f"txn-{payment_id_for('k')}"
     assert gateway.charges == [ProviderCharge(payment_id_for("k"), 1500, "INR", "tok_1")]
-    assert topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"]
+    assert topics(connection, payment_id_for("k")) == ["PaymentInitiated", "PaymentCharged"]
 
 
 async def test_the_intent_is_durable_before_the_provider_is_asked(
@@ -65,7 +58,7 @@ async def test_the_intent_is_durable_before_the_provider_is_asked(
     stored_when_asked: list[str] = []
 
     def look(gateway: ScriptedGateway, charge: ProviderCharge) -> Any:
-        stored_when_asked.extend(topics(connection, "k"))
+        stored_when_asked.extend(topics(connection, payment_id_for("k")))
         return approve(gateway, charge)
 
     service = await make(ScriptedGateway(look))
@@ -87,7 +80,7 @@ async def test_declined(make: Make, connection: psycopg.Connection[Any]) -> None
     charged = await service.charging.charge(charge_of("k"))
     assert first_answer(charged) == (Status.FAILED, False)
     assert charged.payment.decline_code == "insufficient_funds"
-    assert topics(connection, "k") == ["PaymentInitiated", "PaymentFailed"]
+    assert topics(connection, payment_id_for("k")) == ["PaymentInitiated", "PaymentFailed"]
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.FAILED, True)
 
 
@@ -121,7 +114,7 @@ async def test_the_key_with_another_request_is_refused(
         await service.charging.charge(other)
     assert [error.field for error in refused.value.errors] == [field]
     assert len(gateway.charges) == 1
-    assert topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"]
+    assert topics(connection, payment_id_for("k")) == ["PaymentInitiated", "PaymentCharged"]
 
 
 async def test_the_key_with_another_request_while_the_first_is_running(make: Make) -> None:
@@ -174,7 +167,9 @@ async def test_no_outcome_within_the_deadline_is_pending_and_the_late_one_is_sto
     assert 0.3 < time.monotonic() - started < 0.8
     assert first_answer(charged) == (Status.PENDING, False)
     answered.set()
-    await until(lambda: topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"])
+    await until(
+        lambda: topics(connection, payment_id_for("k")) == ["PaymentInitiated", "PaymentCharged"]
+    )
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
 
 
@@ -188,7 +183,9 @@ async def test_a_client_that_goes_away_cancels_nothing(
     await until(lambda: gateway.charges)
     request.cancel()
     answered.set()
-    await until(lambda: topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"])
+    await until(
+        lambda: topics(connection, payment_id_for("k")) == ["PaymentInitiated", "PaymentCharged"]
+    )
 
 
 @pytest.mark.parametrize("lost", [answer_lost, no_answer])
@@ -245,7 +242,7 @@ async def test_a_provider_that_was_never_reached_is_unavailable(
     service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
     with pytest.raises(GatewayUnavailable):
         await service.charging.charge(charge_of("k"))
-    assert topics(connection, "k") == ["PaymentInitiated"]
+    assert topics(connection, payment_id_for("k")) == ["PaymentInitiated"]
     await asyncio.sleep(0.4)
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
     assert len(gateway.captures) == 1
@@ -265,7 +262,7 @@ async def test_an_answer_about_something_else_is_never_success(
     service = await make(ScriptedGateway(mutate))
     charged = await service.charging.charge(charge_of("k"))
     assert first_answer(charged) == (Status.PENDING, False)
-    assert topics(connection, "k") == ["PaymentInitiated"]
+    assert topics(connection, payment_id_for("k")) == ["PaymentInitiated"]
     mismatches = service.telemetry.gateway_calls["charge", "mismatch"]
     assert mismatches._value.get() == 1
 
@@ -293,7 +290,9 @@ async def test_an_outcome_that_cannot_be_stored_is_pending_and_stored_later(
     assert first_answer(charged) == (Status.PENDING, False)
     assert time.monotonic() - started < 3
     connection.execute(UNLOCK)
-    await until(lambda: topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"])
+    await until(
+        lambda: topics(connection, payment_id_for("k")) == ["PaymentInitiated", "PaymentCharged"]
+    )
 
 
 async def test_without_a_store_nothing_is_asked(
@@ -326,7 +325,7 @@ async def test_too_many_waiting_charges_are_refused_at_once(
     connection.execute(UNLOCK)
     answers = await asyncio.gather(first, *waiting)
     assert {answer.payment.status for answer in answers} == {Status.SUCCESS}
-    assert topics(connection, "4") == []
+    assert topics(connection, payment_id_for("4")) == []
 
 
 async def test_a_charge_that_gets_no_turn_at_the_provider_is_not_sent(
@@ -346,7 +345,7 @@ async def test_a_charge_that_gets_no_turn_at_the_provider_is_not_sent(
     await first
     await service.runs.drain(2)
     assert [charge.payment_id for charge in gateway.charges] == [payment_id_for("a")]
-    assert topics(connection, "b") == ["PaymentInitiated"]
+    assert topics(connection, payment_id_for("b")) == ["PaymentInitiated"]
 
 
 async def test_an_outcome_found_by_another_process_first(
@@ -363,7 +362,7 @@ async def test_an_outcome_found_by_another_process_first(
     assert first_answer(await other.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
     answered.set()
     await slow.runs.drain(2)
-    assert topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"]
+    assert topics(connection, payment_id_for("k")) == ["PaymentInitiated", "PaymentCharged"]
     assert len(gateway.captures) == 1
 
 
@@ -392,7 +391,7 @@ async def test_draining_waits_for_charges_whose_requests_were_answered(
     await service.charging.charge(charge_of("k"))
     asyncio.get_running_loop().call_later(0.2, answered.set)
     await service.runs.drain(5)
-    assert topics(connection, "k") == ["PaymentInitiated", "PaymentCharged"]
+    assert topics(connection, payment_id_for("k")) == ["PaymentInitiated", "PaymentCharged"]
 
 
 async def test_every_answer_is_counted(make: Make) -> None:
@@ -510,14 +509,14 @@ async def test_more_charges_than_may_run_are_refused_before_anything_is_stored(
     gateway = ScriptedGateway(*[after(answered)] * 2)
     service = await make(gateway, gateway_concurrency_max=1, intent_queue_max=1)
     charges = [asyncio.create_task(service.charging.charge(charge_of("a")))]
-    await until(lambda: topics(connection, "a"))
+    await until(lambda: topics(connection, payment_id_for("a")))
     charges.append(asyncio.create_task(service.charging.charge(charge_of("b"))))
-    await until(lambda: topics(connection, "b"))
+    await until(lambda: topics(connection, payment_id_for("b")))
     with pytest.raises(TooBusy):
         await service.charging.charge(charge_of("c"))
     answered.set()
     await asyncio.gather(*charges)
-    assert topics(connection, "c") == []
+    assert topics(connection, payment_id_for("c")) == []
 
 
 async def test_a_repetition_waits_for_a_run_that_goes_on_after_its_answer(make: Make) -> None:

@@ -25,6 +25,7 @@ from payments.errors import (
 from payments.payment import Status
 from payments.service import Service
 from tests.commands.conftest import Make
+from tests.commands.looking import gateway_of, topics
 from tests.doubles.gateway import (
     ScriptedGateway,
     after,
@@ -60,20 +61,6 @@ async def charged(make: Make, *script: Any, amount_cents: int = 1000, **changed:
     return service
 
 
-def gateway_of(service: Service) -> ScriptedGateway:
-    gateway = service.gateway._gateway
-    assert isinstance(gateway, ScriptedGateway)
-    return gateway
-
-
-def topics(connection: psycopg.Connection[Any]) -> list[str]:
-    rows = connection.execute(
-        "SELECT topic FROM payment_events WHERE originator_id = %s ORDER BY originator_version",
-        [PAYMENT],
-    ).fetchall()
-    return [topic for (topic,) in rows]
-
-
 def summary(refunded: Refunded) -> tuple[Status, int, int, Status, bool]:
     """Refund status and amount, given back in all, payment status, replayed."""
     payment, refund = refunded.payment, refunded.refund
@@ -94,7 +81,7 @@ async def test_the_whole_amount(make: Make, connection: psycopg.Connection[Any])
     assert asked.payment_id == PAYMENT
     assert asked.provider_txn_id == f"txn-{PAYMENT}"
     assert (asked.amount_cents, asked.currency) == (1000, "INR")
-    assert topics(connection)[2:] == ["RefundInitiated", "PaymentRefunded"]
+    assert topics(connection, PAYMENT)[2:] == ["RefundInitiated", "PaymentRefunded"]
 
 
 async def test_the_amount_is_reserved_before_the_provider_is_asked(
@@ -103,7 +90,7 @@ async def test_the_amount_is_reserved_before_the_provider_is_asked(
     stored_when_asked: list[str] = []
 
     def look(gateway: ScriptedGateway, refund: Any) -> Any:
-        stored_when_asked.extend(topics(connection))
+        stored_when_asked.extend(topics(connection, PAYMENT))
         return approve(gateway, refund)
 
     service = await charged(make, look)
@@ -181,7 +168,7 @@ async def test_a_refusal_of_the_provider_is_an_error_and_frees_the_amount(
     for _ in range(2):  # the second time it is replayed
         with pytest.raises(RefundDeclined, match="refund_refused"):
             await service.refunding.refund(refund_of(1000, "a"))
-    assert topics(connection)[2:] == ["RefundInitiated", "RefundFailed"]
+    assert topics(connection, PAYMENT)[2:] == ["RefundInitiated", "RefundFailed"]
     assert len(gateway_of(service).refunds) == 1
     refunded = await service.refunding.refund(refund_of(1000, "b"))
     assert refunded.payment.status is Status.REFUNDED
@@ -241,7 +228,7 @@ async def test_an_answer_about_something_else_is_never_success(
 
     service = await charged(make, mutate)
     assert (await service.refunding.refund(refund_of())).refund.status is Status.PENDING
-    assert topics(connection)[2:] == ["RefundInitiated"]
+    assert topics(connection, PAYMENT)[2:] == ["RefundInitiated"]
     assert service.telemetry.gateway_calls["refund", "mismatch"]._value.get() == 1
 
 
@@ -295,7 +282,7 @@ async def test_too_many_intents_are_refused_before_anything(
     service.appender._intent_queue_max = 0
     with pytest.raises(TooBusy):
         await service.refunding.refund(refund_of())
-    assert len(topics(connection)) == 2
+    assert len(topics(connection, PAYMENT)) == 2
     assert gateway_of(service).refunds == []
 
 

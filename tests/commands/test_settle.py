@@ -14,6 +14,7 @@ from payments.payment import Status
 from payments.service import Service
 from payments.unsettled import CLAIM
 from tests.commands.conftest import Make
+from tests.commands.looking import gateway_of, topics
 from tests.commands.test_refund import refund_of
 from tests.doubles.gateway import (
     ScriptedGateway,
@@ -30,20 +31,6 @@ pytestmark = pytest.mark.anyio
 PAYMENT = payment_id_for("k")
 FAST: dict[str, Any] = {"charge_deadline_s": 0.3, "gateway_timeout_s": 0.2}
 SOON: dict[str, Any] = {**FAST, "pending_abandon_after_s": 0.3}
-
-
-def gateway_of(service: Service) -> ScriptedGateway:
-    gateway = service.gateway._gateway
-    assert isinstance(gateway, ScriptedGateway)
-    return gateway
-
-
-def topics(connection: psycopg.Connection[Any], payment_id: uuid.UUID = PAYMENT) -> list[str]:
-    rows = connection.execute(
-        "SELECT topic FROM payment_events WHERE originator_id = %s ORDER BY originator_version",
-        [payment_id],
-    ).fetchall()
-    return [topic for (topic,) in rows]
 
 
 async def project(service: Service) -> None:
@@ -93,7 +80,7 @@ async def test_a_pending_payment_gets_the_providers_outcome(
     await project(service)
     assert unsettled(connection) == [("charge", 0)]
     assert await settle(service, connection) == 1
-    assert topics(connection) == ["PaymentInitiated", becomes]
+    assert topics(connection, PAYMENT) == ["PaymentInitiated", becomes]
     assert unsettled(connection) == []
     assert len(gateway_of(service).charges) == 1
 
@@ -109,7 +96,7 @@ async def test_settling_only_asks_about_charges(
         assert unsettled(connection) == [("charge", attempts)]
     gateway = gateway_of(service)
     assert (len(gateway.charges), len(gateway.questions)) == (1, 3)
-    assert topics(connection) == ["PaymentInitiated"]
+    assert topics(connection, PAYMENT) == ["PaymentInitiated"]
 
 
 async def test_a_row_is_not_due_before_the_requests_deadline(
@@ -132,10 +119,10 @@ async def test_a_payment_the_provider_does_not_know_is_abandoned(
     await service.charging.charge(charge_of("k"))
     await age(connection, 899)
     await settle(service, connection)
-    assert topics(connection) == ["PaymentInitiated"]
+    assert topics(connection, PAYMENT) == ["PaymentInitiated"]
     await age(connection, 1)
     await settle(service, connection)
-    assert topics(connection) == ["PaymentInitiated", "PaymentFailed"]
+    assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
     assert unsettled(connection)[0][0] == "abandoned"
     charged = await service.charging.charge(charge_of("k"))
     assert (charged.payment.status, charged.payment.failure) == (Status.FAILED, "abandoned")
@@ -146,7 +133,7 @@ async def abandoned(make: Make, connection: psycopg.Connection[Any], *script: An
     await service.charging.charge(charge_of("k"))
     await age(connection, 1)
     await settle(service, connection)
-    assert topics(connection) == ["PaymentInitiated", "PaymentFailed"]
+    assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
     return service
 
 
@@ -159,7 +146,7 @@ async def test_a_late_capture_goes_back(make: Make, connection: psycopg.Connecti
     service = await abandoned(make, connection)
     capture_late(service)
     await settle(service, connection)
-    assert topics(connection)[2:] == ["LateCaptureFound", "LateCaptureReturned"]
+    assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound", "LateCaptureReturned"]
     assert unsettled(connection) == []
     gateway = gateway_of(service)
     (back,) = gateway.refunds
@@ -175,10 +162,10 @@ async def test_a_late_capture_goes_back_once_whatever_happens(
     service = await abandoned(make, connection, step)
     capture_late(service)
     await settle(service, connection)
-    assert topics(connection)[2:] == ["LateCaptureFound"]
+    assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound"]
     assert unsettled(connection)[0][0] == "late_capture"
     await settle(service, connection)
-    assert topics(connection)[2:] == ["LateCaptureFound", "LateCaptureReturned"]
+    assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound", "LateCaptureReturned"]
     assert len(gateway_of(service).given_back) == 1
 
 
@@ -188,7 +175,7 @@ async def test_a_late_capture_that_the_provider_keeps_is_an_alarm(
     service = await abandoned(make, connection, decline)
     capture_late(service)
     await settle(service, connection)
-    assert topics(connection)[2:] == ["LateCaptureFound"]
+    assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound"]
     assert service.telemetry.settling["abandoned", "mismatch"]._value.get() == 1
     assert unsettled(connection)[0][0] == "late_capture"
 
@@ -234,12 +221,12 @@ async def test_a_capture_that_comes_while_it_is_abandoned_goes_back(
     service = await make(ScriptedGateway(slow), **SOON)
     assert (await service.charging.charge(charge_of("k"))).payment.status is Status.PENDING
     await settle(service, connection)
-    assert topics(connection) == ["PaymentInitiated", "PaymentFailed"]
+    assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
     go_on.set()
     await service.runs.drain(2)
-    assert topics(connection)[2:] == ["LateCaptureFound"]
+    assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound"]
     await settle(service, connection)
-    assert topics(connection)[3:] == ["LateCaptureReturned"]
+    assert topics(connection, PAYMENT)[3:] == ["LateCaptureReturned"]
 
 
 async def test_a_retry_does_not_send_what_is_about_to_be_abandoned(
@@ -261,7 +248,7 @@ async def test_an_open_refund_is_sent_again_while_that_is_safe(
     await service.refunding.refund(refund_of(300, "a"))
     await asyncio.sleep(FAST["charge_deadline_s"])
     await settle(service, connection)
-    assert topics(connection)[2:] == ["RefundInitiated", "PaymentRefunded"]
+    assert topics(connection, PAYMENT)[2:] == ["RefundInitiated", "PaymentRefunded"]
     assert len(gateway_of(service).given_back) == 1
     assert unsettled(connection) == []
 
@@ -277,10 +264,10 @@ async def test_an_open_refund_is_never_given_up_and_only_asked_about_when_too_ol
         await settle(service, connection)
     gateway = gateway_of(service)
     assert (len(gateway.refunds), len(gateway.refund_questions)) == (1, 3)
-    assert topics(connection)[2:] == ["RefundInitiated"]
+    assert topics(connection, PAYMENT)[2:] == ["RefundInitiated"]
     gateway.give_back(gateway.refunds[0])
     await settle(service, connection)
-    assert topics(connection)[2:] == ["RefundInitiated", "PaymentRefunded"]
+    assert topics(connection, PAYMENT)[2:] == ["RefundInitiated", "PaymentRefunded"]
     assert gateway.given_back == [refund.id]
 
 
@@ -295,7 +282,11 @@ async def test_a_refund_that_nobody_knows_of_does_not_hold_up_the_next(
     await service.refunding.refund(refund_of(200, "b"))
     await asyncio.sleep(FAST["charge_deadline_s"])
     await settle(service, connection)
-    assert topics(connection)[2:] == ["RefundInitiated", "RefundInitiated", "PaymentRefunded"]
+    assert topics(connection, PAYMENT)[2:] == [
+        "RefundInitiated",
+        "RefundInitiated",
+        "PaymentRefunded",
+    ]
 
 
 async def test_a_refund_under_way_is_left_to_its_request(
@@ -321,11 +312,11 @@ async def test_an_answer_about_something_else_settles_nothing(
     sound = gateway.outcomes[PAYMENT]
     gateway.outcomes[PAYMENT] = msgspec.structs.replace(sound, **changed)
     await settle(service, connection)
-    assert topics(connection) == ["PaymentInitiated"]
+    assert topics(connection, PAYMENT) == ["PaymentInitiated"]
     assert service.telemetry.settling["charge", "mismatch"]._value.get() == 1
     gateway.outcomes[PAYMENT] = sound
     await settle(service, connection)
-    assert topics(connection) == ["PaymentInitiated", "PaymentCharged"]
+    assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentCharged"]
 
 
 async def test_a_payment_of_another_provider_is_never_asked_about(
@@ -338,7 +329,7 @@ async def test_a_payment_of_another_provider_is_never_asked_about(
     await age(connection, 10_000)
     await settle(service, connection)
     assert other.questions == []
-    assert topics(connection) == ["PaymentInitiated"]
+    assert topics(connection, PAYMENT) == ["PaymentInitiated"]
 
 
 async def test_a_provider_that_is_away(make: Make, connection: psycopg.Connection[Any]) -> None:
@@ -348,10 +339,10 @@ async def test_a_provider_that_is_away(make: Make, connection: psycopg.Connectio
     gateway_of(service).reachable = False
     await age(connection, 10_000)
     await settle(service, connection)
-    assert topics(connection) == ["PaymentInitiated"]
+    assert topics(connection, PAYMENT) == ["PaymentInitiated"]
     gateway_of(service).reachable = True
     await settle(service, connection)
-    assert topics(connection) == ["PaymentInitiated", "PaymentCharged"]
+    assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentCharged"]
 
 
 async def test_one_process_at_a_time_asks_about_a_payment(

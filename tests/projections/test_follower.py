@@ -126,10 +126,6 @@ def backends(connection: psycopg.Connection[Any], query: str = BACKENDS) -> list
     return [pid for (pid,) in connection.execute(query.encode())]
 
 
-def terminate(connection: psycopg.Connection[Any]) -> None:
-    connection.execute(f"SELECT pg_terminate_backend(pid) FROM ({BACKENDS}) AS b".encode())
-
-
 async def waits(connection: psycopg.Connection[Any]) -> None:
     """Until a started follower has nothing to do and waits."""
     await until(lambda: backends(connection, WAITING))
@@ -747,9 +743,11 @@ async def test_it_listens_again_after_each_of_20_lost_connections(
 ) -> None:
     monkeypatch.setattr(follower_module, "POLL_S", 60.0)  # only a NOTIFY can wake it
     build(Counting()).start()
+    await waits(counted)
     for _ in range(20):
-        await waits(counted)
-        terminate(counted)
+        (pid,) = backends(counted)
+        counted.execute("SELECT pg_terminate_backend(%s)", [pid])
+        await until(lambda pid=pid: pid not in backends(counted))
         await time_to_apply(counted, lambda: some_events(counted), 2)
     assert applied(counted) == list(range(1, 21))
 

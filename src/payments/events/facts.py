@@ -10,7 +10,7 @@ Times are UTC with microseconds; amounts are whole minor units of the currency.
 
 import re
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Literal
 from uuid import UUID
 
@@ -41,7 +41,8 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True):
     traceparent: str | None = None
 
     def __post_init__(self) -> None:
-        if self.occurred_at.utcoffset() != _NO_OFFSET:
+        # What msgspec makes of a trailing Z is this very object.
+        if self.occurred_at.tzinfo is not UTC and self.occurred_at.utcoffset() != _NO_OFFSET:
             raise ValueError("occurred_at must be UTC")
 
     # The eventsourcing library's names for the same two things.

@@ -44,9 +44,9 @@ SELECT originator_version, topic, state, recorded_at, clock_timestamp()
   FROM payment_events WHERE originator_id = %s ORDER BY originator_version
 """
 
-# Several whole streams, each oldest first.
+# Several whole streams, each oldest first; their ids as bytes, which are cheap to compare.
 LOAD_STREAMS = """
-SELECT originator_id, originator_version, topic, state
+SELECT uuid_send(originator_id), originator_version, topic, state
   FROM payment_events WHERE originator_id = ANY(%b::uuid[])
  ORDER BY originator_id, originator_version
 """
@@ -112,9 +112,15 @@ def to_stored_event(fact: Fact) -> StoredEvent:
 
 
 def to_fact(stored: StoredEvent) -> Fact:
-    """Raises UndecodableEvent, also for bytes that stand in another row than they say."""
-    fact = facts.decode(stored.topic, stored.state)
-    if (fact.payment_id, fact.version) != (stored.originator_id, stored.originator_version):
+    stream = stored.originator_id
+    assert isinstance(stream, UUID)
+    return fact_at(stream, stored.originator_version, stored.topic, stored.state)
+
+
+def fact_at(stream: UUID, version: int, topic: str, state: bytes) -> Fact:
+    """The fact of a row; UndecodableEvent, also for bytes that say that they are of another row."""
+    fact = facts.decode(topic, state)
+    if fact.version != version or fact.payment_id != stream:
         raise UndecodableEvent("the event belongs to another stream or version")
     return fact
 
@@ -222,7 +228,7 @@ async def load_payment(database: Database, payment_id: UUID) -> LoadedPayment | 
 def fold_stored(payment_id: UUID, rows: Iterable[tuple[int, str, bytes]]) -> Payment:
     """The payment that a stream's events (version, topic, state) make; PaymentUnreadable."""
     try:
-        payment = fold(to_fact(StoredEvent(payment_id, *row)) for row in rows)
+        payment = fold(fact_at(payment_id, *row) for row in rows)
     except (UndecodableEvent, UnexpectedEvent) as error:
         raise PaymentUnreadable(
             f"Payment {payment_id} has an event that this version cannot read."

@@ -9,11 +9,10 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
-from eventsourcing.persistence import StoredEvent
 
 from payments import unsettled
 from payments.events.arrays import integers, texts, timestamps, uuids
-from payments.events.store import LOAD_STREAMS, to_fact
+from payments.events.store import LOAD_STREAMS, fact_at
 from payments.payment import Payment, Refund, evolve
 from payments.projections.follower import RecordedEvent
 from payments.settings import DEFAULT_CLIENT
@@ -120,17 +119,16 @@ async def _earlier(
     first_versions: dict[UUID, int] = {}
     for event in events:
         first_versions.setdefault(event.payment_id, event.version)
-    continued = [stream for stream, version in first_versions.items() if version > 1]
+    continued = {stream.bytes: stream for stream, v in first_versions.items() if v > 1}
     if not continued:
         return {}
-    await cursor.execute(LOAD_STREAMS.encode(), [uuids(continued)])
+    await cursor.execute(LOAD_STREAMS.encode(), [uuids(list(continued.values()))])
     earlier: dict[UUID, Payment] = {}
-    for row in await cursor.fetchall():
-        stored = StoredEvent(*row)
-        stream = stored.originator_id
-        assert isinstance(stream, UUID)
-        if stored.originator_version < first_versions[stream]:
-            earlier[stream] = evolve(earlier.get(stream), to_fact(stored))
+    for id_bytes, version, topic, state in await cursor.fetchall():
+        stream = continued[id_bytes]
+        if version < first_versions[stream]:
+            fact = fact_at(stream, version, topic, state)
+            earlier[stream] = evolve(earlier.get(stream), fact)
     return earlier
 
 
@@ -142,7 +140,7 @@ async def _fold(events: Sequence[RecordedEvent], earlier: dict[UUID, Payment]) -
             await asyncio.sleep(0)
         stream = event.payment_id
         before = payments.get(stream) or earlier.get(stream)
-        payments[stream] = evolve(before, to_fact(StoredEvent(*event[1:])))
+        payments[stream] = evolve(before, fact_at(*event[1:]))
     return list(payments.values())
 
 

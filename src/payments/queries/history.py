@@ -5,11 +5,10 @@ from typing import Any
 from uuid import UUID
 
 import msgspec
-from eventsourcing.persistence import StoredEvent
 
 from payments.database import Database
 from payments.events.facts import PaymentInitiated, UndecodableEvent
-from payments.events.store import to_fact
+from payments.events.store import fact_at
 from payments.queries.payments import not_found
 
 # A whole stream, oldest first; `data` is the stored text itself, NULL where that is not JSON.
@@ -67,7 +66,7 @@ def _client(payment_id: UUID, first: tuple[Any, ...]) -> str | None:
     """Whose payment the first event says it is; None if that cannot be read."""
     _, version, topic, _, data = first
     try:
-        fact = to_fact(StoredEvent(payment_id, version, topic, (data or "").encode()))
+        fact = fact_at(payment_id, version, topic, (data or "").encode())
     except UndecodableEvent:
         return None
     return fact.client if isinstance(fact, PaymentInitiated) and version == 1 else None

@@ -101,9 +101,10 @@ class PaymentLookups:
             for wanted in batch.values():
                 wanted.fail(error)
             return
-        for payment_id, group in groupby(rows, _stream):
-            batch.pop(payment_id).tell(list(group))
-        for wanted in batch.values():
+        by_bytes = {payment_id.bytes: wanted for payment_id, wanted in batch.items()}
+        for id_bytes, group in groupby(rows, _stream):
+            by_bytes.pop(id_bytes).tell(list(group))
+        for wanted in by_bytes.values():
             wanted.tell([])
 
     async def _fetch(self, batch: dict[UUID, _Wanted]) -> _Rows:
