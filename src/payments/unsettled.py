@@ -1,7 +1,8 @@
 """The table of payments that the provider must be asked about again, and all of its SQL.
 
 The projector adds and removes rows in the transaction of its position; settling claims rows that
-are due. `attempts` guards a claim: whoever finds another number than it claimed with came too late.
+are due. Both count up `changes`: a process that finds another number than it claimed came too late,
+or there is a new reason to ask, and it leaves the row alone.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ SELECT payment_id, kind, since, clock_timestamp() + make_interval(secs => %b)
   FROM unnest(%b::uuid[], %b::text[], %b::timestamptz[]) AS new (payment_id, kind, since)
     ON CONFLICT (payment_id) DO UPDATE
    SET kind = excluded.kind, since = excluded.since,
-       due_at = least(u.due_at, excluded.due_at), attempts = 0
+       due_at = least(u.due_at, excluded.due_at), attempts = 0, changes = u.changes + 1
 """
 
 REMOVE = """
@@ -27,24 +28,25 @@ DELETE FROM unsettled_payments WHERE payment_id = ANY(%b::uuid[])
 # which changes from row to row, instead of now() the index could not be used.
 CLAIM = """
 UPDATE unsettled_payments u
-   SET attempts = u.attempts + 1, due_at = clock_timestamp() + make_interval(secs => %(lease_s)s)
+   SET due_at = clock_timestamp() + make_interval(secs => %(lease_s)s),
+       attempts = u.attempts + 1, changes = u.changes + 1
   FROM (SELECT payment_id FROM unsettled_payments
          WHERE due_at <= now()
          ORDER BY due_at LIMIT %(limit)s
            FOR UPDATE SKIP LOCKED) AS due
  WHERE u.payment_id = due.payment_id
-RETURNING u.payment_id, u.attempts
+RETURNING u.payment_id, u.attempts, u.changes
 """
 
 POSTPONE = """
 UPDATE unsettled_payments
    SET due_at = clock_timestamp() + make_interval(secs => %(pause_s)s)
- WHERE payment_id = %(payment_id)s AND attempts = %(attempts)s
+ WHERE payment_id = %(payment_id)s AND changes = %(changes)s
 RETURNING payment_id
 """
 
 FORGET = """
-DELETE FROM unsettled_payments WHERE payment_id = %(payment_id)s AND attempts = %(attempts)s
+DELETE FROM unsettled_payments WHERE payment_id = %(payment_id)s AND changes = %(changes)s
 RETURNING payment_id
 """
 
@@ -54,6 +56,7 @@ class Claim(NamedTuple):
 
     payment_id: UUID
     attempts: int
+    changes: int
 
 
 async def claim(database: Database, limit: int, lease_s: float) -> list[Claim]:

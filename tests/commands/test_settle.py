@@ -12,7 +12,7 @@ from payments.commands.settle import pause_s
 from payments.deciding import payment_id_for
 from payments.payment import Status
 from payments.service import Service
-from payments.unsettled import CLAIM
+from payments.unsettled import CLAIM, claim, forget, postpone
 from tests.commands.conftest import Make
 from tests.commands.looking import gateway_of, topics
 from tests.commands.test_refund import refund_of
@@ -381,6 +381,24 @@ async def test_a_claim_that_came_too_late_changes_nothing(
     go_on.set()
     await attempt
     assert connection.execute("SELECT * FROM unsettled_payments").fetchall() == before
+
+
+async def test_a_new_reason_to_ask_survives_an_attempt_that_saw_none(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    """A refund begins while settling finds that nothing else is left to ask about."""
+    service = await make(ScriptedGateway(answer_lost, refund_script=[no_answer]), **FAST)
+    await service.charging.charge(charge_of("k"))
+    await project(service)
+    connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
+    (claimed,) = await claim(service.database, 1, lease_s=0.1)
+    await asyncio.sleep(FAST["charge_deadline_s"])
+    assert (await service.charging.charge(charge_of("k"))).payment.status is Status.SUCCESS
+    await service.refunding.refund(refund_of())
+    await project(service)
+    await forget(service.database, claimed)
+    await postpone(service.database, claimed, 1000)
+    assert unsettled(connection) == [("refund", 0)]
 
 
 async def test_it_runs_by_itself(make: Make, connection: psycopg.Connection[Any]) -> None:

@@ -101,11 +101,13 @@ async def test_what_comes_while_a_statement_is_under_way_shares_the_next(
     assert [statement.ids for statement in watched.statements] == [1, 50]
 
 
-async def test_an_id_is_read_once_for_everyone_and_a_statement_has_a_limit(
-    watched: WatchedDatabase, lookups: PaymentLookups
+async def test_a_statement_has_a_limit_and_may_hold_an_id_twice(
+    watched: WatchedDatabase, lookups: PaymentLookups, connection: Connection
 ) -> None:
-    ids = [uuid.uuid4() for _ in range(2 * BATCH_MAX + 1)]
-    assert await all_of(lookups, [*ids, *ids]) == [None] * (2 * len(ids))
+    history = charged(connection, 1)[0]
+    ids = [uuid.uuid4() for _ in range(2 * BATCH_MAX - 1)]
+    found = await all_of(lookups, [history.id, history.id, *ids])
+    assert found == [history.payment, history.payment, *[None] * len(ids)]
     assert [statement.ids for statement in watched.statements] == [BATCH_MAX, BATCH_MAX, 1]
 
 

@@ -69,14 +69,16 @@ CREATE INDEX payment_clients_newest ON payment_clients (client, created_at DESC,
 
 -- What the provider must be asked about again: a PENDING payment, a refund under way, a late
 -- capture on its way back, or a payment that was abandoned and may yet be captured. The projector
--- adds and removes rows; settling (commands/settle.py) moves due_at and counts attempts.
+-- adds and removes rows; settling (commands/settle.py) moves due_at and counts attempts. `changes`
+-- counts what either of them did to the row, so that a process which was frozen meanwhile notices.
 CREATE TABLE unsettled_payments (
     payment_id uuid        PRIMARY KEY,
     kind       text        NOT NULL
                CHECK (kind IN ('charge', 'abandoned', 'late_capture', 'refund')),
     since      timestamptz NOT NULL,
     due_at     timestamptz NOT NULL,
-    attempts   integer     NOT NULL DEFAULT 0
+    attempts   integer     NOT NULL DEFAULT 0,
+    changes    bigint      NOT NULL DEFAULT 0
 );
 
 CREATE INDEX unsettled_payments_due ON unsettled_payments (due_at);

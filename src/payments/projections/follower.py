@@ -119,7 +119,7 @@ class Follower:
         self._projection = projection
         self._name = projection.name
         self._telemetry = telemetry
-        self._batch_max = batch_max
+        self._batch_max = self._limit = batch_max
         self._opened: psycopg.AsyncConnection[Any] | None = None
         self._task: asyncio.Task[None] | None = None
         self._applying = self._stopping = False
@@ -154,7 +154,7 @@ class Follower:
                 position = await _one(connection, TAKE_POSITION, [self._name])
                 if position is None:
                     return 0
-                events = await _read(connection, READ_LOG, [position, self._batch_max])
+                events = await _read(connection, READ_LOG, [position, self._limit])
                 if not events:
                     return 0
                 await self._apply(connection, events)
@@ -216,12 +216,15 @@ class Follower:
                     log.warning("the follower lost its database, trying again")
                 else:
                     log.exception("the follower failed, trying again")
+                # Perhaps it was too much for the time that a batch has.
+                self._limit = max(1, self._limit // 2)
                 with suppress(Exception):
                     await self.close()
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, RETRY_MAX_S)
             else:
                 pause_s = RETRY_MIN_S
+                self._limit = min(self._limit * 2, self._batch_max)
 
     async def _run_connected(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Applies a batch; if there is none, waits for a NOTIFY or the poll."""
@@ -231,7 +234,7 @@ class Follower:
         # Also takes what came during the batch: psycopg keeps it for whoever asks, without bound.
         async for _ in connection.notifies(timeout=0 if moved else POLL_S, stop_after=1):
             pass
-        if moved < self._batch_max:
+        if moved < self._limit:
             await asyncio.sleep(BUSY_GATHER_S if moved > BUSY_EVENTS else GATHER_S)
 
     async def _run_batch(self) -> int:
