@@ -2,15 +2,21 @@
 
 import json
 import socket
+import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx
 import msgspec
 import psycopg
 import pytest
 
 from payments.database import DatabaseAddress
 from payments.settings import VARIABLES
-from tests.process import at, run
+from tests.process import ServiceProcess, at, run, working
+from tests.support import History, append
 
 
 def test_settings_lists_every_variable_and_hides_secrets() -> None:
@@ -100,3 +106,76 @@ def test_wrong_arguments_exit_2(arguments: list[str]) -> None:
 def test_help_and_version() -> None:
     assert "migrate" in run("--help").stdout
     assert run("--version").returncode == 0
+
+
+def test_parked_streams_are_listed_and_retried(
+    address: DatabaseAddress, connection: psycopg.Connection[Any]
+) -> None:
+    """The table is there for whoever the constraint kept out."""
+    history, sound = History("k"), History("l")
+    connection.execute(
+        "ALTER TABLE payments ADD CONSTRAINT not_this CHECK (idempotency_key <> 'k')"
+    )
+    append(connection, history.charged().facts)
+    append(connection, sound.charged().facts)
+    with working(**at(address)):
+        eventually(lambda: connection.execute("SELECT FROM parked_streams").fetchall())
+    (row,) = json.loads(run("parked", "list", "--format", "json", **at(address)).stdout)
+    assert (row["follower"], row["payment_id"]) == ("payments", str(history.id))
+    assert "not_this" in row["reason"]
+    assert str(history.id) in run("parked", "list", **at(address)).stdout
+
+    refused = run("parked", "retry", "--all", **at(address))
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert f"still parked: {history.id}" in refused.stderr
+
+    connection.execute("ALTER TABLE payments DROP CONSTRAINT not_this")
+    done = run("parked", "retry", str(history.id), **at(address))
+    assert (done.returncode, done.stdout) == (0, "")
+    assert json.loads(run("parked", "list", "--format", "json", **at(address)).stdout) == []
+    keys = connection.execute("SELECT idempotency_key FROM payments ORDER BY 1").fetchall()
+    assert keys == [("k",), ("l",)]
+
+
+def test_a_payment_that_is_not_parked_cannot_be_retried(address: DatabaseAddress) -> None:
+    unknown = str(uuid.uuid4())
+    done = run("parked", "retry", unknown, **at(address))
+    assert done.returncode == 1
+    assert f"not parked: {unknown}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("parked", "retry"),
+        ("parked", "retry", "--all", str(uuid.UUID(int=1))),
+        ("parked", "retry", "nonsense"),
+        ("serve", "--unknown"),
+        ("parked", "list", "--format", "xml"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_are_exit_code_2(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_the_api_without_the_work_and_the_work_without_the_api(
+    address: DatabaseAddress, connection: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    with ServiceProcess(tmp_path, "--api-only", **at(address)) as service, httpx.Client() as client:
+        payment_id = service.charge(client, "k").json()["id"]
+        found = client.get(f"{service.url}/v1/payments/{payment_id}").json()
+        assert found["status"] == "SUCCESS"
+        listed = client.get(f"{service.url}/v1/payments").json()
+        assert (listed["payments"], listed["position"]) == ([], 0)
+        with working(PAYMENTS_DATA_DIR=tmp_path, **at(address)):
+            eventually(lambda: connection.execute("SELECT FROM payments").fetchall())
+        assert client.get(f"{service.url}/v1/payments").json()["payments"] == [found]
+
+
+def eventually(holds: Callable[[], Any], timeout_s: float = 10) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "the condition did not come to hold"
+        time.sleep(0.02)

@@ -47,17 +47,22 @@ def retry(payments: tuple[UUID, ...], every: bool) -> None:
         raise click.UsageError("name the PAYMENTS to retry, or say --all")
     settings = begin()
     with open_database(settings, migrating=False) as address:
-        left = asyncio.run(_retry(settings, address, payments or None))
+        unknown, left = asyncio.run(_retry(settings, address, payments or None))
+    for payment_id in unknown:
+        click.echo(f"not parked: {payment_id}", err=True)
     for stream in left:
         click.echo(f"still parked: {stream.payment_id}: {stream.reason}", err=True)
-    sys.exit(1 if left else 0)
+    sys.exit(1 if left or unknown else 0)
 
 
 async def _retry(
     settings: Settings, address: DatabaseAddress, payments: tuple[UUID, ...] | None
-) -> list[Parked]:
+) -> tuple[list[UUID], list[Parked]]:
+    """Which of the payments are not parked, and which streams still are."""
     follower = payments_follower(settings, Database(address, 1), Telemetry())
     try:
-        return await follower.retry_parked(payments)
+        parked = {stream.payment_id for stream in await follower.parked()}
+        unknown = [payment_id for payment_id in payments or () if payment_id not in parked]
+        return unknown, await follower.retry_parked(payments)
     finally:
         await follower.close()
