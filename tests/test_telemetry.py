@@ -14,7 +14,16 @@ from loguru import logger
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from payments.telemetry import CHARGE_OUTCOMES, GATEWAY_OUTCOMES, Telemetry, set_up_logs
+from payments.telemetry import (
+    CHARGE_OUTCOMES,
+    GATEWAY_OPERATIONS,
+    GATEWAY_OUTCOMES,
+    REFUND_OUTCOMES,
+    SETTLING_OUTCOMES,
+    UNSETTLED_KINDS,
+    Telemetry,
+    set_up_logs,
+)
 
 CANARY = "canary7391"
 HOSTILE = [
@@ -282,8 +291,18 @@ class TestMetrics:
 
     def test_all_label_sets_are_there_from_the_first_scrape(self) -> None:
         found = families(Telemetry())
-        operations = ("charge", "find_charge")
+        operations = GATEWAY_OPERATIONS
         assert label_sets(found["payments_charges"], "_total") == {(o,) for o in CHARGE_OUTCOMES}
+        assert label_sets(found["payments_refunds"], "_total") == {(o,) for o in REFUND_OUTCOMES}
+        assert label_sets(found["payments_settling_attempts"], "_total") == {
+            (kind, outcome) for kind in UNSETTLED_KINDS for outcome in SETTLING_OUTCOMES
+        }
+        for name in ("payments_unsettled", "payments_unsettled_oldest_age_seconds"):
+            assert label_sets(found[name], "") == {(kind,) for kind in UNSETTLED_KINDS}
+        for name in ("payments_follower_lag_events", "payments_parked_streams"):
+            assert label_sets(found[name], "") == {("payments",)}
+        mismatches = found["payments_provider_mismatches"]
+        assert label_sets(mismatches, "_total") == {("charge",), ("refund",)}
         assert label_sets(found["payments_gateway_calls"], "_total") == {
             (operation, outcome) for operation in operations for outcome in GATEWAY_OUTCOMES
         }
@@ -312,7 +331,8 @@ class TestMetrics:
             for sample in family.samples
             for label in sample.labels
         }
-        assert used == {"method", "route", "status", "outcome", "operation", "kind", "le"}
+        names = {"method", "route", "status", "outcome", "operation", "kind", "follower", "le"}
+        assert used == names
 
     @pytest.mark.parametrize("route", ['a"b', "a\nb", "a\\b", "{payment_id}", "é"])
     def test_label_values_survive_the_format(self, route: str) -> None:

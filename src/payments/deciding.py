@@ -34,6 +34,9 @@ _PAYMENT_NAMESPACE = b"payment-service/idempotency-key/1\x00"
 _REFUND_NAMESPACE = b"payment-service/refund/1\x00"
 _LATE_CAPTURE_NAMESPACE = b"payment-service/late-capture/1\x00"
 
+# Of one payment, those that failed included: a stream is read as a whole, and that must stay quick.
+REFUNDS_MAX = 100
+
 
 class OutcomeMismatch(Exception):
     """The provider's answer does not fit what was asked for, or contradicts the events."""
@@ -201,6 +204,10 @@ def initiate_refund(payment: Payment, request: RefundRequest, cause: Cause) -> R
         )
     if payment.status is Status.REFUNDED:
         raise PaymentAlreadyRefunded("The whole amount was given back before.")
+    if len(payment.refunds) >= REFUNDS_MAX:
+        raise PaymentNotRefundable(
+            f"It has had {REFUNDS_MAX} refunds, the most that a payment may have."
+        )
     left = payment.remaining_cents
     amount = left if request.amount_cents is None else request.amount_cents
     if not 0 < amount <= left:

@@ -12,7 +12,8 @@ from payments import embedded_postgres
 from payments.commands.charge import Charging
 from payments.commands.refund import Refunding
 from payments.commands.runs import Runs
-from payments.commands.settle import Settling
+from payments.commands.settle import Settler
+from payments.commands.settling import Settling
 from payments.database import Database, DatabaseAddress, create_database_if_missing
 from payments.errors import StartError
 from payments.events.appender import Appender
@@ -55,7 +56,8 @@ class Service:
         self.refunding = Refunding(self.runs, *shared, slots, self.telemetry, settings)
         self.lookups = PaymentLookups(self.database)
         self.follower = payments_follower(settings, self.database, self.telemetry)
-        self.settling = Settling(*shared, self.telemetry, settings)
+        settler = Settler(*shared, self.telemetry, settings)
+        self.settling = Settling(settler, self.database, settings)
 
     async def start(self, *, work: bool = True) -> None:
         """Without `work` it only answers requests: another process follows and settles."""

@@ -25,10 +25,10 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 CHARGE_OUTCOMES = ("success", "failed", "pending", "replayed", "refused", "unavailable")
 REFUND_OUTCOMES = ("success", "failed", "pending", "replayed", "refused", "unavailable")
 UNSETTLED_KINDS = ("charge", "abandoned", "late_capture", "refund")
-SETTLING_OUTCOMES = ("settled", "open", "unknown", "mismatch")
+SETTLING_OUTCOMES = ("settled", "open", "unknown", "mismatch", "other_gateway")
 FOLLOWERS = ("payments",)
 GATEWAY_OPERATIONS = ("charge", "find_charge", "refund", "find_refund")
-GATEWAY_OUTCOMES = ("approved", "declined", "not_found", "unknown", "never_sent", "mismatch")
+GATEWAY_OUTCOMES = ("approved", "declined", "not_found", "unknown", "never_sent")
 APPEND_FAILURES = ("retried", "refused")
 
 
@@ -75,6 +75,13 @@ class Telemetry:
             for kind in UNSETTLED_KINDS
             for outcome in SETTLING_OUTCOMES
         }
+        mismatches = Counter(
+            "payments_provider_mismatches",
+            "Answers of the provider that do not fit what was asked, or contradict the events",
+            ["operation"],
+            registry=registry,
+        )
+        self.mismatches = {name: mismatches.labels(name) for name in ("charge", "refund")}
         self._add_follower_metrics(registry)
         gateway_calls = Counter(
             "payments_gateway_calls",

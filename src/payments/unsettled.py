@@ -1,8 +1,8 @@
 """The table of payments that the provider must be asked about again, and all of its SQL.
 
 The projector adds and removes rows in the transaction of its position; settling claims rows that
-are due. Both count up `changes`: a process that finds another number than it claimed came too late,
-or there is a new reason to ask, and it leaves the row alone.
+are due. Both give the row a new `change`, which no row had before: a process that finds another one
+than it claimed came too late, or there is a new reason to ask, and it leaves the row alone.
 """
 
 from typing import NamedTuple
@@ -17,36 +17,38 @@ SELECT payment_id, kind, since, clock_timestamp() + make_interval(secs => %b)
   FROM unnest(%b::uuid[], %b::text[], %b::timestamptz[]) AS new (payment_id, kind, since)
     ON CONFLICT (payment_id) DO UPDATE
    SET kind = excluded.kind, since = excluded.since,
-       due_at = least(u.due_at, excluded.due_at), attempts = 0, changes = u.changes + 1
+       due_at = least(u.due_at, excluded.due_at), attempts = 0, change = excluded.change
 """
 
 REMOVE = """
 DELETE FROM unsettled_payments WHERE payment_id = ANY(%b::uuid[])
 """
 
-# What is due, oldest first; nobody else gets it until the lease is over. With clock_timestamp(),
-# which changes from row to row, instead of now() the index could not be used.
+# What is due, oldest first, of the abandoned payments or of all others; nobody else gets it until
+# the lease is over. With clock_timestamp(), which changes from row to row, instead of now() the
+# index could not be used.
 CLAIM = """
 UPDATE unsettled_payments u
    SET due_at = clock_timestamp() + make_interval(secs => %(lease_s)s),
-       attempts = u.attempts + 1, changes = u.changes + 1
+       attempts = u.attempts + 1,
+       change = nextval('unsettled_payments_change_seq')
   FROM (SELECT payment_id FROM unsettled_payments
-         WHERE due_at <= now()
+         WHERE abandoned = %(abandoned)s AND due_at <= now()
          ORDER BY due_at LIMIT %(limit)s
            FOR UPDATE SKIP LOCKED) AS due
  WHERE u.payment_id = due.payment_id
-RETURNING u.payment_id, u.attempts, u.changes
+RETURNING u.payment_id, u.attempts, u.change
 """
 
 POSTPONE = """
 UPDATE unsettled_payments
    SET due_at = clock_timestamp() + make_interval(secs => %(pause_s)s)
- WHERE payment_id = %(payment_id)s AND changes = %(changes)s
+ WHERE payment_id = %(payment_id)s AND change = %(change)s
 RETURNING payment_id
 """
 
 FORGET = """
-DELETE FROM unsettled_payments WHERE payment_id = %(payment_id)s AND changes = %(changes)s
+DELETE FROM unsettled_payments WHERE payment_id = %(payment_id)s AND change = %(change)s
 RETURNING payment_id
 """
 
@@ -56,11 +58,14 @@ class Claim(NamedTuple):
 
     payment_id: UUID
     attempts: int
-    changes: int
+    change: int
 
 
-async def claim(database: Database, limit: int, lease_s: float) -> list[Claim]:
-    rows = await database.fetch(CLAIM, {"limit": limit, "lease_s": lease_s})
+async def claim(
+    database: Database, limit: int, lease_s: float, *, abandoned: bool = False
+) -> list[Claim]:
+    params = {"limit": limit, "lease_s": lease_s, "abandoned": abandoned}
+    rows = await database.fetch(CLAIM, params)
     return [Claim(*row) for row in rows]
 
 

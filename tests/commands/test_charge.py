@@ -10,7 +10,8 @@ import psycopg
 import pytest
 
 from payments.commands.charge import Charged
-from payments.deciding import payment_id_for
+from payments.commands.refund import RefundPayment
+from payments.deciding import RefundRequest, payment_id_for
 from payments.errors import (
     DatabaseUnavailable,
     GatewayUnavailable,
@@ -263,7 +264,7 @@ async def test_an_answer_about_something_else_is_never_success(
     charged = await service.charging.charge(charge_of("k"))
     assert first_answer(charged) == (Status.PENDING, False)
     assert topics(connection, payment_id_for("k")) == ["PaymentInitiated"]
-    mismatches = service.telemetry.gateway_calls["charge", "mismatch"]
+    mismatches = service.telemetry.mismatches["charge"]
     assert mismatches._value.get() == 1
 
 
@@ -545,3 +546,46 @@ async def test_a_repetition_waits_no_longer_than_its_deadline(make: Make) -> Non
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
     assert 0.3 < time.monotonic() - started < 0.7
     answered.set()
+
+
+async def test_a_repetition_while_the_outcome_waits_for_the_database(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    """The provider has answered: who asks again waits no longer than who asked first."""
+
+    def stop_the_store(gateway: ScriptedGateway, charge: ProviderCharge) -> Any:
+        connection.execute(LOCK)
+        return approve(gateway, charge)
+
+    service = await make(ScriptedGateway(stop_the_store))
+    for _ in range(2):
+        started = time.monotonic()
+        charged = await service.charging.charge(charge_of("k"))
+        assert charged.payment.status is Status.PENDING
+        assert time.monotonic() - started < 2.9
+    connection.execute(UNLOCK)
+    await service.runs.drain(5)
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
+
+
+async def test_the_first_outcome_is_replayed_after_a_refund(make: Make) -> None:
+    service = await make(ScriptedGateway())
+    await service.charging.charge(charge_of("k"))
+    await service.refunding.refund(
+        RefundPayment(RefundRequest(payment_id_for("k"), None, None, "default"))
+    )
+    charged = await service.charging.charge(charge_of("k"))
+    assert (charged.payment.outcome, charged.payment.status) == (Status.SUCCESS, Status.REFUNDED)
+
+
+async def test_a_provider_that_was_away_is_asked_at_once_after_the_time_that_was_told(
+    make: Make,
+) -> None:
+    service = await make(ScriptedGateway(never_sent), charge_deadline_s=0.6, gateway_timeout_s=0.5)
+    with pytest.raises(GatewayUnavailable) as refused:
+        await service.charging.charge(charge_of("k"))
+    assert refused.value.retry_after_s == 1
+    await asyncio.sleep(refused.value.retry_after_s)
+    started = time.monotonic()
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
+    assert time.monotonic() - started < 0.4

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from payments.commands.refund import Refunded, RefundPayment
-from payments.deciding import RefundRequest, payment_id_for
+from payments.deciding import REFUNDS_MAX, RefundRequest, payment_id_for
 from payments.errors import (
     DatabaseUnavailable,
     IdempotencyKeyReused,
@@ -161,6 +161,30 @@ async def test_a_payment_of_another_provider(make: Make) -> None:
     assert other.refunds == []
 
 
+async def test_an_open_refund_of_another_provider_stays_open(make: Make) -> None:
+    """The first provider may have made it: another must neither be asked nor be sent it."""
+    first = await charged(make, answer_lost, **FAST)
+    await first.refunding.refund(refund_of(300, "a"))
+    await asyncio.sleep(FAST["charge_deadline_s"])
+    other = ScriptedGateway(refund_script=[decline])
+    other.name = "other"
+    service = await make(other, **FAST)
+    again = await service.refunding.refund(refund_of(300, "a"))
+    assert summary(again) == (Status.PENDING, 300, 0, Status.SUCCESS, True)
+    assert other.refunds == other.refund_questions == []
+
+
+async def test_a_payment_may_have_a_hundred_refunds(make: Make) -> None:
+    """More would make its stream slow to read for everyone."""
+    service = await charged(make)
+    for number in range(REFUNDS_MAX):
+        await service.refunding.refund(refund_of(1, f"r{number}"))
+    with pytest.raises(PaymentNotRefundable, match="100 refunds"):
+        await service.refunding.refund(refund_of(1, "one more"))
+    again = await service.refunding.refund(refund_of(1, "r7"))
+    assert again.replayed
+
+
 async def test_a_refusal_of_the_provider_is_an_error_and_frees_the_amount(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
@@ -229,7 +253,7 @@ async def test_an_answer_about_something_else_is_never_success(
     service = await charged(make, mutate)
     assert (await service.refunding.refund(refund_of())).refund.status is Status.PENDING
     assert topics(connection, PAYMENT)[2:] == ["RefundInitiated"]
-    assert service.telemetry.gateway_calls["refund", "mismatch"]._value.get() == 1
+    assert service.telemetry.mismatches["refund"]._value.get() == 1
 
 
 async def test_eight_parallel_refunds_of_300_on_1000(make: Make) -> None:

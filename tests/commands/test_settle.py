@@ -1,6 +1,7 @@
 """Settling: whatever was left open comes to its end once the provider answers."""
 
 import asyncio
+import time
 import uuid
 from typing import Any
 
@@ -8,7 +9,7 @@ import msgspec
 import psycopg
 import pytest
 
-from payments.commands.settle import pause_s
+from payments.commands.settling import ABANDONED_MAX, pause_s
 from payments.deciding import payment_id_for
 from payments.payment import Status
 from payments.service import Service
@@ -188,10 +189,47 @@ async def test_an_abandoned_payment_is_asked_about_for_a_day(
     await age(connection, 23.9 * 3600)
     await settle(service, connection)
     assert len(gateway_of(service).questions) == asked + 1
+    assert unsettled(connection)[0][0] == "abandoned"
     await age(connection, 0.2 * 3600)
-    await settle(service, connection)
-    assert len(gateway_of(service).questions) == asked + 1
+    await settle(service, connection)  # it is not dropped without being asked once more
+    assert len(gateway_of(service).questions) == asked + 2
     assert unsettled(connection) == []
+
+
+async def test_the_watch_begins_with_the_abandonment(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    """However late that came: here the provider could not be asked for two days."""
+    service = await make(ScriptedGateway(no_answer), **SOON)
+    await service.charging.charge(charge_of("k"))
+    await age(connection, 48 * 3600)
+    await settle(service, connection)
+    assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
+    capture_late(service)
+    await settle(service, connection)
+    assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound", "LateCaptureReturned"]
+
+
+async def test_an_abandoned_payment_that_was_declined_is_not_asked_about_again(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await abandoned(make, connection)
+    decline(gateway_of(service), gateway_of(service).charges[0])
+    await settle(service, connection)
+    assert unsettled(connection) == []
+
+
+async def test_a_late_capture_of_another_amount_stays_an_alarm(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await abandoned(make, connection)
+    capture_late(service)
+    outcomes = gateway_of(service).outcomes
+    outcomes[PAYMENT] = msgspec.structs.replace(outcomes[PAYMENT], amount_cents=1)
+    await age(connection, 48 * 3600)
+    await settle(service, connection)
+    assert unsettled(connection)[0][0] == "abandoned"
+    assert service.telemetry.mismatches["charge"]._value.get() == 1
 
 
 async def test_a_gateway_may_ask_for_a_longer_watch(
@@ -329,6 +367,7 @@ async def test_a_payment_of_another_provider_is_never_asked_about(
     await age(connection, 10_000)
     await settle(service, connection)
     assert other.questions == []
+    assert service.telemetry.settling["charge", "other_gateway"]._value.get() == 1
     assert topics(connection, PAYMENT) == ["PaymentInitiated"]
 
 
@@ -376,7 +415,7 @@ async def test_a_claim_that_came_too_late_changes_nothing(
     attempt = asyncio.create_task(settle(service, connection))
     await frozen.wait()
     connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
-    connection.execute(CLAIM, {"limit": 1, "lease_s": 1000})
+    connection.execute(CLAIM, {"limit": 1, "lease_s": 1000, "abandoned": False})
     before = connection.execute("SELECT * FROM unsettled_payments").fetchall()
     go_on.set()
     await attempt
@@ -399,6 +438,127 @@ async def test_a_new_reason_to_ask_survives_an_attempt_that_saw_none(
     await forget(service.database, claimed)
     await postpone(service.database, claimed, 1000)
     assert unsettled(connection) == [("refund", 0)]
+
+
+async def test_the_pauses_grow_also_after_the_abandonment_was_due(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    """The provider answers about another amount, for hours."""
+    service = await make(ScriptedGateway(answer_lost), **SOON)
+    await service.charging.charge(charge_of("k"))
+    outcomes = gateway_of(service).outcomes
+    outcomes[PAYMENT] = msgspec.structs.replace(outcomes[PAYMENT], amount_cents=1)
+    await age(connection, 10_000)
+    await project(service)
+    connection.execute("UPDATE unsettled_payments SET attempts = 20, due_at = clock_timestamp()")
+    await service.settling.run_once()
+    (wait_s,) = connection.execute(
+        "SELECT extract(epoch FROM due_at - clock_timestamp())::float8 FROM unsettled_payments"
+    ).fetchone() or (0,)
+    assert 50 < wait_s <= 60
+
+
+async def test_an_abandonment_is_not_late_for_a_pause(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await make(ScriptedGateway(no_answer), **FAST)
+    await service.charging.charge(charge_of("k"))
+    await age(connection, 890)
+    await project(service)
+    connection.execute("UPDATE unsettled_payments SET attempts = 20, due_at = clock_timestamp()")
+    await service.settling.run_once()
+    (wait_s,) = connection.execute(
+        "SELECT extract(epoch FROM due_at - clock_timestamp())::float8 FROM unsettled_payments"
+    ).fetchone() or (0,)
+    assert 5 < wait_s <= 10
+
+
+async def test_refunds_are_settled_after_the_databases_clock_was_set_back(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    """They seem to come from the future: nobody knows how old they are, so they are not sent."""
+    service = await make(ScriptedGateway(refund_script=[answer_lost, no_answer]), **FAST)
+    await service.charging.charge(charge_of("k"))
+    await service.refunding.refund(refund_of(300, "a"))
+    await service.refunding.refund(refund_of(200, "b"))
+    await age(connection, -24 * 3600)
+    await settle(service, connection)
+    assert topics(connection, PAYMENT)[4:] == ["PaymentRefunded"]
+    assert len(gateway_of(service).refunds) == 2
+    await age(connection, 24 * 3600 + 60)
+    await settle(service, connection)
+    assert topics(connection, PAYMENT)[4:] == ["PaymentRefunded", "PaymentRefunded"]
+
+
+async def test_abandoned_payments_do_not_keep_others_waiting(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    """Many of them, and the provider takes long over each."""
+    service = await make(ScriptedGateway(*[no_answer] * 61), **SOON)
+    for number in range(60):
+        await service.charging.charge(charge_of(f"k{number}"))
+    await age(connection, 1)
+    while await settle(service, connection) and unsettled_kinds(connection) != {"abandoned"}:
+        pass
+    await service.charging.charge(charge_of("waiting"))
+    await project(service)
+    gateway, never = gateway_of(service), asyncio.Event()
+
+    async def slow(payment_id: uuid.UUID, timeout_s: float) -> None:
+        gateway.questions.append(payment_id)
+        if payment_id != payment_id_for("waiting"):
+            await never.wait()
+
+    gateway.find_charge = slow  # type: ignore[method-assign]
+    gateway.questions.clear()
+    connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
+    attempt = asyncio.create_task(service.settling.run_once())
+    await until(lambda: payment_id_for("waiting") in gateway.questions)
+    assert len(gateway.questions) == 1 + ABANDONED_MAX
+    attempt.cancel()
+    await asyncio.wait({attempt})
+
+
+def unsettled_kinds(connection: psycopg.Connection[Any]) -> set[str]:
+    return {kind for kind, _ in unsettled(connection)}
+
+
+async def test_what_is_due_is_settled_as_fast_as_the_provider_answers(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await make(ScriptedGateway(*[answer_lost] * 400), **FAST)
+    await asyncio.gather(*(service.charging.charge(charge_of(f"k{n}")) for n in range(400)))
+    await project(service)
+    connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
+    service.settling.start()
+    started = time.monotonic()
+    charged = "SELECT count(*) FROM payment_events WHERE topic = 'PaymentCharged'"
+    await until(lambda: connection.execute(charged).fetchone() == (400,))
+    assert time.monotonic() - started < 4  # 6 s at 32 each half second
+
+
+async def test_a_row_that_came_anew_is_not_taken_for_the_one_before(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    """A process is frozen while its row goes, another comes, and another process claims that."""
+    service = await make(ScriptedGateway(answer_lost, refund_script=[no_answer]), **FAST)
+    await service.charging.charge(charge_of("k"))
+    await project(service)
+    connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
+    (frozen,) = await claim(service.database, 1, lease_s=100)
+    await asyncio.sleep(FAST["charge_deadline_s"])
+    assert (await service.charging.charge(charge_of("k"))).payment.status is Status.SUCCESS
+    await project(service)
+    assert unsettled(connection) == []
+    await service.refunding.refund(refund_of())
+    await project(service)
+    connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
+    (other,) = await claim(service.database, 1, lease_s=100)
+    await forget(service.database, frozen)
+    await postpone(service.database, frozen, 1000)
+    assert unsettled(connection) == [("refund", 1)]
+    await forget(service.database, other)
+    assert unsettled(connection) == []
 
 
 async def test_it_runs_by_itself(make: Make, connection: psycopg.Connection[Any]) -> None:

@@ -945,3 +945,38 @@ async def test_a_batch_that_failed_is_not_counted(
         await build(Counting(step=crash_at("after")), telemetry=telemetry).run_once()
     shown = telemetry.exposition().decode()
     assert 'payments_follower_applied_events_total{follower="payments"} 0.0' in shown
+
+
+async def test_many_parked_streams_do_not_keep_it_from_following(
+    address: DatabaseAddress, connection: psycopg.Connection[Any], database: Database
+) -> None:
+    """They are retried a few at a time, from the start on."""
+    append_stored(connection, [stored_event(topic="Unknown") for _ in range(600)])
+    follower = Follower(database.connect, PaymentsProjection(settle_after_s=7), Telemetry())
+    while await follower.run_once():
+        pass
+    assert len(await follower.parked()) == 600
+    history = History("k").charged()
+    append(connection, history.facts)
+    follower.start()
+    try:
+        key = "SELECT FROM payments WHERE idempotency_key = 'k'"
+        await until(lambda: connection.execute(key).fetchone() is not None, 0.5)
+        await until(lambda: not follower._to_retry)
+    finally:
+        await follower.stop()
+
+
+async def test_a_batch_that_takes_too_long_is_tried_in_smaller_ones(
+    database: Database, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the streams are poison, and the database is far away."""
+    monkeypatch.setattr("payments.projections.follower.BATCH_TIMEOUT_S", 0.15)
+    append_stored(connection, [stored_event(topic="Unknown") for _ in range(300)])
+    follower = Follower(database.connect, PaymentsProjection(settle_after_s=7), Telemetry())
+    follower.start()
+    try:
+        position = "SELECT position FROM followers WHERE name = 'payments'"
+        await until(lambda: connection.execute(position).fetchone() == (300,), 20)
+    finally:
+        await follower.stop()

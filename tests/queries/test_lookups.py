@@ -111,6 +111,24 @@ async def test_a_statement_has_a_limit_and_may_hold_an_id_twice(
     assert [statement.ids for statement in watched.statements] == [BATCH_MAX, BATCH_MAX, 1]
 
 
+async def test_a_lasting_backlog_costs_nobody_an_answer(
+    database: Database, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is always somebody waiting, for longer than one lookup may wait."""
+    monkeypatch.setattr("payments.queries.lookups.BATCH_MAX", 2)
+    monkeypatch.setattr("payments.queries.lookups.READ_TIMEOUT_S", 0.3)
+    lookups, ends_at = PaymentLookups(database), time.monotonic() + 1
+
+    async def reader() -> int:
+        found = 0
+        while time.monotonic() < ends_at:
+            assert await lookups.find(uuid.uuid4()) is None
+            found += 1
+        return found
+
+    assert min(await asyncio.gather(*(reader() for _ in range(12)))) > 3
+
+
 async def test_a_lookup_is_never_answered_by_a_statement_that_began_before_it(
     watched: WatchedDatabase, lookups: PaymentLookups, connection: Connection
 ) -> None:

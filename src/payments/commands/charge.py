@@ -7,6 +7,7 @@ error would make the caller drop an order that was paid for. See runs.py for wha
 """
 
 import asyncio
+import math
 from typing import Any
 
 import msgspec
@@ -126,7 +127,7 @@ class Charging:
                 begun.payment, lambda payment: record_outcome(payment, outcome, _cause(command))
             )
         except OutcomeMismatch as error:
-            self._telemetry.gateway_calls["charge", "mismatch"].inc()
+            self._telemetry.mismatches["charge"].inc()
             _log(command).bind(reason=str(error)).critical("the provider's answer does not fit")
             raise
         run.finish(Charged(payment, begun.replayed))
@@ -193,7 +194,10 @@ class Charging:
             except NeverSent as error:
                 if not begun.replayed:
                     run.fallback = None
-                raise GatewayUnavailable("The payment provider cannot be reached.") from error
+                unavailable = GatewayUnavailable("The payment provider cannot be reached.")
+                # Sooner, a repetition would take this run for one that is still under way.
+                unavailable.retry_after_s = math.ceil(self._deadline_s)
+                raise unavailable from error
 
     def _check_may_send_again(self, age_s: float) -> None:
         if age_s > self._gateway.safe_retry_s:

@@ -119,6 +119,11 @@ class Refunding:
             return
         # Its amount is reserved: whatever happens now, the refund goes on.
         run.fallback = Refunded(begun.payment, begun.refund, begun.age_s is not None)
+        if begun.payment.gateway != self._gateway.name:
+            _log(command).bind(gateway=begun.payment.gateway).critical(
+                "begun with another provider"
+            )
+            raise OutcomeUnknown("only the provider that was asked knows")
         try:
             outcome = await self._ask(run, begun)
             run.wait_for_storing_only_a_while()
@@ -129,7 +134,7 @@ class Refunding:
         except NeverSent as error:
             raise OutcomeUnknown("the provider cannot be reached") from error
         except OutcomeMismatch as error:
-            self._telemetry.gateway_calls["refund", "mismatch"].inc()
+            self._telemetry.mismatches["refund"].inc()
             _log(command).bind(reason=str(error)).critical("the provider's answer does not fit")
             raise
         _answer(run, payment, begun.refund, begun.age_s is not None)
@@ -215,7 +220,7 @@ async def ask_again(
     found = await gateway.find_refund(refund, timeout_s())
     if found is not None:
         return found
-    if age_s > gateway.safe_retry_s:
+    if not 0 <= age_s <= gateway.safe_retry_s:  # below 0 after the clock was set back
         raise OutcomeUnknown("too old to be sent again under the same provider key")
     return await gateway.refund(refund, timeout_s())
 

@@ -40,6 +40,8 @@ class Run(Generic[A]):
         self.answer: A | Exception | None = None
         # Set once the provider may have been asked: from then on the answer is never an error.
         self.fallback: A | None = None
+        # The provider has answered; the event store has not yet.
+        self.storing = False
         self.task: asyncio.Task[None] | None = None
         self._waiters: list[asyncio.Future[A]] = []
 
@@ -87,6 +89,7 @@ class Run(Generic[A]):
         return min(most_s, self.deadline - time.monotonic())
 
     def wait_for_storing_only_a_while(self) -> None:
+        self.storing = True
         self.answer_by = min(self.answer_by, time.monotonic() + OUTCOME_STORE_PATIENCE_S)
 
 
@@ -114,6 +117,8 @@ class Runs:
         while run is not None and run.answer is not None and run.task is not None:
             # Its requests were told PENDING, but it still goes on: this one waits for its end.
             left_s = min(deadline, self._stop_by) - time.monotonic()
+            if run.storing:
+                left_s = min(left_s, OUTCOME_STORE_PATIENCE_S)
             done, _ = await asyncio.wait({run.task}, timeout=max(0, left_s))
             if not done:
                 break

@@ -1,5 +1,6 @@
 """A gateway whose every call is counted and timed."""
 
+import asyncio
 import re
 import time
 from collections.abc import Awaitable
@@ -13,6 +14,9 @@ from payments.payment import Approved, Declined
 from payments.telemetry import Telemetry
 
 _OUTCOME_LABELS = {Approved: "approved", Declined: "declined", type(None): "not_found"}
+
+# A gateway keeps its timeout by itself; one that hangs would hold a slot of those for good.
+GRACE_S = 1.0
 
 _WORD = re.compile(r"[\x20-\x7e]{1,255}")
 
@@ -31,27 +35,32 @@ class CountedGateway:
         self.late_capture_s = gateway.late_capture_s
 
     async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined:
-        return await self._counted("charge", self._gateway.charge(charge, timeout_s))
+        return await self._counted("charge", self._gateway.charge(charge, timeout_s), timeout_s)
 
     async def find_charge(self, payment_id: UUID, timeout_s: float) -> Approved | Declined | None:
-        return await self._counted("find_charge", self._gateway.find_charge(payment_id, timeout_s))
+        return await self._counted(
+            "find_charge", self._gateway.find_charge(payment_id, timeout_s), timeout_s
+        )
 
     async def refund(self, refund: ProviderRefund, timeout_s: float) -> Approved | Declined:
-        return await self._counted("refund", self._gateway.refund(refund, timeout_s))
+        return await self._counted("refund", self._gateway.refund(refund, timeout_s), timeout_s)
 
     async def find_refund(
         self, refund: ProviderRefund, timeout_s: float
     ) -> Approved | Declined | None:
-        return await self._counted("find_refund", self._gateway.find_refund(refund, timeout_s))
+        return await self._counted(
+            "find_refund", self._gateway.find_refund(refund, timeout_s), timeout_s
+        )
 
     async def close(self) -> None:
         await self._gateway.close()
 
-    async def _counted(self, operation: str, call: Awaitable[T]) -> T:
+    async def _counted(self, operation: str, call: Awaitable[T], timeout_s: float) -> T:
         started = time.perf_counter()
         outcome = "unknown"
         try:
-            answer = await call
+            async with asyncio.timeout(timeout_s + GRACE_S):
+                answer = await call
             _check_storable(answer)
             outcome = _OUTCOME_LABELS[type(answer)]
         except NeverSent:
@@ -60,6 +69,9 @@ class CountedGateway:
         except OutcomeUnknown as error:
             logger.bind(operation=operation, reason=str(error)).info("the provider gave no outcome")
             raise
+        except TimeoutError as error:
+            logger.bind(operation=operation).error("the gateway does not keep its timeout")
+            raise OutcomeUnknown("the gateway does not return") from error
         except Exception as error:
             logger.bind(operation=operation).exception("the gateway failed")
             raise OutcomeUnknown("the gateway failed") from error

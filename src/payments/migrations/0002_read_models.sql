@@ -57,20 +57,31 @@ CREATE TABLE refunds (
 
 CREATE INDEX refunds_of_payment ON refunds (payment_id);
 
--- Which API client a payment belongs to. Payments of the client `default`, which is everyone while
--- no API keys are configured, have no row.
+-- Which API client a payment belongs to, with what its list is filtered by, as in payments: the
+-- client's payments are found without reading past those of others. Payments of the client
+-- `default`, which is everyone while no API keys are configured, have no row.
 CREATE TABLE payment_clients (
     payment_id uuid      PRIMARY KEY,
     client     text      NOT NULL,
+    status     text      NOT NULL,
+    currency   text      NOT NULL,
     created_at timestamp NOT NULL
 );
 
+-- The client's list, newest first, as a whole and by each of its filters. An order has few payments:
+-- payments_of_order finds them.
 CREATE INDEX payment_clients_newest ON payment_clients (client, created_at DESC, payment_id DESC);
+CREATE INDEX payment_clients_by_status
+    ON payment_clients (client, status, created_at DESC, payment_id DESC);
+CREATE INDEX payment_clients_by_currency
+    ON payment_clients (client, currency, created_at DESC, payment_id DESC);
+CREATE INDEX payment_clients_by_status_and_currency
+    ON payment_clients (client, status, currency, created_at DESC, payment_id DESC);
 
 -- What the provider must be asked about again: a PENDING payment, a refund under way, a late
 -- capture on its way back, or a payment that was abandoned and may yet be captured. The projector
--- adds and removes rows; settling (commands/settle.py) moves due_at and counts attempts. `changes`
--- counts what either of them did to the row, so that a process which was frozen meanwhile notices.
+-- adds and removes rows; settling (commands/settle.py) moves due_at and counts attempts. Both give
+-- the row a new `change`, so that a process which was frozen meanwhile notices.
 CREATE TABLE unsettled_payments (
     payment_id uuid        PRIMARY KEY,
     kind       text        NOT NULL
@@ -78,7 +89,9 @@ CREATE TABLE unsettled_payments (
     since      timestamptz NOT NULL,
     due_at     timestamptz NOT NULL,
     attempts   integer     NOT NULL DEFAULT 0,
-    changes    bigint      NOT NULL DEFAULT 0
+    change     bigserial   NOT NULL,
+    abandoned  boolean     NOT NULL GENERATED ALWAYS AS (kind = 'abandoned') STORED
 );
 
-CREATE INDEX unsettled_payments_due ON unsettled_payments (due_at);
+-- Abandoned payments may be many, and must not keep others waiting.
+CREATE INDEX unsettled_payments_due ON unsettled_payments (abandoned, due_at);

@@ -32,6 +32,9 @@ GATHER_S = 0.01
 BUSY_GATHER_S = 0.1
 BUSY_EVENTS = 64
 RETRY_MIN_S, RETRY_MAX_S = 0.05, 2.0
+# A process that knows more than the one which parked a stream may have been running all along.
+RETRY_PARKED_S = 600.0
+RETRY_PARKED_FOR_S = 0.1
 
 # Without a row another process is active.
 TAKE_POSITION = """
@@ -123,6 +126,8 @@ class Follower:
         self._opened: psycopg.AsyncConnection[Any] | None = None
         self._task: asyncio.Task[None] | None = None
         self._applying = self._stopping = False
+        self._retry_parked_at = 0.0
+        self._to_retry: list[UUID] = []
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name=f"follower {self._name}")
@@ -184,6 +189,16 @@ class Follower:
             if payment_ids is None or parked.payment_id in payment_ids
         ]
 
+    async def _retry_some_parked(self) -> None:
+        """At the start, and now and then, what is parked gets another chance, a few streams at a
+        time: following must not wait for it."""
+        now = time.monotonic()
+        if now >= self._retry_parked_at:
+            self._retry_parked_at = now + RETRY_PARKED_S
+            self._to_retry = [parked.payment_id for parked in await self.parked()]
+        while self._to_retry and time.monotonic() < now + RETRY_PARKED_FOR_S:
+            await self._retry(self._to_retry.pop(0))
+
     async def _retry(self, payment_id: UUID) -> None:
         connection = await self._connection()
         with cut_after(connection, BATCH_TIMEOUT_S):
@@ -200,13 +215,10 @@ class Follower:
     async def _run(self) -> None:
         """Follows until cancelled, whatever happens to the database."""
         pause_s = RETRY_MIN_S
-        retried_parked = False
         while not self._stopping:
             try:
                 connection = await self._connection()
-                if not retried_parked:
-                    await self.retry_parked()
-                    retried_parked = True
+                await self._retry_some_parked()
                 await self._run_connected(connection)
             except asyncio.CancelledError:
                 raise

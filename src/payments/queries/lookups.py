@@ -21,7 +21,7 @@ from payments.payment import Payment
 BATCH_MAX = 256  # lookups in one statement: about 4 ms of work for the event loop when it returns
 
 _Rows = list[tuple[Any, ...]]
-_Lookup = tuple[UUID, "asyncio.Future[_Rows]"]
+_Lookup = tuple[UUID, float, "asyncio.Future[_Rows]"]  # id, deadline, who waits
 _stream = itemgetter(0)
 
 
@@ -30,8 +30,7 @@ class PaymentLookups:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._waiting: list[_Lookup] = []
-        self._deadline = 0.0  # of the one that has waited longest
+        self._waiting: list[_Lookup] = []  # in order of arrival
         self._reading: asyncio.Task[None] | None = None
 
     async def find(self, payment_id: UUID) -> Payment | None:
@@ -41,9 +40,7 @@ class PaymentLookups:
         """
         # A future of its own, so that a request which goes away takes nobody with it.
         waiter: asyncio.Future[_Rows] = asyncio.get_running_loop().create_future()
-        if not self._waiting:
-            self._deadline = time.monotonic() + READ_TIMEOUT_S
-        self._waiting.append((payment_id, waiter))
+        self._waiting.append((payment_id, time.monotonic() + READ_TIMEOUT_S, waiter))
         if self._reading is None:
             self._reading = asyncio.create_task(self._read_all(), name="lookups")
         rows = await waiter
@@ -58,30 +55,30 @@ class PaymentLookups:
                 # Taken before the statement begins: whoever comes from here on waits for the next
                 # one, since this one may not see what was appended before they asked.
                 batch, self._waiting = self._waiting[:BATCH_MAX], self._waiting[BATCH_MAX:]
-                await self._read(batch, self._deadline)
+                await self._read(batch)
         finally:
             # Whatever way this ended, nobody waits for ever.
             self._reading = None
             _fail([*batch, *self._waiting], DatabaseUnavailable("The service is stopping."))
             self._waiting.clear()
 
-    async def _read(self, batch: list[_Lookup], deadline: float) -> None:
+    async def _read(self, batch: list[_Lookup]) -> None:
         """One statement for all of them; if it fails, it fails for them alone."""
         try:
             # A statement that comes late has what is left of the time of its oldest lookup.
-            left_s = deadline - time.monotonic()
-            ids = uuids([payment_id for payment_id, _ in batch])
+            left_s = batch[0][1] - time.monotonic()
+            ids = uuids([payment_id for payment_id, _, _ in batch])
             rows = await self._database.fetch(LOAD_STREAMS, [ids], timeout_s=left_s)
         except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
             _fail(batch, error)
             return
         streams = {id_bytes: list(group) for id_bytes, group in groupby(rows, _stream)}
-        for payment_id, waiter in batch:
+        for payment_id, _, waiter in batch:
             if not waiter.done():
                 waiter.set_result(streams.get(payment_id.bytes, []))
 
 
 def _fail(lookups: list[_Lookup], error: Exception) -> None:
-    for _, waiter in lookups:
+    for _, _, waiter in lookups:
         if not waiter.done():
             waiter.set_exception(error)

@@ -1,0 +1,134 @@
+"""Which open payments are asked about, when, and how many at once.
+
+The projector lists them (unsettled.py). Every process that works takes what is due, each payment by
+one process at a time, and makes it due again after a pause that grows.
+"""
+
+import asyncio
+from contextlib import suppress
+
+from loguru import logger
+
+from payments.commands.settle import Settler
+from payments.database import Database
+from payments.errors import DatabaseUnavailable, PaymentUnreadable
+from payments.events.store import load_payment
+from payments.payment import Status
+from payments.settings import Settings
+from payments.unsettled import Claim, claim, forget, postpone
+
+CONCURRENCY_MAX = 32  # payments asked about at once, by one process
+ABANDONED_MAX = 8  # of them abandoned ones: those may be many, and nobody waits for them
+LEASE_MARGIN_S = 2.0  # for reading and appending; after a crash another process waits for the lease
+POLL_S = 0.5
+# Between two attempts: 1 s, doubling. A customer waits for a PENDING payment.
+CHARGE_PAUSE_MAX_S = 60.0
+PAUSE_MAX_S = 900.0
+
+
+def pause_s(attempts: int, kind: str) -> float:
+    """How long to wait after so many attempts."""
+    most = CHARGE_PAUSE_MAX_S if kind == "charge" else PAUSE_MAX_S
+    return min(2.0 ** min(attempts - 1, 20), most)
+
+
+class Settling:
+    """Settles what is due. One instance per process."""
+
+    def __init__(self, settler: Settler, database: Database, settings: Settings) -> None:
+        self._settler = settler
+        self._database = database
+        self._abandon_after_s = settings.pending_abandon_after_s
+        self._lease_s = settler.attempt_s + LEASE_MARGIN_S
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._abandoned: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.Task[None] | None = None
+        self._looks = True  # whether the last look for work succeeded
+
+    def start(self) -> None:
+        self._loop = asyncio.create_task(self._run(), name="settling")
+
+    async def stop(self, timeout_s: float) -> None:
+        """Claims nothing more and waits a while for what is under way. What is cut off then is
+        asked about again once its lease is over."""
+        if self._loop is not None:
+            self._loop.cancel()
+            await asyncio.wait({self._loop})
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=0.5)
+
+    async def run_once(self) -> int:
+        """Settles what is due; returns how many payments it tried."""
+        tasks = await self._begin_due()
+        await asyncio.gather(*tasks)
+        return len(tasks)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                begun = await self._begin_due()
+                self._looks = True
+            except Exception as error:  # noqa: BLE001 - payments must not stay open for it
+                begun = []
+                if self._looks:
+                    logger.bind(reason=str(error)).error("settling cannot look for work")
+                self._looks = False
+            if begun:  # there may be more as soon as one of these is done
+                await asyncio.wait(begun, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                await asyncio.sleep(POLL_S)
+
+    async def _begin_due(self) -> list[asyncio.Task[None]]:
+        begun = await self._begin(CONCURRENCY_MAX - len(self._tasks), abandoned=False)
+        free = CONCURRENCY_MAX - len(self._tasks)
+        watched = await self._begin(min(free, ABANDONED_MAX - len(self._abandoned)), abandoned=True)
+        for task in watched:
+            self._abandoned.add(task)
+            task.add_done_callback(self._abandoned.discard)
+        return begun + watched
+
+    async def _begin(self, most: int, *, abandoned: bool) -> list[asyncio.Task[None]]:
+        if most <= 0:
+            return []
+        claims = await claim(self._database, most, self._lease_s, abandoned=abandoned)
+        tasks = [asyncio.create_task(self._settle(each), name="settle") for each in claims]
+        for task in tasks:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return tasks
+
+    async def _settle(self, claimed: Claim) -> None:
+        """One attempt; afterwards the row is due again, or gone."""
+        log = logger.bind(payment_id=claimed.payment_id, attempts=claimed.attempts)
+        wait_s: float | None = PAUSE_MAX_S
+        try:
+            wait_s = await self._attempt(claimed)
+        except (DatabaseUnavailable, PaymentUnreadable) as error:
+            wait_s = pause_s(claimed.attempts, "refund")
+            log.bind(reason=error.code).warning("cannot be settled now")
+        except Exception:
+            log.exception("cannot be settled now")
+        with suppress(DatabaseUnavailable):  # then it is due when its lease is over
+            if wait_s is None:
+                await forget(self._database, claimed)
+            else:
+                await postpone(self._database, claimed, wait_s)
+
+    async def _attempt(self, claimed: Claim) -> float | None:
+        """How long to wait for the next attempt; None if nothing is left to ask about."""
+        loaded = await load_payment(self._database, claimed.payment_id)
+        if loaded is None:
+            return None
+        attempt = await self._settler.settle(loaded, claimed.attempts)
+        unsettled = attempt.payment.unsettled
+        if attempt.finished or unsettled is None:
+            return None
+        wait_s = pause_s(claimed.attempts, unsettled.kind)
+        until_abandoned_s = self._abandon_after_s - loaded.age_s()
+        if attempt.payment.status is Status.PENDING and until_abandoned_s > 0:
+            wait_s = min(wait_s, max(1.0, until_abandoned_s))
+        return wait_s
