@@ -1,10 +1,12 @@
 """The `payments` command: what it prints, and how it says that it cannot."""
 
 import json
+import re
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import msgspec
 import psycopg
 import pytest
 
+from payments.cli.output import print_rows
 from payments.database import DatabaseAddress
 from payments.settings import VARIABLES
 from tests.process import ServiceProcess, at, run, working
@@ -32,6 +35,58 @@ def test_settings_lists_every_variable_and_hides_secrets() -> None:
     assert listed["PORT"]["value"] == "4010"
     assert listed["PORT"]["default"] == "4004"
     assert listed["DATABASE_PASSWORD"]["value"] == "(set, hidden)"
+
+
+MARKUP = "/tmp/[old]/[/old]/[bold]x/:smile:/[link=a]b"
+
+
+def test_settings_prints_values_as_they_are() -> None:
+    """Brackets are no markup, and names between colons no pictures."""
+    done = run("settings", PAYMENTS_DATA_DIR=MARKUP)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert MARKUP in done.stdout
+
+
+LONG = "a word " * 100 + "x" * 500
+
+
+@pytest.mark.parametrize("environment", [{}, {"COLUMNS": "40"}, {"FORCE_COLOR": "1"}])
+def test_off_a_terminal_no_line_is_wrapped(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    print_rows(("first", "second", "third"), [("1", LONG, "end"), ("2", "b", LONG)], "table")
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert re.findall(r"first|second|third", header) == ["first", "second", "third"]
+    assert [line.split() for line in lines] == [
+        ["1", *LONG.split(), "end"],
+        ["2", "b", *LONG.split()],
+    ]
+
+
+FORGING = "a\nforged: b\r\x1b[2J\x1b]0;title\a \x9b31m\u202e\u2028\x7f\tend"
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_no_value_forges_a_line_or_speaks_to_the_terminal(
+    capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    print_rows(("first", "second"), [("1", FORGING), ("2", "é → 支付 🙂 \\n")], form)
+    printed = capsys.readouterr().out
+    assert all(line.isprintable() for line in printed.split("\n"))
+    if form == "json":
+        assert [row["second"] for row in json.loads(printed)] == [FORGING, "é → 支付 🙂 \\n"]
+    else:
+        _, forging, plain = printed.splitlines()
+        assert forging.split()[1:] == [
+            r"a\nforged:",
+            r"b\r\x1b[2J\x1b]0;title\x07",
+            r"\x9b31m\u202e\u2028\x7f\tend",
+        ]
+        assert plain.split() == ["2", "é", "→", "支付", "🙂", r"\n"]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +190,49 @@ def test_parked_streams_are_listed_and_retried(
     assert json.loads(run("parked", "list", "--format", "json", **at(address)).stdout) == []
     keys = connection.execute("SELECT idempotency_key FROM payments ORDER BY 1").fetchall()
     assert keys == [("k",), ("l",)]
+
+
+HELD = """
+SELECT pid FROM pg_stat_activity
+ WHERE datname = current_database() AND wait_event_type = 'Lock'
+"""
+
+
+@pytest.fixture
+def held(address: DatabaseAddress, connection: psycopg.Connection[Any]) -> Iterator[None]:
+    """A stream is parked, and another process is in the middle of a long batch."""
+    connection.execute("INSERT INTO parked_streams VALUES ('payments', gen_random_uuid(), 1, '')")
+    with psycopg.connect(address.conninfo("tests")) as other:
+        other.execute("SET idle_in_transaction_session_timeout = 0")
+        other.execute("SELECT FROM followers WHERE name = 'payments' FOR UPDATE")
+        yield
+
+
+@pytest.mark.usefixtures("held")
+def test_a_retry_whose_turn_does_not_come_is_one_line(address: DatabaseAddress) -> None:
+    done = run("parked", "retry", "--all", **at(address), DATABASE_PASSWORD="canary")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "payments: the database: canceling statement due to lock timeout: try again later\n"
+    )
+
+
+@pytest.mark.usefixtures("held")
+def test_a_command_that_loses_its_database_is_one_line(
+    address: DatabaseAddress, connection: psycopg.Connection[Any]
+) -> None:
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(
+            run, "parked", "retry", "--all", **at(address), DATABASE_PASSWORD="canary"
+        )
+        eventually(lambda: connection.execute(HELD).fetchall())
+        connection.execute(f"SELECT pg_terminate_backend(pid) FROM ({HELD}) AS held".encode())
+        done = running.result(timeout=30)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "payments: the database: terminating connection due to administrator command:"
+        " try again later\n"
+    )
 
 
 def test_a_payment_that_is_not_parked_cannot_be_retried(address: DatabaseAddress) -> None:

@@ -89,10 +89,10 @@ def connect(address: DatabaseAddress, application_name: str) -> psycopg.Connecti
     try:
         return psycopg.connect(address.conninfo(application_name), autocommit=True)
     except psycopg.OperationalError as error:
-        raise StartError(f"cannot connect to Postgres as {address!r}: {_reason(error)}") from None
+        raise StartError(f"cannot connect to Postgres as {address!r}: {reason_of(error)}") from None
 
 
-def _reason(error: psycopg.Error) -> str:
+def reason_of(error: psycopg.Error) -> str:
     """The server's or libpq's own words, on one line; they never hold the password."""
     lines = (error.diag.message_primary or str(error)).strip().splitlines()
     # libpq: `connection failed: connection to server at … failed: REASON`, then a hint.
@@ -110,7 +110,7 @@ def create_database_if_missing(address: DatabaseAddress) -> None:
         except (psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
             pass
         except psycopg.Error as error:
-            raise StartError(f"cannot create {address.dbname}: {_reason(error)}") from None
+            raise StartError(f"cannot create {address.dbname}: {reason_of(error)}") from None
 
 
 def cut(connection: psycopg.AsyncConnection[Any]) -> None:

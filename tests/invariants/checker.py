@@ -51,7 +51,8 @@ TABLES = {
         SELECT id, payment_id, idempotency_key, amount_cents, currency, status,
                provider_refund_id, decline_code, created_at, updated_at
           FROM refunds""",
-    "payment_clients": "SELECT payment_id, client, created_at FROM payment_clients",
+    "payment_clients": """
+        SELECT payment_id, client, status, currency, created_at FROM payment_clients""",
     "unsettled_payments": "SELECT payment_id, kind, since FROM unsettled_payments",
 }
 
@@ -250,8 +251,13 @@ def _expected_tables(payments: Iterable[Payment]) -> dict[str, Rows]:
                 _utc(refund.updated_at),
             )
         if payment.client != "default":
-            row = (payment.id, payment.client, _utc(payment.created_at))
-            tables["payment_clients"][payment.id] = row
+            tables["payment_clients"][payment.id] = (
+                payment.id,
+                payment.client,
+                payment.status,
+                payment.currency,
+                _utc(payment.created_at),
+            )
         if (reason := payment.unsettled) is not None:
             tables["unsettled_payments"][payment.id] = (payment.id, reason.kind, reason.since)
     return tables

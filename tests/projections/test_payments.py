@@ -200,15 +200,20 @@ async def test_refunds(database: Database, connection: psycopg.Connection[Any]) 
 
 
 async def test_clients(database: Database, connection: psycopg.Connection[Any]) -> None:
-    """Nobody's payments but those of named clients are listed."""
-    append(connection, History("of nobody").facts)
-    of_order = History("of order", client="order")
-    append(connection, of_order.facts)
-    await follow(database)
-    append(connection, of_order.charged().facts[1:])
-    await follow(database)
-    rows = connection.execute("SELECT * FROM payment_clients").fetchall()
-    assert rows == [(of_order.id, "order", BEGAN)]
+    """Nobody's payments but those of named clients are listed, with what a list filters by."""
+    append(connection, History("of nobody").charged().facts)
+    of_order = History("of order", currency="EUR", client="order")
+    rows = []
+    for step in ("charged", "refund_begun", "refund_succeeded", ""):
+        append(connection, of_order.facts[-1:])
+        await follow(database)
+        rows += connection.execute("SELECT * FROM payment_clients").fetchall()
+        if step:
+            getattr(of_order, step)()
+    assert rows == [
+        (of_order.id, "order", status, "EUR", BEGAN)
+        for status in ("PENDING", "SUCCESS", "SUCCESS", "REFUNDED")
+    ]
 
 
 async def test_times_are_utc_whatever_the_sessions_zone(

@@ -53,8 +53,11 @@ def insert(
         )
         if client is not None:
             cursor.executemany(
-                "INSERT INTO payment_clients VALUES (%s, %s, %s)",
-                [(each.id, client, _utc(each.created_at)) for each in views],
+                "INSERT INTO payment_clients VALUES (%s, %s, %s, %s, %s)",
+                [
+                    (each.id, client, each.status.value, each.currency, _utc(each.created_at))
+                    for each in views
+                ],
             )
 
 

@@ -204,7 +204,13 @@ async def test_a_client_sees_its_own_payments_only(
     insert(connection, [own], "shop")
     insert(connection, [others], "other")
     insert(connection, [nobodys])
-    for wanted in (PaymentFilter(), PaymentFilter(merchant_order_id=ORDERS[0])):
+    for wanted in (
+        PaymentFilter(),
+        PaymentFilter(merchant_order_id=ORDERS[0]),
+        PaymentFilter(status=Status.SUCCESS),
+        PaymentFilter(currency="INR"),
+        PaymentFilter(status=Status.SUCCESS, currency="INR"),
+    ):
         assert await all_pages(database, wanted, "shop", 1) == [own]
         assert await all_pages(database, wanted, "third", 1) == []
         assert len(await all_pages(database, wanted, None, 1)) == 3

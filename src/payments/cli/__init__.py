@@ -6,9 +6,12 @@ Exit codes: 0 done, 1 could not (one line says why), 2 wrong arguments.
 import sys
 
 import click
+import psycopg
 
+from payments.cli.output import one_line
 from payments.cli.parked import parked
 from payments.cli.processes import migrate, serve, settings, work
+from payments.database import reason_of
 from payments.errors import PaymentsError, StartError
 
 
@@ -19,8 +22,11 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except (StartError, PaymentsError) as error:
-            click.echo(f"payments: {error}", err=True)
-            sys.exit(1)
+            reason = str(error)
+        except psycopg.OperationalError as error:  # a lock that is held, a server that is gone
+            reason = f"the database: {reason_of(error)}: try again later"
+        click.echo(f"payments: {one_line(reason)}", err=True)
+        sys.exit(1)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

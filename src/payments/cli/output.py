@@ -1,13 +1,19 @@
-"""How commands print what they found: a table for people, JSON for programs."""
+"""How commands print what they found: a table for people, JSON for programs.
+
+Values are printed as they are, but for what is not printable: nobody's data begins a line of its
+own or speaks to the terminal.
+"""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
 import msgspec
 from rich.console import Console
 from rich.table import Table
+
+UNWRAPPED = 10_000_000  # columns; an environment variable, the longest of values, has 131,072
 
 format_option = click.option(
     "--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True
@@ -18,10 +24,26 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str)
     """JSON is a list of objects, one per row."""
     if form == "json":
         listed = [dict(zip(columns, row, strict=True)) for row in rows]
-        click.echo(msgspec.json.format(msgspec.json.encode(listed), indent=2))
+        lines = msgspec.json.format(msgspec.json.encode(listed), indent=2).decode().split("\n")
+        click.echo("\n".join(_printable(line, _json_escape) for line in lines))
         return
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(str(value) for value in row))
+        table.add_row(*(one_line(str(value)) for value in row))
     # Off a terminal nothing is wrapped, so that grep finds whole lines.
-    Console(width=None if sys.stdout.isatty() else 220, highlight=False).print(table)
+    width = None if sys.stdout.isatty() else UNWRAPPED
+    Console(width=width, highlight=False, markup=False, emoji=False).print(table)
+
+
+def one_line(text: str) -> str:
+    r"""The text with what is not printable as in Python: \n, \x1b, \u202e."""
+    return _printable(text, lambda char: char.encode("unicode_escape").decode())
+
+
+def _json_escape(char: str) -> str:
+    units = char.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))
+
+
+def _printable(text: str, escape: Callable[[str], str]) -> str:
+    return "".join(char if char.isprintable() else escape(char) for char in text)

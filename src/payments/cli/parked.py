@@ -6,7 +6,7 @@ from uuid import UUID
 
 import click
 
-from payments.cli.output import format_option, print_rows
+from payments.cli.output import format_option, one_line, print_rows
 from payments.cli.processes import begin
 from payments.database import Database, DatabaseAddress
 from payments.projections.follower import Parked
@@ -51,7 +51,7 @@ def retry(payments: tuple[UUID, ...], every: bool) -> None:
     for payment_id in unknown:
         click.echo(f"not parked: {payment_id}", err=True)
     for stream in left:
-        click.echo(f"still parked: {stream.payment_id}: {stream.reason}", err=True)
+        click.echo(f"still parked: {stream.payment_id}: {one_line(stream.reason)}", err=True)
     sys.exit(1 if left or unknown else 0)
 
 

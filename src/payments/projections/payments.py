@@ -17,7 +17,7 @@ from payments.payment import Payment, Refund, evolve
 from payments.projections.follower import RecordedEvent
 from payments.settings import DEFAULT_CLIENT
 
-YIELD_EVERY = 200  # streams; in between the event loop serves requests
+YIELD_EVERY = 200  # events; in between the event loop serves requests
 
 UPSERT_PAYMENTS = """
 INSERT INTO payments (id, merchant_order_id, idempotency_key, amount_cents, currency, status,
@@ -61,11 +61,15 @@ SELECT id, payment_id, idempotency_key, amount_cents, currency, status, provider
 """
 
 UPSERT_CLIENTS = """
-INSERT INTO payment_clients (payment_id, client, created_at)
-SELECT payment_id, client, created_at AT TIME ZONE 'UTC'
-  FROM unnest(%b::uuid[], %b::text[], %b::timestamptz[]) AS new (payment_id, client, created_at)
+INSERT INTO payment_clients (payment_id, client, status, currency, created_at)
+SELECT payment_id, client, status, currency, created_at AT TIME ZONE 'UTC'
+  FROM unnest(%b::uuid[], %b::text[], %b::text[], %b::text[], %b::timestamptz[])
+    AS new (payment_id, client, status, currency, created_at)
     ON CONFLICT (payment_id) DO UPDATE
-   SET client = excluded.client, created_at = excluded.created_at
+   SET client = excluded.client,
+       status = excluded.status,
+       currency = excluded.currency,
+       created_at = excluded.created_at
 """
 
 
@@ -124,7 +128,9 @@ async def _earlier(
         return {}
     await cursor.execute(LOAD_STREAMS.encode(), [uuids(list(continued.values()))])
     earlier: dict[UUID, Payment] = {}
-    for id_bytes, version, topic, state in await cursor.fetchall():
+    for number, (id_bytes, version, topic, state) in enumerate(await cursor.fetchall(), 1):
+        if number % YIELD_EVERY == 0:
+            await asyncio.sleep(0)
         stream = continued[id_bytes]
         if version < first_versions[stream]:
             fact = fact_at(stream, version, topic, state)
@@ -188,5 +194,7 @@ def _client_params(payments: list[Payment]) -> tuple[Any, ...]:
     return (
         uuids([payment.id for payment in payments]),
         texts([payment.client for payment in payments]),
+        texts([payment.status for payment in payments]),
+        texts([payment.currency for payment in payments]),
         timestamps([payment.created_at for payment in payments]),
     )

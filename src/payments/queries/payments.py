@@ -45,8 +45,11 @@ SELECT f.position, p.id, p.merchant_order_id, p.idempotency_key, p.amount_cents,
  ORDER BY p.created_at DESC, p.id DESC
 """
 
-# The same of one API client's payments. Its own index gives their order; created_at is the same in
-# both tables.
+# The same of one API client's payments. payment_clients has what they are filtered by, as payments
+# has it, and an index for each filter and for status and currency together: a page reads the rows
+# that it lists, however many the client has of another kind. Of an order all payments are read,
+# whosever they are: they are few. At worst, on a table never vacuumed where nearly all is of the
+# kind asked for, but nothing of the client's, its rows here are walked: 500,000 take 0.12 s.
 PAGE_OF_CLIENT = """
 SELECT f.position, p.id, p.merchant_order_id, p.idempotency_key, p.amount_cents, p.currency,
        p.status, p.provider_txn_id,
@@ -58,8 +61,8 @@ SELECT f.position, p.id, p.merchant_order_id, p.idempotency_key, p.amount_cents,
        SELECT p.* FROM payment_clients c JOIN payments p ON p.id = c.payment_id
         WHERE c.client = %(client)s
           AND (%(merchant_order_id)s::uuid IS NULL OR p.merchant_order_id = %(merchant_order_id)s)
-          AND (%(status)s::text IS NULL OR p.status = %(status)s)
-          AND (%(currency)s::text IS NULL OR p.currency = %(currency)s)
+          AND (%(status)s::text IS NULL OR c.status = %(status)s)
+          AND (%(currency)s::text IS NULL OR c.currency = %(currency)s)
           AND (%(created_from)s::timestamp IS NULL OR c.created_at >= %(created_from)s)
           AND (%(created_until)s::timestamp IS NULL OR c.created_at < %(created_until)s)
           AND (%(before)s::timestamp IS NULL
