@@ -205,6 +205,8 @@ async def test_the_watch_begins_with_the_abandonment(
     await age(connection, 48 * 3600)
     await settle(service, connection)
     assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
+    await settle(service, connection)
+    assert unsettled(connection)[0][0] == "abandoned"
     capture_late(service)
     await settle(service, connection)
     assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound", "LateCaptureReturned"]
