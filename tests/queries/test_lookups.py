@@ -112,12 +112,12 @@ async def test_a_statement_has_a_limit_and_may_hold_an_id_twice(
 
 
 async def test_a_lasting_backlog_costs_nobody_an_answer(
-    database: Database, connection: Connection, monkeypatch: pytest.MonkeyPatch
+    watched: WatchedDatabase, lookups: PaymentLookups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is always somebody waiting, for longer than one lookup may wait."""
     monkeypatch.setattr("payments.queries.lookups.BATCH_MAX", 2)
     monkeypatch.setattr("payments.queries.lookups.READ_TIMEOUT_S", 0.3)
-    lookups, ends_at = PaymentLookups(database), time.monotonic() + 1
+    ends_at = time.monotonic() + 1
 
     async def reader() -> int:
         found = 0
@@ -127,6 +127,8 @@ async def test_a_lasting_backlog_costs_nobody_an_answer(
         return found
 
     assert min(await asyncio.gather(*(reader() for _ in range(12)))) > 3
+    # Every statement has what is left of the time of its own lookups.
+    assert min(statement.timeout_s for statement in watched.statements) > 0.1
 
 
 async def test_a_lookup_is_never_answered_by_a_statement_that_began_before_it(
