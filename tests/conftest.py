@@ -1,7 +1,9 @@
 """A real Postgres for the tests: one embedded server, one migrated template, a clone per test."""
 
+import queue
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -55,8 +57,21 @@ def state_dir() -> Iterator[Path]:
 def server(state_dir: Path) -> Iterator[DatabaseAddress]:
     """The server's maintenance database."""
     with embedded_postgres.start(state_dir) as running:
-        yield DatabaseAddress(str(running.socket_dir), running.port, running.user, None, "postgres")
+        address = DatabaseAddress(
+            str(running.socket_dir), running.port, running.user, None, "postgres"
+        )
+        _do_not_wait_for_the_disk(address)
+        yield address
     embedded_postgres.wait_until_stopped(state_dir)
+
+
+def _do_not_wait_for_the_disk(server: DatabaseAddress) -> None:
+    """A database for each test is made and dropped; nobody misses one after a power cut. Tests that
+    kill their server have one of their own."""
+    with psycopg.connect(server.conninfo("tests"), autocommit=True) as connection:
+        for name in ("fsync", "full_page_writes"):
+            connection.execute(SQL("ALTER SYSTEM SET {} = off").format(Identifier(name)))
+        connection.execute("SELECT pg_reload_conf()")
 
 
 @pytest.fixture(scope="session")
@@ -67,27 +82,76 @@ def template(server: DatabaseAddress) -> DatabaseAddress:
     return address
 
 
+class Clones:
+    """Databases that a thread makes ahead and drops behind: that takes longer than most tests."""
+
+    def __init__(self, server: DatabaseAddress, template: str, ahead: int) -> None:
+        self._server = server
+        self._template = template
+        self._ready: queue.Queue[DatabaseAddress] = queue.Queue()
+        # How many to make, or which one to drop; None: the end.
+        self._orders: queue.SimpleQueue[int | DatabaseAddress | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"clones of {template}")
+        self._thread.start()
+        self._orders.put(ahead)
+
+    def take(self) -> DatabaseAddress:
+        self._orders.put(1)
+        return self._ready.get(timeout=30)
+
+    def drop(self, database: DatabaseAddress) -> None:
+        self._orders.put(database)
+
+    def close(self) -> None:
+        self._orders.put(None)
+        self._thread.join(timeout=30)
+
+    def _run(self) -> None:
+        with psycopg.connect(self._server.conninfo("tests"), autocommit=True) as connection:
+            connection.execute("SET statement_timeout = '30s'; SET lock_timeout = '30s'")
+            while (order := self._orders.get()) is not None:
+                if isinstance(order, int):
+                    for _ in range(order):
+                        self._ready.put(self._make(connection))
+                else:
+                    name = Identifier(order.dbname)
+                    connection.execute(SQL("DROP DATABASE {} WITH (FORCE)").format(name))
+
+    def _make(self, connection: psycopg.Connection[Any]) -> DatabaseAddress:
+        made = msgspec.structs.replace(self._server, dbname=f"test_{uuid.uuid4().hex[:12]}")
+        statement = SQL("CREATE DATABASE {} TEMPLATE {}")
+        connection.execute(statement.format(Identifier(made.dbname), Identifier(self._template)))
+        return made
+
+
+@pytest.fixture(scope="session")
+def clones(server: DatabaseAddress, template: DatabaseAddress) -> Iterator[Clones]:
+    made = Clones(server, template.dbname, ahead=2)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def empty_clones(server: DatabaseAddress) -> Iterator[Clones]:
+    made = Clones(server, "template0", ahead=0)
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def empty_database(server: DatabaseAddress) -> Iterator[DatabaseAddress]:
+def empty_database(empty_clones: Clones) -> Iterator[DatabaseAddress]:
     """A database without our schema."""
-    yield from _database(server, "template0")
+    database = empty_clones.take()
+    yield database
+    empty_clones.drop(database)
 
 
 @pytest.fixture
-def address(server: DatabaseAddress, template: DatabaseAddress) -> Iterator[DatabaseAddress]:
+def address(clones: Clones) -> Iterator[DatabaseAddress]:
     """A migrated database of this test alone."""
-    yield from _database(server, template.dbname)
-
-
-def _database(server: DatabaseAddress, template: str) -> Iterator[DatabaseAddress]:
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(server.conninfo("tests"), autocommit=True) as connection:
-        connection.execute("SET statement_timeout = '30s'; SET lock_timeout = '30s'")
-        connection.execute(
-            SQL("CREATE DATABASE {} TEMPLATE {}").format(Identifier(name), Identifier(template))
-        )
-        yield msgspec.structs.replace(server, dbname=name)
-        connection.execute(SQL("DROP DATABASE {} WITH (FORCE)").format(Identifier(name)))
+    database = clones.take()
+    yield database
+    clones.drop(database)
 
 
 @pytest.fixture

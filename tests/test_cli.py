@@ -97,8 +97,16 @@ def test_no_value_forges_a_line_or_speaks_to_the_terminal(
         ({"SIMULATED_FAULTS": "explode", "DATABASE_HOST": "/nowhere"}, "SIMULATED_FAULTS"),
         ({"DATABASE_HOST": "/nowhere"}, "cannot connect to Postgres as postgres@/nowhere:5432"),
         ({"DATABASE_HOST": "127.0.0.1", "DATABASE_PORT": "1"}, "refused"),
-        ({"GATEWAY": "nowhere.to_be:found"}, "GATEWAY: cannot import 'nowhere.to_be:found'"),
-        ({"GATEWAY": "json:nothing"}, "GATEWAY: cannot import 'json:nothing'"),
+        (
+            {"GATEWAY": "nowhere.to_be:found"},
+            "GATEWAY: 'nowhere.to_be:found' cannot be imported: Mod",
+        ),
+        ({"GATEWAY": "json:nothing"}, "GATEWAY: 'json:nothing' cannot be imported: Attr"),
+        ({"GATEWAY": "json:loads"}, "GATEWAY: 'json:loads' failed: TypeError"),
+        (
+            {"GATEWAY": "builtins:repr"},
+            "GATEWAY: 'builtins:repr' returned no gateway: it lacks name",
+        ),
         ({"HOST": "203.0.113.1"}, "cannot listen on HOST '203.0.113.1'"),
     ],
 )

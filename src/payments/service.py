@@ -61,8 +61,6 @@ class Service:
 
     async def start(self, *, work: bool = True) -> None:
         """Without `work` it only answers requests: another process follows and settles."""
-        if not self.settings.payments_api_keys:
-            logger.warning("PAYMENTS_API_KEYS is not set: whoever reaches the port may charge")
         if self.settings.order_callback_url is not None:
             logger.warning("ORDER_CALLBACK_URL is set, but this version sends no callbacks yet")
         await self.database.open()
@@ -97,6 +95,12 @@ class Service:
                 await self.database.close()
 
 
+GATEWAY_MEMBERS = (
+    *("name", "safe_retry_s", "late_capture_s"),
+    *("charge", "find_charge", "refund", "find_refund", "close"),
+)
+
+
 def payments_follower(settings: Settings, database: Database, telemetry: Telemetry) -> Follower:
     """The follower behind the payments read model; not started."""
     projection = PaymentsProjection(settle_after_s=settings.charge_deadline_s)
@@ -116,13 +120,28 @@ def build_gateway(settings: Settings) -> Gateway:
 
 
 def _plugged_in_gateway(settings: Settings) -> Gateway:
+    """Whatever is wrong with somebody else's module is told in one line."""
     module, _, factory = settings.gateway.partition(":")
+    named = f"GATEWAY: {settings.gateway!r}"
     try:
         build = getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError) as error:
-        raise StartError(f"GATEWAY: cannot import {settings.gateway!r}: {error}") from None
-    gateway: Gateway = build(settings)
+    except Exception as error:
+        raise StartError(f"{named} cannot be imported: {_told(error)}") from error
+    try:
+        gateway: Gateway = build(settings)
+    except StartError:
+        raise
+    except Exception as error:
+        raise StartError(f"{named} failed: {_told(error)}") from error
+    missing = [name for name in GATEWAY_MEMBERS if not hasattr(gateway, name)]
+    if missing:
+        raise StartError(f"{named} returned no gateway: it lacks {', '.join(missing)}")
     return gateway
+
+
+def _told(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def data_dir(settings: Settings) -> Path:

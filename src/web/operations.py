@@ -68,4 +68,6 @@ async def metrics(request: Anyone) -> Response[bytes]:
     service: Service = request.app.state.service
     with suppress(DatabaseUnavailable):
         await service.observe()
-    return Response(service.telemetry.exposition(), media_type=service.telemetry.content_type)
+    # As a header: for a text media type the framework would add a second charset.
+    headers = {"Content-Type": service.telemetry.content_type}
+    return Response(service.telemetry.exposition(), headers=headers)

@@ -75,6 +75,8 @@ async def serve(service: Service, listener: socket.socket, *, work: bool = True)
 
     Without `work` another process follows the log and settles.
     """
+    if not service.settings.payments_api_keys:
+        logger.warning("PAYMENTS_API_KEYS is not set: whoever reaches the port may charge")
     await service.start(work=work)
     server = _Server(
         uvicorn.Config(

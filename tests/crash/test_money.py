@@ -25,6 +25,7 @@ from tests.doubles.provider import Fault, ProviderProcess
 from tests.invariants.checker import ChargeAnswer, ProviderRecord, RefundAnswer, check
 from tests.process import ServiceProcess, at, working
 
+LANES = 4  # so many payments at a time
 FAST = {"CHARGE_DEADLINE_S": 1, "GATEWAY_TIMEOUT_S": 0.8, "PENDING_ABANDON_AFTER_S": 3}
 
 
@@ -191,8 +192,7 @@ def test_kill_9_loop(
     service = ServiceProcess(tmp_path, **settings(address, provider))
     provider.script(*UNRELIABLE)
     for _ in range(kills):
-        service.start()
-        with Traffic(service.port, answers) as traffic:
+        with service, Traffic(service.port, answers) as traffic:
             eventually(lambda: traffic.captured >= 5)
             time.sleep(dice.random() * 0.3)
             service.kill()
@@ -220,7 +220,11 @@ def test_200_keys_32_times_each_over_two_processes(
     answers = Answers()
 
     async def charge_all(callers: list[Caller]) -> None:
-        for number in range(200):
+        groups = [callers[part::LANES] for part in range(LANES)]
+        await asyncio.gather(*(charge_some(part, group) for part, group in enumerate(groups)))
+
+    async def charge_some(part: int, callers: list[Caller]) -> None:
+        for number in range(part, 200, LANES):
             key = f"key-{number}"
             told = await asyncio.gather(*(caller.charge(key) for caller in callers))
             assert len({answer and (answer.status, answer.raw) for answer in told}) == 1, told
@@ -228,7 +232,8 @@ def test_200_keys_32_times_each_over_two_processes(
                 answers.charged(key, answer)
 
     with ServiceProcess(tmp_path, **more) as one, ServiceProcess(tmp_path, **more) as two:
-        race([one.port, two.port], 32, charge_all)
+        # In every group half of the callers speak to either process.
+        race([one.port] * LANES + [two.port] * LANES, 32 * LANES, charge_all)
         eventually(lambda: nothing_open(connection))
     assert len(answers.charges) == 200 * 32
     assert {(answer.status_code, answer.status) for answer in answers.charges} == {(201, "SUCCESS")}
@@ -249,7 +254,11 @@ def test_500_payments_with_6_parallel_refunds_each(
     codes: list[str] = []
 
     async def refund_all(callers: list[Caller]) -> None:
-        for number in range(500):
+        groups = [callers[part::LANES] for part in range(LANES)]
+        await asyncio.gather(*(refund_some(part, group) for part, group in enumerate(groups)))
+
+    async def refund_some(part: int, callers: list[Caller]) -> None:
+        for number in range(part, 500, LANES):
             key = f"key-{number}"
             answers.charged(key, await callers[0].charge(key))
             payment_id = payment_id_for(key)
@@ -262,7 +271,7 @@ def test_500_payments_with_6_parallel_refunds_each(
                 codes.append(answer.body.get("code", "refunded"))
 
     with ServiceProcess(tmp_path, **more) as one, ServiceProcess(tmp_path, **more) as two:
-        race([one.port, two.port], 6, refund_all)
+        race([one.port] * LANES + [two.port] * LANES, 6 * LANES, refund_all)
         eventually(lambda: nothing_open(connection))
     assert codes.count("refunded") == codes.count("refund_exceeds_capture") == 1500
     assert {answer.status_code for answer in answers.refunds} == {201}

@@ -90,8 +90,7 @@ def test_kill_9_under_load_loses_no_answered_charge_and_doubles_none(data_dir: P
     service = ServiceProcess(data_dir, CHARGE_DEADLINE_S=1, GATEWAY_TIMEOUT_S=0.9)
     answers: list[tuple[str, int, Any, float]] = []
     for number in range(KILLS):
-        service.start()
-        with Load(service) as load:
+        with service, Load(service) as load:
             load.wait_for(10 + 3 * number)
             service.kill()
         answers += load.answers

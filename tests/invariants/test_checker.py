@@ -3,7 +3,6 @@
 import asyncio
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -13,7 +12,7 @@ import pytest
 from payments.database import Database, DatabaseAddress, connect
 from payments.events.facts import Fact, RefundInitiated
 from payments.events.store import to_stored_event
-from tests.conftest import _database
+from tests.conftest import Clones
 from tests.invariants.checker import ChargeAnswer, ProviderRecord, RefundAnswer, check
 from tests.support import History, append, append_stored, follow, histories, stored_event
 
@@ -45,15 +44,14 @@ def known() -> dict[str, History]:
 
 
 @pytest.fixture(scope="module")
-def filled(
-    server: DatabaseAddress, template: DatabaseAddress, known: dict[str, History]
-) -> Iterator[DatabaseAddress]:
+def filled(clones: Clones, known: dict[str, History]) -> Iterator[DatabaseAddress]:
     """A database with all of them in the log and in the read model."""
-    with contextmanager(_database)(server, template.dbname) as address:
-        with connect(address, "tests") as connection:
-            append(connection, all_facts(known))
-        asyncio.run(bring_up_to_date(address))
-        yield address
+    address = clones.take()
+    with connect(address, "tests") as connection:
+        append(connection, all_facts(known))
+    asyncio.run(bring_up_to_date(address))
+    yield address
+    clones.drop(address)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from payments.payment import Status
 from payments.queries.cursor import Place, write_cursor
 from payments.queries.history import HISTORY
 from payments.queries.payments import PaymentFilter, list_payments, payments_of_order
-from tests.conftest import _database
+from tests.conftest import Clones
 from tests.queries.conftest import WatchedDatabase
 
 pytestmark = pytest.mark.anyio
@@ -94,13 +94,14 @@ FILTERS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def big(server: DatabaseAddress, template: DatabaseAddress) -> Iterator[DatabaseAddress]:
-    for address in _database(server, template.dbname):
-        with psycopg.connect(address.conninfo("tests"), autocommit=True) as connection:
-            connection.execute("SET statement_timeout = '60s'")
-            connection.execute(FILL)
-            connection.execute("VACUUM ANALYZE")
-        yield address
+def big(clones: Clones) -> Iterator[DatabaseAddress]:
+    address = clones.take()
+    with psycopg.connect(address.conninfo("tests"), autocommit=True) as connection:
+        connection.execute("SET statement_timeout = '60s'")
+        connection.execute(FILL)
+        connection.execute("VACUUM ANALYZE")
+    yield address
+    clones.drop(address)
 
 
 class Plan:
