@@ -185,8 +185,9 @@ class Database:
         timeout_s: float = READ_TIMEOUT_S,
         prepare: bool | None = None,
     ) -> list[tuple[Any, ...]]:
-        """All rows of one reading statement, within `timeout_s`, READ_TIMEOUT_S at the most.
+        """All rows of one statement, within `timeout_s` seconds, READ_TIMEOUT_S at the most.
 
+        It may be carried out twice: it only reads, or doing it again is harmless.
         `prepare=False` has each execution planned for its own values; by default a statement that
         comes often keeps its plan. Pooled connections may have died unnoticed, for example in a
         failover: then the next one is tried, until all of them and a new one were. Raises

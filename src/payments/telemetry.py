@@ -8,8 +8,10 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterable
 from datetime import UTC
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 import psutil
@@ -19,6 +21,9 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 if TYPE_CHECKING:
     from loguru import Message
+
+Metric = TypeVar("Metric", Counter, Gauge, Histogram)
+Value = TypeVar("Value", str, tuple[str, str])
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 7.5)
 
@@ -59,29 +64,25 @@ class Telemetry:
         charges = Counter(
             "payments_charges", "Charge requests by their answer", ["outcome"], registry=registry
         )
-        self.charges = {outcome: charges.labels(outcome) for outcome in CHARGE_OUTCOMES}
+        self.charges = _by_label(charges, CHARGE_OUTCOMES)
         refunds = Counter(
             "payments_refunds", "Refund requests by their answer", ["outcome"], registry=registry
         )
-        self.refunds = {outcome: refunds.labels(outcome) for outcome in REFUND_OUTCOMES}
+        self.refunds = _by_label(refunds, REFUND_OUTCOMES)
         settling = Counter(
             "payments_settling_attempts",
             "Attempts to settle an open payment by what was open and what came of it",
             ["kind", "outcome"],
             registry=registry,
         )
-        self.settling = {
-            (kind, outcome): settling.labels(kind, outcome)
-            for kind in UNSETTLED_KINDS
-            for outcome in SETTLING_OUTCOMES
-        }
+        self.settling = _by_label(settling, product(UNSETTLED_KINDS, SETTLING_OUTCOMES))
         mismatches = Counter(
             "payments_provider_mismatches",
             "Answers of the provider that do not fit what was asked, or contradict the events",
             ["operation"],
             registry=registry,
         )
-        self.mismatches = {name: mismatches.labels(name) for name in ("charge", "refund")}
+        self.mismatches = _by_label(mismatches, ("charge", "refund"))
         self._add_follower_metrics(registry)
         gateway_calls = Counter(
             "payments_gateway_calls",
@@ -89,11 +90,7 @@ class Telemetry:
             ["operation", "outcome"],
             registry=registry,
         )
-        self.gateway_calls = {
-            (operation, outcome): gateway_calls.labels(operation, outcome)
-            for operation in GATEWAY_OPERATIONS
-            for outcome in GATEWAY_OUTCOMES
-        }
+        self.gateway_calls = _by_label(gateway_calls, product(GATEWAY_OPERATIONS, GATEWAY_OUTCOMES))
         gateway_seconds = Histogram(
             "payments_gateway_call_duration_seconds",
             "Duration of answered provider calls",
@@ -101,9 +98,7 @@ class Telemetry:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.gateway_seconds = {
-            operation: gateway_seconds.labels(operation) for operation in GATEWAY_OPERATIONS
-        }
+        self.gateway_seconds = _by_label(gateway_seconds, GATEWAY_OPERATIONS)
         self.append_batch_size = Histogram(
             "payments_append_batch_size",
             "Appends written together in one transaction",
@@ -122,7 +117,7 @@ class Telemetry:
             ["kind"],
             registry=registry,
         )
-        self.append_failures = {kind: append_failures.labels(kind) for kind in APPEND_FAILURES}
+        self.append_failures = _by_label(append_failures, APPEND_FAILURES)
         self.append_backlog = Gauge(
             "payments_append_backlog", "Appends that wait for the event store", registry=registry
         )
@@ -130,8 +125,7 @@ class Telemetry:
 
     def _add_follower_metrics(self, registry: CollectorRegistry) -> None:
         def gauges(name: str, text: str, label: str, values: tuple[str, ...]) -> dict[str, Gauge]:
-            gauge = Gauge(name, text, [label], registry=registry)
-            return {value: gauge.labels(value) for value in values}
+            return _by_label(Gauge(name, text, [label], registry=registry), values)
 
         applied = Counter(
             "payments_follower_applied_events",
@@ -139,7 +133,7 @@ class Telemetry:
             ["follower"],
             registry=registry,
         )
-        self.follower_applied = {name: applied.labels(name) for name in FOLLOWERS}
+        self.follower_applied = _by_label(applied, FOLLOWERS)
         batches = Histogram(
             "payments_follower_batch_duration_seconds",
             "Reading, applying and committing one batch",
@@ -147,7 +141,7 @@ class Telemetry:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.follower_seconds = {name: batches.labels(name) for name in FOLLOWERS}
+        self.follower_seconds = _by_label(batches, FOLLOWERS)
         # What the database says, as of the scrape: queries/followers.py.
         self.follower_lag = gauges(
             "payments_follower_lag_events",
@@ -190,6 +184,13 @@ class Telemetry:
     def exposition(self) -> bytes:
         """All metrics in the Prometheus text format 0.0.4."""
         return generate_latest(self.registry)
+
+
+def _by_label(metric: Metric, values: Iterable[Value]) -> dict[Value, Metric]:
+    """The child of each label value, or of each tuple of them."""
+    return {
+        value: metric.labels(*(value if isinstance(value, tuple) else (value,))) for value in values
+    }
 
 
 def _cpu_load() -> float:

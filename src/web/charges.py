@@ -19,6 +19,7 @@ from web.requests import (
     Anyone,
     check_sent_json,
     client_of,
+    command_answer,
     headers_of,
     idempotency_key,
     request_id,
@@ -112,13 +113,5 @@ def _answer(charged: Charged) -> Response[bytes]:
         payment.amount_cents,
         payment.currency,
     )
-    headers = {"Location": f"/v1/payments/{payment.id}"}
     pending = answer.status is Status.PENDING
-    if charged.replayed and not pending:
-        headers["Idempotent-Replayed"] = "true"
-    return Response(
-        msgspec.json.encode(answer),
-        status_code=202 if pending else 201,
-        headers=headers,
-        media_type=MediaType.JSON,
-    )
+    return command_answer(answer, payment.id, pending=pending, replayed=charged.replayed)

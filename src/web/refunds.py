@@ -20,6 +20,7 @@ from web.requests import (
     Anyone,
     check_sent_json,
     client_of,
+    command_answer,
     headers_of,
     idempotency_key,
     request_id,
@@ -101,12 +102,4 @@ def _answer(refunded: Refunded) -> Response[bytes]:
         whole = refunded_cents == payment.amount_cents
         status = Status.REFUNDED if whole else Status.SUCCESS
     answer = RefundAnswer(payment.id, status, made.id, made.amount_cents, refunded_cents)
-    headers = {"Location": f"/v1/payments/{payment.id}"}
-    if refunded.replayed and not pending:
-        headers["Idempotent-Replayed"] = "true"
-    return Response(
-        msgspec.json.encode(answer),
-        status_code=202 if pending else 201,
-        headers=headers,
-        media_type=MediaType.JSON,
-    )
+    return command_answer(answer, payment.id, pending=pending, replayed=refunded.replayed)

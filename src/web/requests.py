@@ -1,11 +1,13 @@
-"""What the endpoints under /v1 read from a request's headers and path."""
+"""What the endpoints under /v1 read from a request, and how commands answer it."""
 
 import re
 from typing import Any, cast
 from uuid import UUID
 
-from litestar import Request
+import msgspec
+from litestar import Request, Response
 from litestar.datastructures import State
+from litestar.enums import MediaType
 
 from payments.errors import FieldError, InvalidIdempotencyKey, InvalidRequest
 from payments.service import Service
@@ -71,3 +73,18 @@ def uuid_in_path(text: str, field: str) -> UUID:
         error = FieldError(field, "must be a UUID like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9")
         raise InvalidRequest(f"The {field} in the path is not a UUID.", (error,))
     return UUID(text)
+
+
+def command_answer(
+    answer: msgspec.Struct, payment_id: UUID, *, pending: bool, replayed: bool
+) -> Response[bytes]:
+    """201 for an outcome, 202 while there is none; a replayed outcome says so in a header."""
+    headers = {"Location": f"/v1/payments/{payment_id}"}
+    if replayed and not pending:
+        headers["Idempotent-Replayed"] = "true"
+    return Response(
+        msgspec.json.encode(answer),
+        status_code=202 if pending else 201,
+        headers=headers,
+        media_type=MediaType.JSON,
+    )
