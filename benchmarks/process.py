@@ -19,6 +19,7 @@ import uvloop
 from eventsourcing.application import Application
 from eventsourcing.domain import Aggregate, event
 
+from payments.admission import Admission
 from payments.commands.charge import Charged, ChargePayment
 from payments.database import DatabaseAddress
 from payments.deciding import ChargeRequest, fingerprint, payment_id_for
@@ -75,6 +76,7 @@ class _WithoutStore(Service):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.telemetry = Telemetry()
+        self.admission = Admission(settings.intent_queue_max, settings.gateway_concurrency_max)
         self.charging = self.runs = self.lookups = self  # type: ignore[assignment]
         self.database = None  # type: ignore[assignment]
         self._found = captured(_COMMAND)

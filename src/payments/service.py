@@ -9,13 +9,14 @@ from pathlib import Path
 from loguru import logger
 
 from payments import embedded_postgres
+from payments.admission import Admission
 from payments.commands.charge import Charging
 from payments.commands.refund import Refunding
 from payments.commands.runs import Runs
 from payments.commands.settle import Settler
 from payments.commands.settling import Settling
 from payments.database import Database, DatabaseAddress, create_database_if_missing
-from payments.errors import StartError
+from payments.errors import DatabaseUnavailable, StartError
 from payments.events.appender import Appender
 from payments.gateways import Gateway
 from payments.gateways.counted import CountedGateway
@@ -27,6 +28,8 @@ from payments.queries.followers import follower_states, unsettled_payments
 from payments.queries.lookups import PaymentLookups
 from payments.settings import Settings
 from payments.telemetry import UNSETTLED_KINDS, Telemetry
+
+OBSERVE_TIMEOUT_S = 2.0  # a scrape is answered in under 3 s
 
 
 class Service:
@@ -46,14 +49,16 @@ class Service:
         self.settings = settings
         self.telemetry = telemetry or Telemetry()
         self.database = Database(address, settings.database_pool_max)
+        # Health and metrics never wait behind requests for a connection.
+        self.operations_database = Database(address, 1)
         self.gateway = CountedGateway(gateway or build_gateway(settings), self.telemetry)
         self.appender = Appender(self.database.connect, self.telemetry, settings.intent_queue_max)
-        # As many as may be with the provider, and a queue before it.
-        self.runs = Runs(settings.gateway_concurrency_max + settings.intent_queue_max)
-        slots = asyncio.Semaphore(settings.gateway_concurrency_max)
+        places, slots = settings.intent_queue_max, settings.gateway_concurrency_max
+        self.admission = Admission(places, slots)
+        self.runs = Runs(self.admission, places + slots)
         shared = (self.appender, self.database, self.gateway)
-        self.charging = Charging(self.runs, *shared, slots, self.telemetry, settings)
-        self.refunding = Refunding(self.runs, *shared, slots, self.telemetry, settings)
+        self.charging = Charging(self.runs, *shared, self.telemetry, settings)
+        self.refunding = Refunding(self.runs, *shared, self.telemetry, settings)
         self.lookups = PaymentLookups(self.database)
         self.follower = payments_follower(settings, self.database, self.telemetry)
         settler = Settler(*shared, self.telemetry, settings)
@@ -64,18 +69,26 @@ class Service:
         if self.settings.order_callback_url is not None:
             logger.warning("ORDER_CALLBACK_URL is set, but this version sends no callbacks yet")
         await self.database.open()
+        await self.operations_database.open()
         self.appender.start()
         if work:
             self.follower.start()
             self.settling.start()
 
     async def observe(self) -> None:
-        """Brings the gauges that only the database knows up to date; DatabaseUnavailable."""
-        for follower in await follower_states(self.database):
+        """Brings the gauges that only the database knows up to date, within OBSERVE_TIMEOUT_S;
+        raises DatabaseUnavailable."""
+        try:
+            async with asyncio.timeout(OBSERVE_TIMEOUT_S):
+                followers = await follower_states(self.operations_database)
+                unsettled = await unsettled_payments(self.operations_database)
+        except TimeoutError:
+            raise DatabaseUnavailable("The database does not answer.") from None
+        for follower in followers:
             if follower.name in self.telemetry.follower_lag:
                 self.telemetry.follower_lag[follower.name].set(follower.lag_events)
                 self.telemetry.parked_streams[follower.name].set(follower.parked_streams)
-        found = {row.kind: row for row in await unsettled_payments(self.database)}
+        found = {row.kind: row for row in unsettled}
         for kind in UNSETTLED_KINDS:
             row = found.get(kind)
             self.telemetry.unsettled[kind].set(row.payments if row else 0)
@@ -93,6 +106,7 @@ class Service:
             async with asyncio.timeout(timeout_s * 0.3):
                 await self.gateway.close()
                 await self.database.close()
+                await self.operations_database.close()
 
 
 GATEWAY_MEMBERS = (

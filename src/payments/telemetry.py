@@ -61,6 +61,11 @@ class Telemetry:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.refusals = Counter(
+            "http_requests_refused",
+            "Requests refused with 503 before they were read, since too many were under way",
+            registry=registry,
+        )
         charges = Counter(
             "payments_charges", "Charge requests by their answer", ["outcome"], registry=registry
         )

@@ -27,4 +27,4 @@ def create_app(service: Service) -> ASGIApp:
         openapi_config=None,
         debug=False,
     )
-    return Guard(app, service.telemetry)
+    return Guard(app, service.telemetry, service.admission)

@@ -12,6 +12,7 @@ from typing import Any
 
 from litestar.types import ASGIApp, HTTPReceiveMessage, Receive, Send
 
+from payments.admission import Admission
 from payments.errors import PaymentsError
 from payments.telemetry import Telemetry
 from web.problems import MEDIA_TYPE, refused
@@ -39,15 +40,19 @@ class ClientLeft(Exception):
 
 
 class Guard:
-    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
+    def __init__(self, app: ASGIApp, telemetry: Telemetry, admission: Admission) -> None:
         self._app = app
         self._telemetry = telemetry
+        self._admission = admission
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
+        if scope["method"] == "HEAD":
+            # The same answer as for GET, of which the server leaves the body away.
+            scope = scope | {"method": "GET"}
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
@@ -61,7 +66,7 @@ class Guard:
             await send(message)
 
         try:
-            body = await _read_body(receive)
+            body = await self._read_body(receive)
         except PaymentsError as error:
             # What is left of the body is not read: the connection cannot be used again.
             await _refuse(send_counted, error)
@@ -72,6 +77,14 @@ class Guard:
         finally:
             if status:
                 self._count(scope, status, time.perf_counter() - started)
+
+    async def _read_body(self, receive: Receive) -> bytes:
+        """The body, within limits; who is slow to send it holds no place meanwhile."""
+        self._admission.waiting += 1
+        try:
+            return await _read_body(receive)
+        finally:
+            self._admission.waiting -= 1
 
     def _count(self, scope: Any, status: int, seconds: float) -> None:
         # The template, never the path: paths are without number.

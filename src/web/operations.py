@@ -12,6 +12,7 @@ from payments.errors import DatabaseUnavailable
 from payments.events.appender import INTENT_TIMEOUT_S
 from payments.service import Service
 
+HEALTH_TIMEOUT_S = 2.0  # probes often give up after 3 s
 STALLED_S = INTENT_TIMEOUT_S - 0.5  # just before waiting intents are given up
 
 Anyone = Request[Any, Any, State]
@@ -36,7 +37,7 @@ async def health(request: Anyone) -> Response[bytes]:
     service: Service = request.app.state.service
     database = "ok"
     try:
-        await service.database.fetch("SELECT 1")
+        await service.operations_database.fetch("SELECT 1", timeout_s=HEALTH_TIMEOUT_S)
     except DatabaseUnavailable:
         database = "unavailable"
     stalled = service.appender.oldest_wait_s() >= STALLED_S

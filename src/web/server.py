@@ -12,6 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import uvicorn
 import uvloop
@@ -82,7 +83,7 @@ async def serve(service: Service, listener: socket.socket, *, work: bool = True)
         uvicorn.Config(
             create_app(service),
             loop="uvloop",
-            http=Protocol,
+            http=partial(Protocol, service.admission, service.telemetry),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,

@@ -3,6 +3,7 @@
 import asyncio
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from payments.errors import (
     IdempotencyKeyReused,
     PaymentUnreadable,
     TooBusy,
+    Unavailable,
 )
 from payments.gateways import ProviderCharge
 from payments.payment import Status
@@ -329,24 +331,65 @@ async def test_too_many_waiting_charges_are_refused_at_once(
     assert topics(connection, payment_id_for("4")) == []
 
 
-async def test_a_charge_that_gets_no_turn_at_the_provider_is_not_sent(
+async def test_without_a_free_slot_a_charge_is_refused_at_once_and_nothing_is_stored(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
-    """Its request was told 503, so the provider must not be asked afterwards."""
     answered = asyncio.Event()
     gateway = ScriptedGateway(after(answered))
-    service = await make(
-        gateway, charge_deadline_s=0.5, gateway_timeout_s=0.4, gateway_concurrency_max=1
-    )
+    service = await make(gateway, gateway_concurrency_max=1)
     first = asyncio.create_task(service.charging.charge(charge_of("a")))
     await until(lambda: gateway.charges)
+    started = time.monotonic()
     with pytest.raises(TooBusy):
         await service.charging.charge(charge_of("b"))
+    assert time.monotonic() - started < 0.1
+    assert topics(connection, payment_id_for("b")) == []
     answered.set()
     await first
-    await service.runs.drain(2)
-    assert [charge.payment_id for charge in gateway.charges] == [payment_id_for("a")]
-    assert topics(connection, payment_id_for("b")) == ["PaymentInitiated"]
+    assert (await service.charging.charge(charge_of("b"))).payment.status is Status.SUCCESS
+
+
+async def test_who_waits_for_another_run_takes_no_slot(make: Make) -> None:
+    """Neither for one in the same process nor for one in another."""
+    answered = asyncio.Event()
+    asked = ScriptedGateway(after(answered))
+    elsewhere = await make(asked)
+    gateway = ScriptedGateway()
+    service = await make(gateway, gateway_concurrency_max=1)
+    charges = [asyncio.create_task(elsewhere.charging.charge(charge_of("a")))]
+    await until(lambda: asked.charges)
+    charges += [asyncio.create_task(service.charging.charge(charge_of("a"))) for _ in range(3)]
+    await until(lambda: service.admission.waiting == 3)
+    assert service.admission.slots_taken == 0
+    await service.charging.charge(charge_of("b"))
+    answered.set()
+    assert {(await charge).payment.status for charge in charges} == {Status.SUCCESS}
+    assert gateway.charges[0].payment_id == payment_id_for("b")
+    assert (service.admission.waiting, service.admission.slots_taken) == (0, 0)
+
+
+async def test_places_and_slots_are_free_again_however_a_run_ends(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    service = await make(
+        ScriptedGateway(approve, decline, no_answer, never_sent, approve),
+        charge_deadline_s=0.6,
+        gateway_timeout_s=0.5,
+    )
+    for key in "abcd":
+        with suppress(Unavailable):
+            await service.charging.charge(charge_of(key))
+    with pytest.raises(IdempotencyKeyReused):
+        await service.charging.charge(charge_of("a", amount_cents=999))
+    connection.execute(LOCK)
+    with pytest.raises(Unavailable):
+        await service.charging.charge(charge_of("e"))
+    connection.execute(UNLOCK)
+    request = asyncio.create_task(service.charging.charge(charge_of("f")))
+    await asyncio.sleep(0)
+    request.cancel()
+    await service.runs.drain(3)
+    assert (service.admission.waiting, service.admission.slots_taken) == (0, 0)
 
 
 async def test_an_outcome_found_by_another_process_first(
@@ -503,21 +546,20 @@ async def test_stopping_answers_who_waits(make: Make) -> None:
     answered.set()
 
 
-async def test_more_charges_than_may_run_are_refused_before_anything_is_stored(
-    make: Make, connection: psycopg.Connection[Any]
-) -> None:
+async def test_no_more_than_so_many_wait_for_runs_of_other_processes(make: Make) -> None:
     answered = asyncio.Event()
-    gateway = ScriptedGateway(*[after(answered)] * 2)
-    service = await make(gateway, gateway_concurrency_max=1, intent_queue_max=1)
-    charges = [asyncio.create_task(service.charging.charge(charge_of("a")))]
-    await until(lambda: topics(connection, payment_id_for("a")))
-    charges.append(asyncio.create_task(service.charging.charge(charge_of("b"))))
-    await until(lambda: topics(connection, payment_id_for("b")))
+    asked = ScriptedGateway(*[after(answered)] * 3)
+    elsewhere = await make(asked)
+    service = await make(ScriptedGateway(), gateway_concurrency_max=1, intent_queue_max=1)
+    charges = [asyncio.create_task(elsewhere.charging.charge(charge_of(key))) for key in "abc"]
+    await until(lambda: len(asked.charges) == 3)
+    for waiting, key in enumerate("ab", 1):  # in turn: for a moment each needs the only slot
+        charges.append(asyncio.create_task(service.charging.charge(charge_of(key))))
+        await until(lambda: service.admission.waiting == waiting)  # noqa: B023
     with pytest.raises(TooBusy):
         await service.charging.charge(charge_of("c"))
     answered.set()
-    await asyncio.gather(*charges)
-    assert topics(connection, payment_id_for("c")) == []
+    assert {(await charge).payment.status for charge in charges} == {Status.SUCCESS}
 
 
 async def test_a_repetition_waits_for_a_run_that_goes_on_after_its_answer(make: Make) -> None:

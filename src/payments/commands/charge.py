@@ -79,7 +79,6 @@ class Charging:
         appender: Appender,
         database: Database,
         gateway: Gateway,
-        gateway_slots: asyncio.Semaphore,
         telemetry: Telemetry,
         settings: Settings,
     ) -> None:
@@ -88,7 +87,6 @@ class Charging:
         self._recorder = Recorder(appender, database)
         self._database = database
         self._gateway = gateway
-        self._gateway_slots = gateway_slots
         self._telemetry = telemetry
         self._deadline_s = settings.charge_deadline_s
         self._gateway_timeout_s = settings.gateway_timeout_s
@@ -135,15 +133,19 @@ class Charging:
     async def _begin(self, run: Run[Charged], command: ChargePayment) -> _Begun | None:
         """Makes the intent durable; None if an earlier request with this key has an answer."""
         intent = initiate(command.request, self._gateway.name, _cause(command))
+        run.take_slot()
         try:
             await self._appender.append_intent(to_stored_event(intent))
         except StreamConflict as conflict:
+            run.release_slot()
             first = _first(conflict.first_state)
             if differing := differing_fields(first, command.request):
                 raise IdempotencyKeyReused(differing) from None
             # An earlier run may have asked: from here on errors are answered with PENDING.
             run.fallback = Charged(first, replayed=True)
+            run.begun()
             return await self._resume(run, intent)
+        run.begun()
         return _Begun(evolve(None, intent))
 
     async def _resume(self, run: Run[Charged], intent: PaymentInitiated) -> _Begun | None:
@@ -171,33 +173,35 @@ class Charging:
         if payment.gateway != self._gateway.name:
             _log(command).bind(gateway=payment.gateway).critical("begun with another provider")
             raise OutcomeUnknown("only the provider that was asked knows")
-        async with self._gateway_slots:
-            try:
-                if begun.age_s is not None:
-                    # An earlier run may have charged: look before sending again.
-                    run.check_may_ask()
-                    found = await self._gateway.find_charge(
-                        payment.id, run.left_s(self._gateway_timeout_s)
-                    )
-                    if found is not None:
-                        return found
-                    self._check_may_send_again(begun.age_s)
-                charge = ProviderCharge(
-                    payment.id,
-                    payment.amount_cents,
-                    payment.currency,
-                    command.request.payment_method,
-                )
+        run.take_slot()
+        try:
+            if begun.age_s is not None:
+                # An earlier run may have charged: look before sending again.
                 run.check_may_ask()
-                run.fallback = Charged(payment, begun.replayed)
-                return await self._gateway.charge(charge, run.left_s(self._gateway_timeout_s))
-            except NeverSent as error:
-                if not begun.replayed:
-                    run.fallback = None
-                unavailable = GatewayUnavailable("The payment provider cannot be reached.")
-                # Sooner, a repetition would take this run for one that is still under way.
-                unavailable.retry_after_s = math.ceil(self._deadline_s)
-                raise unavailable from error
+                found = await self._gateway.find_charge(
+                    payment.id, run.left_s(self._gateway_timeout_s)
+                )
+                if found is not None:
+                    return found
+                self._check_may_send_again(begun.age_s)
+            charge = ProviderCharge(
+                payment.id,
+                payment.amount_cents,
+                payment.currency,
+                command.request.payment_method,
+            )
+            run.check_may_ask()
+            run.fallback = Charged(payment, begun.replayed)
+            return await self._gateway.charge(charge, run.left_s(self._gateway_timeout_s))
+        except NeverSent as error:
+            if not begun.replayed:
+                run.fallback = None
+            unavailable = GatewayUnavailable("The payment provider cannot be reached.")
+            # Sooner, a repetition would take this run for one that is still under way.
+            unavailable.retry_after_s = math.ceil(self._deadline_s)
+            raise unavailable from error
+        finally:
+            run.release_slot()
 
     def _check_may_send_again(self, age_s: float) -> None:
         if age_s > self._gateway.safe_retry_s:

@@ -77,7 +77,6 @@ class Refunding:
         appender: Appender,
         database: Database,
         gateway: Gateway,
-        gateway_slots: asyncio.Semaphore,
         telemetry: Telemetry,
         settings: Settings,
     ) -> None:
@@ -86,7 +85,6 @@ class Refunding:
         self._recorder = Recorder(appender, database)
         self._database = database
         self._gateway = gateway
-        self._gateway_slots = gateway_slots
         self._telemetry = telemetry
         self._deadline_s = settings.charge_deadline_s
         self._gateway_timeout_s = settings.gateway_timeout_s
@@ -153,10 +151,12 @@ class Refunding:
                 )
             fact = initiate_refund(loaded.payment, command.request, _cause(command))
             run.check_may_ask()
+            run.take_slot()
             try:
                 await self._appender.append_intent(to_stored_event(fact))
             except StreamConflict:
                 continue
+            run.begun()
             payment = evolve(loaded.payment, fact)
             return _Begun(payment, payment.refunds[-1])
 
@@ -167,6 +167,8 @@ class Refunding:
 
         A run is over when its reservation is older than the deadline, by the database's clock.
         """
+        run.release_slot()
+        run.begun()
         while True:
             payment, refund_id = loaded.payment, refund.id
             refund = _refund_of(payment, refund_id)
@@ -196,10 +198,13 @@ class Refunding:
             return run.left_s(self._gateway_timeout_s)
 
         order = provider_refund(begun.payment, begun.refund)
-        async with self._gateway_slots:
+        run.take_slot()
+        try:
             if begun.age_s is not None:
                 return await ask_again(self._gateway, order, begun.age_s, timeout_s)
             return await self._gateway.refund(order, timeout_s())
+        finally:
+            run.release_slot()
 
 
 def provider_refund(payment: Payment, refund: Refund) -> ProviderRefund:

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from loguru import logger
 
+from payments.admission import Admission
 from payments.deciding import Cause, OutcomeMismatch
 from payments.errors import DatabaseUnavailable, PaymentsError, TooBusy
 from payments.gateways import OutcomeUnknown
@@ -26,6 +27,8 @@ OTHER_RUN_POLL_S = 0.1
 # How long an answer waits for its outcome to be stored, after which it is PENDING: design, "with
 # Postgres down or frozen each request is answered in under 3 s".
 OUTCOME_STORE_PATIENCE_S = 2.0
+# How long a request may take, reads and appends together, until its intent is durable: the same.
+INTENT_PATIENCE_S = 2.5
 
 A = TypeVar("A")
 
@@ -33,25 +36,54 @@ A = TypeVar("A")
 class Run(Generic[A]):
     """A request's work in this process, and everyone who waits for its answer."""
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, deadline: float, admission: Admission) -> None:
         self.deadline = deadline
         # When whoever waits gets an answer in any case: the deadline, or sooner.
         self.answer_by = deadline
+        # The same, until the intent is durable.
+        self.begin_by = min(deadline, time.monotonic() + INTENT_PATIENCE_S)
+        self.has_begun = False
         self.answer: A | Exception | None = None
         # Set once the provider may have been asked: from then on the answer is never an error.
         self.fallback: A | None = None
         # The provider has answered; the event store has not yet.
         self.storing = False
         self.task: asyncio.Task[None] | None = None
+        self._admission = admission
+        self._has_slot = False
         self._waiters: list[asyncio.Future[A]] = []
+        self._without_place = 0  # how many of them
 
-    async def wait(self) -> A:
+    async def wait(self, *, joined: bool = False) -> A:
         """The answer. Each request waits on a future of its own, so one that goes away takes
         nobody with it."""
         waiter: asyncio.Future[A] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
+        if joined or self.has_begun:
+            self._leave_places(1)
         self._tell()
         return await waiter
+
+    def begun(self) -> None:
+        """The intent is durable, or an earlier request's is: now somebody else is waited for."""
+        self.has_begun = True
+        self._leave_places(len(self._waiters) - self._without_place)
+
+    def _leave_places(self, waiters: int) -> None:
+        self._without_place += waiters
+        self._admission.waiting += waiters
+
+    def take_slot(self) -> None:
+        """Before the intent is written, and before each call of the provider; raises TooBusy."""
+        if not self._has_slot:
+            self._admission.take_slot()
+            self._has_slot = True
+
+    def release_slot(self) -> None:
+        """At the latest when the run ends."""
+        if self._has_slot:
+            self._admission.release_slot()
+            self._has_slot = False
 
     def finish(self, answer: A) -> None:
         if self.answer is None:
@@ -75,6 +107,7 @@ class Run(Generic[A]):
             else:
                 waiter.set_result(self.answer)
         self._waiters.clear()
+        self._leave_places(-self._without_place)
 
     def may_ask(self) -> bool:
         """Looked at immediately before each provider call: a process that was frozen must not send
@@ -96,7 +129,8 @@ class Run(Generic[A]):
 class Runs:
     """All runs of one process: they are bounded, and stopped together."""
 
-    def __init__(self, runs_max: int) -> None:
+    def __init__(self, admission: Admission, runs_max: int) -> None:
+        self._admission = admission
         # By the whole request: another request with the same key is another run, and the store's
         # version check decides between them.
         self._runs: dict[Hashable, Run[Any]] = {}
@@ -119,15 +153,19 @@ class Runs:
             left_s = min(deadline, self._stop_by) - time.monotonic()
             if run.storing:
                 left_s = min(left_s, OUTCOME_STORE_PATIENCE_S)
-            done, _ = await asyncio.wait({run.task}, timeout=max(0, left_s))
+            self._admission.waiting += 1
+            try:
+                done, _ = await asyncio.wait({run.task}, timeout=max(0, left_s))
+            finally:
+                self._admission.waiting -= 1
             if not done:
                 break
             run = self._runs.get(request)
         if run is not None:
-            return await run.wait(), True
+            return await run.wait(joined=True), True
         if len(self._runs) >= self._runs_max:
             raise TooBusy("Too many requests are under way.")
-        run = self._runs[request] = Run(deadline)
+        run = self._runs[request] = Run(deadline, self._admission)
         run.answer_by = min(run.answer_by, self._stop_by)
         run.task = asyncio.create_task(self._run(request, run, work), name="run")
         self._tasks.add(run.task)
@@ -152,6 +190,7 @@ class Runs:
         finally:
             # Whatever way the run ended, nobody waits for ever.
             run.fail(TooBusy("The request did not get its turn in time."))
+            run.release_slot()
             del self._runs[request]
 
     def hurry(self, within_s: float) -> None:
@@ -176,6 +215,8 @@ class Runs:
         for run in self._runs.values():
             if now >= run.answer_by:
                 run.fail(TooBusy("The request did not get its turn in time."))
+            elif now >= run.begin_by and not run.has_begun:
+                run.fail(DatabaseUnavailable("The database does not answer in time."))
         loop = asyncio.get_running_loop()
         self._watching = loop.call_later(WATCH_S, self._watch) if self._runs else None
 

@@ -60,9 +60,13 @@ class _Append:
         self.future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     @property
+    def is_intent(self) -> bool:
+        return self.expires_at < NEVER
+
+    @property
     def given_up(self) -> bool:
         """An intent that nobody waits for any more: its request was refused, so drop it."""
-        return self.expires_at < NEVER and self.future.done()
+        return self.is_intent and self.future.done()
 
     def resolve(self, result: int | Exception) -> None:
         if self.future.done():  # the caller went away or stopped waiting; the events are stored
@@ -88,6 +92,7 @@ class Appender:
     ) -> None:
         self._intent_queue_max = intent_queue_max
         self._waiting: deque[_Append] = deque()
+        self._intents = 0  # of those that wait
         self._wake = asyncio.Event()
         self._stopping = False
         self._expiry: asyncio.TimerHandle | None = None
@@ -109,16 +114,18 @@ class Appender:
         for append in self._pending():
             append.resolve(DatabaseUnavailable("The service is stopping."))
         self._waiting.clear()
+        self._intents = 0
         await self._writer.disconnect()
 
     def append_intent(self, event: StoredEvent) -> "asyncio.Future[int]":
         """Appends the event that has to be durable before a provider is asked.
 
         Its future fails with DatabaseUnavailable after INTENT_TIMEOUT_S; the event may still be
-        stored later. Raises TooBusy at once if too many appends wait already.
+        stored later. Raises TooBusy at once if too many intents wait already.
         """
-        if len(self._waiting) >= self._intent_queue_max:
+        if self._intents >= self._intent_queue_max:
             raise TooBusy("Too many requests wait for the event store.")
+        self._intents += 1
         return self._submit([event], time.monotonic() + INTENT_TIMEOUT_S)
 
     def append(self, events: Sequence[StoredEvent]) -> "asyncio.Future[int]":
@@ -172,6 +179,7 @@ class Appender:
         batch: list[_Append] = []
         while self._waiting and len(batch) < BATCH_MAX:
             append = self._waiting.popleft()
+            self._intents -= append.is_intent
             if not append.given_up:
                 batch.append(append)
         return batch
