@@ -17,9 +17,10 @@ import pytest
 
 from payments.cli.output import print_rows
 from payments.database import DatabaseAddress
-from payments.settings import VARIABLES
+from payments.settings import VARIABLES, read_settings
 from tests.process import ServiceProcess, at, run, working
 from tests.support import History, append
+from web.auth import authenticate
 
 
 def test_settings_lists_every_variable_and_hides_secrets() -> None:
@@ -169,6 +170,24 @@ def test_wrong_arguments_exit_2(arguments: list[str]) -> None:
 def test_help_and_version() -> None:
     assert "migrate" in run("--help").stdout
     assert run("--version").returncode == 0
+
+
+def test_a_new_api_key_fits_the_setting_that_is_printed_with_it() -> None:
+    done = run("keys", "new", "orders")
+    assert done.returncode == 0
+    key, setting = done.stdout.splitlines()
+    api_keys = read_settings({"PAYMENTS_API_KEYS": setting}).payments_api_keys
+    assert authenticate([(b"authorization", f"Bearer {key}".encode())], api_keys) == "orders"
+    assert key not in done.stderr
+    assert len(key) >= 43  # 256 bits
+    assert run("keys", "new", "orders").stdout.splitlines()[0] != key
+
+
+@pytest.mark.parametrize("name", ["", "default", "Orders", "a,b", "a:b", "x" * 65, "ä", "a\n"])
+def test_a_name_that_the_setting_would_refuse_gets_no_key(name: str) -> None:
+    done = run("keys", "new", "--", name)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "must " in done.stderr
 
 
 def test_parked_streams_are_listed_and_retried(

@@ -146,6 +146,7 @@ BAD = [
     ("PAYMENTS_API_KEYS", f"Order:{DIGEST}"),
     ("PAYMENTS_API_KEYS", f"order:{DIGEST.upper()}"),
     ("PAYMENTS_API_KEYS", f":{DIGEST}"),
+    ("PAYMENTS_API_KEYS", f"order:{DIGEST},shop:{DIGEST}"),
     ("PAYMENTS_API_KEYS", f"order:{DIGEST},"),
     ("PAYMENTS_API_KEYS", f"{'x' * 65}:{DIGEST}"),
     ("PAYMENTS_API_KEYS", f"default:{DIGEST}"),  # the name for everyone while no keys are asked for

@@ -15,6 +15,7 @@
     gateways/          payment providers behind one protocol
     unsettled.py       the list of what the provider must be asked about again
     database.py        connections;  migrations/ the schema
+    admission.py       how much one process takes on, and when it refuses
     service.py         wires everything together from Settings
     cli/               the `payments` command
 

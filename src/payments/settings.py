@@ -144,14 +144,24 @@ def _webhook_secrets(value: str) -> str:
     return value
 
 
+def check_client_name(name: str) -> None:
+    """Raises ValueError."""
+    if not re.fullmatch("[a-z0-9_-]{1,64}", name):
+        raise ValueError("must name a client with 1 to 64 of a-z, 0-9, _ and -")
+    if name == DEFAULT_CLIENT:
+        raise ValueError(f"must not name a client {DEFAULT_CLIENT!r}: that is everyone")
+
+
 def _api_keys(value: str) -> tuple[ApiKey, ...]:
     keys = []
     for entry in value.split(","):
-        if not (match := re.fullmatch(r"([a-z0-9_-]{1,64}):([0-9a-f]{64})", entry.strip())):
+        name, _, digest = entry.strip().partition(":")
+        if not re.fullmatch("[0-9a-f]{64}", digest):
             raise ValueError("must be name:sha256hex; several are separated by commas")
-        if match[1] == DEFAULT_CLIENT:
-            raise ValueError(f"must not name a client {DEFAULT_CLIENT!r}: that is everyone")
-        keys.append(ApiKey(match[1], bytes.fromhex(match[2])))
+        check_client_name(name)
+        keys.append(ApiKey(name, bytes.fromhex(digest)))
+    if len({key.sha256 for key in keys}) != len(keys):
+        raise ValueError("must not hold the same key twice")
     return tuple(keys)
 
 

@@ -13,12 +13,12 @@ from litestar import Request, Response
 from litestar.exceptions import HTTPException
 from loguru import logger
 
-from payments.errors import PaymentsError
+from payments.errors import InvalidRequest, PaymentsError
 
 MEDIA_TYPE = "application/problem+json"
 
 # What the framework itself refuses: status -> (code, detail).
-_FRAMEWORK = {
+FRAMEWORK_PROBLEMS = {
     404: ("not_found", "There is nothing at this path. The README lists the endpoints."),
     405: ("method_not_allowed", "This path does not take this method; see the Allow header."),
 }
@@ -68,7 +68,7 @@ def on_http_exception(request: Request[Any, Any, Any], error: HTTPException) -> 
     if status >= 500:
         return on_exception(request, error)
     title = HTTPStatus(status).phrase
-    code, detail = _FRAMEWORK.get(status, (title.lower().replace(" ", "_"), title))
+    code, detail = FRAMEWORK_PROBLEMS.get(status, (InvalidRequest.code, InvalidRequest.title))
     headers = dict(error.headers or {})
     return Response(
         problem(status, code, title, detail),

@@ -19,6 +19,11 @@ HEAD_MAX = 64 * 1024  # bytes of one request's line and headers, checked after e
 HEAD_TIMEOUT_S = 5.0  # also for a connection on which nothing comes at all
 
 
+MALFORMED_REQUEST = (400, "malformed_request")
+UPGRADE_NOT_SUPPORTED = (400, "upgrade_not_supported")
+HEAD_TOO_LARGE = (431, "head_too_large")
+PROTOCOL_PROBLEMS = (MALFORMED_REQUEST, UPGRADE_NOT_SUPPORTED, HEAD_TOO_LARGE)
+
 # Never refused for load: whoever runs the service must see what is going on.
 OPEN_PATHS = frozenset((b"/health", b"/health/live", b"/metrics"))
 
@@ -49,7 +54,7 @@ class Protocol(HttpToolsProtocol):
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_MAX:
-                self._refuse(431, "head_too_large", f"Send at most {HEAD_MAX} bytes of headers.")
+                self._refuse(HEAD_TOO_LARGE, f"Send at most {HEAD_MAX} bytes of headers.")
         if self._in_head is (self._head_timer is None):
             self._watch_head()
         if self._is_refusing:
@@ -78,12 +83,12 @@ class Protocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "malformed_request", "This is not an HTTP/1.1 request.")
+        self._refuse(MALFORMED_REQUEST, "This is not an HTTP/1.1 request.")
 
     def _unsupported_upgrade_warning(self) -> None:
         # The parser takes what follows for another protocol, so the body is lost; left alone,
         # uvicorn would read it as the next request.
-        self._refuse(400, "upgrade_not_supported", "Send the request without an Upgrade header.")
+        self._refuse(UPGRADE_NOT_SUPPORTED, "Send the request without an Upgrade header.")
 
     def _may_be_refused(self) -> bool:
         # Answers have the order of their requests: behind one that is under way it has to wait.
@@ -112,9 +117,10 @@ class Protocol(HttpToolsProtocol):
             self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close) if self._in_head else None
         )
 
-    def _refuse(self, status: int, code: str, detail: str) -> None:
+    def _refuse(self, refusal: tuple[int, str], detail: str) -> None:
         if self.transport.is_closing():
             return
+        status, code = refusal
         body = problem(status, code, "The request cannot be read", detail)
         head = (
             f"HTTP/1.1 {status} Refused\r\ncontent-type: {MEDIA_TYPE}\r\n"

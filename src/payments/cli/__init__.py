@@ -8,6 +8,7 @@ import sys
 import click
 import psycopg
 
+from payments.cli.keys import keys
 from payments.cli.output import one_line
 from payments.cli.parked import parked
 from payments.cli.processes import migrate, serve, settings, work
@@ -35,5 +36,5 @@ def main() -> None:
     """The Payment Service. Settings are environment variables: `payments settings` lists them."""
 
 
-for command in (serve, work, migrate, settings, parked):
+for command in (serve, work, migrate, settings, keys, parked):
     main.add_command(command)

@@ -1,0 +1,35 @@
+"""`payments keys`: API keys for PAYMENTS_API_KEYS."""
+
+import hashlib
+import secrets
+
+import click
+
+from payments.settings import check_client_name
+
+KEY_BYTES = 32  # of randomness: nobody guesses one, so its plain SHA-256 is enough to know it by
+
+
+@click.group()
+def keys() -> None:
+    """API keys of the service's clients."""
+
+
+@keys.command()
+@click.argument("name")
+def new(name: str) -> None:
+    """Print a new key for the client NAME and, below it, the entry for PAYMENTS_API_KEYS.
+
+    The entry holds the key's SHA-256; the key itself is stored nowhere. A client may have several
+    keys: to replace one, add the new entry and restart, let the client change over, and remove the
+    old entry. The client named staff reads and refunds the payments of all.
+    """
+    try:
+        check_client_name(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="NAME") from None
+    key = secrets.token_urlsafe(KEY_BYTES)
+    click.echo(f"For {name}, to be sent as Authorization: Bearer …; shown only now:", err=True)
+    click.echo(key)
+    click.echo("For PAYMENTS_API_KEYS, where a comma separates several:", err=True)
+    click.echo(f"{name}:{hashlib.sha256(key.encode()).hexdigest()}")

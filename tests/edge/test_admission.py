@@ -1,0 +1,165 @@
+"""What is refused while the service is full, how, and what never is.
+
+Two places only, and the store held by somebody: two charges wait for it and take both places.
+"""
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from payments.database import DatabaseAddress
+from tests.edge.raw import Answer, Connection
+from tests.events.test_appender import LOCK, UNLOCK
+from tests.process import ServiceProcess, at
+from tests.support import ORDER_ID
+
+BODY = b'{"merchant_order_id": "%s", "amount_cents": 1500}' % str(ORDER_ID).encode()
+
+
+def charge(
+    key: str, *, method: bytes = b"POST", version: bytes = b"1.1", more: bytes = b""
+) -> bytes:
+    return (
+        b"%s /v1/charge HTTP/%s\r\nHost: x\r\nContent-Type: application/json\r\n"
+        % (method, version)
+        + b"Idempotency-Key: %s\r\n%s" % (key.encode(), more)
+        + b"Content-Length: %d\r\n\r\n" % len(BODY)
+    )
+
+
+@pytest.fixture
+def service(address: DatabaseAddress, tmp_path: Path) -> Iterator[ServiceProcess]:
+    settings: dict[str, Any] = at(address) | {"INTENT_QUEUE_MAX": 2}
+    with ServiceProcess(tmp_path, SIMULATED_LEDGER="", **settings) as running:
+        yield running
+
+
+@pytest.fixture
+def full(
+    service: ServiceProcess, connection: psycopg.Connection[Any]
+) -> Iterator[list[Connection]]:
+    """The connections of the two charges that wait, for at most 2 s."""
+    connection.execute(LOCK)
+    with Connection(service.port) as one, Connection(service.port) as other:
+        one.send(charge("one") + BODY)
+        other.send(charge("other") + BODY)
+        probe_until(service, refused=True)
+        yield [one, other]
+    connection.execute(UNLOCK)
+
+
+def is_refused(answer: Answer | None) -> bool:
+    assert answer is not None
+    return answer.status == 503 and answer.json()["code"] == "too_busy"
+
+
+def probe_until(service: ServiceProcess, *, refused: bool) -> None:
+    deadline = time.monotonic() + 5
+    with Connection(service.port) as probe:
+        while True:
+            probe.send(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+            if is_refused(probe.answer()) is refused:
+                return
+            assert time.monotonic() < deadline
+
+
+@pytest.mark.usefixtures("full")
+def test_the_next_request_is_refused_at_once(
+    service: ServiceProcess, connection: psycopg.Connection[Any]
+) -> None:
+    with Connection(service.port) as client:
+        started = time.monotonic()
+        client.send(charge("next") + BODY)
+        answer = client.answer()
+        assert time.monotonic() - started < 0.1
+        assert answer is not None
+        assert is_refused(answer)
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert answer.headers["retry-after"] == "1"
+        connection.execute(UNLOCK)
+        probe_until(service, refused=False)
+        client.send(charge("next") + BODY)  # the same connection and key
+        answer = client.answer()
+        assert answer is not None
+        assert (answer.status, answer.json()["status"]) == (201, "SUCCESS")
+        client.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        metrics = client.answer()
+        assert metrics is not None
+        counted = re.search(rb"\nhttp_requests_refused_total ([0-9.]+)", metrics.body)
+        assert counted is not None
+        assert float(counted[1]) >= 2  # the probe's and this one
+
+
+@pytest.mark.usefixtures("full")
+@pytest.mark.parametrize("path", ["/health", "/health?x=1", "/health/live", "/metrics"])
+def test_operators_are_never_refused(service: ServiceProcess, path: str) -> None:
+    with Connection(service.port) as client:
+        for method in ("GET", "HEAD"):
+            client.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            answer = client.answer(to_head=method == "HEAD")
+            assert answer is not None
+            assert answer.status == 200
+
+
+@pytest.mark.usefixtures("full")
+def test_the_connection_of_a_refused_request(service: ServiceProcess) -> None:
+    """It is closed if the rest of a body would come on it, and if the client wants it so."""
+    for request in (
+        charge("without-body"),
+        charge("half-a-body") + BODY[:20],
+        charge("asks-first", more=b"Expect: 100-continue\r\n"),
+        charge("last", more=b"Connection: close\r\n") + BODY,
+        charge("old", version=b"1.0") + BODY,
+    ):
+        with Connection(service.port) as client:
+            client.send(request)
+            answer, *others = client.answers()
+            assert is_refused(answer)
+            assert answer.is_last
+            assert others == []
+    with Connection(service.port) as client:
+        client.send(charge("head", method=b"HEAD") + BODY)
+        answer_to_head = client.answer(to_head=True)
+        assert answer_to_head is not None
+        assert answer_to_head.status == 503
+        client.send((charge("a") + BODY) * 3)  # the bytes of the next answer follow directly
+        assert [is_refused(client.answer()) for _ in range(3)] == [True] * 3
+
+
+def test_a_request_behind_one_that_is_under_way_is_answered_after_it(
+    service: ServiceProcess, full: list[Connection], connection: psycopg.Connection[Any]
+) -> None:
+    full[0].send(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+    connection.execute(UNLOCK)
+    answers = [full[0].answer() for _ in range(2)]
+    assert [answer and answer.status for answer in answers] == [201, 404]
+
+
+def test_who_waits_for_somebody_else_holds_no_place(
+    address: DatabaseAddress, tmp_path: Path
+) -> None:
+    """For the provider, for another request with the same key, for the rest of its own body."""
+    settings: dict[str, Any] = at(address) | {"INTENT_QUEUE_MAX": 5, "SIMULATED_LEDGER": ""}
+    with (
+        ServiceProcess(tmp_path, SIMULATED_FAULTS="delay=3", **settings) as service,
+        ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(Connection(service.port)) for _ in range(16)]
+        slow, others = clients[:8], clients[8:]
+        for number, client in enumerate(slow):
+            client.send(charge(f"slow-{number}") + BODY[:20])
+            time.sleep(0.05)
+        for number, client in enumerate(others):
+            client.send(charge(f"provider-{number // 4}") + BODY)
+            time.sleep(0.05)
+        for client in slow:
+            client.send(BODY[20:])
+            time.sleep(0.05)
+        answers = [client.answer() for client in clients]
+        assert [answer and answer.status for answer in answers] == [201] * 16
