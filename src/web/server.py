@@ -8,6 +8,7 @@ it within STOP_S, since container runtimes kill after 10 s.
 import asyncio
 import contextlib
 import gc
+import resource
 import signal
 import socket
 import time
@@ -68,6 +69,7 @@ def run(
     async def main() -> None:
         await serve(Service(settings, address, gateway=gateway), listener, work=work)
 
+    _allow_many_connections()
     uvloop.run(main())
 
 
@@ -116,6 +118,13 @@ async def serve(service: Service, listener: socket.socket, *, work: bool = True)
     finally:
         await service.stop(max(1.0, stop_by - time.monotonic() - 0.5))
     logger.info("stopped")
+
+
+def _allow_many_connections() -> None:
+    """As many as the system lets us have: a login shell's usual 1,024 would be the first bound."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems allow less than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _tame_garbage_collection() -> None:

@@ -4,12 +4,14 @@ Two places only, and the store held by somebody: two charges wait for it and tak
 """
 
 import re
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import pytest
 
@@ -163,3 +165,16 @@ def test_who_waits_for_somebody_else_holds_no_place(
             time.sleep(0.05)
         answers = [client.answer() for client in clients]
         assert [answer and answer.status for answer in answers] == [201] * 16
+
+
+def test_connections_are_not_bounded_by_the_shells_limit_on_files(
+    address: DatabaseAddress, tmp_path: Path
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))  # what the service inherits
+    try:
+        with ServiceProcess(tmp_path, SIMULATED_LEDGER="", **at(address)) as service:
+            limits = psutil.Process(service.process.pid).rlimit(psutil.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert limits == (hard, hard)
