@@ -216,10 +216,13 @@ VARIABLES = (
         "INTENT_QUEUE_MAX",
         _whole(1, 100_000),
         "512",
-        "charges and refunds that may wait for the store; more are refused with 503",
+        "requests that are worked on at once; more are refused with 503",
     ),
     Variable(
-        "GATEWAY_CONCURRENCY_MAX", _whole(1, 100_000), "1000", "provider calls under way at once"
+        "GATEWAY_CONCURRENCY_MAX",
+        _whole(1, 100_000),
+        "1000",
+        "charges and refunds with the provider at once",
     ),
     Variable("DATABASE_POOL_MAX", _whole(1, 100), "8", "database connections for reading"),
     Variable(
