@@ -3,6 +3,7 @@
 python -m benchmarks            all parts, one table
 python -m benchmarks --json     the same as JSON, alone on stdout
 python -m benchmarks charge floor_post      some parts
+python -m benchmarks.open_loop --help       one load at a fixed rate, on a service that runs
 
 Every part runs for some seconds per round, the parts take turns, and there are several rounds; a
 ratio is the median of the rounds' ratios. Absolute figures depend on the machine and its mood.

@@ -13,16 +13,20 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.load import Figures
+from benchmarks.overload import Overload
 from benchmarks.parts import PARTS, Part
 from payments import embedded_postgres
 from payments.database import DatabaseAddress
 from payments.telemetry import set_up_logs
+
+ALL: dict[str, type[Part]] = {**PARTS, Overload.name: Overload}
 
 RATIOS = (
     ("charge", "floor_post"),
     ("get", "floor_get"),
     ("charge", "pg_commit"),
     ("charge", "library"),
+    ("charge", "charge_bare"),
 )
 
 
@@ -84,8 +88,16 @@ def show(table: dict[str, dict[str, float]]) -> None:
     console.print(rows)
 
 
+def show_details(name: str, rows: dict[str, dict[str, float]]) -> None:
+    """What a part measured besides: one column for each of its rows."""
+    table = Table(name, *rows, box=None)
+    for field in next(iter(rows.values())):
+        table.add_row(field, *(f"{row[field]:,.1f}" for row in rows.values()))
+    Console(highlight=False).print(table)
+
+
 @click.command()
-@click.argument("names", nargs=-1, type=click.Choice(list(PARTS)))
+@click.argument("names", nargs=-1, type=click.Choice(list(ALL)))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone to stdout.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50))
 @click.option("--seconds", default=5.0, show_default=True, help="Per part and round.")
@@ -94,16 +106,19 @@ def main(names: tuple[str, ...], as_json: bool, rounds: int, seconds: float) -> 
     set_up_logs("auto", "WARNING")
     with ExitStack() as stack:
         address = stack.enter_context(server())
-        parts = [stack.enter_context(PARTS[name](address)) for name in names or PARTS]
+        parts = [stack.enter_context(ALL[name](address)) for name in names or ALL]
         results = measure(parts, rounds, seconds)
         for part in parts:
             for line in part.remarks():
                 click.echo(f"  {part.name}: {line}", err=True)
+        details = {part.name: rows for part in parts if (rows := part.rows())}
     table = summary(results)
     if as_json:
-        sys.stdout.write(msgspec.json.encode(table).decode() + "\n")
+        sys.stdout.write(msgspec.json.encode({**table, "details": details}).decode() + "\n")
     else:
         show(table)
+        for name, rows in details.items():
+            show_details(name, rows)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,10 @@ class Part:
         """What the reader of the figures should know; looked at after the last round."""
         return []
 
+    def rows(self) -> dict[str, dict[str, float]]:
+        """A table of the part's own, for what does not fit into Figures."""
+        return {}
+
     def count(self, query: str) -> int:
         with psycopg.connect(self.address.conninfo("benchmarks")) as connection:
             connection.execute("SET statement_timeout = 0")
@@ -137,6 +141,12 @@ class Charge(HttpPart):
             f"resident memory: {self._resident_mb[0]:.1f} MB after the warm-up, "
             f"{self._resident_mb[-1]:.1f} MB at the end",
         ]
+
+
+class ChargeBare(Charge):
+    """The same without the guard and the protocol's limits: what these cost."""
+
+    name = "charge_bare"
 
 
 class ChargeSlowProvider(Charge):
@@ -334,6 +344,7 @@ PARTS: dict[str, type[Part]] = {
     for part in (
         FloorPost,
         Charge,
+        ChargeBare,
         FloorGet,
         Get,
         List,

@@ -18,6 +18,8 @@ import psutil
 import uvloop
 from eventsourcing.application import Application
 from eventsourcing.domain import Aggregate, event
+from litestar.types import ASGIApp, Receive, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from payments.admission import Admission
 from payments.commands.charge import Charged, ChargePayment
@@ -27,7 +29,7 @@ from payments.payment import Payment, Status
 from payments.service import Service, build_gateway
 from payments.settings import Settings, read_settings
 from payments.telemetry import Telemetry, set_up_logs
-from web import server
+from web import app, listening, server
 
 
 class ServerProcess:
@@ -62,6 +64,11 @@ class ServerProcess:
         self._process.terminate()
         self._process.wait(timeout=15)
         self._data_dir.cleanup()
+
+    def cpu_s(self) -> float:
+        """What it has used since its start."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
 
     def resident_mb(self) -> float:
         return float(psutil.Process(self._process.pid).memory_info().rss) / 1e6
@@ -163,6 +170,27 @@ class _Library(_WithoutStore):
         return await loop.run_in_executor(self._threads, self._application.charge, command)
 
 
+class _OnlyRequestIds:
+    """In the place of the guard: just what the routes need of it."""
+
+    def __init__(self, app: ASGIApp, *_: object) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["request_id"] = uuid.uuid4().hex
+        await self._app(scope, receive, send)
+
+
+def _unguarded_protocol(_: Admission, __: Telemetry, *args: Any, **kwargs: Any) -> Any:
+    return HttpToolsProtocol(*args, **kwargs)
+
+
+def strip() -> None:
+    """Takes the guard, and our part of the protocol with its admission, out of this process."""
+    app.Guard = _OnlyRequestIds  # type: ignore[assignment, attr-defined]
+    server.Protocol = _unguarded_protocol  # type: ignore[assignment, attr-defined]
+
+
 def build(kind: str, settings: Settings, address: DatabaseAddress) -> Any:
     if kind in ("floor_post", "floor_get"):
         return _WithoutStore(settings)
@@ -174,7 +202,9 @@ def build(kind: str, settings: Settings, address: DatabaseAddress) -> Any:
 def main(kind: str, target: str) -> None:
     settings = read_settings(os.environ)
     set_up_logs(settings.log_format, "WARNING")  # type: ignore[arg-type]
-    listener = server.bind(settings)
+    listener = listening.bind(settings)
+    if kind == "charge_bare":
+        strip()
 
     async def run() -> None:
         address = msgspec.json.decode(target, type=DatabaseAddress)

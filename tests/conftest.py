@@ -24,6 +24,11 @@ from payments.settings import Settings
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=30, help="cycles of the kill -9 loop")
+    parser.addoption("--cases", type=int, default=300, help="requests drawn from the schema")
+    parser.addoption("--overload-seconds", type=float, help="for each rate; with strict bounds")
+    parser.addoption("--outages", type=int, default=3, help="of Postgres, one after another")
+    parser.addoption("--mutations", type=int, default=600, help="of requests, byte by byte")
+    parser.addoption("--update-openapi", action="store_true", help="rewrite openapi.json")
 
 
 @pytest.fixture(scope="session")

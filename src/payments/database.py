@@ -5,15 +5,18 @@ LISTEN do not survive transaction pooling. TLS is libpq's: set PGSSLMODE and PGS
 """
 
 import asyncio
+import concurrent.futures
+import ipaddress
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import psycopg
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.sql import SQL, Identifier
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
@@ -21,8 +24,10 @@ from payments.errors import DatabaseUnavailable, StartError
 from payments.settings import Settings
 
 CONNECT_TIMEOUT_S = 2  # libpq takes no less, and a healthy server answers in milliseconds
+RESOLVE_TIMEOUT_S = 2.0  # for the name of the host; the C library itself takes 10 s and more
 QUERY_TIMEOUT_S = 1.5  # with the wait for a connection, a request gets its 503 in under 3 s
 POOL_WAIT_S = 1.0
+SILENCE_S = 1.0  # without an answer for so long a connection was cut off, and others may have been
 READ_TIMEOUT_S = POOL_WAIT_S + QUERY_TIMEOUT_S
 
 # Sent with every connection. The server's timeouts stand behind ours: they free what a client that
@@ -78,8 +83,11 @@ class DatabaseAddress(msgspec.Struct, frozen=True):
             application_name=application_name,
             client_encoding="UTF8",
             connect_timeout=CONNECT_TIMEOUT_S,
-            # A peer that vanished without a word is noticed by the kernel after this.
+            # A peer that vanished without a word is noticed by the kernel: 3 s after something was
+            # sent, or while only an answer is waited for, after 7 s (Linux would take 2 hours).
             tcp_user_timeout=3000,
+            keepalives_idle=5,
+            keepalives_interval=2,
             options=" ".join(f"-c {name}={value}" for name, value in SESSION_OPTIONS.items()),
         )
 
@@ -127,12 +135,57 @@ def cut(connection: psycopg.AsyncConnection[Any]) -> None:
             borrowed.detach()  # the descriptor stays libpq's
 
 
-class _Connection(psycopg.AsyncConnection[Any]):
-    """Cancelling whoever waits for a query cuts the connection.
+async def _resolve(host: str) -> list[str]:
+    """The addresses of a host name, within RESOLVE_TIMEOUT_S; OperationalError.
 
-    psycopg would open a second connection to cancel the query, and wait up to 10 s for a server
-    that may be frozen.
+    In a thread of its own, which is left alone if it takes longer. The event loop has four for
+    this: hanging, they would keep the next attempts waiting, and the process from ending.
     """
+    found: concurrent.futures.Future[list[str]] = concurrent.futures.Future()
+
+    def look_up() -> None:
+        with suppress(concurrent.futures.InvalidStateError):  # nobody waits any more
+            try:
+                infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            except (OSError, UnicodeError) as error:
+                found.set_exception(psycopg.OperationalError(f"cannot resolve {host!r}: {error}"))
+            else:
+                found.set_result([str(info[4][0]) for info in infos])
+
+    threading.Thread(target=look_up, name="resolve", daemon=True).start()
+    try:
+        async with asyncio.timeout(RESOLVE_TIMEOUT_S):
+            return await asyncio.wrap_future(found)
+    except TimeoutError:
+        raise psycopg.errors.ConnectionTimeout(f"{host!r} cannot be resolved in time") from None
+
+
+def _is_a_name(host: str) -> bool:
+    """Neither a socket directory nor an address."""
+    if host.startswith(("/", "@")):
+        return False
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return "," not in host  # several hosts are left to psycopg
+    return False
+
+
+class _Connection(psycopg.AsyncConnection[Any]):
+    """Neither connecting nor giving up takes long, whatever the server does.
+
+    Cancelling whoever waits for a query cuts the connection: psycopg would open a second one to
+    cancel the query, and wait up to 10 s for a server that may be frozen.
+    """
+
+    @classmethod
+    async def connect(cls, conninfo: str = "", **options: Any) -> Self:
+        host = str(conninfo_to_dict(conninfo).get("host", ""))
+        if _is_a_name(host):
+            addresses = await _resolve(host)
+            hosts = ",".join([host] * len(addresses))  # TLS checks the name
+            conninfo = make_conninfo(conninfo, host=hosts, hostaddr=",".join(addresses))
+        return await super().connect(conninfo, **options)
 
     async def _try_cancel(self, *, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - psycopg's
         cut(self)
@@ -142,13 +195,19 @@ class cut_after:  # noqa: N801 - used like a function
     """Cuts the connection if the body takes longer; what waits on it raises OperationalError."""
 
     def __init__(self, connection: psycopg.AsyncConnection[Any], timeout_s: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(timeout_s, cut, connection)
+        self._connection = connection
+        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._cut)
+        self.has_cut = False
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
+
+    def _cut(self) -> None:
+        self.has_cut = True
+        cut(self._connection)
 
 
 class Database:
@@ -199,14 +258,19 @@ class Database:
             return max(0.01, deadline - time.monotonic())
 
         for tries_left in range(self._pool.max_size, -1, -1):
+            cutting = None
             try:
                 wait_s = min(left_s(), POOL_WAIT_S)
                 async with self._pool.connection(timeout=wait_s) as connection:
-                    with cut_after(connection, min(left_s(), QUERY_TIMEOUT_S)):
+                    limit_s = min(left_s(), QUERY_TIMEOUT_S)
+                    with cut_after(connection, limit_s) as cutting:
                         cursor = connection.cursor(binary=True)
                         await cursor.execute(query.encode(), params, prepare=prepare)
                         return await cursor.fetchall()
             except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+                if cutting is not None and cutting.has_cut and limit_s >= SILENCE_S:
+                    # Those that idle may be as dead, each at the cost of another request.
+                    await self._pool.drain()
                 late = time.monotonic() > deadline - min(timeout_s / 2, POOL_WAIT_S)
                 if late or not tries_left or isinstance(error, PoolTimeout):
                     raise DatabaseUnavailable("The database does not answer.") from error

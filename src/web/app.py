@@ -7,7 +7,9 @@ from litestar.types import ASGIApp
 
 from payments.errors import PaymentsError
 from payments.service import Service
+from web import openapi
 from web.api import v1
+from web.docs import docs
 from web.guard import Guard
 from web.operations import health, live, metrics
 from web.problems import on_exception, on_http_exception, on_payments_error
@@ -27,4 +29,6 @@ def create_app(service: Service) -> ASGIApp:
         openapi_config=None,
         debug=False,
     )
+    app.state.openapi = openapi.document(app)
+    app.register(docs)  # afterwards: it is no part of what it describes
     return Guard(app, service.telemetry, service.admission)

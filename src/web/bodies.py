@@ -1,6 +1,7 @@
 """Reading JSON bodies into Structs: strictly, and with every field's error at once."""
 
 import json
+import re
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
 import msgspec
@@ -8,6 +9,8 @@ import msgspec
 from payments.errors import FieldError, InvalidRequest, PaymentsError
 
 ERRORS_MAX = 20
+_CHARSET = re.compile(rb"""\bcharset\s*=\s*"?([^\s";]*)""", re.IGNORECASE)
+_UTF_8 = (b"utf-8", b"utf8")
 
 # Half a surrogate pair, which JSON can spell, cannot be looked up among the field names and values.
 _NOT_VALID = (msgspec.ValidationError, UnicodeEncodeError)
@@ -28,9 +31,12 @@ class _Refused(ValueError):
 def check_json(content_types: list[bytes]) -> None:
     """Raises UnsupportedMediaType unless there is one Content-Type and it is application/json."""
     if len(content_types) == 1:
-        media_type = content_types[0].partition(b";")[0].strip().lower()
-        if media_type == b"application/json":
-            return
+        media_type, _, parameters = content_types[0].partition(b";")
+        if media_type.strip().lower() == b"application/json":
+            # JSON is UTF-8 (RFC 8259 section 8.1): who names another charset means other bytes.
+            if all(charset.lower() in _UTF_8 for charset in _CHARSET.findall(parameters)):
+                return
+            raise UnsupportedMediaType("Send JSON as UTF-8, with or without charset=utf-8.")
     raise UnsupportedMediaType("Send Content-Type: application/json.")
 
 

@@ -11,10 +11,22 @@ from litestar.enums import MediaType
 from payments import money
 from payments.commands.charge import Charged, ChargePayment
 from payments.deciding import ChargeRequest
-from payments.errors import InvalidIdempotencyKey
+from payments.errors import (
+    DatabaseUnavailable,
+    GatewayUnavailable,
+    IdempotencyKeyReused,
+    InvalidIdempotencyKey,
+    InvalidRequest,
+    PaymentUnreadable,
+    TooBusy,
+    Unauthorized,
+)
 from payments.payment import Status
-from web.bodies import read_body
+from web.bodies import UnsupportedMediaType, read_body
+from web.description import Answer, Operation, Parameter, described
 from web.requests import (
+    KEY_MAX,
+    KEY_PATTERN,
     UUID_PATTERN,
     Anyone,
     check_sent_json,
@@ -31,9 +43,10 @@ Currency = StrEnum("Currency", [(code, code) for code in sorted(money.DECIMALS)]
 
 
 class ChargeBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What POST /v1/charge takes. The descriptions are also the texts of the field errors."""
+    """What POST /v1/charge takes."""
 
-    # In the patterns `$` alone would let a final line feed pass; the length or `(?!\n)` does not.
+    # The descriptions are also the texts of the field errors. In the patterns `$` alone would let a
+    # final line feed pass; the length or `(?!\n)` does not.
     merchant_order_id: Annotated[
         str,
         msgspec.Meta(
@@ -73,7 +86,75 @@ class ChargeAnswer(msgspec.Struct, frozen=True):
     currency: str
 
 
-@post("/charge", status_code=201, media_type=MediaType.JSON)
+_CHARGED = {
+    "id": "058c9593-e150-402f-ab5b-37dd4c9816f0",
+    "merchant_order_id": "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
+    "provider_txn_id": "sim_058c9593e150402fab5b37dd4c9816f0",
+    "status": "SUCCESS",
+    "amount_cents": 1500,
+    "currency": "INR",
+}
+_LINKS = {
+    "payment": {"operationId": "get_payment", "parameters": {"payment_id": "$response.body#/id"}},
+    "events": {"operationId": "get_events", "parameters": {"payment_id": "$response.body#/id"}},
+    "refund": {"operationId": "refund", "requestBody": {"payment_id": "$response.body#/id"}},
+}
+CHARGE = Operation(
+    id="charge",
+    tag="payments",
+    summary="Charge a payment, exactly once per Idempotency-Key",
+    description="Answered within 7 s. A declined payment is an outcome, `201` with `FAILED`, and "
+    "not an error. A client that goes away cancels nothing.",
+    parameters=(
+        Parameter(
+            "Idempotency-Key",
+            "header",
+            "One value per charge, the same one when the charge is repeated. Keys never expire.",
+            {"type": "string", "minLength": 1, "maxLength": KEY_MAX, "pattern": KEY_PATTERN},
+            required=True,
+            examples={"charge": "abc123"},
+        ),
+    ),
+    body=ChargeBody,
+    body_examples={
+        "charge": {
+            "merchant_order_id": "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
+            "amount_cents": 1500,
+            "currency": "INR",
+        }
+    },
+    answers={
+        201: Answer(
+            "The outcome: `SUCCESS`, or `FAILED` if the provider declined.",
+            ChargeAnswer,
+            _CHARGED,
+            headers=("Location", "Idempotent-Replayed"),
+            links=_LINKS,
+        ),
+        202: Answer(
+            "`PENDING`: not known in time. It is found out without another request; read the "
+            "payment, or send the same request again after 7 s.",
+            ChargeAnswer,
+            _CHARGED | {"provider_txn_id": None, "status": "PENDING"},
+            headers=("Location",),
+            links=_LINKS,
+        ),
+    },
+    problems=(
+        InvalidRequest,
+        InvalidIdempotencyKey,
+        Unauthorized,
+        UnsupportedMediaType,
+        IdempotencyKeyReused,
+        TooBusy,
+        DatabaseUnavailable,
+        GatewayUnavailable,
+        PaymentUnreadable,
+    ),
+)
+
+
+@post("/charge", status_code=201, media_type=MediaType.JSON, opt=described(CHARGE))
 async def charge(request: Anyone) -> Response[bytes]:
     """Charge a payment, exactly once per Idempotency-Key."""
     headers = headers_of(request)

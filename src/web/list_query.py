@@ -13,12 +13,14 @@ from payments.payment import Status
 from payments.queries.cursor import read_cursor
 from payments.queries.payments import LIMIT_DEFAULT, LIMIT_MAX, PaymentFilter
 from web.bodies import ERRORS_MAX
+from web.description import Parameter
 from web.requests import UUID_PATTERN
 
-_TIME = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?"
-    r"([Zz]|[+-][0-9]{2}:[0-9]{2})"
+_TIME_PATTERN = (
+    r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?"
+    r"([Zz]|[+-][0-9]{2}:[0-9]{2})$"
 )
+_TIME = re.compile(_TIME_PATTERN[1:-1])
 
 
 class ListQuery(NamedTuple):
@@ -37,7 +39,7 @@ def read_list_query(query_string: bytes) -> ListQuery:
         elif len(values) > 1:
             errors.append(FieldError(name, f"was sent {len(values)} times; send it once"))
         else:
-            read, description = _READERS[name]
+            read, description, _ = _READERS[name]
             try:
                 found[name] = read(values[0])
             except (ValueError, OverflowError):
@@ -107,12 +109,48 @@ def _hint(name: str, value: str) -> str:
 _FIRST = datetime.min.replace(tzinfo=UTC)
 _LAST = datetime.max.replace(tzinfo=UTC)
 _TIME_TEXT = "a time with its offset from UTC (RFC 3339), like 2026-01-31T18:30:00Z"
-_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "merchant_order_id": (_uuid, "the order's UUID, like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9"),
-    "status": (Status, f"one of {', '.join(Status)}"),
-    "currency": (_currency, "an ISO 4217 code in upper case, like INR"),
-    "created_from": (_time, _TIME_TEXT),
-    "created_until": (_time, _TIME_TEXT),
-    "limit": (_limit, f"a whole number from 1 to {LIMIT_MAX}"),
-    "cursor": (_cursor, "the next_cursor of an earlier answer, unchanged"),
+_TIME_SCHEMA = {"type": "string", "format": "date-time", "pattern": _TIME_PATTERN}
+# name -> how it is read, what it must be, and the same as JSON Schema.
+_READERS: dict[str, tuple[Callable[[str], Any], str, dict[str, Any]]] = {
+    "merchant_order_id": (
+        _uuid,
+        "the order's UUID, like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
+        {"type": "string", "maxLength": 36, "pattern": UUID_PATTERN},
+    ),
+    "status": (Status, f"one of {', '.join(Status)}", {"type": "string", "enum": list(Status)}),
+    "currency": (
+        _currency,
+        "an ISO 4217 code in upper case, like INR",
+        {"type": "string", "enum": sorted(DECIMALS)},
+    ),
+    "created_from": (_time, _TIME_TEXT, _TIME_SCHEMA),
+    "created_until": (_time, _TIME_TEXT, _TIME_SCHEMA),
+    "limit": (
+        _limit,
+        f"a whole number from 1 to {LIMIT_MAX}",
+        {"type": "integer", "minimum": 1, "maximum": LIMIT_MAX, "default": LIMIT_DEFAULT},
+    ),
+    "cursor": (
+        _cursor,
+        "the next_cursor of an earlier answer, unchanged",
+        {"type": "string", "pattern": "^[A-Za-z0-9_-]{38}$"},
+    ),
 }
+_EXAMPLES: dict[str, dict[str, Any]] = {
+    "limit": {"list": 20},
+    "created_from": {"list": "2026-01-31T18:30:00Z"},
+}
+_NOTES = {
+    "created_from": "; included",
+    "created_until": "; excluded, and not before created_from",
+}
+PARAMETERS = tuple(
+    Parameter(
+        name,
+        "query",
+        description + _NOTES.get(name, ""),
+        schema,
+        examples=_EXAMPLES.get(name, {}),
+    )
+    for name, (_, description, schema) in _READERS.items()
+)

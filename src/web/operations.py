@@ -1,7 +1,7 @@
 """Endpoints for operators: health and metrics. Open to everyone, and never refused for load."""
 
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from litestar import Request, Response, get
@@ -11,6 +11,7 @@ from litestar.enums import MediaType
 from payments.errors import DatabaseUnavailable
 from payments.events.appender import INTENT_TIMEOUT_S
 from payments.service import Service
+from web.description import Answer, Operation, described
 
 HEALTH_TIMEOUT_S = 2.0  # probes often give up after 3 s
 STALLED_S = INTENT_TIMEOUT_S - 0.5  # just before waiting intents are given up
@@ -27,11 +28,56 @@ class Health(msgspec.Struct, frozen=True):
 
     ok: bool
     service: str
-    database: str
-    event_store: str
+    database: Annotated[str, msgspec.Meta(extra_json_schema={"enum": ["ok", "unavailable"]})]
+    event_store: Annotated[str, msgspec.Meta(extra_json_schema={"enum": ["ok", "stalled"]})]
 
 
-@get("/health", media_type=MediaType.JSON)
+class Alive(msgspec.Struct, frozen=True):
+    """Always the same; no answer at all is the other one."""
+
+    ok: bool
+    service: str
+
+
+_HEALTHY = {"ok": True, "service": "payment-service", "database": "ok", "event_store": "ok"}
+HEALTH = Operation(
+    id="health",
+    tag="operations",
+    summary="Whether charges can be taken",
+    description="For load balancers. Never refused for load.",
+    answers={
+        200: Answer("They can.", Health, _HEALTHY),
+        503: Answer(
+            "The database is away, or takes no events.",
+            Health,
+            _HEALTHY | {"ok": False, "database": "unavailable"},
+        ),
+    },
+)
+LIVE = Operation(
+    id="live",
+    tag="operations",
+    summary="Whether the process answers at all",
+    description="For restarts: it looks at nothing else, the database neither.",
+    answers={200: Answer("It does.", Alive, {"ok": True, "service": "payment-service"})},
+)
+METRICS = Operation(
+    id="metrics",
+    tag="operations",
+    summary="Metrics",
+    description="In the Prometheus text format; `README.md` says which to watch.",
+    answers={
+        200: Answer(
+            "All metrics.",
+            None,
+            'payments_follower_lag_events{follower="payments"} 0.0\n',
+            media_type="text/plain",
+        )
+    },
+)
+
+
+@get("/health", media_type=MediaType.JSON, opt=described(HEALTH))
 async def health(request: Anyone) -> Response[bytes]:
     """Whether the service can take charges: 200, or 503 while the database is away."""
     service: Service = request.app.state.service
@@ -54,13 +100,13 @@ async def health(request: Anyone) -> Response[bytes]:
     )
 
 
-@get("/health/live", media_type=MediaType.JSON, sync_to_thread=False)
-def live() -> dict[str, Any]:
+@get("/health/live", media_type=MediaType.JSON, sync_to_thread=False, opt=described(LIVE))
+def live() -> Alive:
     """Whether the process answers at all; for restarts, so it looks at nothing else."""
-    return {"ok": True, "service": "payment-service"}
+    return Alive(ok=True, service="payment-service")
 
 
-@get("/metrics")
+@get("/metrics", opt=described(METRICS))
 async def metrics(request: Anyone) -> Response[bytes]:
     """All metrics, in the Prometheus text format.
 

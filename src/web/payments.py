@@ -1,22 +1,123 @@
 """GET /v1/payments: the list, one payment, and its events."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 from litestar import Response, get
 from litestar.enums import MediaType
-from litestar.params import Parameter
+from litestar.params import FromPath
 
-from payments.queries.history import get_history
-from payments.queries.payments import get_payment, list_payments
+from payments.errors import (
+    DatabaseUnavailable,
+    InvalidRequest,
+    PaymentNotFound,
+    PaymentUnreadable,
+    TooBusy,
+    Unauthorized,
+)
+from payments.queries.history import PaymentHistory, get_history
+from payments.queries.payments import PaymentPage, PaymentView, get_payment, list_payments
 from web.auth import may_read
-from web.list_query import read_list_query
-from web.requests import Anyone, client_of, service_of, uuid_in_path
+from web.description import Answer, Operation, Parameter, described
+from web.list_query import PARAMETERS, read_list_query
+from web.requests import UUID_PATTERN, Anyone, client_of, service_of, uuid_in_path
 
-PaymentId = Annotated[str, Parameter(description="the payment's UUID")]
+_ID = "058c9593-e150-402f-ab5b-37dd4c9816f0"
+_PAYMENT_ID = Parameter(
+    "payment_id",
+    "path",
+    "The payment's UUID; for an order's, the `404` lists the order's payments.",
+    {"type": "string", "maxLength": 36, "pattern": UUID_PATTERN},
+    required=True,
+    examples={"payment": _ID},
+)
+_VIEW = {
+    "id": _ID,
+    "merchant_order_id": "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
+    "idempotency_key": "abc123",
+    "amount_cents": 1500,
+    "currency": "INR",
+    "status": "SUCCESS",
+    "provider_txn_id": "sim_058c9593e150402fab5b37dd4c9816f0",
+    "created_at": "2026-01-31T18:30:00.125Z",
+    "updated_at": "2026-01-31T18:30:00.25Z",
+    "refunded_cents": 0,
+}
+
+LIST_PAYMENTS = Operation(
+    id="list_payments",
+    tag="payments",
+    summary="Payments, newest first",
+    description="Some milliseconds behind: `position` is the last event that the list takes into "
+    "account. Payments that come while you page neither push others onto the next page nor off it.",
+    parameters=PARAMETERS,
+    answers={
+        200: Answer(
+            "A page; `next_cursor` is `null` on the last one.",
+            PaymentPage,
+            {"payments": [_VIEW], "next_cursor": None, "position": 2},
+        )
+    },
+    problems=(InvalidRequest, Unauthorized, TooBusy, DatabaseUnavailable),
+)
+GET_PAYMENT = Operation(
+    id="get_payment",
+    tag="payments",
+    summary="A payment as of now",
+    description="Read from its events: a payment is there the instant its charge was answered.",
+    parameters=(_PAYMENT_ID,),
+    answers={200: Answer("The payment.", PaymentView, _VIEW)},
+    problems=(
+        InvalidRequest,
+        Unauthorized,
+        PaymentNotFound,
+        TooBusy,
+        DatabaseUnavailable,
+        PaymentUnreadable,
+    ),
+)
+GET_EVENTS = Operation(
+    id="get_events",
+    tag="payments",
+    summary="What happened to a payment",
+    description="Its events as they are stored, oldest first; also those of a payment that is "
+    "`payment_unreadable`.",
+    parameters=(_PAYMENT_ID,),
+    answers={
+        200: Answer(
+            "The history.",
+            PaymentHistory,
+            {
+                "events": [
+                    {
+                        "position": 2,
+                        "version": 2,
+                        "type": "PaymentCharged",
+                        "recorded_at": "2026-01-31T18:30:00.25Z",
+                        "data": {
+                            "payment_id": _ID,
+                            "version": 2,
+                            "event_id": "d4807417-6604-43d6-bfcb-fd32680f5f5b",
+                            "occurred_at": "2026-01-31T18:30:00.245Z",
+                            "client": "default",
+                            "request_id": "551be6e7f42bf49ee8b0ed941b1dddd3",
+                            "traceparent": None,
+                            "schema_version": 1,
+                            "merchant_order_id": "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
+                            "amount_cents": 1500,
+                            "currency": "INR",
+                            "provider_txn_id": "sim_058c9593e150402fab5b37dd4c9816f0",
+                        },
+                    }
+                ]
+            },
+        )
+    },
+    problems=(InvalidRequest, Unauthorized, PaymentNotFound, TooBusy, DatabaseUnavailable),
+)
 
 
-@get("/payments", media_type=MediaType.JSON)
+@get("/payments", media_type=MediaType.JSON, opt=described(LIST_PAYMENTS))
 async def payments(request: Anyone) -> Response[bytes]:
     """Payments, newest first; it may be a moment behind, and `position` says where it was."""
     reach = may_read(client_of(request))
@@ -27,16 +128,16 @@ async def payments(request: Anyone) -> Response[bytes]:
     return _json(page)
 
 
-@get("/payments/{payment_id:str}", media_type=MediaType.JSON)
-async def payment(request: Anyone, payment_id: PaymentId) -> Response[bytes]:
+@get("/payments/{payment_id:str}", media_type=MediaType.JSON, opt=described(GET_PAYMENT))
+async def payment(request: Anyone, payment_id: FromPath[str]) -> Response[bytes]:
     """The payment as of now."""
     service, reach = service_of(request), may_read(client_of(request))
     wanted = uuid_in_path(payment_id, "payment_id")
     return _json(await get_payment(service.database, service.lookups, wanted, reach))
 
 
-@get("/payments/{payment_id:str}/events", media_type=MediaType.JSON)
-async def events(request: Anyone, payment_id: PaymentId) -> Response[bytes]:
+@get("/payments/{payment_id:str}/events", media_type=MediaType.JSON, opt=described(GET_EVENTS))
+async def events(request: Anyone, payment_id: FromPath[str]) -> Response[bytes]:
     """What happened to the payment, oldest first: its events as they are stored."""
     service, reach = service_of(request), may_read(client_of(request))
     wanted = uuid_in_path(payment_id, "payment_id")

@@ -19,18 +19,25 @@ MEDIA_TYPE = "application/problem+json"
 
 # What the framework itself refuses: status -> (code, detail).
 FRAMEWORK_PROBLEMS = {
-    404: ("not_found", "There is nothing at this path. The README lists the endpoints."),
+    404: ("not_found", "There is nothing at this path. GET /schema lists the endpoints."),
     405: ("method_not_allowed", "This path does not take this method; see the Allow header."),
 }
 
 
+class FieldProblem(msgspec.Struct, frozen=True):
+    field: str
+    message: str
+
+
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An error (RFC 9457). `code` is stable; `errors` lists the fields or parameters at fault."""
+
     type: str
     title: str
     status: int
     detail: str
     code: str
-    errors: list[dict[str, str]] = []
+    errors: list[FieldProblem] = []
 
 
 def problem(
@@ -41,7 +48,7 @@ def problem(
     errors: tuple[Any, ...] = (),
 ) -> bytes:
     """The body of a problem answer."""
-    fields = [{"field": field, "message": message} for field, message in errors]
+    fields = [FieldProblem(field, message) for field, message in errors]
     uri = f"urn:payments:problem:{code}"
     return msgspec.json.encode(Problem(uri, title, status, detail, code, fields))
 

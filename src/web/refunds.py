@@ -10,12 +10,28 @@ from litestar.enums import MediaType
 from payments import money
 from payments.commands.refund import Refunded, RefundPayment
 from payments.deciding import RefundRequest
-from payments.errors import InvalidIdempotencyKey, PaymentNotFound
+from payments.errors import (
+    DatabaseUnavailable,
+    IdempotencyKeyReused,
+    InvalidIdempotencyKey,
+    InvalidRequest,
+    PaymentAlreadyRefunded,
+    PaymentNotFound,
+    PaymentNotRefundable,
+    PaymentUnreadable,
+    RefundDeclined,
+    RefundExceedsCapture,
+    TooBusy,
+    Unauthorized,
+)
 from payments.payment import Status
 from payments.queries.payments import not_found
 from web.auth import may_read
-from web.bodies import read_body
+from web.bodies import UnsupportedMediaType, read_body
+from web.description import Answer, Operation, Parameter, described
 from web.requests import (
+    KEY_MAX,
+    KEY_PATTERN,
     UUID_PATTERN,
     Anyone,
     check_sent_json,
@@ -30,8 +46,9 @@ from web.requests import (
 
 
 class RefundBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What POST /v1/refund takes. The descriptions are also the texts of the field errors."""
+    """What POST /v1/refund takes."""
 
+    # The descriptions are also the texts of the field errors.
     payment_id: Annotated[
         str,
         msgspec.Meta(
@@ -65,7 +82,77 @@ class RefundAnswer(msgspec.Struct, frozen=True):
     refunded_cents: int
 
 
-@post("/refund", status_code=201, media_type=MediaType.JSON)
+_REFUNDED = {
+    "id": "058c9593-e150-402f-ab5b-37dd4c9816f0",
+    "status": "SUCCESS",
+    "refund_id": "07966c99-6c12-47f3-a9db-4d2b6d208e0b",
+    "amount_cents": 500,
+    "refunded_cents": 500,
+}
+_LINKS = {
+    "payment": {"operationId": "get_payment", "parameters": {"payment_id": "$response.body#/id"}},
+    "events": {"operationId": "get_events", "parameters": {"payment_id": "$response.body#/id"}},
+}
+REFUND = Operation(
+    id="refund",
+    tag="payments",
+    summary="Give a captured payment back, or a part of it",
+    description="However many refunds race, their sum never exceeds what was captured. A refund "
+    "that was accepted is never given up, even if the provider cannot be reached.",
+    parameters=(
+        Parameter(
+            "Idempotency-Key",
+            "header",
+            "One value per refund of the payment, the same one when the refund is repeated. "
+            "Required with `amount_cents`, and better always sent.",
+            {"type": "string", "minLength": 1, "maxLength": KEY_MAX, "pattern": KEY_PATTERN},
+            examples={"a part": "abc123-refund-1", "all that is left": "abc123-refund-2"},
+        ),
+    ),
+    body=RefundBody,
+    body_examples={
+        "a part": {
+            "payment_id": "058c9593-e150-402f-ab5b-37dd4c9816f0",
+            "amount_cents": 500,
+        },
+        "all that is left": {"payment_id": "058c9593-e150-402f-ab5b-37dd4c9816f0"},
+    },
+    answers={
+        201: Answer(
+            "Given back. `status` is `REFUNDED` once the whole amount is back.",
+            RefundAnswer,
+            _REFUNDED,
+            headers=("Location", "Idempotent-Replayed"),
+            links=_LINKS,
+        ),
+        202: Answer(
+            "Accepted, and its outcome was not known in time. It is found out without another "
+            "request; read the payment, or send the same request again.",
+            RefundAnswer,
+            _REFUNDED | {"refunded_cents": 0},
+            headers=("Location",),
+            links=_LINKS,
+        ),
+    },
+    problems=(
+        InvalidRequest,
+        InvalidIdempotencyKey,
+        Unauthorized,
+        PaymentNotFound,
+        PaymentNotRefundable,
+        PaymentAlreadyRefunded,
+        RefundExceedsCapture,
+        RefundDeclined,
+        UnsupportedMediaType,
+        IdempotencyKeyReused,
+        TooBusy,
+        DatabaseUnavailable,
+        PaymentUnreadable,
+    ),
+)
+
+
+@post("/refund", status_code=201, media_type=MediaType.JSON, opt=described(REFUND))
 async def refund(request: Anyone) -> Response[bytes]:
     """Give a captured payment back, or a part of it."""
     headers = headers_of(request)

@@ -19,7 +19,8 @@ Headers = list[tuple[bytes, bytes]]
 
 UUID_PATTERN = "^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
 KEY_MAX = 255
-_KEY = re.compile(rb"[\x21-\x7e](?:[\x20-\x7e]{0,253}[\x21-\x7e])?")
+KEY_PATTERN = r"^[\x21-\x7e](?:[\x20-\x7e]{0,253}[\x21-\x7e])?$"
+_KEY = re.compile(KEY_PATTERN[1:-1].encode())
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -48,11 +49,12 @@ def idempotency_key(headers: Headers) -> str | None:
         return None
     if len(sent) > 1:
         raise InvalidIdempotencyKey("Send the Idempotency-Key header once.")
-    if not _KEY.fullmatch(sent[0]):
+    key = sent[0].strip(b" \t")  # no part of the value (RFC 9112 section 5); the parser leaves tabs
+    if not _KEY.fullmatch(key):
         raise InvalidIdempotencyKey(
             f"The Idempotency-Key must be 1 to {KEY_MAX} printable ASCII characters."
         )
-    return sent[0].decode("ascii")
+    return key.decode("ascii")
 
 
 def traceparent(headers: Headers) -> str | None:

@@ -6,13 +6,10 @@ it within STOP_S, since container runtimes kill after 10 s.
 """
 
 import asyncio
-import contextlib
 import gc
-import resource
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from functools import partial
 
 import uvicorn
@@ -20,40 +17,17 @@ import uvloop
 from loguru import logger
 
 from payments.database import DatabaseAddress
-from payments.errors import StartError
 from payments.gateways import Gateway
 from payments.service import Service
 from payments.settings import Settings
 from web.app import create_app
+from web.listening import Server, allow_many_connections
 from web.protocol import Protocol
 
 STOP_S = 9.0
 CHARGES_STOP_S = 6.5  # every charge is answered by then, PENDING if need be
 REQUESTS_STOP_S = 7  # then uvicorn cancels what is left
-BACKLOG = 2048
 KEEP_ALIVE_S = 30  # longer than the pauses of a busy client's connection pool
-
-
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals are ours: uvicorn would end the process before the charges are finished."""
-        yield
-
-
-def bind(settings: Settings) -> socket.socket:
-    """The listening socket, bound first of all; raises StartError."""
-    try:
-        info = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(info[0], socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(info[4])
-        listener.listen(BACKLOG)  # now, so that a second start notices
-    except (OSError, UnicodeError) as error:
-        place = f"HOST {settings.host!r} and PORT {settings.port}"
-        reason = error.strerror if isinstance(error, OSError) else "not a host name"
-        raise StartError(f"cannot listen on {place}: {reason}") from None
-    return listener
 
 
 def run(
@@ -69,7 +43,7 @@ def run(
     async def main() -> None:
         await serve(Service(settings, address, gateway=gateway), listener, work=work)
 
-    _allow_many_connections()
+    allow_many_connections()
     uvloop.run(main())
 
 
@@ -81,7 +55,7 @@ async def serve(service: Service, listener: socket.socket, *, work: bool = True)
     if not service.settings.payments_api_keys:
         logger.warning("PAYMENTS_API_KEYS is not set: whoever reaches the port may charge")
     await service.start(work=work)
-    server = _Server(
+    server = Server(
         uvicorn.Config(
             create_app(service),
             loop="uvloop",
@@ -92,7 +66,6 @@ async def serve(service: Service, listener: socket.socket, *, work: bool = True)
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=REQUESTS_STOP_S,
         )
@@ -118,13 +91,6 @@ async def serve(service: Service, listener: socket.socket, *, work: bool = True)
     finally:
         await service.stop(max(1.0, stop_by - time.monotonic() - 0.5))
     logger.info("stopped")
-
-
-def _allow_many_connections() -> None:
-    """As many as the system lets us have: a login shell's usual 1,024 would be the first bound."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # some systems allow less than they say
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _tame_garbage_collection() -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from payments import embedded_postgres
 from payments.deciding import payment_id_for
+from tests.outside_postgres import OutsidePostgres
 from tests.process import ServiceProcess, database_processes
 
 KILLS = 20
@@ -32,6 +33,9 @@ class Load:
         self._service = service
         self._stopped = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(threads)]
+
+    def __len__(self) -> int:
+        return len(self._threads)
 
     def __enter__(self) -> "Load":
         for thread in self._threads:
@@ -145,22 +149,14 @@ def test_two_services_share_the_embedded_server(data_dir: Path) -> None:
         assert two.charge(client, "l").status_code == 201
 
 
-@pytest.mark.parametrize("stop", [signal.SIGSTOP, signal.SIGKILL], ids=["frozen", "killed"])
-def test_a_database_that_is_away(data_dir: Path, stop: signal.Signals, state_dir: Path) -> None:
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "killed"])
+def test_a_database_that_is_away(data_dir: Path, frozen: bool) -> None:
     """Every request is answered in under 3 s, and soon after its return all is well."""
-    outside = data_dir / "outside"
-    outside.mkdir()
-    with embedded_postgres.start(outside) as server:
-        service = ServiceProcess(
-            data_dir,
-            DATABASE_HOST=server.socket_dir,
-            DATABASE_NAME="postgres",
-            DATABASE_USERNAME=server.user,
-        )
+    with OutsidePostgres(data_dir / "outside") as server:
+        service = ServiceProcess(data_dir, **server.settings)
         with service, Load(service) as load:
             load.wait_for(20)
-            for process in postgres_of(outside):
-                process.send_signal(stop)
+            (server.freeze if frozen else server.kill)()
             away_from = len(load.answers)
             time.sleep(4)
             with httpx.Client(timeout=5) as client:
@@ -171,22 +167,35 @@ def test_a_database_that_is_away(data_dir: Path, stop: signal.Signals, state_dir
                 assert client.get(f"{service.url}/metrics").status_code == 200
             away = load.answers[away_from:]
             assert {status for _, status, _, _ in away[-5:]} == {503}
-            if stop is signal.SIGKILL:
-                server.release()
-                again = embedded_postgres.start(outside)
-                same_place(server.socket_dir, again.socket_dir)
+            (server.thaw if frozen else server.start)()
+            back = time.monotonic()
+            eventually(service.is_healthy, 5)
+            load.wait_for(len([a for a in load.answers if a[1] == 201]) + 20)
+            assert time.monotonic() - back < 5
+            assert max(seconds for _, _, _, seconds in load.answers) < 3
+            assert {status for _, status, _, _ in load.answers} <= {201, 202, 503}
+            service.terminate()
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "stopped"])
+def test_a_sigterm_while_the_database_is_away(data_dir: Path, frozen: bool) -> None:
+    """Who waits is told, and the exit code is 0."""
+    with OutsidePostgres(data_dir / "outside") as server:
+        service = ServiceProcess(data_dir, **server.settings).start()
+        with Load(service) as load:
+            load.wait_for(20)
+            if frozen:
+                server.freeze()
             else:
-                again = server
-                for process in postgres_of(outside):
-                    process.send_signal(signal.SIGCONT)
-            with again:
-                back = time.monotonic()
-                eventually(service.is_healthy, 5)
-                load.wait_for(len([a for a in load.answers if a[1] == 201]) + 20)
-                assert time.monotonic() - back < 5
-                assert max(seconds for _, _, _, seconds in load.answers) < 3
-                assert {status for _, status, _, _ in load.answers} <= {201, 202, 503}
-                service.terminate()
+                server.stop("immediate")
+            time.sleep(0.5)
+            sent = len(load.answers)
+            started = time.monotonic()
+            assert service.terminate() == 0
+            took_s = time.monotonic() - started
+        assert took_s < 9
+        under_way = load.answers[sent:][: len(load)]
+        assert {status for _, status, _, _ in under_way} <= {201, 202, 503}, "cut off"
 
 
 def postgres_of(data_dir: Path) -> list[psutil.Process]:

@@ -38,7 +38,7 @@ def serve(api_only: bool) -> None:
     settings = begin()
     # By name: nothing in payments imports web.
     server = importlib.import_module("web.server")
-    listener = server.bind(settings)
+    listener = importlib.import_module("web.listening").bind(settings)
     gateway = build_gateway(settings)
     with open_database(settings, migrating=settings.migrate_on_start) as address:
         server.run(settings, address, gateway, listener, work=not api_only)

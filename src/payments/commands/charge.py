@@ -143,7 +143,6 @@ class Charging:
                 raise IdempotencyKeyReused(differing) from None
             # An earlier run may have asked: from here on errors are answered with PENDING.
             run.fallback = Charged(first, replayed=True)
-            run.begun()
             return await self._resume(run, intent)
         run.begun()
         return _Begun(evolve(None, intent))
@@ -157,6 +156,7 @@ class Charging:
             loaded = await load_payment(self._database, intent.payment_id)
             if loaded is None:
                 raise RuntimeError("the store reported a conflict in a stream without events")
+            run.begun()
             run.fallback = Charged(loaded.payment, replayed=True)
             if loaded.payment.status is not Status.PENDING or not run.may_ask():
                 run.finish(run.fallback)

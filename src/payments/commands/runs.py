@@ -65,7 +65,10 @@ class Run(Generic[A]):
         return await waiter
 
     def begun(self) -> None:
-        """The intent is durable, or an earlier request's is: now somebody else is waited for."""
+        """The intent is durable, or an earlier request's is: now somebody else is waited for.
+
+        Saying it again does nothing.
+        """
         self.has_begun = True
         self._leave_places(len(self._waiters) - self._without_place)
 

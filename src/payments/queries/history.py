@@ -1,7 +1,7 @@
 """Reading what happened to one payment: its events, just as they are stored."""
 
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
 import msgspec
@@ -19,16 +19,21 @@ SELECT "position", version, type, recorded_at, data::text
 
 
 class PaymentEvent(msgspec.Struct, frozen=True):
-    """One event; `position` is its place in the whole log, `version` that in its payment."""
+    """One event; `position` is its place in the whole log, `version` that in its payment.
+
+    `data` is the event as it is stored: an object, unless it was damaged; null if it is not JSON.
+    """
 
     position: int
     version: int
     type: str
-    recorded_at: datetime
+    recorded_at: Annotated[datetime, msgspec.Meta(tz=True)]
     data: msgspec.Raw | None
 
 
 class PaymentHistory(msgspec.Struct, frozen=True):
+    """All events of a payment, oldest first."""
+
     events: list[PaymentEvent]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
 import msgspec
@@ -93,8 +93,8 @@ class PaymentView(msgspec.Struct, frozen=True):
     currency: str
     status: Status
     provider_txn_id: str | None
-    created_at: datetime
-    updated_at: datetime
+    created_at: Annotated[datetime, msgspec.Meta(tz=True)]
+    updated_at: Annotated[datetime, msgspec.Meta(tz=True)]
     refunded_cents: int
 
 
@@ -109,7 +109,7 @@ class PaymentFilter(msgspec.Struct, frozen=True):
 
 
 class PaymentPage(msgspec.Struct, frozen=True):
-    """Payments, newest first. `next_cursor` asks for what follows; None: nothing does.
+    """Payments, newest first. `next_cursor` asks for what follows; null: nothing does.
 
     `position` is how far into the log the list was written when it was read.
     """

@@ -1,0 +1,264 @@
+"""The API's description as an OpenAPI 3.1 document, assembled from what is running.
+
+Paths and methods are the application's own; bodies are described by the Structs that read and write
+them; problems by the error classes. The rest stands next to each handler, as its Operation.
+"""
+
+import importlib.metadata
+import inspect
+from collections.abc import Iterator
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from litestar import Litestar
+from litestar.routes import HTTPRoute
+
+from payments.errors import PaymentsError, TooBusy, Unauthorized
+from web.description import Answer, Operation, Parameter
+from web.guard import BODY_MAX, BODY_TIMEOUT_S, BodyTooLarge, BodyTooSlow
+from web.problems import FRAMEWORK_PROBLEMS, MEDIA_TYPE, Problem
+from web.protocol import HEAD_MAX, OPEN_PATHS, PROTOCOL_PROBLEMS
+
+VERSION = importlib.metadata.version("payment-service")
+
+DESCRIPTION = f"""\
+Captures money exactly once per `Idempotency-Key`, and gives it back.
+
+### How to charge safely
+
+1. Make **one key for each attempt to pay an order**, and store it with the order before you send.
+2. Wait 8 s for the answer; the service answers within 7 s.
+3. `201` is final: `status` is `SUCCESS` or `FAILED` (declined). Only after `FAILED` may a new
+   attempt be made, with a new key.
+4. No answer, a broken connection, `408`, `500` or `503`: send **the same request with the same
+   key** again, after `Retry-After` seconds or growing pauses, until the answer is `201` or `202`.
+   However often it is sent, it is captured once; an outcome that was there before comes with
+   `Idempotent-Replayed: true`.
+5. `202` is `PENDING`: the outcome is found out by itself. Read the payment now and then, or send
+   the same request again after 7 s. Do not give the order up, and do not take a new key.
+6. Any other `4xx`: do not repeat it, it would be refused again. Mend what `detail` and `errors`
+   name. `422` says that the key belongs to another request.
+
+### Errors
+
+Every error is a problem document (RFC 9457); programs decide by its `code`, which is stable. Before
+there is a request to one of the endpoints: `404 not_found`, `405 method_not_allowed`,
+`400 malformed_request` (not HTTP/1.1), `400 upgrade_not_supported` and `431 head_too_large` (over
+{HEAD_MAX // 1024} KiB). Bodies may have {BODY_MAX // 1024} KiB and take {BODY_TIMEOUT_S:g} s.
+"""
+
+TAGS = [
+    {"name": "payments", "description": "Charge, refund, read"},
+    {"name": "operations", "description": "For those who run the service"},
+]
+
+# What can become of any request, whatever it is for.
+_EVERYWHERE = (BodyTooSlow, BodyTooLarge, PaymentsError)
+
+_REQUEST_HEADERS = (
+    Parameter(
+        "X-Request-ID",
+        "header",
+        "Names the request in logs, events and the answer: 1 to 128 letters, digits or any of "
+        "`._:/+=@-`. Anything else is replaced by a new id.",
+        {"type": "string"},
+    ),
+    Parameter(
+        "traceparent",
+        "header",
+        "The W3C trace context of the request; it is kept with the events. Ignored if malformed.",
+        {"type": "string"},
+    ),
+)
+
+_HEADERS: dict[str, dict[str, Any]] = {
+    "Location": {
+        "description": "The path of the payment.",
+        "required": True,
+        "schema": {"type": "string", "format": "uri-reference"},
+    },
+    "Idempotent-Replayed": {
+        "description": "Sent if the outcome was there before this request.",
+        "schema": {"type": "string", "enum": ["true"]},
+    },
+    "Retry-After": {
+        "description": "Send the request again after so many seconds.",
+        "schema": {"type": "integer", "minimum": 0},
+    },
+    "WWW-Authenticate": {
+        "description": "How to send an API key.",
+        "required": True,
+        "schema": {"type": "string"},
+    },
+    "Allow": {
+        "description": "The methods that the path takes.",
+        "required": True,
+        "schema": {"type": "string"},
+    },
+    "X-Request-ID": {
+        "description": "The caller's id of the request, or a new one.",
+        "schema": {"type": "string"},
+    },
+}
+
+
+def document(app: Litestar) -> bytes:
+    """The description of all routes of the application; ValueError if one has none."""
+    operations = list(_operations(app))
+    types: list[Any] = [Problem]
+    for _, _, operation in operations:
+        types += [operation.body] if operation.body else []
+        types += [answer.body for answer in operation.answers.values() if answer.body]
+    paths: dict[str, dict[str, Any]] = {}
+    for path, method, operation in operations:
+        paths.setdefault(path, {})[method] = _operation(path, operation)
+    return msgspec.json.encode(
+        {
+            "openapi": "3.1.0",
+            "info": {"title": "Payment Service", "version": VERSION, "description": DESCRIPTION},
+            "servers": [{"url": "/"}],
+            "tags": TAGS,
+            "paths": paths,
+            "components": {
+                "schemas": _schemas(types),
+                "headers": _HEADERS,
+                "responses": dict(_responses_without_endpoint()),
+                "securitySchemes": {
+                    "bearer": {
+                        "type": "http",
+                        "scheme": "bearer",
+                        "description": "An API key, if the service is configured with some.",
+                    }
+                },
+            },
+        }
+    )
+
+
+def _operations(app: Litestar) -> Iterator[tuple[str, str, Operation]]:
+    """(path, method, description); the framework's own OPTIONS handlers are left out."""
+    for route in sorted(app.routes, key=lambda route: route.path):
+        assert isinstance(route, HTTPRoute)
+        for handler in route.route_handlers:
+            for method in sorted(handler.http_methods - {"OPTIONS"}):
+                operation = handler.opt.get("operation")
+                if operation is None:
+                    raise ValueError(f"{method} {route.path_format} has no description")
+                yield route.path_format, method.lower(), operation
+
+
+def _operation(path: str, operation: Operation) -> dict[str, Any]:
+    problems = operation.problems + _EVERYWHERE
+    if path.encode() not in OPEN_PATHS and TooBusy not in problems:
+        problems += (TooBusy,)
+    responses = {
+        str(status): _answer(answer) for status, answer in operation.answers.items()
+    } | _problems(problems)
+    found: dict[str, Any] = {
+        "operationId": operation.id,
+        "tags": [operation.tag],
+        "summary": operation.summary,
+        "description": operation.description,
+        "parameters": [_parameter(each) for each in operation.parameters + _REQUEST_HEADERS],
+        "responses": dict(sorted(responses.items())),
+        # An API key is taken if some are configured.
+        "security": [{}, {"bearer": []}] if Unauthorized in problems else [],
+    }
+    if operation.body:
+        content = {"schema": _reference(operation.body)} | _examples(operation.body_examples)
+        found["requestBody"] = {"required": True, "content": {"application/json": content}}
+    return found
+
+
+def _parameter(parameter: Parameter) -> dict[str, Any]:
+    return {
+        "name": parameter.name,
+        "in": parameter.place,
+        "description": parameter.description,
+        "required": parameter.required,
+        "schema": parameter.schema,
+    } | _examples(parameter.examples)
+
+
+def _examples(examples: dict[str, Any]) -> dict[str, Any]:
+    if not examples:
+        return {}
+    return {"examples": {name: {"value": value} for name, value in examples.items()}}
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    schema = _reference(answer.body) if answer.body else {"type": "string"}
+    content = {answer.media_type: {"schema": schema, "example": answer.example}}
+    found = {
+        "description": answer.description,
+        "headers": _headers(*answer.headers),
+        "content": content,
+    }
+    return found | ({"links": answer.links} if answer.links else {})
+
+
+def _problems(errors: tuple[type[PaymentsError], ...]) -> dict[str, Any]:
+    """The answers for these errors, one for each status."""
+    by_status: dict[int, list[type[PaymentsError]]] = {}
+    for error in errors:
+        by_status.setdefault(error.status, []).append(error)
+    found = {}
+    for status, kinds in by_status.items():
+        headers = ["Retry-After"] if any(kind.retry_after_s is not None for kind in kinds) else []
+        headers += ["WWW-Authenticate"] if Unauthorized in kinds else []
+        meanings = "\n".join(f"- `{kind.code}`: {kind.title}." for kind in kinds)
+        titles = {kind.code: kind.title for kind in kinds}
+        found[str(status)] = _problem(status, titles, meanings, *headers)
+    return found
+
+
+def _responses_without_endpoint() -> Iterator[tuple[str, Any]]:
+    """What is answered before it is known which endpoint a request is for; no path refers to it."""
+    for status, (code, detail) in FRAMEWORK_PROBLEMS.items():
+        titles = {code: HTTPStatus(status).phrase}
+        yield code, _problem(status, titles, detail, *(["Allow"] if status == 405 else []))
+    for status, code in PROTOCOL_PROBLEMS:
+        titles = {code: "The request cannot be read"}
+        yield code, _problem(status, titles, "The request cannot be read; the connection ends.")
+
+
+def _problem(
+    status: int, titles: dict[str, str], description: str, *headers: str
+) -> dict[str, Any]:
+    """An answer with one of these codes; each has its title."""
+    these = {"properties": {"status": {"const": status}, "code": {"enum": list(titles)}}}
+    detail = "What is wrong with this very request, and what to do about it."
+    content = {"schema": {"allOf": [_reference(Problem), these]}} | _examples(
+        {
+            code: Problem(f"urn:payments:problem:{code}", title, status, detail, code)
+            for code, title in titles.items()
+        }
+    )
+    return {
+        "description": description,
+        "headers": _headers(*headers),
+        "content": {MEDIA_TYPE: content},
+    }
+
+
+def _headers(*names: str) -> dict[str, Any]:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in (*names, "X-Request-ID")}
+
+
+_REFERENCE = "#/components/schemas/{name}"
+
+
+def _reference(type: type[msgspec.Struct]) -> dict[str, str]:
+    return {"$ref": _REFERENCE.format(name=type.__name__)}
+
+
+def _schemas(types: list[Any]) -> dict[str, Any]:
+    """The JSON Schemas of these types, and of those that they are made of."""
+    _, schemas = msgspec.json.schema_components(types, ref_template=_REFERENCE)
+    for schema in schemas.values():
+        if "description" in schema:
+            schema["description"] = inspect.cleandoc(schema["description"])
+        if "enum" in schema:
+            schema["type"] = "string"
+    return dict(sorted(schemas.items()))
