@@ -81,6 +81,7 @@ class ServiceProcess:
             assert self._process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
+        assert self._process.poll() is None, "another service has the port"
         return self
 
     def is_healthy(self) -> bool:

@@ -67,10 +67,10 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        if self._admission.is_full(len(self.tasks)) and self._may_be_refused():
-            self._is_refusing = True
-        else:
+        if self._admission.admits_another(len(self.tasks)) or not self._may_be_refused():
             super().on_headers_complete()
+        else:
+            self._is_refusing = True
 
     def on_body(self, body: bytes) -> None:
         if not self._is_refusing:
