@@ -100,14 +100,14 @@ def test_the_next_request_is_refused_at_once(
 
 
 @pytest.mark.usefixtures("full")
-@pytest.mark.parametrize("path", ["/health", "/health?x=1", "/health/live", "/metrics"])
-def test_operators_are_never_refused(service: ServiceProcess, path: str) -> None:
+def test_operators_are_never_refused(service: ServiceProcess) -> None:
     with Connection(service.port) as client:
-        for method in ("GET", "HEAD"):
-            client.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-            answer = client.answer(to_head=method == "HEAD")
-            assert answer is not None
-            assert answer.status == 200
+        for path in ("/health", "/health?x=1", "/health/live", "/metrics"):
+            for method in ("GET", "HEAD"):
+                client.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                answer = client.answer(to_head=method == "HEAD")
+                assert answer is not None
+                assert answer.status == 200, path
 
 
 @pytest.mark.usefixtures("full")
