@@ -13,8 +13,8 @@ from payments.database import DatabaseAddress
 from payments.errors import PaymentsError
 from tests.process import ROOT, ServiceProcess, at
 from tests.support import ORDER_ID
+from web.heads import PROTOCOL_PROBLEMS
 from web.problems import FRAMEWORK_PROBLEMS
-from web.protocol import PROTOCOL_PROBLEMS
 
 
 def subclasses(kind: type[PaymentsError]) -> Iterator[type[PaymentsError]]:

@@ -17,8 +17,9 @@ from litestar.routes import HTTPRoute
 from payments.errors import PaymentsError, TooBusy, Unauthorized
 from web.description import Answer, Operation, Parameter
 from web.guard import BODY_MAX, BODY_TIMEOUT_S, BodyTooLarge, BodyTooSlow
+from web.heads import HEAD_MAX, PROTOCOL_PROBLEMS
 from web.problems import FRAMEWORK_PROBLEMS, MEDIA_TYPE, Problem
-from web.protocol import HEAD_MAX, OPEN_PATHS, PROTOCOL_PROBLEMS
+from web.protocol import OPEN_PATHS
 
 VERSION = importlib.metadata.version("payment-service")
 
@@ -44,8 +45,9 @@ Captures money exactly once per `Idempotency-Key`, and gives it back.
 
 Every error is a problem document (RFC 9457); programs decide by its `code`, which is stable. Before
 there is a request to one of the endpoints: `404 not_found`, `405 method_not_allowed`,
-`400 malformed_request` (not HTTP/1.1), `400 upgrade_not_supported` and `431 head_too_large` (over
-{HEAD_MAX // 1024} KiB). Bodies may have {BODY_MAX // 1024} KiB and take {BODY_TIMEOUT_S:g} s.
+`400 malformed_request` (not HTTP/1.1), `414 target_too_long`, `431 head_too_large` (over
+{HEAD_MAX // 1024} KiB), `501 not_implemented` and `505 version_not_supported`. Bodies may have
+{BODY_MAX // 1024} KiB and take {BODY_TIMEOUT_S:g} s.
 """
 
 TAGS = [

@@ -8,21 +8,28 @@ the framework, and at several times the capacity nearly every request is refused
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from payments.admission import Admission
 from payments.errors import TooBusy
 from payments.telemetry import Telemetry
+from web.heads import (
+    HEAD_DETAIL,
+    HEAD_MAX,
+    HEAD_TOO_LARGE,
+    MALFORMED_REQUEST,
+    TARGET_DETAIL,
+    TARGET_MAX,
+    TARGET_TOO_LONG,
+    Refusal,
+    objection_to,
+)
 from web.problems import MEDIA_TYPE, problem, refused
 
-HEAD_MAX = 64 * 1024  # bytes of one request's line and headers, checked after each read
 HEAD_TIMEOUT_S = 5.0  # also for a connection on which nothing comes at all
-
-
-MALFORMED_REQUEST = (400, "malformed_request")
-UPGRADE_NOT_SUPPORTED = (400, "upgrade_not_supported")
-HEAD_TOO_LARGE = (431, "head_too_large")
-PROTOCOL_PROBLEMS = (MALFORMED_REQUEST, UPGRADE_NOT_SUPPORTED, HEAD_TOO_LARGE)
+WRITE_TIMEOUT_S = 5.0  # for a client that does not take its answers, or does not go away
+PIPELINE_MAX = 16  # requests of one connection that wait behind the one under way
 
 # Never refused for load: whoever runs the service must see what is going on.
 OPEN_PATHS = frozenset((b"/health", b"/health/live", b"/metrics"))
@@ -39,6 +46,12 @@ class Protocol(HttpToolsProtocol):
         self._in_head = True
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._is_over = False  # nothing more is written
+        self._running: RequestResponseCycle | None = None  # self.cycle is the one read last
+        self._is_upgrade = False  # the request that is being read asks for another protocol
+        self._objection: bytes | None = None  # what to answer when the parser stops
+        self._last_words: bytes | None = None  # what ends the connection, after what is under way
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -47,25 +60,73 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._in_head = False
         self._watch_head()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+        self._give_up_running()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        if self._last_words is not None:
+            return
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._go_on_without_upgrade(data[upgrade.args[0] :])
+            return
+        except httptools.HttpParserError:
+            self._end(self._objection or self._refusal(MALFORMED_REQUEST, _NOT_HTTP))
+            return
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_MAX:
-                self._refuse(HEAD_TOO_LARGE, f"Send at most {HEAD_MAX} bytes of headers.")
+                self._end(self._refusal(HEAD_TOO_LARGE, HEAD_DETAIL))
+        elif self._is_idle() and self.timeout_keep_alive_task is None:
+            # Empty lines between requests: uvicorn stopped its clock, and no request has begun.
+            self._in_head = True
         if self._in_head is (self._head_timer is None):
             self._watch_head()
         if self._is_refusing:
             # Its body is still to come, and nobody will read it.
             self._answer_too_busy(keep_alive=False)
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client will send no more; what it asked for is answered still."""
+        if self._is_over:
+            return False
+        is_cut_short = self._head_bytes > 0 if self._in_head else self._is_reading_body()
+        detail = "The request ended before it was complete."
+        self._end(self._refusal(MALFORMED_REQUEST, detail) if is_cut_short else b"")
+        return not self.transport.is_closing()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_writing()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None and not self._is_over:
+            self._write_timer.cancel()
+
     def on_message_begin(self) -> None:
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._head_bytes, self._is_upgrade = True, 0, False
         super().on_message_begin()
 
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        if len(self.url) > TARGET_MAX:
+            self._object(TARGET_TOO_LONG, TARGET_DETAIL)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return  # a trailer, which must not be taken for a header (RFC 9110 section 6.5.1)
+        super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
+        self._check_head()
+        self._is_upgrade = self.parser.should_upgrade()
+        if self._is_upgrade:
+            return  # the parser stops here; data_received goes on
         self._in_head = False
         if self._admission.admits_another(len(self.tasks)) or not self._may_be_refused():
             super().on_headers_complete()
@@ -77,23 +138,75 @@ class Protocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._is_upgrade:
+            return
         if self._is_refusing:
             self._answer_too_busy(keep_alive=self.parser.should_keep_alive())
         else:
+            # A trailer can say it too, and the parser then reads nothing more.
+            self.cycle.keep_alive = self.cycle.keep_alive and self.parser.should_keep_alive()
             super().on_message_complete()
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(MALFORMED_REQUEST, "This is not an HTTP/1.1 request.")
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._close()
+        elif self._last_words is not None and self._is_idle():
+            self._say_last_words()
 
-    def _unsupported_upgrade_warning(self) -> None:
-        # The parser takes what follows for another protocol, so the body is lost; left alone,
-        # uvicorn would read it as the next request.
-        self._refuse(UPGRADE_NOT_SUPPORTED, "Send the request without an Upgrade header.")
+    def timeout_keep_alive_handler(self) -> None:
+        self._close()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _go_on_without_upgrade(self, rest: bytes) -> None:
+        """Ignores the wish (RFC 9110 section 7.8), which Java's HTTP client sends unasked.
+
+        The parser takes what follows the head for the other protocol: a new one gets the head
+        without the wish, and then the rest.
+        """
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.data_received(b"\r\n".join([*lines, b"", rest]))
+
+    def _check_head(self) -> None:
+        """Stops the parser at a head that it lets through and we do not."""
+        version = self.parser.get_http_version()
+        if version == "1.0":
+            self.expect_100_continue = False  # RFC 9110 section 10.1.1
+        objection = objection_to(self.parser.get_method(), self.url, version, self.headers)
+        if objection is not None:
+            self._object(*objection)
+        if len(self.pipeline) >= PIPELINE_MAX:
+            self._objection = _TOO_BUSY_AND_CLOSE
+            raise ValueError
+
+    def _object(self, refusal: Refusal, detail: str) -> None:
+        self._objection = self._refusal(refusal, detail)
+        raise ValueError  # stops the parser; data_received then refuses
+
+    def _is_idle(self) -> bool:
+        return self._running is None or self._running.response_complete
+
+    def _give_up_running(self) -> None:
+        """Of several requests uvicorn itself tells only the last."""
+        self.pipeline.clear()
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.waiting_for_100_continue = False
+            self._running.message_event.set()
+
+    def _is_reading_body(self) -> bool:
+        return self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete
 
     def _may_be_refused(self) -> bool:
         # Answers have the order of their requests: behind one that is under way it has to wait.
-        under_way = self.cycle is not None and not self.cycle.response_complete
-        return not under_way and self.url.partition(b"?")[0] not in OPEN_PATHS
+        return self._is_idle() and self.url.partition(b"?")[0] not in OPEN_PATHS
 
     def _answer_too_busy(self, *, keep_alive: bool) -> None:
         self._is_refusing = False
@@ -107,27 +220,68 @@ class Protocol(HttpToolsProtocol):
         if keep_alive:
             self.on_response_complete()
         else:
-            self.transport.close()
+            self._close()
 
     def _watch_head(self) -> None:
         """One timer from where a head is waited for until it is complete."""
         if self._head_timer is not None:
             self._head_timer.cancel()
         self._head_timer = (
-            self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close) if self._in_head else None
+            self.loop.call_later(HEAD_TIMEOUT_S, self._end, b"") if self._in_head else None
         )
 
-    def _refuse(self, refusal: tuple[int, str], detail: str) -> None:
-        if self.transport.is_closing():
-            return
+    def _watch_writing(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+        self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self.transport.abort)
+
+    def _refusal(self, refusal: Refusal, detail: str) -> bytes:
         status, code = refusal
         body = problem(status, code, "The request cannot be read", detail)
         head = (
             f"HTTP/1.1 {status} Refused\r\ncontent-type: {MEDIA_TYPE}\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n"
         )
-        self.transport.write(head.encode() + body)
+        date = b"".join(b"%s: %s\r\n" % header for header in self.server_state.default_headers)
+        return head.encode() + date + b"\r\n" + body
+
+    def _end(self, last_words: bytes) -> None:
+        """Reads nothing more, and closes the connection once what is under way was answered."""
+        if self.transport.is_closing() or self._last_words is not None:
+            return
+        self._last_words = last_words
+        self._in_head = False
+        self._watch_head()
+        if self._is_reading_body():
+            if self.pipeline:
+                self.pipeline.popleft()
+            else:
+                self._say_last_words()
+                return
+        if self._is_idle():
+            self._say_last_words()
+        elif not last_words:
+            latest = self.pipeline[0][0] if self.pipeline else self._running
+            assert latest is not None
+            latest.keep_alive = False
+
+    def _say_last_words(self) -> None:
+        if not self._last_words:
+            self._close()
+        elif not self.transport.is_closing():
+            # Closed with bytes unread, the connection would be reset, and the client might never
+            # see the answer: it is to close first (RFC 9112 section 9.6).
+            self._give_up_running()
+            self.transport.write(self._last_words)
+            self.transport.write_eof()
+            self._is_over = True
+            self._watch_writing()
+
+    def _close(self) -> None:
+        """Once everything was written, which a client that does not read may not hold up."""
         self.transport.close()
+        self._is_over = True
+        self._watch_writing()
 
 
 def _too_busy(connection: str) -> bytes:
@@ -140,3 +294,4 @@ def _too_busy(connection: str) -> bytes:
 
 
 _TOO_BUSY, _TOO_BUSY_AND_CLOSE = _too_busy("keep-alive"), _too_busy("close")
+_NOT_HTTP = "This is not an HTTP/1.1 request."

@@ -259,19 +259,6 @@ def test_connections_that_say_nothing_are_cut(data_dir: Path) -> None:
         assert b"431" in raw(service, endless).split(b"\r\n")[0]
 
 
-def test_a_body_is_never_taken_for_the_next_request(data_dir: Path) -> None:
-    """With an Upgrade header the parser gives up on HTTP after the head."""
-    inner = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
-    head = b"POST /v1/charge HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
-    head += b"Content-Length: %d\r\n\r\n" % len(inner)
-    with ServiceProcess(data_dir) as service:
-        for parts in ((head + inner,), (head, inner)):
-            answer = raw(service, *parts, pause_s=0.1)
-            assert answer.startswith(b"HTTP/1.1 400")
-            assert answer.count(b"HTTP/1.1") == 1
-            assert b"upgrade_not_supported" in answer
-
-
 def test_a_charge_whose_body_comes_after_the_sigterm_is_answered(data_dir: Path) -> None:
     """The provider is asked and slow: PENDING in time, not an error, and exit 0."""
     body = b'{"merchant_order_id":"f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9","amount_cents":5}'

@@ -16,8 +16,8 @@ from payments.settings import Settings
 from tests.test_docs import subclasses
 from tests.web.test_auth import key
 from web import openapi
+from web.heads import PROTOCOL_PROBLEMS
 from web.problems import FRAMEWORK_PROBLEMS
-from web.protocol import PROTOCOL_PROBLEMS
 
 pytestmark = pytest.mark.anyio
 

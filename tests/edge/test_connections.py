@@ -1,0 +1,67 @@
+"""How connections end: half closed, idle, never read, gone."""
+
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from tests.edge.raw import Connection
+from tests.edge.requests import BODY, LAST_CHUNK, charge, chunk, chunked, get
+from tests.edge.test_raw_bytes import said
+from tests.process import ServiceProcess
+
+CUT_SHORT = "400 malformed_request"
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        (charge, ["201"]),
+        (lambda: charge() + charge(), ["201", "201"]),
+        (lambda: get(b"/v1/payments"), ["200"]),
+        (lambda: charge(b"{}"), ["400 invalid_request"]),
+        (lambda: chunked(chunk(BODY) + LAST_CHUNK), ["201"]),
+        (lambda: b"", []),
+        (lambda: charge()[:30], [CUT_SHORT]),
+        (lambda: charge()[:-1], [CUT_SHORT]),
+        (lambda: chunked(chunk(BODY)), [CUT_SHORT]),
+        (lambda: charge() + charge()[:30], ["201", CUT_SHORT]),
+        (lambda: charge() + charge()[:-1], ["201", CUT_SHORT]),
+    ],
+)
+def test_a_client_that_will_send_no_more_gets_its_answers(
+    edge: ServiceProcess, sent: Callable[[], bytes], expected: list[str]
+) -> None:
+    """Like `printf … | nc -N`: the end of what is sent comes before the answer."""
+    started = time.monotonic()
+    with Connection(edge.port) as connection:
+        connection.send(sent())
+        connection.half_close()
+        heard = [said(answer).removesuffix(" closed") for answer in connection.answers()]
+    assert heard == expected
+    assert time.monotonic() - started < 2
+
+
+def test_empty_lines_do_not_keep_a_connection_open(edge: ServiceProcess) -> None:
+    with Connection(edge.port, 8) as connection:
+        connection.send(get())
+        assert connection.answer() is not None
+        connection.send(b"\r\n")
+        started = time.monotonic()
+        assert connection.answer() is None
+        assert 4.5 < time.monotonic() - started < 7
+
+
+def test_clients_that_are_gone_leave_nothing_behind(edge: ServiceProcess) -> None:
+    """In the middle of a charge, of several, or of a body; the log is checked by the fixture."""
+    process = psutil.Process(edge.process.pid)
+    before = process.num_fds()
+    for sent in [charge(), charge() * 5, charge()[:-1], charge() + charge()[:-1]] * 20:
+        connection = Connection(edge.port)
+        connection.send(sent)
+        connection.reset()
+    deadline = time.monotonic() + 5
+    while process.num_fds() > before + 8:  # its pool of database connections may have grown
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
