@@ -170,14 +170,19 @@ class _Library(_WithoutStore):
         return await loop.run_in_executor(self._threads, self._application.charge, command)
 
 
-class _OnlyRequestIds:
+class _OnlyReads:
     """In the place of the guard: just what the routes need of it."""
 
     def __init__(self, app: ASGIApp, *_: object) -> None:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        scope.setdefault("state", {})["request_id"] = uuid.uuid4().hex
+        message: Any = {"more_body": True}
+        body = b""
+        while message.get("more_body"):
+            message = await receive()
+            body += message.get("body", b"")
+        scope["state"] |= {"request_id": uuid.uuid4().hex, "body": body}
         await self._app(scope, receive, send)
 
 
@@ -187,7 +192,7 @@ def _unguarded_protocol(_: Admission, __: Telemetry, *args: Any, **kwargs: Any) 
 
 def strip() -> None:
     """Takes the guard, and our part of the protocol with its admission, out of this process."""
-    app.Guard = _OnlyRequestIds  # type: ignore[assignment, attr-defined]
+    app.Guard = _OnlyReads  # type: ignore[assignment, attr-defined]
     server.Protocol = _unguarded_protocol  # type: ignore[assignment, attr-defined]
 
 

@@ -29,6 +29,7 @@ from web.requests import (
     KEY_PATTERN,
     UUID_PATTERN,
     Anyone,
+    body_of,
     check_sent_json,
     client_of,
     command_answer,
@@ -165,7 +166,7 @@ async def charge(request: Anyone) -> Response[bytes]:
         raise InvalidIdempotencyKey(
             "Send an Idempotency-Key header: one value per charge, the same one when you retry it."
         )
-    body = read_body(await request.body(), ChargeBody)
+    body = read_body(body_of(request), ChargeBody)
     charged = await service_of(request).charging.charge(
         ChargePayment(
             ChargeRequest(

@@ -1,7 +1,7 @@
 """What every request passes before the framework sees it.
 
-The guard reads the whole body, within limits, so that nothing behind it waits for one; it gives
-the request its id; and it counts and times every answer.
+The guard reads the whole body, within limits, into the scope's state, so that nothing behind it
+waits for one; it gives the request its id; and it counts and times every answer.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import re
 import time
 from typing import Any
 
-from litestar.types import ASGIApp, HTTPReceiveMessage, Receive, Send
+from litestar.types import ASGIApp, Receive, Send
 from prometheus_client import Counter, Histogram
 
 from payments.admission import Admission
@@ -20,6 +20,10 @@ from web.problems import MEDIA_TYPE, refused
 
 BODY_MAX = 16 * 1024  # bytes; a charge has about 150
 BODY_TIMEOUT_S = 5.0
+
+# In the scope's state, if the server has the whole body already: there is nothing to time then,
+# and the clock would take longer than the reading.
+BODY_ARRIVED = "body_arrived"
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
@@ -68,23 +72,29 @@ class Guard:
             await send(message)
 
         try:
-            body = await self._read_body(receive)
+            scope["state"]["body"] = await self._read_body(scope["state"], receive)
         except PaymentsError as error:
             # What is left of the body is not read: the connection cannot be used again.
             await _refuse(send_counted, error)
         except ClientLeft:
             return
         else:
-            await self._app(scope, _Replay(body, receive), send_counted)
+            await self._app(scope, receive, send_counted)
         finally:
             if status:
                 self._count(scope, status, time.perf_counter() - started)
 
-    async def _read_body(self, receive: Receive) -> bytes:
+    async def _read_body(self, state: dict[str, Any], receive: Receive) -> bytes:
         """The body, within limits; who is slow to send it holds no place meanwhile."""
+        if BODY_ARRIVED in state:
+            return await _read_body(receive)
         self._admission.waiting += 1
         try:
-            return await _read_body(receive)
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                return await _read_body(receive)
+        except TimeoutError:
+            detail = f"Send the whole body within {BODY_TIMEOUT_S:g} seconds."
+            raise BodyTooSlow(detail) from None
         finally:
             self._admission.waiting -= 1
 
@@ -105,35 +115,17 @@ class Guard:
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
-class _Replay:
-    """The ASGI receive channel for an application whose body was already read."""
-
-    def __init__(self, body: bytes, receive: Receive) -> None:
-        self._body: bytes | None = body
-        self._receive = receive
-
-    async def __call__(self) -> HTTPReceiveMessage:
-        if self._body is None:
-            return await self._receive()  # type: ignore[return-value]
-        body, self._body = self._body, None
-        return {"type": "http.request", "body": body, "more_body": False}
-
-
 async def _read_body(receive: Receive) -> bytes:
     body: bytes = b""
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            while True:
-                message: Any = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientLeft
-                body += message.get("body", b"")
-                if len(body) > BODY_MAX:
-                    raise BodyTooLarge(f"Send at most {BODY_MAX} bytes.")
-                if not message.get("more_body"):
-                    return body
-    except TimeoutError:
-        raise BodyTooSlow(f"Send the whole body within {BODY_TIMEOUT_S:g} seconds.") from None
+    while True:
+        message: Any = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        body += message.get("body", b"")
+        if len(body) > BODY_MAX:
+            raise BodyTooLarge(f"Send at most {BODY_MAX} bytes.")
+        if not message.get("more_body"):
+            return body
 
 
 async def _refuse(send: Any, error: PaymentsError) -> None:

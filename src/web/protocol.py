@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from payments.admission import Admission
 from payments.errors import TooBusy
 from payments.telemetry import Telemetry
+from web.guard import BODY_ARRIVED
 from web.heads import (
     HEAD_DETAIL,
     HEAD_MAX,
@@ -113,14 +114,14 @@ class Protocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        super().on_url(url)
+        self.url += url
         if len(self.url) > TARGET_MAX:
             self._object(TARGET_TOO_LONG, TARGET_DETAIL)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._in_head:
-            return  # a trailer, which must not be taken for a header (RFC 9110 section 6.5.1)
-        super().on_header(name, value)
+        # What comes later is a trailer, not to be taken for a header (RFC 9110 section 6.5.1).
+        if self._in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._check_head()
@@ -145,6 +146,7 @@ class Protocol(HttpToolsProtocol):
         else:
             # A trailer can say it too, and the parser then reads nothing more.
             self.cycle.keep_alive = self.cycle.keep_alive and self.parser.should_keep_alive()
+            self.scope["state"][BODY_ARRIVED] = True
             super().on_message_complete()
 
     def on_response_complete(self) -> None:

@@ -34,6 +34,7 @@ from web.requests import (
     KEY_PATTERN,
     UUID_PATTERN,
     Anyone,
+    body_of,
     check_sent_json,
     client_of,
     command_answer,
@@ -159,7 +160,7 @@ async def refund(request: Anyone) -> Response[bytes]:
     client = client_of(request)
     check_sent_json(headers)
     key = idempotency_key(headers)
-    body = read_body(await request.body(), RefundBody)
+    body = read_body(body_of(request), RefundBody)
     amount_cents = None if body.amount_cents is msgspec.UNSET else body.amount_cents
     if amount_cents is not None and key is None:
         raise InvalidIdempotencyKey(

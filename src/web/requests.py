@@ -65,6 +65,11 @@ def traceparent(headers: Headers) -> str | None:
     return None
 
 
+def body_of(request: Anyone) -> bytes:
+    """As the guard read it."""
+    return cast(bytes, request.scope["state"]["body"])
+
+
 def request_id(request: Anyone) -> str:
     return cast(str, request.scope["state"]["request_id"])
 
