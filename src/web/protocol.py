@@ -30,6 +30,7 @@ from web.problems import MEDIA_TYPE, problem, refused
 
 HEAD_TIMEOUT_S = 5.0  # also for a connection on which nothing comes at all
 WRITE_TIMEOUT_S = 5.0  # for a client that does not take its answers, or does not go away
+WRITE_MIN = 16 * 1024  # bytes that it has to take in this time, if so many are left
 PIPELINE_MAX = 16  # requests of one connection that wait behind the one under way
 
 # Never refused for load: whoever runs the service must see what is going on.
@@ -48,6 +49,7 @@ class Protocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._unwritten = 0  # bytes, when that timer was set
         self._is_over = False  # nothing more is written
         self._running: RequestResponseCycle | None = None  # self.cycle is the one read last
         self._is_upgrade = False  # the request that is being read asks for another protocol
@@ -235,7 +237,14 @@ class Protocol(HttpToolsProtocol):
     def _watch_writing(self) -> None:
         if self._write_timer is not None:
             self._write_timer.cancel()
-        self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self.transport.abort)
+        self._unwritten = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self._check_writing)
+
+    def _check_writing(self) -> None:
+        if self.transport.get_write_buffer_size() + WRITE_MIN <= self._unwritten:
+            self._watch_writing()  # slow, but it takes it
+        else:
+            self.transport.abort()
 
     def _refusal(self, refusal: Refusal, detail: str) -> bytes:
         status, code = refusal

@@ -1,0 +1,73 @@
+"""Timers of a connection, made short: on a real one, in this process."""
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from payments.admission import Admission
+from payments.telemetry import Telemetry
+from web import protocol
+from web.protocol import Protocol
+
+pytestmark = pytest.mark.anyio
+
+ANSWER = bytes(3_000_000)  # as large as the largest file that the service has
+TIMEOUT_S = 0.3
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    length = str(len(ANSWER)).encode()
+    await send(
+        {"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]}
+    )
+    await send({"type": "http.response.body", "body": ANSWER})
+
+
+@pytest.fixture
+async def client(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[socket.socket]:
+    """It has asked; what it does not read stays in the server, but for the kernel's buffers."""
+    monkeypatch.setattr(protocol, "WRITE_TIMEOUT_S", TIMEOUT_S)
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none")
+    config.load()
+    make = partial(Protocol, Admission(10, 10), Telemetry(), config, ServerState(), {})
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(make, "127.0.0.1", 0)
+    for listener in server.sockets:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
+    with socket.socket() as opened:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+        opened.setblocking(False)
+        await loop.sock_connect(opened, server.sockets[0].getsockname())
+        await loop.sock_sendall(opened, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        yield opened
+    server.close()
+
+
+async def received(client: socket.socket, pause_s: float) -> int:
+    """How many bytes come until the end of the connection, or of the answer."""
+    loop, count = asyncio.get_running_loop(), 0
+    try:
+        while count < len(ANSWER) and (part := await loop.sock_recv(client, 100_000)):
+            count += len(part)
+            await asyncio.sleep(pause_s)
+    except ConnectionResetError:
+        pass
+    return count
+
+
+async def test_who_takes_an_answer_slowly_gets_all_of_it(client: socket.socket) -> None:
+    started = time.monotonic()
+    assert await received(client, pause_s=0.03) >= len(ANSWER)
+    assert time.monotonic() - started > 3 * TIMEOUT_S
+
+
+async def test_who_does_not_take_it_is_cut(client: socket.socket) -> None:
+    await asyncio.sleep(3 * TIMEOUT_S)
+    assert await received(client, pause_s=0) < len(ANSWER)
