@@ -18,7 +18,7 @@ import pytest
 from payments.cli.output import print_rows
 from payments.database import DatabaseAddress
 from payments.settings import VARIABLES, read_settings
-from tests.process import ServiceProcess, at, run, working
+from tests.process import ServiceProcess, at, free_port, run, working
 from tests.support import History, append
 from web.auth import authenticate
 
@@ -112,7 +112,7 @@ def test_no_value_forges_a_line_or_speaks_to_the_terminal(
     ],
 )
 def test_a_start_that_cannot_be_is_one_line(settings: dict[str, str], words: str) -> None:
-    done = run("serve", **settings)
+    done = run("serve", **({"PORT": str(free_port())} | settings))
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     assert len(lines) == 1

@@ -16,13 +16,12 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments import embedded_postgres
 from payments.database import DatabaseAddress
 from payments.deciding import payment_id_for
 from tests.crash.client import Answer, Caller, race
-from tests.crash.test_service import postgres_of, same_place
 from tests.doubles.provider import Fault, ProviderProcess
 from tests.invariants.checker import ChargeAnswer, ProviderRecord, RefundAnswer, check
+from tests.outside_postgres import OutsidePostgres
 from tests.process import ServiceProcess, at, working
 
 LANES = 4  # so many payments at a time
@@ -278,28 +277,22 @@ def test_500_payments_with_6_parallel_refunds_each(
     check(connection, records(provider), answers.charges, answers.refunds, settled=True)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGSTOP, signal.SIGKILL], ids=["frozen", "killed"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "killed"])
 def test_the_database_goes_away_between_the_providers_answer_and_the_append(
-    provider: ProviderProcess, data_dir: Path, stop: signal.Signals
+    provider: ProviderProcess, data_dir: Path, frozen: bool
 ) -> None:
     """202 in time, not an error: the money is captured. Then it is recorded by itself."""
-    outside = data_dir / "outside"
-    outside.mkdir()
     provider.script(Fault("slow", operation="charge", seconds=0.5))
-    with embedded_postgres.start(outside) as server:
-        address = DatabaseAddress(
-            str(server.socket_dir), server.port, server.user, None, "postgres"
-        )
+    with OutsidePostgres(data_dir / "outside") as server:
         answers = Answers()
-        more = settings(address, provider, CHARGE_DEADLINE_S=5, PENDING_ABANDON_AFTER_S=9)
-        with ServiceProcess(data_dir, **more) as one:
+        more = settings(server.address, provider, CHARGE_DEADLINE_S=5, PENDING_ABANDON_AFTER_S=9)
+        with ServiceProcess(data_dir, **(more | server.settings)) as one:
 
             async def charge(callers: list[Caller]) -> Answer | None:
                 task = asyncio.create_task(callers[0].charge("k"))
                 while not provider.captures():
                     await asyncio.sleep(0.01)
-                for process in postgres_of(outside):
-                    process.send_signal(stop)
+                (server.freeze if frozen else server.kill)()
                 return await task
 
             started = time.monotonic()
@@ -307,19 +300,12 @@ def test_the_database_goes_away_between_the_providers_answer_and_the_append(
                 answer = race([one.port], 1, charge)
                 took_s = time.monotonic() - started
             finally:
-                again = server
-                if stop is signal.SIGKILL:
-                    server.release()
-                    again = embedded_postgres.start(outside)
-                    same_place(server.socket_dir, again.socket_dir)
-                else:
-                    for process in postgres_of(outside):
-                        process.send_signal(signal.SIGCONT)
+                (server.thaw if frozen else server.start)()
             assert took_s < 3.5  # 0.5 s of it are the provider's
             assert answer is not None
             assert (answer.status, answer.body["status"]) == (202, "PENDING")
             answers.charged("k", answer)
-            with again, psycopg.connect(address.conninfo("tests"), autocommit=True) as connection:
+            with server.connect() as connection:
                 eventually(lambda: nothing_open(connection) and count(connection) == 2)
                 assert one.terminate() == 0
                 check(connection, records(provider), answers.charges, settled=True)
