@@ -97,10 +97,13 @@ class IdempotencyKeyReused(PaymentsError):
     title = "This Idempotency-Key was used for another request"
 
     def __init__(self, differing: tuple[str, ...]) -> None:
-        super().__init__(
-            f"The key was first used with another {', '.join(differing)}. "
-            "Send the first request again as it was, or use a new key."
-        )
+        if "client" in differing:
+            detail = "Another client has used this key. Keys are shared by all: begin yours in a "
+            detail += "way that nobody else's do, for example with the name of your system."
+        else:
+            detail = f"The key was first used with another {', '.join(differing)}. "
+            detail += "Send the first request again as it was, or use a new key."
+        super().__init__(detail)
         self.errors = tuple(
             FieldError(name, "differs from the first request with this key") for name in differing
         )

@@ -133,11 +133,11 @@ CHARGE = Operation(
             links=_LINKS,
         ),
         202: Answer(
-            "`PENDING`: not known in time. It is found out without another request; read the "
-            "payment, or send the same request again after 7 s.",
+            "`PENDING`: not known in time. Send the same request again after `Retry-After`; it is "
+            "sent to the provider only if that has never heard of it. Or read the payment.",
             ChargeAnswer,
             _CHARGED | {"provider_txn_id": None, "status": "PENDING"},
-            headers=("Location",),
+            headers=("Location", "Retry-After"),
             links=_LINKS,
         ),
     },
@@ -181,10 +181,10 @@ async def charge(request: Anyone) -> Response[bytes]:
             traceparent(headers),
         )
     )
-    return _answer(charged)
+    return _answer(request, charged)
 
 
-def _answer(charged: Charged) -> Response[bytes]:
+def _answer(request: Anyone, charged: Charged) -> Response[bytes]:
     payment = charged.payment
     answer = ChargeAnswer(
         payment.id,
@@ -196,4 +196,4 @@ def _answer(charged: Charged) -> Response[bytes]:
         payment.currency,
     )
     pending = answer.status is Status.PENDING
-    return command_answer(answer, payment.id, pending=pending, replayed=charged.replayed)
+    return command_answer(request, answer, payment.id, pending=pending, replayed=charged.replayed)

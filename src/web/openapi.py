@@ -30,14 +30,16 @@ Captures money exactly once per `Idempotency-Key`, and gives it back.
 
 1. Make **one key for each attempt to pay an order**, and store it with the order before you send.
 2. Wait 8 s for the answer; the service answers within 7 s.
-3. `201` is final: `status` is `SUCCESS` or `FAILED` (declined). Only after `FAILED` may a new
-   attempt be made, with a new key.
+3. `201` is final: `status` is `SUCCESS`, or `FAILED` (declined, or given up: nobody paid). Only
+   after `FAILED` may a new attempt be made, with a new key.
 4. No answer, a broken connection, `408`, `500` or `503`: send **the same request with the same
    key** again, after `Retry-After` seconds or growing pauses, until the answer is `201` or `202`.
    However often it is sent, it is captured once; an outcome that was there before comes with
    `Idempotent-Replayed: true`.
-5. `202` is `PENDING`: the outcome is found out by itself. Read the payment now and then, or send
-   the same request again after 7 s. Do not give the order up, and do not take a new key.
+5. `202` is `PENDING`: do not give the order up, and do not take a new key. Send the same request
+   again after `Retry-After`, as long as the seats can be held: if the provider never heard of the
+   charge, that sends it. Left alone it becomes `SUCCESS` if it was captured, else, after a quarter
+   of an hour, `FAILED`.
 6. Any other `4xx`: do not repeat it, it would be refused again. Mend what `detail` and `errors`
    name. `422` says that the key belongs to another request.
 
@@ -81,7 +83,7 @@ _HEADERS: dict[str, dict[str, Any]] = {
         "schema": {"type": "string", "format": "uri-reference"},
     },
     "Idempotent-Replayed": {
-        "description": "Sent if the outcome was there before this request.",
+        "description": "Sent if an earlier request with this key began what is answered.",
         "schema": {"type": "string", "enum": ["true"]},
     },
     "Retry-After": {
@@ -229,7 +231,8 @@ def _problem(
     status: int, titles: dict[str, str], description: str, *headers: str
 ) -> dict[str, Any]:
     """An answer with one of these codes; each has its title."""
-    these = {"properties": {"status": {"const": status}, "code": {"enum": list(titles)}}}
+    # Only the code: generators of clients cannot narrow a number down to one.
+    these = {"properties": {"code": {"type": "string", "enum": list(titles)}}}
     detail = "What is wrong with this very request, and what to do about it."
     content = {"schema": {"allOf": [_reference(Problem), these]}} | _examples(
         {

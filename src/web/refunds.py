@@ -131,7 +131,7 @@ REFUND = Operation(
             "request; read the payment, or send the same request again.",
             RefundAnswer,
             _REFUNDED | {"refunded_cents": 0},
-            headers=("Location",),
+            headers=("Location", "Retry-After"),
             links=_LINKS,
         ),
     },
@@ -176,10 +176,10 @@ async def refund(request: Anyone) -> Response[bytes]:
         )
     except PaymentNotFound:
         raise await not_found(service.database, wanted.payment_id, reach) from None
-    return _answer(refunded)
+    return _answer(request, refunded)
 
 
-def _answer(refunded: Refunded) -> Response[bytes]:
+def _answer(request: Anyone, refunded: Refunded) -> Response[bytes]:
     payment, made = refunded.payment, refunded.refund
     pending = made.status is Status.PENDING
     if pending:
@@ -190,4 +190,4 @@ def _answer(refunded: Refunded) -> Response[bytes]:
         whole = refunded_cents == payment.amount_cents
         status = Status.REFUNDED if whole else Status.SUCCESS
     answer = RefundAnswer(payment.id, status, made.id, made.amount_cents, refunded_cents)
-    return command_answer(answer, payment.id, pending=pending, replayed=refunded.replayed)
+    return command_answer(request, answer, payment.id, pending=pending, replayed=refunded.replayed)

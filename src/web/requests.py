@@ -1,5 +1,6 @@
 """What the endpoints under /v1 read from a request, and how commands answer it."""
 
+import math
 import re
 from typing import Any, cast
 from uuid import UUID
@@ -83,11 +84,14 @@ def uuid_in_path(text: str, field: str) -> UUID:
 
 
 def command_answer(
-    answer: msgspec.Struct, payment_id: UUID, *, pending: bool, replayed: bool
+    request: Anyone, answer: msgspec.Struct, payment_id: UUID, *, pending: bool, replayed: bool
 ) -> Response[bytes]:
     """201 for an outcome, 202 while there is none; a replayed outcome says so in a header."""
     headers = {"Location": f"/v1/payments/{payment_id}"}
-    if replayed and not pending:
+    if pending:
+        # Sooner, a repetition would only wait for this request's time to be over.
+        headers["Retry-After"] = str(math.ceil(service_of(request).settings.charge_deadline_s))
+    elif replayed:
         headers["Idempotent-Replayed"] = "true"
     return Response(
         msgspec.json.encode(answer),

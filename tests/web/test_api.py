@@ -118,6 +118,13 @@ async def test_odd_payment_ids(client: httpx.AsyncClient, payment_id: str) -> No
     assert problem(await client.get(f"/v1/payments/{payment_id}")) == (400, "invalid_request")
 
 
+@pytest.mark.parametrize("path", ["/v1/payments/", "/v1/payments//", "/v1/payments/%2f"])
+async def test_a_lost_payment_id_does_not_ask_for_the_list(
+    client: httpx.AsyncClient, path: str
+) -> None:
+    assert problem(await client.get(path)) == (404, "not_found")
+
+
 @pytest.mark.parametrize(
     "headers",
     [

@@ -196,8 +196,9 @@ def problems(document: Any) -> set[tuple[int, str]]:
     for answer in [*answers, *document["components"]["responses"].values()]:
         content = answer["content"].get("application/problem+json")
         if content:
-            these = content["schema"]["allOf"][1]["properties"]
-            found |= {(these["status"]["const"], code) for code in these["code"]["enum"]}
+            codes = content["schema"]["allOf"][1]["properties"]["code"]["enum"]
+            assert list(content["examples"]) == codes
+            found |= {(content["examples"][code]["value"]["status"], code) for code in codes}
     return found
 
 
