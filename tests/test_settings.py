@@ -92,7 +92,7 @@ GOOD: list[tuple[str, str, Any]] = [
     ("PENDING_ABANDON_AFTER_S", "1", 1.0),
     ("PENDING_ABANDON_AFTER_S", "604800", 604_800.0),
     ("INTENT_QUEUE_MAX", "1", 1),
-    ("INTENT_QUEUE_MAX", "100000", 100_000),
+    ("INTENT_QUEUE_MAX", "5000", 5000),
     ("GATEWAY_CONCURRENCY_MAX", "1", 1),
     ("DATABASE_POOL_MAX", "100", 100),
     ("GATEWAY", "simulated", "simulated"),

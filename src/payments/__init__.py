@@ -16,6 +16,7 @@
     unsettled.py       the list of what the provider must be asked about again
     database.py        connections;  migrations/ the schema
     admission.py       how much one process takes on, and when it refuses
+    shared.py          one answer for all who ask at the same time
     service.py         wires everything together from Settings
     cli/               the `payments` command
 

@@ -27,9 +27,11 @@ from payments.projections.payments import PaymentsProjection
 from payments.queries.followers import follower_states, unsettled_payments
 from payments.queries.lookups import PaymentLookups
 from payments.settings import Settings
+from payments.shared import Shared
 from payments.telemetry import UNSETTLED_KINDS, Telemetry
 
 OBSERVE_TIMEOUT_S = 2.0  # a scrape is answered in under 3 s
+HEALTH_TIMEOUT_S = 2.0  # probes often give up after 3 s
 
 
 class Service:
@@ -49,8 +51,11 @@ class Service:
         self.settings = settings
         self.telemetry = telemetry or Telemetry()
         self.database = Database(address, settings.database_pool_max)
-        # Health and metrics never wait behind requests for a connection.
-        self.operations_database = Database(address, 1)
+        # Health and metrics never wait behind requests for a connection, nor behind one another:
+        # however many ask, the database is asked one thing of each kind at a time.
+        self._operations_database = Database(address, 2)
+        self.reach_database = Shared(self._reach_database)
+        self.observe = Shared(self._observe)
         self.gateway = CountedGateway(gateway or build_gateway(settings), self.telemetry)
         self.appender = Appender(self.database.connect, self.telemetry, settings.intent_queue_max)
         places, slots = settings.intent_queue_max, settings.gateway_concurrency_max
@@ -69,19 +74,23 @@ class Service:
         if self.settings.order_callback_url is not None:
             logger.warning("ORDER_CALLBACK_URL is set, but this version sends no callbacks yet")
         await self.database.open()
-        await self.operations_database.open()
+        await self._operations_database.open()
         self.appender.start()
         if work:
             self.follower.start()
             self.settling.start()
 
-    async def observe(self) -> None:
+    async def _reach_database(self) -> None:
+        """Whether it answers: within HEALTH_TIMEOUT_S, or DatabaseUnavailable."""
+        await self._operations_database.fetch("SELECT 1", timeout_s=HEALTH_TIMEOUT_S)
+
+    async def _observe(self) -> None:
         """Brings the gauges that only the database knows up to date, within OBSERVE_TIMEOUT_S;
         raises DatabaseUnavailable."""
         try:
             async with asyncio.timeout(OBSERVE_TIMEOUT_S):
-                followers = await follower_states(self.operations_database)
-                unsettled = await unsettled_payments(self.operations_database)
+                followers = await follower_states(self._operations_database)
+                unsettled = await unsettled_payments(self._operations_database)
         except TimeoutError:
             raise DatabaseUnavailable("The database does not answer.") from None
         for follower in followers:
@@ -106,7 +115,7 @@ class Service:
             async with asyncio.timeout(timeout_s * 0.3):
                 await self.gateway.close()
                 await self.database.close()
-                await self.operations_database.close()
+                await self._operations_database.close()
 
 
 GATEWAY_MEMBERS = (

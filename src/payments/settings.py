@@ -214,7 +214,7 @@ VARIABLES = (
     ),
     Variable(
         "INTENT_QUEUE_MAX",
-        _whole(1, 100_000),
+        _whole(1, 5_000),
         "512",
         "requests that are worked on at once; more are refused with 503",
     ),

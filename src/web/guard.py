@@ -20,6 +20,7 @@ from web.problems import MEDIA_TYPE, refused
 
 BODY_MAX = 16 * 1024  # bytes; a charge has about 150
 BODY_TIMEOUT_S = 5.0
+LINGER_S = 1.0  # for a client to notice that it is refused
 
 # In the scope's state, if the server has the whole body already: there is nothing to time then,
 # and the clock would take longer than the reading.
@@ -74,8 +75,7 @@ class Guard:
         try:
             scope["state"]["body"] = await self._read_body(scope["state"], receive)
         except PaymentsError as error:
-            # What is left of the body is not read: the connection cannot be used again.
-            await _refuse(send_counted, error)
+            await self._refuse(error, receive, send_counted)
         except ClientLeft:
             return
         else:
@@ -97,6 +97,29 @@ class Guard:
             raise BodyTooSlow(detail) from None
         finally:
             self._admission.waiting -= 1
+
+    async def _refuse(self, error: PaymentsError, receive: Receive, send: Send) -> None:
+        """Answers, and ends the connection: what is left of the body makes it useless.
+
+        But only after a while in which that is thrown away. Closed with bytes unread, a connection
+        is reset, and a client that is still sending would not see the answer.
+        """
+        status, body, extra = refused(error)
+        headers = [(b"content-type", MEDIA_TYPE.encode()), (b"connection", b"close")]
+        headers += [(name.lower().encode(), value.encode()) for name, value in extra.items()]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        self._admission.waiting += 1
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while (await receive()).get("more_body"):
+                    pass
+        except TimeoutError:
+            pass
+        finally:
+            self._admission.waiting -= 1
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _count(self, scope: Any, status: int, seconds: float) -> None:
         # The template, never the path: paths are without number.
@@ -126,15 +149,6 @@ async def _read_body(receive: Receive) -> bytes:
             raise BodyTooLarge(f"Send at most {BODY_MAX} bytes.")
         if not message.get("more_body"):
             return body
-
-
-async def _refuse(send: Any, error: PaymentsError) -> None:
-    status, body, extra = refused(error)
-    headers = [(b"content-type", MEDIA_TYPE.encode()), (b"connection", b"close")]
-    headers += [(name.lower().encode(), value.encode()) for name, value in extra.items()]
-    headers.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 def _request_id(scope: Any) -> str:

@@ -16,6 +16,7 @@ from payments.settings import Settings
 BACKLOG = 2048  # connections that may wait to be accepted
 ACCEPTS_MAX = 512  # in one turn of the loop: about 15 ms
 ACCEPT_PAUSE_S = 0.1
+UNSENT_MAX = 128 * 1024  # bytes of answers that the kernel keeps for a connection
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -26,6 +27,10 @@ def bind(settings: Settings) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Connections inherit it: an answer in two parts does not wait for the client's kernel.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            # What a client has not taken stays with us but for this, and so does the knowledge of
+            # whether it takes anything: the kernel would report that in steps of a megabyte.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_MAX)
         listener.setblocking(False)
         listener.bind(info[4])
         listener.listen(BACKLOG)  # now, so that a second start notices

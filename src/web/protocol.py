@@ -47,12 +47,15 @@ class Protocol(HttpToolsProtocol):
         self._is_refusing = False  # the request that is being read was not admitted
         self._in_head = True
         self._head_bytes = 0
+        self._heads_begun = 0  # in the data that is being read
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._unwritten = 0  # bytes, when that timer was set
         self._is_over = False  # nothing more is written
         self._running: RequestResponseCycle | None = None  # self.cycle is the one read last
         self._is_upgrade = False  # the request that is being read asks for another protocol
+        # A request whose answer could not be written yet: it is begun once it can.
+        self._held_back: tuple[RequestResponseCycle, Any] | None = None
         self._objection: bytes | None = None  # what to answer when the parser stops
         self._last_words: bytes | None = None  # what ends the connection, after what is under way
 
@@ -72,16 +75,21 @@ class Protocol(HttpToolsProtocol):
         if self._last_words is not None:
             return
         self._unset_keepalive_if_required()
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._go_on_without_upgrade(data[upgrade.args[0] :])
-            return
-        except httptools.HttpParserError:
-            self._end(self._objection or self._refusal(MALFORMED_REQUEST, _NOT_HTTP))
-            return
+        was_in_head, self._heads_begun = self._in_head, 0
+        rest = data
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                rest = b""
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = self._without_upgrade(rest[upgrade.args[0] :])
+            except httptools.HttpParserError:
+                self._end(self._objection or self._refusal(MALFORMED_REQUEST, _NOT_HTTP))
+                return
         if self._in_head:
-            self._head_bytes += len(data)
+            # Of a head behind other requests it is not known where in the data it began.
+            is_all_head = was_in_head and self._heads_begun <= 1
+            self._head_bytes += len(data) if is_all_head else 1
             if self._head_bytes > HEAD_MAX:
                 self._end(self._refusal(HEAD_TOO_LARGE, HEAD_DETAIL))
         elif self._is_idle() and self.timeout_keep_alive_task is None:
@@ -110,9 +118,13 @@ class Protocol(HttpToolsProtocol):
         super().resume_writing()
         if self._write_timer is not None and not self._is_over:
             self._write_timer.cancel()
+        if self._held_back is not None:
+            held_back, self._held_back = self._held_back, None
+            self._start_asgi_task(*held_back)
 
     def on_message_begin(self) -> None:
         self._in_head, self._head_bytes, self._is_upgrade = True, 0, False
+        self._heads_begun += 1
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -163,9 +175,13 @@ class Protocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        if self.flow.write_paused:
+            # It would wait for its client with a place that is meant for work.
+            self._held_back = (cycle, app)
+        else:
+            super()._start_asgi_task(cycle, app)
 
-    def _go_on_without_upgrade(self, rest: bytes) -> None:
+    def _without_upgrade(self, rest: bytes) -> bytes:
         """Ignores the wish (RFC 9110 section 7.8), which Java's HTTP client sends unasked.
 
         The parser takes what follows the head for the other protocol: a new one gets the head
@@ -176,7 +192,8 @@ class Protocol(HttpToolsProtocol):
         lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.data_received(b"\r\n".join([*lines, b"", rest]))
+        self._heads_begun -= 1  # the same one begins again
+        return b"\r\n".join([*lines, b"", rest])
 
     def _check_head(self) -> None:
         """Stops the parser at a head that it lets through and we do not."""
@@ -217,6 +234,7 @@ class Protocol(HttpToolsProtocol):
         self._refusals.inc()
         if self.transport.is_closing():
             return
+        keep_alive = keep_alive and not self.flow.write_paused  # it does not even read the answers
         answer = _TOO_BUSY if keep_alive else _TOO_BUSY_AND_CLOSE
         if self.parser.get_method() == b"HEAD":
             answer = answer[: answer.index(b"\r\n\r\n") + 4]

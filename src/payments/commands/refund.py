@@ -155,6 +155,7 @@ class Refunding:
             try:
                 await self._appender.append_intent(to_stored_event(fact))
             except StreamConflict:
+                run.store_has_answered()  # another refund of this payment came first
                 continue
             run.begun()
             payment = evolve(loaded.payment, fact)

@@ -41,7 +41,8 @@ class Run(Generic[A]):
         # When whoever waits gets an answer in any case: the deadline, or sooner.
         self.answer_by = deadline
         # The same, until the intent is durable.
-        self.begin_by = min(deadline, time.monotonic() + INTENT_PATIENCE_S)
+        self.begin_by = 0.0
+        self.store_has_answered()
         self.has_begun = False
         self.answer: A | Exception | None = None
         # Set once the provider may have been asked: from then on the answer is never an error.
@@ -63,6 +64,10 @@ class Run(Generic[A]):
             self._leave_places(1)
         self._tell()
         return await waiter
+
+    def store_has_answered(self) -> None:
+        """Before the intent is durable: it may take as long again as at the start."""
+        self.begin_by = min(self.deadline, time.monotonic() + INTENT_PATIENCE_S)
 
     def begun(self) -> None:
         """The intent is durable, or an earlier request's is: now somebody else is waited for.
