@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 import psycopg
 import pytest
+from eventsourcing.persistence import StoredEvent
 
+from payments.commands import runs
 from payments.commands.refund import Refunded, RefundPayment
 from payments.deciding import REFUNDS_MAX, RefundRequest, payment_id_for
 from payments.errors import (
@@ -308,6 +310,24 @@ async def test_too_many_intents_are_refused_before_anything(
         await service.refunding.refund(refund_of())
     assert len(topics(connection, PAYMENT)) == 2
     assert gateway_of(service).refunds == []
+
+
+async def test_refunds_that_race_are_decided_again_however_long_that_takes(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each conflict shows that the store answers; only its silence is answered with 503."""
+    monkeypatch.setattr(runs, "INTENT_PATIENCE_S", 0.3)
+    service = await charged(make)
+    append = service.appender.append_intent
+
+    async def append_slowly(event: StoredEvent) -> int:
+        await asyncio.sleep(0.1)
+        return await append(event)
+
+    monkeypatch.setattr(service.appender, "append_intent", append_slowly)
+    requests = [service.refunding.refund(refund_of(1, f"r{number}")) for number in range(6)]
+    outcomes = await asyncio.gather(*requests)  # one more goes through each 0.1 s
+    assert {outcome.refund.status for outcome in outcomes} == {Status.SUCCESS}
 
 
 async def test_no_database_is_503_within_the_bound(make: Make) -> None:

@@ -5,6 +5,7 @@ Two places only, and the store held by somebody: two charges wait for it and tak
 
 import re
 import resource
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -179,3 +180,20 @@ def test_connections_are_not_bounded_by_the_shells_limit_on_files(
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert limits == (hard, hard)
+
+
+def test_who_does_not_read_its_answers_holds_no_place(service: ServiceProcess) -> None:
+    large = b"GET /schema/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
+    with ExitStack() as stack:
+        for _ in range(6):
+            silent = stack.enter_context(socket.socket())
+            silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            silent.connect(("127.0.0.1", service.port))
+            silent.sendall(large * 4)
+            time.sleep(0.1)
+        for number in range(5):
+            with Connection(service.port) as client:
+                client.send(charge(f"beside-{number}") + BODY)
+                answer = client.answer()
+                assert answer is not None
+                assert answer.status == 201

@@ -1,5 +1,6 @@
 """How connections end: half closed, idle, never read, gone."""
 
+import http.client
 import time
 from collections.abc import Callable
 
@@ -65,3 +66,19 @@ def test_clients_that_are_gone_leave_nothing_behind(edge: ServiceProcess) -> Non
     while process.num_fds() > before + 8:  # its pool of database connections may have grown
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_client_that_sends_far_too_much_sees_why_it_is_refused(edge: ServiceProcess) -> None:
+    """It is still sending when it is refused: a reset would come instead of the answer."""
+    for _ in range(5):
+        client = http.client.HTTPConnection("127.0.0.1", edge.port, timeout=10)
+        client.request("POST", "/v1/charge", bytes(3_000_000), {"Content-Type": "text/plain"})
+        assert client.getresponse().status == 413
+        client.close()
+
+
+def test_a_head_behind_large_requests_is_not_taken_for_a_large_one(edge: ServiceProcess) -> None:
+    with Connection(edge.port) as connection:
+        connection.send(charge(bytes(15_000)) * 8 + get()[:20], get()[20:], pause_s=0.3)
+        statuses = [answer.status for _ in range(9) if (answer := connection.answer())]
+    assert statuses == [400] * 8 + [200]
