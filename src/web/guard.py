@@ -75,7 +75,7 @@ class Guard:
         try:
             scope["state"]["body"] = await self._read_body(scope["state"], receive)
         except PaymentsError as error:
-            await self._refuse(error, receive, send_counted)
+            await self._refuse(error, scope["state"], receive, send_counted)
         except ClientLeft:
             return
         else:
@@ -98,7 +98,9 @@ class Guard:
         finally:
             self._admission.waiting -= 1
 
-    async def _refuse(self, error: PaymentsError, receive: Receive, send: Send) -> None:
+    async def _refuse(
+        self, error: PaymentsError, state: dict[str, Any], receive: Receive, send: Send
+    ) -> None:
         """Answers, and ends the connection: what is left of the body makes it useless.
 
         But only after a while in which that is thrown away. Closed with bytes unread, a connection
@@ -113,7 +115,7 @@ class Guard:
         self._admission.waiting += 1
         try:
             async with asyncio.timeout(LINGER_S):
-                while (await receive()).get("more_body"):
+                while BODY_ARRIVED not in state and (await receive()).get("more_body"):
                     pass
         except TimeoutError:
             pass

@@ -1,8 +1,8 @@
 """uvicorn's HTTP/1.1 protocol with the limits that it lacks, and our form of refusal.
 
 Every limit on a body is the guard's; these are for what comes before there is a request. Requests
-beyond what the process can take on are refused here too: it takes a tenth of what it would behind
-the framework, and at several times the capacity nearly every request is refused.
+beyond what the process can take on are refused here too: it takes a quarter of what it would behind
+the framework, and at several times the capacity most requests are refused.
 """
 
 import asyncio
