@@ -165,7 +165,9 @@ def test_a_sigterm_while_the_database_is_away(data_dir: Path, frozen: bool) -> N
             took_s = time.monotonic() - started
         assert took_s < 9
         under_way = load.answers[sent:][: len(load)]
-        assert {status for _, status, _, _ in under_way} <= {201, 202, 503}, "cut off"
+        # Who came when the door was closed already (0) was sent away at once.
+        answered = {status for _, status, _, took_s in under_way if status or took_s > 0.1}
+        assert answered <= {201, 202, 503}, "cut off"
 
 
 def test_a_charge_whose_body_comes_after_the_sigterm_is_answered(data_dir: Path) -> None:

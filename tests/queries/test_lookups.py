@@ -116,8 +116,8 @@ async def test_a_lasting_backlog_costs_nobody_an_answer(
 ) -> None:
     """There is always somebody waiting, for longer than one lookup may wait."""
     monkeypatch.setattr("payments.queries.lookups.BATCH_MAX", 2)
-    monkeypatch.setattr("payments.queries.lookups.READ_TIMEOUT_S", 0.3)
-    ends_at = time.monotonic() + 1
+    monkeypatch.setattr("payments.queries.lookups.READ_TIMEOUT_S", 0.6)
+    ends_at = time.monotonic() + 1.5
 
     async def reader() -> int:
         found = 0
