@@ -25,8 +25,7 @@ from payments.payment import Status
 from web.bodies import UnsupportedMediaType, read_body
 from web.description import Answer, Operation, Parameter, described
 from web.requests import (
-    KEY_MAX,
-    KEY_PATTERN,
+    KEY_SCHEMA,
     UUID_PATTERN,
     Anyone,
     body_of,
@@ -111,7 +110,7 @@ CHARGE = Operation(
             "Idempotency-Key",
             "header",
             "One value per charge, the same one when the charge is repeated. Keys never expire.",
-            {"type": "string", "minLength": 1, "maxLength": KEY_MAX, "pattern": KEY_PATTERN},
+            KEY_SCHEMA,
             required=True,
             examples={"charge": "abc123"},
         ),

@@ -30,8 +30,7 @@ from web.auth import may_read
 from web.bodies import UnsupportedMediaType, read_body
 from web.description import Answer, Operation, Parameter, described
 from web.requests import (
-    KEY_MAX,
-    KEY_PATTERN,
+    KEY_SCHEMA,
     UUID_PATTERN,
     Anyone,
     body_of,
@@ -106,7 +105,7 @@ REFUND = Operation(
             "header",
             "One value per refund of the payment, the same one when the refund is repeated. "
             "Required with `amount_cents`, and better always sent.",
-            {"type": "string", "minLength": 1, "maxLength": KEY_MAX, "pattern": KEY_PATTERN},
+            KEY_SCHEMA,
             examples={"a part": "abc123-refund-1", "all that is left": "abc123-refund-2"},
         ),
     ),

@@ -18,11 +18,9 @@ import pytest
 
 from payments.database import DatabaseAddress
 from tests.edge.raw import Answer, Connection
+from tests.edge.requests import BODY
 from tests.events.test_appender import LOCK, UNLOCK
 from tests.process import ServiceProcess, at
-from tests.support import ORDER_ID
-
-BODY = b'{"merchant_order_id": "%s", "amount_cents": 1500}' % str(ORDER_ID).encode()
 
 
 def charge(
