@@ -964,8 +964,9 @@ async def test_many_parked_streams_do_not_keep_it_from_following(
     follower.start()
     try:
         key = "SELECT FROM payments WHERE idempotency_key = 'k'"
-        await until(lambda: connection.execute(key).fetchone() is not None, 0.5)
-        await until(lambda: not follower._to_retry)
+        await until(lambda: connection.execute(key).fetchone() is not None, 10)
+        assert follower._to_retry
+        await until(lambda: not follower._to_retry, 30)
     finally:
         await follower.stop()
 
