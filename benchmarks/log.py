@@ -21,7 +21,7 @@ from payments.deciding import (
 from payments.events import facts
 from payments.events.facts import Fact
 from payments.payment import Approved, Declined, Payment, evolve
-from payments.service import payments_follower
+from payments.service import build_followers
 from payments.settings import Settings
 from payments.telemetry import Telemetry
 
@@ -97,7 +97,7 @@ def _refund(payment: Payment, cause: Cause) -> list[Fact]:
 
 async def project(address: DatabaseAddress, events: int = 1 << 62) -> list[tuple[int, float]]:
     """Runs the projector until it has applied `events`, or all; (events, seconds) of each batch."""
-    follower = payments_follower(Settings(), Database(address, 1), Telemetry())
+    (follower,) = build_followers(Settings(), Database(address, 1), Telemetry())
     batches = []
     done = 0
     while done < events:

@@ -15,7 +15,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from payments.telemetry import (
+    BREAKER_STATES,
+    CALLBACK_OUTCOMES,
     CHARGE_OUTCOMES,
+    FOLLOWERS,
     GATEWAY_OPERATIONS,
     GATEWAY_OUTCOMES,
     REFUND_OUTCOMES,
@@ -299,8 +302,14 @@ class TestMetrics:
         }
         for name in ("payments_unsettled", "payments_unsettled_oldest_age_seconds"):
             assert label_sets(found[name], "") == {(kind,) for kind in UNSETTLED_KINDS}
+        attempts = label_sets(found["payments_callback_attempts"], "_total")
+        assert attempts == {(outcome,) for outcome in CALLBACK_OUTCOMES}
+        breaker = label_sets(found["payments_callback_breaker_state"], "")
+        assert breaker == {(state,) for state in BREAKER_STATES}
+        for name in ("payments_callbacks_due", "payments_callbacks_dead"):
+            assert label_sets(found[name], "") == {()}
         for name in ("payments_follower_lag_events", "payments_parked_streams"):
-            assert label_sets(found[name], "") == {("payments",)}
+            assert label_sets(found[name], "") == {(follower,) for follower in FOLLOWERS}
         mismatches = found["payments_provider_mismatches"]
         assert label_sets(mismatches, "_total") == {("charge",), ("refund",)}
         assert label_sets(found["payments_gateway_calls"], "_total") == {
@@ -331,7 +340,7 @@ class TestMetrics:
             for sample in family.samples
             for label in sample.labels
         }
-        names = {"method", "route", "status", "outcome", "operation", "kind", "follower", "le"}
+        names = {"method", "route", "status", "outcome", "operation", "kind", "follower", "state", "le"}
         assert used == names
 
     @pytest.mark.parametrize("route", ['a"b', "a\nb", "a\\b", "{payment_id}", "é"])

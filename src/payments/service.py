@@ -2,7 +2,7 @@
 
 import asyncio
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from loguru import logger
 
 from payments import embedded_postgres
 from payments.admission import Admission
+from payments.callbacks.dispatcher import Dispatcher
+from payments.callbacks.endpoint import Endpoint, check_target
 from payments.commands.charge import Charging
 from payments.commands.refund import Refunding
 from payments.commands.runs import Runs
@@ -22,16 +24,19 @@ from payments.gateways import Gateway
 from payments.gateways.counted import CountedGateway
 from payments.gateways.simulated import SimulatedGateway
 from payments.migrations import check_migrated, migrate
+from payments.projections.callbacks import CallbacksProjection, begin_at_the_end
 from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection
+from payments.queries.callbacks import backlog, oldest_age_s
 from payments.queries.followers import follower_states, unsettled_payments
 from payments.queries.lookups import PaymentLookups
 from payments.settings import Settings
 from payments.shared import Shared
-from payments.telemetry import UNSETTLED_KINDS, Telemetry
+from payments.telemetry import BREAKER_STATES, UNSETTLED_KINDS, Telemetry
 
 OBSERVE_TIMEOUT_S = 2.0  # a scrape is answered in under 3 s
 HEALTH_TIMEOUT_S = 2.0  # probes often give up after 3 s
+CALLBACKS_LATE_S = 60.0  # callbacks that are due for so long show that their endpoint is in trouble
 
 
 class Service:
@@ -65,24 +70,47 @@ class Service:
         self.charging = Charging(self.runs, *shared, self.telemetry, settings)
         self.refunding = Refunding(self.runs, *shared, self.telemetry, settings)
         self.lookups = PaymentLookups(self.database)
-        self.follower = payments_follower(settings, self.database, self.telemetry)
+        self.dispatcher = build_dispatcher(settings, self.database, self.telemetry)
+        applied = self.dispatcher.wake if self.dispatcher else None
+        self.followers = build_followers(settings, self.database, self.telemetry, applied)
         settler = Settler(*shared, self.telemetry, settings)
         self.settling = Settling(settler, self.database, settings)
 
     async def start(self, *, work: bool = True) -> None:
-        """Without `work` it only answers requests: another process follows and settles."""
-        if self.settings.order_callback_url is not None:
-            logger.warning("ORDER_CALLBACK_URL is set, but this version sends no callbacks yet")
+        """Without `work` it only answers requests: another process follows, settles and calls back.
+
+        Raises StartError.
+        """
         await self.database.open()
         await self._operations_database.open()
+        if (url := self.settings.order_callback_url) is not None:
+            if (warning := await check_target(url)) is not None:
+                logger.warning(warning)
+            # Before the first request: its outcome is to be called back.
+            await begin_at_the_end(self.database)
         self.appender.start()
         if work:
-            self.follower.start()
+            for follower in self.followers:
+                follower.start()
             self.settling.start()
+            if self.dispatcher is not None:
+                await self.dispatcher.start()
 
-    async def _reach_database(self) -> None:
-        """Whether it answers: within HEALTH_TIMEOUT_S, or DatabaseUnavailable."""
-        await self._operations_database.fetch("SELECT 1", timeout_s=HEALTH_TIMEOUT_S)
+    def finish(self) -> None:
+        """Begins nothing of its own any more. Requests are still answered."""
+        if self.dispatcher is not None:
+            self.dispatcher.finish()
+
+    async def _reach_database(self) -> str:
+        """How callbacks are: ok, degraded, or off without an address for them.
+
+        Within HEALTH_TIMEOUT_S, or DatabaseUnavailable.
+        """
+        late_s = await oldest_age_s(self._operations_database, HEALTH_TIMEOUT_S)
+        if self.settings.order_callback_url is None:
+            return "off"
+        cut_off = self.dispatcher is not None and self.dispatcher.state != "closed"
+        return "degraded" if cut_off or late_s > CALLBACKS_LATE_S else "ok"
 
     async def _observe(self) -> None:
         """Brings the gauges that only the database knows up to date, within OBSERVE_TIMEOUT_S;
@@ -91,12 +119,19 @@ class Service:
             async with asyncio.timeout(OBSERVE_TIMEOUT_S):
                 followers = await follower_states(self._operations_database)
                 unsettled = await unsettled_payments(self._operations_database)
+                callbacks = await backlog(self._operations_database)
         except TimeoutError:
             raise DatabaseUnavailable("The database does not answer.") from None
         for follower in followers:
             if follower.name in self.telemetry.follower_lag:
                 self.telemetry.follower_lag[follower.name].set(follower.lag_events)
                 self.telemetry.parked_streams[follower.name].set(follower.parked_streams)
+        self.telemetry.callbacks_due.set(callbacks.due)
+        self.telemetry.callbacks_dead.set(callbacks.dead)
+        self.telemetry.callbacks_oldest_age.set(callbacks.oldest_age_s)
+        breaker = self.dispatcher.state if self.dispatcher else "closed"
+        for state in BREAKER_STATES:
+            self.telemetry.callback_breaker[state].set(state == breaker)
         found = {row.kind: row for row in unsettled}
         for kind in UNSETTLED_KINDS:
             row = found.get(kind)
@@ -108,7 +143,8 @@ class Service:
         await asyncio.gather(
             self.runs.drain(timeout_s * 0.4),
             self.settling.stop(timeout_s * 0.4),
-            self.follower.stop(timeout_s * 0.4),
+            *(follower.stop(timeout_s * 0.4) for follower in self.followers),
+            *([self.dispatcher.stop(timeout_s * 0.6)] if self.dispatcher else []),
         )
         await self.appender.stop(timeout_s * 0.3)
         with suppress(TimeoutError):
@@ -124,10 +160,33 @@ GATEWAY_MEMBERS = (
 )
 
 
-def payments_follower(settings: Settings, database: Database, telemetry: Telemetry) -> Follower:
-    """The follower behind the payments read model; not started."""
-    projection = PaymentsProjection(settle_after_s=settings.charge_deadline_s)
-    return Follower(database.connect, projection, telemetry)
+def build_followers(
+    settings: Settings,
+    database: Database,
+    telemetry: Telemetry,
+    outbox_applied: Callable[[], None] | None = None,
+) -> list[Follower]:
+    """The followers that this process may run, not started: one for each projection.
+
+    Without ORDER_CALLBACK_URL there is none for callbacks. `outbox_applied` is called when it has
+    written something.
+    """
+    payments = PaymentsProjection(settle_after_s=settings.charge_deadline_s)
+    followers = [Follower(database.connect, payments, telemetry)]
+    if settings.order_callback_url is not None:
+        callbacks = CallbacksProjection(settings.order_callback_statuses)
+        followers.append(Follower(database.connect, callbacks, telemetry, applied=outbox_applied))
+    return followers
+
+
+def build_dispatcher(
+    settings: Settings, database: Database, telemetry: Telemetry
+) -> Dispatcher | None:
+    """What sends callbacks, not started; None without ORDER_CALLBACK_URL."""
+    if settings.order_callback_url is None:
+        return None
+    endpoint = Endpoint(settings.order_callback_url, settings.order_callback_secret)
+    return Dispatcher(database.connect, endpoint, telemetry, settings.callback_retention_days)
 
 
 def build_gateway(settings: Settings) -> Gateway:

@@ -31,9 +31,11 @@ CHARGE_OUTCOMES = ("success", "failed", "pending", "replayed", "refused", "unava
 REFUND_OUTCOMES = ("success", "failed", "pending", "replayed", "refused", "unavailable")
 UNSETTLED_KINDS = ("charge", "abandoned", "late_capture", "refund")
 SETTLING_OUTCOMES = ("settled", "open", "unknown", "mismatch", "other_gateway")
-FOLLOWERS = ("payments",)
+FOLLOWERS = ("payments", "callbacks")
 GATEWAY_OPERATIONS = ("charge", "find_charge", "refund", "find_refund")
 GATEWAY_OUTCOMES = ("approved", "declined", "not_found", "unknown", "never_sent")
+CALLBACK_OUTCOMES = ("delivered", "gone", "http_error", "unreachable", "timeout")
+BREAKER_STATES = ("closed", "open", "half_open")
 APPEND_FAILURES = ("retried", "refused")
 
 
@@ -126,7 +128,42 @@ class Telemetry:
         self.append_backlog = Gauge(
             "payments_append_backlog", "Appends that wait for the event store", registry=registry
         )
+        self._add_callback_metrics(registry)
         self._add_process_gauges(psutil.Process())
+
+    def _add_callback_metrics(self, registry: CollectorRegistry) -> None:
+        attempts = Counter(
+            "payments_callback_attempts",
+            "Attempts to call Order Service back by what came of them",
+            ["outcome"],
+            registry=registry,
+        )
+        self.callback_attempts = _by_label(attempts, CALLBACK_OUTCOMES)
+        self.callback_seconds = Histogram(
+            "payments_callback_duration_seconds",
+            "Duration of one attempt",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        # What the database says, as of the scrape: queries/callbacks.py.
+        self.callbacks_due = Gauge(
+            "payments_callbacks_due", "Callbacks owed and not delivered yet", registry=registry
+        )
+        self.callbacks_dead = Gauge(
+            "payments_callbacks_dead", "Callbacks given up until redriven", registry=registry
+        )
+        self.callbacks_oldest_age = Gauge(
+            "payments_callbacks_oldest_age_seconds",
+            "How long the oldest callback that is due has been",
+            registry=registry,
+        )
+        breaker = Gauge(
+            "payments_callback_breaker_state",
+            "1 for the state that this process's circuit breaker is in, 0 for the others",
+            ["state"],
+            registry=registry,
+        )
+        self.callback_breaker = _by_label(breaker, BREAKER_STATES)
 
     def _add_follower_metrics(self, registry: CollectorRegistry) -> None:
         def gauges(name: str, text: str, label: str, values: tuple[str, ...]) -> dict[str, Gauge]:

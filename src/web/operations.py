@@ -22,13 +22,18 @@ class Health(msgspec.Struct, frozen=True):
     """`ok` is whether charges can be taken.
 
     `database` is ok or unavailable (for reading); `event_store` is ok or stalled: an append has
-    waited longer than an intent would.
+    waited longer than an intent would. `callbacks` is degraded while Order Service does not take
+    them: charges go on, and they are sent again. It is off without ORDER_CALLBACK_URL, and null
+    while the database is away.
     """
 
     ok: bool
     service: str
     database: Annotated[str, msgspec.Meta(extra_json_schema={"enum": ["ok", "unavailable"]})]
     event_store: Annotated[str, msgspec.Meta(extra_json_schema={"enum": ["ok", "stalled"]})]
+    callbacks: Annotated[
+        str | None, msgspec.Meta(extra_json_schema={"enum": ["ok", "degraded", "off", None]})
+    ]
 
 
 class Alive(msgspec.Struct, frozen=True):
@@ -38,7 +43,13 @@ class Alive(msgspec.Struct, frozen=True):
     service: str
 
 
-_HEALTHY = {"ok": True, "service": "payment-service", "database": "ok", "event_store": "ok"}
+_HEALTHY = {
+    "ok": True,
+    "service": "payment-service",
+    "database": "ok",
+    "event_store": "ok",
+    "callbacks": "ok",
+}
 HEALTH = Operation(
     id="health",
     tag="operations",
@@ -49,7 +60,7 @@ HEALTH = Operation(
         503: Answer(
             "The database is away, or takes no events.",
             Health,
-            _HEALTHY | {"ok": False, "database": "unavailable"},
+            _HEALTHY | {"ok": False, "database": "unavailable", "callbacks": None},
         ),
     },
 )
@@ -80,9 +91,9 @@ METRICS = Operation(
 async def health(request: Anyone) -> Response[bytes]:
     """Whether the service can take charges: 200, or 503 while the database is away."""
     service: Service = request.app.state.service
-    database = "ok"
+    database, callbacks = "ok", None
     try:
-        await service.reach_database()
+        callbacks = await service.reach_database()
     except DatabaseUnavailable:
         database = "unavailable"
     stalled = service.appender.oldest_wait_s() >= STALLED_S
@@ -91,6 +102,7 @@ async def health(request: Anyone) -> Response[bytes]:
         service="payment-service",
         database=database,
         event_store="stalled" if stalled else "ok",
+        callbacks=callbacks,
     )
     return Response(
         msgspec.json.encode(state),

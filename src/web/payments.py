@@ -24,7 +24,7 @@ from web.list_query import PARAMETERS, read_list_query
 from web.requests import UUID_PATTERN, Anyone, client_of, service_of, uuid_in_path
 
 _ID = "058c9593-e150-402f-ab5b-37dd4c9816f0"
-_PAYMENT_ID = Parameter(
+PAYMENT_ID = Parameter(
     "payment_id",
     "path",
     "The payment's UUID; for an order's, the `404` lists the order's payments.",
@@ -66,7 +66,7 @@ GET_PAYMENT = Operation(
     tag="payments",
     summary="A payment as of now",
     description="Read from its events: a payment is there the instant its charge was answered.",
-    parameters=(_PAYMENT_ID,),
+    parameters=(PAYMENT_ID,),
     answers={200: Answer("The payment.", PaymentView, _VIEW)},
     problems=(
         InvalidRequest,
@@ -83,7 +83,7 @@ GET_EVENTS = Operation(
     summary="What happened to a payment",
     description="Its events as they are stored, oldest first; also those of a payment that is "
     "`payment_unreadable`.",
-    parameters=(_PAYMENT_ID,),
+    parameters=(PAYMENT_ID,),
     answers={
         200: Answer(
             "The history.",
@@ -128,7 +128,7 @@ async def payments(request: Anyone) -> Response[bytes]:
     page = await list_payments(
         service_of(request).database, query.filter, reach, query.limit, query.cursor
     )
-    return _json(page)
+    return json_of(page)
 
 
 @get("/payments/{payment_id:str}", media_type=MediaType.JSON, opt=described(GET_PAYMENT))
@@ -136,7 +136,7 @@ async def payment(request: Anyone, payment_id: FromPath[str]) -> Response[bytes]
     """The payment as of now."""
     service, reach = service_of(request), may_read(client_of(request))
     wanted = uuid_in_path(payment_id, "payment_id")
-    return _json(await get_payment(service.database, service.lookups, wanted, reach))
+    return json_of(await get_payment(service.database, service.lookups, wanted, reach))
 
 
 @get("/payments/{payment_id:str}/events", media_type=MediaType.JSON, opt=described(GET_EVENTS))
@@ -144,11 +144,11 @@ async def events(request: Anyone, payment_id: FromPath[str]) -> Response[bytes]:
     """What happened to the payment, oldest first: its events as they are stored."""
     service, reach = service_of(request), may_read(client_of(request))
     wanted = uuid_in_path(payment_id, "payment_id")
-    return _json(await get_history(service.database, wanted, reach))
+    return json_of(await get_history(service.database, wanted, reach))
 
 
 _encoder = msgspec.json.Encoder()
 
 
-def _json(answer: Any) -> Response[bytes]:
+def json_of(answer: Any) -> Response[bytes]:
     return Response(_encoder.encode(answer), media_type=MediaType.JSON)

@@ -50,7 +50,7 @@ def run(
 async def serve(service: Service, listener: socket.socket, *, work: bool = True) -> None:
     """Starts the service, answers requests, and stops everything in order.
 
-    Without `work` another process follows the log and settles.
+    Without `work` another process follows the log, settles and calls back.
     """
     if not service.settings.payments_api_keys:
         logger.warning("PAYMENTS_API_KEYS is not set: whoever reaches the port may charge")
@@ -78,6 +78,7 @@ async def serve(service: Service, listener: socket.socket, *, work: bool = True)
             server.should_exit = True
             stop_by = time.monotonic() + STOP_S
             service.runs.hurry(CHARGES_STOP_S)
+            service.finish()
             logger.info("stopping")
 
     loop = asyncio.get_running_loop()

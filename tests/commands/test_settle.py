@@ -35,7 +35,7 @@ SOON: dict[str, Any] = {**FAST, "pending_abandon_after_s": 0.3}
 
 
 async def project(service: Service) -> None:
-    while await service.follower.run_once():
+    while await service.followers[0].run_once():
         pass
 
 

@@ -30,6 +30,7 @@ ENDPOINTS = {
     "GET /v1/payments",
     "GET /v1/payments/{payment_id}",
     "GET /v1/payments/{payment_id}/events",
+    "GET /v1/payments/{payment_id}/callbacks",
     "GET /health",
     "GET /health/live",
     "GET /metrics",

@@ -43,7 +43,7 @@ async def test_gauges_show_what_is_open_and_how_far_the_read_model_is(
     assert 0 <= await gauge(client, 'payments_unsettled_oldest_age_seconds{kind="charge"}') < 10
     assert await gauge(client, 'payments_unsettled{kind="refund"}') == 0
     assert await gauge(client, 'payments_follower_applied_events_total{follower="payments"}') == 1
-    await service.follower.stop()
+    await service.followers[0].stop()
     await client.post("/v1/charge", json=BODY, headers={"Idempotency-Key": "l"})
     assert await gauge(client, lag) == 2
 

@@ -8,6 +8,7 @@ import sys
 import click
 import psycopg
 
+from payments.cli.callbacks import callbacks
 from payments.cli.keys import keys
 from payments.cli.output import one_line
 from payments.cli.parked import parked
@@ -36,5 +37,5 @@ def main() -> None:
     """The Payment Service. Settings are environment variables: `payments settings` lists them."""
 
 
-for command in (serve, work, migrate, settings, keys, parked):
+for command in (serve, work, migrate, settings, keys, parked, callbacks):
     main.add_command(command)

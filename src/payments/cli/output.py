@@ -23,16 +23,19 @@ format_option = click.option(
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str) -> None:
     """JSON is a list of objects, one per row."""
     if form == "json":
-        listed = [dict(zip(columns, row, strict=True)) for row in rows]
-        lines = msgspec.json.format(msgspec.json.encode(listed), indent=2).decode().split("\n")
-        click.echo("\n".join(_printable(line, _json_escape) for line in lines))
+        print_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(one_line(str(value)) for value in row))
+        table.add_row(*("" if value is None else one_line(str(value)) for value in row))
     # Off a terminal nothing is wrapped, so that grep finds whole lines.
     width = None if sys.stdout.isatty() else UNWRAPPED
     Console(width=width, highlight=False, markup=False, emoji=False).print(table)
+
+
+def print_json(value: Any) -> None:
+    lines = msgspec.json.format(msgspec.json.encode(value), indent=2).decode().split("\n")
+    click.echo("\n".join(_printable(line, _json_escape) for line in lines))
 
 
 def one_line(text: str) -> str:

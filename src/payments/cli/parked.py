@@ -11,7 +11,7 @@ from payments.cli.processes import begin
 from payments.database import Database, DatabaseAddress
 from payments.projections.follower import Parked
 from payments.queries.followers import ParkedStream, parked_streams
-from payments.service import open_database, payments_follower
+from payments.service import build_followers, open_database
 from payments.settings import Settings
 from payments.telemetry import Telemetry
 
@@ -59,10 +59,11 @@ async def _retry(
     settings: Settings, address: DatabaseAddress, payments: tuple[UUID, ...] | None
 ) -> tuple[list[UUID], list[Parked]]:
     """Which of the payments are not parked, and which streams still are."""
-    follower = payments_follower(settings, Database(address, 1), Telemetry())
-    try:
-        parked = {stream.payment_id for stream in await follower.parked()}
-        unknown = [payment_id for payment_id in payments or () if payment_id not in parked]
-        return unknown, await follower.retry_parked(payments)
-    finally:
-        await follower.close()
+    unknown, left = set(payments or ()), []
+    for follower in build_followers(settings, Database(address, 1), Telemetry()):
+        try:
+            unknown -= {stream.payment_id for stream in await follower.parked()}
+            left += await follower.retry_parked(payments)
+        finally:
+            await follower.close()
+    return [payment_id for payment_id in payments or () if payment_id in unknown], left

@@ -31,7 +31,9 @@ def _end_on_sigterm() -> None:
 
 
 @click.command()
-@click.option("--api-only", is_flag=True, help="Leave read models and settling to `payments work`.")
+@click.option(
+    "--api-only", is_flag=True, help="Leave read models, settling and callbacks to `payments work`."
+)
 def serve(api_only: bool) -> None:
     """Start the service and run until SIGTERM."""
     _end_on_sigterm()
@@ -46,7 +48,7 @@ def serve(api_only: bool) -> None:
 
 @click.command()
 def work() -> None:
-    """Follow the log and settle open payments until SIGTERM, without the API."""
+    """Follow the log, settle open payments and call back until SIGTERM, without the API."""
     _end_on_sigterm()
     settings = begin()
     gateway = build_gateway(settings)

@@ -40,8 +40,8 @@ class BinaryArray(bytes):
         return cls(cls._header(len(items), None in items) + b"".join(elements))
 
     @classmethod
-    def of_integers(cls, items: Sequence[int], code: str, size: int) -> "BinaryArray":
-        flat = [size] * (2 * len(items))
+    def of_numbers(cls, items: Sequence[float], code: str, size: int) -> "BinaryArray":
+        flat: list[float] = [size] * (2 * len(items))
         flat[1::2] = items
         return cls(cls._header(len(items)) + struct.pack(">" + ("i" + code) * len(items), *flat))
 
@@ -52,6 +52,10 @@ class Integers(BinaryArray):
 
 class Bigints(BinaryArray):
     ELEMENT = adapters.types["int8"]
+
+
+class Doubles(BinaryArray):
+    ELEMENT = adapters.types["float8"]
 
 
 class Timestamps(BinaryArray):
@@ -71,15 +75,19 @@ class Uuids(BinaryArray):
 
 
 def integers(items: Sequence[int]) -> BinaryArray:
-    return Integers.of_integers(items, "i", 4)
+    return Integers.of_numbers(items, "i", 4)
 
 
 def bigints(items: Sequence[int]) -> BinaryArray:
-    return Bigints.of_integers(items, "q", 8)
+    return Bigints.of_numbers(items, "q", 8)
+
+
+def doubles(items: Sequence[float]) -> BinaryArray:
+    return Doubles.of_numbers(items, "d", 8)
 
 
 def timestamps(items: Sequence[datetime]) -> BinaryArray:
-    return Timestamps.of_integers([(item - _EPOCH) // _MICROSECOND for item in items], "q", 8)
+    return Timestamps.of_numbers([(item - _EPOCH) // _MICROSECOND for item in items], "q", 8)
 
 
 def texts(items: Sequence[str | None]) -> BinaryArray:
@@ -101,6 +109,6 @@ class _ArrayDumper(Dumper):
         return obj
 
 
-for _array in (Integers, Bigints, Timestamps, Texts, Byteas, Uuids):
+for _array in (Integers, Bigints, Doubles, Timestamps, Texts, Byteas, Uuids):
     _dumper = type(f"{_array.__name__}Dumper", (_ArrayDumper,), {"oid": _array.ELEMENT.array_oid})
     adapters.register_dumper(_array, _dumper)

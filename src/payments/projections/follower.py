@@ -119,12 +119,16 @@ class Follower:
         projection: Projection,
         telemetry: Telemetry,
         batch_max: int = BATCH_MAX,
+        *,
+        applied: Callable[[], None] | None = None,
     ) -> None:
+        """`applied` is called whenever a batch is committed."""
         self._connect = connect
         self._projection = projection
         self._name = projection.name
         self._telemetry = telemetry
         self._batch_max = self._limit = batch_max
+        self._applied = applied or (lambda: None)
         self._opened: psycopg.AsyncConnection[Any] | None = None
         self._task: asyncio.Task[None] | None = None
         self._applying = self._stopping = False
@@ -144,6 +148,10 @@ class Follower:
             await asyncio.wait({self._task}, timeout=1)
         await self.close()
 
+    @property
+    def name(self) -> str:
+        return self._name
+
     async def close(self) -> None:
         if self._opened is not None:
             connection, self._opened = self._opened, None
@@ -161,11 +169,12 @@ class Follower:
                 position = await _one(connection, TAKE_POSITION, [self._name])
                 if position is None:
                     return 0
-                events = await _read(connection, READ_LOG, [position, self._limit])
+                events = await read_events(connection, READ_LOG, [position, self._limit])
                 if not events:
                     return 0
                 await self._apply(connection, events)
                 await connection.execute(MOVE_POSITION, [events[-1].position, self._name])
+        self._applied()
         self._telemetry.follower_applied[self._name].inc(len(events))
         self._telemetry.follower_seconds[self._name].observe(time.perf_counter() - started)
         return len(events)
@@ -210,7 +219,9 @@ class Follower:
                 first = await _one(connection, PARKED_POSITION, [self._name, payment_id])
                 if first is None:
                     return
-                events = await _read(connection, READ_STREAM_PART, [payment_id, first, position])
+                events = await read_events(
+                    connection, READ_STREAM_PART, [payment_id, first, position]
+                )
                 if await self._apply_or_park(connection, events):
                     await connection.execute(UNPARK, [self._name, payment_id])
 
@@ -322,9 +333,10 @@ async def _one(connection: psycopg.AsyncConnection[Any], query: str, params: lis
     return row[0] if row else None
 
 
-async def _read(
+async def read_events(
     connection: psycopg.AsyncConnection[Any], query: str, params: list[Any]
 ) -> list[RecordedEvent]:
+    """What one of the store's queries for whole rows finds."""
     async with connection.cursor(binary=True) as cursor:
         await cursor.execute(query.encode(), params)
         return [RecordedEvent(*row) for row in await cursor.fetchall()]

@@ -1,0 +1,281 @@
+"""The dispatcher: sends what Order Service is owed, at least once and in order.
+
+Each delivery goes three steps: `_prepare` makes the request's body, `_send` has one exchange with
+the endpoint, `_record` writes what came of it. One task claims and records, many at a time and on a
+connection of its own; the exchanges run beside it and know nothing of the database.
+
+Any number of processes share the work. An order's lane belongs to whoever claimed it until the
+result is recorded or the lease is over, which is longer than an exchange can take.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, Literal
+from uuid import UUID
+
+import msgspec
+import psycopg
+from loguru import logger
+
+from payments.callbacks import outbox
+from payments.callbacks.breaker import Breaker, Permit
+from payments.callbacks.endpoint import EXCHANGE_TIMEOUT_S, Endpoint, Exchange
+from payments.callbacks.outbox import Claimed, Result
+from payments.callbacks.retry import jittered, judge
+from payments.database import cut_after
+from payments.telemetry import Telemetry
+
+CONCURRENCY_MAX = 64  # exchanges at once, by one process
+# Of them with orders whose last exchange failed: however many of those there are, the others go on.
+FAILING_MAX = CONCURRENCY_MAX // 2
+LEASE_S = EXCHANGE_TIMEOUT_S * 2
+# A process that was frozen between claim and exchange does not begin one that outlasts its lease.
+BEGIN_WITHIN_S = LEASE_S - EXCHANGE_TIMEOUT_S - 1.0
+POLL_S = 1.0  # for what other processes enqueued, and for retries whose time has come
+DATABASE_TIMEOUT_S = 4.0
+RECONNECT_MIN_S, RECONNECT_MAX_S = 0.1, 2.0
+PRUNE_EVERY_S, PRUNE_ROWS = 60.0, 1000
+
+
+class CallbackBody(msgspec.Struct, frozen=True):
+    """What Order Service is told. `sequence` grows from one callback of a payment to its next;
+    `event_id` is the same whenever a callback is repeated."""
+
+    order_id: UUID
+    payment_id: UUID
+    status: str
+    event_id: UUID
+    sequence: int
+    occurred_at: datetime
+    amount_cents: int
+    currency: str
+
+
+class Dispatcher:
+    """One per process. `connect` opens a connection, as Database.connect does."""
+
+    def __init__(
+        self,
+        connect: Callable[[str], Awaitable[psycopg.AsyncConnection[Any]]],
+        endpoint: Endpoint,
+        telemetry: Telemetry,
+        retention_days: int,
+        *,
+        breaker: Breaker | None = None,
+        rng: Callable[[], float] = random.random,
+    ) -> None:
+        self._connect = connect
+        self._endpoint = endpoint
+        self._telemetry = telemetry
+        self._retention_days = retention_days
+        self._breaker = breaker or Breaker()
+        self._random = rng
+        self._opened: psycopg.AsyncConnection[Any] | None = None
+        self._loop: asyncio.Task[None] | None = None
+        self._sending: dict[asyncio.Task[None], Claimed] = {}
+        self._results: list[Result] = []
+        self._wake = asyncio.Event()
+        self._reopened = False  # the endpoint is back, and what waits has yet to be made due
+        self._prune_at = 0.0
+        self._stopping = False
+
+    @property
+    def state(self) -> str:
+        """The circuit breaker's: closed, open or half_open."""
+        return self._breaker.state(time.monotonic())
+
+    async def start(self) -> None:
+        await self._endpoint.open()
+        self._prune_at = time.monotonic() + random.uniform(0, PRUNE_EVERY_S)  # noqa: S311
+        self._loop = asyncio.create_task(self._run(), name="callbacks")
+
+    def wake(self) -> None:
+        """There may be something to send."""
+        self._wake.set()
+
+    def finish(self) -> None:
+        """Claims nothing more; what is under way goes on."""
+        self._stopping = True
+        self._wake.set()
+
+    async def stop(self, timeout_s: float) -> None:
+        """Finishes and records what is under way. What is cut off then is sent again when its lease
+        is over: Order Service may be working on it."""
+        self.finish()
+        if self._loop is not None:
+            await asyncio.wait({self._loop}, timeout=timeout_s)
+            self._loop.cancel()
+            for task in self._sending:
+                task.cancel()
+            await asyncio.wait({self._loop, *self._sending}, timeout=0.5)
+        await self._close()
+        await self._endpoint.close()
+
+    async def _run(self) -> None:
+        pause_s = RECONNECT_MIN_S
+        while not (self._stopping and not self._sending and not self._results):
+            try:
+                await self._turn()
+            except (psycopg.OperationalError, psycopg.InterfaceError, OSError) as error:
+                reason = type(error).__name__
+                logger.bind(reason=reason).warning("callbacks lost their database, trying again")
+            except Exception:  # noqa: BLE001 - what is owed must not stop for it
+                logger.exception("callbacks cannot be claimed or recorded, trying again")
+                # Their leases run out, and they are sent again: better than never.
+                self._results.clear()
+            else:
+                pause_s = RECONNECT_MIN_S
+                await self._sleep()
+                continue
+            await self._close()
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, RECONNECT_MAX_S)
+
+    async def _turn(self) -> None:
+        """Records what is done and begins what may be."""
+        self._wake.clear()
+        if self._opened is None:
+            self._opened = await self._connect("payments callbacks")
+        with cut_after(self._opened, DATABASE_TIMEOUT_S):
+            await self._record(self._opened)
+            if self._reopened:
+                await outbox.make_all_due(self._opened)
+                self._reopened = False
+            if not self._stopping:
+                await self._begin(self._opened)
+                await self._prune(self._opened)
+
+    async def _sleep(self) -> None:
+        """Until something is done. What falls due, or comes from elsewhere, is found by looking."""
+        until_probe_s = self._breaker.admits_in(time.monotonic())
+        wait_s = min(POLL_S, until_probe_s or POLL_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self._wake.wait()
+
+    async def _begin(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Claims as many deliveries as may be under way, and begins to send them."""
+        now = time.monotonic()
+        allowed = self._breaker.allowance(now, CONCURRENCY_MAX - len(self._sending))
+        if allowed == 0:
+            return
+        failing = sum(claimed.failing for claimed in self._sending.values())
+        claims = await outbox.claim(
+            connection,
+            most=allowed,
+            failing_max=min(allowed, FAILING_MAX - failing),
+            lease_s=LEASE_S,
+            probing=self._breaker.state(now) == "half_open",
+        )
+        for claimed in claims:
+            permit = self._breaker.begin(now)
+            if permit is None:  # it opened meanwhile
+                self._results.append(_released(claimed))
+                continue
+            task = asyncio.create_task(self._deliver(claimed, permit, now), name="callback")
+            self._sending[task] = claimed
+            task.add_done_callback(self._sent)
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        del self._sending[task]
+        self._wake.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.opt(exception=error).error("a callback could not be sent")
+
+    async def _deliver(self, claimed: Claimed, permit: Permit, claimed_at: float) -> None:
+        """One exchange, and what it means for the delivery and for the breaker."""
+        try:
+            if time.monotonic() > claimed_at + BEGIN_WITHIN_S:
+                return
+            body = _prepare(claimed)
+            exchange = await self._send(claimed, body)
+            self._results.append(self._judged(claimed, exchange, permit))
+        finally:
+            self._breaker.released(permit)  # a cut exchange says nothing about the endpoint
+
+    async def _send(self, claimed: Claimed, body: bytes) -> Exchange:
+        return await self._endpoint.post(str(claimed.event_id), body, int(time.time()))
+
+    def _judged(self, claimed: Claimed, exchange: Exchange, permit: Permit) -> Result:
+        # A probe that came before its time takes nothing away from the delivery that it was.
+        counts = claimed.due_in_s <= 0
+        attempt = claimed.attempt if counts else max(1, claimed.attempt - 1)
+        verdict = judge(
+            exchange.status, exchange.error, exchange.retry_after, attempt, datetime.now(UTC)
+        )
+        if verdict.endpoint_down:
+            self._breaker.failed(permit, time.monotonic())
+        elif self._breaker.succeeded(permit):
+            self._reopened = True
+        self._telemetry.callback_attempts[verdict.outcome].inc()
+        self._telemetry.callback_seconds.observe(exchange.seconds)
+        state: Literal["due", "delivered", "dead"] = verdict.final or "due"
+        delay_s = 0.0
+        if state == "due":
+            delay_s = jittered(verdict, self._random()) if counts else claimed.due_in_s
+        if state == "dead":
+            logger.bind(
+                event_id=claimed.event_id, payment_id=claimed.payment_id, attempts=claimed.attempt
+            ).error("a callback is dead: `payments callbacks list --dead`")
+        return Result(
+            claimed,
+            state,
+            delay_s,
+            counts,
+            exchange.seconds,
+            verdict.outcome,
+            exchange.status,
+            exchange.reason,
+            exchange.answer,
+        )
+
+    async def _record(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Writes down what came of the exchanges that are done; lost to nobody if it fails."""
+        results = list(self._results)
+        if not results:
+            return
+        held = await outbox.record(connection, results)
+        del self._results[: len(results)]
+        for result in results:
+            if result.claimed.claim not in held:
+                logger.bind(event_id=result.claimed.event_id).warning(
+                    "a callback's result came after its lease was over"
+                )
+
+    async def _prune(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Now and then, a little: it must not keep the rest waiting."""
+        if time.monotonic() >= self._prune_at:
+            pruned = await outbox.prune(connection, self._retention_days, PRUNE_ROWS)
+            if pruned < PRUNE_ROWS:
+                self._prune_at = time.monotonic() + PRUNE_EVERY_S
+
+    async def _close(self) -> None:
+        if self._opened is not None:
+            connection, self._opened = self._opened, None
+            await connection.close()
+
+
+def _prepare(claimed: Claimed) -> bytes:
+    """The request's body."""
+    return msgspec.json.encode(
+        CallbackBody(
+            claimed.order_id,
+            claimed.payment_id,
+            claimed.status,
+            claimed.event_id,
+            claimed.sequence,
+            claimed.occurred_at,
+            claimed.amount_cents,
+            claimed.currency,
+        )
+    )
+
+
+def _released(claimed: Claimed) -> Result:
+    """It was not sent."""
+    delay_s = max(0.0, claimed.due_in_s)
+    return Result(claimed, "due", delay_s, False, 0.0, outbox.RELEASED, None, "", b"")

@@ -1,0 +1,380 @@
+"""HTTP to Order Service: one bounded exchange, and what came of it.
+
+Whatever goes wrong means "not delivered", so this may use httpx's transport on aiohttp, which does
+not tell a request that was never sent from one that got no answer; gateways, who decide about money
+on that, use plain httpx (gateways/http.py). With 64 exchanges at once it takes a third of the CPU.
+
+There is no httpx client around the transport: proxies from the environment, redirects, cookies and
+logged addresses are the client's doing.
+"""
+
+import asyncio
+import concurrent.futures
+import functools
+import ipaddress
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import aiohttp
+import httpx
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.client_proto import ResponseHandler
+from httpx_aiohttp import AiohttpTransport
+
+from payments.callbacks.signing import parse_secrets, signature_headers
+from payments.errors import StartError
+
+EXCHANGE_TIMEOUT_S = 5.0  # Order Service answers in milliseconds; 5 s is a hang
+RESOLVE_TIMEOUT_S = 2.0  # at the start, which a slow name server must not hold up
+ANSWER_BYTES_MAX = 64 * 1024  # as received: head, body and everything between them
+ANSWER_BYTES_KEPT = 2048  # of the body, for people who look for a reason
+
+# A server that closes an idle connection just as it is used again costs a callback one attempt.
+# Servers wait at least 2 s (gunicorn), most 5 s (Node, uvicorn) or longer: it is given up before.
+KEEPALIVE_EXPIRY_S = 1.0
+
+# Where plain http may go. Not link-local: nobody serves orders there, and it is where clouds hand
+# out their credentials (169.254.169.254).
+NEAR = tuple(
+    ipaddress.ip_network(block)
+    for block in (
+        "127.0.0.0/8",  # loopback: RFC 1122 section 3.2.1.3
+        "::1/128",
+        "10.0.0.0/8",  # private: RFC 1918
+        "172.16.0.0/12",
+        "192.168.0.0/16",
+        "fc00::/7",  # unique local: RFC 4193
+    )
+)
+
+
+class Exchange(NamedTuple):
+    """What came of one request.
+
+    `status` is that of a complete head, whatever became of the body behind it. Without one it is
+    None, and `error` is "timeout", "unreachable" (no connection, or it ended), "forbidden_address"
+    or "protocol". `reason` is for people and holds nothing secret. `retry_after` is the header's
+    text as sent, `answer` the beginning of the body as received, `seconds` the time it all took.
+    """
+
+    status: int | None
+    error: str | None
+    reason: str
+    retry_after: str | None
+    answer: bytes
+    seconds: float
+
+
+class ForbiddenAddress(OSError):
+    """Plain http would have gone to a public address."""
+
+
+class AnswerTooLong(aiohttp.ClientError):
+    """The answer goes on after ANSWER_BYTES_MAX."""
+
+
+class Endpoint:
+    """Where callbacks go: exchanges with one URL, on at most `connections_max` connections.
+
+    Without `secrets` (see signing.py) requests are not signed. `tls` replaces the default context.
+    Plain http goes to loopback and private addresses only: each address is looked at as it is
+    connected to, so that a name cannot mean another one by then.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        secrets: str | None = None,
+        *,
+        timeout_s: float = EXCHANGE_TIMEOUT_S,
+        connections_max: int = 64,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """Raises ValueError for an unusable URL or secret, without repeating it."""
+        self._url = _parse(url)
+        self._secrets = parse_secrets(secrets) if secrets else ()
+        self._timeout_s = timeout_s
+        self._connections_max = connections_max
+        self._tls = tls or (_default_tls() if self._url.scheme == "https" else None)
+        self._transport: AiohttpTransport | None = None
+
+    def __repr__(self) -> str:
+        return f"Endpoint({_origin(self._url)!r})"
+
+    async def open(self) -> None:
+        """To be called in the event loop that `post` is called in."""
+        connector = aiohttp.TCPConnector(
+            limit=self._connections_max,
+            keepalive_timeout=KEEPALIVE_EXPIRY_S,
+            resolver=_Resolver(self._timeout_s),
+            socket_factory=self._new_socket,
+            ssl=self._tls or True,
+        )
+        connector._factory = functools.partial(_Connection, loop=asyncio.get_running_loop())
+        session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            trust_env=False,
+        )
+        # It would make a context for TLS of its own, and never use it.
+        unused = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._transport = AiohttpTransport(verify=unused, trust_env=False, client=session)
+
+    async def post(self, message_id: str, body: bytes, timestamp: int) -> Exchange:
+        """Sends one callback within the time limit; raises nothing but CancelledError.
+
+        `message_id` and `timestamp` (Unix time, seconds) are for the signature. With all
+        connections in use, the time limit covers the wait for one as well.
+        """
+        began = time.monotonic()
+        answer = _Answer()
+        error, reason = None, ""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._exchange(self._request(message_id, body, timestamp), answer)
+        except Exception as failure:  # noqa: BLE001 - not only httpx's own: no library is complete
+            error, reason = _explain(failure)
+        if answer.status is not None:
+            error = None
+        kept, seconds = bytes(answer.body[:ANSWER_BYTES_KEPT]), time.monotonic() - began
+        return Exchange(answer.status, error, reason, answer.retry_after, kept, seconds)
+
+    async def close(self) -> None:
+        """Closes all connections; exchanges under way fail."""
+        if self._transport is not None:
+            transport, self._transport = self._transport, None
+            await transport.aclose()
+
+    def _request(self, message_id: str, body: bytes, timestamp: int) -> httpx.Request:
+        headers = {
+            "user-agent": "payment-service",
+            "accept-encoding": "identity",
+            "content-type": "application/json",
+        }
+        if self._secrets:
+            headers |= signature_headers(self._secrets, message_id, timestamp, body)
+        return httpx.Request("POST", self._url, headers=headers, content=body)
+
+    async def _exchange(self, request: httpx.Request, answer: "_Answer") -> None:
+        if self._transport is None:
+            raise aiohttp.ClientConnectionError("not open")
+        response = await self._transport.handle_async_request(request)
+        try:
+            answer.status = response.status_code
+            answer.retry_after = response.headers.get("retry-after")
+            async for part in response.aiter_raw():  # undecoded: a compressed answer stays small
+                answer.body += part
+        finally:
+            await response.aclose()
+
+    def _new_socket(self, address: tuple[Any, ...]) -> socket.socket:
+        """The socket for one address of the name; the last place where it can be refused."""
+        family, kind, protocol, _, target = address
+        if self._url.scheme == "http" and not is_near(target[0]):
+            raise ForbiddenAddress("a public address")
+        return socket.socket(family, kind, protocol)
+
+
+class _Answer:
+    """What there is of it so far."""
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+        self.retry_after: str | None = None
+        self.body = bytearray()
+
+
+class _Connection(ResponseHandler):
+    """aiohttp's side of one connection, with three things that it leaves out.
+
+    - It counts the body only. Here all that is received counts: interim answers, chunk extensions
+      and empty lines before the head can be endless as well.
+    - It drops an answer if what follows the head in the same packet is not HTTP: the body of a 204,
+      or a bad chunk. Here the head is parsed alone: its status is the answer.
+    - It would take what comes after an answer for the next one. Here it ends the connection.
+    """
+
+    def set_response_params(self, **params: Any) -> None:
+        """aiohttp calls it before each request on this connection."""
+        self._left = ANSWER_BYTES_MAX
+        self._before = b""
+        self._has_head = False
+        super().set_response_params(**params)
+
+    def feed_data(self, data: Any, size: int = 0) -> None:
+        """A head was parsed: of the answer, or of an interim one (RFC 9110 section 15.2)."""
+        status = data[0].code
+        self._has_head = status >= 200 or status == 101
+        super().feed_data(data, size)
+
+    def data_received(self, data: bytes) -> None:
+        while data and not self._has_head:
+            # The end of a head may come in two packets, and lenient servers leave out the \r.
+            end = _HEAD_END.search(self._before + data)
+            size = end.end() - len(self._before) if end else len(data)
+            self._before = (self._before + data[:size])[-2:]
+            self._feed(data[:size])
+            data = data[size:]
+            if self.transport is None or self.transport.is_closing():
+                return
+        if data and self._payload is not None and self._payload.is_eof():
+            self.abort()
+        elif data or self._has_head:  # without data: the parser goes on with what it has
+            self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
+        super().data_received(data[: self._left])
+        self._left -= len(data)
+        if self._left < 0:
+            self.set_exception(AnswerTooLong())
+
+    def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+        """The answer is broken: so is its body, and nobody waits for the rest of it."""
+        super().set_exception(exc, *cause)
+        if self._payload is not None and not self._payload.is_eof():
+            self._payload.set_exception(exc, *cause)
+        if self.transport is not None:
+            self.transport.abort()
+
+    def close(self) -> None:
+        """At once: nothing that is still to be sent or received is worth waiting for."""
+        self.abort()
+
+
+_HEAD_END = re.compile(rb"\n\r?\n")
+
+
+class _Resolver(AbstractResolver):
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(hostname=host, host=address, port=port, family=family, proto=0, flags=0)
+            for address in await _look_up(host, self._timeout_s)
+        ]
+
+    async def close(self) -> None:
+        pass
+
+
+async def check_target(url: str) -> str | None:
+    """Looks at the URL before the first callback; takes at most RESOLVE_TIMEOUT_S.
+
+    Raises StartError if it can never work: it is not valid, or plain http to a host that has none
+    but public addresses. Returns a line to warn with if the host's name cannot be resolved yet,
+    else None.
+    """
+    try:
+        target = _parse(url)
+    except ValueError as error:
+        raise StartError(f"ORDER_CALLBACK_URL: {error}") from None
+    try:
+        addresses = await _look_up(_host(target), RESOLVE_TIMEOUT_S)
+    except OSError:
+        return f"{_host(target)} cannot be resolved yet: callbacks will wait until it can"
+    if target.scheme == "http" and not any(is_near(address) for address in addresses):
+        raise StartError(
+            f"ORDER_CALLBACK_URL: {_origin(target)} has a public address, and plain http goes to "
+            "loopback and private addresses only; use https"
+        )
+    return None
+
+
+def is_near(address: str) -> bool:
+    """Whether it is a loopback or a private address; an IPv4 address in IPv6's form counts as it
+    is."""
+    parsed = ipaddress.ip_address(address)
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return any((mapped or parsed) in block for block in NEAR)
+
+
+async def _look_up(host: str, timeout_s: float) -> list[str]:
+    """The addresses of a name, or of an address itself; OSError.
+
+    In a thread of its own, which is left alone if it takes longer. The event loop has a few for
+    this: hanging, they would keep the next attempts waiting, and the process from ending.
+    """
+    found: concurrent.futures.Future[list[str]] = concurrent.futures.Future()
+
+    def look_up() -> None:
+        with suppress(concurrent.futures.InvalidStateError):  # nobody waits any more
+            try:
+                infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            except OSError as error:
+                found.set_exception(error)
+            except UnicodeError:
+                found.set_exception(OSError("not a host name"))
+            else:
+                found.set_result([str(info[4][0]) for info in infos])
+
+    threading.Thread(target=look_up, name="resolve", daemon=True).start()
+    async with asyncio.timeout(timeout_s):
+        return await asyncio.wrap_future(found)
+
+
+def _explain(failure: Exception) -> tuple[str, str]:
+    """The error and the reason of an Exchange; never an exception's own text: there may be the URL
+    or headers in it."""
+    causes = list(_causes(failure))
+    name = type(causes[-1]).__name__
+    if any(isinstance(cause, ForbiddenAddress) for cause in causes):
+        return "forbidden_address", "plain http to a public address"
+    if any(isinstance(cause, TimeoutError) for cause in causes):
+        return "timeout", "TimeoutError"
+    if isinstance(causes[-1], ssl.SSLCertVerificationError):
+        return "unreachable", f"{name}: {causes[-1].verify_message}"
+    if any(isinstance(cause, aiohttp.ClientConnectionError) for cause in causes):
+        return "unreachable", name
+    return "protocol", name
+
+
+def _causes(failure: BaseException) -> Iterator[BaseException]:
+    """The failure, then what it was raised from, and so on."""
+    cause: BaseException | None = failure
+    while cause is not None and not isinstance(cause, asyncio.CancelledError):
+        yield cause
+        cause = cause.__cause__
+
+
+def _parse(url: str) -> httpx.URL:
+    """Raises ValueError."""
+    try:
+        parsed = httpx.URL(url)
+        host = _host(parsed)
+        if host.replace(".", "").isdigit():
+            ipaddress.IPv4Address(host)  # not 127.1 or 2130706433, which few agree on
+        sound = parsed.scheme in ("http", "https") and host and 0 < (parsed.port or 80) < 65536
+    except (httpx.InvalidURL, ValueError):  # their texts repeat it
+        sound = False
+    if not sound:
+        raise ValueError("the URL must begin with http:// or https:// and a host")
+    if parsed.userinfo or parsed.fragment:
+        raise ValueError("the URL must hold no user name, password or fragment")
+    return parsed
+
+
+def _host(url: httpx.URL) -> str:
+    return url.raw_host.decode("ascii")
+
+
+def _origin(url: httpx.URL) -> str:
+    """The part of it that may be shown: a path or a query may hold a token."""
+    return f"{url.scheme}://{url.netloc.decode('ascii')}"
+
+
+def _default_tls() -> ssl.SSLContext:
+    """Trusts the public authorities, and those that this machine or SSL_CERT_FILE names: an Order
+    Service in the same house may have its certificate from the house's own."""
+    context = httpx.create_ssl_context(trust_env=False)
+    context.load_default_certs()
+    return context

@@ -1,0 +1,169 @@
+"""The outbox as the dispatcher uses it: claim what is due, record what came of it, and the rest.
+
+The two statements that matter are functions of the database, claim_callbacks and record_callbacks
+in migrations/0003; they are called on a connection in autocommit mode, a transaction each.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Literal, NamedTuple
+from uuid import UUID
+
+import psycopg
+
+from payments.events.arrays import bigints, byteas, doubles, integers, texts, uuids
+
+CLAIM = """
+SELECT * FROM claim_callbacks(%b, %b, %b, %b)
+"""
+
+RECORD = """
+SELECT * FROM record_callbacks(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b)
+"""
+
+# When the endpoint is back, nobody sits out a pause that was made for its absence.
+MAKE_ALL_DUE = """
+UPDATE callback_lanes SET next_at = clock_timestamp()
+ WHERE order_id IN (SELECT order_id FROM callback_lanes
+                     WHERE in_flight IS NULL AND next_at > clock_timestamp()
+                     ORDER BY order_id FOR UPDATE SKIP LOCKED)
+"""
+
+# The lanes first, in the order of their ids: what is being sent is left alone.
+REOPEN_LANES = """
+INSERT INTO callback_lanes AS l (order_id)
+SELECT DISTINCT order_id FROM callback_deliveries
+ WHERE event_id = ANY (%b::uuid[]) AND state <> 'superseded' ORDER BY order_id
+    ON CONFLICT (order_id) DO UPDATE
+   SET next_at = CASE WHEN l.in_flight IS NULL THEN clock_timestamp() ELSE l.next_at END
+"""
+
+REDRIVE = """
+UPDATE callback_deliveries
+   SET state = 'due', attempts = 0, finished_at = NULL,
+       enqueued_at = CASE WHEN state = 'due' THEN enqueued_at ELSE clock_timestamp() END
+ WHERE event_id = ANY (%b::uuid[]) AND state <> 'superseded'
+RETURNING event_id
+"""
+
+# Some at a time. The attempts of what is kept are kept as well.
+PRUNE = """
+WITH pruned AS (
+    DELETE FROM callback_deliveries WHERE event_id IN (
+        SELECT event_id FROM callback_deliveries
+         WHERE state IN ('delivered', 'superseded', 'excluded')
+           AND finished_at < clock_timestamp() - make_interval(days => %b)
+         ORDER BY finished_at LIMIT %b)
+    RETURNING event_id
+), attempts AS (
+    DELETE FROM callback_attempts USING pruned WHERE callback_attempts.event_id = pruned.event_id
+)
+SELECT count(*) FROM pruned
+"""
+
+
+RELEASED = "released"  # the outcome of what was claimed and not sent; no attempt is noted
+
+
+class Claimed(NamedTuple):
+    """A delivery that this process may send until its lease is over.
+
+    `attempt` is counted from 1. `failing`: it, or what stood before it, was tried in vain.
+    `due_in_s` above 0: it was claimed before its time, as a probe.
+    """
+
+    claim: int
+    event_id: UUID
+    order_id: UUID
+    payment_id: UUID
+    sequence: int
+    status: str
+    amount_cents: int
+    currency: str
+    occurred_at: datetime
+    attempt: int
+    failing: bool
+    due_in_s: float
+
+
+class Result(NamedTuple):
+    """What came of a claimed delivery. For `due`: it is tried again after `delay_s`.
+
+    `counts`: whether it is one of the attempts after which a delivery is given up. `status` is that
+    of HTTP, or None and a `reason`; `answer` the first bytes of the answer.
+    """
+
+    claimed: Claimed
+    state: Literal["due", "delivered", "dead"]
+    delay_s: float
+    counts: bool
+    seconds: float
+    outcome: str
+    status: int | None
+    reason: str
+    answer: bytes
+
+
+async def claim(
+    connection: psycopg.AsyncConnection[Any],
+    *,
+    most: int,
+    failing_max: int,
+    lease_s: float,
+    probing: bool = False,
+) -> list[Claimed]:
+    """What may be sent now: one delivery each of at most so many orders."""
+    async with connection.cursor(binary=True) as cursor:
+        await cursor.execute(CLAIM.encode(), [most, failing_max, probing, lease_s])
+        return [Claimed(*row) for row in await cursor.fetchall()]
+
+
+async def record(connection: psycopg.AsyncConnection[Any], results: Sequence[Result]) -> set[int]:
+    """Records the results; returns the claims that were still held.
+
+    Of the others the lease was over: whoever claimed them next decides. Doing it twice is harmless.
+    """
+    claimed = [result.claimed for result in results]
+    params = (
+        bigints([each.claim for each in claimed]),
+        uuids([each.order_id for each in claimed]),
+        uuids([each.event_id for each in claimed]),
+        texts([result.state for result in results]),
+        doubles([result.delay_s for result in results]),
+        integers([int(result.counts) for result in results]),
+        doubles([result.seconds for result in results]),
+        texts([result.outcome for result in results]),
+        integers([result.status or 0 for result in results]),
+        texts([result.reason or None for result in results]),
+        byteas([result.answer for result in results]),
+    )
+    async with connection.cursor(binary=True) as cursor:
+        await cursor.execute(RECORD.encode(), params)
+        return {held for (held,) in await cursor.fetchall()}
+
+
+async def make_all_due(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Nobody waits for a retry any longer; what is being sent is left alone."""
+    await connection.execute(MAKE_ALL_DUE)
+
+
+async def redrive(
+    connection: psycopg.AsyncConnection[Any], event_ids: Sequence[UUID]
+) -> list[UUID]:
+    """Makes deliveries due, now and with all their attempts before them; returns which.
+
+    What is superseded stays so. In its order's lane each waits for what stands before it.
+    """
+    chosen = uuids(event_ids)
+    async with connection.transaction():
+        await connection.execute(REOPEN_LANES.encode(), [chosen])
+        cursor = await connection.execute(REDRIVE.encode(), [chosen])
+        return [event_id for (event_id,) in await cursor.fetchall()]
+
+
+async def prune(connection: psycopg.AsyncConnection[Any], older_than_days: int, most: int) -> int:
+    """Forgets what was finished so long ago, but for what is dead; returns how many."""
+    cursor = await connection.execute(PRUNE.encode(), [older_than_days, most])
+    row = await cursor.fetchone()
+    assert row is not None
+    return int(row[0])

@@ -1,0 +1,182 @@
+"""The callback outbox: what Order Service is owed, one row for each outcome of a payment.
+
+Written in the transaction of the follower's position, so no outcome is left out and none comes
+twice. An order that is owed something has a lane: see callback_lanes in migrations/0003.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import psycopg
+
+from payments.database import Database
+from payments.events.arrays import bigints, integers, texts, timestamps, uuids
+from payments.events.facts import (
+    FACTS,
+    PaymentCharged,
+    PaymentFailed,
+    PaymentRefunded,
+    UndecodableEvent,
+)
+from payments.events.store import READ_LOG, fact_at
+from payments.projections.follower import RecordedEvent, read_events
+
+BACKFILL_EVENTS = 1000  # in one transaction
+
+# Where the follower begins: it calls back nothing that happened before it was first wanted.
+BEGIN_AT_THE_END = """
+INSERT INTO followers (name, position)
+SELECT 'callbacks', coalesce(max(notification_id), 0) FROM payment_events
+    ON CONFLICT (name) DO NOTHING
+RETURNING position
+"""
+
+# Locks the lanes first, in the order of their ids. Behind a SUCCESS nobody waits for a FAILED.
+OPEN_LANES = """
+INSERT INTO callback_lanes AS l (order_id)
+SELECT id FROM unnest(%(orders)b::uuid[]) AS new (id) ORDER BY id
+    ON CONFLICT (order_id) DO UPDATE
+   SET next_at = CASE WHEN l.in_flight IS NULL AND l.order_id = ANY (%(paid)b::uuid[])
+                      THEN least(l.next_at, clock_timestamp()) ELSE l.next_at END
+"""
+
+POSITION = """
+SELECT position FROM followers WHERE name = 'callbacks'
+"""
+
+ENQUEUE = """
+INSERT INTO callback_deliveries (event_id, position, order_id, payment_id, sequence, status,
+                                 amount_cents, currency, occurred_at, state, finished_at)
+SELECT event_id, position, order_id, payment_id, sequence, status, amount_cents, currency,
+       occurred_at, state, CASE WHEN state <> 'due' THEN clock_timestamp() END
+  FROM unnest(%b::uuid[], %b::bigint[], %b::uuid[], %b::uuid[], %b::bigint[], %b::text[],
+              %b::integer[], %b::text[], %b::timestamptz[], %b::text[])
+    AS new (event_id, position, order_id, payment_id, sequence, status, amount_cents, currency,
+            occurred_at, state)
+    ON CONFLICT (event_id) DO NOTHING
+"""
+
+SUPERSEDE = """
+SELECT supersede_callbacks(%b::uuid[])
+"""
+
+Outcome = PaymentCharged | PaymentFailed | PaymentRefunded
+
+
+class _Owed(NamedTuple):
+    position: int
+    status: str
+    outcome: Outcome
+
+
+async def begin_at_the_end(database: Database) -> None:
+    """Creates the follower's position if it has none; DatabaseUnavailable."""
+    await database.fetch(BEGIN_AT_THE_END)
+
+
+class CallbacksProjection:
+    """`statuses`: which outcomes Order Service wants to hear of; others are `excluded`."""
+
+    name = "callbacks"
+
+    def __init__(self, statuses: Collection[str]) -> None:
+        self._statuses = frozenset(statuses)
+
+    async def apply(
+        self, connection: psycopg.AsyncConnection[Any], events: Sequence[RecordedEvent]
+    ) -> None:
+        """Raises UndecodableEvent for the whole batch: it might have been an outcome."""
+        await self.enqueue(connection, events)
+
+    async def enqueue(
+        self, connection: psycopg.AsyncConnection[Any], events: Sequence[RecordedEvent]
+    ) -> int:
+        """Adds what these events mean and is not there yet; returns how many rows that is."""
+        owed = [found for event in events if (found := _owed(event)) is not None]
+        if not owed:
+            return 0
+        due = {each.outcome.merchant_order_id for each in owed if each.status in self._statuses}
+        paid = {each.outcome.merchant_order_id for each in owed if each.status != "FAILED"}
+        async with connection.cursor(binary=True) as cursor:
+            if due:
+                lanes = {"orders": uuids(list(due)), "paid": uuids(list(due & paid))}
+                await cursor.execute(OPEN_LANES.encode(), lanes)
+            await cursor.execute(ENQUEUE.encode(), self._params(owed))
+            enqueued = cursor.rowcount
+            await cursor.execute(SUPERSEDE.encode(), [uuids(list(due | paid))])
+            return enqueued
+
+    def _params(self, owed: list[_Owed]) -> tuple[Any, ...]:
+        outcomes = [each.outcome for each in owed]
+        return (
+            uuids([outcome.event_id for outcome in outcomes]),
+            bigints([each.position for each in owed]),
+            uuids([outcome.merchant_order_id for outcome in outcomes]),
+            uuids([outcome.payment_id for outcome in outcomes]),
+            bigints([outcome.version for outcome in outcomes]),
+            texts([each.status for each in owed]),
+            integers([_amount_cents(outcome) for outcome in outcomes]),
+            texts([outcome.currency for outcome in outcomes]),
+            timestamps([outcome.occurred_at for outcome in outcomes]),
+            texts(["due" if each.status in self._statuses else "excluded" for each in owed]),
+        )
+
+
+class Backfilled(NamedTuple):
+    """How many callbacks were enqueued, and which events could not be read."""
+
+    enqueued: int
+    unreadable: list[int]
+
+
+async def backfill(
+    connection: psycopg.AsyncConnection[Any], projection: CallbacksProjection, first: int
+) -> Backfilled:
+    """Enqueues what is missing from the position `first` up to where the follower is.
+
+    The follower's position stays; what it enqueues meanwhile does not come twice.
+    """
+    cursor = await connection.execute(POSITION)
+    row = await cursor.fetchone()
+    last = int(row[0]) if row else 0
+    enqueued, unreadable = 0, []
+    while first <= last:
+        most = min(BACKFILL_EVENTS, last - first + 1)
+        events = await read_events(connection, READ_LOG, [first - 1, most])
+        if not events:
+            break
+        for event in events:
+            try:
+                _owed(event)
+            except UndecodableEvent:
+                unreadable.append(event.position)
+        async with connection.transaction():
+            sound = [event for event in events if event.position not in unreadable]
+            enqueued += await projection.enqueue(connection, sound)
+        first = events[-1].position + 1
+    return Backfilled(enqueued, unreadable)
+
+
+def _owed(event: RecordedEvent) -> _Owed | None:
+    """What an event means to Order Service; most mean nothing."""
+    match event.topic:
+        case PaymentCharged.TOPIC:
+            status = "SUCCESS"
+        case PaymentFailed.TOPIC:
+            status = "FAILED"
+        case PaymentRefunded.TOPIC:
+            status = "REFUNDED"
+        case topic if topic in FACTS:
+            return None
+        case topic:
+            raise UndecodableEvent(f"unknown topic {topic!r}")
+    fact = fact_at(*event[1:])
+    assert isinstance(fact, Outcome)
+    if isinstance(fact, PaymentRefunded) and fact.refunded_cents < fact.captured_cents:
+        return None  # the payment stays a SUCCESS
+    return _Owed(event.position, status, fact)
+
+
+def _amount_cents(outcome: Outcome) -> int:
+    """The payment's amount, whatever the event's."""
+    return outcome.captured_cents if isinstance(outcome, PaymentRefunded) else outcome.amount_cents

@@ -1,0 +1,234 @@
+"""What Order Service was told, is owed, and answered: reads the tables of the callback outbox."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Literal, NamedTuple
+from uuid import UUID
+
+import msgspec
+
+from payments.database import Database
+from payments.queries.lookups import PaymentLookups
+from payments.queries.payments import get_payment
+
+# With the lane's next_at for what stands first in it, and the last attempt.
+_DELIVERIES = """
+SELECT d.event_id, d.order_id, d.payment_id, d.status, d.sequence, d.state, d.attempts,
+       d.enqueued_at, d.finished_at,
+       CASE WHEN d.state = 'due' THEN (
+            SELECT l.next_at FROM callback_lanes l WHERE l.order_id = d.order_id) END,
+       (SELECT concat_ws(' ', a.outcome, a.status, a.reason) FROM callback_attempts a
+         WHERE a.event_id = d.event_id ORDER BY a.claim DESC LIMIT 1)
+  FROM callback_deliveries d
+"""
+
+NEWEST = _DELIVERIES + " ORDER BY d.position DESC LIMIT %(limit)b"
+DUE = _DELIVERIES + " WHERE d.state = 'due' ORDER BY d.enqueued_at LIMIT %(limit)b"
+DEAD = _DELIVERIES + " WHERE d.state = 'dead' ORDER BY d.position LIMIT %(limit)b"
+OF_ORDER = _DELIVERIES + " WHERE d.order_id = %(id)b ORDER BY d.position DESC LIMIT %(limit)b"
+OF_PAYMENT = _DELIVERIES + " WHERE d.payment_id = %(id)b ORDER BY d.sequence LIMIT %(limit)b"
+BY_EVENT = _DELIVERIES + " WHERE d.event_id = %(id)b LIMIT %(limit)b"
+
+ATTEMPTS = """
+SELECT event_id, started_at, seconds, outcome, status, reason, answer
+  FROM callback_attempts WHERE event_id = ANY (%b::uuid[]) ORDER BY event_id, claim
+"""
+
+# By state; those that a new sending makes sense for.
+DEAD_IDS = """
+SELECT event_id FROM callback_deliveries WHERE state = 'dead' ORDER BY position
+"""
+
+IDS_SINCE = """
+SELECT event_id FROM callback_deliveries
+ WHERE state IN ('dead', 'delivered') AND occurred_at >= %(since)b ORDER BY position
+"""
+
+BACKLOG = """
+SELECT (SELECT count(*) FROM callback_deliveries WHERE state = 'due'),
+       (SELECT count(*) FROM callback_deliveries WHERE state = 'dead'),
+       (SELECT extract(epoch FROM clock_timestamp() - enqueued_at)::float8
+          FROM callback_deliveries WHERE state = 'due' ORDER BY enqueued_at LIMIT 1)
+"""
+
+OLDEST_AGE = """
+SELECT extract(epoch FROM clock_timestamp() - enqueued_at)::float8
+  FROM callback_deliveries WHERE state = 'due' ORDER BY enqueued_at LIMIT 1
+"""
+
+
+class Delivery(NamedTuple):
+    """One callback. `state`: due, delivered, dead, superseded or excluded: see migrations/0003.
+
+    `attempts` are those that count towards giving up. `next_at` is when its order's lane may be
+    claimed next; None if it is not due. `last_attempt` is for people.
+    """
+
+    event_id: UUID
+    order_id: UUID
+    payment_id: UUID
+    status: Literal["SUCCESS", "FAILED", "REFUNDED"]
+    sequence: int
+    state: Literal["due", "delivered", "dead", "superseded", "excluded"]
+    attempts: int
+    enqueued_at: datetime
+    finished_at: datetime | None
+    next_at: datetime | None
+    last_attempt: str | None
+
+
+class Attempt(NamedTuple):
+    """One exchange with Order Service; `answer` is the beginning of what it answered."""
+
+    event_id: UUID
+    started_at: datetime
+    seconds: float | None
+    outcome: str
+    status: int | None
+    reason: str | None
+    answer: bytes | None
+
+
+class Backlog(NamedTuple):
+    """`oldest_age_s` is 0 if nothing is due."""
+
+    due: int
+    dead: int
+    oldest_age_s: float
+
+
+Time = Annotated[datetime, msgspec.Meta(tz=True)]
+
+
+class AttemptView(msgspec.Struct, frozen=True):
+    """One exchange with Order Service. `outcome`: delivered, gone (410), http_error, unreachable,
+    timeout, or interrupted when nobody was left to see its end. `status` is that of HTTP."""
+
+    started_at: Time
+    seconds: float | None
+    outcome: str
+    status: int | None
+    reason: str | None
+    answer: str | None
+
+
+class CallbackView(msgspec.Struct, frozen=True):
+    """An outcome that Order Service is told. `next_at` is when its order is tried next."""
+
+    event_id: UUID
+    order_id: UUID
+    status: Literal["SUCCESS", "FAILED", "REFUNDED"]
+    sequence: int
+    state: Literal["due", "delivered", "dead", "superseded", "excluded"]
+    enqueued_at: Time
+    finished_at: Time | None
+    next_at: Time | None
+    attempts: list[AttemptView]
+
+
+class PaymentCallbacks(msgspec.Struct, frozen=True):
+    """The callbacks of a payment, in order."""
+
+    callbacks: list[CallbackView]
+
+
+async def get_callbacks(
+    database: Database, lookups: PaymentLookups, payment_id: UUID, client: str | None
+) -> PaymentCallbacks:
+    """What Order Service was told of the payment. `client` and errors are get_payment's."""
+    await get_payment(database, lookups, payment_id, client)
+    deliveries = await deliveries_of_payment(database, payment_id)
+    made: dict[UUID, list[AttemptView]] = defaultdict(list)
+    for attempt in await attempts(database, [each.event_id for each in deliveries]):
+        made[attempt.event_id].append(
+            AttemptView(
+                attempt.started_at,
+                attempt.seconds,
+                attempt.outcome,
+                attempt.status,
+                attempt.reason,
+                text_of(attempt.answer),
+            )
+        )
+    return PaymentCallbacks(
+        [
+            CallbackView(
+                each.event_id,
+                each.order_id,
+                each.status,
+                each.sequence,
+                each.state,
+                each.enqueued_at,
+                each.finished_at,
+                each.next_at,
+                made[each.event_id],
+            )
+            for each in deliveries
+        ]
+    )
+
+
+def text_of(answer: bytes | None) -> str | None:
+    """An answer for people; what is not UTF-8 shows as such."""
+    return answer.decode(errors="replace") if answer else None
+
+
+async def newest_deliveries(database: Database, limit: int) -> list[Delivery]:
+    return await _deliveries(database, NEWEST, limit)
+
+
+async def due_deliveries(database: Database, limit: int) -> list[Delivery]:
+    """The one that has waited longest first."""
+    return await _deliveries(database, DUE, limit)
+
+
+async def dead_deliveries(database: Database, limit: int) -> list[Delivery]:
+    """In the order of the log."""
+    return await _deliveries(database, DEAD, limit)
+
+
+async def deliveries_of_order(database: Database, order_id: UUID, limit: int) -> list[Delivery]:
+    return await _deliveries(database, OF_ORDER, limit, order_id)
+
+
+async def deliveries_of_payment(database: Database, payment_id: UUID) -> list[Delivery]:
+    """In order; a payment has at most three outcomes."""
+    return await _deliveries(database, OF_PAYMENT, 100, payment_id)
+
+
+async def delivery(database: Database, event_id: UUID) -> Delivery | None:
+    return next(iter(await _deliveries(database, BY_EVENT, 1, event_id)), None)
+
+
+async def attempts(database: Database, event_ids: Sequence[UUID]) -> list[Attempt]:
+    """All that are on record, by delivery and in order."""
+    return [Attempt(*row) for row in await database.fetch(ATTEMPTS, [list(event_ids)])]
+
+
+async def dead_ids(database: Database) -> list[UUID]:
+    return [event_id for (event_id,) in await database.fetch(DEAD_IDS)]
+
+
+async def ids_since(database: Database, since: datetime) -> list[UUID]:
+    """Of what was delivered or is dead, and happened then or later."""
+    rows = await database.fetch(IDS_SINCE, {"since": since})
+    return [event_id for (event_id,) in rows]
+
+
+async def backlog(database: Database) -> Backlog:
+    ((due, dead, oldest_age_s),) = await database.fetch(BACKLOG)
+    return Backlog(due, dead, oldest_age_s or 0.0)
+
+
+async def oldest_age_s(database: Database, timeout_s: float) -> float:
+    """How long the oldest callback that is due has been; 0 if none is."""
+    rows = await database.fetch(OLDEST_AGE, timeout_s=timeout_s)
+    return float(rows[0][0]) if rows else 0.0
+
+
+async def _deliveries(
+    database: Database, query: str, limit: int, id: UUID | None = None
+) -> list[Delivery]:
+    params = {"limit": limit} if id is None else {"limit": limit, "id": id}
+    return [Delivery(*row) for row in await database.fetch(query, params)]

@@ -1,0 +1,67 @@
+"""A log, its outbox, and a dispatcher whose endpoint the test plays itself."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+import msgspec
+import psycopg
+import pytest
+from payments.callbacks.endpoint import Endpoint, Exchange
+
+from payments.database import Database
+from payments.projections.callbacks import begin_at_the_end
+from tests.callbacks.outbox import Outbox
+
+
+def answered(status: int, retry_after: str | None = None, answer: bytes = b"") -> Exchange:
+    return Exchange(status, None, "", retry_after, answer, 0.01)
+
+
+def failed(error: str = "unreachable") -> Exchange:
+    return Exchange(None, error, "ConnectError", None, b"", 0.01)
+
+
+class PlayedEndpoint(Endpoint):
+    """Answers as the test says: `answer` is called with the decoded body of each request."""
+
+    def __init__(self) -> None:
+        super().__init__("http://127.0.0.1:1/")
+        self.answer: Callable[[dict[str, Any]], Exchange] = lambda body: answered(200)
+        self.bodies: list[dict[str, Any]] = []
+        self.held: asyncio.Event | None = None  # what begins meanwhile waits for it
+        self.under_way: list[str] = []  # orders
+
+    async def open(self) -> None:
+        pass
+
+    async def post(self, message_id: str, body: bytes, timestamp: int) -> Exchange:
+        told = msgspec.json.decode(body)
+        assert message_id == told["event_id"]
+        assert told["order_id"] not in self.under_way, "two at once for one order"
+        self.bodies.append(told)
+        self.under_way.append(told["order_id"])
+        try:
+            await (self.held.wait() if self.held else asyncio.sleep(0))
+            return self.answer(told)
+        finally:
+            self.under_way.remove(told["order_id"])
+
+    async def close(self) -> None:
+        pass
+
+    def told(self, order_id: UUID | None = None) -> list[str]:
+        """The statuses that were sent, of one order or of all."""
+        return [b["status"] for b in self.bodies if order_id in (None, UUID(b["order_id"]))]
+
+
+@pytest.fixture
+async def outbox(database: Database, connection: psycopg.Connection[Any]) -> Outbox:
+    await begin_at_the_end(database)
+    return Outbox(database, connection)
+
+
+@pytest.fixture
+def endpoint() -> PlayedEndpoint:
+    return PlayedEndpoint()

@@ -1,0 +1,488 @@
+"""The dispatcher: what is sent, in which order, and what becomes of it."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+
+from payments.callbacks import dispatcher as dispatching
+from payments.callbacks.breaker import Breaker
+from payments.callbacks.dispatcher import Dispatcher
+from payments.callbacks.endpoint import Exchange
+from payments.callbacks.outbox import Claimed, Result, claim, make_all_due, prune, record, redrive
+from payments.callbacks.retry import ATTEMPTS_MAX
+from payments.telemetry import Telemetry
+from tests.callbacks.conftest import PlayedEndpoint, answered, failed
+from tests.callbacks.outbox import Outbox
+from tests.support import History, until
+
+pytestmark = pytest.mark.anyio
+
+A, B = uuid.uuid4(), uuid.uuid4()
+Make = Callable[..., Dispatcher]
+
+
+def of(order_id: uuid.UUID, key: str) -> History:
+    return History(key, order_id=order_id)
+
+
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatching, "POLL_S", 0.02)
+
+
+@asynccontextmanager
+async def dispatching_to(
+    endpoint: PlayedEndpoint, outbox: Outbox, **options: Any
+) -> AsyncIterator[Dispatcher]:
+    """Without pauses between attempts, unless `rng` says otherwise."""
+    defaults: dict[str, Any] = {
+        "telemetry": Telemetry(),
+        "retention_days": 90,
+        "rng": lambda: 0.0,
+    }
+    dispatcher = Dispatcher(outbox.database.connect, endpoint, **defaults | options)
+    await dispatcher.start()
+    try:
+        yield dispatcher
+    finally:
+        await dispatcher.stop(2)
+
+
+async def claim_some(
+    connection: psycopg.AsyncConnection[Any], *, lease_s: float = 0.3, probing: bool = False
+) -> list[Claimed]:
+    return await claim(connection, most=10, failing_max=10, lease_s=lease_s, probing=probing)
+
+
+def never_opening() -> Breaker:
+    return Breaker(failures_max=10_000)
+
+
+async def test_it_posts_the_documented_body_once(outbox: Outbox, endpoint: PlayedEndpoint) -> None:
+    charged = of(A, "k").charged()
+    await outbox.log(*charged.facts)
+    async with dispatching_to(endpoint, outbox):
+        await until(lambda: outbox.states() == ["delivered"])
+        await asyncio.sleep(0.1)
+    fact = charged.facts[1]
+    assert endpoint.bodies == [
+        {
+            "order_id": str(A),
+            "payment_id": str(charged.id),
+            "status": "SUCCESS",
+            "event_id": str(fact.event_id),
+            "sequence": 2,
+            "occurred_at": fact.occurred_at.isoformat().replace("+00:00", "Z"),
+            "amount_cents": 1500,
+            "currency": "INR",
+        }
+    ]
+    assert outbox.attempts() == [("delivered", 200)]
+    assert outbox.rows("attempts", "finished_at IS NOT NULL") == [(1, True)]
+    assert outbox.lanes() == []
+
+
+async def test_what_comes_while_it_runs_is_sent_at_once(
+    outbox: Outbox, endpoint: PlayedEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatching, "POLL_S", 60.0)
+    async with dispatching_to(endpoint, outbox) as dispatcher:
+        await asyncio.sleep(0.1)
+        await outbox.log(*of(A, "k").charged().facts)
+        dispatcher.wake()
+        await until(lambda: outbox.states() == ["delivered"], 5)
+
+
+async def test_an_order_is_told_in_order_and_one_at_a_time(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    """The endpoint asserts that no order has two under way."""
+    endpoint.held = asyncio.Event()
+    every = ("SUCCESS", "FAILED", "REFUNDED")
+    await outbox.log(*of(A, "a").charged().refunded().facts, statuses=every)
+    await outbox.log(*of(B, "b").charged().facts, statuses=every)
+    async with dispatching_to(endpoint, outbox):
+        await until(lambda: len(endpoint.bodies) == 2)
+        await asyncio.sleep(0.1)
+        assert sorted(endpoint.under_way) == sorted([str(A), str(B)])
+        endpoint.held.set()
+        await until(lambda: set(outbox.states()) == {"delivered"})
+    assert endpoint.told(A) == ["SUCCESS", "REFUNDED"]
+
+
+async def test_several_dispatchers_share_the_work(outbox: Outbox) -> None:
+    endpoints = [PlayedEndpoint() for _ in range(3)]
+    orders = [uuid.uuid4() for _ in range(200)]
+    await outbox.log(*(fact for o in orders for fact in of(o, str(o)).charged().facts))
+    async with (
+        dispatching_to(endpoints[0], outbox),
+        dispatching_to(endpoints[1], outbox),
+        dispatching_to(endpoints[2], outbox),
+    ):
+        await until(lambda: set(outbox.states()) == {"delivered"})
+    told = [body["order_id"] for endpoint in endpoints for body in endpoint.bodies]
+    assert sorted(told) == sorted(map(str, orders))
+    assert sum(bool(endpoint.bodies) for endpoint in endpoints) > 1
+
+
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        *(answered(status) for status in (100, 302, 400, 404, 429, 500, 503)),
+        *(failed(error) for error in ("unreachable", "timeout", "protocol", "forbidden_address")),
+    ],
+    ids=lambda exchange: str(exchange.status or exchange.error),
+)
+async def test_what_is_not_taken_is_sent_again(
+    outbox: Outbox, endpoint: PlayedEndpoint, exchange: Exchange
+) -> None:
+    await outbox.log(*of(A, "a").charged().facts)
+    endpoint.answer = lambda _: exchange if len(endpoint.bodies) < 3 else answered(204)
+    async with dispatching_to(endpoint, outbox):
+        await until(lambda: outbox.states() == ["delivered"])
+    assert len(outbox.attempts()) == 3
+    assert outbox.attempts()[-1] == ("delivered", 204)
+    assert [status for _, status in outbox.attempts()[:2]] == [exchange.status] * 2
+    assert len({body["event_id"] for body in endpoint.bodies}) == 1
+
+
+async def test_between_attempts_it_waits_longer_each_time(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    await outbox.log(*of(A, "a").charged().facts)
+    endpoint.answer = lambda _: answered(500)
+    pauses: list[float] = []
+    pause = "SELECT extract(epoch FROM next_at - now())::float8, failing FROM callback_lanes"
+    async with dispatching_to(endpoint, outbox, rng=lambda: 0.999):
+        for tried in range(1, 5):
+            await until(lambda n=tried: len(outbox.attempts()) == n)
+            ((pause_s, failing),) = outbox.connection.execute(pause.encode()).fetchall()
+            assert failing
+            pauses.append(pause_s)
+            outbox.make_all_due()
+    for n, pause_s in enumerate(pauses):
+        assert 2**n * 0.5 < pause_s <= 2**n
+
+
+async def test_retry_after_is_waited_for(outbox: Outbox, endpoint: PlayedEndpoint) -> None:
+    await outbox.log(*of(A, "a").charged().facts)
+    endpoint.answer = lambda _: answered(503, retry_after="120")
+    later = "SELECT next_at > now() + interval '110 s' FROM callback_lanes"
+    async with dispatching_to(endpoint, outbox, breaker=never_opening()):
+        await until(lambda: len(outbox.attempts()) == 1)
+        await until(lambda: outbox.connection.execute(later).fetchone() == (True,))
+
+
+async def test_410_ends_it(outbox: Outbox, endpoint: PlayedEndpoint) -> None:
+    await outbox.log(*of(A, "a").charged().facts)
+    endpoint.answer = lambda _: answered(410)
+    async with dispatching_to(endpoint, outbox):
+        await until(lambda: outbox.states() == ["dead"])
+    assert outbox.attempts() == [("gone", 410)]
+    assert outbox.lanes() == []
+
+
+async def test_after_its_last_attempt_it_is_dead_and_frees_its_order(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    every = ("SUCCESS", "FAILED", "REFUNDED")
+    await outbox.log(*of(A, "a").charged().refunded().facts, statuses=every)
+    outbox.connection.execute(
+        "UPDATE callback_deliveries SET attempts = %s WHERE status = 'SUCCESS'",
+        [ATTEMPTS_MAX - 2],
+    )
+    endpoint.answer = lambda body: answered(500 if body["status"] == "SUCCESS" else 200)
+    async with dispatching_to(endpoint, outbox):
+        await until(lambda: outbox.states() == ["dead", "delivered"])
+    assert endpoint.told() == ["SUCCESS", "SUCCESS", "REFUNDED"]
+    assert outbox.rows("attempts")[0] == (ATTEMPTS_MAX,)
+
+
+async def test_an_order_in_trouble_delays_nobody(outbox: Outbox, endpoint: PlayedEndpoint) -> None:
+    """However many are: of the failing ones only half as many as fit are under way."""
+    bad = [uuid.uuid4() for _ in range(200)]
+    await outbox.log(*(fact for o in bad for fact in of(o, str(o)).charged().facts))
+    endpoint.answer = lambda body: answered(500)
+    async with dispatching_to(endpoint, outbox, rng=lambda: 0.999):
+        await until(lambda: len(outbox.attempts()) >= 200)
+        endpoint.held = asyncio.Event()
+        outbox.make_all_due()
+        await until(lambda: len(endpoint.under_way) >= dispatching.FAILING_MAX)
+        endpoint.answer = lambda body: answered(200)
+        await outbox.log(*of(A, "good").charged().facts)
+        await until(lambda: str(A) in endpoint.under_way, 5)
+        assert len(endpoint.under_way) == dispatching.FAILING_MAX + 1
+        endpoint.held.set()
+
+
+async def test_a_failed_payment_that_waits_is_superseded_by_a_success(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    await outbox.log(*of(A, "a").declined().facts)
+    endpoint.answer = lambda body: answered(500 if body["status"] == "FAILED" else 200)
+    async with dispatching_to(endpoint, outbox, rng=lambda: 0.999) as dispatcher:
+        await until(lambda: len(outbox.attempts()) == 1)
+        outbox.connection.execute("UPDATE callback_lanes SET next_at = now() + interval '1 h'")
+        await outbox.log(*of(A, "b").charged().facts)
+        dispatcher.wake()
+        await until(lambda: outbox.states() == ["superseded", "delivered"], 1.5)
+
+
+async def test_a_success_that_comes_while_a_failed_is_in_flight_is_not_kept_waiting(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    endpoint.held = asyncio.Event()
+    await outbox.log(*of(A, "a").declined().facts)
+    endpoint.answer = lambda body: answered(500 if body["status"] == "FAILED" else 200)
+    async with dispatching_to(endpoint, outbox, rng=lambda: 0.999):
+        await until(lambda: endpoint.under_way)
+        await outbox.log(*of(A, "b").charged().facts)
+        endpoint.held.set()
+        await until(lambda: outbox.states() == ["superseded", "delivered"])
+    assert endpoint.told() == ["FAILED", "SUCCESS"]
+
+
+async def test_a_failed_is_not_sent_once_the_read_model_knows_a_success(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    await outbox.log(*of(A, "a").declined().facts)
+    outbox.connection.execute(
+        "INSERT INTO payments (id, merchant_order_id, status) VALUES (%s, %s, 'SUCCESS')",
+        [uuid.uuid4(), A],
+    )
+    async with dispatching_to(endpoint, outbox):
+        await until(lambda: outbox.states() == ["superseded"])
+    assert endpoint.bodies == []
+    assert outbox.lanes() == []
+
+
+async def test_a_claim_holds_the_lane_until_its_lease_is_over(outbox: Outbox) -> None:
+    every = ("SUCCESS", "FAILED", "REFUNDED")
+    await outbox.log(*of(A, "a").charged().refunded().facts, statuses=every)
+    async with await outbox.database.connect("a") as one, await outbox.database.connect("b") as two:
+        (first,) = await claim_some(one)
+        assert await claim_some(two) == []
+        assert await claim_some(two, probing=True) == []
+        await redrive(two, [first.event_id])
+        await make_all_due(two)
+        assert await claim_some(two) == []
+        await asyncio.sleep(0.35)
+        (second,) = await claim_some(two)
+        assert (second.event_id, second.attempt) == (first.event_id, 2)
+        assert second.claim > first.claim
+        # The first sender was frozen, and comes too late: only its attempt is noted.
+        assert await record(one, [_result(first, "delivered")]) == set()
+        assert outbox.states() == ["due", "due"]
+        assert outbox.attempts() == [("delivered", 200)]
+        assert await record(two, [_result(second, "delivered")]) == {second.claim}
+        assert await record(two, [_result(second, "delivered")]) == set()
+        assert outbox.states() == ["delivered", "due"]
+        assert outbox.attempts() == [("delivered", 200), ("delivered", 200)]
+
+
+async def test_a_lane_that_went_and_came_again_takes_no_old_result(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").charged().facts)
+    async with await outbox.database.connect("a") as own:
+        (old,) = await claim_some(own, lease_s=0)
+        (now,) = await claim_some(own, lease_s=10)
+        await record(own, [_result(now, "delivered")])
+        assert outbox.lanes() == []
+        assert await redrive(own, [now.event_id]) == [now.event_id]
+        (again,) = await claim_some(own, lease_s=10)
+        assert await record(own, [_result(old, "dead"), _result(now, "dead")]) == set()
+        assert outbox.states() == ["due"]
+        assert (again.attempt, again.event_id) == (1, old.event_id)
+
+
+def _result(claimed: Claimed, state: Any) -> Result:
+    return Result(claimed, state, 0.0, True, 0.01, "delivered", 200, "", b"ok")
+
+
+async def test_a_sender_that_died_leaves_an_attempt_behind(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    await outbox.log(*of(A, "a").charged().facts)
+    async with await outbox.database.connect("a") as own:
+        await claim_some(own, lease_s=0.2)
+    async with dispatching_to(endpoint, outbox):
+        await asyncio.sleep(0.1)
+        assert endpoint.bodies == []
+        await until(lambda: outbox.states() == ["delivered"])
+    assert outbox.attempts() == [("interrupted", None), ("delivered", 200)]
+    assert outbox.rows("attempts") == [(2,)]
+
+
+async def test_frozen_between_claim_and_exchange_it_sends_nothing(
+    outbox: Outbox, endpoint: PlayedEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatching, "BEGIN_WITHIN_S", -1.0)
+    await outbox.log(*of(A, "a").charged().facts)
+    async with dispatching_to(endpoint, outbox):
+        await until(lambda: outbox.lanes()[0][2] is not None)
+        await asyncio.sleep(0.1)
+    assert endpoint.bodies == []
+    assert outbox.states() == ["due"]
+
+
+async def test_while_the_breaker_is_open_nothing_is_sent_or_used_up(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    orders = [uuid.uuid4() for _ in range(100)]
+    for o in orders:
+        await outbox.log(*of(o, str(o)).charged().facts)
+    endpoint.answer = lambda _: failed()
+    breaker = Breaker(failures_max=5, open_min_s=0.3, open_max_s=0.3)
+    async with dispatching_to(endpoint, outbox, breaker=breaker, rng=lambda: 0.999) as dispatcher:
+        await until(lambda: dispatcher.state == "open")
+        sent = len(endpoint.bodies)
+        assert sent <= dispatching.CONCURRENCY_MAX
+        used = sum(n for (n,) in outbox.rows("attempts"))
+        await until(lambda: len(endpoint.bodies) >= sent + 3)
+        probed = [body["order_id"] for body in endpoint.bodies[sent : sent + 3]]
+        assert len(set(probed)) == 3, "always the same one is probed"
+        assert sum(n for (n,) in outbox.rows("attempts")) <= max(used, sent) + 3
+        endpoint.answer = lambda _: answered(200)
+        back = time.monotonic()
+        await until(lambda: set(outbox.states()) == {"delivered"})
+        assert time.monotonic() - back < 3, "what waited was not made due"
+        assert dispatcher.state == "closed"
+
+
+async def test_a_probe_before_its_time_costs_the_delivery_nothing(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    await outbox.log(*of(A, "a").charged().facts)
+    outbox.connection.execute("UPDATE callback_lanes SET next_at = now() + interval '1 h'")
+    outbox.connection.execute("UPDATE callback_deliveries SET attempts = %s", [ATTEMPTS_MAX - 1])
+    endpoint.answer = lambda _: failed()
+    breaker = Breaker(failures_max=1, open_min_s=0.02, open_max_s=0.02)
+    permit = breaker.begin(time.monotonic())
+    assert permit is not None
+    breaker.failed(permit, time.monotonic())
+    async with dispatching_to(endpoint, outbox, breaker=breaker):
+        await until(lambda: len(outbox.attempts()) == 5)
+    assert outbox.states() == ["due"]
+    assert outbox.rows("attempts") == [(ATTEMPTS_MAX - 1,)]
+    still = "SELECT next_at > now() + interval '59 min' FROM callback_lanes"
+    assert outbox.connection.execute(still).fetchall() == [(True,)]
+
+
+async def test_on_stop_it_finishes_what_is_under_way_and_claims_nothing_more(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    endpoint.held = asyncio.Event()
+    await outbox.log(*of(A, "a").charged().facts)
+    async with dispatching_to(endpoint, outbox) as dispatcher:
+        await until(lambda: endpoint.under_way)
+        dispatcher.finish()
+        await outbox.log(*of(B, "b").charged().facts)
+        stopping = asyncio.create_task(dispatcher.stop(5))
+        await asyncio.sleep(0.1)
+        assert not stopping.done()
+        endpoint.held.set()
+        await stopping
+    assert outbox.rows("order_id", "state") == [(A, "delivered"), (B, "due")]
+    assert endpoint.told() == ["SUCCESS"]
+
+
+async def test_what_is_cut_off_at_the_end_keeps_its_lease(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    endpoint.held = asyncio.Event()
+    await outbox.log(*of(A, "a").charged().facts)
+    async with dispatching_to(endpoint, outbox) as dispatcher:
+        await until(lambda: endpoint.under_way)
+        await dispatcher.stop(0.1)
+    assert endpoint.under_way == []
+    leased = "SELECT next_at > now() + interval '5 s', in_flight IS NOT NULL FROM callback_lanes"
+    assert outbox.connection.execute(leased).fetchall() == [(True, True)]
+
+
+async def test_it_outlives_its_database(outbox: Outbox, endpoint: PlayedEndpoint) -> None:
+    """Every result is recorded in the end, and nothing is sent twice for it."""
+    kill = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name = 'payments callbacks' AND datname = current_database()"
+    )
+    orders = [uuid.uuid4() for _ in range(60)]
+    async with dispatching_to(endpoint, outbox) as dispatcher:
+        for number, o in enumerate(orders):
+            await outbox.log(*of(o, str(o)).charged().facts)
+            dispatcher.wake()
+            if number % 10 == 0:
+                outbox.connection.execute(kill)
+        await until(lambda: set(outbox.states()) == {"delivered"}, 20)
+    assert {body["order_id"] for body in endpoint.bodies} == set(map(str, orders))
+
+
+async def test_what_was_finished_long_ago_is_pruned(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    for number in range(4):
+        await outbox.log(*of(uuid.uuid4(), str(number)).charged().facts)
+    async with dispatching_to(endpoint, outbox):
+        await until(lambda: set(outbox.states()) == {"delivered"})
+    events = [event for (event,) in outbox.rows("event_id")]
+    finish = (
+        "UPDATE callback_deliveries SET state = %s, finished_at = now() - %s WHERE event_id = %s"
+    )
+    for event, state, days in zip(
+        events, ("delivered", "dead", "superseded", "delivered"), (91, 91, 91, 89), strict=True
+    ):
+        outbox.connection.execute(finish, [state, timedelta(days=days), event])
+    async with await outbox.database.connect("a") as own:
+        assert await prune(own, 90, 1) == 1
+        assert await prune(own, 90, 1000) == 1
+    assert outbox.rows("event_id") == [(events[1],), (events[3],)]
+    assert len(outbox.attempts()) == 2
+
+
+async def test_it_prunes_by_itself(
+    outbox: Outbox, endpoint: PlayedEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatching, "PRUNE_EVERY_S", 0.05)
+    await outbox.log(*of(A, "a").charged().facts)
+    async with dispatching_to(endpoint, outbox, retention_days=1):
+        await until(lambda: outbox.states() == ["delivered"])
+        outbox.connection.execute(
+            "UPDATE callback_deliveries SET finished_at = now() - interval '25 h'"
+        )
+        await until(lambda: outbox.states() == [])
+
+
+async def test_redriven_it_has_all_its_attempts_again(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    await outbox.log(*of(A, "a").charged().facts)
+    endpoint.answer = lambda _: answered(410)
+    async with dispatching_to(endpoint, outbox):
+        await until(lambda: outbox.states() == ["dead"])
+        endpoint.answer = lambda _: answered(200)
+        ((event,),) = outbox.rows("event_id")
+        async with await outbox.database.connect("a") as own:
+            assert await redrive(own, [event, uuid.uuid4()]) == [event]
+        await until(lambda: outbox.states() == ["delivered"])
+    assert outbox.rows("attempts") == [(1,)]
+    assert outbox.attempts() == [("gone", 410), ("delivered", 200)]
+
+
+async def test_the_metrics_say_what_came_of_attempts(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    telemetry = Telemetry()
+    await outbox.log(*of(A, "a").charged().facts)
+    answers = [failed(), failed("timeout"), answered(500), answered(200)]
+    endpoint.answer = lambda _: answers.pop(0)
+    async with dispatching_to(endpoint, outbox, telemetry=telemetry):
+        await until(lambda: outbox.states() == ["delivered"])
+    shown = telemetry.exposition().decode()
+    for outcome in ("unreachable", "timeout", "http_error", "delivered"):
+        assert f'payments_callback_attempts_total{{outcome="{outcome}"}} 1.0' in shown
+    assert "payments_callback_duration_seconds_count 4.0" in shown

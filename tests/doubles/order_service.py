@@ -1,0 +1,234 @@
+"""Order Service as its callers meet it, as a process of its own.
+
+    python -m tests.doubles.order_service [--port N] [--log FILE] [--careful] [--secret SECRET] …
+
+listens on 127.0.0.1 and prints its port as one line. It ends on SIGTERM, when its stdin is closed
+(its parent is gone) and after LIFE_MAX_S. Tests use OrderServiceProcess, or, in an event loop of
+their own, OrderService. What it does: order_receiver.py.
+"""
+
+import argparse
+import asyncio
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from tests.doubles.order_faults import Fault, Script
+from tests.doubles.order_receiver import TODAY, WAIT_MAX_S, Options, OrderService, Stage, url_of
+from tests.doubles.order_requests import Request, findings
+from tests.doubles.order_states import OrderState
+
+__all__ = ["Fault", "Options", "OrderService", "OrderServiceProcess", "Request", "findings"]
+
+ROOT = Path(__file__).parent.parent.parent
+LIFE_MAX_S = 900.0
+COMMAND_BYTES_MAX = 1 << 20
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+async def _obey(service: OrderService, command: dict[str, Any]) -> Any:
+    """One command of OrderServiceProcess."""
+    match command["do"]:
+        case "script":
+            service.script(*msgspec.convert(command["faults"], list[Fault]))
+        case "listen":
+            await service.listen()
+        case "refuse":
+            service.refuse()
+        case "close_idle":
+            service.close_idle()
+        case "wait_for":
+            try:
+                await service.wait_for(command["count"], command["stage"], command["timeout_s"])
+            except TimeoutError:
+                return False
+        case "requests":
+            return service.requests
+        case "orders":
+            return service.orders
+        case "findings":
+            return service.findings()
+        case "counts":
+            return service.counts
+        case "connections":
+            return service.connections
+    return True
+
+
+async def _run(options: Options, port: int) -> None:
+    service = OrderService(options, port)
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    commands = asyncio.StreamReader(limit=COMMAND_BYTES_MAX)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+    _say(str(await service.listen()))
+
+    async def obey() -> None:
+        while command := await commands.readline():
+            answered = await _obey(service, msgspec.json.decode(command))
+            _say(msgspec.json.encode(answered).decode())
+        stop.set()
+
+    obeying = asyncio.create_task(obey())
+    with suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), LIFE_MAX_S)
+    obeying.cancel()
+    await service.close()
+
+
+class OrderServiceProcess:
+    """Order Service for a test, in a process of its own. Its port stays the same over restarts, and
+    so do its orders and requests if there is a log; its faults do not."""
+
+    def __init__(self, options: Options = TODAY, port: int = 0) -> None:
+        self.port = port
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return url_of(self._options, self.port)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> Self:
+        options = self._options
+        arguments = ["--port", str(self.port), "--issue-takes-s", str(options.issue_takes_s)]
+        arguments += [] if options.naive else ["--careful"]
+        arguments += ["--bare"] if options.bare else []
+        arguments += ["--log", str(options.log)] if options.log else []
+        arguments += ["--tls", str(options.tls)] if options.tls else []
+        for secret in options.secrets:
+            arguments += ["--secret", secret]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.doubles.order_service", *arguments],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.port = int(self._line())
+        return self
+
+    def stop(self) -> int | None:
+        """SIGTERM; the exit code."""
+        return self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """kill -9."""
+        self._end(signal.SIGKILL)
+
+    def restart(self) -> Self:
+        self.kill()
+        return self.start()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def script(self, *faults: Fault) -> None:
+        """As OrderService.script(), and so on."""
+        Script(faults)  # a wrong one raises here
+        self._control(do="script", faults=faults)
+
+    def listen(self) -> None:
+        self._control(do="listen")
+
+    def refuse(self) -> None:
+        self._control(do="refuse")
+
+    def close_idle(self) -> None:
+        self._control(do="close_idle")
+
+    def wait_for(
+        self, count: int, stage: Stage = "finished", timeout_s: float = WAIT_MAX_S
+    ) -> None:
+        if not self._control(do="wait_for", count=count, stage=stage, timeout_s=timeout_s):
+            raise TimeoutError(f"of {count} requests {self.counts[stage]} are {stage}")
+
+    @property
+    def requests(self) -> list[Request]:
+        return msgspec.convert(self._control(do="requests"), list[Request])
+
+    @property
+    def orders(self) -> dict[str, OrderState]:
+        return msgspec.convert(self._control(do="orders"), dict[str, OrderState])
+
+    @property
+    def counts(self) -> dict[Stage, int]:
+        return msgspec.convert(self._control(do="counts"), dict[Stage, int])
+
+    @property
+    def connections(self) -> int:
+        return int(self._control(do="connections"))
+
+    def findings(self) -> list[str]:
+        return list(self._control(do="findings"))
+
+    def _control(self, **command: Any) -> Any:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(command) + b"\n")
+        self._process.stdin.flush()
+        return msgspec.json.decode(self._line())
+
+    def _line(self) -> bytes:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, f"Order Service ended with {self._process.wait(timeout=10)}"
+        return line
+
+    def _end(self, how: signal.Signals) -> int | None:
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        process.send_signal(how)
+        try:
+            return process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait(timeout=5)
+        finally:
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                pipe.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.doubles.order_service")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--log", type=Path)
+    parser.add_argument("--careful", action="store_true", help="not naive")
+    parser.add_argument("--secret", action="append", default=[])
+    parser.add_argument("--issue-takes-s", type=float, default=TODAY.issue_takes_s)
+    parser.add_argument("--tls", type=Path, metavar="DIRECTORY")
+    parser.add_argument("--bare", action="store_true", help="count, and keep nothing")
+    given = parser.parse_args()
+    options = Options(
+        naive=not given.careful,
+        secrets=tuple(given.secret),
+        issue_takes_s=given.issue_takes_s,
+        log=given.log,
+        tls=given.tls,
+        bare=given.bare,
+    )
+    asyncio.run(_run(options, given.port))
+
+
+if __name__ == "__main__":
+    main()

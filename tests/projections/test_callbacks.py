@@ -1,0 +1,217 @@
+"""The callback outbox: which outcomes are owed, once each, however they come."""
+
+import uuid
+from typing import Any
+
+import psycopg
+import pytest
+
+from payments.database import Database
+from payments.events.facts import Fact
+from payments.projections.callbacks import CallbacksProjection, backfill, begin_at_the_end
+from payments.projections.follower import Follower
+from payments.telemetry import Telemetry
+from tests.callbacks.outbox import Outbox
+from tests.support import History, append, append_stored, histories, stored_event
+
+pytestmark = pytest.mark.anyio
+
+ALL = ("SUCCESS", "FAILED", "REFUNDED")
+A, B = uuid.uuid4(), uuid.uuid4()
+
+
+def of(order_id: uuid.UUID, key: str) -> History:
+    return History(key, order_id=order_id)
+
+
+@pytest.fixture
+async def outbox(database: Database, connection: psycopg.Connection[Any]) -> Outbox:
+    await begin_at_the_end(database)
+    return Outbox(database, connection)
+
+
+async def test_an_outcome_is_one_row_that_says_what_order_service_is_told(outbox: Outbox) -> None:
+    charged = History("k", 1234, currency="EUR").charged()
+    await outbox.log(*charged.facts)
+    fact = charged.facts[1]
+    columns = "event_id, position, order_id, payment_id, sequence, status, amount_cents, currency"
+    assert outbox.rows(columns, "occurred_at", "state", "attempts") == [
+        (
+            *(fact.event_id, 2, charged.payment.merchant_order_id, charged.id, 2, "SUCCESS"),
+            *(1234, "EUR", fact.occurred_at, "due", 0),
+        )
+    ]
+    assert outbox.lanes() == [(charged.payment.merchant_order_id, False, None)]
+
+
+# What each history has Order Service told, if it wants to hear of everything.
+TOLD = {
+    "pending": [],
+    "charged": ["SUCCESS"],
+    "declined": ["FAILED"],
+    "abandoned": ["FAILED"],
+    "refund under way": ["SUCCESS"],
+    "partly refunded": ["SUCCESS"],
+    "refunded in parts": ["SUCCESS", "REFUNDED"],
+    "refunded": ["SUCCESS", "REFUNDED"],
+    "refund failed": ["SUCCESS"],
+    "refunded at last": ["SUCCESS", "REFUNDED"],
+    "two refunds at once": ["SUCCESS"],
+    "late capture found": ["FAILED"],
+    "late capture returned": ["FAILED"],
+    "declined, yet captured": ["FAILED"],
+}
+
+
+@pytest.mark.parametrize("kind", TOLD)
+async def test_every_history_tells_its_outcomes_and_nothing_else(outbox: Outbox, kind: str) -> None:
+    known = histories()
+    assert known.keys() == TOLD.keys()
+    await outbox.log(*known[kind].facts, statuses=ALL)
+    assert [status for (status,) in outbox.rows("status")] == TOLD[kind]
+    assert all(amount == 1500 for (amount,) in outbox.rows("amount_cents"))
+
+
+async def test_what_order_service_does_not_want_is_on_record_and_not_due(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").charged().refunded().facts)
+    assert outbox.rows("status", "state") == [("SUCCESS", "due"), ("REFUNDED", "excluded")]
+    await outbox.log(*of(B, "b").declined().facts, statuses=("SUCCESS",))
+    assert outbox.states() == ["due", "excluded", "excluded"]
+    assert [order for order, *_ in outbox.lanes()] == [A]
+
+
+@pytest.mark.parametrize("failed_first", [True, False])
+@pytest.mark.parametrize("together", [True, False])
+async def test_a_failed_payment_is_not_told_of_an_order_that_is_paid(
+    outbox: Outbox, failed_first: bool, together: bool
+) -> None:
+    payments = [of(A, "a").declined(), of(A, "b").charged()]
+    facts = [payment.facts for payment in (payments if failed_first else reversed(payments))]
+    if together:
+        await outbox.log(*facts[0], *facts[1])
+    else:
+        await outbox.log(*facts[0])
+        await outbox.log(*facts[1])
+    assert sorted(outbox.rows("status", "state")) == [("FAILED", "superseded"), ("SUCCESS", "due")]
+
+
+async def test_a_success_that_is_not_wanted_or_refunded_supersedes_as_well(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").charged().facts, statuses=("FAILED",))
+    await outbox.log(*of(A, "b").declined().facts, statuses=("FAILED",))
+    await outbox.log(*of(B, "c").charged().refunded().facts, *of(B, "d").declined().facts)
+    assert outbox.states() == ["excluded", "superseded", "due", "excluded", "superseded"]
+
+
+async def test_a_success_from_before_the_outbox_began_supersedes(
+    database: Database, connection: psycopg.Connection[Any]
+) -> None:
+    append(connection, of(A, "a").charged().facts)
+    connection.execute(
+        "INSERT INTO payments (id, merchant_order_id, status) VALUES (%s, %s, 'REFUNDED')",
+        [uuid.uuid4(), A],
+    )
+    await begin_at_the_end(database)
+    outbox = Outbox(database, connection)
+    await outbox.log(*of(A, "b").declined().facts)
+    assert outbox.rows("status", "state") == [("FAILED", "superseded")]
+
+
+async def test_a_success_makes_an_order_that_waits_for_a_retry_due_at_once(
+    outbox: Outbox,
+) -> None:
+    later = "UPDATE callback_lanes SET failing = true, next_at = now() + interval '1 h'"
+    waiting = "SELECT next_at > now() + interval '1 min' FROM callback_lanes"
+    await outbox.log(*of(A, "a").declined().facts)
+    outbox.connection.execute(later)
+    await outbox.log(*of(A, "b").declined().facts)
+    assert outbox.connection.execute(waiting).fetchall() == [(True,)]
+    await outbox.log(*of(A, "c").charged().facts)
+    assert outbox.connection.execute(waiting).fetchall() == [(False,)]
+
+
+async def test_a_delivery_in_flight_is_left_to_its_sender(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").declined().facts)
+    outbox.connection.execute(
+        "UPDATE callback_lanes SET next_at = now() + interval '10 s', in_flight ="
+        " (SELECT event_id FROM callback_deliveries)"
+    )
+    await outbox.log(*of(A, "b").charged().facts)
+    assert outbox.states() == ["due", "due"]
+    soon = "SELECT next_at < now() + interval '5 s' FROM callback_lanes"
+    assert outbox.connection.execute(soon).fetchall() == [(False,)]
+
+
+async def test_it_begins_at_the_end_of_the_log_once(
+    database: Database, connection: psycopg.Connection[Any]
+) -> None:
+    append(connection, of(A, "a").charged().facts)
+    await begin_at_the_end(database)
+    append(connection, of(B, "b").charged().facts)
+    await begin_at_the_end(database)
+    outbox = Outbox(database, connection)
+    await outbox.follow()
+    assert outbox.rows("order_id") == [(B,)]
+
+
+async def test_without_a_beginning_it_follows_nothing(
+    database: Database, connection: psycopg.Connection[Any]
+) -> None:
+    outbox = Outbox(database, connection)
+    await outbox.log(*of(A, "a").charged().facts)
+    assert outbox.rows("order_id") == []
+
+
+async def test_an_event_that_might_be_an_outcome_parks_its_stream(outbox: Outbox) -> None:
+    append_stored(outbox.connection, [stored_event(topic="PaymentWon")])
+    append_stored(outbox.connection, [stored_event(topic="PaymentCharged")])
+    await outbox.log(*of(A, "a").charged().facts)
+    parked = outbox.connection.execute("SELECT follower, reason FROM parked_streams").fetchall()
+    assert [follower for follower, _ in parked] == ["callbacks", "callbacks"]
+    assert outbox.rows("order_id") == [(A,)]
+
+
+async def test_backfill_enqueues_what_is_missing_and_nothing_twice(
+    database: Database, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("payments.projections.callbacks.BACKFILL_EVENTS", 3)
+    facts: list[Fact] = [*of(A, "a").charged().facts, *of(B, "b").declined().facts]
+    append(connection, facts)
+    append_stored(connection, [stored_event(topic="PaymentWon")])
+    await begin_at_the_end(database)
+    outbox = Outbox(database, connection)
+    await outbox.log(*of(B, "c").charged().facts)
+    projection = CallbacksProjection(ALL)
+    async with await database.connect("backfill") as own:
+        for expected in (2, 0):
+            done = await backfill(own, projection, 1)
+            assert (done.enqueued, done.unreadable) == (expected, [5])
+    assert outbox.rows("position", "status", "state") == [
+        (2, "SUCCESS", "due"),
+        (4, "FAILED", "superseded"),
+        (7, "SUCCESS", "due"),
+    ]
+
+
+async def test_backfill_from_the_middle_leaves_out_what_is_before(
+    database: Database, connection: psycopg.Connection[Any]
+) -> None:
+    append(connection, [*of(A, "a").charged().facts, *of(B, "b").charged().facts])
+    await begin_at_the_end(database)
+    async with await database.connect("backfill") as own:
+        assert (await backfill(own, CallbacksProjection(ALL), 3)).enqueued == 1
+    assert Outbox(database, connection).rows("order_id") == [(B,)]
+
+
+async def test_it_tells_when_a_batch_is_committed(outbox: Outbox) -> None:
+    told: list[int] = []
+    follower = Follower(
+        outbox.database.connect,
+        CallbacksProjection(ALL),
+        Telemetry(),
+        applied=lambda: told.append(len(outbox.rows("event_id"))),
+    )
+    append(outbox.connection, of(A, "a").charged().facts)
+    await follower.run_once()
+    await follower.run_once()
+    await follower.close()
+    assert told == [1]
