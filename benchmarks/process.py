@@ -103,6 +103,9 @@ class _WithoutStore(Service):
     def hurry(self, within_s: float) -> None:
         pass
 
+    def finish(self) -> None:
+        pass
+
 
 def captured(command: ChargePayment) -> Payment:
     """The payment of a captured charge, made the cheapest way."""

@@ -2,7 +2,6 @@
 
 import queue
 import shutil
-import tempfile
 import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -20,10 +19,12 @@ from payments.database import Database, DatabaseAddress, create_database_if_miss
 from payments.migrations import migrate
 from payments.service import Service
 from payments.settings import Settings
+from tests.process import open_directory
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=30, help="cycles of the kill -9 loop")
+    parser.addoption("--long", action="store_true", help="sizes that take too long for every day")
+    parser.addoption("--kills", type=int, default=6, help="cycles of each kill -9 loop")
     parser.addoption("--cases", type=int, default=300, help="requests drawn from the schema")
     parser.addoption("--overload-seconds", type=float, help="for each rate; with strict bounds")
     parser.addoption("--outages", type=int, default=3, help="of Postgres, one after another")
@@ -34,6 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def long_run(pytestconfig: pytest.Config) -> bool:
+    """Whether the long run's sizes are wanted."""
+    return bool(pytestconfig.getoption("--long"))
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +59,7 @@ def nothing_blocks_the_event_loop() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def state_dir() -> Iterator[Path]:
     """A directory that the embedded server's user can reach, unlike pytest's own."""
-    path = Path(tempfile.mkdtemp(prefix="payments-tests-"))
-    path.chmod(0o755)
+    path = open_directory("payments-tests-")
     yield path
     shutil.rmtree(path)
 

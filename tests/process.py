@@ -1,10 +1,13 @@
 """The real service in a process of its own, as an operator runs it."""
 
+import http.client
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +52,27 @@ def run(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]
 
 ROOT = Path(__file__).parent.parent
 
+MEMORY = Path("/dev/shm")
+MEMORY_MIN_BYTES = 4 * 2**30  # the whole run takes less than 1 GB
+
+
+def open_directory(prefix: str) -> Path:
+    """A new directory for databases, which any user may enter: in memory if there is room.
+
+    A database is some 600 files, and an ext4 without a journal makes a file the slower the more
+    were deleted in the last minute: a clone then takes 0.3 s instead of 0.01.
+    """
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir=MEMORY if _is_roomy(MEMORY) else None))
+    path.chmod(0o755)
+    return path
+
+
+def _is_roomy(directory: Path) -> bool:
+    if not os.access(directory, os.W_OK) or os.statvfs(directory).f_flag & os.ST_NOEXEC:
+        return False
+    free = min(shutil.disk_usage(directory).free, psutil.virtual_memory().available)
+    return free > MEMORY_MIN_BYTES
+
 
 class ServiceProcess:
     """`payments serve` on a free port, in a process group of its own."""
@@ -85,10 +109,14 @@ class ServiceProcess:
         return self
 
     def is_healthy(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         try:
-            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
-        except httpx.TransportError:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
             return False
+        finally:
+            connection.close()
 
     def kill(self) -> None:
         """kill -9: nothing in the process gets to run again."""

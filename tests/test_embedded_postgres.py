@@ -12,7 +12,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ import pytest
 
 from payments import embedded_postgres
 from payments.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, start
+from tests.process import open_directory
 
 CLEAN_STOP_S = 3
 STOP_AFTER_KILL_S = 6
@@ -98,8 +98,7 @@ class User:
 def room(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory that the server's user can get to; pytest's tmp_path is closed to it."""
     monkeypatch.delenv("TMPDIR", raising=False)
-    room = Path(tempfile.mkdtemp(prefix="pg-test-", dir="/tmp"))
-    room.chmod(0o755)
+    room = open_directory("pg-test-")
     yield room
     while User.all:
         User.all.pop().kill()
@@ -225,8 +224,10 @@ def test_client_programs_run() -> None:
         embedded_postgres.binary("pg_nonsense")
 
 
-def test_every_committed_row_survives_twenty_kills_of_the_user(data_dir: Path) -> None:
-    for committed in range(1, 21):
+def test_every_committed_row_survives_kills_of_the_user(
+    data_dir: Path, pytestconfig: pytest.Config
+) -> None:
+    for committed in range(1, 1 + pytestconfig.getoption("--kills")):
         user = User(data_dir)
         assert user.read() == committed
         user.kill()  # and at once the next start

@@ -182,10 +182,13 @@ def build_followers(
 def build_dispatcher(
     settings: Settings, database: Database, telemetry: Telemetry
 ) -> Dispatcher | None:
-    """What sends callbacks, not started; None without ORDER_CALLBACK_URL."""
+    """What sends callbacks, not started; None without ORDER_CALLBACK_URL. Raises StartError."""
     if settings.order_callback_url is None:
         return None
-    endpoint = Endpoint(settings.order_callback_url, settings.order_callback_secret)
+    try:
+        endpoint = Endpoint(settings.order_callback_url, settings.order_callback_secret)
+    except ValueError as error:
+        raise StartError(f"ORDER_CALLBACK_URL, ORDER_CALLBACK_SECRET: {error}") from None
     return Dispatcher(database.connect, endpoint, telemetry, settings.callback_retention_days)
 
 

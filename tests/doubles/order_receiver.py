@@ -31,6 +31,7 @@ PORT_WAIT_S = 5.0  # a client's own port may stand where ours was
 WAIT_MAX_S = 10.0
 
 ACCEPTED = 200, b'{"ok":true}'
+CERTIFICATE, KEY = "certificate.pem", "key.pem"
 
 Stage = Literal["arrived", "finished", "accepted"]
 
@@ -136,11 +137,15 @@ class OrderService:
         self, count: int, stage: Stage = "finished", timeout_s: float = WAIT_MAX_S
     ) -> None:
         """Until so many requests have come so far; TimeoutError."""
-        if self.counts[stage] < count:
-            future = asyncio.get_running_loop().create_future()
-            self._waiting.append((stage, count, future))
+        if self.counts[stage] >= count:
+            return
+        entry = stage, count, asyncio.get_running_loop().create_future()
+        self._waiting.append(entry)
+        try:
             async with asyncio.timeout(timeout_s):
-                await future
+                await entry[-1]
+        finally:
+            self._waiting.remove(entry)
 
     async def close(self) -> None:
         """Ends what is under way, without an answer."""
@@ -246,12 +251,9 @@ class OrderService:
         if self._log >= 0:
             line = msgspec.json.encode(request) + b"\n"
             assert os.write(self._log, line) == len(line)
-        for entry in list(self._waiting):
-            stage, count, future = entry
-            if self.counts[stage] >= count:
-                self._waiting.remove(entry)
-                if not future.done():
-                    future.set_result(None)
+        for stage, count, future in self._waiting:
+            if self.counts[stage] >= count and not future.done():
+                future.set_result(None)
 
     def _remember(self, path: Path) -> None:
         self._log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -266,9 +268,6 @@ class OrderService:
             "finished": len(self.requests),
             "accepted": sum(request.accepted for request in self.requests),
         }
-
-
-CERTIFICATE, KEY = "certificate.pem", "key.pem"
 
 
 def tls_context(directory: Path) -> ssl.SSLContext:

@@ -115,7 +115,7 @@ def _failed_after_success(sent: list[Request]) -> Iterator[str]:
     success = None
     for request in sent:
         if success is not None and request.outcome == "FAILED":
-            yield f"request {request.number} is FAILED after SUCCESS was accepted ({success})"
+            yield f"request {request.number} is FAILED after {success} (SUCCESS) was accepted"
         if success is None and request.accepted and request.outcome == "SUCCESS":
             success = request.number
 

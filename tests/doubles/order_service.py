@@ -14,7 +14,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 
@@ -28,6 +28,8 @@ __all__ = ["Fault", "Options", "OrderService", "OrderServiceProcess", "Request",
 ROOT = Path(__file__).parent.parent.parent
 LIFE_MAX_S = 900.0
 COMMAND_BYTES_MAX = 1 << 20
+
+Answer = TypeVar("Answer")
 
 
 def _say(line: str) -> None:
@@ -143,48 +145,48 @@ class OrderServiceProcess:
     def script(self, *faults: Fault) -> None:
         """As OrderService.script(), and so on."""
         Script(faults)  # a wrong one raises here
-        self._control(do="script", faults=faults)
+        self._ask(bool, do="script", faults=faults)
 
     def listen(self) -> None:
-        self._control(do="listen")
+        self._ask(bool, do="listen")
 
     def refuse(self) -> None:
-        self._control(do="refuse")
+        self._ask(bool, do="refuse")
 
     def close_idle(self) -> None:
-        self._control(do="close_idle")
+        self._ask(bool, do="close_idle")
 
     def wait_for(
         self, count: int, stage: Stage = "finished", timeout_s: float = WAIT_MAX_S
     ) -> None:
-        if not self._control(do="wait_for", count=count, stage=stage, timeout_s=timeout_s):
+        if not self._ask(bool, do="wait_for", count=count, stage=stage, timeout_s=timeout_s):
             raise TimeoutError(f"of {count} requests {self.counts[stage]} are {stage}")
 
     @property
     def requests(self) -> list[Request]:
-        return msgspec.convert(self._control(do="requests"), list[Request])
+        return self._ask(list[Request], do="requests")
 
     @property
     def orders(self) -> dict[str, OrderState]:
-        return msgspec.convert(self._control(do="orders"), dict[str, OrderState])
+        return self._ask(dict[str, OrderState], do="orders")
 
     @property
     def counts(self) -> dict[Stage, int]:
-        return msgspec.convert(self._control(do="counts"), dict[Stage, int])
+        return self._ask(dict[Stage, int], do="counts")
 
     @property
     def connections(self) -> int:
-        return int(self._control(do="connections"))
+        return self._ask(int, do="connections")
 
     def findings(self) -> list[str]:
-        return list(self._control(do="findings"))
+        return self._ask(list[str], do="findings")
 
-    def _control(self, **command: Any) -> Any:
+    def _ask(self, answer: type[Answer], **command: Any) -> Answer:
         assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(command) + b"\n")
         self._process.stdin.flush()
-        return msgspec.json.decode(self._line())
+        return msgspec.json.decode(self._line(), type=answer)
 
     def _line(self) -> bytes:
         assert self._process is not None

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.anyio
 
 Connection = psycopg.Connection[Any]
 
+ANSWER_S = 3.0  # README: without a database every request is answered in less
+
 
 def charged(connection: Connection, count: int) -> list[History]:
     begun = [History(f"key {number}").charged() for number in range(count)]
@@ -243,12 +245,13 @@ async def timed(lookups: PaymentLookups, id: uuid.UUID, delay_s: float) -> tuple
     return time.monotonic() - began, found
 
 
-@pytest.mark.parametrize("pool_max", [1, 4])
-async def test_a_database_that_freezes(
-    address: DatabaseAddress, connection: Connection, pool_max: int
-) -> None:
+async def test_a_database_that_freezes(address: DatabaseAddress, connection: Connection) -> None:
     """Lookups of three seconds, each answered in time; and all is well when it goes on."""
     begun = charged(connection, 300)
+    await asyncio.gather(*(_freeze(address, pool_max, begun) for pool_max in (1, 4)))
+
+
+async def _freeze(address: DatabaseAddress, pool_max: int, begun: list[History]) -> None:
     async with FreezingProxy(address) as proxy:
         database = Database(proxy.address, pool_max)
         await database.open()
@@ -259,7 +262,7 @@ async def test_a_database_that_freezes(
             *(timed(lookups, history.id, number / 100) for number, history in enumerate(begun))
         )
         assert {type(found) for _, found in answers} == {DatabaseUnavailable}
-        assert max(took for took, _ in answers) < READ_TIMEOUT_S + 0.3
+        assert max(took for took, _ in answers) < ANSWER_S
         proxy.running.set()
         deadline = time.monotonic() + 5
         while (await timed(lookups, begun[0].id, 0.05))[1] != begun[0].payment:
@@ -271,9 +274,9 @@ async def test_a_database_that_is_not_there(address: DatabaseAddress) -> None:
     database = Database(msgspec.structs.replace(address, host="/nowhere"), 2)
     await database.open()
     lookups = PaymentLookups(database)
-    answers = await asyncio.gather(*(timed(lookups, uuid.uuid4(), n / 100) for n in range(200)))
+    answers = await asyncio.gather(*(timed(lookups, uuid.uuid4(), n / 100) for n in range(120)))
     assert {type(found) for _, found in answers} == {DatabaseUnavailable}
-    assert max(took for took, _ in answers) < READ_TIMEOUT_S + 0.3
+    assert max(took for took, _ in answers) < ANSWER_S
     await database.close()
 
 

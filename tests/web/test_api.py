@@ -14,6 +14,7 @@ from payments.deciding import payment_id_for
 from payments.service import Service
 from payments.settings import ApiKey, Settings
 from tests.events.test_appender import LOCK, UNLOCK
+from tests.support import until
 
 pytestmark = pytest.mark.anyio
 
@@ -253,11 +254,15 @@ async def test_health_when_nothing_can_be_appended(
     connection.execute(LOCK)
     assert problem(await charge(client)) == (503, "database_unavailable")
     stuck = asyncio.create_task(charge(client, "other"))
-    await asyncio.sleep(1.7)
-    health = await client.get("/health")
+
+    async def stalled() -> httpx.Response | None:
+        health = await client.get("/health")
+        return health if health.status_code == 503 else None
+
+    health = await until(stalled)
     connection.execute(UNLOCK)
     await stuck
-    assert (health.status_code, health.json()["event_store"]) == (503, "stalled")
+    assert health.json()["event_store"] == "stalled"
     assert (await client.get("/health")).status_code == 200
 
 

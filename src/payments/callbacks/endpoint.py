@@ -116,7 +116,8 @@ class Endpoint:
             socket_factory=self._new_socket,
             ssl=self._tls or True,
         )
-        connector._factory = functools.partial(_Connection, loop=asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        connector._factory = functools.partial(_Connection, loop=loop)  # type: ignore[assignment]
         session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -191,64 +192,90 @@ class _Answer:
         self.body = bytearray()
 
 
+# The end of a head; lenient servers leave the \r out. Not an empty line before the head.
+_HEAD_END = re.compile(rb"[^\r\n]\r?\n\r?\n")
+_HEAD_END_BYTES_MAX = 5
+
+
 class _Connection(ResponseHandler):
-    """aiohttp's side of one connection, with three things that it leaves out.
+    """aiohttp's side of one connection, with four things that it leaves out.
 
     - It counts the body only. Here all that is received counts: interim answers, chunk extensions
       and empty lines before the head can be endless as well.
     - It drops an answer if what follows the head in the same packet is not HTTP: the body of a 204,
-      or a bad chunk. Here the head is parsed alone: its status is the answer.
-    - It would take what comes after an answer for the next one. Here it ends the connection.
+      or a bad chunk. Here heads are parsed alone: the status is the answer.
+    - It raises for a body that breaks off, or waits. Here the body ends there.
+    - It takes what comes after an answer for the next one. Here that ends the connection.
     """
+
+    _bytes_left = ANSWER_BYTES_MAX
+    _before = b""  # what may be the beginning of a head's end
+    _has_head = False
 
     def set_response_params(self, **params: Any) -> None:
         """aiohttp calls it before each request on this connection."""
-        self._left = ANSWER_BYTES_MAX
+        self._bytes_left = ANSWER_BYTES_MAX
         self._before = b""
         self._has_head = False
         super().set_response_params(**params)
 
     def feed_data(self, data: Any, size: int = 0) -> None:
-        """A head was parsed: of the answer, or of an interim one (RFC 9110 section 15.2)."""
+        """A head was parsed: the answer's, or that of an interim one (RFC 9110 section 15.2)."""
         status = data[0].code
         self._has_head = status >= 200 or status == 101
         super().feed_data(data, size)
 
     def data_received(self, data: bytes) -> None:
-        while data and not self._has_head:
-            # The end of a head may come in two packets, and lenient servers leave out the \r.
-            end = _HEAD_END.search(self._before + data)
-            size = end.end() - len(self._before) if end else len(data)
-            self._before = (self._before + data[:size])[-2:]
-            self._feed(data[:size])
-            data = data[size:]
-            if self.transport is None or self.transport.is_closing():
+        if not self._has_head:
+            data = self._feed_heads(data)
+            if not data:
                 return
         if data and self._payload is not None and self._payload.is_eof():
             self.abort()
-        elif data or self._has_head:  # without data: the parser goes on with what it has
-            self._feed(data)
+        else:
+            self._feed(data)  # perhaps nothing: then the parser goes on with what it has
+
+    def _feed_heads(self, data: bytes) -> bytes:
+        """Has each head parsed alone; returns what comes after the answer's."""
+        fed, head_end = len(self._before), 0
+        data = self._before + data
+        for match in _HEAD_END.finditer(data):
+            head_end = match.end()
+            self._feed(data[fed:head_end])
+            fed = head_end
+            if self._has_head or not self.is_connected():
+                return data[fed:]
+        self._feed(data[fed:])
+        self._before = data[head_end:][1 - _HEAD_END_BYTES_MAX :]
+        return b""
 
     def _feed(self, data: bytes) -> None:
-        super().data_received(data[: self._left])
-        self._left -= len(data)
-        if self._left < 0:
+        if not self.is_connected():
+            return
+        super().data_received(data[: self._bytes_left])
+        self._bytes_left -= len(data)
+        if self._bytes_left < 0:
             self.set_exception(AnswerTooLong())
 
     def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
-        """The answer is broken: so is its body, and nobody waits for the rest of it."""
         super().set_exception(exc, *cause)
-        if self._payload is not None and not self._payload.is_eof():
-            self._payload.set_exception(exc, *cause)
+        self._end_body()
         if self.transport is not None:
             self.transport.abort()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.force_close()
+        self._end_body()
+        super().connection_lost(exc)
+
+    def _end_body(self) -> None:
+        payload, self._payload = self._payload, None
+        if payload is not None and not payload.is_eof():
+            payload.feed_eof()
 
     def close(self) -> None:
         """At once: nothing that is still to be sent or received is worth waiting for."""
         self.abort()
-
-
-_HEAD_END = re.compile(rb"\n\r?\n")
 
 
 class _Resolver(AbstractResolver):
@@ -331,8 +358,9 @@ def _explain(failure: Exception) -> tuple[str, str]:
         return "forbidden_address", "plain http to a public address"
     if any(isinstance(cause, TimeoutError) for cause in causes):
         return "timeout", "TimeoutError"
-    if isinstance(causes[-1], ssl.SSLCertVerificationError):
-        return "unreachable", f"{name}: {causes[-1].verify_message}"
+    if isinstance(causes[-1], ssl.SSLError):
+        detail = getattr(causes[-1], "verify_message", None) or causes[-1].reason
+        return "unreachable", f"{name}: {detail}"
     if any(isinstance(cause, aiohttp.ClientConnectionError) for cause in causes):
         return "unreachable", name
     return "protocol", name
@@ -353,7 +381,8 @@ def _parse(url: str) -> httpx.URL:
         host = _host(parsed)
         if host.replace(".", "").isdigit():
             ipaddress.IPv4Address(host)  # not 127.1 or 2130706433, which few agree on
-        sound = parsed.scheme in ("http", "https") and host and 0 < (parsed.port or 80) < 65536
+        port = 80 if parsed.port is None else parsed.port
+        sound = parsed.scheme in ("http", "https") and host != "" and 0 < port < 65536
     except (httpx.InvalidURL, ValueError):  # their texts repeat it
         sound = False
     if not sound:

@@ -21,9 +21,12 @@ RECORD = """
 SELECT * FROM record_callbacks(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b)
 """
 
-# When the endpoint is back, nobody sits out a pause that was made for its absence.
+# When the endpoint is back, nobody sits out a pause that was made for its absence; who has waited
+# longest is first.
 MAKE_ALL_DUE = """
-UPDATE callback_lanes SET next_at = clock_timestamp()
+UPDATE callback_lanes l
+   SET next_at = (SELECT least(min(d.enqueued_at), clock_timestamp()) FROM callback_deliveries d
+                   WHERE d.order_id = l.order_id AND d.state = 'due')
  WHERE order_id IN (SELECT order_id FROM callback_lanes
                      WHERE in_flight IS NULL AND next_at > clock_timestamp()
                      ORDER BY order_id FOR UPDATE SKIP LOCKED)

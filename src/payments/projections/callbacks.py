@@ -31,10 +31,12 @@ SELECT 'callbacks', coalesce(max(notification_id), 0) FROM payment_events
 RETURNING position
 """
 
-# Locks the lanes first, in the order of their ids. Behind a SUCCESS nobody waits for a FAILED.
+# Locks the lanes first, in the order of their ids; their turns are in the order of the log. Behind a
+# SUCCESS nobody waits for a FAILED.
 OPEN_LANES = """
-INSERT INTO callback_lanes AS l (order_id)
-SELECT id FROM unnest(%(orders)b::uuid[]) AS new (id) ORDER BY id
+INSERT INTO callback_lanes AS l (order_id, next_at)
+SELECT id, now() + place * interval '1 microsecond'
+  FROM unnest(%(orders)b::uuid[]) WITH ORDINALITY AS new (id, place) ORDER BY id
     ON CONFLICT (order_id) DO UPDATE
    SET next_at = CASE WHEN l.in_flight IS NULL AND l.order_id = ANY (%(paid)b::uuid[])
                       THEN least(l.next_at, clock_timestamp()) ELSE l.next_at END
@@ -95,15 +97,16 @@ class CallbacksProjection:
         owed = [found for event in events if (found := _owed(event)) is not None]
         if not owed:
             return 0
-        due = {each.outcome.merchant_order_id for each in owed if each.status in self._statuses}
+        wanted = [each for each in owed if each.status in self._statuses]
+        due = dict.fromkeys(each.outcome.merchant_order_id for each in wanted)
         paid = {each.outcome.merchant_order_id for each in owed if each.status != "FAILED"}
         async with connection.cursor(binary=True) as cursor:
             if due:
-                lanes = {"orders": uuids(list(due)), "paid": uuids(list(due & paid))}
+                lanes = {"orders": uuids(list(due)), "paid": uuids(list(paid))}
                 await cursor.execute(OPEN_LANES.encode(), lanes)
             await cursor.execute(ENQUEUE.encode(), self._params(owed))
             enqueued = cursor.rowcount
-            await cursor.execute(SUPERSEDE.encode(), [uuids(list(due | paid))])
+            await cursor.execute(SUPERSEDE.encode(), [uuids(list(due.keys() | paid))])
             return enqueued
 
     def _params(self, owed: list[_Owed]) -> tuple[Any, ...]:

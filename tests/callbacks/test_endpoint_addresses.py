@@ -1,0 +1,296 @@
+"""Where callbacks may go: TLS, the address table, and names that change their minds."""
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from payments.callbacks import endpoint as endpoints
+from payments.callbacks.endpoint import check_target, is_near
+from payments.errors import StartError
+from tests.callbacks.raw_server import (
+    OK,
+    WAIT_S,
+    anyio_backend,  # noqa: F401 - a fixture
+    endless,
+    endpoint_of,
+    listening,
+    post,
+    serving,
+)
+from tests.doubles.order_receiver import CERTIFICATE, tls_context
+from tests.support import until
+
+pytestmark = pytest.mark.anyio
+
+TIMEOUT_S = 0.3
+LATE_S = 0.3
+CANARY = "canary5ecretcanary5ecret"
+HEAD = b"HTTP/1.1 200 OK\r\n"
+NAME = "order-service.test"
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of 127.0.0.1, signed with its own key; the directory holds both."""
+    directory = tmp_path_factory.mktemp("tls")
+    tls_context(directory)
+    return directory
+
+
+class TestTls:
+    async def test_a_certificate_that_nobody_trusts(self, certificate: Path) -> None:
+        async with (
+            serving(OK, tls=tls_context(certificate)) as server,
+            endpoint_of(server.url) as endpoint,
+        ):
+            done = await post(endpoint)
+        assert done[:2] == (None, "unreachable")
+        assert done.reason == "SSLCertVerificationError: self-signed certificate"
+        assert server.requests == []
+
+    @pytest.mark.parametrize("named", ["by the context", "by the environment"])
+    async def test_a_certificate_from_an_authority_of_the_house(
+        self, certificate: Path, named: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tls = None
+        if named == "by the context":
+            tls = ssl.create_default_context(cafile=str(certificate / CERTIFICATE))
+        else:
+            monkeypatch.setenv("SSL_CERT_FILE", str(certificate / CERTIFICATE))
+        async with (
+            serving(OK, tls=tls_context(certificate)) as server,
+            endpoint_of(server.url, tls=tls) as endpoint,
+        ):
+            assert [(await post(endpoint)).status for _ in range(2)] == [200, 200]
+        assert server.connections == 1
+
+    async def test_a_certificate_of_another_host(self, certificate: Path) -> None:
+        tls = ssl.create_default_context(cafile=str(certificate / CERTIFICATE))
+        async with (
+            serving(OK, host="127.0.0.2", tls=tls_context(certificate)) as server,
+            endpoint_of(server.url, tls=tls) as endpoint,
+        ):
+            done = await post(endpoint)
+        assert done[:2] == (None, "unreachable")
+        assert done.reason.startswith("SSLCertVerificationError: IP address mismatch")
+
+    @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+    async def test_a_server_without_tls(self, answer: bytes) -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(1)
+            writer.write(answer)
+            writer.close()
+
+        async with listening(serve) as port, endpoint_of(f"https://127.0.0.1:{port}") as endpoint:
+            done = await post(endpoint)
+        assert done[:2] == (None, "unreachable")
+
+    async def test_an_endless_body_is_cut_at_once(self, certificate: Path) -> None:
+        """No farewell of TLS, which the server could draw out."""
+        tls = ssl.create_default_context(cafile=str(certificate / CERTIFICATE))
+        async with (
+            serving(endless(HEAD + b"\r\n", b"x" * 65536), tls=tls_context(certificate)) as server,
+            endpoint_of(server.url, tls=tls) as endpoint,
+        ):
+            assert (await post(endpoint))[:2] == (200, None)
+            await until(lambda: not server.open, 1)
+
+
+class TestAddresses:
+    @pytest.mark.parametrize(
+        ("address", "near"),
+        [
+            ("127.0.0.1", True),
+            ("127.255.255.254", True),
+            ("::1", True),
+            ("10.0.0.1", True),
+            ("10.255.255.255", True),
+            ("172.16.0.1", True),
+            ("172.31.255.255", True),
+            ("192.168.0.1", True),
+            ("fc00::1", True),
+            ("fdff:ffff::1", True),
+            ("::ffff:127.0.0.1", True),
+            ("::ffff:10.1.2.3", True),
+            ("::ffff:a01:203", True),
+            ("8.8.8.8", False),
+            ("9.255.255.255", False),
+            ("11.0.0.0", False),
+            ("126.255.255.255", False),
+            ("128.0.0.1", False),
+            ("172.15.255.255", False),
+            ("172.32.0.0", False),
+            ("192.167.255.255", False),
+            ("192.169.0.0", False),
+            ("0.0.0.0", False),
+            ("255.255.255.255", False),
+            ("100.64.0.1", False),  # shared with the provider: RFC 6598
+            ("169.254.169.254", False),  # link-local: a cloud's credentials
+            ("192.0.2.1", False),  # for documents: RFC 5737
+            ("198.18.0.1", False),  # for benchmarks: RFC 2544
+            ("224.0.0.1", False),
+            ("::", False),
+            ("2001:4860:4860::8888", False),
+            ("fe80::1", False),
+            ("fe80::1%eth0", False),
+            ("fec0::1", False),  # site-local, abolished by RFC 3879
+            ("ff02::1", False),
+            ("::ffff:8.8.8.8", False),
+            ("::ffff:169.254.169.254", False),
+            ("::127.0.0.1", False),  # the form that RFC 4291 abolished
+            ("64:ff9b::7f00:1", False),  # through a translator: RFC 6052
+            ("2002:7f00:1::1", False),  # 6to4: RFC 3056
+        ],
+    )
+    def test_where_plain_http_may_go(self, address: str, near: bool) -> None:
+        assert is_near(address) is near
+
+    @pytest.fixture
+    def only_127_0_0_1_is_near(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So that a server of ours can stand at an address that is not."""
+        monkeypatch.setattr(endpoints, "NEAR", (ipaddress.ip_network("127.0.0.1/32"),))
+
+    @pytest.mark.usefixtures("only_127_0_0_1_is_near")
+    async def test_an_address_in_the_url_is_looked_at(self) -> None:
+        async with (
+            serving(OK, host="127.0.0.2") as server,
+            endpoint_of(server.url) as endpoint,
+        ):
+            done = await post(endpoint)
+        assert done[:3] == (None, "forbidden_address", "plain http to a public address")
+        assert server.connections == 0
+
+    @pytest.mark.usefixtures("only_127_0_0_1_is_near")
+    async def test_every_address_of_a_name_is_looked_at(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with serving(OK, host="127.0.0.2") as far:
+            names(monkeypatch, ["127.0.0.2", "127.0.0.3"])
+            async with endpoint_of(f"http://{NAME}:{far.port}") as endpoint:
+                assert (await post(endpoint)).error == "forbidden_address"
+            names(monkeypatch, ["127.0.0.2", "127.0.0.1"])
+            async with endpoint_of(f"http://{NAME}:{far.port}") as endpoint:
+                assert (await post(endpoint)).status is None
+        assert far.connections == 0
+
+    @pytest.mark.usefixtures("only_127_0_0_1_is_near")
+    async def test_of_several_addresses_one_that_may_be_used_is(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        names(monkeypatch, ["127.0.0.2", "127.0.0.1"])
+        async with serving(OK) as near, endpoint_of(f"http://{NAME}:{near.port}") as endpoint:
+            assert (await post(endpoint)).status == 200
+        assert b"Host: %s:%d" % (NAME.encode(), near.port) in near.requests[0].title().replace(
+            NAME.title().encode(), NAME.encode()
+        )
+
+    @pytest.mark.usefixtures("only_127_0_0_1_is_near")
+    async def test_a_name_cannot_mean_another_address_later(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with serving(OK, host="127.0.0.2") as far:
+            url = f"http://{NAME}:{far.port}"
+            names(monkeypatch, ["127.0.0.1"])
+            assert await check_target(url) is None
+            names(monkeypatch, ["127.0.0.2"])
+            async with endpoint_of(url) as endpoint:
+                assert (await post(endpoint)).error == "forbidden_address"
+        assert far.connections == 0
+
+    @pytest.mark.usefixtures("only_127_0_0_1_is_near")
+    async def test_https_may_go_anywhere(self, certificate: Path) -> None:
+        tls = ssl.create_default_context(cafile=str(certificate / CERTIFICATE))
+        tls.check_hostname = False
+        async with (
+            serving(OK, host="127.0.0.2", tls=tls_context(certificate)) as server,
+            endpoint_of(server.url, tls=tls) as endpoint,
+        ):
+            assert (await post(endpoint)).status == 200
+
+    async def test_a_name_that_cannot_be_resolved(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        names(monkeypatch, [])
+        async with endpoint_of(f"http://{NAME}:1") as endpoint:
+            assert (await post(endpoint))[:3] == (None, "unreachable", "gaierror")
+
+
+def names(monkeypatch: pytest.MonkeyPatch, addresses: list[str]) -> None:
+    """What NAME means from now on."""
+
+    def getaddrinfo(host: str, port: object, **_: Any) -> list[Any]:
+        assert host == NAME
+        if not addresses:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, 0)) for each in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+class TestCheckTarget:
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "http://127.0.0.1:4000/callback",
+            "http://[::1]:4000/callback",
+            "http://10.1.2.3/",
+            "https://8.8.8.8/",
+            "https://[2001:4860:4860::8888]/",
+        ],
+    )
+    async def test_what_can_work(self, url: str) -> None:
+        assert await check_target(url) is None
+
+    @pytest.mark.parametrize("addresses", [["10.1.2.3"], ["8.8.8.8", "10.1.2.3"]])
+    async def test_a_name_with_a_private_address(
+        self, addresses: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        names(monkeypatch, addresses)
+        assert await check_target(f"http://{NAME}/") is None
+
+    async def test_a_public_name_with_https(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        names(monkeypatch, ["8.8.8.8"])
+        assert await check_target(f"https://{NAME}/") is None
+
+    @pytest.mark.parametrize("host", ["8.8.8.8", "[2001:4860:4860::8888]", "169.254.169.254", NAME])
+    async def test_plain_http_to_a_public_address_stops_the_start(
+        self, host: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if host == NAME:
+            names(monkeypatch, ["8.8.8.8", "8.8.4.4"])
+        with pytest.raises(StartError) as raised:
+            await check_target(f"http://{host}/{CANARY}?token={CANARY}")
+        assert str(raised.value) == (
+            f"ORDER_CALLBACK_URL: http://{host} has a public address, and plain http goes to "
+            "loopback and private addresses only; use https"
+        )
+
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    async def test_a_name_that_cannot_be_resolved_yet_is_a_warning(
+        self, scheme: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        names(monkeypatch, [])
+        warning = await check_target(f"{scheme}://{NAME}/{CANARY}")
+        assert warning == f"{NAME} cannot be resolved yet: callbacks will wait until it can"
+
+    async def test_a_name_server_that_hangs_does_not_hold_up_the_start(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        answering = threading.Event()
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answering.wait(WAIT_S))
+        monkeypatch.setattr(endpoints, "RESOLVE_TIMEOUT_S", TIMEOUT_S)
+        began = time.monotonic()
+        try:
+            assert "cannot be resolved" in str(await check_target(f"http://{NAME}/"))
+        finally:
+            answering.set()
+        assert time.monotonic() - began < TIMEOUT_S + LATE_S
+
+    async def test_a_url_that_cannot_work_stops_the_start(self) -> None:
+        with pytest.raises(StartError, match="ORDER_CALLBACK_URL: the URL must hold no user name"):
+            await check_target(f"https://user:{CANARY}@{NAME}/")
