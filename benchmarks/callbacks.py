@@ -12,13 +12,13 @@ import httpx
 import msgspec
 import psycopg
 import uvloop
+from eventsourcing.persistence import StoredEvent
 
 from benchmarks.client_limit import SinkProcess
 from benchmarks.load import Figures
 from benchmarks.parts import Part
 from benchmarks.process import ServerProcess
-from payments.callbacks.endpoint import Endpoint
-from payments.database import Database, DatabaseAddress
+from payments.database import Database
 from payments.deciding import Cause, ChargeRequest, initiate, record_outcome
 from payments.events.store import APPEND, append_params, to_stored_event
 from payments.payment import Approved, evolve
@@ -103,7 +103,7 @@ class Callbacks(Part):
         return took_s
 
 
-def _charge() -> list[object]:
+def _charge() -> list[StoredEvent]:
     """A charge's two events, of an order of its own."""
     cause = Cause(uuid.uuid4(), datetime.now(UTC), "default", "benchmark")
     request = ChargeRequest(uuid.uuid4().hex, uuid.uuid4(), 1500, "INR", "default")

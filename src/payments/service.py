@@ -81,13 +81,18 @@ class Service:
 
         Raises StartError.
         """
+        url = self.settings.order_callback_url
+        if url is not None and (warning := await check_target(url)) is not None:
+            logger.warning(warning)
         await self.database.open()
         await self._operations_database.open()
-        if (url := self.settings.order_callback_url) is not None:
-            if (warning := await check_target(url)) is not None:
-                logger.warning(warning)
-            # Before the first request: its outcome is to be called back.
-            await begin_at_the_end(self.database)
+        if url is not None:
+            try:
+                # Before the first request: its outcome is to be called back.
+                await begin_at_the_end(self.database)
+            except DatabaseUnavailable as error:
+                await self.stop(1.0)
+                raise StartError(str(error)) from None
         self.appender.start()
         if work:
             for follower in self.followers:
@@ -144,7 +149,7 @@ class Service:
             self.runs.drain(timeout_s * 0.4),
             self.settling.stop(timeout_s * 0.4),
             *(follower.stop(timeout_s * 0.4) for follower in self.followers),
-            *([self.dispatcher.stop(timeout_s * 0.6)] if self.dispatcher else []),
+            *([self.dispatcher.stop(timeout_s * 0.65)] if self.dispatcher else []),
         )
         await self.appender.stop(timeout_s * 0.3)
         with suppress(TimeoutError):

@@ -63,9 +63,9 @@ async def listening(
 
 
 class Server:
-    """Takes requests, and answers each by `answer`."""
+    """Takes requests, and answers each by `answer`; None: not at all."""
 
-    def __init__(self, answer: Writing | bytes) -> None:
+    def __init__(self, answer: Writing | bytes | None) -> None:
         self.answer = answer
         self.requests: list[bytes] = []
         self.connections = 0  # ever
@@ -82,7 +82,9 @@ class Server:
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = head.lower().partition(b"content-length: ")[2].partition(b"\r")[0]
                 self.requests.append(head + await reader.readexactly(int(length or 0)))
-                if isinstance(self.answer, bytes):
+                if self.answer is None:
+                    await reader.read()
+                elif isinstance(self.answer, bytes):
                     await self.write(writer, self.answer)
                 else:
                     await self.answer(self, writer)
@@ -97,7 +99,7 @@ class Server:
 
 @asynccontextmanager
 async def serving(
-    answer: Writing | bytes, *, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None
+    answer: Writing | bytes | None, *, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[Server]:
     server = Server(answer)
     async with listening(server.serve, host=host, tls=tls) as server.port:
@@ -127,18 +129,16 @@ def endless(beginning: bytes, rest: bytes, pause_s: float = 0) -> Writing:
     return write
 
 
-async def silent(_: Server, writer: asyncio.StreamWriter) -> None:
-    await writer.wait_closed()
-
-
 @asynccontextmanager
 async def endpoint_of(
     url: str, secrets: str | None = None, **options: Any
 ) -> AsyncIterator[Endpoint]:
     endpoint = Endpoint(url, secrets, **({"timeout_s": WAIT_S} | options))
     await endpoint.open()
-    yield endpoint
-    await endpoint.close()
+    try:
+        yield endpoint
+    finally:
+        await endpoint.close()
 
 
 async def post(endpoint: Endpoint, body: bytes = BODY) -> Exchange:
@@ -150,7 +150,7 @@ async def many(endpoint: Endpoint, count: int) -> list[Exchange]:
     return await asyncio.gather(*(post(endpoint) for _ in range(count)))
 
 
-async def exchange(answer: Writing | bytes, timeout_s: float = WAIT_S) -> Exchange:
+async def exchange(answer: Writing | bytes | None, timeout_s: float = WAIT_S) -> Exchange:
     """One exchange with a server that answers so."""
     async with serving(answer) as server, endpoint_of(server.url, timeout_s=timeout_s) as endpoint:
         return await post(endpoint)

@@ -142,7 +142,8 @@ async def test_a_body_that_drips(client: Client, orders: OrderService) -> None:
     client.writer.write(message(event()))
     head = await client.reader.readuntil(b"\r\n\r\n")
     assert b"Content-Length: 1000\r\n" in head
-    assert len(await client.reader.read(1000)) < 5
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(client.reader.readexactly(1000), 0.1)
 
 
 async def test_a_bomb(client: Client, orders: OrderService) -> None:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.doubles.order_client import KEY, SECRET, Client, event, message, post, signed
+from tests.doubles.order_faults import FaultKind
 from tests.doubles.order_receiver import CERTIFICATE
 from tests.doubles.order_requests import CALLBACK_PATH
 from tests.doubles.order_service import ROOT, Fault, Options, OrderService, OrderServiceProcess
@@ -138,6 +139,19 @@ class TestRecords:
         assert [request.connection for request in orders.requests] == [0, 0, 0]
         assert orders.connections == 1
 
+    async def test_a_connection_has_one_request_under_way(
+        self, client: Client, orders: OrderService
+    ) -> None:
+        orders.script(Fault("slow", seconds=0.1))
+        client.writer.write(message(event()))
+        await orders.wait_for(1, "arrived")
+        client.writer.write(message(event(), {"connection": "close"}))
+        assert [(await client.answer()).status for _ in range(2)] == [200, 200]
+        assert await client.reader.read() == b""
+        first, second = orders.requests
+        assert first.finished is not None
+        assert first.finished <= second.arrived
+
     async def test_who_waits_is_told(self, client: Client, orders: OrderService) -> None:
         orders.script(Fault("hang"))
         client.writer.write(message(event()))
@@ -187,12 +201,13 @@ class TestFindings:
         await post(orders, content, content | {"status": "REFUNDED", "sequence": 4})
         assert orders.findings() == []
 
+    @pytest.mark.parametrize("kind", ["hang", "slow"])
     @pytest.mark.parametrize("leaves", [True, False])
     async def test_a_request_is_under_way_until_its_client_leaves(
-        self, client: Client, orders: OrderService, leaves: bool
+        self, client: Client, orders: OrderService, leaves: bool, kind: FaultKind
     ) -> None:
-        content = event()
-        orders.script(Fault("hang"))
+        content = event("FAILED")
+        orders.script(Fault(kind, seconds=60))
         client.writer.write(message(content))
         await orders.wait_for(1, "arrived")
         if leaves:
@@ -267,12 +282,12 @@ class TestTls:
 
 class TestProcess:
     async def test_it_remembers_after_a_kill(self, tmp_path: Path) -> None:
-        content = event()
+        content, other = event(), event("FAILED")
         with OrderServiceProcess(Options(log=tmp_path / "requests.jsonl")) as orders:
             async with Client(orders.url) as client:
                 await client.post(message(content))
                 orders.script(Fault("slow", seconds=60))
-                client.writer.write(message(event("FAILED")))
+                client.writer.write(message(other))
                 orders.wait_for(2, "arrived")
                 url, states = orders.url, orders.orders
                 orders.restart()
@@ -280,10 +295,23 @@ class TestProcess:
             assert orders.counts == {"arrived": 2, "finished": 2, "accepted": 1}
             async with Client(orders.url) as client:
                 await client.post(message(content))
+                await client.post(message(other))
             assert [request.effect for request in orders.requests] == [
-                *("issued", "failed", "repeated"),
+                *("issued", "failed", "repeated", "failed"),
             ]
             assert orders.findings() == []
+
+    async def test_it_remembers_in_which_order_things_were_done(self, tmp_path: Path) -> None:
+        options = Options(issue_takes_s=0.05, log=tmp_path / "requests.jsonl")
+        success = event()
+        async with OrderService(options) as orders, Client(orders.url) as client:
+            client.writer.write(message(success))
+            await orders.wait_for(1, "arrived")
+            await post(orders, event("FAILED", order_id=success["order_id"]))
+            await orders.wait_for(2)
+            states = orders.orders
+            assert states == {success["order_id"]: "CONFIRMED"}
+        assert OrderService(options).orders == states
 
     async def test_it_takes_the_same_orders_as_within_a_loop(self, tmp_path: Path) -> None:
         options = Options(naive=False, secrets=(SECRET,), issue_takes_s=0.1, tls=tmp_path)

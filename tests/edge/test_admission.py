@@ -149,7 +149,7 @@ def test_who_waits_for_somebody_else_holds_no_place(
     """For the provider, for another request with the same key, for the rest of its own body."""
     settings: dict[str, Any] = at(address) | {"INTENT_QUEUE_MAX": 5, "SIMULATED_LEDGER": ""}
     with (
-        ServiceProcess(tmp_path, SIMULATED_FAULTS="delay=3", **settings) as service,
+        ServiceProcess(tmp_path, SIMULATED_FAULTS="delay=2", **settings) as service,
         ExitStack() as stack,
     ):
         clients = [stack.enter_context(Connection(service.port)) for _ in range(16)]

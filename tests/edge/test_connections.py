@@ -44,16 +44,6 @@ def test_a_client_that_will_send_no_more_gets_its_answers(
     assert time.monotonic() - started < 2
 
 
-def test_empty_lines_do_not_keep_a_connection_open(edge: ServiceProcess) -> None:
-    with Connection(edge.port, 8) as connection:
-        connection.send(get())
-        assert connection.answer() is not None
-        connection.send(b"\r\n")
-        started = time.monotonic()
-        assert connection.answer() is None
-        assert 4.5 < time.monotonic() - started < 7
-
-
 def test_clients_that_are_gone_leave_nothing_behind(edge: ServiceProcess) -> None:
     """In the middle of a charge, of several, or of a body; the log is checked by the fixture."""
     process = psutil.Process(edge.process.pid)

@@ -84,12 +84,17 @@ def test_a_request_that_never_ends(edge: ServiceProcess, store: psycopg.Connecti
     started = time.monotonic()
     with ExitStack() as stack:
         connections = {name: stack.enter_context(Connection(edge.port, 8)) for name in UNFINISHED}
+        answered = stack.enter_context(Connection(edge.port, 8))
+        answered.send(get())
+        assert answered.answer() is not None
+        answered.send(b"\r\n")  # does not keep it open
         for name, connection in connections.items():
             connection.send(UNFINISHED[name][0])
         heard = {
             name: [said(answer) for answer in connection.answers()]
             for name, connection in connections.items()
         }
+        assert answered.answers() == []
     assert heard == {name: expected for name, (_, expected) in UNFINISHED.items()}
     assert 4.5 < time.monotonic() - started < 7
     charged = sum(answers.count("201") for answers in heard.values())

@@ -226,7 +226,7 @@ class Dispatcher:
             state,
             delay_s,
             counts,
-            exchange.seconds,
+            round(exchange.seconds, 4),
             verdict.outcome,
             exchange.status,
             exchange.reason,

@@ -57,6 +57,7 @@ WITH pruned AS (
          WHERE state IN ('delivered', 'superseded', 'excluded')
            AND finished_at < clock_timestamp() - make_interval(days => %b)
          ORDER BY finished_at LIMIT %b)
+       AND state <> 'due' -- it may have been redriven this moment
     RETURNING event_id
 ), attempts AS (
     DELETE FROM callback_attempts USING pruned WHERE callback_attempts.event_id = pruned.event_id

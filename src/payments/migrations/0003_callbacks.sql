@@ -182,15 +182,16 @@ BEGIN
 
     INSERT INTO callback_attempts AS a
            (event_id, claim, started_at, seconds, outcome, status, reason, answer)
-    SELECT r.event_id, r.claim, moment - make_interval(secs => r.seconds), r.seconds, r.outcome,
+    SELECT r.event_id, r.claim,
+           coalesce(l.claimed_at, moment - make_interval(secs => r.seconds)), r.seconds, r.outcome,
            nullif(r.status, 0), r.reason, r.answer
-      FROM unnest(events, claims, durations, outcomes, statuses, reasons, answers)
-        AS r (event_id, claim, seconds, outcome, status, reason, answer)
+      FROM unnest(events, claims, orders, durations, outcomes, statuses, reasons, answers)
+        AS r (event_id, claim, order_id, seconds, outcome, status, reason, answer)
+      LEFT JOIN callback_lanes l ON l.order_id = r.order_id AND l.claim = r.claim
      WHERE r.outcome <> 'released'
         ON CONFLICT (event_id, claim) DO UPDATE
-       SET started_at = excluded.started_at, seconds = excluded.seconds,
-           outcome = excluded.outcome, status = excluded.status, reason = excluded.reason,
-           answer = excluded.answer
+       SET seconds = excluded.seconds, outcome = excluded.outcome, status = excluded.status,
+           reason = excluded.reason, answer = excluded.answer
      WHERE a.outcome = 'interrupted';
 
     UPDATE callback_deliveries d

@@ -31,7 +31,7 @@ SELECT 'callbacks', coalesce(max(notification_id), 0) FROM payment_events
 RETURNING position
 """
 
-# Locks the lanes first, in the order of their ids; their turns are in the order of the log. Behind a
+# Locks the lanes first, in the order of their ids; their turns are in that of the log. Behind a
 # SUCCESS nobody waits for a FAILED.
 OPEN_LANES = """
 INSERT INTO callback_lanes AS l (order_id, next_at)
@@ -44,6 +44,11 @@ SELECT id, now() + place * interval '1 microsecond'
 
 POSITION = """
 SELECT position FROM followers WHERE name = 'callbacks'
+"""
+
+# Of orders that are owed nothing new; together with those of OPEN_LANES, and before them.
+LOCK_LANES = """
+SELECT FROM callback_lanes WHERE order_id = ANY (%b::uuid[]) ORDER BY order_id FOR UPDATE
 """
 
 ENQUEUE = """
@@ -101,6 +106,8 @@ class CallbacksProjection:
         due = dict.fromkeys(each.outcome.merchant_order_id for each in wanted)
         paid = {each.outcome.merchant_order_id for each in owed if each.status != "FAILED"}
         async with connection.cursor(binary=True) as cursor:
+            if paid - due.keys():
+                await cursor.execute(LOCK_LANES.encode(), [uuids(list(due.keys() | paid))])
             if due:
                 lanes = {"orders": uuids(list(due)), "paid": uuids(list(paid))}
                 await cursor.execute(OPEN_LANES.encode(), lanes)

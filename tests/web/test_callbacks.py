@@ -1,0 +1,187 @@
+"""A service that calls back: what its users and operators see of it."""
+
+import hashlib
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import msgspec
+import psycopg
+import pytest
+
+from payments.database import DatabaseAddress
+from payments.errors import StartError
+from payments.service import Service
+from payments.settings import ApiKey, Settings
+from tests.doubles.order_service import Fault, OrderService
+from tests.support import History, append, until
+from tests.web.test_operations import gauge
+
+pytestmark = pytest.mark.anyio
+
+BODY = {"merchant_order_id": "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9", "amount_cents": 1500}
+KEYED = {"Idempotency-Key": "k"}
+
+
+@pytest.fixture
+async def orders() -> AsyncIterator[OrderService]:
+    running = OrderService()
+    await running.listen()
+    yield running
+    await running.close()
+
+
+@pytest.fixture
+def settings(orders: OrderService) -> Settings:
+    return Settings(simulated_ledger="", order_callback_url=orders.url)
+
+
+async def test_a_charge_is_called_back_and_shows_it(
+    client: httpx.AsyncClient, orders: OrderService
+) -> None:
+    orders.script(Fault("500"))
+    charged = (await client.post("/v1/charge", json=BODY, headers=KEYED)).json()
+    path = f"/v1/payments/{charged['id']}/callbacks"
+
+    async def delivered() -> Any:
+        shown = (await client.get(path)).json()["callbacks"]
+        return shown[0] if shown and shown[0]["state"] == "delivered" else None
+
+    shown = await until(delivered)
+    assert (shown["status"], shown["sequence"], shown["next_at"]) == ("SUCCESS", 2, None)
+    assert shown["order_id"] == BODY["merchant_order_id"]
+    first, second = shown["attempts"]
+    assert (first["outcome"], first["status"], second["outcome"]) == (
+        *("http_error", 500),
+        "delivered",
+    )
+    assert (second["status"], second["answer"]) == (200, '{"ok":true}')
+    assert first["started_at"] < second["started_at"] < shown["finished_at"]
+    assert orders.findings() == []
+    told = msgspec.json.decode(orders.requests[-1].body)
+    assert (told["payment_id"], told["event_id"]) == (charged["id"], shown["event_id"])
+    assert all(uuid.UUID(told[name]).version == 4 for name in ("payment_id", "event_id"))
+    assert await gauge(client, 'payments_callback_attempts_total{outcome="delivered"}') == 1
+
+
+async def test_a_payment_that_is_not_there_has_no_callbacks(client: httpx.AsyncClient) -> None:
+    assert (await client.get(f"/v1/payments/{uuid.uuid4()}/callbacks")).status_code == 404
+    assert (await client.get("/v1/payments/x/callbacks")).status_code == 400
+
+
+async def test_health_is_degraded_and_not_down_while_nobody_takes_callbacks(
+    client: httpx.AsyncClient, orders: OrderService, service: Service
+) -> None:
+    assert (await client.get("/health")).json()["callbacks"] == "ok"
+    orders.refuse()
+    for number in range(6):
+        headers = {"Idempotency-Key": f"k{number}"}
+        body = BODY | {"merchant_order_id": str(uuid.uuid4())}
+        assert (await client.post("/v1/charge", json=body, headers=headers)).status_code == 201
+
+    async def degraded() -> bool:
+        answer = await client.get("/health")
+        assert (answer.status_code, answer.json()["ok"]) == (200, True)
+        return bool(answer.json()["callbacks"] == "degraded")
+
+    await until(degraded)
+    assert await gauge(client, "payments_callbacks_due") == 6
+    assert await gauge(client, "payments_callbacks_oldest_age_seconds") > 0
+    assert await gauge(client, 'payments_callback_breaker_state{state="closed"}') == 0
+    await orders.listen()
+
+    async def well() -> bool:
+        return bool((await client.get("/health")).json()["callbacks"] == "ok")
+
+    await until(well, 20)
+    await until(lambda: len(orders.requests) >= 6)
+
+
+async def test_what_is_due_for_long_degrades_a_process_that_only_answers_as_well(
+    address: DatabaseAddress, settings: Settings, connection: psycopg.Connection[Any]
+) -> None:
+    service = Service(settings, address)
+    await service.start(work=False)
+    append(connection, History("k").charged().facts)
+    assert await service.reach_database() == "ok"
+    connection.execute(
+        "INSERT INTO callback_deliveries SELECT gen_random_uuid(), 1, gen_random_uuid(),"
+        " gen_random_uuid(), 2, 'SUCCESS', 1, 'INR', now(), 'due', 0, now() - interval '2 min'"
+    )
+    assert await service.reach_database() == "degraded"
+    await service.stop(1)
+
+
+async def test_without_an_address_nobody_is_called_back(
+    address: DatabaseAddress, connection: psycopg.Connection[Any]
+) -> None:
+    service = Service(Settings(simulated_ledger=""), address)
+    await service.start()
+    append(connection, History("k").charged().facts)
+    assert await service.reach_database() == "off"
+    await service.observe()
+    await service.stop(1)
+    found = connection.execute("SELECT name FROM followers").fetchall()
+    assert found == [("payments",)]
+
+
+async def test_it_is_called_back_from_the_first_start_with_an_address_on(
+    address: DatabaseAddress, settings: Settings, orders: OrderService, connection: Any
+) -> None:
+    append(connection, History("before", order_id=uuid.uuid4()).charged().facts)
+    service = Service(settings, address)
+    await service.start()
+    after = History("after", order_id=uuid.uuid4()).charged()
+    append(connection, after.facts)
+    await until(lambda: orders.requests)
+    await service.stop(2)
+    (request,) = orders.requests
+    assert msgspec.json.decode(request.body)["payment_id"] == str(after.id)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://8.8.8.8/callback", "public address"),
+        ("http://user:canary@127.0.0.1/callback", "user name"),
+    ],
+)
+async def test_an_address_that_can_never_work_stops_the_start(
+    address: DatabaseAddress, url: str, said: str
+) -> None:
+    with pytest.raises(StartError, match=said) as stopped:
+        await Service(Settings(simulated_ledger="", order_callback_url=url), address).start()
+    assert "canary" not in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+
+
+async def test_a_database_that_is_away_stops_the_start(settings: Settings) -> None:
+    nowhere = DatabaseAddress("127.0.0.1", 1, "nobody", None, "nothing")
+    with pytest.raises(StartError, match="does not answer"):
+        await Service(settings, nowhere).start()
+
+
+class TestWithKeys:
+    @pytest.fixture
+    def settings(self, orders: OrderService) -> Settings:
+        def key(name: str) -> ApiKey:
+            return ApiKey(name, hashlib.sha256(name.encode()).digest())
+
+        return Settings(
+            simulated_ledger="",
+            order_callback_url=orders.url,
+            payments_api_keys=(key("shop"), key("other"), key("staff")),
+        )
+
+    async def test_callbacks_of_others_are_not_shown(self, client: httpx.AsyncClient) -> None:
+        def of(name: str) -> dict[str, str]:
+            return {"Authorization": f"Bearer {name}"}
+
+        charged = await client.post("/v1/charge", json=BODY, headers=KEYED | of("shop"))
+        path = f"/v1/payments/{charged.json()['id']}/callbacks"
+        statuses = {
+            name: (await client.get(path, headers=of(name))).status_code
+            for name in ("shop", "staff", "other", "nobody")
+        }
+        assert statuses == {"shop": 200, "staff": 200, "other": 404, "nobody": 401}
