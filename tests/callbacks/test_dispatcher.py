@@ -15,7 +15,7 @@ from payments.callbacks import dispatcher as dispatching
 from payments.callbacks.breaker import Breaker
 from payments.callbacks.dispatcher import Dispatcher
 from payments.callbacks.endpoint import Exchange
-from payments.callbacks.outbox import Claimed, Result, claim, make_all_due, prune, record, redrive
+from payments.callbacks.outbox import Claimed, Result, claim, make_due, prune, record, redrive
 from payments.callbacks.retry import ATTEMPTS_MAX
 from payments.telemetry import Telemetry
 from tests.callbacks.conftest import PlayedEndpoint, answered, failed
@@ -271,7 +271,7 @@ async def test_a_claim_holds_the_lane_until_its_lease_is_over(outbox: Outbox) ->
         assert await claim_some(two) == []
         assert await claim_some(two, probing=True) == []
         await redrive(two, [first.event_id])
-        await make_all_due(two)
+        await make_due(two, 1000)
         assert await claim_some(two) == []
         await asyncio.sleep(0.35)
         (second,) = await claim_some(two)

@@ -71,6 +71,8 @@ class Script:
             if "refused" in fault.kinds and fault != Fault("refused"):
                 raise ValueError('"refused" stands by itself')
         self.refuses = Fault("refused") in faults
+        if any("bomb" in fault.kinds for fault in faults):
+            bomb()  # now, so that no request has to wait for it
         # Copies: what is left of a count is this script's alone.
         self._faults = [
             (msgspec.structs.replace(fault, order_id=fault.order_id.lower()), fault.kinds, dice)
@@ -146,8 +148,7 @@ async def play(
             await _drip(connection, body, fault.seconds)
             return True
         case "bomb":
-            packed = await asyncio.to_thread(bomb)
-            answer(connection, head_sent, status, packed, JSON, "Content-Encoding: gzip")
+            answer(connection, head_sent, status, bomb(), JSON, "Content-Encoding: gzip")
             await connection.drain()
             return True
         case "endless":

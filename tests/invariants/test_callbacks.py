@@ -20,7 +20,7 @@ from tests.conftest import Clones
 from tests.doubles.order_requests import Request
 from tests.doubles.order_service import Fault, OrderService
 from tests.invariants.callbacks import CallbackReport, check_callbacks
-from tests.support import History, append, until
+from tests.support import History, until
 
 PAID, LOST, GONE, TWICE = (uuid.UUID(int=number, version=4) for number in range(4))
 
@@ -102,7 +102,10 @@ def test_what_is_under_way_is_well_until_all_must_be_settled(
 ) -> None:
     draft.execute(f"UPDATE callback_deliveries SET {DUE} WHERE status = 'SUCCESS'".encode())
     draft.execute(LANE.encode() + b" FROM callback_deliveries WHERE state = 'due'")
-    append(draft, History("not followed yet").charged().facts)
+    draft.execute("UPDATE followers SET position = position - 1 WHERE name = 'callbacks'")
+    last = "position = (SELECT max(position) FROM callback_deliveries)"
+    draft.execute(f"DELETE FROM callback_attempts WHERE {attempt_of(last)}".encode())
+    draft.execute(f"DELETE FROM callback_deliveries WHERE {last}".encode())
     check_callbacks(draft, settled=False)
     with pytest.raises(AssertionError, match="still due"):
         check_callbacks(draft)
@@ -113,6 +116,7 @@ LANE = (
     "INSERT INTO callback_lanes (order_id, in_flight)"
     " SELECT DISTINCT ON (order_id) order_id, event_id"
 )
+DELIVERED, DEAD = "state = 'delivered'", "state = 'dead'"
 OF_PAID = f"status = 'SUCCESS' AND order_id = '{PAID}'"
 COLUMNS = (
     "position, order_id, payment_id, sequence, status, amount_cents, currency, occurred_at,"
@@ -120,8 +124,8 @@ COLUMNS = (
 )
 
 
-def attempt_of(state: str) -> str:
-    return f"event_id IN (SELECT event_id FROM callback_deliveries WHERE state = '{state}')"
+def attempt_of(which: str) -> str:
+    return f"event_id IN (SELECT event_id FROM callback_deliveries WHERE {which})"
 
 
 def tried(state: str, outcome: str) -> str:
@@ -177,15 +181,15 @@ def tried(state: str, outcome: str) -> str:
             "had 2 attempts, 1 are on record",
         ),
         (
-            f"UPDATE callback_attempts SET status = 500 WHERE {attempt_of('delivered')}",
+            f"UPDATE callback_attempts SET status = 500 WHERE {attempt_of(DELIVERED)}",
             "was delivered without a 2xx",
         ),
         (
-            f"DELETE FROM callback_attempts WHERE {attempt_of('delivered')}",
+            f"DELETE FROM callback_attempts WHERE {attempt_of(DELIVERED)}",
             "is delivered, but by none of its attempts",
         ),
         (
-            f"DELETE FROM callback_attempts WHERE {attempt_of('dead')}",
+            f"DELETE FROM callback_attempts WHERE {attempt_of(DEAD)}",
             "is dead, but no attempt of it failed",
         ),
         (tried("superseded", "delivered"), "is superseded, but was delivered"),
@@ -218,10 +222,7 @@ def test_what_came_before_the_outbox_began_is_not_called_back(
 ) -> None:
     with pytest.raises(AssertionError, match="the events say nothing of"):
         check_callbacks(draft, first_position=3)
-    draft.execute(
-        f"DELETE FROM callback_attempts USING callback_deliveries d WHERE {OF_PAID}"
-        " AND callback_attempts.event_id = d.event_id".encode()
-    )
+    draft.execute(f"DELETE FROM callback_attempts WHERE {attempt_of(OF_PAID)}".encode())
     draft.execute(f"DELETE FROM callback_deliveries WHERE {OF_PAID}".encode())
     check_callbacks(draft, first_position=3)
 
@@ -237,11 +238,9 @@ def test_who_is_parked_has_no_callback_yet(draft: psycopg.Connection[Any]) -> No
         "INSERT INTO parked_streams (follower, payment_id, position, reason)"
         f" SELECT 'callbacks', payment_id, 1, '' FROM callback_deliveries WHERE {OF_PAID}".encode()
     )
-    draft.execute(f"DELETE FROM callback_attempts WHERE {attempt_of('delivered')}".encode())
-    draft.execute(f"UPDATE callback_deliveries SET {DUE} WHERE state = 'delivered'".encode())
+    draft.execute(f"DELETE FROM callback_attempts WHERE {attempt_of(OF_PAID)}".encode())
     draft.execute(f"DELETE FROM callback_deliveries WHERE {OF_PAID}".encode())
-    draft.execute("INSERT INTO callback_lanes SELECT DISTINCT order_id FROM callback_deliveries")
-    check_callbacks(draft, settled=False)
+    check_callbacks(draft)
 
 
 Change = Callable[[list[Request]], object]
@@ -274,7 +273,7 @@ def swap(one: Request, other: Request) -> None:
 @pytest.mark.parametrize(
     ("change", "finding"),
     [
-        (lambda r: of(r, PAID)[0].__setattr__("body", b"{}"), "tells of nothing known"),
+        (lambda r: rewrite(of(r, PAID)[0], event_id="none"), "tells of nothing known"),
         (lambda r: rewrite(of(r, PAID)[0], amount_cents=1), "tells of nothing known"),
         (lambda r: rewrite(of(r, PAID)[0], sequence="2"), "tells of nothing known"),
         (lambda r: r.remove(of(r, PAID)[0]), "is delivered, and was never accepted: 0 came"),

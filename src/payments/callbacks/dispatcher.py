@@ -39,6 +39,7 @@ POLL_S = 1.0  # for what other processes enqueued, and for retries whose time ha
 DATABASE_TIMEOUT_S = 4.0
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.1, 2.0
 PRUNE_EVERY_S, PRUNE_ROWS = 60.0, 1000
+REOPEN_LANES = 1000  # at a time, when the endpoint is back
 
 
 class CallbackBody(msgspec.Struct, frozen=True):
@@ -143,8 +144,7 @@ class Dispatcher:
         with cut_after(self._opened, DATABASE_TIMEOUT_S):
             await self._record(self._opened)
             if self._reopened:
-                await outbox.make_all_due(self._opened)
-                self._reopened = False
+                self._reopened = await outbox.make_due(self._opened, REOPEN_LANES) == REOPEN_LANES
             if not self._stopping:
                 await self._begin(self._opened)
                 await self._prune(self._opened)

@@ -23,13 +23,15 @@ SELECT * FROM record_callbacks(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b)
 
 # When the endpoint is back, nobody sits out a pause that was made for its absence; who has waited
 # longest is first.
-MAKE_ALL_DUE = """
+MAKE_DUE = """
 UPDATE callback_lanes l
-   SET next_at = (SELECT least(min(d.enqueued_at), clock_timestamp()) FROM callback_deliveries d
-                   WHERE d.order_id = l.order_id AND d.state = 'due')
- WHERE order_id IN (SELECT order_id FROM callback_lanes
-                     WHERE in_flight IS NULL AND next_at > clock_timestamp()
-                     ORDER BY order_id FOR UPDATE SKIP LOCKED)
+   SET next_at = least(l.next_at, now(), (
+       SELECT d.enqueued_at FROM callback_deliveries d
+        WHERE d.order_id = l.order_id AND d.state = 'due' ORDER BY d.position LIMIT 1))
+ WHERE l.order_id = ANY (ARRAY(
+       SELECT waiting.order_id FROM callback_lanes waiting
+        WHERE waiting.failing AND waiting.next_at > now() AND waiting.in_flight IS NULL
+        ORDER BY waiting.next_at LIMIT %b FOR UPDATE SKIP LOCKED))
 """
 
 # The lanes first, in the order of their ids: what is being sent is left alone.
@@ -146,9 +148,13 @@ async def record(connection: psycopg.AsyncConnection[Any], results: Sequence[Res
         return {held for (held,) in await cursor.fetchall()}
 
 
-async def make_all_due(connection: psycopg.AsyncConnection[Any]) -> None:
-    """Nobody waits for a retry any longer; what is being sent is left alone."""
-    await connection.execute(MAKE_ALL_DUE)
+async def make_due(connection: psycopg.AsyncConnection[Any], most: int) -> int:
+    """Ends the pauses of so many orders, those that end first; returns of how many.
+
+    What is being sent is left alone.
+    """
+    cursor = await connection.execute(MAKE_DUE.encode(), [most])
+    return cursor.rowcount
 
 
 async def redrive(

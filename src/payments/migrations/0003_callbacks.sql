@@ -27,6 +27,8 @@ CREATE TABLE callback_deliveries (
 CREATE INDEX callback_deliveries_of_order ON callback_deliveries (order_id, position);
 CREATE INDEX callback_deliveries_of_payment ON callback_deliveries (payment_id, sequence);
 CREATE INDEX callback_deliveries_newest ON callback_deliveries (position);
+CREATE INDEX callback_deliveries_due_of_order ON callback_deliveries (order_id, position)
+    WHERE state = 'due';
 CREATE INDEX callback_deliveries_due ON callback_deliveries (enqueued_at) WHERE state = 'due';
 CREATE INDEX callback_deliveries_dead ON callback_deliveries (position) WHERE state = 'dead';
 CREATE INDEX callback_deliveries_to_prune ON callback_deliveries (finished_at)
@@ -61,12 +63,20 @@ CREATE TABLE callback_attempts (
     PRIMARY KEY (event_id, claim)
 );
 
+-- The functions below touch few rows of what may be long queues, whose statistics are seldom right:
+-- each row is to be found by its index, one after another.
+
 -- Gives up the FAILED deliveries of orders that have a SUCCESS: Order Service would mark a confirmed
 -- order failed. What is in flight is left to its sender. The lanes must be locked.
 --
 -- An outcome from before the outbox was begun, or one that was pruned, is known from `payments`.
 CREATE FUNCTION supersede_callbacks(orders uuid[]) RETURNS void
-LANGUAGE sql VOLATILE AS $$
+LANGUAGE plpgsql VOLATILE
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off
+AS $$
+BEGIN
     UPDATE callback_deliveries d SET state = 'superseded', finished_at = clock_timestamp()
      WHERE d.order_id = ANY (orders) AND d.state = 'due' AND d.status = 'FAILED'
        AND (EXISTS (SELECT FROM callback_deliveries paid
@@ -75,8 +85,8 @@ LANGUAGE sql VOLATILE AS $$
                         WHERE p.merchant_order_id = d.order_id
                           AND p.status IN ('SUCCESS', 'REFUNDED')))
        AND NOT EXISTS (SELECT FROM callback_lanes l
-                        WHERE l.order_id = d.order_id AND l.in_flight = d.event_id)
-$$;
+                        WHERE l.order_id = d.order_id AND l.in_flight = d.event_id);
+END $$;
 
 -- Claims the lanes of up to `most` orders, at most `failing_max` of them failing, and returns what is
 -- first in each, to be sent within the lease. `probing`: one lane, whether or not its time
@@ -93,6 +103,8 @@ CREATE FUNCTION claim_callbacks(
 )
 LANGUAGE plpgsql VOLATILE
 SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -169,6 +181,8 @@ CREATE FUNCTION record_callbacks(
 ) RETURNS SETOF bigint
 LANGUAGE plpgsql VOLATILE
 SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off
+SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 DECLARE
     moment timestamptz := clock_timestamp();
