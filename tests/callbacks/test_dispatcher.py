@@ -355,6 +355,27 @@ async def test_while_the_breaker_is_open_nothing_is_sent_or_used_up(
         assert dispatcher.state == "closed"
 
 
+async def test_an_endpoint_that_only_refuses_ends_nobodys_pause(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    """Each refusal would close the breaker, and all others would pay for it with an attempt."""
+    await outbox.log(*of(A, "refused").charged().facts)
+    for number in range(10):
+        await outbox.log(*of(uuid.uuid4(), str(number)).charged().facts)
+    waiting = "next_at = now() + interval '1 h', failing = true"
+    outbox.connection.execute(f"UPDATE callback_lanes SET {waiting}".encode())
+    endpoint.answer = lambda body: answered(400) if body["order_id"] == str(A) else failed()
+    breaker = Breaker(failures_max=1, open_min_s=0.01, open_max_s=0.01)
+    permit = breaker.begin(time.monotonic())
+    assert permit is not None
+    breaker.failed(permit, time.monotonic())
+    async with dispatching_to(endpoint, outbox, breaker=breaker) as dispatcher:
+        await until(lambda: dispatcher.state == "closed")
+        await asyncio.sleep(0.2)
+    paused = "SELECT count(*) FROM callback_lanes WHERE next_at > now() + interval '59 min'"
+    assert outbox.connection.execute(paused).fetchone() == (11,)
+
+
 async def test_a_probe_before_its_time_costs_the_delivery_nothing(
     outbox: Outbox, endpoint: PlayedEndpoint
 ) -> None:

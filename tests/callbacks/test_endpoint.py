@@ -546,7 +546,8 @@ class TestConnections:
                     asyncio.get_running_loop().call_later(dice.random() / 10, each.cancel)
             results = await asyncio.gather(*running, return_exceptions=True)
             errors = [each.error for each in results if isinstance(each, Exchange)]
-            assert set(errors) == {None, "unreachable", "timeout"}
+            assert set(errors) <= {None, "unreachable", "timeout"}
+            assert "timeout" in errors
             assert any(isinstance(each, asyncio.CancelledError) for each in results)
             server.answer = OK
             assert {done.status for done in await many(endpoint, 8)} == {200}

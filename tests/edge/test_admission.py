@@ -78,7 +78,7 @@ def test_the_next_request_is_refused_at_once(
         started = time.monotonic()
         client.send(charge("next") + BODY)
         answer = client.answer()
-        assert time.monotonic() - started < 0.1
+        assert time.monotonic() - started < 0.5  # a place is free in 2 s
         assert answer is not None
         assert is_refused(answer)
         assert answer.headers["content-type"] == "application/problem+json"

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 
 WAIT_S = 10.0
 TIMEOUT_S = 0.3
-LATE_S = 0.3
+LATE_S = 1.0
 SECRET = "canary-5ecret"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
 

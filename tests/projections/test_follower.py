@@ -231,7 +231,7 @@ async def test_a_second_follower_gets_nothing_and_takes_over_from_a_dead_one(
     active = asyncio.create_task(first.run_once())
     await gate.reached.wait()
     (pid,) = backends(counted)
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(3):
         assert await second.run_once() == 0
     counted.execute("SELECT pg_terminate_backend(%s)", [pid])
     await until(lambda: pid not in backends(counted))
@@ -256,7 +256,7 @@ async def test_started_ones_take_turns_when_the_active_one_dies(
     held = "SELECT pid FROM pg_stat_activity WHERE state = 'idle in transaction'"
     (pid,) = await until(lambda: backends(counted, f"{held} AND pid IN ({BACKENDS})"))
     counted.execute("SELECT pg_terminate_backend(%s)", [pid])
-    await until(lambda: position(counted) == last, timeout_s=5)
+    await until(lambda: position(counted) == last)
     gate.opened.set()
     await waits(counted)
     assert applied(counted) == list(range(1, last + 1))
@@ -717,7 +717,7 @@ async def time_to_apply(
 async def test_a_notify_wakes_it_at_once(build: Build, counted: psycopg.Connection[Any]) -> None:
     build(Counting()).start()
     latencies = [await time_to_apply(counted, lambda: some_events(counted), 5) for _ in range(15)]
-    assert statistics.median(latencies) < 0.05, latencies
+    assert statistics.median(latencies) < follower_module.POLL_S / 5, latencies
 
 
 async def test_lost_notifies_are_found_by_the_poll(
@@ -735,7 +735,7 @@ async def test_lost_notifies_are_found_by_the_poll(
 
     build(Counting()).start()
     for _ in range(2):
-        await time_to_apply(counted, put, timeout_s=2)
+        await time_to_apply(counted, put, timeout_s=5)
 
 
 async def test_it_listens_again_after_each_lost_connection(
@@ -752,7 +752,7 @@ async def test_it_listens_again_after_each_lost_connection(
         (pid,) = backends(counted)
         counted.execute("SELECT pg_terminate_backend(%s)", [pid])
         await until(lambda pid=pid: pid not in backends(counted))
-        await time_to_apply(counted, lambda: some_events(counted), 2)
+        await time_to_apply(counted, lambda: some_events(counted), 10)
     assert applied(counted) == list(range(1, lost + 1))
 
 
@@ -832,7 +832,7 @@ async def test_a_server_that_froze_in_mid_batch_is_given_up(
         started = time.monotonic()
         with pytest.raises(psycopg.OperationalError):
             await build(Counting(step=freeze)).run_once()
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 3
     finally:
         os.kill(pids[0], signal.SIGCONT)
     await until(lambda: pids[0] not in backends(counted))
@@ -859,7 +859,7 @@ async def test_a_server_that_froze_before_the_first_batch_is_given_up(
 
     build(Counting(), connect=connect_with(database, word, freeze)).start()
     try:
-        await until(lambda: position(counted) == 1, timeout_s=3)
+        await until(lambda: position(counted) == 1)
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
@@ -875,7 +875,7 @@ async def test_an_idle_one_stops_at_once(build: Build, counted: psycopg.Connecti
     await waits(counted)
     started = time.monotonic()
     await follower.stop()
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 1.5  # of the 2 s that it may take
     await until(lambda: not backends(counted))
 
 
@@ -903,7 +903,7 @@ async def test_a_batch_that_takes_too_long_is_cut_off_and_has_not_happened(
     await gate.reached.wait()
     started = time.monotonic()
     await follower.stop(0.2)
-    assert 0.2 <= time.monotonic() - started < 0.7
+    assert 0.2 <= time.monotonic() - started < 1.1
     await until(lambda: not backends(counted))
     assert (applied(counted), position(counted)) == ([], 0)
 
@@ -920,7 +920,7 @@ async def test_it_stops_at_once_in_an_outage(build: Build, database: Database) -
     await refused.wait()
     started = time.monotonic()
     await follower.stop()
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 1.5  # of the 2 s that it may take
 
 
 async def test_stopping_twice_or_without_a_start_is_no_trouble(build: Build) -> None:

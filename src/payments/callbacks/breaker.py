@@ -14,7 +14,7 @@ State = Literal["closed", "open", "half_open"]
 
 FAILURES_MAX = 5  # in a row; while only some instances of Order Service are down, others answer
 OPEN_MIN_S = 1.0
-OPEN_MAX_S = 30.0  # for so long it may go unnoticed that the endpoint is back
+OPEN_MAX_S = 10.0  # for so long it may go unnoticed that the endpoint is back
 
 
 class Permit:

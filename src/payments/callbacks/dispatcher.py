@@ -209,7 +209,9 @@ class Dispatcher:
         )
         if verdict.endpoint_down:
             self._breaker.failed(permit, time.monotonic())
-        elif self._breaker.succeeded(permit):
+        elif self._breaker.succeeded(permit) and verdict.final == "delivered":
+            # Not for an answer that merely shows it alive: each such attempt is to be paid for with
+            # a callback delivered, else one that is always refused would use up all the others'.
             self._reopened = True
         self._telemetry.callback_attempts[verdict.outcome].inc()
         self._telemetry.callback_seconds.observe(exchange.seconds)

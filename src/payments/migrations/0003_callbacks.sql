@@ -63,9 +63,6 @@ CREATE TABLE callback_attempts (
     PRIMARY KEY (event_id, claim)
 );
 
--- The functions below touch few rows of what may be long queues, whose statistics are seldom right:
--- each row is to be found by its index, one after another.
-
 -- Gives up the FAILED deliveries of orders that have a SUCCESS: Order Service would mark a confirmed
 -- order failed. What is in flight is left to its sender. The lanes must be locked.
 --
@@ -73,8 +70,6 @@ CREATE TABLE callback_attempts (
 CREATE FUNCTION supersede_callbacks(orders uuid[]) RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off SET enable_bitmapscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 BEGIN
     UPDATE callback_deliveries d SET state = 'superseded', finished_at = clock_timestamp()
@@ -103,8 +98,6 @@ CREATE FUNCTION claim_callbacks(
 )
 LANGUAGE plpgsql VOLATILE
 SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off SET enable_bitmapscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -181,8 +174,6 @@ CREATE FUNCTION record_callbacks(
 ) RETURNS SETOF bigint
 LANGUAGE plpgsql VOLATILE
 SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off SET enable_bitmapscan = off
-SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 DECLARE
     moment timestamptz := clock_timestamp();
