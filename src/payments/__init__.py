@@ -5,10 +5,13 @@
     query by id  <- fold of the stream  <---------+
     lists, SQL   <- payments read model <- follower (rows and position in one transaction)
     settling     <- what is left open   <-+
+    dispatcher   <- callback outbox     <-+
+       `-> Order Service
 
     commands/          decide and append, one file per intent: charge, refund, settle
     queries/           read; never imported by commands, nor the other way round
     projections/       the follower, and what it writes from the log
+    callbacks/         sends what the outbox holds: dispatcher, signatures, retries, breaker
     events/            what can happen (facts), and where it is kept (store, appender)
     deciding.py        which event may come next: pure, no I/O, no clock
     payment.py         what a payment's events amount to: as pure
@@ -21,5 +24,5 @@
     cli/               the `payments` command
 
 Imports point one way, and tests/test_architecture.py holds them to it:
-    web, cli > service > commands, queries, projections > gateways, events > payment > errors
+    web, cli > service > commands, queries, projections, callbacks > gateways, events > payment > errors
 """

@@ -14,8 +14,8 @@ order_requests.py.
 
 import asyncio
 import os
+import shutil
 import ssl
-import subprocess
 import time
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -273,23 +273,12 @@ class OrderService:
 
 
 def tls_context(directory: Path) -> ssl.SSLContext:
-    """With a certificate for localhost and 127.0.0.1 that is signed with its own key. It is made
-    once, in this directory."""
-    certificate, key = directory / CERTIFICATE, directory / KEY
-    if not certificate.exists():
-        subprocess.run(
-            [
-                *("openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
-                *("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
-                *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
-                *("-keyout", str(key), "-out", str(certificate)),
-            ],
-            check=True,
-            capture_output=True,
-            timeout=30,
-        )
+    """With the certificate for localhost and 127.0.0.1 in tests/doubles/tls, which nobody trusts:
+    it is signed with its own key, and that is public. The directory gets a copy of both."""
+    for name in (CERTIFICATE, KEY):
+        shutil.copy(Path(__file__).with_name("tls") / name, directory / name)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(directory / CERTIFICATE, directory / KEY)
     return context
 
 
