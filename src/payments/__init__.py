@@ -24,5 +24,6 @@
     cli/               the `payments` command
 
 Imports point one way, and tests/test_architecture.py holds them to it:
-    web, cli > service > commands, queries, projections, callbacks > gateways, events > payment > errors
+
+web, cli > service > commands, queries, projections, callbacks > gateways, events > payment > errors
 """

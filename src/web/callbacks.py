@@ -4,18 +4,10 @@ from litestar import Response, get
 from litestar.enums import MediaType
 from litestar.params import FromPath
 
-from payments.errors import (
-    DatabaseUnavailable,
-    InvalidRequest,
-    PaymentNotFound,
-    PaymentUnreadable,
-    TooBusy,
-    Unauthorized,
-)
 from payments.queries.callbacks import PaymentCallbacks, get_callbacks
 from web.auth import may_read
 from web.description import Answer, Operation, described
-from web.payments import PAYMENT_ID, json_of
+from web.payments import ONE_PAYMENT_PROBLEMS, PAYMENT_ID, json_of
 from web.requests import Anyone, client_of, service_of, uuid_in_path
 
 GET_CALLBACKS = Operation(
@@ -55,14 +47,7 @@ GET_CALLBACKS = Operation(
             },
         )
     },
-    problems=(
-        InvalidRequest,
-        Unauthorized,
-        PaymentNotFound,
-        TooBusy,
-        DatabaseUnavailable,
-        PaymentUnreadable,
-    ),
+    problems=ONE_PAYMENT_PROBLEMS,
 )
 
 

@@ -45,6 +45,15 @@ _VIEW = {
     "refunded_cents": 0,
 }
 
+ONE_PAYMENT_PROBLEMS = (
+    InvalidRequest,
+    Unauthorized,
+    PaymentNotFound,
+    TooBusy,
+    DatabaseUnavailable,
+    PaymentUnreadable,
+)
+
 LIST_PAYMENTS = Operation(
     id="list_payments",
     tag="payments",
@@ -68,14 +77,7 @@ GET_PAYMENT = Operation(
     description="Read from its events: a payment is there the instant its charge was answered.",
     parameters=(PAYMENT_ID,),
     answers={200: Answer("The payment.", PaymentView, _VIEW)},
-    problems=(
-        InvalidRequest,
-        Unauthorized,
-        PaymentNotFound,
-        TooBusy,
-        DatabaseUnavailable,
-        PaymentUnreadable,
-    ),
+    problems=ONE_PAYMENT_PROBLEMS,
 )
 GET_EVENTS = Operation(
     id="get_events",

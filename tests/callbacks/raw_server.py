@@ -44,11 +44,12 @@ async def listening(
             await serve(reader, writer)
         except (asyncio.IncompleteReadError, OSError):
             pass  # the other side has gone
-        finally:
-            writer.transport.abort()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        handlers.add(asyncio.create_task(handle(reader, writer)))
+        handler = asyncio.create_task(handle(reader, writer))
+        handlers.add(handler)
+        # Not in the handler itself, which may be cancelled before it begins.
+        handler.add_done_callback(lambda _: writer.transport.abort())
 
     server = await asyncio.start_server(accept, host, 0, ssl=tls)
     try:

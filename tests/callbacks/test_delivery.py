@@ -4,13 +4,18 @@
 """
 
 import asyncio
+import base64
 import random
+import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple, get_args
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, get_args
 
+import httpx
 import psycopg
 import pytest
 
@@ -22,10 +27,11 @@ from payments.database import Database, DatabaseAddress
 from payments.projections.callbacks import CallbacksProjection, begin_at_the_end
 from payments.projections.follower import Follower
 from payments.telemetry import Telemetry
+from tests.callbacks.raw_server import Server, serving
 from tests.doubles.order_faults import FaultKind
-from tests.doubles.order_service import Fault, Options, OrderServiceProcess
+from tests.doubles.order_service import Fault, Options, OrderServiceProcess, Request
 from tests.invariants.callbacks import check_callbacks
-from tests.process import at, working
+from tests.process import ServiceProcess, at, working
 from tests.support import History, append, until
 
 pytestmark = pytest.mark.anyio
@@ -136,25 +142,186 @@ async def test_each_outcome_arrives_in_order_whatever_goes_wrong(
         ),
     )
     dispatchers = [dispatcher_to(orders.url, database) for _ in range(2)]
-    t0=time.monotonic()
     with working(**at(address), ORDER_CALLBACK_URL=orders.url):
-      print("work", time.monotonic()-t0)
-      async with calling_back(database, *dispatchers):
-        for number, histories in enumerate(slots):
-            if histories:
-                append(connection, [fact for history in histories for fact in history.facts])
-            if number % 40 == 20:
-                orders.refuse()
-            if number % 40 == 30:
-                orders.listen()
-            await asyncio.sleep(SLOT_S)
-        orders.listen()
-        print("appended", time.monotonic()-t0)
-        await until(lambda: nothing_due(connection), 60)
-        print("done", time.monotonic()-t0)
-    requests = orders.requests
-    report = check_callbacks(connection, received=requests)
-    print(report, len(requests), len(order_ids))
+        async with calling_back(database, *dispatchers):
+            for number, histories in enumerate(slots):
+                if histories:
+                    append(connection, [fact for history in histories for fact in history.facts])
+                if number % 40 == 20:
+                    orders.refuse()
+                if number % 40 == 30:
+                    orders.listen()
+                await asyncio.sleep(SLOT_S)
+            orders.listen()
+            await until(lambda: nothing_due(connection), 60)
+    received = orders.requests
+    report = check_callbacks(connection, received=received)
+    sys.stdout.write(f"{report}, {len(received)} requests of {len(order_ids)} orders\n")
     assert orders.findings() == []
     assert report.states["dead"] == len(dying)
-    assert {request.fault for request in requests} == {None, "410", *kinds}
+    assert {request.fault for request in received} == {None, "410", *kinds}
+
+
+async def test_a_sender_that_was_frozen_past_its_lease_changes_nothing(
+    orders: OrderServiceProcess,
+    database: Database,
+    connection: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its result comes while another sends the same: that one's, and no other, opens the lane."""
+    order_id = uuid.uuid4()
+    late, other = (dispatcher_to(orders.url, database) for _ in range(2))
+    orders.script(Fault("slow", seconds=0.5), Fault("slow", seconds=0.8))
+    monkeypatch.setattr(dispatching, "LEASE_S", 0.2)
+    async with calling_back(database, late):
+        append(connection, History("a", order_id=order_id).charged().facts)
+        append(connection, History("b", order_id=order_id).charged().facts)
+        await asyncio.to_thread(orders.wait_for, 1, "arrived")
+        late.finish()
+        monkeypatch.setattr(dispatching, "LEASE_S", 10.0)
+        await other.start()
+        await asyncio.to_thread(orders.wait_for, 3)
+        await until(lambda: nothing_due(connection))
+        await other.stop(2)
+    first, again, second = orders.requests
+    assert first.get("event_id") == again.get("event_id") != second.get("event_id")
+    assert again.arrived < first.finished < again.finished  # type: ignore[operator]
+    assert second.arrived > again.finished  # type: ignore[operator]
+    assert check_callbacks(connection) == ({"delivered": 2}, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "many"), [("500", 1), ("500", 100), ("hang", 1), ("hang", 100)], ids=str
+)
+async def test_orders_in_trouble_delay_nobody(
+    orders: OrderServiceProcess,
+    database: Database,
+    connection: psycopg.Connection[Any],
+    kind: FaultKind,
+    many: int,
+) -> None:
+    """However many are: the others wait at most twice as long as without them.
+
+    Without the breaker, which takes a hundred orders that hang for an outage.
+    """
+    bad = [uuid.uuid4() for _ in range(many)]
+    orders.script(*(Fault(kind, order_id=str(order_id), count=None) for order_id in bad))
+    dispatcher = dispatcher_to(orders.url, database, breaker=Breaker(failures_max=10_000))
+    async with calling_back(database, dispatcher):
+        usual_s = await waited_s(connection)
+        append(connection, [fact for each in bad for fact in charge_of(each).facts])
+        await asyncio.to_thread(orders.wait_for, len(usual_s) + many, "arrived")
+        delayed_s = await waited_s(connection)
+    p99_s, delayed_p99_s = (sorted(each)[len(each) * 99 // 100] for each in (usual_s, delayed_s))
+    sys.stdout.write(f"p99 {p99_s * 1000:.0f} ms, then {delayed_p99_s * 1000:.0f} ms\n")
+    assert delayed_p99_s <= max(2 * p99_s, 0.25)
+    delivered = check_callbacks(connection, settled=False).states["delivered"]
+    assert delivered == len(usual_s) + len(delayed_s)
+
+
+def charge_of(order_id: uuid.UUID) -> History:
+    return History(str(order_id), order_id=order_id).charged()
+
+
+async def waited_s(connection: psycopg.Connection[Any]) -> list[float]:
+    """How long each of some orders, one after another, waits for its callback."""
+    good = [uuid.uuid4() for _ in range(100)]
+    for order_id in good:
+        append(connection, charge_of(order_id).facts)
+        await asyncio.sleep(0.01)
+    waited = (
+        "SELECT extract(epoch FROM finished_at - enqueued_at)::float8"
+        "  FROM callback_deliveries WHERE state = 'delivered' AND order_id = ANY (%s)"
+    )
+    return await until(  # type: ignore[no-any-return]
+        lambda: (
+            len(rows := connection.execute(waited.encode(), [good]).fetchall()) == len(good)
+            and [seconds for (seconds,) in rows]
+        )
+    )
+
+
+async def test_after_an_outage_all_comes_at_once_but_not_all_at_the_same_time(
+    orders: OrderServiceProcess,
+    database: Database,
+    connection: psycopg.Connection[Any],
+    pytestconfig: pytest.Config,
+) -> None:
+    """Whatever pauses had been made, and without another wave of failures."""
+    many = max(300, pytestconfig.getoption("--outcomes") // 2)
+    dispatcher = dispatcher_to(orders.url, database)
+    orders.refuse()
+    async with calling_back(database, dispatcher):
+        append(connection, [fact for _ in range(many) for fact in charge_of(uuid.uuid4()).facts])
+        await until(lambda: dispatcher.state != "closed")
+        # It has lasted long.
+        connection.execute(
+            "UPDATE callback_lanes SET next_at = now() + interval '1 h' WHERE in_flight IS NULL"
+        )
+        orders.script(Fault("slow", count=None, seconds=0.05))
+        orders.listen()
+        began = time.monotonic()
+        await until(lambda: nothing_due(connection), 30)
+        took_s = time.monotonic() - began
+        assert dispatcher.state == "closed"
+    received = orders.requests
+    report = check_callbacks(connection, received=received)
+    under_way = most_at_once(received)
+    sys.stdout.write(
+        f"{report}: {took_s:.1f} s, {orders.connections} connections, {under_way} at once\n"
+    )
+    assert report.states == {"delivered": many}
+    assert len(received) == many, "some were sent twice"
+    assert under_way <= orders.connections <= dispatching.CONCURRENCY_MAX
+    failed_since = connection.execute(
+        "SELECT count(*) FROM callback_attempts WHERE outcome <> 'delivered' AND started_at >"
+        "       (SELECT min(started_at) FROM callback_attempts WHERE outcome = 'delivered')"
+    )
+    assert failed_since.fetchone() == (0,)
+
+
+def most_at_once(received: list[Request]) -> int:
+    moments = [(request.arrived, 1) for request in received]
+    moments += [(request.finished or 0.0, -1) for request in received]
+    return max(accumulate(change for _, change in sorted(moments)))
+
+
+CANARY = b"canary in the secret, 24 bytes and more"
+SECRET = "whsec_" + base64.b64encode(CANARY).decode()
+TOKEN = "canary-in-the-query"
+
+
+async def test_neither_the_secret_nor_the_token_in_the_url_is_ever_shown(
+    address: DatabaseAddress, connection: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    """The receiver fails first, tells in its answers what headers came, and then is gone."""
+
+    async def echo(server: Server, writer: asyncio.StreamWriter) -> None:
+        head, _, _ = server.requests[-1].partition(b"\r\n\r\n")
+        _, _, headers = head.partition(b"\r\n")
+        status = b"200 OK" if len(server.requests) > 1 else b"500 Internal Server Error"
+        start = b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n" % (status, len(headers))
+        await server.write(writer, start + headers)
+
+    settings = {**at(address), "ORDER_CALLBACK_SECRET": SECRET, "LOG_FORMAT": "json"}
+    async with serving(echo) as server:
+        settings["ORDER_CALLBACK_URL"] = f"{server.url}/callback?token={TOKEN}"
+        service = ServiceProcess(tmp_path, **settings, LOG_LEVEL="DEBUG")
+        await asyncio.to_thread(service.start)
+        with httpx.Client() as client:
+            paid = await asyncio.to_thread(service.charge, client, "paid")
+            await until(lambda: nothing_due(connection) and len(server.requests) == 2)
+    with service, httpx.Client() as client:
+        service.charge(client, "unreachable")
+        attempts = "SELECT outcome, convert_from(answer, 'UTF8') FROM callback_attempts ORDER BY 1"
+        await until(lambda: len(connection.execute(attempts).fetchall()) >= 3)
+        ((event_id, _),) = connection.execute(
+            "SELECT event_id, count(*) FROM callback_attempts GROUP BY 1 HAVING count(*) = 2"
+        )
+        shown = [
+            *(str(row) for row in connection.execute(attempts)),
+            *(
+                str(client.get(f"{service.url}{path}").content)
+                for path in (f"/v1/payments/{paid.json()['id']}/callbacks", "/metrics", "/health")
+            ),
+        ]

@@ -10,14 +10,14 @@ their own, OrderService. What it does: order_receiver.py.
 import argparse
 import asyncio
 import signal
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import msgspec
 
+from tests.doubles.controlled import ControlledProcess
 from tests.doubles.order_faults import Fault, Script
 from tests.doubles.order_receiver import TODAY, WAIT_MAX_S, Options, OrderService, Stage, url_of
 from tests.doubles.order_requests import Request, findings
@@ -25,11 +25,8 @@ from tests.doubles.order_states import OrderState
 
 __all__ = ["Fault", "Options", "OrderService", "OrderServiceProcess", "Request", "findings"]
 
-ROOT = Path(__file__).parent.parent.parent
 LIFE_MAX_S = 900.0
 COMMAND_BYTES_MAX = 1 << 20
-
-Answer = TypeVar("Answer")
 
 
 def _say(line: str) -> None:
@@ -88,59 +85,24 @@ async def _run(options: Options, port: int) -> None:
     await service.close()
 
 
-class OrderServiceProcess:
+class OrderServiceProcess(ControlledProcess):
     """Order Service for a test, in a process of its own. Its port stays the same over restarts, and
     so do its orders and requests if there is a log; its faults do not."""
 
     def __init__(self, options: Options = TODAY, port: int = 0) -> None:
-        self.port = port
         self._options = options
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return url_of(self._options, self.port)
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def start(self) -> Self:
-        options = self._options
-        arguments = ["--port", str(self.port), "--issue-takes-s", str(options.issue_takes_s)]
+        arguments = ["--issue-takes-s", str(options.issue_takes_s)]
         arguments += [] if options.naive else ["--careful"]
         arguments += ["--bare"] if options.bare else []
         arguments += ["--log", str(options.log)] if options.log else []
         arguments += ["--tls", str(options.tls)] if options.tls else []
         for secret in options.secrets:
             arguments += ["--secret", secret]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.doubles.order_service", *arguments],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        self.port = int(self._line())
-        return self
+        super().__init__("tests.doubles.order_service", arguments, port)
 
-    def stop(self) -> int | None:
-        """SIGTERM; the exit code."""
-        return self._end(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """kill -9."""
-        self._end(signal.SIGKILL)
-
-    def restart(self) -> Self:
-        self.kill()
-        return self.start()
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    @property
+    def url(self) -> str:
+        return url_of(self._options, self.port)
 
     def script(self, *faults: Fault) -> None:
         """As OrderService.script(), and so on."""
@@ -180,35 +142,6 @@ class OrderServiceProcess:
 
     def findings(self) -> list[str]:
         return self._ask(list[str], do="findings")
-
-    def _ask(self, answer: type[Answer], **command: Any) -> Answer:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(command) + b"\n")
-        self._process.stdin.flush()
-        return msgspec.json.decode(self._line(), type=answer)
-
-    def _line(self) -> bytes:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"Order Service ended with {self._process.wait(timeout=10)}"
-        return line
-
-    def _end(self, how: signal.Signals) -> int | None:
-        process, self._process = self._process, None
-        if process is None:
-            return None
-        process.send_signal(how)
-        try:
-            return process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait(timeout=5)
-        finally:
-            for pipe in (process.stdin, process.stdout):
-                assert pipe is not None
-                pipe.close()
 
 
 def main() -> None:

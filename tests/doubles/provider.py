@@ -25,15 +25,15 @@ import random
 import signal
 import socket
 import struct
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import msgspec
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.doubles.controlled import ControlledProcess
+
 LIFE_MAX_S = 900.0
 HOLD_MAX_S = 60.0
 PORT_WAIT_S = 5.0  # a client's own port may stand where ours was
@@ -412,72 +412,35 @@ async def _run(ledger: Path, port: int) -> None:
     obeying.cancel()
 
 
-class ProviderProcess:
+class ProviderProcess(ControlledProcess):
     """The provider for a test. Its port and its ledger stay the same over restarts."""
 
     def __init__(self, ledger: Path, port: int = 0) -> None:
         self.path = ledger
-        self.port = port
-        self._process: subprocess.Popen[bytes] | None = None
+        super().__init__("tests.doubles.provider", ["--ledger", str(ledger)], port)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def start(self) -> Self:
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "tests.doubles.provider"),
-                *("--ledger", str(self.path), "--port", str(self.port)),
-            ],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        self.port = int(self._line())
-        return self
-
-    def stop(self) -> int | None:
-        """SIGTERM; the exit code."""
-        return self._end(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """kill -9. The ledger is still there to be read."""
-        self._end(signal.SIGKILL)
-
-    def restart(self) -> Self:
-        self.kill()
-        return self.start()
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
     def script(self, *faults: Fault) -> None:
         """These, instead of whatever was scripted before; none: no more faults."""
-        self._control(do="script", faults=faults)
+        self._ask(Any, do="script", faults=faults)
 
     def refuse(self) -> None:
         """Stops listening, and closes the connections that are idle."""
-        self._control(do="refuse")
+        self._ask(Any, do="refuse")
 
     def listen(self) -> None:
-        self._control(do="listen")
+        self._ask(Any, do="listen")
 
     def close_idle(self) -> None:
         """Closes the connections that are idle, as a server does after its keep-alive time."""
-        self._control(do="close_idle")
+        self._ask(Any, do="close_idle")
 
     def counts(self) -> dict[Operation, int]:
         """Calls received since the process began, also those that met a fault."""
-        return msgspec.convert(self._control(do="counts"), dict[Operation, int])
+        return self._ask(dict[Operation, int], do="counts")
 
     def ledger(self, client_id: object = None) -> list[Line]:
         """All lines, or those with this id of ours."""
@@ -489,35 +452,6 @@ class ProviderProcess:
 
     def refunds(self, refund_id: object = None) -> list[Line]:
         return [line for line in self.ledger(refund_id) if line.kind == "refund"]
-
-    def _control(self, **command: Any) -> Any:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(command) + b"\n")
-        self._process.stdin.flush()
-        return msgspec.json.decode(self._line())
-
-    def _line(self) -> bytes:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"the provider ended with {self._process.wait(timeout=10)}"
-        return line
-
-    def _end(self, how: signal.Signals) -> int | None:
-        process, self._process = self._process, None
-        if process is None:
-            return None
-        process.send_signal(how)
-        try:
-            return process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait(timeout=5)
-        finally:
-            for pipe in (process.stdin, process.stdout):
-                assert pipe is not None
-                pipe.close()
 
 
 def main() -> None:

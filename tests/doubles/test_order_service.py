@@ -13,11 +13,12 @@ from uuid import uuid1, uuid4
 import psutil
 import pytest
 
+from tests.doubles.controlled import ROOT
 from tests.doubles.order_client import KEY, SECRET, Client, event, message, post, signed
 from tests.doubles.order_faults import FaultKind
 from tests.doubles.order_receiver import CERTIFICATE
 from tests.doubles.order_requests import CALLBACK_PATH
-from tests.doubles.order_service import ROOT, Fault, Options, OrderService, OrderServiceProcess
+from tests.doubles.order_service import Fault, Options, OrderService, OrderServiceProcess
 
 pytestmark = pytest.mark.anyio
 

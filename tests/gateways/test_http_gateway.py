@@ -21,7 +21,7 @@ from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
 from payments.gateways.http import ProviderHttp
 from payments.payment import Approved, Declined
 from payments.settings import Settings
-from tests.doubles import provider as provider_module
+from tests.doubles.controlled import ROOT
 from tests.doubles.http_gateway import DAY_S, HttpGateway, build
 from tests.doubles.provider import NOTHING_DONE, Fault, ProviderProcess
 from tests.gateways.conformance import (
@@ -329,7 +329,7 @@ class TestTheProvider:
         )
         parent = subprocess.Popen(
             [sys.executable, "-c", program, str(tmp_path / "ledger.jsonl")],
-            cwd=provider_module.ROOT,
+            cwd=ROOT,
             stdout=subprocess.PIPE,
         )
         assert parent.stdout is not None

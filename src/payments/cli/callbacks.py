@@ -1,8 +1,6 @@
 """`payments callbacks`: what Order Service is owed and was told, and sending it again."""
 
-import asyncio
 import sys
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -12,8 +10,8 @@ import click
 
 from payments.callbacks.outbox import redrive as redrive_deliveries
 from payments.cli.output import format_option, print_json, print_rows
-from payments.cli.processes import begin
-from payments.database import Database, DatabaseAddress
+from payments.cli.processes import begin, with_database
+from payments.database import Database
 from payments.errors import StartError
 from payments.projections.callbacks import CallbacksProjection, backfill, begin_at_the_end
 from payments.queries.callbacks import (
@@ -47,18 +45,6 @@ def _time(_: click.Context, __: click.Parameter, value: str | None) -> datetime 
     raise click.BadParameter(f"{value!r} is not a time like 2026-01-31T18:30:00Z")
 
 
-def _with_database(address: DatabaseAddress, use: Callable[[Database], Awaitable[T]]) -> T:
-    async def run() -> T:
-        database = Database(address, 1)
-        await database.open()
-        try:
-            return await use(database)
-        finally:
-            await database.close()
-
-    return asyncio.run(run())
-
-
 @click.group()
 def callbacks() -> None:
     """What Order Service is owed and was told."""
@@ -88,7 +74,7 @@ def list_callbacks(state: str | None, order: UUID | None, limit: int, form: str)
         return await find(database, limit)
 
     with open_database(begin(), migrating=False) as address:
-        print_rows(Delivery._fields, _with_database(address, read), form)
+        print_rows(Delivery._fields, with_database(address, read), form)
 
 
 @callbacks.command()
@@ -104,7 +90,7 @@ def show(event_id: UUID, form: str) -> None:
         return await delivery(database, event_id), await attempts(database, [event_id])
 
     with open_database(begin(), migrating=False) as address:
-        found, made = _with_database(address, read)
+        found, made = with_database(address, read)
     if found is None:
         raise StartError(f"there is no callback {event_id}")
     columns = [field for field in Attempt._fields if field != "event_id"]
@@ -151,7 +137,7 @@ def redrive(event_id: UUID | None, dead: bool, since: datetime | None) -> None:
         return done
 
     with open_database(begin(), migrating=False) as address:
-        done = _with_database(address, run)
+        done = with_database(address, run)
     if event_id is not None and not done:
         raise StartError(f"there is no callback {event_id}, or it is superseded")
     click.echo(f"due again: {done}", err=True)
@@ -183,7 +169,7 @@ def backfill_callbacks(first: int) -> None:
             return await backfill(connection, projection, first)
 
     with open_database(settings, migrating=False) as address:
-        done = _with_database(address, run)
+        done = with_database(address, run)
     click.echo(f"enqueued: {done.enqueued}", err=True)
     for position in done.unreadable:
         click.echo(f"not readable: the event at position {position}", err=True)

@@ -7,7 +7,7 @@ from uuid import UUID
 import click
 
 from payments.cli.output import format_option, one_line, print_rows
-from payments.cli.processes import begin
+from payments.cli.processes import begin, with_database
 from payments.database import Database, DatabaseAddress
 from payments.projections.follower import Parked
 from payments.queries.followers import ParkedStream, parked_streams
@@ -26,16 +26,8 @@ def parked() -> None:
 def list_parked(form: str) -> None:
     """Print the parked streams and why they are."""
 
-    async def read() -> list[ParkedStream]:
-        database = Database(address, 1)
-        await database.open()
-        try:
-            return await parked_streams(database)
-        finally:
-            await database.close()
-
     with open_database(begin(), migrating=False) as address:
-        print_rows(ParkedStream._fields, asyncio.run(read()), form)
+        print_rows(ParkedStream._fields, with_database(address, parked_streams), form)
 
 
 @parked.command()

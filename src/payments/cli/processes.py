@@ -5,15 +5,20 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import click
 import uvloop
 from loguru import logger
 
 from payments.cli.output import format_option, print_rows
+from payments.database import Database, DatabaseAddress
 from payments.service import Service, build_gateway, open_database
 from payments.settings import Settings, describe, read_settings
 from payments.telemetry import set_up_logs
+
+T = TypeVar("T")
 
 WORK_STOP_S = 8.0  # container runtimes kill after 10 s
 
@@ -23,6 +28,20 @@ def begin() -> Settings:
     settings = read_settings(os.environ)
     set_up_logs(settings.log_format, settings.log_level)  # type: ignore[arg-type]
     return settings
+
+
+def with_database(address: DatabaseAddress, use: Callable[[Database], Awaitable[T]]) -> T:
+    """What a coroutine makes of the database, on one connection of a pool."""
+
+    async def run() -> T:
+        database = Database(address, 1)
+        await database.open()
+        try:
+            return await use(database)
+        finally:
+            await database.close()
+
+    return asyncio.run(run())
 
 
 def _end_on_sigterm() -> None:
