@@ -3,11 +3,13 @@
 import base64
 import json
 import re
+import secrets
 import sqlite3
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from http.server import ThreadingHTTPServer
@@ -51,7 +53,7 @@ def test_the_page_on_errors_lists_every_code_with_its_status() -> None:
     assert listed == answered | set(PROTOCOL_PROBLEMS)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_names_is_there(page: Path) -> None:
     """Links within the repository, metrics, settings, commands."""
     text = page.read_text()
@@ -64,12 +66,14 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     exposed = Telemetry().exposition().decode()
     for metric in re.findall(r"`(payments_\w+)", text):
         assert re.search(rf"^{metric}(_count)?[ {{]", exposed, re.MULTILINE), metric
-    for name in re.findall(r"(?:ORDER|CALLBACK)_[A-Z_]*[A-Z]", text):
+    for name in re.findall(r"\b(?:ORDER|CALLBACK)_[A-Z_]*[A-Z]\b", text):
         assert name.removesuffix("_FILE") in {variable.name for variable in VARIABLES}, name
     callbacks = main.commands["callbacks"]
     assert isinstance(callbacks, click.Group)
     for name, rest in re.findall(r"payments callbacks (\w+)([^`\n#]*)", text):
-        options = {option for parameter in callbacks.commands[name].params for option in parameter.opts}
+        options = {
+            option for parameter in callbacks.commands[name].params for option in parameter.opts
+        }
         assert set(re.findall(r"--\w+", rest)) <= options, name
 
 
@@ -84,7 +88,9 @@ CALLBACKS = ROOT / "docs/callbacks.md"
 def first_cells(page: Path, heading: str) -> list[str]:
     """Of the table with this first cell; the names in it."""
     (table,) = re.findall(rf"^\| {heading} \|.*\n\|---.*\n((?:\|.*\n)*)", page.read_text(), re.M)
-    return [name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    return [
+        name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    ]
 
 
 def test_the_page_on_callbacks_has_every_field_state_and_outcome() -> None:
@@ -95,7 +101,11 @@ def test_the_page_on_callbacks_has_every_field_state_and_outcome() -> None:
 
 
 def test_every_callback_that_a_page_shows_has_the_fields_of_one() -> None:
-    shown = [body for page in PAGES for body in re.findall(r'^\{"order_id":.*\}$', page.read_text(), re.M)]
+    shown = [
+        body
+        for page in PAGES
+        for body in re.findall(r'^\{"order_id":.*\}$', page.read_text(), re.M)
+    ]
     assert len(shown) >= 3
     for body in shown:
         assert list(json.loads(body)) == list(CallbackBody.__struct_fields__)
@@ -121,5 +131,236 @@ def test_the_page_on_callbacks_has_the_schedule_of_retries() -> None:
     )
     (table,) = re.findall(r"^\| attempt \|.*\n\|---.*\n((?:\|.*\n)*)", CALLBACKS.read_text(), re.M)
     assert table.splitlines() == rows
-    stated = f"{last.attempt} times in about {last.expected_s / 86400:.0f} days"
-    assert stated.replace("3", "three", 1) in (ROOT / "README.md").read_text()
+    assert f"[{last.attempt} times in about three days]" in (ROOT / "README.md").read_text()
+    assert round(last.expected_s / 86400) == 3
+
+
+def code_of(name: str) -> dict[str, Any]:
+    """What the one example on the page for Order Service defines that defines this name."""
+    page = (ROOT / "docs/order-service.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (code,) = [block for block in blocks if f"\ndef {name}(" in block]
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/order-service.md", "exec"), names)
+    return names
+
+
+@pytest.fixture
+def example() -> Callable[..., dict[str, Any] | None]:
+    """The client that the page for Order Service shows."""
+    return code_of("charge")["charge"]  # type: ignore[no-any-return]
+
+
+def test_the_client_for_order_service_comes_to_an_outcome(
+    example: Callable[..., dict[str, Any] | None], address: DatabaseAddress, tmp_path: Path
+) -> None:
+    """Captured, declined, the answer lost on the way, the provider away for a moment."""
+    faults = {"SIMULATED_FAULTS": "answer_lost*1", "CHARGE_DEADLINE_S": 0.6}
+    settings: dict[str, Any] = at(address) | faults | {"GATEWAY_TIMEOUT_S": 0.5}
+    with (
+        ServiceProcess(tmp_path, **settings) as service,
+        httpx.Client(base_url=service.url) as client,
+    ):
+        charges = {"a": 1500, "b": 1507, "a again": 1500}
+        outcomes = {
+            key: example(client, str(ORDER_ID), key.split()[0], amount, hold_s=20)
+            for key, amount in charges.items()
+        }
+        found = {key: outcome and outcome["status"] for key, outcome in outcomes.items()}
+        assert found == {"a": "SUCCESS", "b": "FAILED", "a again": "SUCCESS"}
+        assert outcomes["a"] == outcomes["a again"]
+        with pytest.raises(ValueError, match="another amount_cents"):
+            example(client, str(ORDER_ID), "a", 1600, hold_s=20)
+    unknown = httpx.Client(base_url=service.url)  # nobody listens there any more
+    with unknown:
+        assert example(unknown, str(ORDER_ID), "c", 1500, hold_s=1) is None
+
+
+def new_secret() -> str:
+    return f"whsec_{base64.b64encode(secrets.token_bytes(24)).decode()}"
+
+
+OLD, NEW, OTHER = new_secret(), new_secret(), new_secret()
+
+
+class Receiver:
+    """The receiver that the page for Order Service shows, running; it knows the OLD secret."""
+
+    def __init__(self, names: dict[str, Any], url: str) -> None:
+        self.names = names
+        self.url = url
+
+    def sql(self, statement: str) -> list[Any]:
+        with closing(sqlite3.connect(self.names["DATABASE"])) as db, db:
+            return db.execute(statement).fetchall()
+
+    @property
+    def orders(self) -> dict[str, str]:
+        return dict(self.sql("SELECT id, status FROM orders"))
+
+    @property
+    def tickets(self) -> list[str]:
+        return [order for (order,) in self.sql("SELECT order_id FROM tickets")]
+
+    @property
+    def events(self) -> set[str]:
+        return {event for (event,) in self.sql("SELECT event_id FROM told")}
+
+    def take(self, body: dict[str, Any], signed_with: tuple[str, ...] = (OLD,)) -> int:
+        """The answer to a callback that is signed by the standard's own library."""
+        text = json.dumps(body)
+        return self.post(text, signed(text, body["event_id"], signed_with))
+
+    def post(self, text: str, headers: dict[str, str]) -> int:
+        return httpx.post(self.url, content=text, headers=headers, timeout=10).status_code
+
+
+def signed(
+    text: str, message_id: str, signed_with: tuple[str, ...] = (OLD,), late_s: float = 0
+) -> dict[str, str]:
+    moment = datetime.now(UTC) - timedelta(seconds=late_s)
+    return {
+        "webhook-id": message_id,
+        "webhook-timestamp": str(int(moment.timestamp())),
+        "webhook-signature": " ".join(
+            Webhook(secret).sign(message_id, moment, text) for secret in signed_with
+        ),
+    }
+
+
+@pytest.fixture
+def receiver(tmp_path: Path) -> Iterator[Receiver]:
+    names = code_of("receive")
+    names |= {"SECRETS": [OLD], "DATABASE": str(tmp_path / "orders.db")}
+    with closing(sqlite3.connect(names["DATABASE"])) as db:
+        db.executescript(names["TABLES"])
+    with ThreadingHTTPServer(("127.0.0.1", 0), names["Receiver"]) as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.02])
+        thread.start()
+        yield Receiver(names, f"http://127.0.0.1:{server.server_port}/callback")
+        server.shutdown()
+        thread.join()
+
+
+def told(status: str = "SUCCESS", **changed: Any) -> dict[str, Any]:
+    body = {"order_id": str(ORDER_ID), "payment_id": str(uuid.uuid4()), "status": status}
+    body |= {"event_id": str(uuid.uuid4()), "occurred_at": "2026-01-31T18:30:00.25Z"}
+    return body | {"sequence": 2, "amount_cents": 1500, "currency": "INR"} | changed
+
+
+def test_the_receiver_takes_only_what_is_signed(receiver: Receiver) -> None:
+    body = told()
+    text, event_id = json.dumps(body), body["event_id"]
+    good = signed(text, event_id)
+    signature = good["webhook-signature"]
+    for wrong in (
+        {},
+        signed(text, event_id, (OTHER,)),
+        signed(text + " ", event_id),
+        signed(text, event_id, late_s=310),
+        signed(text, event_id, late_s=-310),
+        good | {"webhook-id": str(uuid.uuid4())},
+        good | {"webhook-timestamp": str(int(good["webhook-timestamp"]) + 1)},
+        good | {"webhook-timestamp": ""},
+        good | {"webhook-timestamp": "9" * 5000},
+        good | {"webhook-signature": ""},
+        good | {"webhook-signature": "v1,"},
+        good | {"webhook-signature": signature.replace("v1,", "v2,")},
+        good | {"webhook-signature": signature.removeprefix("v1,")},
+        good | {"webhook-signature": "v1,\xe9"},
+    ):
+        head = {name: value.encode("latin-1") for name, value in wrong.items()}
+        assert receiver.post(text, head) == 401, wrong  # type: ignore[arg-type]
+    assert not receiver.events
+    assert receiver.post(text, good) == 200
+    assert receiver.events == {event_id}
+
+
+def test_the_receiver_knows_several_secrets_and_takes_several_signatures(
+    receiver: Receiver,
+) -> None:
+    assert receiver.take(told(), (OTHER, NEW)) == 401
+    assert receiver.take(told(), (NEW, OLD)) == 200
+    receiver.names["SECRETS"] = [NEW, OLD.rstrip("=")]
+    assert receiver.take(told(), (OLD,)) == 200
+    assert receiver.take(told(), (NEW,)) == 200
+    assert len(receiver.events) == 3
+
+
+def test_the_receiver_does_an_event_once(receiver: Receiver) -> None:
+    body = told()
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(receiver.take, [body] * 24)) == {200}
+    assert receiver.orders == {str(ORDER_ID): "CONFIRMED"}
+    assert receiver.tickets == [str(ORDER_ID)]
+
+
+def test_the_receiver_ignores_what_is_older_in_its_payment(receiver: Receiver) -> None:
+    payment_id = str(uuid.uuid4())
+    assert receiver.take(told("REFUNDED", payment_id=payment_id, sequence=4)) == 200
+    assert receiver.take(told("SUCCESS", payment_id=payment_id, sequence=2)) == 200
+    assert (receiver.orders, receiver.tickets) == ({}, [])
+    assert receiver.take(told("SUCCESS", sequence=2)) == 200  # of another payment
+    assert receiver.orders == {str(ORDER_ID): "CONFIRMED"}
+
+
+def test_the_receiver_never_unconfirms_an_order(receiver: Receiver) -> None:
+    statuses = ("FAILED", "SUCCESS", "FAILED", "SUCCESS", "REFUNDED")
+    found: list[str] = []
+    for status in statuses:
+        assert receiver.take(told(status)) == 200
+        found += receiver.orders.values()
+    assert found == ["FAILED", "CONFIRMED", "CONFIRMED", "CONFIRMED", "CONFIRMED"]
+    assert receiver.tickets == [str(ORDER_ID)]
+
+
+def test_the_receiver_answers_2xx_only_when_all_is_stored(receiver: Receiver) -> None:
+    body = told()
+    receiver.sql("ALTER TABLE tickets RENAME TO away")
+    assert receiver.take(body) == 503
+    assert (receiver.orders, receiver.events) == ({}, set())
+    receiver.sql("ALTER TABLE away RENAME TO tickets")
+    assert receiver.take(body) == 200
+    assert receiver.tickets == [str(ORDER_ID)]
+
+
+def test_the_receiver_takes_what_the_service_sends(
+    receiver: Receiver, address: DatabaseAddress, tmp_path: Path
+) -> None:
+    """Refused while it has another secret, taken when it has one of the two, and once more."""
+    database: dict[str, Any] = at(address)
+    told_to = {"ORDER_CALLBACK_URL": receiver.url, "ORDER_CALLBACK_SECRET": f"{NEW},{OLD}"}
+    receiver.names["SECRETS"] = [OTHER]
+    with (
+        ServiceProcess(tmp_path, **database, **told_to) as service,
+        httpx.Client(base_url=service.url) as client,
+    ):
+
+        def callback(payment: httpx.Response, state: str, attempts: int = 1) -> str:
+            """The event_id of its only callback, when that is in this state."""
+            path = f"/v1/payments/{payment.json()['id']}/callbacks"
+            deadline = time.monotonic() + 15
+            while True:
+                (found,) = client.get(path).json()["callbacks"] or [{"state": "", "attempts": []}]
+                if found["state"] == state and len(found["attempts"]) >= attempts:
+                    return str(found["event_id"])
+                assert time.monotonic() < deadline, found
+                time.sleep(0.02)
+
+        declined = service.charge(client, "a", amount_cents=1507)
+        failed = callback(declined, "due")
+        receiver.names["SECRETS"] = [OLD]
+        assert callback(declined, "delivered", attempts=2) == failed
+        assert receiver.orders == {str(ORDER_ID): "FAILED"}
+
+        charged = service.charge(client, "b")
+        success = callback(charged, "delivered")
+        assert receiver.orders == {str(ORDER_ID): "CONFIRMED"}
+
+        for event_id in (success, failed):
+            assert run("callbacks", "redrive", event_id, **database).returncode == 0
+        assert callback(charged, "delivered", attempts=2) == success
+        assert callback(declined, "superseded") == failed
+    assert receiver.orders == {str(ORDER_ID): "CONFIRMED"}
+    assert receiver.tickets == [str(ORDER_ID)]
+    assert receiver.events == {success, failed}

@@ -23,7 +23,7 @@ from payments.payment import Approved, Declined
 from payments.settings import Settings
 from tests.doubles.controlled import ROOT
 from tests.doubles.http_gateway import DAY_S, HttpGateway, build
-from tests.doubles.provider import NOTHING_DONE, Fault, ProviderProcess
+from tests.doubles.provider import NOTHING_DONE, Fault, FaultKind, ProviderProcess
 from tests.gateways.conformance import (
     FAILURES,
     MISMATCHES,
@@ -226,7 +226,7 @@ class TestAnswers:
 class TestTheProvider:
     """The double itself: what the tests of the service rely on."""
 
-    @pytest.mark.parametrize("kind", get_args(provider_module.FaultKind))
+    @pytest.mark.parametrize("kind", get_args(FaultKind))
     async def test_each_fault_does_or_leaves_what_it_says(
         self, gateway: HttpGateway, provider: ProviderProcess, kind: str
     ) -> None:
@@ -366,5 +366,5 @@ class TestBuild:
 
 
 def test_the_suite_knows_every_fault_of_the_provider() -> None:
-    kinds = set(get_args(provider_module.FaultKind))
+    kinds = set(get_args(FaultKind))
     assert kinds - {"decline", "forgets_keys"} == {*FAILURES, *MISMATCHES} - {"refused"}
