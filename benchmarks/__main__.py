@@ -12,6 +12,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.callbacks import CallbackDelay, Callbacks
+from benchmarks.client_limit import ClientLimit
 from benchmarks.load import Figures
 from benchmarks.overload import Overload
 from benchmarks.parts import PARTS, Part
@@ -19,7 +21,8 @@ from payments import embedded_postgres
 from payments.database import DatabaseAddress
 from payments.telemetry import set_up_logs
 
-ALL: dict[str, type[Part]] = {**PARTS, Overload.name: Overload}
+MORE: tuple[type[Part], ...] = (Callbacks, ClientLimit, CallbackDelay, Overload)
+ALL: dict[str, type[Part]] = {**PARTS, **{part.name: part for part in MORE}}
 
 RATIOS = (
     ("charge", "floor_post"),
@@ -27,6 +30,7 @@ RATIOS = (
     ("charge", "pg_commit"),
     ("charge", "library"),
     ("charge", "charge_bare"),
+    ("callbacks", "client_limit"),
 )
 
 

@@ -124,9 +124,11 @@ def importers_of(package: str) -> set[str]:
     }
 
 
-def test_the_http_client_is_imported_in_one_module() -> None:
-    assert len(importers_of("httpx")) <= 1
-    assert importers_of("httpx_aiohttp") <= importers_of("httpx")
+def test_there_is_one_http_client_for_money_and_one_for_callbacks() -> None:
+    """Only plain httpx tells a request that was never sent from one whose outcome is unknown."""
+    assert importers_of("aiohttp") == {"payments.callbacks.endpoint"}
+    assert importers_of("httpx_aiohttp") == {"payments.callbacks.endpoint"}
+    assert importers_of("httpx") == {"payments.callbacks.endpoint", "payments.gateways.http"}
 
 
 def test_the_embedded_servers_python_package_is_not_imported() -> None:

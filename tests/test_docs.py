@@ -177,7 +177,7 @@ def test_the_client_for_order_service_comes_to_an_outcome(
 
 
 def new_secret() -> str:
-    return f"whsec_{base64.b64encode(secrets.token_bytes(24)).decode()}"
+    return f"whsec_{base64.b64encode(secrets.token_bytes(25)).decode()}"
 
 
 OLD, NEW, OTHER = new_secret(), new_secret(), new_secret()
@@ -293,6 +293,15 @@ def test_the_receiver_does_an_event_once(receiver: Receiver) -> None:
         assert set(pool.map(receiver.take, [body] * 24)) == {200}
     assert receiver.orders == {str(ORDER_ID): "CONFIRMED"}
     assert receiver.tickets == [str(ORDER_ID)]
+
+
+def test_a_repeated_callback_does_nothing_to_an_order_that_went_on(receiver: Receiver) -> None:
+    """The customer tries another card, and the answer to the first one's FAILED got lost."""
+    body = told("FAILED")
+    assert receiver.take(body) == 200
+    receiver.sql("UPDATE orders SET status = 'PENDING'")
+    assert receiver.take(body) == 200
+    assert receiver.orders == {str(ORDER_ID): "PENDING"}
 
 
 def test_the_receiver_ignores_what_is_older_in_its_payment(receiver: Receiver) -> None:

@@ -10,7 +10,7 @@ from loguru import logger
 
 from payments import embedded_postgres
 from payments.admission import Admission
-from payments.callbacks.dispatcher import Dispatcher
+from payments.callbacks.dispatcher import CONCURRENCY_MAX, Dispatcher
 from payments.callbacks.endpoint import Endpoint, check_target
 from payments.commands.charge import Charging
 from payments.commands.refund import Refunding
@@ -191,7 +191,11 @@ def build_dispatcher(
     if settings.order_callback_url is None:
         return None
     try:
-        endpoint = Endpoint(settings.order_callback_url, settings.order_callback_secret)
+        endpoint = Endpoint(
+            settings.order_callback_url,
+            settings.order_callback_secret,
+            connections_max=CONCURRENCY_MAX,
+        )
     except ValueError as error:
         raise StartError(f"ORDER_CALLBACK_URL, ORDER_CALLBACK_SECRET: {error}") from None
     return Dispatcher(database.connect, endpoint, telemetry, settings.callback_retention_days)

@@ -4,7 +4,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -40,10 +40,8 @@ async def listening(
     handlers: set[asyncio.Task[None]] = set()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
+        with suppress(asyncio.IncompleteReadError, OSError):  # the other side has gone
             await serve(reader, writer)
-        except (asyncio.IncompleteReadError, OSError):
-            pass  # the other side has gone
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         handler = asyncio.create_task(handle(reader, writer))

@@ -30,8 +30,8 @@ from payments.telemetry import Telemetry
 from tests.callbacks.raw_server import Server, serving
 from tests.doubles.order_faults import FaultKind
 from tests.doubles.order_service import Fault, Options, OrderServiceProcess, Request
-from tests.invariants.callbacks import check_callbacks
-from tests.process import ServiceProcess, at, working
+from tests.invariants.callbacks import check_callbacks, is_followed, nothing_due
+from tests.process import ServiceProcess, at, run, working
 from tests.support import History, append, until
 
 pytestmark = pytest.mark.anyio
@@ -51,7 +51,9 @@ def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatching, "POLL_S", 0.05)
 
 
-def dispatcher_to(url: str, database: Database, **options: Any) -> Dispatcher:
+def dispatcher_to(
+    url: str, database: Database, *, timeout_s: float = TIMEOUT_S, **options: Any
+) -> Dispatcher:
     """Retries come after some milliseconds, unless `rng` says otherwise."""
     defaults: dict[str, Any] = {
         "telemetry": Telemetry(),
@@ -59,7 +61,7 @@ def dispatcher_to(url: str, database: Database, **options: Any) -> Dispatcher:
         "rng": lambda: random.uniform(0.02, 0.04),
         "breaker": Breaker(open_min_s=0.05, open_max_s=0.2),
     }
-    endpoint = Endpoint(url, timeout_s=TIMEOUT_S)
+    endpoint = Endpoint(url, timeout_s=timeout_s)
     return Dispatcher(database.connect, endpoint, **defaults | options)
 
 
@@ -81,17 +83,6 @@ async def calling_back(database: Database, *dispatchers: Dispatcher) -> AsyncIte
         yield
     finally:
         await asyncio.gather(follower.stop(), *(each.stop(2) for each in dispatchers))
-
-
-def nothing_due(connection: psycopg.Connection[Any]) -> bool:
-    """The outbox has all of the log, and all of it is sent."""
-    row = connection.execute(
-        "SELECT (SELECT position FROM followers WHERE name = 'callbacks')"
-        "       = (SELECT coalesce(max(notification_id), 0) FROM payment_events)"
-        "   AND NOT EXISTS (SELECT FROM callback_lanes)"
-    ).fetchone()
-    assert row is not None
-    return bool(row[0])
 
 
 # What becomes of an order's payments, in this order: Success, Failed, success that is Refunded.
@@ -190,55 +181,60 @@ async def test_a_sender_that_was_frozen_past_its_lease_changes_nothing(
     assert check_callbacks(connection) == ({"delivered": 2}, 3)
 
 
-@pytest.mark.parametrize(
-    ("kind", "many"), [("500", 1), ("500", 100), ("hang", 1), ("hang", 100)], ids=str
-)
+@pytest.mark.parametrize("kind", ["500", "hang"])
 async def test_orders_in_trouble_delay_nobody(
     orders: OrderServiceProcess,
     database: Database,
     connection: psycopg.Connection[Any],
     kind: FaultKind,
-    many: int,
 ) -> None:
-    """However many are: the others wait at most twice as long as without them.
+    """One, or a hundred: once they were tried, others wait at most twice as long as without them.
 
     Without the breaker, which takes a hundred orders that hang for an outage.
     """
-    bad = [uuid.uuid4() for _ in range(many)]
+    bad = [uuid.uuid4() for _ in range(100)]
     orders.script(*(Fault(kind, order_id=str(order_id), count=None) for order_id in bad))
-    dispatcher = dispatcher_to(orders.url, database, breaker=Breaker(failures_max=10_000))
+    breaker = Breaker(failures_max=10_000)
+    dispatcher = dispatcher_to(orders.url, database, timeout_s=0.3, breaker=breaker)
     async with calling_back(database, dispatcher):
-        usual_s = await waited_s(connection)
-        append(connection, [fact for each in bad for fact in charge_of(each).facts])
-        await asyncio.to_thread(orders.wait_for, len(usual_s) + many, "arrived")
-        delayed_s = await waited_s(connection)
-    p99_s, delayed_p99_s = (sorted(each)[len(each) * 99 // 100] for each in (usual_s, delayed_s))
-    sys.stdout.write(f"p99 {p99_s * 1000:.0f} ms, then {delayed_p99_s * 1000:.0f} ms\n")
-    assert delayed_p99_s <= max(2 * p99_s, 0.25)
-    delivered = check_callbacks(connection, settled=False).states["delivered"]
-    assert delivered == len(usual_s) + len(delayed_s)
+        p99s_s = [await p99_of_good_ones_s(connection)]
+        for these in (bad[:1], bad[1:]):
+            append(connection, [fact for order_id in these for fact in charge_of(order_id).facts])
+            await until(lambda: none_is_new(connection))
+            p99s_s.append(await p99_of_good_ones_s(connection))
+    usual_s, *delayed_s = p99s_s
+    shown = ", ".join(f"{seconds * 1000:.0f}" for seconds in p99s_s)
+    sys.stdout.write(f"p99 in ms with 0, 1 and 100 orders in trouble: {shown}\n")
+    assert max(delayed_s) <= max(2 * usual_s, 0.25)
+    check_callbacks(connection, settled=False)
+
+
+def none_is_new(connection: psycopg.Connection[Any]) -> bool:
+    """All were tried at least once."""
+    new = "SELECT count(*) = 0 FROM callback_deliveries WHERE state = 'due' AND attempts = 0"
+    return is_followed(connection) and connection.execute(new).fetchone() == (True,)
 
 
 def charge_of(order_id: uuid.UUID) -> History:
     return History(str(order_id), order_id=order_id).charged()
 
 
-async def waited_s(connection: psycopg.Connection[Any]) -> list[float]:
-    """How long each of some orders, one after another, waits for its callback."""
+async def p99_of_good_ones_s(connection: psycopg.Connection[Any]) -> float:
+    """How long orders, one after another, wait for their callbacks."""
     good = [uuid.uuid4() for _ in range(100)]
     for order_id in good:
         append(connection, charge_of(order_id).facts)
         await asyncio.sleep(0.01)
-    waited = (
-        "SELECT extract(epoch FROM finished_at - enqueued_at)::float8"
-        "  FROM callback_deliveries WHERE state = 'delivered' AND order_id = ANY (%s)"
+    query = (
+        "SELECT extract(epoch FROM finished_at - enqueued_at)::float8 FROM callback_deliveries"
+        " WHERE state = 'delivered' AND order_id = ANY (%s) ORDER BY 1"
     )
-    return await until(  # type: ignore[no-any-return]
-        lambda: (
-            len(rows := connection.execute(waited.encode(), [good]).fetchall()) == len(good)
-            and [seconds for (seconds,) in rows]
-        )
-    )
+
+    def waited_s() -> list[float]:
+        return [seconds for (seconds,) in connection.execute(query.encode(), [good])]
+
+    await until(lambda: len(waited_s()) == len(good))
+    return waited_s()[98]
 
 
 async def test_after_an_outage_all_comes_at_once_but_not_all_at_the_same_time(
@@ -254,9 +250,9 @@ async def test_after_an_outage_all_comes_at_once_but_not_all_at_the_same_time(
     async with calling_back(database, dispatcher):
         append(connection, [fact for _ in range(many) for fact in charge_of(uuid.uuid4()).facts])
         await until(lambda: dispatcher.state != "closed")
-        # It has lasted long.
+        # It has lasted long: those that were tried have long pauses by now.
         connection.execute(
-            "UPDATE callback_lanes SET next_at = now() + interval '1 h' WHERE in_flight IS NULL"
+            "UPDATE callback_lanes SET next_at = now() + interval '1 h' WHERE failing"
         )
         orders.script(Fault("slow", count=None, seconds=0.05))
         orders.listen()
@@ -303,25 +299,41 @@ async def test_neither_the_secret_nor_the_token_in_the_url_is_ever_shown(
         start = b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n" % (status, len(headers))
         await server.write(writer, start + headers)
 
-    settings = {**at(address), "ORDER_CALLBACK_SECRET": SECRET, "LOG_FORMAT": "json"}
+    settings = {**at(address), "ORDER_CALLBACK_SECRET": SECRET, "LOG_LEVEL": "DEBUG"}
     async with serving(echo) as server:
         settings["ORDER_CALLBACK_URL"] = f"{server.url}/callback?token={TOKEN}"
-        service = ServiceProcess(tmp_path, **settings, LOG_LEVEL="DEBUG")
+        service = ServiceProcess(tmp_path, **settings)
         await asyncio.to_thread(service.start)
         with httpx.Client() as client:
-            paid = await asyncio.to_thread(service.charge, client, "paid")
-            await until(lambda: nothing_due(connection) and len(server.requests) == 2)
-    with service, httpx.Client() as client:
-        service.charge(client, "unreachable")
-        attempts = "SELECT outcome, convert_from(answer, 'UTF8') FROM callback_attempts ORDER BY 1"
-        await until(lambda: len(connection.execute(attempts).fetchall()) >= 3)
-        ((event_id, _),) = connection.execute(
-            "SELECT event_id, count(*) FROM callback_attempts GROUP BY 1 HAVING count(*) = 2"
+            paid = (await asyncio.to_thread(service.charge, client, "paid")).json()
+        await until(lambda: nothing_due(connection) and len(server.requests) == 2)
+    assert TOKEN.encode() in server.requests[0]
+    with httpx.Client() as client:
+        assert service.charge(client, "nobody listens").status_code == 201
+        pages = (f"/v1/payments/{paid['id']}/callbacks", "/metrics", "/health")
+        attempts = (
+            "SELECT event_id::text, outcome, reason, convert_from(answer, 'UTF8')"
+            "  FROM callback_attempts ORDER BY claim"
         )
-        shown = [
-            *(str(row) for row in connection.execute(attempts)),
-            *(
-                str(client.get(f"{service.url}{path}").content)
-                for path in (f"/v1/payments/{paid.json()['id']}/callbacks", "/metrics", "/health")
-            ),
+        await until(lambda: len(connection.execute(attempts).fetchall()) >= 3)
+        tried = connection.execute(attempts).fetchall()
+        assert [outcome for _, outcome, *_ in tried[:3]] == [
+            "http_error",
+            "delivered",
+            "unreachable",
         ]
+        assert "webhook-signature: v1," in tried[0][-1]
+        shown = [str(tried), *(client.get(f"{service.url}{page}").text for page in pages)]
+    assert service.terminate() == 0
+    show = ("show", tried[0][0])
+    for command in (("list", "--format", "json"), show, (*show, "--format", "json")):
+        done = run("callbacks", *command, **settings)
+        assert done.returncode == 0
+        shown += [done.stdout, done.stderr]
+    shown.append(service.log.read_text())
+    assert "unreachable" in shown[0]
+    told = "\n".join(shown)
+    assert SECRET not in told
+    assert SECRET.removeprefix("whsec_") not in told
+    assert CANARY.decode() not in told
+    assert TOKEN not in told

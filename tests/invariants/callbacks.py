@@ -98,6 +98,21 @@ class _Stored(NamedTuple):
     attempts: dict[UUID, list[Attempt]]
 
 
+def is_followed(connection: psycopg.Connection[Any]) -> bool:
+    """Whether the outbox has all of the log."""
+    row = connection.execute(
+        "SELECT (SELECT position FROM followers WHERE name = 'callbacks')"
+        "       = (SELECT coalesce(max(notification_id), 0) FROM payment_events)"
+    ).fetchone()
+    return row == (True,)
+
+
+def nothing_due(connection: psycopg.Connection[Any]) -> bool:
+    """Whether all of the log was sent, or is not to be sent. What a test waits for."""
+    lanes = connection.execute("SELECT count(*) FROM callback_lanes").fetchone()
+    return is_followed(connection) and lanes == (0,)
+
+
 def check_callbacks(
     connection: psycopg.Connection[Any],
     *,

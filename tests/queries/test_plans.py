@@ -140,6 +140,7 @@ def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
 @pytest.fixture
 def on_big(big: DatabaseAddress) -> Iterator[psycopg.Connection[Any]]:
     with psycopg.connect(big.conninfo("tests"), autocommit=True) as opened:
+        opened.execute("SET statement_timeout = '60s'")
         yield opened
 
 

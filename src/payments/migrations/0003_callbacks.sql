@@ -179,6 +179,8 @@ DECLARE
     moment timestamptz := clock_timestamp();
     held   bigint[];
 BEGIN
+    -- A result that a crash of the server loses is that of a delivery which is then sent again.
+    PERFORM set_config('synchronous_commit', 'off', true);
     PERFORM FROM callback_lanes l WHERE l.order_id = ANY (orders) ORDER BY l.order_id FOR UPDATE;
     held := ARRAY(
         SELECT r.claim FROM unnest(claims, orders, events) AS r (claim, order_id, event_id)

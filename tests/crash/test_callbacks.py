@@ -1,0 +1,390 @@
+"""Callbacks of real services that are killed, stopped and cut off, to a receiver that goes and
+comes.
+
+`--kills N` for more than a few.
+"""
+
+import json
+import random
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+from uuid import UUID
+
+import httpx
+import psycopg
+import pytest
+
+from payments.callbacks.dispatcher import CONCURRENCY_MAX, LEASE_S
+from payments.database import DatabaseAddress
+from tests.crash.test_money import eventually, nothing_open
+from tests.doubles.order_service import Fault, Options, OrderServiceProcess, Request
+from tests.invariants.callbacks import CallbackReport, check_callbacks, is_followed, nothing_due
+from tests.invariants.checker import ChargeAnswer, check
+from tests.outside_postgres import OutsidePostgres
+from tests.process import ServiceProcess, at, run, working
+from tests.support import History, append
+
+SEED = 22
+FAST = {"CHARGE_DEADLINE_S": 1, "GATEWAY_TIMEOUT_S": 0.8, "PENDING_ABANDON_AFTER_S": 3}
+PAID, DECLINED = 1500, 1507  # the simulated provider declines what ends with a 7
+# What a customer pays for one order, one after another.
+PURCHASES = ((PAID,), (DECLINED,), (DECLINED, PAID), (DECLINED, DECLINED), (PAID, DECLINED))
+
+
+@pytest.fixture
+def orders(tmp_path: Path) -> Iterator[OrderServiceProcess]:
+    """It issues tickets in one step: two at once are found as such."""
+    with OrderServiceProcess(Options(issue_takes_s=0, log=tmp_path / "orders")) as running:
+        yield running
+
+
+def calling(address: DatabaseAddress, orders: OrderServiceProcess) -> dict[str, Any]:
+    """The settings of a service."""
+    return {**at(address), **FAST, "ORDER_CALLBACK_URL": orders.url}
+
+
+class Customers:
+    """Orders that are paid for, from several threads, until told to stop."""
+
+    def __init__(self, service: ServiceProcess, threads: int = 6) -> None:
+        self.answers: list[ChargeAnswer] = []
+        self._service = service
+        self._stopped = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(threads)]
+
+    def __enter__(self) -> "Customers":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(timeout=20)
+
+    def _run(self, number: int) -> None:
+        dice = random.Random(SEED + number)
+        with httpx.Client(timeout=15) as client:
+            while not self._stopped.is_set():
+                order_id = str(uuid.uuid4())
+                for amount_cents in dice.choice(PURCHASES):
+                    self._pay(client, order_id, amount_cents)
+
+    def _pay(self, client: httpx.Client, order_id: str, amount_cents: int) -> None:
+        changed = {"merchant_order_id": order_id, "amount_cents": amount_cents}
+        try:
+            answer = self._service.charge(client, str(uuid.uuid4()), **changed)
+        except httpx.TransportError:
+            self._stopped.wait(0.02)
+            return
+        if answer.status_code in (201, 202):
+            told = answer.json()
+            self.answers.append(ChargeAnswer(UUID(told["id"]), answer.status_code, told["status"]))
+
+    def wait_for(self, count: int) -> None:
+        """Until so many charges were answered."""
+        eventually(lambda: len(self.answers) >= count)
+
+
+def all_is_well(
+    connection: psycopg.Connection[Any],
+    orders: OrderServiceProcess,
+    answers: Sequence[ChargeAnswer] = (),
+    timeout_s: float = 20,
+) -> CallbackReport:
+    """Waits until nothing is left to be done, and checks everything."""
+    eventually(lambda: nothing_open(connection) and nothing_due(connection), timeout_s)
+    check(connection, charges=answers, settled=True)
+    report = check_callbacks(connection, received=orders.requests)
+    assert orders.findings() == []
+    return report
+
+
+def attempts_of(connection: psycopg.Connection[Any]) -> list[str]:
+    rows = connection.execute("SELECT outcome FROM callback_attempts ORDER BY claim")
+    return [outcome for (outcome,) in rows]
+
+
+@pytest.mark.timeout(900)
+def test_kill_9_leaves_no_outcome_out_and_keeps_the_order(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    orders: OrderServiceProcess,
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
+) -> None:
+    orders.script(Fault("slow", count=None, share=0.3, seed=SEED, seconds=0.3))
+    service = ServiceProcess(tmp_path, **calling(address, orders))
+    answers: list[ChargeAnswer] = []
+    for number in range(pytestconfig.getoption("--kills")):
+        with service, Customers(service) as customers:
+            customers.wait_for(20 + 5 * (number % 10))
+            service.kill()
+        answers += customers.answers
+    # Nobody is left to whom the leases belong: the last ones need not be waited for.
+    connection.execute("UPDATE callback_lanes SET next_at = now() WHERE in_flight IS NOT NULL")
+    with service:
+        report = all_is_well(connection, orders, answers)
+        assert service.terminate() == 0
+    print(report, len(orders.requests), attempts_of(connection).count("interrupted"))
+    assert "interrupted" in attempts_of(connection), "no callback was under way at any kill"
+    assert set(report.states) == {"delivered", "superseded"}
+
+
+def test_of_two_processes_one_takes_over_what_the_other_had_begun(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    orders: OrderServiceProcess,
+    tmp_path: Path,
+) -> None:
+    settings = calling(address, orders)
+    service = ServiceProcess(tmp_path, **settings).start()
+    with working(**settings):
+        # Each takes as many as it may have under way.
+        orders.script(Fault("slow", count=2 * CONCURRENCY_MAX, seconds=3))
+        ids = [uuid.uuid4() for _ in range(3 * CONCURRENCY_MAX)]
+        append(
+            connection,
+            [f for id in ids for f in History(str(id), order_id=id).charged().facts],
+        )
+        orders.wait_for(2 * CONCURRENCY_MAX, "arrived")
+        assert orders.counts["finished"] == 0
+        service.kill()
+        killed_at = time.monotonic()
+        report = all_is_well(connection, orders, timeout_s=LEASE_S + 10)
+        took_s = time.monotonic() - killed_at
+    outcomes = attempts_of(connection)
+    print(report, took_s, outcomes.count("interrupted"))
+    assert outcomes.count("interrupted") == CONCURRENCY_MAX
+    assert outcomes.count("delivered") == report.states["delivered"] == len(ids)
+    waits = list(between_repetitions_s(orders.requests))
+    assert len(waits) == CONCURRENCY_MAX
+    assert min(waits) > LEASE_S - 0.5, "taken over before the lease was over"
+    assert max(waits) < LEASE_S + 3
+
+
+def between_repetitions_s(received: Sequence[Request]) -> Iterator[float]:
+    last: dict[str, float] = {}
+    for request in received:
+        event_id = request.get("event_id")
+        if event_id in last:
+            yield request.arrived - last[event_id]
+        last[event_id] = request.arrived
+
+
+def test_sigterm_waits_for_what_is_under_way_and_begins_nothing_more(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    orders: OrderServiceProcess,
+    tmp_path: Path,
+) -> None:
+    """It is recorded, so that it is not sent again; what stands behind it is sent after the next
+    start."""
+    orders.script(Fault("slow", seconds=3))
+    service = ServiceProcess(tmp_path, **calling(address, orders)).start()
+    with httpx.Client() as client:
+        for key in ("first", "second"):
+            assert service.charge(client, key).status_code == 201
+    orders.wait_for(1, "arrived")
+    eventually(lambda: is_followed(connection))
+    stopped = time.monotonic()
+    assert service.terminate() == 0
+    assert 1 < time.monotonic() - stopped < 9
+    assert orders.counts == {"arrived": 1, "finished": 1, "accepted": 1}
+    assert check_callbacks(connection, settled=False) == ({"delivered": 1, "due": 1}, 1)
+    with service:
+        assert all_is_well(connection, orders) == ({"delivered": 2}, 2)
+    assert orders.counts["arrived"] == 2
+
+
+def test_the_receiver_goes_and_comes_back(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    orders: OrderServiceProcess,
+    tmp_path: Path,
+) -> None:
+    """Charges go on meanwhile; afterwards all is delivered without anybody's doing."""
+    with ServiceProcess(tmp_path, **calling(address, orders)) as service, httpx.Client() as client:
+
+        def health() -> tuple[int, str]:
+            answer = client.get(f"{service.url}/health")
+            return answer.status_code, answer.json()["callbacks"]
+
+        assert health() == (200, "ok")
+        orders.stop()
+        for number in range(25):
+            ids = {"merchant_order_id": str(uuid.uuid4())}
+            for part in ("a", "b"):
+                assert service.charge(client, f"{number}{part}", **ids).status_code == 201
+        eventually(lambda: health() == (200, "degraded"))
+        orders.start()
+        report = all_is_well(connection, orders)
+        assert report.states == {"delivered": 50}
+        assert len(orders.requests) == 50
+        eventually(lambda: health() == (200, "ok"))
+
+
+def test_callbacks_begin_with_the_first_start_that_has_an_address(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    orders: OrderServiceProcess,
+    tmp_path: Path,
+) -> None:
+    """What was before is brought by `backfill`, once."""
+    with_it = calling(address, orders)
+    without = {name: value for name, value in with_it.items() if name != "ORDER_CALLBACK_URL"}
+    with ServiceProcess(tmp_path, **without) as service, httpx.Client() as client:
+        for number in range(3):
+            assert service.charge(client, f"before {number}").status_code == 201
+        eventually(lambda: nothing_open(connection))
+        assert client.get(f"{service.url}/health").json()["callbacks"] == "off"
+    rows = "SELECT count(*) FROM callback_deliveries"
+    assert connection.execute(rows).fetchone() == (0,)
+    last = "SELECT max(notification_id) FROM payment_events"
+    ((before,),) = connection.execute(last)
+    with ServiceProcess(tmp_path, **with_it) as service, httpx.Client() as client:
+        assert service.charge(client, "since").status_code == 201
+        eventually(lambda: nothing_due(connection))
+        report = check_callbacks(connection, first_position=before + 1, received=orders.requests)
+        assert report.states == {"delivered": 1}
+        for enqueued in (3, 0):
+            done = run("callbacks", "backfill", "--from", "1", **with_it)
+            assert (done.returncode, done.stderr) == (0, f"enqueued: {enqueued}\n")
+        eventually(lambda: nothing_due(connection))
+        assert check_callbacks(connection).states == {"delivered": 4}
+        assert orders.counts["accepted"] == 4
+    # What happens while there is no address comes with the next start that has one.
+    with ServiceProcess(tmp_path, **without) as service, httpx.Client() as client:
+        assert service.charge(client, "in between").status_code == 201
+    with ServiceProcess(tmp_path, **with_it):
+        eventually(lambda: nothing_due(connection))
+    assert check_callbacks(connection).states == {"delivered": 5}
+
+
+def test_a_dead_letter_is_seen_and_sent_again(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    orders: OrderServiceProcess,
+    tmp_path: Path,
+) -> None:
+    settings = calling(address, orders)
+    order_id = str(uuid.uuid4())
+
+    def callbacks(*arguments: str) -> CompletedProcess[str]:
+        return run("callbacks", *arguments, **settings)
+
+    def listed(*arguments: str) -> list[tuple[str, str, int]]:
+        done = callbacks("list", *arguments, "--format", "json")
+        assert (done.returncode, done.stderr) == (0, "")
+        rows = json.loads(done.stdout)
+        return [(row["event_id"], row["state"], row["attempts"]) for row in rows]
+
+    with ServiceProcess(tmp_path, **settings) as service, httpx.Client() as client:
+        orders.script(Fault("410"))
+        service.charge(client, "dead", merchant_order_id=order_id)
+        service.charge(client, "next", merchant_order_id=order_id)
+        service.charge(client, "other")
+        eventually(lambda: nothing_due(connection) and orders.counts["finished"] == 3)
+        ((event_id, *dead),) = listed("--dead")
+        assert dead == ["dead", 1]
+        assert [state for _, state, _ in listed("--order", order_id)] == ["delivered", "dead"]
+        assert "gone 410" in callbacks("list", "--dead").stdout
+
+        done = callbacks("redrive", event_id)
+        assert (done.returncode, done.stderr) == (0, "due again: 1\n")
+        eventually(lambda: nothing_due(connection))
+        assert orders.counts["arrived"] == 4
+        assert listed("--dead") == []
+        shown = json.loads(callbacks("show", event_id, "--format", "json").stdout)
+        assert (shown["state"], shown["order_id"], shown["attempts"]) == ("delivered", order_id, 1)
+        made = shown["attempts_on_record"]
+        assert [(each["outcome"], each["status"]) for each in made] == [
+            ("gone", 410),
+            ("delivered", 200),
+        ]
+        assert json.loads(made[0]["answer"]) == {"error": "scripted"}
+        table = callbacks("show", event_id).stdout
+        assert all(word in table for word in (event_id, "attempts", "gone", "410", '{"ok":true}'))
+
+        since = connection.execute(
+            'SELECT to_char(min(occurred_at), \'YYYY-MM-DD"T"HH24:MI:SS.US"Z"\')'
+            "  FROM callback_deliveries WHERE event_id <> %s",
+            [event_id],
+        ).fetchone()
+        assert since is not None
+        assert callbacks("redrive", "--since", since[0]).stderr == "due again: 2\n"
+        eventually(lambda: nothing_due(connection) and orders.counts["accepted"] == 5)
+        assert check_callbacks(connection).states == {"delivered": 3}
+
+
+WRONG = {
+    ("show",): 2,
+    ("show", "7"): 2,
+    ("show", str(uuid.uuid4())): 1,
+    ("redrive",): 2,
+    ("redrive", str(uuid.uuid4()), "--dead"): 2,
+    ("redrive", str(uuid.uuid4())): 1,
+    ("redrive", "--since", "yesterday"): 2,
+    ("redrive", "--since", "2026-01-01T00:00:00"): 2,
+    ("list", "--dead", "--order", str(uuid.uuid4())): 2,
+    ("list", "--format", "xml"): 2,
+    ("backfill",): 2,
+    ("backfill", "--from", "0"): 2,
+    ("backfill", "--from", "1"): 1,  # without an address
+}
+
+
+def test_the_commands_refuse_what_they_do_not_understand(address: DatabaseAddress) -> None:
+    """Exit code 2 for wrong arguments, 1 for what cannot be done; one line says why."""
+
+    def tried(arguments: tuple[str, ...]) -> tuple[int, str]:
+        done = run("callbacks", *arguments, **at(address))
+        assert done.stdout == ""
+        return done.returncode, done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        answers = dict(zip(WRONG, pool.map(tried, WRONG), strict=True))
+    assert {arguments: code for arguments, (code, _) in answers.items()} == WRONG
+    for arguments, (code, said) in answers.items():
+        assert "Traceback" not in said
+        assert code == 2 or said.count("\n") == 1, (arguments, said)
+
+
+def freeze(server: OutsidePostgres) -> None:
+    server.freeze()
+    time.sleep(2)
+    server.thaw()
+
+
+def crash(server: OutsidePostgres) -> None:
+    server.stop("immediate")
+    time.sleep(1)
+    server.start()
+
+
+def test_postgres_goes_and_comes_back(
+    data_dir: Path, orders: OrderServiceProcess, tmp_path: Path
+) -> None:
+    """With callbacks under way each time; they go on afterwards, and none is left out."""
+    orders.script(Fault("slow", count=None, share=0.5, seed=SEED, seconds=0.3))
+    with OutsidePostgres(data_dir / "outside") as server:
+        settings = {**calling(server.address, orders), **server.settings}
+        with ServiceProcess(tmp_path, **settings) as service:
+            with Customers(service) as customers:
+                for outage in (OutsidePostgres.terminate_backends, freeze, crash):
+                    customers.wait_for(len(customers.answers) + 20)
+                    outage(server)
+                customers.wait_for(len(customers.answers) + 20)
+            with server.connect() as connection:
+                report = all_is_well(connection, orders, customers.answers)
+                print(report, attempts_of(connection).count("interrupted"))
+            assert set(report.states) == {"delivered", "superseded"}
+            assert service.terminate() == 0
+        assert "unhandled error" not in service.log.read_text()
+        assert "trying again" in service.log.read_text()
