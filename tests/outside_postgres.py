@@ -70,6 +70,7 @@ class OutsidePostgres:
             "listen_addresses": self.address.host,
             "port": self.address.port,
             "unix_socket_directories": "",
+            "dynamic_shared_memory_type": "mmap",  # in its own directory: nothing stays behind
         }
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         self._process = self._spawn("postgres", "-D", str(self._cluster), *options)

@@ -329,7 +329,7 @@ def test_starts_wait_for_the_server_of_a_killed_supervisor(data_dir: Path) -> No
         with pytest.raises(AssertionError, match="not within"):
             wait_until(lambda: any(user.process.poll() is not None for user in users), 0.7)
         os.kill(backend_pid, signal.SIGCONT)
-        assert sorted(user.read() for user in users) == [1, 2]
+        assert sorted(user.read() for user in users) in ([1, 2], [2, 2])
 
 
 def test_killed_server_is_replaced_even_if_a_backend_is_busy(data_dir: Path) -> None:

@@ -5,10 +5,8 @@ LISTEN do not survive transaction pooling. TLS is libpq's: set PGSSLMODE and PGS
 """
 
 import asyncio
-import concurrent.futures
 import ipaddress
 import socket
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +19,7 @@ from psycopg.sql import SQL, Identifier
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from payments.errors import DatabaseUnavailable, StartError
+from payments.names import addresses_of
 from payments.settings import Settings
 
 CONNECT_TIMEOUT_S = 2  # libpq takes no less, and a healthy server answers in milliseconds
@@ -136,28 +135,13 @@ def cut(connection: psycopg.AsyncConnection[Any]) -> None:
 
 
 async def _resolve(host: str) -> list[str]:
-    """The addresses of a host name, within RESOLVE_TIMEOUT_S; OperationalError.
-
-    In a thread of its own, which is left alone if it takes longer. The event loop has four for
-    this: hanging, they would keep the next attempts waiting, and the process from ending.
-    """
-    found: concurrent.futures.Future[list[str]] = concurrent.futures.Future()
-
-    def look_up() -> None:
-        with suppress(concurrent.futures.InvalidStateError):  # nobody waits any more
-            try:
-                infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-            except (OSError, UnicodeError) as error:
-                found.set_exception(psycopg.OperationalError(f"cannot resolve {host!r}: {error}"))
-            else:
-                found.set_result([str(info[4][0]) for info in infos])
-
-    threading.Thread(target=look_up, name="resolve", daemon=True).start()
+    """The addresses of a host name, within RESOLVE_TIMEOUT_S; OperationalError."""
     try:
-        async with asyncio.timeout(RESOLVE_TIMEOUT_S):
-            return await asyncio.wrap_future(found)
+        return await addresses_of(host, RESOLVE_TIMEOUT_S)
     except TimeoutError:
         raise psycopg.errors.ConnectionTimeout(f"{host!r} cannot be resolved in time") from None
+    except OSError as error:
+        raise psycopg.OperationalError(f"cannot resolve {host!r}: {error}") from None
 
 
 def _is_a_name(host: str) -> bool:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from payments.callbacks import endpoint as endpoints
@@ -17,8 +18,8 @@ from payments.errors import StartError
 from tests.callbacks.raw_server import (
     OK,
     WAIT_S,
+    Server,
     anyio_backend,  # noqa: F401 - a fixture
-    endless,
     endpoint_of,
     listening,
     post,
@@ -32,7 +33,6 @@ pytestmark = pytest.mark.anyio
 TIMEOUT_S = 0.3
 LATE_S = 0.3
 CANARY = "canary5ecretcanary5ecret"
-HEAD = b"HTTP/1.1 200 OK\r\n"
 NAME = "order-service.test"
 
 
@@ -92,15 +92,27 @@ class TestTls:
             done = await post(endpoint)
         assert done[:2] == (None, "unreachable")
 
-    async def test_an_endless_body_is_cut_at_once(self, certificate: Path) -> None:
-        """No farewell of TLS, which the server could draw out."""
+    async def test_there_is_no_farewell(self, certificate: Path) -> None:
+        """A server that hangs could draw that of TLS out for half a minute."""
+
+        async def hang(_: Server, writer: asyncio.StreamWriter) -> None:
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            await asyncio.sleep(WAIT_S)
+
         tls = ssl.create_default_context(cafile=str(certificate / CERTIFICATE))
         async with (
-            serving(endless(HEAD + b"\r\n", b"x" * 65536), tls=tls_context(certificate)) as server,
-            endpoint_of(server.url, tls=tls) as endpoint,
+            serving(hang, tls=tls_context(certificate)) as server,
+            endpoint_of(server.url, tls=tls, timeout_s=TIMEOUT_S) as endpoint,
         ):
-            assert (await post(endpoint))[:2] == (200, None)
-            await until(lambda: not server.open, 1)
+            assert (await post(endpoint))[:2] == (None, "timeout")
+            assert server.requests
+            await until(lambda: not connections_to(server.port), 1)
+
+
+def connections_to(port: int) -> int:
+    """How many this process has."""
+    open_ones = psutil.Process().net_connections("tcp")
+    return sum(1 for each in open_ones if each.raddr and each.raddr.port == port)
 
 
 class TestAddresses:

@@ -6,28 +6,29 @@ comes.
 
 import json
 import random
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 from uuid import UUID
 
 import httpx
 import psycopg
 import pytest
+from click.testing import CliRunner
 
 from payments.callbacks.dispatcher import CONCURRENCY_MAX, LEASE_S
+from payments.cli import main
 from payments.database import DatabaseAddress
 from tests.crash.test_money import eventually, nothing_open
 from tests.doubles.order_service import Fault, Options, OrderServiceProcess, Request
 from tests.invariants.callbacks import CallbackReport, check_callbacks, is_followed, nothing_due
 from tests.invariants.checker import ChargeAnswer, check
 from tests.outside_postgres import OutsidePostgres
-from tests.process import ServiceProcess, at, run, working
+from tests.process import ServiceProcess, at, environment, run, working
 from tests.support import History, append
 
 SEED = 22
@@ -132,8 +133,9 @@ def test_kill_9_leaves_no_outcome_out_and_keeps_the_order(
     with service:
         report = all_is_well(connection, orders, answers)
         assert service.terminate() == 0
-    print(report, len(orders.requests), attempts_of(connection).count("interrupted"))
-    assert "interrupted" in attempts_of(connection), "no callback was under way at any kill"
+    interrupted = attempts_of(connection).count("interrupted")
+    sys.stdout.write(f"{report}, {len(orders.requests)} requests, {interrupted} interrupted\n")
+    assert interrupted > 0, "no callback was under way at any kill"
     assert set(report.states) == {"delivered", "superseded"}
 
 
@@ -156,11 +158,8 @@ def test_of_two_processes_one_takes_over_what_the_other_had_begun(
         orders.wait_for(2 * CONCURRENCY_MAX, "arrived")
         assert orders.counts["finished"] == 0
         service.kill()
-        killed_at = time.monotonic()
         report = all_is_well(connection, orders, timeout_s=LEASE_S + 10)
-        took_s = time.monotonic() - killed_at
     outcomes = attempts_of(connection)
-    print(report, took_s, outcomes.count("interrupted"))
     assert outcomes.count("interrupted") == CONCURRENCY_MAX
     assert outcomes.count("delivered") == report.states["delivered"] == len(ids)
     waits = list(between_repetitions_s(orders.requests))
@@ -186,7 +185,7 @@ def test_sigterm_waits_for_what_is_under_way_and_begins_nothing_more(
 ) -> None:
     """It is recorded, so that it is not sent again; what stands behind it is sent after the next
     start."""
-    orders.script(Fault("slow", seconds=3))
+    orders.script(Fault("slow", seconds=2))
     service = ServiceProcess(tmp_path, **calling(address, orders)).start()
     with httpx.Client() as client:
         for key in ("first", "second"):
@@ -195,7 +194,7 @@ def test_sigterm_waits_for_what_is_under_way_and_begins_nothing_more(
     eventually(lambda: is_followed(connection))
     stopped = time.monotonic()
     assert service.terminate() == 0
-    assert 1 < time.monotonic() - stopped < 9
+    assert 0.5 < time.monotonic() - stopped < 9
     assert orders.counts == {"arrived": 1, "finished": 1, "accepted": 1}
     assert check_callbacks(connection, settled=False) == ({"delivered": 1, "due": 1}, 1)
     with service:
@@ -236,7 +235,7 @@ def test_callbacks_begin_with_the_first_start_that_has_an_address(
     orders: OrderServiceProcess,
     tmp_path: Path,
 ) -> None:
-    """What was before is brought by `backfill`, once."""
+    """What was before that is brought by `backfill`, once."""
     with_it = calling(address, orders)
     without = {name: value for name, value in with_it.items() if name != "ORDER_CALLBACK_URL"}
     with ServiceProcess(tmp_path, **without) as service, httpx.Client() as client:
@@ -259,12 +258,6 @@ def test_callbacks_begin_with_the_first_start_that_has_an_address(
         eventually(lambda: nothing_due(connection))
         assert check_callbacks(connection).states == {"delivered": 4}
         assert orders.counts["accepted"] == 4
-    # What happens while there is no address comes with the next start that has one.
-    with ServiceProcess(tmp_path, **without) as service, httpx.Client() as client:
-        assert service.charge(client, "in between").status_code == 201
-    with ServiceProcess(tmp_path, **with_it):
-        eventually(lambda: nothing_due(connection))
-    assert check_callbacks(connection).states == {"delivered": 5}
 
 
 def test_a_dead_letter_is_seen_and_sent_again(
@@ -276,54 +269,43 @@ def test_a_dead_letter_is_seen_and_sent_again(
     settings = calling(address, orders)
     order_id = str(uuid.uuid4())
 
-    def callbacks(*arguments: str) -> CompletedProcess[str]:
-        return run("callbacks", *arguments, **settings)
-
-    def listed(*arguments: str) -> list[tuple[str, str, int]]:
-        done = callbacks("list", *arguments, "--format", "json")
-        assert (done.returncode, done.stderr) == (0, "")
-        rows = json.loads(done.stdout)
-        return [(row["event_id"], row["state"], row["attempts"]) for row in rows]
+    def told(*arguments: str) -> tuple[str, str]:
+        """By `payments callbacks`, on stdout and stderr."""
+        done = run("callbacks", *arguments, **settings)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
 
     with ServiceProcess(tmp_path, **settings) as service, httpx.Client() as client:
         orders.script(Fault("410"))
-        service.charge(client, "dead", merchant_order_id=order_id)
-        service.charge(client, "next", merchant_order_id=order_id)
-        service.charge(client, "other")
-        eventually(lambda: nothing_due(connection) and orders.counts["finished"] == 3)
-        ((event_id, *dead),) = listed("--dead")
-        assert dead == ["dead", 1]
-        assert [state for _, state, _ in listed("--order", order_id)] == ["delivered", "dead"]
-        assert "gone 410" in callbacks("list", "--dead").stdout
+        for key in ("dead", "next"):
+            service.charge(client, key, merchant_order_id=order_id)
+        eventually(lambda: nothing_due(connection) and orders.counts["finished"] == 2)
+        (dead,) = json.loads(told("list", "--dead", "--format", "json")[0])
+        assert dead["order_id"] == order_id
+        assert (dead["state"], dead["attempts"], dead["last_attempt"]) == ("dead", 1, "gone 410")
+        of_order = json.loads(told("list", "--order", order_id, "--format", "json")[0])
+        assert [row["state"] for row in of_order] == ["delivered", "dead"]
 
-        done = callbacks("redrive", event_id)
-        assert (done.returncode, done.stderr) == (0, "due again: 1\n")
+        event_id = dead["event_id"]
+        assert told("redrive", event_id) == ("", "due again: 1\n")
         eventually(lambda: nothing_due(connection))
-        assert orders.counts["arrived"] == 4
-        assert listed("--dead") == []
-        shown = json.loads(callbacks("show", event_id, "--format", "json").stdout)
-        assert (shown["state"], shown["order_id"], shown["attempts"]) == ("delivered", order_id, 1)
-        made = shown["attempts_on_record"]
-        assert [(each["outcome"], each["status"]) for each in made] == [
-            ("gone", 410),
-            ("delivered", 200),
-        ]
-        assert json.loads(made[0]["answer"]) == {"error": "scripted"}
-        table = callbacks("show", event_id).stdout
-        assert all(word in table for word in (event_id, "attempts", "gone", "410", '{"ok":true}'))
+        shown = json.loads(told("show", event_id, "--format", "json")[0])
+        assert (shown["state"], shown["event_id"], shown["attempts"]) == ("delivered", event_id, 1)
+        first, second = shown["attempts_on_record"]
+        assert (first["outcome"], first["status"]) == ("gone", 410)
+        assert json.loads(first["answer"]) == {"error": "scripted"}
+        assert (second["outcome"], second["status"]) == ("delivered", 200)
+        table, _ = told("show", event_id)
+        assert all(word in table for word in (event_id, "gone", "410", "scripted", '{"ok":true}'))
 
-        since = connection.execute(
-            'SELECT to_char(min(occurred_at), \'YYYY-MM-DD"T"HH24:MI:SS.US"Z"\')'
-            "  FROM callback_deliveries WHERE event_id <> %s",
-            [event_id],
-        ).fetchone()
-        assert since is not None
-        assert callbacks("redrive", "--since", since[0]).stderr == "due again: 2\n"
-        eventually(lambda: nothing_due(connection) and orders.counts["accepted"] == 5)
-        assert check_callbacks(connection).states == {"delivered": 3}
+        assert told("redrive", "--since", of_order[0]["enqueued_at"])[1] == "due again: 0\n"
+        assert told("redrive", "--since", "2026-01-01T00:00:00+05:30")[1] == "due again: 2\n"
+        eventually(lambda: nothing_due(connection) and orders.counts["accepted"] == 4)
+        assert check_callbacks(connection).states == {"delivered": 2}
 
 
-WRONG = {
+# What is refused, with which exit code.
+REFUSED = {
     ("show",): 2,
     ("show", "7"): 2,
     ("show", str(uuid.uuid4())): 1,
@@ -336,24 +318,23 @@ WRONG = {
     ("list", "--format", "xml"): 2,
     ("backfill",): 2,
     ("backfill", "--from", "0"): 2,
-    ("backfill", "--from", "1"): 1,  # without an address
+    ("backfill", "--from", "1"): 1,  # nobody is to be called back
 }
 
 
-def test_the_commands_refuse_what_they_do_not_understand(address: DatabaseAddress) -> None:
-    """Exit code 2 for wrong arguments, 1 for what cannot be done; one line says why."""
-
-    def tried(arguments: tuple[str, ...]) -> tuple[int, str]:
-        done = run("callbacks", *arguments, **at(address))
-        assert done.stdout == ""
-        return done.returncode, done.stderr
-
-    with ThreadPoolExecutor(2) as pool:
-        answers = dict(zip(WRONG, pool.map(tried, WRONG), strict=True))
-    assert {arguments: code for arguments, (code, _) in answers.items()} == WRONG
-    for arguments, (code, said) in answers.items():
-        assert "Traceback" not in said
-        assert code == 2 or said.count("\n") == 1, (arguments, said)
+def test_the_commands_say_in_a_line_what_they_cannot_do(
+    address: DatabaseAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 2 for wrong arguments, 1 for what cannot be done."""
+    for name, value in environment(**at(address)).items():
+        monkeypatch.setenv(name, value)
+    for arguments, code in REFUSED.items():
+        done = CliRunner().invoke(main, ["callbacks", *arguments])
+        assert (done.exit_code, done.stdout) == (code, ""), arguments
+        assert code == 2 or done.stderr.count("\n") == 1, done.stderr
+    arguments = ("callbacks", "show", str(uuid.uuid4()))
+    assert run(*arguments, **at(address)).returncode == 1
+    assert run(*arguments[:2], **at(address)).returncode == 2
 
 
 def freeze(server: OutsidePostgres) -> None:
@@ -383,7 +364,6 @@ def test_postgres_goes_and_comes_back(
                 customers.wait_for(len(customers.answers) + 20)
             with server.connect() as connection:
                 report = all_is_well(connection, orders, customers.answers)
-                print(report, attempts_of(connection).count("interrupted"))
             assert set(report.states) == {"delivered", "superseded"}
             assert service.terminate() == 0
         assert "unhandled error" not in service.log.read_text()

@@ -28,8 +28,8 @@ class Cut(NamedTuple):
 
 
 async def hold(port: int, at_once: bytes, slowly: bytes) -> Cut:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
     started = time.monotonic()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(at_once)
     dripping = asyncio.create_task(drip(writer, slowly))
     try:

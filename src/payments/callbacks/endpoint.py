@@ -9,16 +9,13 @@ logged addresses are the client's doing.
 """
 
 import asyncio
-import concurrent.futures
 import functools
 import ipaddress
 import re
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -29,6 +26,7 @@ from httpx_aiohttp import AiohttpTransport
 
 from payments.callbacks.signing import parse_secrets, signature_headers
 from payments.errors import StartError
+from payments.names import addresses_of
 
 EXCHANGE_TIMEOUT_S = 5.0  # Order Service answers in milliseconds; 5 s is a hang
 RESOLVE_TIMEOUT_S = 2.0  # at the start, which a slow name server must not hold up
@@ -259,19 +257,14 @@ class _Connection(ResponseHandler):
 
     def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
         super().set_exception(exc, *cause)
-        self._end_body()
         if self.transport is not None:
             self.transport.abort()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self.force_close()
-        self._end_body()
+        body, self._payload = self._payload, None
         super().connection_lost(exc)
-
-    def _end_body(self) -> None:
-        payload, self._payload = self._payload, None
-        if payload is not None and not payload.is_eof():
-            payload.feed_eof()
+        if body is not None and not body.is_eof():
+            body.feed_eof()
 
     def close(self) -> None:
         """At once: nothing that is still to be sent or received is worth waiting for."""
@@ -287,7 +280,7 @@ class _Resolver(AbstractResolver):
     ) -> list[ResolveResult]:
         return [
             ResolveResult(hostname=host, host=address, port=port, family=family, proto=0, flags=0)
-            for address in await _look_up(host, self._timeout_s)
+            for address in await addresses_of(host, self._timeout_s)
         ]
 
     async def close(self) -> None:
@@ -306,7 +299,7 @@ async def check_target(url: str) -> str | None:
     except ValueError as error:
         raise StartError(f"ORDER_CALLBACK_URL: {error}") from None
     try:
-        addresses = await _look_up(_host(target), RESOLVE_TIMEOUT_S)
+        addresses = await addresses_of(_host(target), RESOLVE_TIMEOUT_S)
     except OSError:
         return f"{_host(target)} cannot be resolved yet: callbacks will wait until it can"
     if target.scheme == "http" and not any(is_near(address) for address in addresses):
@@ -323,30 +316,6 @@ def is_near(address: str) -> bool:
     parsed = ipaddress.ip_address(address)
     mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
     return any((mapped or parsed) in block for block in NEAR)
-
-
-async def _look_up(host: str, timeout_s: float) -> list[str]:
-    """The addresses of a name, or of an address itself; OSError.
-
-    In a thread of its own, which is left alone if it takes longer. The event loop has a few for
-    this: hanging, they would keep the next attempts waiting, and the process from ending.
-    """
-    found: concurrent.futures.Future[list[str]] = concurrent.futures.Future()
-
-    def look_up() -> None:
-        with suppress(concurrent.futures.InvalidStateError):  # nobody waits any more
-            try:
-                infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-            except OSError as error:
-                found.set_exception(error)
-            except UnicodeError:
-                found.set_exception(OSError("not a host name"))
-            else:
-                found.set_result([str(info[4][0]) for info in infos])
-
-    threading.Thread(target=look_up, name="resolve", daemon=True).start()
-    async with asyncio.timeout(timeout_s):
-        return await asyncio.wrap_future(found)
 
 
 def _explain(failure: Exception) -> tuple[str, str]:
