@@ -340,7 +340,17 @@ class TestMetrics:
             for sample in family.samples
             for label in sample.labels
         }
-        names = {"method", "route", "status", "outcome", "operation", "kind", "follower", "state", "le"}
+        names = {
+            "method",
+            "route",
+            "status",
+            "outcome",
+            "operation",
+            "kind",
+            "follower",
+            "state",
+            "le",
+        }
         assert used == names
 
     @pytest.mark.parametrize("route", ['a"b', "a\nb", "a\\b", "{payment_id}", "é"])

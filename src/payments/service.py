@@ -127,8 +127,10 @@ class Service:
                 callbacks = await backlog(self._operations_database)
         except TimeoutError:
             raise DatabaseUnavailable("The database does not answer.") from None
+        # Callbacks that were switched off are not behind.
+        followed = {follower.name for follower in self.followers}
         for follower in followers:
-            if follower.name in self.telemetry.follower_lag:
+            if follower.name in followed:
                 self.telemetry.follower_lag[follower.name].set(follower.lag_events)
                 self.telemetry.parked_streams[follower.name].set(follower.parked_streams)
         self.telemetry.callbacks_due.set(callbacks.due)

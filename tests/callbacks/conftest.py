@@ -8,8 +8,8 @@ from uuid import UUID
 import msgspec
 import psycopg
 import pytest
-from payments.callbacks.endpoint import Endpoint, Exchange
 
+from payments.callbacks.endpoint import Endpoint, Exchange
 from payments.database import Database
 from payments.projections.callbacks import begin_at_the_end
 from tests.callbacks.outbox import Outbox

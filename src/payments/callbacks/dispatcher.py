@@ -207,12 +207,18 @@ class Dispatcher:
         verdict = judge(
             exchange.status, exchange.error, exchange.retry_after, attempt, datetime.now(UTC)
         )
+        was = self.state
         if verdict.endpoint_down:
             self._breaker.failed(permit, time.monotonic())
+            if was == "closed" != self.state:
+                reason = exchange.reason or str(exchange.status)
+                logger.bind(reason=reason).warning("Order Service is away: callbacks wait for it")
         elif self._breaker.succeeded(permit) and verdict.final == "delivered":
             # Not for an answer that merely shows it alive: each such attempt is to be paid for with
             # a callback delivered, else one that is always refused would use up all the others'.
             self._reopened = True
+        if was != "closed" == self.state:
+            logger.info("Order Service is back")
         self._telemetry.callback_attempts[verdict.outcome].inc()
         self._telemetry.callback_seconds.observe(exchange.seconds)
         state: Literal["due", "delivered", "dead"] = verdict.final or "due"

@@ -38,7 +38,7 @@ UPDATE callback_lanes l
 REOPEN_LANES = """
 INSERT INTO callback_lanes AS l (order_id)
 SELECT DISTINCT order_id FROM callback_deliveries
- WHERE event_id = ANY (%b::uuid[]) AND state <> 'superseded' ORDER BY order_id
+ WHERE event_id = ANY (%b::uuid[]) AND state IN ('due', 'delivered', 'dead') ORDER BY order_id
     ON CONFLICT (order_id) DO UPDATE
    SET next_at = CASE WHEN l.in_flight IS NULL THEN clock_timestamp() ELSE l.next_at END
 """
@@ -47,7 +47,7 @@ REDRIVE = """
 UPDATE callback_deliveries
    SET state = 'due', attempts = 0, finished_at = NULL,
        enqueued_at = CASE WHEN state = 'due' THEN enqueued_at ELSE clock_timestamp() END
- WHERE event_id = ANY (%b::uuid[]) AND state <> 'superseded'
+ WHERE event_id = ANY (%b::uuid[]) AND state IN ('due', 'delivered', 'dead')
 RETURNING event_id
 """
 
@@ -162,7 +162,8 @@ async def redrive(
 ) -> list[UUID]:
     """Makes deliveries due, now and with all their attempts before them; returns which.
 
-    What is superseded stays so. In its order's lane each waits for what stands before it.
+    What is superseded or excluded stays so. In its order's lane each waits for what stands
+    before it.
     """
     chosen = uuids(event_ids)
     async with connection.transaction():

@@ -116,8 +116,8 @@ def show(event_id: UUID, form: str) -> None:
 def redrive(event_id: UUID | None, dead: bool, since: datetime | None) -> None:
     """Make callbacks due again: one by its event_id, all dead ones, or all since a time.
 
-    A running service sends them within seconds, each order's in order. What is superseded is never
-    sent.
+    A running service sends them within seconds, each order's in order. What is superseded or
+    excluded is never sent.
     """
     if (event_id is not None) + dead + (since is not None) != 1:
         raise click.UsageError("name one ID, or say --dead or --since TIME")
@@ -139,7 +139,7 @@ def redrive(event_id: UUID | None, dead: bool, since: datetime | None) -> None:
     with open_database(begin(), migrating=False) as address:
         done = with_database(address, run)
     if event_id is not None and not done:
-        raise StartError(f"there is no callback {event_id}, or it is superseded")
+        raise StartError(f"there is no callback {event_id}, or it is superseded or excluded")
     click.echo(f"due again: {done}", err=True)
 
 
