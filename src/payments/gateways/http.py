@@ -1,8 +1,8 @@
 """HTTP to a payment provider: one bounded exchange, and whether it may have reached the provider.
 
-The one module that imports httpx. A gateway decides about money on the difference between
-NeverSent and OutcomeUnknown, and only httpx on its own transport draws it: it raises ConnectError
-and ConnectTimeout before a byte of the request is written (no address for the name, refused,
+A gateway decides about money on the difference between NeverSent and OutcomeUnknown, and only httpx
+on its own transport draws it (callbacks have another): it raises ConnectError and ConnectTimeout
+before a byte of the request is written (no address for the name, refused,
 unreachable, TLS handshake failed or too slow) and PoolTimeout before there is a connection.
 Whatever else goes wrong may have gone wrong after the provider acted.
 """
