@@ -32,6 +32,7 @@ from payments.telemetry import Telemetry
 CONCURRENCY_MAX = 64  # exchanges at once, by one process
 # Of them with orders whose last exchange failed: however many of those there are, the others go on.
 FAILING_MAX = CONCURRENCY_MAX // 2
+CLAIM_MAX = CONCURRENCY_MAX // 2  # at a time: some are sent while others are claimed
 LEASE_S = EXCHANGE_TIMEOUT_S * 2
 # A process that was frozen between claim and exchange does not begin one that outlasts its lease.
 BEGIN_WITHIN_S = LEASE_S - EXCHANGE_TIMEOUT_S - 1.0
@@ -40,6 +41,7 @@ DATABASE_TIMEOUT_S = 4.0
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.1, 2.0
 PRUNE_EVERY_S, PRUNE_ROWS = 60.0, 1000
 REOPEN_LANES = 1000  # at a time, when the endpoint is back
+REFUSED_MAX = 5  # in a row, until somebody is told
 
 
 class CallbackBody(msgspec.Struct, frozen=True):
@@ -80,6 +82,8 @@ class Dispatcher:
         self._sending: dict[asyncio.Task[None], Claimed] = {}
         self._results: list[Result] = []
         self._wake = asyncio.Event()
+        self._refused = 0  # in a row, by an endpoint that is there
+        self._was_away = False  # since then, nothing was delivered
         self._reopened = False  # the endpoint is back, and what waits has yet to be made due
         self._prune_at = 0.0
         self._stopping = False
@@ -160,14 +164,15 @@ class Dispatcher:
     async def _begin(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Claims as many deliveries as may be under way, and begins to send them."""
         now = time.monotonic()
-        allowed = self._breaker.allowance(now, CONCURRENCY_MAX - len(self._sending))
+        free = min(CONCURRENCY_MAX - len(self._sending), CLAIM_MAX)
+        allowed = self._breaker.allowance(now, free)
         if allowed == 0:
             return
         failing = sum(claimed.failing for claimed in self._sending.values())
         claims = await outbox.claim(
             connection,
             most=allowed,
-            failing_max=min(allowed, FAILING_MAX - failing),
+            failing_max=max(0, min(allowed, FAILING_MAX - failing)),
             lease_s=LEASE_S,
             probing=self._breaker.state(now) == "half_open",
         )
@@ -179,6 +184,8 @@ class Dispatcher:
             task = asyncio.create_task(self._deliver(claimed, permit, now), name="callback")
             self._sending[task] = claimed
             task.add_done_callback(self._sent)
+        if len(claims) == CLAIM_MAX:
+            self._wake.set()
 
     def _sent(self, task: asyncio.Task[None]) -> None:
         del self._sending[task]
@@ -213,10 +220,21 @@ class Dispatcher:
             if was == "closed" != self.state:
                 reason = exchange.reason or str(exchange.status)
                 logger.bind(reason=reason).warning("Order Service is away: callbacks wait for it")
-        elif self._breaker.succeeded(permit) and verdict.final == "delivered":
+        elif self._breaker.succeeded(permit):
+            self._was_away = True
+        if verdict.final == "delivered":
+            if self._refused >= REFUSED_MAX:
+                logger.info("Order Service takes callbacks again")
+            self._refused = 0
             # Not for an answer that merely shows it alive: each such attempt is to be paid for with
             # a callback delivered, else one that is always refused would use up all the others'.
-            self._reopened = True
+            self._reopened = self._reopened or self._was_away
+            self._was_away = False
+        elif not verdict.endpoint_down:
+            self._refused += 1
+            if self._refused == REFUSED_MAX:
+                reason = exchange.reason or str(exchange.status)
+                logger.bind(reason=reason).warning("Order Service refuses callbacks")
         if was != "closed" == self.state:
             logger.info("Order Service is back")
         self._telemetry.callback_attempts[verdict.outcome].inc()
@@ -227,7 +245,11 @@ class Dispatcher:
             delay_s = jittered(verdict, self._random()) if counts else claimed.due_in_s
         if state == "dead":
             logger.bind(
-                event_id=claimed.event_id, payment_id=claimed.payment_id, attempts=claimed.attempt
+                event_id=claimed.event_id,
+                payment_id=claimed.payment_id,
+                order_id=claimed.order_id,
+                attempts=claimed.attempt,
+                reason=exchange.reason or str(exchange.status),
             ).error("a callback is dead: `payments callbacks list --dead`")
         return Result(
             claimed,

@@ -26,7 +26,7 @@ SELECT * FROM record_callbacks(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b)
 MAKE_DUE = """
 UPDATE callback_lanes l
    SET next_at = least(l.next_at, now(), (
-       SELECT d.enqueued_at FROM callback_deliveries d
+       SELECT d.due_since FROM callback_deliveries d
         WHERE d.order_id = l.order_id AND d.state = 'due' ORDER BY d.position LIMIT 1))
  WHERE l.order_id = ANY (ARRAY(
        SELECT waiting.order_id FROM callback_lanes waiting
@@ -34,21 +34,29 @@ UPDATE callback_lanes l
         ORDER BY waiting.next_at LIMIT %b FOR UPDATE SKIP LOCKED))
 """
 
-# The lanes first, in the order of their ids: what is being sent is left alone.
+# The lanes first, in the order of their ids: what is being sent is left alone. New ones count as
+# failing: much that is sent again does not keep new callbacks waiting.
 REOPEN_LANES = """
-INSERT INTO callback_lanes AS l (order_id)
-SELECT DISTINCT order_id FROM callback_deliveries
+INSERT INTO callback_lanes AS l (order_id, failing)
+SELECT DISTINCT order_id, true FROM callback_deliveries
  WHERE event_id = ANY (%b::uuid[]) AND state IN ('due', 'delivered', 'dead') ORDER BY order_id
     ON CONFLICT (order_id) DO UPDATE
    SET next_at = CASE WHEN l.in_flight IS NULL THEN clock_timestamp() ELSE l.next_at END
+RETURNING order_id
 """
 
+# But for a FAILED whose order has a SUCCESS.
 REDRIVE = """
 UPDATE callback_deliveries
    SET state = 'due', attempts = 0, finished_at = NULL,
-       enqueued_at = CASE WHEN state = 'due' THEN enqueued_at ELSE clock_timestamp() END
- WHERE event_id = ANY (%b::uuid[]) AND state IN ('due', 'delivered', 'dead')
+       due_since = CASE WHEN state = 'due' THEN due_since ELSE clock_timestamp() END
+ WHERE event_id = ANY (%(events)b::uuid[]) AND state IN ('due', 'delivered', 'dead')
+   AND (status <> 'FAILED' OR order_id <> ALL (paid_orders(%(orders)b::uuid[])))
 RETURNING event_id
+"""
+
+CLOSE_LANES = """
+SELECT close_callback_lanes(%b::uuid[])
 """
 
 # Some at a time. The attempts of what is kept are kept as well.
@@ -58,8 +66,8 @@ WITH pruned AS (
         SELECT event_id FROM callback_deliveries
          WHERE state IN ('delivered', 'superseded', 'excluded')
            AND finished_at < clock_timestamp() - make_interval(days => %b)
-         ORDER BY finished_at LIMIT %b)
-       AND state <> 'due' -- it may have been redriven this moment
+         ORDER BY finished_at LIMIT %b
+           FOR UPDATE SKIP LOCKED) -- it may be redriven this moment
     RETURNING event_id
 ), attempts AS (
     DELETE FROM callback_attempts USING pruned WHERE callback_attempts.event_id = pruned.event_id
@@ -162,14 +170,17 @@ async def redrive(
 ) -> list[UUID]:
     """Makes deliveries due, now and with all their attempts before them; returns which.
 
-    What is superseded or excluded stays so. In its order's lane each waits for what stands
-    before it.
+    What is superseded or excluded stays so, and a FAILED whose order has a SUCCESS is not sent. In
+    its order's lane each waits for what is due before it.
     """
-    chosen = uuids(event_ids)
+    events = uuids(event_ids)
     async with connection.transaction():
-        await connection.execute(REOPEN_LANES.encode(), [chosen])
-        cursor = await connection.execute(REDRIVE.encode(), [chosen])
-        return [event_id for (event_id,) in await cursor.fetchall()]
+        cursor = await connection.execute(REOPEN_LANES.encode(), [events])
+        orders = uuids([order_id for (order_id,) in await cursor.fetchall()])
+        cursor = await connection.execute(REDRIVE.encode(), {"events": events, "orders": orders})
+        redriven = [event_id for (event_id,) in await cursor.fetchall()]
+        await connection.execute(CLOSE_LANES.encode(), [orders])
+        return redriven
 
 
 async def prune(connection: psycopg.AsyncConnection[Any], older_than_days: int, most: int) -> int:

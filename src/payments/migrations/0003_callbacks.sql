@@ -21,6 +21,7 @@ CREATE TABLE callback_deliveries (
                  CHECK (state IN ('due', 'delivered', 'dead', 'superseded', 'excluded')),
     attempts     integer     NOT NULL DEFAULT 0, -- that count towards giving up
     enqueued_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    due_since    timestamptz NOT NULL DEFAULT clock_timestamp(), -- enqueued_at, or redriven then
     finished_at  timestamptz -- when it left `due`
 );
 
@@ -29,7 +30,7 @@ CREATE INDEX callback_deliveries_of_payment ON callback_deliveries (payment_id, 
 CREATE INDEX callback_deliveries_newest ON callback_deliveries (position);
 CREATE INDEX callback_deliveries_due_of_order ON callback_deliveries (order_id, position)
     WHERE state = 'due';
-CREATE INDEX callback_deliveries_due ON callback_deliveries (enqueued_at) WHERE state = 'due';
+CREATE INDEX callback_deliveries_due ON callback_deliveries (due_since) WHERE state = 'due';
 CREATE INDEX callback_deliveries_dead ON callback_deliveries (position) WHERE state = 'dead';
 CREATE INDEX callback_deliveries_to_prune ON callback_deliveries (finished_at)
     WHERE state IN ('delivered', 'superseded', 'excluded');
@@ -39,7 +40,9 @@ CREATE INDEX callback_deliveries_to_prune ON callback_deliveries (finished_at)
 CREATE TABLE callback_lanes (
     order_id   uuid        PRIMARY KEY,
     next_at    timestamptz NOT NULL DEFAULT clock_timestamp(), -- from then on it may be claimed
-    failing    boolean     NOT NULL DEFAULT false, -- its first delivery was tried in vain
+    -- Its first delivery was tried in vain, or is sent late on request: it does not keep others
+    -- waiting.
+    failing    boolean     NOT NULL DEFAULT false,
     claim      bigint,     -- of the sender that had it last; a result is taken from no other
     claimed_at timestamptz,
     in_flight  uuid        -- the event that is being sent; next_at is then the end of the lease
@@ -63,24 +66,56 @@ CREATE TABLE callback_attempts (
     PRIMARY KEY (event_id, claim)
 );
 
--- Gives up the FAILED deliveries of orders that have a SUCCESS: Order Service would mark a confirmed
--- order failed. What is in flight is left to its sender. The lanes must be locked.
+-- Those of the orders that have a SUCCESS: Order Service must not mark them failed any more. Each
+-- order is looked at once, however many outcomes it has.
 --
 -- An outcome from before the outbox was begun, or one that was pruned, is known from `payments`.
+CREATE FUNCTION paid_orders(orders uuid[]) RETURNS uuid[]
+LANGUAGE plpgsql STABLE
+SET plan_cache_mode = force_generic_plan
+AS $$
+BEGIN
+    RETURN ARRAY(
+        SELECT o.id FROM (SELECT DISTINCT unnest(orders)) AS o (id)
+         WHERE EXISTS (SELECT FROM callback_deliveries d
+                        WHERE d.order_id = o.id AND d.status <> 'FAILED')
+            OR EXISTS (SELECT FROM payments p
+                        WHERE p.merchant_order_id = o.id
+                          AND p.status IN ('SUCCESS', 'REFUNDED')));
+END $$;
+
+-- Gives up the due FAILED deliveries of orders that have a SUCCESS. What is in flight is left to its
+-- sender. The lanes must be locked.
 CREATE FUNCTION supersede_callbacks(orders uuid[]) RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET plan_cache_mode = force_generic_plan
 AS $$
+DECLARE
+    failed uuid[] := ARRAY(
+        SELECT DISTINCT d.order_id FROM callback_deliveries d
+         WHERE d.order_id = ANY (orders) AND d.state = 'due' AND d.status = 'FAILED');
+    paid   uuid[];
 BEGIN
+    IF cardinality(failed) = 0 THEN
+        RETURN;
+    END IF;
+    paid := paid_orders(failed);
     UPDATE callback_deliveries d SET state = 'superseded', finished_at = clock_timestamp()
-     WHERE d.order_id = ANY (orders) AND d.state = 'due' AND d.status = 'FAILED'
-       AND (EXISTS (SELECT FROM callback_deliveries paid
-                     WHERE paid.order_id = d.order_id AND paid.status <> 'FAILED')
-            OR EXISTS (SELECT FROM payments p
-                        WHERE p.merchant_order_id = d.order_id
-                          AND p.status IN ('SUCCESS', 'REFUNDED')))
+     WHERE d.order_id = ANY (paid) AND d.state = 'due' AND d.status = 'FAILED'
        AND NOT EXISTS (SELECT FROM callback_lanes l
                         WHERE l.order_id = d.order_id AND l.in_flight = d.event_id);
+END $$;
+
+-- Removes the lanes of orders that are owed nothing. They must be locked.
+CREATE FUNCTION close_callback_lanes(orders uuid[]) RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET plan_cache_mode = force_generic_plan
+AS $$
+BEGIN
+    DELETE FROM callback_lanes l
+     WHERE l.order_id = ANY (orders) AND l.in_flight IS NULL
+       AND NOT EXISTS (SELECT FROM callback_deliveries d
+                        WHERE d.order_id = l.order_id AND d.state = 'due');
 END $$;
 
 -- Claims the lanes of up to `most` orders, at most `failing_max` of them failing, and returns what is
@@ -108,7 +143,7 @@ BEGIN
         orders := ARRAY(
             SELECT l.order_id FROM callback_lanes l
              WHERE l.in_flight IS NULL OR l.next_at <= moment
-             ORDER BY l.claimed_at NULLS FIRST LIMIT 1 FOR UPDATE SKIP LOCKED);
+             ORDER BY l.claimed_at NULLS FIRST LIMIT 20 FOR UPDATE SKIP LOCKED);
     ELSE
         orders := ARRAY(
             SELECT l.order_id FROM callback_lanes l
@@ -138,12 +173,12 @@ BEGIN
       FROM interrupted i WHERE d.event_id = i.event_id;
 
     PERFORM supersede_callbacks(orders);
-
-    -- Nothing is due in them any more.
-    DELETE FROM callback_lanes l
-     WHERE l.order_id = ANY (orders)
-       AND NOT EXISTS (SELECT FROM callback_deliveries d
-                        WHERE d.order_id = l.order_id AND d.state = 'due');
+    PERFORM close_callback_lanes(orders);
+    IF probing THEN -- some more were looked at in case there is nothing to send in the first ones
+        orders := ARRAY(
+            SELECT l.order_id FROM callback_lanes l WHERE l.order_id = ANY (orders)
+             ORDER BY l.claimed_at NULLS FIRST LIMIT 1);
+    END IF;
 
     RETURN QUERY
     UPDATE callback_lanes l
@@ -223,9 +258,6 @@ BEGIN
      WHERE r.claim = ANY (held) AND l.order_id = r.order_id
        AND r.state = 'due' AND d.state = 'superseded';
 
-    DELETE FROM callback_lanes l
-     WHERE l.claim = ANY (held) AND l.order_id = ANY (orders)
-       AND NOT EXISTS (SELECT FROM callback_deliveries d
-                        WHERE d.order_id = l.order_id AND d.state = 'due');
+    PERFORM close_callback_lanes(orders);
     RETURN QUERY SELECT unnest(held);
 END $$;

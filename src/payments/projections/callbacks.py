@@ -34,21 +34,18 @@ RETURNING position
 # Locks the lanes first, in the order of their ids; their turns are in that of the log. Behind a
 # SUCCESS nobody waits for a FAILED.
 OPEN_LANES = """
-INSERT INTO callback_lanes AS l (order_id, next_at)
-SELECT id, now() + place * interval '1 microsecond'
+INSERT INTO callback_lanes AS l (order_id, next_at, failing)
+SELECT id, now() + place * interval '1 microsecond', %(late)b
   FROM unnest(%(orders)b::uuid[]) WITH ORDINALITY AS new (id, place) ORDER BY id
     ON CONFLICT (order_id) DO UPDATE
-   SET next_at = CASE WHEN l.in_flight IS NULL AND l.order_id = ANY (%(paid)b::uuid[])
-                      THEN least(l.next_at, clock_timestamp()) ELSE l.next_at END
+   SET (next_at, failing) = (
+       SELECT CASE WHEN freed THEN least(l.next_at, clock_timestamp()) ELSE l.next_at END,
+              l.failing AND NOT freed
+         FROM (SELECT l.in_flight IS NULL AND l.order_id = ANY (%(paid)b::uuid[])) AS lane (freed))
 """
 
 POSITION = """
 SELECT position FROM followers WHERE name = 'callbacks'
-"""
-
-# Of orders that are owed nothing new; together with those of OPEN_LANES, and before them.
-LOCK_LANES = """
-SELECT FROM callback_lanes WHERE order_id = ANY (%b::uuid[]) ORDER BY order_id FOR UPDATE
 """
 
 ENQUEUE = """
@@ -63,8 +60,9 @@ SELECT event_id, position, order_id, payment_id, sequence, status, amount_cents,
     ON CONFLICT (event_id) DO NOTHING
 """
 
+# What is left without anything due has no lane.
 SUPERSEDE = """
-SELECT supersede_callbacks(%b::uuid[])
+SELECT supersede_callbacks(%(orders)b::uuid[]), close_callback_lanes(%(orders)b::uuid[])
 """
 
 Outcome = PaymentCharged | PaymentFailed | PaymentRefunded
@@ -96,24 +94,28 @@ class CallbacksProjection:
         await self.enqueue(connection, events)
 
     async def enqueue(
-        self, connection: psycopg.AsyncConnection[Any], events: Sequence[RecordedEvent]
+        self,
+        connection: psycopg.AsyncConnection[Any],
+        events: Sequence[RecordedEvent],
+        *,
+        late: bool = False,
     ) -> int:
-        """Adds what these events mean and is not there yet; returns how many rows that is."""
+        """Adds what these events mean and is not there yet; returns how many rows that is.
+
+        `late`: much of it may come at once, and it keeps no new callback waiting.
+        """
         owed = [found for event in events if (found := _owed(event)) is not None]
         if not owed:
             return 0
-        wanted = [each for each in owed if each.status in self._statuses]
-        due = dict.fromkeys(each.outcome.merchant_order_id for each in wanted)
+        # Also of those that are owed nothing new: it decides about what they are owed already.
+        orders = uuids(list(dict.fromkeys(each.outcome.merchant_order_id for each in owed)))
         paid = {each.outcome.merchant_order_id for each in owed if each.status != "FAILED"}
         async with connection.cursor(binary=True) as cursor:
-            if paid - due.keys():
-                await cursor.execute(LOCK_LANES.encode(), [uuids(list(due.keys() | paid))])
-            if due:
-                lanes = {"orders": uuids(list(due)), "paid": uuids(list(paid))}
-                await cursor.execute(OPEN_LANES.encode(), lanes)
+            lanes = {"orders": orders, "paid": uuids(list(paid)), "late": late}
+            await cursor.execute(OPEN_LANES.encode(), lanes)
             await cursor.execute(ENQUEUE.encode(), self._params(owed))
             enqueued = cursor.rowcount
-            await cursor.execute(SUPERSEDE.encode(), [uuids(list(due.keys() | paid))])
+            await cursor.execute(SUPERSEDE.encode(), {"orders": orders})
             return enqueued
 
     def _params(self, owed: list[_Owed]) -> tuple[Any, ...]:
@@ -162,7 +164,7 @@ async def backfill(
                 unreadable.append(event.position)
         async with connection.transaction():
             sound = [event for event in events if event.position not in unreadable]
-            enqueued += await projection.enqueue(connection, sound)
+            enqueued += await projection.enqueue(connection, sound, late=True)
         first = events[-1].position + 1
     return Backfilled(enqueued, unreadable)
 
