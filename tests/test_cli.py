@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -74,6 +75,23 @@ def test_off_a_terminal_no_line_is_wrapped(
         ["1", *LONG.split(), "end"],
         ["2", "b", *LONG.split()],
     ]
+
+
+def test_on_a_terminal_texts_are_wrapped_and_ids_are_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setenv("TERM", "dumb")  # no bold
+    rows = [(str(uuid.uuid4()), "one two three " * 5, str(uuid.uuid4()))]
+    print_rows(("first", "second", "third"), rows, "table")
+    lines = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in lines[:2]] == ["first", rows[0][0]]
+    assert " ".join(lines).count(rows[0][2]) == 1
+    assert len(lines) == 1 + 15
+    rows[0] = ("1", "one two three", "2")
+    print_rows(("first", "second", "third"), rows, "table")
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 FORGING = "a\nforged: b\r\x1b[2J\x1b]0;title\a \x9b31m\u202e\u2028\x7f\tend"

@@ -72,8 +72,8 @@ GOOD: list[tuple[str, str, Any]] = [
     ("ORDER_CALLBACK_SECRET", WEBHOOK_SECRET, WEBHOOK_SECRET),
     (
         "ORDER_CALLBACK_SECRET",
-        f"{WEBHOOK_SECRET},{WEBHOOK_SECRET}",
-        f"{WEBHOOK_SECRET},{WEBHOOK_SECRET}",
+        f"{WEBHOOK_SECRET}, {WEBHOOK_SECRET}",
+        f"{WEBHOOK_SECRET}, {WEBHOOK_SECRET}",
     ),
     ("ORDER_CALLBACK_STATUSES", "REFUNDED", ("REFUNDED",)),
     ("ORDER_CALLBACK_STATUSES", "SUCCESS, FAILED", ("SUCCESS", "FAILED")),
@@ -137,6 +137,7 @@ BAD = [
     ("ORDER_CALLBACK_SECRET", f"whsec_{CANARY}"),
     ("ORDER_CALLBACK_SECRET", f"{WEBHOOK_SECRET},"),
     ("ORDER_CALLBACK_SECRET", f"{WEBHOOK_SECRET}\n"),
+    ("ORDER_CALLBACK_SECRET", f"{WEBHOOK_SECRET}A"),  # half a byte
     ("ORDER_CALLBACK_STATUSES", "PENDING"),
     ("ORDER_CALLBACK_STATUSES", "success"),
     ("ORDER_CALLBACK_STATUSES", "SUCCESS,"),
@@ -377,19 +378,14 @@ class TestDescribe:
 
 class TestUserinfoOfTheCallbackUrl:
     @pytest.mark.parametrize(
-        ("given", "expected"),
-        [
-            (f"http://order:{CANARY}@host:4002/cb", "http://host:4002/cb"),
-            (f"https://{CANARY}@host/cb?x=1", "https://host/cb?x=1"),
-            (f"http://a@{CANARY}@[::1]:1/cb", "http://[::1]:1/cb"),
-        ],
-    )
-    def test_it_is_not_described(self, given: str, expected: str) -> None:
-        assert shown({"ORDER_CALLBACK_URL": given})["ORDER_CALLBACK_URL"] == expected
-
-    @pytest.mark.parametrize(
         "given",
         [
+            f"http://order:{CANARY}@host:4002/cb",
+            f"https://{CANARY}@host/cb?x=1",
+            f"http://a@{CANARY}@[::1]:1/cb",
+            f"https://@host/cb#{CANARY}",
+            f"https://host/cb#{CANARY}",
+            "https://host/cb#",
             f"ftp://order:{CANARY}@host/cb",
             f"order:{CANARY}@host/cb",
             f"http://order:{CANARY}@[::1/cb",
@@ -398,7 +394,7 @@ class TestUserinfoOfTheCallbackUrl:
             f"http://order:{CANARY}@host/cb\n",
         ],
     )
-    def test_it_is_not_in_a_refusal(self, given: str) -> None:
+    def test_it_is_refused_without_being_repeated(self, given: str) -> None:
         message = refusal({"ORDER_CALLBACK_URL": given})
         assert message.startswith("ORDER_CALLBACK_URL: ")
         assert CANARY not in message
@@ -411,7 +407,6 @@ def test_secrets_do_not_show_in_the_repr() -> None:
             "DATABASE_HOST": "db",
             "DATABASE_PASSWORD": CANARY,
             "ORDER_CALLBACK_SECRET": f"whsec_{CANARY}{CANARY}",
-            "ORDER_CALLBACK_URL": f"http://order:{CANARY}@host/cb",
         }
     )
     assert CANARY not in repr(settings)

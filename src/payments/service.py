@@ -11,7 +11,7 @@ from loguru import logger
 from payments import embedded_postgres
 from payments.admission import Admission
 from payments.callbacks.dispatcher import CONCURRENCY_MAX, Dispatcher
-from payments.callbacks.endpoint import Endpoint, check_target
+from payments.callbacks.endpoint import Endpoint, check_target, origin
 from payments.commands.charge import Charging
 from payments.commands.refund import Refunding
 from payments.commands.runs import Runs
@@ -82,8 +82,13 @@ class Service:
         Raises StartError.
         """
         url = self.settings.order_callback_url
-        if url is not None and (warning := await check_target(url)) is not None:
-            logger.warning(warning)
+        if url is None:
+            logger.info("nobody is called back: ORDER_CALLBACK_URL is not set")
+        else:
+            if (warning := await check_target(url)) is not None:
+                logger.warning(warning)
+            signed = "signed" if self.settings.order_callback_secret else "not signed"
+            logger.info("callbacks go to {}, {}", origin(url), signed)
         await self.database.open()
         await self._operations_database.open()
         if url is not None:
@@ -199,7 +204,7 @@ def build_dispatcher(
             connections_max=CONCURRENCY_MAX,
         )
     except ValueError as error:
-        raise StartError(f"ORDER_CALLBACK_URL, ORDER_CALLBACK_SECRET: {error}") from None
+        raise StartError(f"ORDER_CALLBACK_URL: {error}") from None
     return Dispatcher(database.connect, endpoint, telemetry, settings.callback_retention_days)
 
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from payments.callbacks.signing import parse_secrets
 from payments.errors import StartError
 
 DEFAULT_CLIENT = "default"  # who asks when no API keys are configured
@@ -120,7 +121,7 @@ def _yes_no(value: str) -> bool:
         raise ValueError("must be true or false") from None
 
 
-def _url(value: str) -> str:
+def _callback_url(value: str) -> str:
     try:
         parts = urlsplit(value)
         sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -128,6 +129,8 @@ def _url(value: str) -> str:
         sound = False
     if not sound or not value.isprintable() or " " in value:
         raise ValueError("must be an http:// or https:// address")
+    if "@" in parts.netloc or "#" in value:
+        raise ValueError("must hold no user name, password or fragment")
     return value
 
 
@@ -139,8 +142,7 @@ def _statuses(value: str) -> tuple[str, ...]:
 
 
 def _webhook_secrets(value: str) -> str:
-    if not all(re.fullmatch(r"whsec_[A-Za-z0-9+/]{16,}={0,2}", s) for s in value.split(",")):
-        raise ValueError("must be whsec_ and base64; several are separated by commas")
+    parse_secrets(value)
     return value
 
 
@@ -173,7 +175,7 @@ VARIABLES = (
     Variable("DATABASE_NAME", _text, "paymentdb", "Postgres database"),
     Variable("PORT", _whole(1, 65535), "4004", "port of the service"),
     Variable("HOST", _text, "127.0.0.1", "address the service listens on"),
-    Variable("ORDER_CALLBACK_URL", _url, "unset", "where Order Service takes callbacks"),
+    Variable("ORDER_CALLBACK_URL", _callback_url, "unset", "where Order Service takes callbacks"),
     Variable(
         "ORDER_CALLBACK_SECRET",
         _webhook_secrets,
@@ -275,7 +277,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         try:
             values[variable.field] = variable.parse(given)
         except ValueError as error:
-            hidden = variable.secret or variable.parse is _url
+            hidden = variable.secret or variable.parse is _callback_url
             shown = "the value given" if hidden else repr(given)
             raise StartError(f"{variable.name}: {shown} {error}") from None
     settings = Settings(**values)
@@ -334,13 +336,6 @@ def describe(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
             shown = ",".join(value)
         elif isinstance(value, float):
             shown = f"{value:g}"
-        elif variable.name == "ORDER_CALLBACK_URL":
-            shown = _without_userinfo(value)
         else:
             shown = str(value)
         yield variable.name, shown, variable.default, variable.meaning
-
-
-def _without_userinfo(url: str) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

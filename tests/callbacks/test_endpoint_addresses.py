@@ -176,7 +176,7 @@ class TestAddresses:
             endpoint_of(server.url) as endpoint,
         ):
             done = await post(endpoint)
-        assert done[:3] == (None, "forbidden_address", "plain http to a public address")
+        assert done[:3] == (None, "forbidden_address", "plain http to an address that is not loopback or private")
         assert server.connections == 0
 
     @pytest.mark.usefixtures("only_127_0_0_1_is_near")
@@ -276,8 +276,8 @@ class TestCheckTarget:
         with pytest.raises(StartError) as raised:
             await check_target(f"http://{host}/{CANARY}?token={CANARY}")
         assert str(raised.value) == (
-            f"ORDER_CALLBACK_URL: http://{host} has a public address, and plain http goes to "
-            "loopback and private addresses only; use https"
+            f"ORDER_CALLBACK_URL: http://{host} has no loopback or private address, and plain "
+            "http goes to those only; use https"
         )
 
     @pytest.mark.parametrize("scheme", ["http", "https"])

@@ -102,6 +102,9 @@ class TestSecrets:
         assert padded.endswith("==")
         assert parse_secrets(padded) == parse_secrets(padded.rstrip("=")) == (b"x" * 25,)
 
+    def test_there_may_be_spaces_behind_a_comma(self) -> None:
+        assert parse_secrets(f"{SECRET},  {OTHER}") == parse_secrets(f"{SECRET},{OTHER}")
+
     @pytest.mark.parametrize(
         "text",
         [
@@ -119,8 +122,8 @@ class TestSecrets:
             "whsec_canary5ecrétcanary5ecrét",
             f"{SECRET},",
             f",{SECRET}",
-            f"{SECRET}, {OTHER}",
             f"{SECRET},whsec_canary5ecret",
+            f"{SECRET} ,{SECRET}",
         ],
     )
     def test_anything_else_is_refused_and_not_repeated(self, text: str) -> None:

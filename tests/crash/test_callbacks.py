@@ -254,7 +254,7 @@ def test_callbacks_begin_with_the_first_start_that_has_an_address(
         assert report.states == {"delivered": 1}
         for enqueued in (3, 0):
             done = run("callbacks", "backfill", "--from", "1", **with_it)
-            assert (done.returncode, done.stderr) == (0, f"enqueued: {enqueued}\n")
+            assert (done.returncode, done.stdout) == (0, f"enqueued: {enqueued}\n")
         eventually(lambda: nothing_due(connection))
         assert check_callbacks(connection).states == {"delivered": 4}
         assert orders.counts["accepted"] == 4
@@ -281,13 +281,17 @@ def test_a_dead_letter_is_seen_and_sent_again(
             service.charge(client, key, merchant_order_id=order_id)
         eventually(lambda: nothing_due(connection) and orders.counts["finished"] == 2)
         (dead,) = json.loads(told("list", "--dead", "--format", "json")[0])
+        table, cut = told("list", "--limit", "1")
+        assert order_id in table
+        assert dead["event_id"] not in table
+        assert cut == "there are more than the 1 of --limit\n"
         assert dead["order_id"] == order_id
         assert (dead["state"], dead["attempts"], dead["last_attempt"]) == ("dead", 1, "gone 410")
         of_order = json.loads(told("list", "--order", order_id, "--format", "json")[0])
         assert [row["state"] for row in of_order] == ["delivered", "dead"]
 
         event_id = dead["event_id"]
-        assert told("redrive", event_id) == ("", "due again: 1\n")
+        assert told("redrive", event_id) == ("due again: 1\n", "")
         eventually(lambda: nothing_due(connection))
         shown = json.loads(told("show", event_id, "--format", "json")[0])
         assert (shown["state"], shown["event_id"], shown["attempts"]) == ("delivered", event_id, 1)
@@ -298,8 +302,9 @@ def test_a_dead_letter_is_seen_and_sent_again(
         table, _ = told("show", event_id)
         assert all(word in table for word in (event_id, "gone", "410", "scripted", '{"ok":true}'))
 
-        assert told("redrive", "--since", of_order[0]["enqueued_at"])[1] == "due again: 0\n"
-        assert told("redrive", "--since", "2026-01-01T00:00:00+05:30")[1] == "due again: 2\n"
+        assert told("redrive", "--due")[0] == "due again: 0\n"
+        assert told("redrive", "--since", of_order[0]["enqueued_at"])[0] == "due again: 0\n"
+        assert told("redrive", "--since", "2026-01-01T00:00:00+05:30")[0] == "due again: 2\n"
         eventually(lambda: nothing_due(connection) and orders.counts["accepted"] == 4)
         assert check_callbacks(connection).states == {"delivered": 2}
 
@@ -312,9 +317,11 @@ REFUSED = {
     ("redrive",): 2,
     ("redrive", str(uuid.uuid4()), "--dead"): 2,
     ("redrive", str(uuid.uuid4())): 1,
+    ("redrive", "--dead", "--due"): 2,
     ("redrive", "--since", "yesterday"): 2,
     ("redrive", "--since", "2026-01-01T00:00:00"): 2,
     ("list", "--dead", "--order", str(uuid.uuid4())): 2,
+    ("list", "--dead", "--due"): 2,
     ("list", "--format", "xml"): 2,
     ("backfill",): 2,
     ("backfill", "--from", "0"): 2,

@@ -70,7 +70,7 @@ class Exchange(NamedTuple):
 
 
 class ForbiddenAddress(OSError):
-    """Plain http would have gone to a public address."""
+    """Plain http would have gone to an address that is not in NEAR."""
 
 
 class AnswerTooLong(aiohttp.ClientError):
@@ -177,7 +177,7 @@ class Endpoint:
         """The socket for one address of the name; the last place where it can be refused."""
         family, kind, protocol, _, target = address
         if self._url.scheme == "http" and not is_near(target[0]):
-            raise ForbiddenAddress("a public address")
+            raise ForbiddenAddress
         return socket.socket(family, kind, protocol)
 
 
@@ -291,7 +291,7 @@ async def check_target(url: str) -> str | None:
     """Looks at the URL before the first callback; takes at most RESOLVE_TIMEOUT_S.
 
     Raises StartError if it can never work: it is not valid, or plain http to a host that has none
-    but public addresses. Returns a line to warn with if the host's name cannot be resolved yet,
+    of the addresses in NEAR. Returns a line to warn with if the host's name cannot be resolved yet,
     else None.
     """
     try:
@@ -304,10 +304,16 @@ async def check_target(url: str) -> str | None:
         return f"{_host(target)} cannot be resolved yet: callbacks will wait until it can"
     if target.scheme == "http" and not any(is_near(address) for address in addresses):
         raise StartError(
-            f"ORDER_CALLBACK_URL: {_origin(target)} has a public address, and plain http goes to "
-            "loopback and private addresses only; use https"
+            f"ORDER_CALLBACK_URL: {_origin(target)} has no loopback or private address, and plain "
+            "http goes to those only; use https"
         )
     return None
+
+
+def origin(url: str) -> str:
+    """The part of a callback URL that may be shown: a path or a query may hold a token. Raises
+    ValueError, which repeats nothing of it."""
+    return _origin(_parse(url))
 
 
 def is_near(address: str) -> bool:
@@ -324,7 +330,7 @@ def _explain(failure: Exception) -> tuple[str, str]:
     causes = list(_causes(failure))
     name = type(causes[-1]).__name__
     if any(isinstance(cause, ForbiddenAddress) for cause in causes):
-        return "forbidden_address", "plain http to a public address"
+        return "forbidden_address", "plain http to an address that is not loopback or private"
     if any(isinstance(cause, TimeoutError) for cause in causes):
         return "timeout", "TimeoutError"
     if isinstance(causes[-1], ssl.SSLError):
@@ -366,7 +372,6 @@ def _host(url: httpx.URL) -> str:
 
 
 def _origin(url: httpx.URL) -> str:
-    """The part of it that may be shown: a path or a query may hold a token."""
     return f"{url.scheme}://{url.netloc.decode('ascii')}"
 
 

@@ -19,10 +19,10 @@ from payments.queries.callbacks import (
     Delivery,
     attempts,
     dead_deliveries,
-    dead_ids,
     deliveries_of_order,
     delivery,
     due_deliveries,
+    ids_in_state,
     ids_since,
     newest_deliveries,
     text_of,
@@ -31,6 +31,8 @@ from payments.service import open_database
 
 LIMIT_MAX = 100_000
 REDRIVE_ROWS = 500  # in one transaction
+# Of a delivery; in 130 columns. As JSON there are all.
+IN_THE_TABLE = ("event_id", "order_id", "status", "state", "attempts", "next_at", "last_attempt")
 T = TypeVar("T")
 
 
@@ -51,30 +53,39 @@ def callbacks() -> None:
 
 
 @callbacks.command("list")
-@click.option("--due", "state", flag_value="due", help="What is owed; the oldest first.")
-@click.option("--dead", "state", flag_value="dead", help="What was given up.")
-@click.option("--order", type=click.UUID, help="What concerns this order.")
+@click.option("--due", is_flag=True, help="What is owed; what has waited longest first.")
+@click.option("--dead", is_flag=True, help="What was given up; the oldest first.")
+@click.option("--order", metavar="ID", type=click.UUID, help="What concerns this order.")
 @click.option(
     "--limit", type=click.IntRange(1, LIMIT_MAX), default=100, show_default=True, help="Rows."
 )
 @format_option
-def list_callbacks(state: str | None, order: UUID | None, limit: int, form: str) -> None:
+def list_callbacks(due: bool, dead: bool, order: UUID | None, limit: int, form: str) -> None:
     """Print callbacks, the newest first unless said otherwise.
 
     STATE is due (owed and not delivered yet), delivered, dead (given up), superseded (a FAILED that
-    is not sent, since its order has a SUCCESS), or excluded by ORDER_CALLBACK_STATUSES.
+    is not sent, since its order has a SUCCESS), or excluded by ORDER_CALLBACK_STATUSES. NEXT_AT is
+    when the order's turn comes; while a callback is being sent, the end of its lease.
     """
-    if state is not None and order is not None:
-        raise click.UsageError("--order goes with neither --due nor --dead")
+    if due + dead + (order is not None) > 1:
+        raise click.UsageError("say one of --due, --dead and --order")
 
     async def read(database: Database) -> list[Delivery]:
         if order is not None:
-            return await deliveries_of_order(database, order, limit)
-        find = {"due": due_deliveries, "dead": dead_deliveries, None: newest_deliveries}[state]
-        return await find(database, limit)
+            return await deliveries_of_order(database, order, limit + 1)
+        find = due_deliveries if due else dead_deliveries if dead else newest_deliveries
+        return await find(database, limit + 1)
 
     with open_database(begin(), migrating=False) as address:
-        print_rows(Delivery._fields, with_database(address, read), form)
+        found = with_database(address, read)
+    shown = found[:limit]
+    if form == "json":
+        print_rows(Delivery._fields, shown, form)
+    else:
+        cells = ([getattr(each, column) for column in IN_THE_TABLE] for each in shown)
+        print_rows(IN_THE_TABLE, cells, form)
+    if len(found) > limit:
+        click.echo(f"there are more than the {limit} of --limit", err=True)
 
 
 @callbacks.command()
@@ -107,29 +118,34 @@ def show(event_id: UUID, form: str) -> None:
 @callbacks.command()
 @click.argument("event_id", metavar="[ID]", type=click.UUID, required=False)
 @click.option("--dead", is_flag=True, help="All that are dead.")
+@click.option("--due", is_flag=True, help="All that wait: now, and not when their pause is over.")
 @click.option(
     "--since",
     metavar="TIME",
     callback=_time,
-    help="All that were delivered or are dead and happened at this time (RFC 3339) or later.",
+    help="All that happened at this time (RFC 3339) or later, what was delivered as well.",
 )
-def redrive(event_id: UUID | None, dead: bool, since: datetime | None) -> None:
-    """Make callbacks due again: one by its event_id, all dead ones, or all since a time.
+def redrive(event_id: UUID | None, dead: bool, due: bool, since: datetime | None) -> None:
+    """Send callbacks again: one by its event_id, or all that are dead, due, or since a time.
 
-    A running service sends them within seconds, each order's in order. What is superseded or
-    excluded is never sent.
+    They are due at once, with all their attempts before them. A running service sends them within
+    seconds, each order's in order; one ID alone does not wait for others of its order that are
+    dead. What is superseded or excluded, or a FAILED whose order has a SUCCESS, is never sent.
     """
-    if (event_id is not None) + dead + (since is not None) != 1:
-        raise click.UsageError("name one ID, or say --dead or --since TIME")
+    if (event_id is not None) + dead + due + (since is not None) != 1:
+        raise click.UsageError("name one ID, or say one of --dead, --due and --since TIME")
 
     async def run(database: Database) -> int:
-        if event_id is not None:
-            chosen = [event_id]
-        else:
-            chosen = await (dead_ids(database) if since is None else ids_since(database, since))
         connection = await database.connect("payments callbacks redrive")
         done = 0
         async with connection:
+            await connection.execute("SET statement_timeout = 0")
+            if event_id is not None:
+                chosen = [event_id]
+            elif since is not None:
+                chosen = await ids_since(connection, since)
+            else:
+                chosen = await ids_in_state(connection, "dead" if dead else "due")
             for start in range(0, len(chosen), REDRIVE_ROWS):
                 done += len(
                     await redrive_deliveries(connection, chosen[start : start + REDRIVE_ROWS])
@@ -139,8 +155,11 @@ def redrive(event_id: UUID | None, dead: bool, since: datetime | None) -> None:
     with open_database(begin(), migrating=False) as address:
         done = with_database(address, run)
     if event_id is not None and not done:
-        raise StartError(f"there is no callback {event_id}, or it is superseded or excluded")
-    click.echo(f"due again: {done}", err=True)
+        raise StartError(
+            f"there is no callback {event_id}, or it is superseded or excluded, or a FAILED whose "
+            "order has a SUCCESS"
+        )
+    click.echo(f"due again: {done}")
 
 
 @callbacks.command("backfill")
@@ -155,7 +174,7 @@ def backfill_callbacks(first: int) -> None:
     """Enqueue callbacks for outcomes from before the first start with ORDER_CALLBACK_URL.
 
     What is enqueued already is left alone. What was delivered and pruned since
-    (CALLBACK_RETENTION_DAYS) is sent again.
+    (CALLBACK_RETENTION_DAYS) is sent again. Exit code 1: some events could not be read.
     """
     settings = begin()
     if settings.order_callback_url is None:
@@ -170,7 +189,7 @@ def backfill_callbacks(first: int) -> None:
 
     with open_database(settings, migrating=False) as address:
         done = with_database(address, run)
-    click.echo(f"enqueued: {done.enqueued}", err=True)
+    click.echo(f"enqueued: {done.enqueued}")
     for position in done.unreadable:
         click.echo(f"not readable: the event at position {position}", err=True)
     sys.exit(1 if done.unreadable else 0)

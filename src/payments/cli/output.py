@@ -11,6 +11,7 @@ from typing import Any
 import click
 import msgspec
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 UNWRAPPED = 10_000_000  # columns; an environment variable, the longest of values, has 131,072
@@ -25,12 +26,19 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str)
     if form == "json":
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*("" if value is None else one_line(str(value)) for value in row))
+    table = Table(box=None, pad_edge=False)
+    texts = [["" if value is None else one_line(str(value)) for value in row] for row in rows]
+    for place, column in enumerate(columns):
+        # Ids and the like stay whole, to be copied.
+        table.add_column(column, no_wrap=all(" " not in row[place] for row in texts))
+    for row in texts:
+        table.add_row(*row)
     # Off a terminal nothing is wrapped, so that grep finds whole lines.
-    width = None if sys.stdout.isatty() else UNWRAPPED
-    Console(width=width, highlight=False, markup=False, emoji=False).print(table)
+    console = Console(highlight=False, markup=False, emoji=False)
+    unwrapped = console.options.update(width=UNWRAPPED)
+    least = Measurement.get(console, unwrapped, table).minimum
+    console.width = max(console.width, least) if sys.stdout.isatty() else UNWRAPPED
+    console.print(table)
 
 
 def print_json(value: Any) -> None:

@@ -3,10 +3,11 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 from uuid import UUID
 
 import msgspec
+import psycopg
 
 from payments.database import Database
 from payments.queries.lookups import PaymentLookups
@@ -24,7 +25,7 @@ SELECT d.event_id, d.order_id, d.payment_id, d.status, d.sequence, d.state, d.at
 """
 
 NEWEST = _DELIVERIES + " ORDER BY d.position DESC LIMIT %(limit)b"
-DUE = _DELIVERIES + " WHERE d.state = 'due' ORDER BY d.enqueued_at LIMIT %(limit)b"
+DUE = _DELIVERIES + " WHERE d.state = 'due' ORDER BY d.due_since LIMIT %(limit)b"
 DEAD = _DELIVERIES + " WHERE d.state = 'dead' ORDER BY d.position LIMIT %(limit)b"
 OF_ORDER = _DELIVERIES + " WHERE d.order_id = %(id)b ORDER BY d.position DESC LIMIT %(limit)b"
 OF_PAYMENT = _DELIVERIES + " WHERE d.payment_id = %(id)b ORDER BY d.sequence LIMIT %(limit)b"
@@ -35,26 +36,25 @@ SELECT event_id, started_at, seconds, outcome, status, reason, answer
   FROM callback_attempts WHERE event_id = ANY (%b::uuid[]) ORDER BY event_id, claim
 """
 
-# By state; those that a new sending makes sense for.
-DEAD_IDS = """
-SELECT event_id FROM callback_deliveries WHERE state = 'dead' ORDER BY position
+IDS_IN_STATE = """
+SELECT event_id FROM callback_deliveries WHERE state = %b ORDER BY position
 """
 
 IDS_SINCE = """
 SELECT event_id FROM callback_deliveries
- WHERE state IN ('dead', 'delivered') AND occurred_at >= %(since)b ORDER BY position
+ WHERE state IN ('due', 'delivered', 'dead') AND occurred_at >= %b ORDER BY position
 """
 
 BACKLOG = """
 SELECT (SELECT count(*) FROM callback_deliveries WHERE state = 'due'),
        (SELECT count(*) FROM callback_deliveries WHERE state = 'dead'),
-       (SELECT extract(epoch FROM clock_timestamp() - enqueued_at)::float8
-          FROM callback_deliveries WHERE state = 'due' ORDER BY enqueued_at LIMIT 1)
+       (SELECT extract(epoch FROM clock_timestamp() - due_since)::float8
+          FROM callback_deliveries WHERE state = 'due' ORDER BY due_since LIMIT 1)
 """
 
 OLDEST_AGE = """
-SELECT extract(epoch FROM clock_timestamp() - enqueued_at)::float8
-  FROM callback_deliveries WHERE state = 'due' ORDER BY enqueued_at LIMIT 1
+SELECT extract(epoch FROM clock_timestamp() - due_since)::float8
+  FROM callback_deliveries WHERE state = 'due' ORDER BY due_since LIMIT 1
 """
 
 
@@ -206,14 +206,18 @@ async def attempts(database: Database, event_ids: Sequence[UUID]) -> list[Attemp
     return [Attempt(*row) for row in await database.fetch(ATTEMPTS, [list(event_ids)])]
 
 
-async def dead_ids(database: Database) -> list[UUID]:
-    return [event_id for (event_id,) in await database.fetch(DEAD_IDS)]
+async def ids_in_state(
+    connection: psycopg.AsyncConnection[Any], state: Literal["due", "dead"]
+) -> list[UUID]:
+    """In the order of the log."""
+    cursor = await connection.execute(IDS_IN_STATE.encode(), [state])
+    return [event_id for (event_id,) in await cursor.fetchall()]
 
 
-async def ids_since(database: Database, since: datetime) -> list[UUID]:
-    """Of what was delivered or is dead, and happened then or later."""
-    rows = await database.fetch(IDS_SINCE, {"since": since})
-    return [event_id for (event_id,) in rows]
+async def ids_since(connection: psycopg.AsyncConnection[Any], since: datetime) -> list[UUID]:
+    """Of what may be sent again and happened then or later, in the order of the log."""
+    cursor = await connection.execute(IDS_SINCE.encode(), [since])
+    return [event_id for (event_id,) in await cursor.fetchall()]
 
 
 async def backlog(database: Database) -> Backlog:
