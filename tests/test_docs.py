@@ -323,6 +323,17 @@ def test_the_receiver_never_unconfirms_an_order(receiver: Receiver) -> None:
     assert receiver.tickets == [str(ORDER_ID)]
 
 
+def test_the_receiver_notes_what_is_paid_twice(receiver: Receiver) -> None:
+    first, second = told("SUCCESS"), told("SUCCESS")
+    assert first["payment_id"] != second["payment_id"]
+    for _ in range(2):
+        for body in (first, second):
+            assert receiver.take(body) == 200
+    assert receiver.tickets == [str(ORDER_ID)]
+    paid_again = [(str(ORDER_ID), second["payment_id"])]
+    assert receiver.sql("SELECT order_id, payment_id FROM paid_again") == paid_again
+
+
 def test_the_receiver_answers_2xx_only_when_all_is_stored(receiver: Receiver) -> None:
     body = told()
     receiver.sql("ALTER TABLE tickets RENAME TO away")
@@ -366,10 +377,10 @@ def test_the_receiver_takes_what_the_service_sends(
         success = callback(charged, "delivered")
         assert receiver.orders == {str(ORDER_ID): "CONFIRMED"}
 
-        for event_id in (success, failed):
-            assert run("callbacks", "redrive", event_id, **database).returncode == 0
+        for event_id, code in ((success, 0), (failed, 1)):
+            assert run("callbacks", "redrive", event_id, **database).returncode == code
         assert callback(charged, "delivered", attempts=2) == success
-        assert callback(declined, "superseded") == failed
+        assert callback(declined, "delivered", attempts=2) == failed
     assert receiver.orders == {str(ORDER_ID): "CONFIRMED"}
     assert receiver.tickets == [str(ORDER_ID)]
     assert receiver.events == {success, failed}
