@@ -1,17 +1,24 @@
 """A log, its outbox, and a dispatcher whose endpoint the test plays itself."""
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
 
 import msgspec
 import psycopg
 import pytest
+from loguru import logger
 
+from payments.callbacks import dispatcher as dispatching
+from payments.callbacks.breaker import Breaker
+from payments.callbacks.dispatcher import Dispatcher
 from payments.callbacks.endpoint import Endpoint, Exchange
 from payments.database import Database
 from payments.projections.callbacks import begin_at_the_end
+from payments.telemetry import Telemetry
 from tests.callbacks.outbox import Outbox
 
 
@@ -65,3 +72,56 @@ async def outbox(database: Database, connection: psycopg.Connection[Any]) -> Out
 @pytest.fixture
 def endpoint() -> PlayedEndpoint:
     return PlayedEndpoint()
+
+
+@pytest.fixture
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatching, "POLL_S", 0.02)
+
+
+@asynccontextmanager
+async def dispatching_to(
+    endpoint: PlayedEndpoint, outbox: Outbox, **options: Any
+) -> AsyncIterator[Dispatcher]:
+    """Without pauses between attempts, unless `rng` says otherwise."""
+    defaults: dict[str, Any] = {
+        "telemetry": Telemetry(),
+        "retention_days": 90,
+        "rng": lambda: 0.0,
+    }
+    dispatcher = Dispatcher(outbox.database.connect, endpoint, **defaults | options)
+    await dispatcher.start()
+    try:
+        yield dispatcher
+    finally:
+        await dispatcher.stop(2)
+
+
+def never_opening() -> Breaker:
+    return Breaker(failures_max=10_000)
+
+
+def opened(open_s: float = 0.01) -> Breaker:
+    """Open for so long, and then half open."""
+    breaker = Breaker(failures_max=1, open_min_s=open_s, open_max_s=open_s)
+    permit = breaker.begin(time.monotonic())
+    assert permit is not None
+    breaker.failed(permit, time.monotonic())
+    return breaker
+
+
+Line = tuple[str, str, dict[str, Any]]
+
+
+@pytest.fixture
+def lines() -> Iterator[list[Line]]:
+    """What dispatchers logged: level, message, fields."""
+    logged: list[Line] = []
+
+    def keep(message: Any) -> None:
+        record = message.record
+        logged.append((record["level"].name, record["message"], record["extra"]))
+
+    handler = logger.add(keep, filter="payments.callbacks.dispatcher")
+    yield logged
+    logger.remove(handler)

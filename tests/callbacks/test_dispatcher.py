@@ -1,68 +1,31 @@
 """The dispatcher: what is sent, in which order, and what becomes of it."""
 
 import asyncio
-import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from datetime import timedelta
-from typing import Any
+from collections.abc import Callable
 
-import psycopg
 import pytest
 
 from payments.callbacks import dispatcher as dispatching
-from payments.callbacks.breaker import Breaker
 from payments.callbacks.dispatcher import Dispatcher
 from payments.callbacks.endpoint import Exchange
-from payments.callbacks.outbox import Claimed, Result, claim, make_due, prune, record, redrive
+from payments.callbacks.outbox import make_due, record, redrive
 from payments.callbacks.retry import ATTEMPTS_MAX
 from payments.telemetry import Telemetry
-from tests.callbacks.conftest import PlayedEndpoint, answered, failed
-from tests.callbacks.outbox import Outbox
-from tests.support import History, until
+from tests.callbacks.conftest import (
+    PlayedEndpoint,
+    answered,
+    dispatching_to,
+    failed,
+    never_opening,
+)
+from tests.callbacks.outbox import Outbox, claim_some, of, result_of
+from tests.support import until
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("looks_often")]
 
 A, B = uuid.uuid4(), uuid.uuid4()
 Make = Callable[..., Dispatcher]
-
-
-def of(order_id: uuid.UUID, key: str) -> History:
-    return History(key, order_id=order_id)
-
-
-@pytest.fixture(autouse=True)
-def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatching, "POLL_S", 0.02)
-
-
-@asynccontextmanager
-async def dispatching_to(
-    endpoint: PlayedEndpoint, outbox: Outbox, **options: Any
-) -> AsyncIterator[Dispatcher]:
-    """Without pauses between attempts, unless `rng` says otherwise."""
-    defaults: dict[str, Any] = {
-        "telemetry": Telemetry(),
-        "retention_days": 90,
-        "rng": lambda: 0.0,
-    }
-    dispatcher = Dispatcher(outbox.database.connect, endpoint, **defaults | options)
-    await dispatcher.start()
-    try:
-        yield dispatcher
-    finally:
-        await dispatcher.stop(2)
-
-
-async def claim_some(
-    connection: psycopg.AsyncConnection[Any], *, lease_s: float = 0.3, probing: bool = False
-) -> list[Claimed]:
-    return await claim(connection, most=10, failing_max=10, lease_s=lease_s, probing=probing)
-
-
-def never_opening() -> Breaker:
-    return Breaker(failures_max=10_000)
 
 
 async def test_it_posts_the_documented_body_once(outbox: Outbox, endpoint: PlayedEndpoint) -> None:
@@ -278,31 +241,27 @@ async def test_a_claim_holds_the_lane_until_its_lease_is_over(outbox: Outbox) ->
         assert (second.event_id, second.attempt) == (first.event_id, 2)
         assert second.claim > first.claim
         # The first sender was frozen, and comes too late: only its attempt is noted.
-        assert await record(one, [_result(first, "delivered")]) == set()
+        assert await record(one, [result_of(first, "delivered")]) == set()
         assert outbox.states() == ["due", "due"]
         assert outbox.attempts() == [("delivered", 200)]
-        assert await record(two, [_result(second, "delivered")]) == {second.claim}
-        assert await record(two, [_result(second, "delivered")]) == set()
+        assert await record(two, [result_of(second, "delivered")]) == {second.claim}
+        assert await record(two, [result_of(second, "delivered")]) == set()
         assert outbox.states() == ["delivered", "due"]
         assert outbox.attempts() == [("delivered", 200), ("delivered", 200)]
 
 
-async def test_a_lane_that_went_and_came_again_takes_no_old_result(outbox: Outbox) -> None:
+async def test_a_lane_that_went_and_came_again_takes_no_oldresult_of(outbox: Outbox) -> None:
     await outbox.log(*of(A, "a").charged().facts)
     async with await outbox.database.connect("a") as own:
         (old,) = await claim_some(own, lease_s=0)
         (now,) = await claim_some(own, lease_s=10)
-        await record(own, [_result(now, "delivered")])
+        await record(own, [result_of(now, "delivered")])
         assert outbox.lanes() == []
         assert await redrive(own, [now.event_id]) == [now.event_id]
         (again,) = await claim_some(own, lease_s=10)
-        assert await record(own, [_result(old, "dead"), _result(now, "dead")]) == set()
+        assert await record(own, [result_of(old, "dead"), result_of(now, "dead")]) == set()
         assert outbox.states() == ["due"]
         assert (again.attempt, again.event_id) == (1, old.event_id)
-
-
-def _result(claimed: Claimed, state: Any) -> Result:
-    return Result(claimed, state, 0.0, True, 0.01, "delivered", 200, "", b"ok")
 
 
 async def test_a_sender_that_died_leaves_an_attempt_behind(
@@ -329,70 +288,6 @@ async def test_frozen_between_claim_and_exchange_it_sends_nothing(
         await asyncio.sleep(0.1)
     assert endpoint.bodies == []
     assert outbox.states() == ["due"]
-
-
-async def test_while_the_breaker_is_open_nothing_is_sent_or_used_up(
-    outbox: Outbox, endpoint: PlayedEndpoint
-) -> None:
-    orders = [uuid.uuid4() for _ in range(100)]
-    for o in orders:
-        await outbox.log(*of(o, str(o)).charged().facts)
-    endpoint.answer = lambda _: failed()
-    breaker = Breaker(failures_max=5, open_min_s=0.3, open_max_s=0.3)
-    async with dispatching_to(endpoint, outbox, breaker=breaker, rng=lambda: 0.999) as dispatcher:
-        await until(lambda: dispatcher.state == "open")
-        sent = len(endpoint.bodies)
-        assert sent <= dispatching.CONCURRENCY_MAX
-        used = sum(n for (n,) in outbox.rows("attempts"))
-        await until(lambda: len(endpoint.bodies) >= sent + 3)
-        probed = [body["order_id"] for body in endpoint.bodies[sent : sent + 3]]
-        assert len(set(probed)) == 3, "always the same one is probed"
-        assert sum(n for (n,) in outbox.rows("attempts")) <= max(used, sent) + 3
-        endpoint.answer = lambda _: answered(200)
-        back = time.monotonic()
-        await until(lambda: set(outbox.states()) == {"delivered"})
-        assert time.monotonic() - back < 3, "what waited was not made due"
-        assert dispatcher.state == "closed"
-
-
-async def test_an_endpoint_that_only_refuses_ends_nobodys_pause(
-    outbox: Outbox, endpoint: PlayedEndpoint
-) -> None:
-    """Each refusal would close the breaker, and all others would pay for it with an attempt."""
-    await outbox.log(*of(A, "refused").charged().facts)
-    for number in range(10):
-        await outbox.log(*of(uuid.uuid4(), str(number)).charged().facts)
-    waiting = "next_at = now() + interval '1 h', failing = true"
-    outbox.connection.execute(f"UPDATE callback_lanes SET {waiting}".encode())
-    endpoint.answer = lambda body: answered(400) if body["order_id"] == str(A) else failed()
-    breaker = Breaker(failures_max=1, open_min_s=0.01, open_max_s=0.01)
-    permit = breaker.begin(time.monotonic())
-    assert permit is not None
-    breaker.failed(permit, time.monotonic())
-    async with dispatching_to(endpoint, outbox, breaker=breaker) as dispatcher:
-        await until(lambda: dispatcher.state == "closed")
-        await asyncio.sleep(0.2)
-    paused = "SELECT count(*) FROM callback_lanes WHERE next_at > now() + interval '59 min'"
-    assert outbox.connection.execute(paused).fetchone() == (11,)
-
-
-async def test_a_probe_before_its_time_costs_the_delivery_nothing(
-    outbox: Outbox, endpoint: PlayedEndpoint
-) -> None:
-    await outbox.log(*of(A, "a").charged().facts)
-    outbox.connection.execute("UPDATE callback_lanes SET next_at = now() + interval '1 h'")
-    outbox.connection.execute("UPDATE callback_deliveries SET attempts = %s", [ATTEMPTS_MAX - 1])
-    endpoint.answer = lambda _: failed()
-    breaker = Breaker(failures_max=1, open_min_s=0.02, open_max_s=0.02)
-    permit = breaker.begin(time.monotonic())
-    assert permit is not None
-    breaker.failed(permit, time.monotonic())
-    async with dispatching_to(endpoint, outbox, breaker=breaker):
-        await until(lambda: len(outbox.attempts()) == 5)
-    assert outbox.states() == ["due"]
-    assert outbox.rows("attempts") == [(ATTEMPTS_MAX - 1,)]
-    still = "SELECT next_at > now() + interval '59 min' FROM callback_lanes"
-    assert outbox.connection.execute(still).fetchall() == [(True,)]
 
 
 async def test_on_stop_it_finishes_what_is_under_way_and_claims_nothing_more(
@@ -441,57 +336,6 @@ async def test_it_outlives_its_database(outbox: Outbox, endpoint: PlayedEndpoint
                 outbox.connection.execute(kill)
         await until(lambda: set(outbox.states()) == {"delivered"}, 20)
     assert {body["order_id"] for body in endpoint.bodies} == set(map(str, orders))
-
-
-async def test_what_was_finished_long_ago_is_pruned(
-    outbox: Outbox, endpoint: PlayedEndpoint
-) -> None:
-    for number in range(4):
-        await outbox.log(*of(uuid.uuid4(), str(number)).charged().facts)
-    async with dispatching_to(endpoint, outbox):
-        await until(lambda: set(outbox.states()) == {"delivered"})
-    events = [event for (event,) in outbox.rows("event_id")]
-    finish = (
-        "UPDATE callback_deliveries SET state = %s, finished_at = now() - %s WHERE event_id = %s"
-    )
-    for event, state, days in zip(
-        events, ("delivered", "dead", "superseded", "delivered"), (91, 91, 91, 89), strict=True
-    ):
-        outbox.connection.execute(finish, [state, timedelta(days=days), event])
-    async with await outbox.database.connect("a") as own:
-        assert await prune(own, 90, 1) == 1
-        assert await prune(own, 90, 1000) == 1
-    assert outbox.rows("event_id") == [(events[1],), (events[3],)]
-    assert len(outbox.attempts()) == 2
-
-
-async def test_it_prunes_by_itself(
-    outbox: Outbox, endpoint: PlayedEndpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatching, "PRUNE_EVERY_S", 0.05)
-    await outbox.log(*of(A, "a").charged().facts)
-    async with dispatching_to(endpoint, outbox, retention_days=1):
-        await until(lambda: outbox.states() == ["delivered"])
-        outbox.connection.execute(
-            "UPDATE callback_deliveries SET finished_at = now() - interval '25 h'"
-        )
-        await until(lambda: outbox.states() == [])
-
-
-async def test_redriven_it_has_all_its_attempts_again(
-    outbox: Outbox, endpoint: PlayedEndpoint
-) -> None:
-    await outbox.log(*of(A, "a").charged().facts)
-    endpoint.answer = lambda _: answered(410)
-    async with dispatching_to(endpoint, outbox):
-        await until(lambda: outbox.states() == ["dead"])
-        endpoint.answer = lambda _: answered(200)
-        ((event,),) = outbox.rows("event_id")
-        async with await outbox.database.connect("a") as own:
-            assert await redrive(own, [event, uuid.uuid4()]) == [event]
-        await until(lambda: outbox.states() == ["delivered"])
-    assert outbox.rows("attempts") == [(1,)]
-    assert outbox.attempts() == [("gone", 410), ("delivered", 200)]
 
 
 async def test_the_metrics_say_what_came_of_attempts(

@@ -176,7 +176,11 @@ class TestAddresses:
             endpoint_of(server.url) as endpoint,
         ):
             done = await post(endpoint)
-        assert done[:3] == (None, "forbidden_address", "plain http to an address that is not loopback or private")
+        assert done[:3] == (
+            None,
+            "forbidden_address",
+            "plain http to an address that is not loopback or private",
+        )
         assert server.connections == 0
 
     @pytest.mark.usefixtures("only_127_0_0_1_is_near")

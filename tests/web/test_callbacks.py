@@ -85,8 +85,11 @@ async def test_health_is_degraded_and_not_down_while_nobody_takes_callbacks(
         assert (answer.status_code, answer.json()["ok"]) == (200, True)
         return bool(answer.json()["callbacks"] == "degraded")
 
+    async def all_are_due() -> bool:
+        return await gauge(client, "payments_callbacks_due") == 6
+
     await until(degraded)
-    assert await gauge(client, "payments_callbacks_due") == 6
+    await until(all_are_due)
     assert await gauge(client, "payments_callbacks_oldest_age_seconds") > 0
     assert await gauge(client, 'payments_callback_breaker_state{state="closed"}') == 0
     await orders.listen()
@@ -98,6 +101,20 @@ async def test_health_is_degraded_and_not_down_while_nobody_takes_callbacks(
     await until(lambda: len(orders.requests) >= 6)
 
 
+async def test_what_was_given_up_is_counted(
+    client: httpx.AsyncClient, orders: OrderService
+) -> None:
+    orders.script(Fault("410"))
+    assert await gauge(client, "payments_callbacks_dead") == 0
+    assert (await client.post("/v1/charge", json=BODY, headers=KEYED)).status_code == 201
+
+    async def counted() -> bool:
+        return await gauge(client, "payments_callbacks_dead") == 1
+
+    await until(counted)
+    assert await gauge(client, "payments_callbacks_due") == 0
+
+
 async def test_what_is_due_for_long_degrades_a_process_that_only_answers_as_well(
     address: DatabaseAddress, settings: Settings, connection: psycopg.Connection[Any]
 ) -> None:
@@ -107,7 +124,8 @@ async def test_what_is_due_for_long_degrades_a_process_that_only_answers_as_well
     assert await service.reach_database() == "ok"
     connection.execute(
         "INSERT INTO callback_deliveries SELECT gen_random_uuid(), 1, gen_random_uuid(),"
-        " gen_random_uuid(), 2, 'SUCCESS', 1, 'INR', now(), 'due', 0, now() - interval '2 min'"
+        " gen_random_uuid(), 2, 'SUCCESS', 1, 'INR', now(), 'due', 0, now(),"
+        " now() - interval '2 min'"
     )
     assert await service.reach_database() == "degraded"
     await service.stop(1)
@@ -143,7 +161,7 @@ async def test_it_is_called_back_from_the_first_start_with_an_address_on(
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("http://8.8.8.8/callback", "public address"),
+        ("http://8.8.8.8/callback", "no loopback or private address"),
         ("http://user:canary@127.0.0.1/callback", "user name"),
     ],
 )

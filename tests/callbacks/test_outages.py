@@ -1,0 +1,148 @@
+"""The dispatcher while Order Service is away, refuses, and comes back."""
+
+import asyncio
+import time
+import uuid
+
+import pytest
+
+from payments.callbacks import dispatcher as dispatching
+from payments.callbacks.breaker import Breaker
+from payments.callbacks.retry import ATTEMPTS_MAX
+from tests.callbacks.conftest import (
+    Line,
+    PlayedEndpoint,
+    answered,
+    dispatching_to,
+    failed,
+    opened,
+)
+from tests.callbacks.outbox import Outbox, charges, of
+from tests.support import until
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("looks_often")]
+
+A, B = uuid.uuid4(), uuid.uuid4()
+
+
+async def test_while_the_breaker_is_open_nothing_is_sent_or_used_up(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    await outbox.log(*charges(uuid.uuid4() for _ in range(100)))
+    endpoint.answer = lambda _: failed()
+    breaker = Breaker(failures_max=5, open_min_s=0.3, open_max_s=0.3)
+    async with dispatching_to(endpoint, outbox, breaker=breaker, rng=lambda: 0.999) as dispatcher:
+        await until(lambda: dispatcher.state == "open")
+        sent = len(endpoint.bodies)
+        assert sent <= dispatching.CONCURRENCY_MAX
+        used = sum(n for (n,) in outbox.rows("attempts"))
+        await until(lambda: len(endpoint.bodies) >= sent + 3)
+        probed = [body["order_id"] for body in endpoint.bodies[sent : sent + 3]]
+        assert len(set(probed)) == 3, "always the same one is probed"
+        assert sum(n for (n,) in outbox.rows("attempts")) <= max(used, sent) + 3
+        endpoint.answer = lambda _: answered(200)
+        back = time.monotonic()
+        await until(lambda: set(outbox.states()) == {"delivered"})
+        assert time.monotonic() - back < 3, "what waited was not made due"
+        assert dispatcher.state == "closed"
+
+
+async def test_an_endpoint_that_only_refuses_ends_nobodys_pause(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    """Each refusal would close the breaker, and all others would pay for it with an attempt."""
+    await outbox.log(*of(A, "refused").charged().facts)
+    await outbox.log(*charges(uuid.uuid4() for _ in range(10)))
+    outbox.pause()
+    endpoint.answer = lambda body: answered(400) if body["order_id"] == str(A) else failed()
+    async with dispatching_to(endpoint, outbox, breaker=opened()) as dispatcher:
+        await until(lambda: dispatcher.state == "closed")
+        await asyncio.sleep(0.2)
+    assert outbox.paused() == 11
+
+
+async def test_a_probe_before_its_time_costs_the_delivery_nothing(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    await outbox.log(*of(A, "a").charged().facts)
+    outbox.pause(failing=False)
+    outbox.connection.execute("UPDATE callback_deliveries SET attempts = %s", [ATTEMPTS_MAX - 1])
+    endpoint.answer = lambda _: failed()
+    async with dispatching_to(endpoint, outbox, breaker=opened(0.02)):
+        await until(lambda: len(outbox.attempts()) == 5)
+    assert outbox.states() == ["due"]
+    assert outbox.rows("attempts") == [(ATTEMPTS_MAX - 1,)]
+    assert outbox.paused() == 1
+
+
+async def test_when_the_endpoint_is_back_all_pauses_end_however_many(
+    outbox: Outbox, endpoint: PlayedEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatching, "REOPEN_LANES", 3)
+    await outbox.log(*charges(uuid.uuid4() for _ in range(20)))
+    outbox.pause()
+    async with dispatching_to(endpoint, outbox, breaker=opened()):
+        await until(lambda: set(outbox.states()) == {"delivered"}, 5)
+
+
+async def test_pauses_end_at_the_first_delivery_also_when_the_probe_is_refused(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    await outbox.log(*charges(uuid.uuid4() for _ in range(20)))
+    outbox.connection.execute("UPDATE callback_lanes SET claimed_at = now()")
+    await outbox.log(*of(A, "probed first").charged().facts)
+    outbox.pause()
+    endpoint.answer = lambda body: answered(404 if body["order_id"] == str(A) else 200)
+    async with dispatching_to(endpoint, outbox, breaker=opened(), rng=lambda: 0.999) as dispatcher:
+        await until(lambda: outbox.attempts() == [("http_error", 404)])
+        assert dispatcher.state == "closed"
+        assert outbox.paused() == 21
+        await outbox.log(*of(B, "new").charged().facts)
+        await until(lambda: outbox.states().count("delivered") == 21, 5)
+    assert outbox.paused() == 0
+
+
+async def test_a_probe_that_was_not_sent_gives_its_permit_back(
+    outbox: Outbox, endpoint: PlayedEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatching, "BEGIN_WITHIN_S", -1.0)
+    await outbox.log(*of(A, "a").charged().facts)
+    async with dispatching_to(endpoint, outbox, breaker=opened()) as dispatcher:
+        await until(lambda: any(event for *_, event in outbox.lanes()))
+        await asyncio.sleep(0.1)  # until it was given up
+        monkeypatch.setattr(dispatching, "BEGIN_WITHIN_S", 4.0)
+        await outbox.log(*of(B, "b").charged().facts)
+        await until(lambda: "delivered" in outbox.states(), 3)
+        assert dispatcher.state == "closed"
+
+
+async def test_a_probe_is_sent_however_many_orders_have_nothing_to_send(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    """They are superseded, and none of them was ever tried: their turn is before the other's."""
+    await outbox.log(*of(A, "a").charged().facts)
+    outbox.connection.execute("UPDATE callback_lanes SET claimed_at = now()")
+    orders = [uuid.uuid4() for _ in range(100)]
+    await outbox.log(*(fact for o in orders for fact in of(o, str(o)).declined().facts))
+    outbox.connection.execute(
+        "INSERT INTO payments (id, merchant_order_id, status)"
+        " SELECT gen_random_uuid(), id, 'SUCCESS' FROM unnest(%s) AS id",
+        [orders],
+    )
+    async with dispatching_to(endpoint, outbox, breaker=opened()):
+        await until(lambda: "delivered" in outbox.states(), 5)
+    assert endpoint.told() == ["SUCCESS"]
+
+
+async def test_an_outage_is_told_once_and_its_end_as_well(
+    outbox: Outbox, endpoint: PlayedEndpoint, lines: list[Line]
+) -> None:
+    await outbox.log(*charges([A, B]))
+    endpoint.answer = lambda _: failed() if len(endpoint.bodies) < 10 else answered(200)
+    breaker = Breaker(failures_max=3, open_min_s=0.01, open_max_s=0.01)
+    async with dispatching_to(endpoint, outbox, breaker=breaker):
+        await until(lambda: set(outbox.states()) == {"delivered"})
+    assert lines == [
+        ("WARNING", "Order Service is away: callbacks wait for it", {"reason": "ConnectError"}),
+        ("INFO", "Order Service is back", {}),
+    ]

@@ -1,0 +1,353 @@
+"""The outbox: claims, results, sending again and pruning, without anybody who sends."""
+
+import asyncio
+import random
+import time
+import uuid
+from datetime import timedelta
+
+import pytest
+
+from payments.callbacks import dispatcher as dispatching
+from payments.callbacks.dispatcher import FAILING_MAX, _released
+from payments.callbacks.outbox import make_due, prune, record, redrive
+from payments.projections.callbacks import CallbacksProjection, backfill
+from tests.callbacks.conftest import (
+    PlayedEndpoint,
+    answered,
+    dispatching_to,
+)
+from tests.callbacks.outbox import Outbox, claim_some, of, result_of
+from tests.support import append, until
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("looks_often")]
+
+A, B = uuid.uuid4(), uuid.uuid4()
+BOTH = ("SUCCESS", "FAILED")
+
+
+async def test_a_late_result_waits_for_a_claim_that_is_being_made(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").charged().facts)
+    async with await outbox.database.connect("a") as one, await outbox.database.connect("b") as two:
+        (old,) = await claim_some(one, lease_s=0)
+        async with two.transaction():
+            assert await claim_some(two, lease_s=10)
+            late = asyncio.create_task(record(one, [result_of(old, "delivered")]))
+            await asyncio.sleep(0.2)
+            assert not late.done()
+        assert await late == set()
+    assert outbox.states() == ["due"]
+
+
+async def test_what_was_released_is_as_it_was_before_its_claim(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").charged().facts)
+    lane = "SELECT failing, in_flight, next_at > now() + interval '59 min' FROM callback_lanes"
+    async with await outbox.database.connect("a") as own:
+        for later in (False, True):
+            if later:
+                outbox.connection.execute(
+                    "UPDATE callback_lanes SET next_at = now() + interval '1 h'"
+                )
+            (claimed,) = await claim_some(own, lease_s=10, probing=later)
+            assert await record(own, [_released(claimed)]) == {claimed.claim}
+            assert outbox.connection.execute(lane).fetchall() == [(False, None, later)]
+    assert outbox.rows("state", "attempts") == [("due", 0)]
+    assert outbox.attempts() == []
+
+
+async def test_a_failed_that_comes_back_when_a_success_waits_frees_its_lane_at_once(
+    outbox: Outbox,
+) -> None:
+    await outbox.log(*of(A, "a").declined().facts)
+    async with await outbox.database.connect("a") as own:
+        (claimed,) = await claim_some(own, lease_s=10)
+        await outbox.log(*of(A, "b").charged().facts)
+        await record(
+            own,
+            [result_of(claimed, "due")._replace(delay_s=3600.0, outcome="http_error", status=500)],
+        )
+        assert outbox.states() == ["superseded", "due"]
+        assert outbox.lanes() == [(A, False, None)]
+        assert [c.status for c in await claim_some(own)] == ["SUCCESS"]
+
+
+async def test_a_refund_alone_on_record_supersedes(outbox: Outbox) -> None:
+    """Its SUCCESS was before the outbox, and the read model does not know it."""
+    charged = of(A, "a").charged()
+    await outbox.log(*charged.facts)
+    outbox.connection.execute("DELETE FROM callback_deliveries")
+    refund = charged.refunded().facts[2:]
+    await outbox.log(*refund)
+    await outbox.log(*of(A, "b").declined().facts)
+    assert outbox.rows("status", "state") == [("REFUNDED", "excluded"), ("FAILED", "superseded")]
+
+
+async def test_a_success_that_is_not_wanted_supersedes_what_waits_at_once(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").declined().facts, statuses=("FAILED",))
+    await outbox.log(*of(A, "b").charged().facts, statuses=("FAILED",))
+    assert outbox.states() == ["superseded", "excluded"]
+
+
+async def test_backfill_leaves_to_the_follower_what_is_its_own(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").charged().facts)
+    append(outbox.connection, of(B, "b").charged().facts)
+    async with await outbox.database.connect("b") as own:
+        assert (await backfill(own, CallbacksProjection(("SUCCESS",)), 1)).enqueued == 0
+    assert outbox.rows("order_id") == [(A,)]
+
+
+async def test_the_end_of_an_outage_makes_nothing_due_that_never_failed(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").charged().facts)
+    outbox.connection.execute("UPDATE callback_lanes SET next_at = now() + interval '1 h'")
+    async with await outbox.database.connect("b") as own:
+        assert await make_due(own, 10) == 0
+        outbox.connection.execute("UPDATE callback_lanes SET failing = true")
+        assert await make_due(own, 10) == 1
+
+
+async def test_after_an_outage_who_has_waited_longest_is_first(outbox: Outbox) -> None:
+    for number, o in enumerate((A, B)):
+        await outbox.log(*of(o, str(number)).charged().facts)
+    c = outbox.connection
+    c.execute("UPDATE callback_lanes SET failing = true, next_at = now() + interval '1 h'")
+    c.execute("UPDATE callback_lanes SET next_at = now() + interval '2 h' WHERE order_id = %s", [A])
+    async with await outbox.database.connect("b") as own:
+        assert await make_due(own, 10) == 2
+    rows = c.execute("SELECT order_id FROM callback_lanes ORDER BY next_at").fetchall()
+    assert rows == [(A,), (B,)]
+
+
+async def test_an_outcome_that_is_not_wanted_waits_for_its_orders_lane(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").declined().facts, statuses=("FAILED",))
+    append(outbox.connection, of(A, "b").charged().facts)
+    async with await outbox.database.connect("a") as one:
+        async with one.transaction():
+            await one.execute("SELECT FROM callback_lanes FOR UPDATE")
+            following = asyncio.create_task(outbox.follow(("FAILED",)))
+            await asyncio.sleep(0.3)
+            assert not following.done()
+        await following
+    assert outbox.states() == ["superseded", "excluded"]
+
+
+async def test_redrive_leaves_what_is_final_and_the_time_of_what_is_due(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").charged().refunded().facts, *of(A, "b").declined().facts)
+    await outbox.log(*of(B, "c").charged().facts)
+    c = outbox.connection
+    c.execute("UPDATE callback_deliveries SET due_since = now() - interval '1 d'")
+    c.execute(
+        "UPDATE callback_deliveries SET state = 'dead', finished_at = now() WHERE order_id = %s",
+        [B],
+    )
+    events = [event for (event,) in outbox.rows("event_id")]
+    async with await outbox.database.connect("b") as own:
+        assert set(await redrive(own, events)) == {events[0], events[3]}
+    recent = "due_since > now() - interval '1 h'"
+    assert outbox.rows("state", "finished_at IS NULL", recent) == [
+        ("due", True, False),
+        ("excluded", False, False),
+        ("superseded", False, False),
+        ("due", True, True),
+    ]
+
+
+async def test_what_is_redriven_while_it_is_pruned_stays(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").charged().facts)
+    outbox.connection.execute(
+        "UPDATE callback_deliveries SET state = 'delivered', finished_at = now() - interval '99 d'"
+    )
+    ((event,),) = outbox.rows("event_id")
+    async with await outbox.database.connect("a") as one, await outbox.database.connect("b") as two:
+        async with two.transaction():
+            await redrive(two, [event])
+            pruning = asyncio.create_task(prune(one, 90, 10))
+            await asyncio.sleep(0.2)
+        assert await pruning == 0
+    assert outbox.states() == ["due"]
+
+
+async def test_what_was_finished_long_ago_is_pruned(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    for number in range(4):
+        await outbox.log(*of(uuid.uuid4(), str(number)).charged().facts)
+    async with dispatching_to(endpoint, outbox):
+        await until(lambda: set(outbox.states()) == {"delivered"})
+    events = [event for (event,) in outbox.rows("event_id")]
+    finish = (
+        "UPDATE callback_deliveries SET state = %s, finished_at = now() - %s WHERE event_id = %s"
+    )
+    for event, state, days in zip(
+        events, ("delivered", "dead", "superseded", "delivered"), (91, 91, 91, 89), strict=True
+    ):
+        outbox.connection.execute(finish, [state, timedelta(days=days), event])
+    async with await outbox.database.connect("a") as own:
+        assert await prune(own, 90, 1) == 1
+        assert await prune(own, 90, 1000) == 1
+    assert outbox.rows("event_id") == [(events[1],), (events[3],)]
+    assert len(outbox.attempts()) == 2
+
+
+async def test_it_prunes_by_itself(
+    outbox: Outbox, endpoint: PlayedEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatching, "PRUNE_EVERY_S", 0.05)
+    await outbox.log(*of(A, "a").charged().facts)
+    async with dispatching_to(endpoint, outbox, retention_days=1):
+        await until(lambda: outbox.states() == ["delivered"])
+        outbox.connection.execute(
+            "UPDATE callback_deliveries SET finished_at = now() - interval '25 h'"
+        )
+        await until(lambda: outbox.states() == [])
+
+
+async def test_redriven_it_has_all_its_attempts_again(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    await outbox.log(*of(A, "a").charged().facts)
+    endpoint.answer = lambda _: answered(410)
+    async with dispatching_to(endpoint, outbox):
+        await until(lambda: outbox.states() == ["dead"])
+        endpoint.answer = lambda _: answered(200)
+        ((event,),) = outbox.rows("event_id")
+        async with await outbox.database.connect("a") as own:
+            assert await redrive(own, [event, uuid.uuid4()]) == [event]
+        await until(lambda: outbox.states() == ["delivered"])
+    assert outbox.rows("attempts") == [(1,)]
+    assert outbox.attempts() == [("gone", 410), ("delivered", 200)]
+
+
+async def test_an_order_with_thousands_of_failed_payments_keeps_nobody_waiting(
+    outbox: Outbox,
+) -> None:
+    """Each order is looked at once, not once for each of its outcomes."""
+    await outbox.log(*of(A, "paid").charged().facts)
+    outbox.connection.execute(
+        "INSERT INTO callback_deliveries (event_id, position, order_id, payment_id, sequence,"
+        " status, amount_cents, currency, occurred_at, state) SELECT gen_random_uuid(), 1000 + n, %s,"
+        " gen_random_uuid(), 2, 'FAILED', 1500, 'INR', now(), 'due' FROM generate_series(1, 5000) n",
+        [A],
+    )
+    outbox.connection.execute("ANALYZE callback_deliveries")
+    async with await outbox.database.connect("a") as own:
+        began = time.monotonic()
+        (claimed,) = await claim_some(own, lease_s=10)
+        assert await record(own, [result_of(claimed, "delivered")]) == {claimed.claim}
+        assert time.monotonic() - began < 1.0
+    assert sorted(outbox.states()) == ["delivered", *["superseded"] * 5000]
+    assert outbox.lanes() == []
+
+
+async def test_what_is_owed_nothing_leaves_no_lane(outbox: Outbox) -> None:
+    """Lanes without anything to send would have to be looked at by probes, one by one."""
+    await outbox.log(*of(A, "a").charged().facts)
+    async with await outbox.database.connect("a") as own:
+        (claimed,) = await claim_some(own, lease_s=10)
+        await record(own, [result_of(claimed, "delivered")])
+        await outbox.log(*of(A, "b").declined().facts)
+        assert outbox.states() == ["delivered", "superseded"]
+        assert outbox.lanes() == []
+        done = await backfill(own, CallbacksProjection(BOTH), 1)
+    assert (done.enqueued, outbox.lanes()) == (0, [])
+
+
+async def test_a_probe_passes_over_lanes_with_nothing_to_send(outbox: Outbox) -> None:
+    orders = sorted(uuid.uuid4() for _ in range(10))
+    await outbox.log(*(fact for o in orders for fact in of(o, str(o)).charged().facts))
+    outbox.connection.execute(
+        "UPDATE callback_deliveries SET state = 'delivered' WHERE order_id <> %s", [orders[-1]]
+    )
+    async with await outbox.database.connect("a") as own:
+        assert [each.order_id for each in await claim_some(own, probing=True)] == [orders[-1]]
+    assert [order for order, *_ in outbox.lanes()] == [orders[-1]]
+
+
+async def test_a_probe_is_one_callback(outbox: Outbox) -> None:
+    orders = [uuid.uuid4() for _ in range(3)]
+    await outbox.log(*(fact for o in orders for fact in of(o, str(o)).charged().facts))
+    async with await outbox.database.connect("a") as own:
+        probed = [(await claim_some(own, lease_s=10, probing=True))[0].order_id for _ in orders]
+        assert await claim_some(own, probing=True) == []
+    assert set(probed) == set(orders)
+
+
+async def test_what_is_backfilled_or_redriven_keeps_nothing_new_waiting(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    """It takes the places of failing orders only."""
+    late = [uuid.uuid4() for _ in range(2 * FAILING_MAX)]
+    for order_id in late:
+        append(outbox.connection, of(order_id, str(order_id)).charged().facts)
+    outbox.connection.execute(
+        "UPDATE followers SET position = (SELECT max(notification_id) FROM payment_events)"
+        " WHERE name = 'callbacks'"
+    )
+    async with await outbox.database.connect("a") as own:
+        assert (await backfill(own, CallbacksProjection(BOTH), 1)).enqueued == len(late)
+        half = [event for (event,) in outbox.rows("event_id")][:FAILING_MAX]
+        outbox.connection.execute(
+            "UPDATE callback_deliveries SET state = 'dead' WHERE event_id = ANY (%s)", [half]
+        )
+        outbox.connection.execute(
+            "DELETE FROM callback_lanes l USING callback_deliveries d"
+            " WHERE d.order_id = l.order_id AND d.state = 'dead'"
+        )
+        assert len(await redrive(own, half)) == FAILING_MAX
+    assert {failing for _, failing, _ in outbox.lanes()} == {True}
+    endpoint.held = asyncio.Event()
+    async with dispatching_to(endpoint, outbox):
+        await until(lambda: len(endpoint.under_way) == FAILING_MAX)
+        await outbox.log(*of(A, "new").charged().facts)
+        await until(lambda: str(A) in endpoint.under_way)
+        endpoint.held.set()
+        await until(lambda: set(outbox.states()) == {"delivered"}, 10)
+
+
+async def test_a_success_frees_a_lane_from_what_is_late(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").declined().facts)
+    outbox.connection.execute(
+        "UPDATE callback_lanes SET failing = true, next_at = now() + interval '1 h'"
+    )
+    await outbox.log(*of(A, "b").charged().facts)
+    assert outbox.lanes() == [(A, False, None)]
+    async with await outbox.database.connect("a") as own:
+        assert [each.status for each in await claim_some(own)] == ["SUCCESS"]
+
+
+@pytest.mark.parametrize("state", ["dead", "delivered"])
+async def test_a_failed_of_a_paid_order_is_not_redriven(outbox: Outbox, state: str) -> None:
+    finish = "UPDATE callback_deliveries SET state = %s, finished_at = now() WHERE state = 'due'"
+    for history in (of(A, "a").declined(), of(A, "b").charged()):
+        await outbox.log(*history.facts)
+        outbox.connection.execute(finish, [state])
+        outbox.connection.execute("DELETE FROM callback_lanes")
+    ((failed,), (_,)) = outbox.rows("event_id")
+    async with await outbox.database.connect("a") as own:
+        assert await redrive(own, [failed]) == []
+    assert outbox.states() == [state, state]
+    assert outbox.lanes() == []
+
+
+async def test_who_writes_and_who_sends_again_do_not_lock_each_other_out(outbox: Outbox) -> None:
+    """Both take lanes in the order of their ids, whatever the order of the log."""
+    orders = sorted((uuid.uuid4() for _ in range(100)), reverse=True)
+    events: list[uuid.UUID] = []
+    async with (
+        await outbox.database.connect("a") as one,
+        await outbox.database.connect("b") as two,
+    ):
+        for turn in range(6):
+            facts = [f for o in orders for f in of(o, f"{turn} {o}").charged().facts]
+            append(outbox.connection, facts)
+            again = (redrive(own, random.sample(events, len(events))) for own in (one, two))
+            await asyncio.gather(outbox.follow(), *again, prune(one, 1, 10))
+            events = [event for (event,) in outbox.rows("event_id")]
+    assert len(events) == 6 * len(orders)
+    assert set(outbox.states()) == {"due"}
+
+
+async def test_turns_are_those_of_the_log(outbox: Outbox) -> None:
+    orders = sorted((uuid.uuid4() for _ in range(5)), reverse=True)
+    await outbox.log(*(fact for o in orders for fact in of(o, str(o)).charged().facts))
+    turns = "SELECT order_id FROM callback_lanes ORDER BY next_at"
+    assert [order for (order,) in outbox.connection.execute(turns)] == orders
