@@ -224,8 +224,9 @@ async def test_an_order_with_thousands_of_failed_payments_keeps_nobody_waiting(
     await outbox.log(*of(A, "paid").charged().facts)
     outbox.connection.execute(
         "INSERT INTO callback_deliveries (event_id, position, order_id, payment_id, sequence,"
-        " status, amount_cents, currency, occurred_at, state) SELECT gen_random_uuid(), 1000 + n, %s,"
-        " gen_random_uuid(), 2, 'FAILED', 1500, 'INR', now(), 'due' FROM generate_series(1, 5000) n",
+        " status, amount_cents, currency, occurred_at, state)"
+        " SELECT gen_random_uuid(), 1000 + n, %s, gen_random_uuid(), 2, 'FAILED', 1500, 'INR',"
+        " now(), 'due' FROM generate_series(1, 5000) n",
         [A],
     )
     outbox.connection.execute("ANALYZE callback_deliveries")
