@@ -14,7 +14,6 @@ from tests.callbacks.conftest import (
     PlayedEndpoint,
     answered,
     dispatching_to,
-    never_opening,
 )
 from tests.callbacks.outbox import Outbox, of
 from tests.support import until
@@ -22,22 +21,6 @@ from tests.support import until
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("looks_often")]
 
 A, B = uuid.uuid4(), uuid.uuid4()
-
-
-async def test_never_more_than_64_exchanges_are_under_way(
-    outbox: Outbox, endpoint: PlayedEndpoint
-) -> None:
-    endpoint.held = asyncio.Event()
-    orders = [uuid.uuid4() for _ in range(150)]
-    await outbox.log(*(f for o in orders for f in of(o, str(o)).charged().facts))
-    async with dispatching_to(endpoint, outbox) as dispatcher:
-        await until(lambda: len(endpoint.under_way) == dispatching.CONCURRENCY_MAX)
-        for _ in range(5):
-            dispatcher.wake()
-            await asyncio.sleep(0.05)
-        assert len(endpoint.under_way) == dispatching.CONCURRENCY_MAX
-        endpoint.held.set()
-        await until(lambda: set(outbox.states()) == {"delivered"})
 
 
 async def test_a_result_that_comes_while_others_are_recorded_is_not_lost(
@@ -154,16 +137,3 @@ async def test_a_callback_that_dies_is_told(
         "attempts": 1,
         "reason": "410",
     }
-
-
-async def test_a_full_claim_is_followed_by_the_next_at_once(
-    outbox: Outbox, endpoint: PlayedEndpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatching, "POLL_S", 60.0)
-    endpoint.held = asyncio.Event()
-    orders = [uuid.uuid4() for _ in range(dispatching.CONCURRENCY_MAX)]
-    await outbox.log(*(fact for o in orders for fact in of(o, str(o)).charged().facts))
-    async with dispatching_to(endpoint, outbox, breaker=never_opening()):
-        await until(lambda: len(endpoint.under_way) == dispatching.CONCURRENCY_MAX)
-        endpoint.held.set()
-        await until(lambda: set(outbox.states()) == {"delivered"})

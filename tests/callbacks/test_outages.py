@@ -146,3 +146,20 @@ async def test_an_outage_is_told_once_and_its_end_as_well(
         ("WARNING", "Order Service is away: callbacks wait for it", {"reason": "ConnectError"}),
         ("INFO", "Order Service is back", {}),
     ]
+
+
+async def test_refusals_with_deliveries_between_are_not_told(
+    outbox: Outbox, endpoint: PlayedEndpoint, lines: list[Line]
+) -> None:
+    """A few that are refused are a matter of theirs; many in a row, of Order Service."""
+    refused_first = dispatching.REFUSED_MAX - 1
+    endpoint.answer = lambda body: answered(
+        404 if len(endpoint.told(uuid.UUID(body["order_id"]))) <= refused_first else 200
+    )
+    async with dispatching_to(endpoint, outbox) as dispatcher:
+        for order_id in (A, B):
+            await outbox.log(*of(order_id, str(order_id)).charged().facts)
+            dispatcher.wake()
+            await until(lambda: set(outbox.states()) == {"delivered"})
+    assert len(endpoint.bodies) == 2 * (refused_first + 1)
+    assert lines == []

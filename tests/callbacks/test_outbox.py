@@ -1,8 +1,6 @@
 """The outbox: claims, results, sending again and pruning, without anybody who sends."""
 
 import asyncio
-import random
-import time
 import uuid
 from datetime import timedelta
 
@@ -217,28 +215,6 @@ async def test_redriven_it_has_all_its_attempts_again(
     assert outbox.attempts() == [("gone", 410), ("delivered", 200)]
 
 
-async def test_an_order_with_thousands_of_failed_payments_keeps_nobody_waiting(
-    outbox: Outbox,
-) -> None:
-    """Each order is looked at once, not once for each of its outcomes."""
-    await outbox.log(*of(A, "paid").charged().facts)
-    outbox.connection.execute(
-        "INSERT INTO callback_deliveries (event_id, position, order_id, payment_id, sequence,"
-        " status, amount_cents, currency, occurred_at, state)"
-        " SELECT gen_random_uuid(), 1000 + n, %s, gen_random_uuid(), 2, 'FAILED', 1500, 'INR',"
-        " now(), 'due' FROM generate_series(1, 5000) n",
-        [A],
-    )
-    outbox.connection.execute("ANALYZE callback_deliveries")
-    async with await outbox.database.connect("a") as own:
-        began = time.monotonic()
-        (claimed,) = await claim_some(own, lease_s=10)
-        assert await record(own, [result_of(claimed, "delivered")]) == {claimed.claim}
-        assert time.monotonic() - began < 1.0
-    assert sorted(outbox.states()) == ["delivered", *["superseded"] * 5000]
-    assert outbox.lanes() == []
-
-
 async def test_what_is_owed_nothing_leaves_no_lane(outbox: Outbox) -> None:
     """Lanes without anything to send would have to be looked at by probes, one by one."""
     await outbox.log(*of(A, "a").charged().facts)
@@ -304,17 +280,6 @@ async def test_what_is_backfilled_or_redriven_keeps_nothing_new_waiting(
         await until(lambda: set(outbox.states()) == {"delivered"}, 10)
 
 
-async def test_a_success_frees_a_lane_from_what_is_late(outbox: Outbox) -> None:
-    await outbox.log(*of(A, "a").declined().facts)
-    outbox.connection.execute(
-        "UPDATE callback_lanes SET failing = true, next_at = now() + interval '1 h'"
-    )
-    await outbox.log(*of(A, "b").charged().facts)
-    assert outbox.lanes() == [(A, False, None)]
-    async with await outbox.database.connect("a") as own:
-        assert [each.status for each in await claim_some(own)] == ["SUCCESS"]
-
-
 @pytest.mark.parametrize("state", ["dead", "delivered"])
 async def test_a_failed_of_a_paid_order_is_not_redriven(outbox: Outbox, state: str) -> None:
     finish = "UPDATE callback_deliveries SET state = %s, finished_at = now() WHERE state = 'due'"
@@ -327,28 +292,3 @@ async def test_a_failed_of_a_paid_order_is_not_redriven(outbox: Outbox, state: s
         assert await redrive(own, [failed]) == []
     assert outbox.states() == [state, state]
     assert outbox.lanes() == []
-
-
-async def test_who_writes_and_who_sends_again_do_not_lock_each_other_out(outbox: Outbox) -> None:
-    """Both take lanes in the order of their ids, whatever the order of the log."""
-    orders = sorted((uuid.uuid4() for _ in range(100)), reverse=True)
-    events: list[uuid.UUID] = []
-    async with (
-        await outbox.database.connect("a") as one,
-        await outbox.database.connect("b") as two,
-    ):
-        for turn in range(6):
-            facts = [f for o in orders for f in of(o, f"{turn} {o}").charged().facts]
-            append(outbox.connection, facts)
-            again = (redrive(own, random.sample(events, len(events))) for own in (one, two))
-            await asyncio.gather(outbox.follow(), *again, prune(one, 1, 10))
-            events = [event for (event,) in outbox.rows("event_id")]
-    assert len(events) == 6 * len(orders)
-    assert set(outbox.states()) == {"due"}
-
-
-async def test_turns_are_those_of_the_log(outbox: Outbox) -> None:
-    orders = sorted((uuid.uuid4() for _ in range(5)), reverse=True)
-    await outbox.log(*(fact for o in orders for fact in of(o, str(o)).charged().facts))
-    turns = "SELECT order_id FROM callback_lanes ORDER BY next_at"
-    assert [order for (order,) in outbox.connection.execute(turns)] == orders

@@ -11,17 +11,12 @@ from payments.events.facts import Fact
 from payments.projections.callbacks import CallbacksProjection, backfill, begin_at_the_end
 from payments.projections.follower import Follower
 from payments.telemetry import Telemetry
-from tests.callbacks.outbox import Outbox
+from tests.callbacks.outbox import ALL, Outbox, charges, claim_some, of
 from tests.support import History, append, append_stored, histories, stored_event
 
 pytestmark = pytest.mark.anyio
 
-ALL = ("SUCCESS", "FAILED", "REFUNDED")
 A, B = uuid.uuid4(), uuid.uuid4()
-
-
-def of(order_id: uuid.UUID, key: str) -> History:
-    return History(key, order_id=order_id)
 
 
 @pytest.fixture
@@ -129,6 +124,29 @@ async def test_a_success_makes_an_order_that_waits_for_a_retry_due_at_once(
     assert outbox.connection.execute(waiting).fetchall() == [(False,)]
 
 
+async def test_a_success_takes_no_order_back_in_the_queue(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").declined().facts)
+    outbox.connection.execute("UPDATE callback_lanes SET next_at = now() - interval '1 min'")
+    await outbox.log(*of(B, "b").declined().facts)
+    await outbox.log(*of(A, "c").charged().facts)
+    assert outbox.turns() == [A, B]
+    waiting = "SELECT next_at < now() - interval '50 s' FROM callback_lanes ORDER BY next_at"
+    assert outbox.connection.execute(waiting).fetchall() == [(True,), (False,)]
+
+
+async def test_what_is_written_together_has_its_turns_in_the_order_of_the_log(
+    outbox: Outbox,
+) -> None:
+    """An order's turn is that of its first outcome; the ids of orders are in no order."""
+    orders = [uuid.uuid4() for _ in range(50)]
+    again = (of(order_id, f"{order_id} again").declined() for order_id in reversed(orders))
+    await outbox.log(*charges(orders), *(fact for history in again for fact in history.facts))
+    assert outbox.turns() == orders
+    async with await outbox.database.connect("a") as own:
+        claims = await claim_some(own, lease_s=10)
+    assert {claimed.order_id for claimed in claims} == set(orders[:10])
+
+
 async def test_a_delivery_in_flight_is_left_to_its_sender(outbox: Outbox) -> None:
     await outbox.log(*of(A, "a").declined().facts)
     outbox.connection.execute(
@@ -200,6 +218,29 @@ async def test_backfill_from_the_middle_leaves_out_what_is_before(
     async with await database.connect("backfill") as own:
         assert (await backfill(own, CallbacksProjection(ALL), 3)).enqueued == 1
     assert Outbox(database, connection).rows("order_id") == [(B,)]
+
+
+async def test_backfill_of_what_is_known_changes_nothing(outbox: Outbox) -> None:
+    """It leaves no empty lanes, each of which would take a turn before new callbacks."""
+    await outbox.log(*charges(uuid.uuid4() for _ in range(20)))
+    outbox.finish("delivered")
+    await outbox.log(*of(A, "new").charged().facts)
+    lane = "SELECT * FROM callback_lanes"
+    before = outbox.connection.execute(lane).fetchall()
+    async with await outbox.database.connect("backfill") as own:
+        assert await backfill(own, CallbacksProjection(ALL), 1) == (0, [])
+    assert outbox.connection.execute(lane).fetchall() == before
+
+
+async def test_what_backfill_adds_is_late_until_a_success_comes(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").declined().facts, *of(B, "b").declined().facts)
+    outbox.connection.execute("DELETE FROM callback_deliveries")
+    outbox.connection.execute("DELETE FROM callback_lanes")
+    async with await outbox.database.connect("backfill") as own:
+        assert await backfill(own, CallbacksProjection(ALL), 1) == (2, [])
+    assert {failing for _, failing, _ in outbox.lanes()} == {True}
+    await outbox.log(*of(A, "c").charged().facts)
+    assert set(outbox.lanes()) == {(A, False, None), (B, True, None)}
 
 
 async def test_it_tells_when_a_batch_is_committed(outbox: Outbox) -> None:
