@@ -97,10 +97,6 @@ async def dispatching_to(
         await dispatcher.stop(2)
 
 
-def never_opening() -> Breaker:
-    return Breaker(failures_max=10_000)
-
-
 def opened(open_s: float = 0.01) -> Breaker:
     """Open for so long, and then half open."""
     breaker = Breaker(failures_max=1, open_min_s=open_s, open_max_s=open_s)

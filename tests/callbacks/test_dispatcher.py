@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from payments.callbacks import dispatcher as dispatching
+from payments.callbacks.breaker import Breaker
 from payments.callbacks.dispatcher import Dispatcher
 from payments.callbacks.endpoint import Exchange
 from payments.callbacks.outbox import make_due, record, redrive
@@ -17,7 +18,6 @@ from tests.callbacks.conftest import (
     answered,
     dispatching_to,
     failed,
-    never_opening,
 )
 from tests.callbacks.outbox import Outbox, claim_some, of, result_of
 from tests.support import until
@@ -26,6 +26,10 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("looks_often")]
 
 A, B = uuid.uuid4(), uuid.uuid4()
 Make = Callable[..., Dispatcher]
+
+
+def never_opening() -> Breaker:
+    return Breaker(failures_max=10_000)
 
 
 async def test_it_posts_the_documented_body_once(outbox: Outbox, endpoint: PlayedEndpoint) -> None:

@@ -1,4 +1,4 @@
-"""The outbox: claims, results, sending again and pruning, without anybody who sends."""
+"""The outbox: claims, results, sending again and pruning."""
 
 import asyncio
 import uuid
@@ -15,13 +15,12 @@ from tests.callbacks.conftest import (
     answered,
     dispatching_to,
 )
-from tests.callbacks.outbox import Outbox, claim_some, of, result_of
+from tests.callbacks.outbox import SENT, Outbox, charges, claim_some, of, result_of
 from tests.support import append, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("looks_often")]
 
 A, B = uuid.uuid4(), uuid.uuid4()
-BOTH = ("SUCCESS", "FAILED")
 
 
 async def test_a_late_result_waits_for_a_claim_that_is_being_made(outbox: Outbox) -> None:
@@ -43,9 +42,7 @@ async def test_what_was_released_is_as_it_was_before_its_claim(outbox: Outbox) -
     async with await outbox.database.connect("a") as own:
         for later in (False, True):
             if later:
-                outbox.connection.execute(
-                    "UPDATE callback_lanes SET next_at = now() + interval '1 h'"
-                )
+                outbox.pause(failing=False)
             (claimed,) = await claim_some(own, lease_s=10, probing=later)
             assert await record(own, [_released(claimed)]) == {claimed.claim}
             assert outbox.connection.execute(lane).fetchall() == [(False, None, later)]
@@ -96,23 +93,22 @@ async def test_backfill_leaves_to_the_follower_what_is_its_own(outbox: Outbox) -
 
 async def test_the_end_of_an_outage_makes_nothing_due_that_never_failed(outbox: Outbox) -> None:
     await outbox.log(*of(A, "a").charged().facts)
-    outbox.connection.execute("UPDATE callback_lanes SET next_at = now() + interval '1 h'")
+    outbox.pause(failing=False)
     async with await outbox.database.connect("b") as own:
         assert await make_due(own, 10) == 0
-        outbox.connection.execute("UPDATE callback_lanes SET failing = true")
+        outbox.pause()
         assert await make_due(own, 10) == 1
 
 
 async def test_after_an_outage_who_has_waited_longest_is_first(outbox: Outbox) -> None:
-    for number, o in enumerate((A, B)):
-        await outbox.log(*of(o, str(number)).charged().facts)
-    c = outbox.connection
-    c.execute("UPDATE callback_lanes SET failing = true, next_at = now() + interval '1 h'")
-    c.execute("UPDATE callback_lanes SET next_at = now() + interval '2 h' WHERE order_id = %s", [A])
+    for order_id in (A, B):
+        await outbox.log(*charges([order_id]))
+    outbox.pause()
+    later = "UPDATE callback_lanes SET next_at = now() + interval '2 h' WHERE order_id = %s"
+    outbox.connection.execute(later, [A])
     async with await outbox.database.connect("b") as own:
         assert await make_due(own, 10) == 2
-    rows = c.execute("SELECT order_id FROM callback_lanes ORDER BY next_at").fetchall()
-    assert rows == [(A,), (B,)]
+    assert outbox.turns() == [A, B]
 
 
 async def test_an_outcome_that_is_not_wanted_waits_for_its_orders_lane(outbox: Outbox) -> None:
@@ -137,7 +133,7 @@ async def test_redrive_leaves_what_is_final_and_the_time_of_what_is_due(outbox: 
         "UPDATE callback_deliveries SET state = 'dead', finished_at = now() WHERE order_id = %s",
         [B],
     )
-    events = [event for (event,) in outbox.rows("event_id")]
+    events = outbox.events()
     async with await outbox.database.connect("b") as own:
         assert set(await redrive(own, events)) == {events[0], events[3]}
     recent = "due_since > now() - interval '1 h'"
@@ -149,21 +145,6 @@ async def test_redrive_leaves_what_is_final_and_the_time_of_what_is_due(outbox: 
     ]
 
 
-async def test_what_is_redriven_while_it_is_pruned_stays(outbox: Outbox) -> None:
-    await outbox.log(*of(A, "a").charged().facts)
-    outbox.connection.execute(
-        "UPDATE callback_deliveries SET state = 'delivered', finished_at = now() - interval '99 d'"
-    )
-    ((event,),) = outbox.rows("event_id")
-    async with await outbox.database.connect("a") as one, await outbox.database.connect("b") as two:
-        async with two.transaction():
-            await redrive(two, [event])
-            pruning = asyncio.create_task(prune(one, 90, 10))
-            await asyncio.sleep(0.2)
-        assert await pruning == 0
-    assert outbox.states() == ["due"]
-
-
 async def test_what_was_finished_long_ago_is_pruned(
     outbox: Outbox, endpoint: PlayedEndpoint
 ) -> None:
@@ -171,7 +152,7 @@ async def test_what_was_finished_long_ago_is_pruned(
         await outbox.log(*of(uuid.uuid4(), str(number)).charged().facts)
     async with dispatching_to(endpoint, outbox):
         await until(lambda: set(outbox.states()) == {"delivered"})
-    events = [event for (event,) in outbox.rows("event_id")]
+    events = outbox.events()
     finish = (
         "UPDATE callback_deliveries SET state = %s, finished_at = now() - %s WHERE event_id = %s"
     )
@@ -215,22 +196,9 @@ async def test_redriven_it_has_all_its_attempts_again(
     assert outbox.attempts() == [("gone", 410), ("delivered", 200)]
 
 
-async def test_what_is_owed_nothing_leaves_no_lane(outbox: Outbox) -> None:
-    """Lanes without anything to send would have to be looked at by probes, one by one."""
-    await outbox.log(*of(A, "a").charged().facts)
-    async with await outbox.database.connect("a") as own:
-        (claimed,) = await claim_some(own, lease_s=10)
-        await record(own, [result_of(claimed, "delivered")])
-        await outbox.log(*of(A, "b").declined().facts)
-        assert outbox.states() == ["delivered", "superseded"]
-        assert outbox.lanes() == []
-        done = await backfill(own, CallbacksProjection(BOTH), 1)
-    assert (done.enqueued, outbox.lanes()) == (0, [])
-
-
 async def test_a_probe_passes_over_lanes_with_nothing_to_send(outbox: Outbox) -> None:
     orders = sorted(uuid.uuid4() for _ in range(10))
-    await outbox.log(*(fact for o in orders for fact in of(o, str(o)).charged().facts))
+    await outbox.log(*charges(orders))
     outbox.connection.execute(
         "UPDATE callback_deliveries SET state = 'delivered' WHERE order_id <> %s", [orders[-1]]
     )
@@ -241,7 +209,7 @@ async def test_a_probe_passes_over_lanes_with_nothing_to_send(outbox: Outbox) ->
 
 async def test_a_probe_is_one_callback(outbox: Outbox) -> None:
     orders = [uuid.uuid4() for _ in range(3)]
-    await outbox.log(*(fact for o in orders for fact in of(o, str(o)).charged().facts))
+    await outbox.log(*charges(orders))
     async with await outbox.database.connect("a") as own:
         probed = [(await claim_some(own, lease_s=10, probing=True))[0].order_id for _ in orders]
         assert await claim_some(own, probing=True) == []
@@ -253,15 +221,14 @@ async def test_what_is_backfilled_or_redriven_keeps_nothing_new_waiting(
 ) -> None:
     """It takes the places of failing orders only."""
     late = [uuid.uuid4() for _ in range(2 * FAILING_MAX)]
-    for order_id in late:
-        append(outbox.connection, of(order_id, str(order_id)).charged().facts)
+    append(outbox.connection, charges(late))
     outbox.connection.execute(
         "UPDATE followers SET position = (SELECT max(notification_id) FROM payment_events)"
         " WHERE name = 'callbacks'"
     )
     async with await outbox.database.connect("a") as own:
-        assert (await backfill(own, CallbacksProjection(BOTH), 1)).enqueued == len(late)
-        half = [event for (event,) in outbox.rows("event_id")][:FAILING_MAX]
+        assert (await backfill(own, CallbacksProjection(SENT), 1)).enqueued == len(late)
+        half = outbox.events()[:FAILING_MAX]
         outbox.connection.execute(
             "UPDATE callback_deliveries SET state = 'dead' WHERE event_id = ANY (%s)", [half]
         )
@@ -282,12 +249,10 @@ async def test_what_is_backfilled_or_redriven_keeps_nothing_new_waiting(
 
 @pytest.mark.parametrize("state", ["dead", "delivered"])
 async def test_a_failed_of_a_paid_order_is_not_redriven(outbox: Outbox, state: str) -> None:
-    finish = "UPDATE callback_deliveries SET state = %s, finished_at = now() WHERE state = 'due'"
     for history in (of(A, "a").declined(), of(A, "b").charged()):
         await outbox.log(*history.facts)
-        outbox.connection.execute(finish, [state])
-        outbox.connection.execute("DELETE FROM callback_lanes")
-    ((failed,), (_,)) = outbox.rows("event_id")
+        outbox.finish(state)
+    failed, _ = outbox.events()
     async with await outbox.database.connect("a") as own:
         assert await redrive(own, [failed]) == []
     assert outbox.states() == [state, state]

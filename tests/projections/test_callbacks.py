@@ -232,6 +232,24 @@ async def test_backfill_of_what_is_known_changes_nothing(outbox: Outbox) -> None
     assert outbox.connection.execute(lane).fetchall() == before
 
 
+async def test_backfill_of_what_is_known_ends_nobodys_pause(outbox: Outbox) -> None:
+    await outbox.log(*charges([A]))
+    outbox.pause()
+    async with await outbox.database.connect("backfill") as own:
+        assert await backfill(own, CallbacksProjection(ALL), 1) == (0, [])
+    assert outbox.lanes() == [(A, True, None)]
+    assert outbox.paused() == 1
+
+
+async def test_a_refund_does_not_end_the_pause_of_its_payments_success(outbox: Outbox) -> None:
+    charged = of(A, "a").charged()
+    await outbox.log(*charged.facts)
+    outbox.pause()
+    await outbox.log(*charged.refunded().facts[2:], statuses=ALL)
+    assert outbox.states() == ["due", "due"]
+    assert (outbox.lanes(), outbox.paused()) == ([(A, True, None)], 1)
+
+
 async def test_what_backfill_adds_is_late_until_a_success_comes(outbox: Outbox) -> None:
     await outbox.log(*of(A, "a").declined().facts, *of(B, "b").declined().facts)
     outbox.connection.execute("DELETE FROM callback_deliveries")

@@ -32,7 +32,7 @@ RETURNING position
 """
 
 # Locks the lanes first, in the order of their ids; their turns are in that of the log. Behind a
-# SUCCESS nobody waits for a FAILED.
+# SUCCESS nobody waits for a FAILED that is tried again; an order without one keeps its pause.
 OPEN_LANES = """
 INSERT INTO callback_lanes AS l (order_id, next_at, failing)
 SELECT id, now() + place * interval '1 microsecond', %(late)b
@@ -41,7 +41,10 @@ SELECT id, now() + place * interval '1 microsecond', %(late)b
    SET (next_at, failing) = (
        SELECT CASE WHEN freed THEN least(l.next_at, clock_timestamp()) ELSE l.next_at END,
               l.failing AND NOT freed
-         FROM (SELECT l.in_flight IS NULL AND l.order_id = ANY (%(paid)b::uuid[])) AS lane (freed))
+         FROM (SELECT l.in_flight IS NULL AND l.order_id = ANY (%(paid)b::uuid[])
+                  AND EXISTS (SELECT FROM callback_deliveries d
+                               WHERE d.order_id = l.order_id AND d.state = 'due'
+                                 AND d.status = 'FAILED')) AS lane (freed))
 """
 
 POSITION = """
