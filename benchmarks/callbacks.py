@@ -90,7 +90,7 @@ class Callbacks(Part):
         await database.open()
         dispatcher = build_dispatcher(settings, database, Telemetry())
         assert dispatcher is not None
-        _, follower = build_followers(settings, database, Telemetry(), dispatcher.wake)
+        *_, follower = build_followers(settings, database, Telemetry(), dispatcher.wake)
         started = time.perf_counter()
         await dispatcher.start()
         follower.start()

@@ -97,7 +97,7 @@ def _refund(payment: Payment, cause: Cause) -> list[Fact]:
 
 async def project(address: DatabaseAddress, events: int = 1 << 62) -> list[tuple[int, float]]:
     """Runs the projector until it has applied `events`, or all; (events, seconds) of each batch."""
-    (follower,) = build_followers(Settings(), Database(address, 1), Telemetry())
+    follower, *_ = build_followers(Settings(), Database(address, 1), Telemetry())
     batches = []
     done = 0
     while done < events:

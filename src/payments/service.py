@@ -27,6 +27,8 @@ from payments.migrations import check_migrated, migrate
 from payments.projections.callbacks import CallbacksProjection, begin_at_the_end
 from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection
+from payments.projections.seals import BATCH_MAX as SEALS_MAX
+from payments.projections.seals import SealsProjection
 from payments.queries.callbacks import backlog, oldest_age_s
 from payments.queries.followers import follower_states, unsettled_payments
 from payments.queries.lookups import PaymentLookups
@@ -184,7 +186,10 @@ def build_followers(
     written something.
     """
     payments = PaymentsProjection(settle_after_s=settings.charge_deadline_s)
-    followers = [Follower(database.connect, payments, telemetry)]
+    followers = [
+        Follower(database.connect, payments, telemetry),
+        Follower(database.connect, SealsProjection(), telemetry, SEALS_MAX, listens=False),
+    ]
     if settings.order_callback_url is not None:
         callbacks = CallbacksProjection(settings.order_callback_statuses)
         followers.append(Follower(database.connect, callbacks, telemetry, applied=outbox_applied))

@@ -6,7 +6,7 @@ from uuid import UUID
 
 import psycopg
 
-from payments.projections.follower import RecordedEvent
+from payments.events.chain import LogEntry
 
 # `counted` says how often each event was applied, `applied` in which order.
 SCHEMA = """
@@ -36,13 +36,13 @@ class Counting:
     def __init__(
         self,
         *,
-        poison: Callable[[RecordedEvent], None] | None = None,
+        poison: Callable[[LogEntry], None] | None = None,
         step: Callable[[Connection, Place], Awaitable[None]] | None = None,
     ) -> None:
         self.poison = poison
         self.step = step
 
-    async def apply(self, connection: Connection, events: Sequence[RecordedEvent]) -> None:
+    async def apply(self, connection: Connection, events: Sequence[LogEntry]) -> None:
         if self.poison is not None:
             for event in events:
                 self.poison(event)

@@ -16,10 +16,11 @@ import pytest
 from eventsourcing.persistence import StoredEvent
 
 from payments.database import Database, DatabaseAddress
+from payments.events.chain import LogEntry
 from payments.events.facts import Fact
 from payments.events.store import to_stored_event
 from payments.projections import follower as follower_module
-from payments.projections.follower import Follower, Projection, RecordedEvent
+from payments.projections.follower import Follower, Projection
 from payments.projections.payments import PaymentsProjection
 from payments.telemetry import Telemetry
 from tests.invariants.checker import check
@@ -60,7 +61,7 @@ class Payments(PaymentsProjection):
 
     def __init__(
         self,
-        before: Callable[[RecordedEvent], None] | None = None,
+        before: Callable[[LogEntry], None] | None = None,
         after: Callable[[Connection], Awaitable[None]] | None = None,
     ) -> None:
         super().__init__(settle_after_s=7)
@@ -308,7 +309,7 @@ def handled_with_a_bug(_: History) -> StoredEvent:
 BUGGY = History("a bug").id
 
 
-def bug(event: RecordedEvent) -> None:
+def bug(event: LogEntry) -> None:
     if event.payment_id == BUGGY:
         raise KeyError("secret-key \0")
 
@@ -364,7 +365,7 @@ async def test_several_poisoned_streams_in_one_batch(
         events.append(stored_event(event.originator_id, 2))
     poisoned = {event.originator_id for event in events[:100:7]}
 
-    def poison(event: RecordedEvent) -> None:
+    def poison(event: LogEntry) -> None:
         if event.payment_id in poisoned:
             raise ValueError("poison")
 
@@ -449,7 +450,7 @@ class Poison:
     def __init__(self, *streams: uuid.UUID) -> None:
         self.streams = set(streams)
 
-    def __call__(self, event: RecordedEvent) -> None:
+    def __call__(self, event: LogEntry) -> None:
         if event.payment_id in self.streams:
             raise ValueError("poison")
 

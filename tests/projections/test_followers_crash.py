@@ -14,7 +14,8 @@ import psycopg
 import pytest
 
 from payments.database import Database, DatabaseAddress, connect
-from payments.projections.follower import Follower, RecordedEvent
+from payments.events.chain import LogEntry
+from payments.projections.follower import Follower
 from payments.telemetry import Telemetry
 from tests.projections.counting import SCHEMA, Connection, Counting, Place, applied, position
 from tests.support import append_stored, stored_event, until
@@ -29,7 +30,7 @@ CRASH_SHARE = 0.05
 EVENTS, WRITERS, STREAM_LENGTH = 20_000, 4, 5
 PROCESSES, EVENTS_EACH = 8, 300
 
-Poison = Callable[[RecordedEvent], None]
+Poison = Callable[[LogEntry], None]
 Start = Callable[..., Awaitable["Crew"]]
 
 
@@ -133,7 +134,7 @@ async def test_parked_streams_lose_nothing_either(
     """One stream in twenty is poison for a while, and taken up again while the others go on."""
     mended: set[uuid.UUID] = set()
 
-    def poison(event: RecordedEvent) -> None:
+    def poison(event: LogEntry) -> None:
         if event.payment_id.int % 20 == 0 and event.payment_id not in mended:
             raise ValueError("poison")
 

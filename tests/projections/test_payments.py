@@ -9,9 +9,9 @@ import psycopg
 import pytest
 
 from payments.database import Database
+from payments.events.chain import LogEntry
 from payments.events.facts import Fact
 from payments.events.store import READ_LOG
-from payments.projections.follower import RecordedEvent
 from payments.projections.payments import PaymentsProjection
 from tests.invariants.checker import TABLES, check
 from tests.support import ORDER_ID, History, append, follow, histories
@@ -69,16 +69,12 @@ async def working(database: Database) -> AsyncIterator[psycopg.AsyncConnection[A
     await opened.close()
 
 
-async def log_after(
-    connection: psycopg.AsyncConnection[Any], position: int = 0
-) -> list[RecordedEvent]:
+async def log_after(connection: psycopg.AsyncConnection[Any], position: int = 0) -> list[LogEntry]:
     cursor = await connection.execute(READ_LOG, [position, 10_000])
-    return [RecordedEvent(*row) for row in await cursor.fetchall()]
+    return [LogEntry(*row) for row in await cursor.fetchall()]
 
 
-async def apply(
-    connection: psycopg.AsyncConnection[Any], *batches: Sequence[RecordedEvent]
-) -> None:
+async def apply(connection: psycopg.AsyncConnection[Any], *batches: Sequence[LogEntry]) -> None:
     projection = PaymentsProjection(SETTLE_AFTER_S)
     for batch in batches:
         await projection.apply(connection, batch)

@@ -33,7 +33,7 @@ _encoder = msgspec.json.Encoder()
 
 
 class LogEntry(NamedTuple):
-    """A row of the log, all of it; `state` as it was stored."""
+    """A row of the log, all of it: an event with its place; `state` as it was stored."""
 
     position: int
     payment_id: UUID

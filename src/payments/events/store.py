@@ -53,13 +53,13 @@ SELECT uuid_send(originator_id), originator_version, topic, state
 
 # The log after a position, in order.
 READ_LOG = """
-SELECT notification_id, originator_id, originator_version, topic, state
+SELECT notification_id, originator_id, originator_version, topic, state, recorded_at
   FROM payment_events WHERE notification_id > %s ORDER BY notification_id LIMIT %s
 """
 
 # Of one stream the part between two positions, both included.
 READ_STREAM_PART = """
-SELECT notification_id, originator_id, originator_version, topic, state
+SELECT notification_id, originator_id, originator_version, topic, state, recorded_at
   FROM payment_events
  WHERE originator_id = %s AND notification_id BETWEEN %s AND %s ORDER BY originator_version
 """

@@ -11,6 +11,7 @@ import psycopg
 
 from payments.database import Database
 from payments.events.arrays import bigints, integers, texts, timestamps, uuids
+from payments.events.chain import LogEntry
 from payments.events.facts import (
     FACTS,
     PaymentCharged,
@@ -19,7 +20,7 @@ from payments.events.facts import (
     UndecodableEvent,
 )
 from payments.events.store import READ_LOG, fact_at
-from payments.projections.follower import RecordedEvent, read_events
+from payments.projections.follower import read_events
 
 BACKFILL_EVENTS = 1000  # in one transaction
 
@@ -91,7 +92,7 @@ class CallbacksProjection:
         self._statuses = frozenset(statuses)
 
     async def apply(
-        self, connection: psycopg.AsyncConnection[Any], events: Sequence[RecordedEvent]
+        self, connection: psycopg.AsyncConnection[Any], events: Sequence[LogEntry]
     ) -> None:
         """Raises UndecodableEvent for the whole batch: it might have been an outcome."""
         await self.enqueue(connection, events)
@@ -99,7 +100,7 @@ class CallbacksProjection:
     async def enqueue(
         self,
         connection: psycopg.AsyncConnection[Any],
-        events: Sequence[RecordedEvent],
+        events: Sequence[LogEntry],
         *,
         late: bool = False,
     ) -> int:
@@ -172,7 +173,7 @@ async def backfill(
     return Backfilled(enqueued, unreadable)
 
 
-def _owed(event: RecordedEvent) -> _Owed | None:
+def _owed(event: LogEntry) -> _Owed | None:
     """What an event means to Order Service; most mean nothing."""
     match event.topic:
         case PaymentCharged.TOPIC:
@@ -185,7 +186,7 @@ def _owed(event: RecordedEvent) -> _Owed | None:
             return None
         case topic:
             raise UndecodableEvent(f"unknown topic {topic!r}")
-    fact = fact_at(*event[1:])
+    fact = fact_at(*event[1:5])
     assert isinstance(fact, Outcome)
     if isinstance(fact, PaymentRefunded) and fact.refunded_cents < fact.captured_cents:
         return None  # the payment stays a SUCCESS

@@ -19,6 +19,7 @@ import psycopg
 from loguru import logger
 
 from payments.database import cut_after
+from payments.events.chain import LogEntry
 from payments.events.facts import UndecodableEvent
 from payments.events.store import READ_LOG, READ_STREAM_PART
 from payments.payment import UnexpectedEvent
@@ -75,23 +76,13 @@ DELETE FROM parked_streams WHERE follower = %s AND payment_id = %s
 """
 
 
-class RecordedEvent(NamedTuple):
-    """A row of the log, its state as it was stored."""
-
-    position: int
-    payment_id: UUID
-    version: int
-    topic: str
-    state: bytes
-
-
 class Projection(Protocol):
     """What a follower keeps up to date. Its name is that of its row in `followers`."""
 
     name: str
 
     async def apply(
-        self, connection: psycopg.AsyncConnection[Any], events: Sequence[RecordedEvent]
+        self, connection: psycopg.AsyncConnection[Any], events: Sequence[LogEntry]
     ) -> None:
         """Writes what these events mean, within the follower's transaction.
 
@@ -121,14 +112,17 @@ class Follower:
         batch_max: int = BATCH_MAX,
         *,
         applied: Callable[[], None] | None = None,
+        listens: bool = True,
     ) -> None:
-        """`applied` is called whenever a batch is committed."""
+        """`applied` is called whenever a batch is committed. One that does not listen looks at the
+        log every POLL_S only: its batches are larger, and cost the appends less."""
         self._connect = connect
         self._projection = projection
         self._name = projection.name
         self._telemetry = telemetry
         self._batch_max = self._limit = batch_max
         self._applied = applied or (lambda: None)
+        self._listens = listens
         self._opened: psycopg.AsyncConnection[Any] | None = None
         self._task: asyncio.Task[None] | None = None
         self._applying = self._stopping = False
@@ -256,6 +250,9 @@ class Follower:
         moved = await self._run_batch()
         if self._stopping:
             return
+        if not self._listens:
+            await asyncio.sleep(0 if moved == self._limit else POLL_S)
+            return
         # Also takes what came during the batch: psycopg keeps it for whoever asks, without bound.
         async for _ in connection.notifies(timeout=0 if moved else POLL_S, stop_after=1):
             pass
@@ -276,7 +273,8 @@ class Follower:
                 # Nothing is lost if a crash of the server undoes the last batches: their position
                 # goes with them. Waiting for the disk would only slow the appends down.
                 await self._opened.execute("SET synchronous_commit = off")
-                await self._opened.execute("LISTEN payment_events")
+                if self._listens:
+                    await self._opened.execute("LISTEN payment_events")
         return self._opened
 
     async def _parked_ids(self, connection: psycopg.AsyncConnection[Any]) -> set[UUID]:
@@ -284,7 +282,7 @@ class Follower:
         return {payment_id for (payment_id,) in await cursor.fetchall()}
 
     async def _apply(
-        self, connection: psycopg.AsyncConnection[Any], events: list[RecordedEvent]
+        self, connection: psycopg.AsyncConnection[Any], events: list[LogEntry]
     ) -> None:
         parked = await self._parked_ids(connection)
         events = [event for event in events if event.payment_id not in parked]
@@ -292,7 +290,7 @@ class Follower:
             await self._apply_or_park(connection, events)
 
     async def _apply_or_park(
-        self, connection: psycopg.AsyncConnection[Any], events: list[RecordedEvent]
+        self, connection: psycopg.AsyncConnection[Any], events: list[LogEntry]
     ) -> bool:
         """Applies the events, but parks the streams that cannot be; returns whether there is none.
 
@@ -319,7 +317,7 @@ class Follower:
         return False
 
     async def _park(
-        self, connection: psycopg.AsyncConnection[Any], first: RecordedEvent, reason: str
+        self, connection: psycopg.AsyncConnection[Any], first: LogEntry, reason: str
     ) -> None:
         logger.bind(follower=self._name, payment_id=first.payment_id, reason=reason).error(
             "a stream is parked: `payments parked list`"
@@ -335,11 +333,11 @@ async def _one(connection: psycopg.AsyncConnection[Any], query: str, params: lis
 
 async def read_events(
     connection: psycopg.AsyncConnection[Any], query: str, params: list[Any]
-) -> list[RecordedEvent]:
+) -> list[LogEntry]:
     """What one of the store's queries for whole rows finds."""
     async with connection.cursor(binary=True) as cursor:
         await cursor.execute(query.encode(), params)
-        return [RecordedEvent(*row) for row in await cursor.fetchall()]
+        return [LogEntry(*row) for row in await cursor.fetchall()]
 
 
 def _is_the_events_fault(error: Exception) -> bool:

@@ -12,9 +12,9 @@ import psycopg
 
 from payments import unsettled
 from payments.events.arrays import integers, texts, timestamps, uuids
+from payments.events.chain import LogEntry
 from payments.events.store import LOAD_STREAMS, fact_at
 from payments.payment import Payment, Refund, evolve
-from payments.projections.follower import RecordedEvent
 from payments.settings import DEFAULT_CLIENT
 
 YIELD_EVERY = 200  # events; in between the event loop serves requests
@@ -82,7 +82,7 @@ class PaymentsProjection:
         self._settle_after_s = settle_after_s
 
     async def apply(
-        self, connection: psycopg.AsyncConnection[Any], events: Sequence[RecordedEvent]
+        self, connection: psycopg.AsyncConnection[Any], events: Sequence[LogEntry]
     ) -> None:
         """Raises UndecodableEvent or UnexpectedEvent for the whole batch."""
         async with connection.cursor(binary=True) as cursor:
@@ -117,7 +117,7 @@ class PaymentsProjection:
 
 
 async def _earlier(
-    cursor: psycopg.AsyncCursor[Any], events: Sequence[RecordedEvent]
+    cursor: psycopg.AsyncCursor[Any], events: Sequence[LogEntry]
 ) -> dict[UUID, Payment]:
     """The payments that began before this batch, as they were then."""
     first_versions: dict[UUID, int] = {}
@@ -138,7 +138,7 @@ async def _earlier(
     return earlier
 
 
-async def _fold(events: Sequence[RecordedEvent], earlier: dict[UUID, Payment]) -> list[Payment]:
+async def _fold(events: Sequence[LogEntry], earlier: dict[UUID, Payment]) -> list[Payment]:
     """Each payment of the batch as it is after it."""
     payments: dict[UUID, Payment] = {}
     for number, event in enumerate(events):
@@ -146,7 +146,7 @@ async def _fold(events: Sequence[RecordedEvent], earlier: dict[UUID, Payment]) -
             await asyncio.sleep(0)
         stream = event.payment_id
         before = payments.get(stream) or earlier.get(stream)
-        payments[stream] = evolve(before, fact_at(*event[1:]))
+        payments[stream] = evolve(before, fact_at(*event[1:5]))
     return list(payments.values())
 
 

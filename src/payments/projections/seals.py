@@ -1,0 +1,48 @@
+"""The seals of the log: one per event, each over its event and the seal before (events/chain.py).
+
+Written after the commit, so that no append waits for it. What cannot be decoded is sealed like
+anything else: nothing is parked here.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg
+
+from payments.events.arrays import bigints, byteas
+from payments.events.chain import GENESIS, LogEntry, seal
+
+BATCH_MAX = 5000  # events; 10 ms of work
+YIELD_EVERY = 500  # events; in between the event loop serves requests
+
+# After a position that is missing from the log the chain goes on from the seal before it.
+LAST_SEAL = """
+SELECT hash FROM log_seals ORDER BY position DESC LIMIT 1
+"""
+
+ADD_SEALS = """
+INSERT INTO log_seals (position, hash)
+SELECT position, hash FROM unnest(%b::bigint[], %b::bytea[]) AS new (position, hash)
+"""
+
+
+class SealsProjection:
+    name = "seals"
+
+    async def apply(
+        self, connection: psycopg.AsyncConnection[Any], events: Sequence[LogEntry]
+    ) -> None:
+        """Seals these events; they follow what was sealed before."""
+        async with connection.cursor(binary=True) as cursor:
+            await cursor.execute(LAST_SEAL.encode())
+            row = await cursor.fetchone()
+            previous = GENESIS if row is None else bytes(row[0])
+            hashes = []
+            for number, event in enumerate(events, 1):
+                previous = seal(previous, event)
+                hashes.append(previous)
+                if number % YIELD_EVERY == 0:
+                    await asyncio.sleep(0)
+            positions = bigints([event.position for event in events])
+            await cursor.execute(ADD_SEALS.encode(), [positions, byteas(hashes)])
