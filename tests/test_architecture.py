@@ -24,6 +24,7 @@ LAYERS = (
     ("payments.deciding",),
     ("payments.database",),
     ("payments.migrations", "payments.events", "payments.gateways", "payments.unsettled"),
+    ("payments.snapshot",),
     ("payments.commands", "payments.queries", "payments.projections", "payments.callbacks"),
     ("payments.service",),
     ("payments.cli", "web"),

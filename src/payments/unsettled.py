@@ -24,6 +24,16 @@ REMOVE = """
 DELETE FROM unsettled_payments WHERE payment_id = ANY(%b::uuid[])
 """
 
+# From projections/rebuild.py: rows that are missing, or say another reason than the log.
+ADD_REBUILT = """
+INSERT INTO unsettled_payments AS u (payment_id, kind, since, due_at)
+SELECT payment_id, kind, since, clock_timestamp() + make_interval(secs => %b)
+  FROM rebuilt_unsettled_payments
+    ON CONFLICT (payment_id) DO UPDATE
+   SET kind = excluded.kind, since = excluded.since,
+       due_at = least(u.due_at, excluded.due_at), attempts = 0, change = excluded.change
+"""
+
 # What is due, oldest first, of the abandoned payments or of all others; nobody else gets it until
 # the lease is over. With clock_timestamp(), which changes from row to row, instead of now() the
 # index could not be used.

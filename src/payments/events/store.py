@@ -64,6 +64,27 @@ SELECT notification_id, originator_id, originator_version, topic, state, recorde
  WHERE originator_id = %s AND notification_id BETWEEN %s AND %s ORDER BY originator_version
 """
 
+# Whole streams, or their beginnings up to a position, one after the other; of all, or of some.
+READ_STREAMS_UNTIL = """
+SELECT notification_id, originator_id, originator_version, topic, state
+  FROM payment_events
+ WHERE notification_id <= %(until)s
+   AND (%(ids)s::uuid[] IS NULL OR originator_id = ANY (%(ids)s::uuid[]))
+ ORDER BY originator_id, originator_version
+"""
+
+# Which streams have an event between two positions, the first excluded.
+CHANGED_STREAMS = """
+SELECT DISTINCT originator_id
+  FROM payment_events WHERE notification_id > %(after)s AND notification_id <= %(until)s
+"""
+
+# The whole log in order, by which it is sealed and verified.
+READ_WHOLE_LOG = """
+SELECT notification_id, originator_id, originator_version, topic, state, recorded_at
+  FROM payment_events ORDER BY notification_id
+"""
+
 APPENDED, REPEATED, CONFLICT = "appended", "repeated", "conflict"
 
 

@@ -4,18 +4,35 @@ Tables payments, refunds, payment_clients and unsettled_payments; one statement 
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 from uuid import UUID
 
 import psycopg
 
 from payments import unsettled
-from payments.events.arrays import integers, texts, timestamps, uuids
+from payments.events.arrays import BinaryArray, integers, texts, timestamps, uuids
 from payments.events.chain import LogEntry
 from payments.events.store import LOAD_STREAMS, fact_at
 from payments.payment import Payment, Refund, evolve
 from payments.settings import DEFAULT_CLIENT
+
+Row = tuple[Any, ...]
+
+# Each table's columns in the order in which its rows are written and compared.
+PAYMENT_COLUMNS = (
+    *("id", "merchant_order_id", "idempotency_key", "amount_cents", "currency", "status"),
+    *("provider_txn_id", "created_at", "updated_at"),
+)
+REFUND_COLUMNS = (
+    *("id", "payment_id", "idempotency_key", "amount_cents", "currency", "status"),
+    *("provider_refund_id", "decline_code", "created_at", "updated_at"),
+)
+CLIENT_COLUMNS = ("payment_id", "client", "status", "currency", "created_at")
+
+payment_row = attrgetter(*PAYMENT_COLUMNS)
+client_row = attrgetter("id", *CLIENT_COLUMNS[1:])
 
 YIELD_EVERY = 200  # events; in between the event loop serves requests
 
@@ -88,11 +105,15 @@ class PaymentsProjection:
         async with connection.cursor(binary=True) as cursor:
             earlier = await _earlier(cursor, events)
             payments = await _fold(events, earlier)
-            await cursor.execute(UPSERT_PAYMENTS.encode(), _payment_params(payments))
+            await cursor.execute(
+                UPSERT_PAYMENTS.encode(), _params(_PAYMENT_ARRAYS, map(payment_row, payments))
+            )
             if refunds := _changed_refunds(payments, earlier):
-                await cursor.execute(UPSERT_REFUNDS.encode(), _refund_params(refunds))
+                await cursor.execute(UPSERT_REFUNDS.encode(), _params(_REFUND_ARRAYS, refunds))
             if of_clients := [p for p in payments if p.client != DEFAULT_CLIENT]:
-                await cursor.execute(UPSERT_CLIENTS.encode(), _client_params(of_clients))
+                await cursor.execute(
+                    UPSERT_CLIENTS.encode(), _params(_CLIENT_ARRAYS, map(client_row, of_clients))
+                )
             await self._list_unsettled(cursor, payments, earlier)
 
     async def _list_unsettled(
@@ -150,51 +171,40 @@ async def _fold(events: Sequence[LogEntry], earlier: dict[UUID, Payment]) -> lis
     return list(payments.values())
 
 
-def _changed_refunds(
-    payments: Iterable[Payment], earlier: dict[UUID, Payment]
-) -> list[tuple[Payment, Refund]]:
-    changed = []
+def _changed_refunds(payments: Iterable[Payment], earlier: dict[UUID, Payment]) -> list[Row]:
+    """The rows of refunds that this batch began or brought further."""
+    changed: list[Row] = []
     for payment in payments:
         if payment.refunds:
             before = earlier[payment.id].refunds if payment.id in earlier else ()
-            changed += [(payment, refund) for refund in payment.refunds if refund not in before]
+            changed += [
+                refund_row(payment, refund) for refund in payment.refunds if refund not in before
+            ]
     return changed
 
 
-def _payment_params(payments: list[Payment]) -> tuple[Any, ...]:
+def refund_row(payment: Payment, refund: Refund) -> Row:
     return (
-        uuids([payment.id for payment in payments]),
-        uuids([payment.merchant_order_id for payment in payments]),
-        texts([payment.idempotency_key for payment in payments]),
-        integers([payment.amount_cents for payment in payments]),
-        texts([payment.currency for payment in payments]),
-        texts([payment.status for payment in payments]),
-        texts([payment.provider_txn_id for payment in payments]),
-        timestamps([payment.created_at for payment in payments]),
-        timestamps([payment.updated_at for payment in payments]),
+        refund.id,
+        payment.id,
+        refund.idempotency_key,
+        refund.amount_cents,
+        payment.currency,
+        refund.status,
+        refund.provider_refund_id,
+        refund.decline_code,
+        refund.created_at,
+        refund.updated_at,
     )
 
 
-def _refund_params(refunds: list[tuple[Payment, Refund]]) -> tuple[Any, ...]:
-    return (
-        uuids([refund.id for _, refund in refunds]),
-        uuids([payment.id for payment, _ in refunds]),
-        texts([refund.idempotency_key for _, refund in refunds]),
-        integers([refund.amount_cents for _, refund in refunds]),
-        texts([payment.currency for payment, _ in refunds]),
-        texts([refund.status for _, refund in refunds]),
-        texts([refund.provider_refund_id for _, refund in refunds]),
-        texts([refund.decline_code for _, refund in refunds]),
-        timestamps([refund.created_at for _, refund in refunds]),
-        timestamps([refund.updated_at for _, refund in refunds]),
-    )
+_TIMES = (timestamps, timestamps)
+_PAYMENT_ARRAYS = (uuids, uuids, texts, integers, texts, texts, texts, *_TIMES)
+_REFUND_ARRAYS = (uuids, uuids, texts, integers, texts, texts, texts, texts, *_TIMES)
+_CLIENT_ARRAYS = (uuids, texts, texts, texts, timestamps)
 
 
-def _client_params(payments: list[Payment]) -> tuple[Any, ...]:
-    return (
-        uuids([payment.id for payment in payments]),
-        texts([payment.client for payment in payments]),
-        texts([payment.status for payment in payments]),
-        texts([payment.currency for payment in payments]),
-        timestamps([payment.created_at for payment in payments]),
-    )
+def _params(arrays: Sequence[Callable[[Any], BinaryArray]], rows: Iterable[Row]) -> list[Any]:
+    """One array per column; there is at least one row."""
+    columns = zip(*rows, strict=True)
+    return [array(column) for array, column in zip(arrays, columns, strict=True)]

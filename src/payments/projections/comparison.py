@@ -1,0 +1,311 @@
+"""Compares the payments read model with what the log says, row by row and as of one moment.
+
+In one snapshot the follower's position fits its rows, so nothing is locked and nobody waits,
+however long it takes. Log and tables are read side by side in the order of payment ids, in constant
+memory.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from payments.events.facts import UndecodableEvent
+from payments.events.store import READ_STREAMS_UNTIL, fact_at
+from payments.payment import ABANDONED, Payment, UnexpectedEvent, evolve
+from payments.projections.payments import (
+    CLIENT_COLUMNS,
+    PAYMENT_COLUMNS,
+    REFUND_COLUMNS,
+    client_row,
+    payment_row,
+    refund_row,
+)
+from payments.settings import DEFAULT_CLIENT
+from payments.snapshot import Snapshot
+
+PROGRESS_EVERY = 10_000  # events
+Row = tuple[Any, ...]
+
+# As in events/store.py: of all payments, or of some; in the order of their ids.
+PAYMENTS = """
+SELECT id, merchant_order_id, idempotency_key, amount_cents, currency, status, provider_txn_id,
+       created_at AT TIME ZONE 'UTC', updated_at AT TIME ZONE 'UTC'
+  FROM payments
+ WHERE %(ids)s::uuid[] IS NULL OR id = ANY (%(ids)s::uuid[]) ORDER BY id
+"""
+
+REFUNDS = """
+SELECT id, payment_id, idempotency_key, amount_cents, currency, status, provider_refund_id,
+       decline_code, created_at AT TIME ZONE 'UTC', updated_at AT TIME ZONE 'UTC'
+  FROM refunds
+ WHERE %(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]) ORDER BY payment_id, id
+"""
+
+CLIENTS = """
+SELECT payment_id, client, status, currency, created_at AT TIME ZONE 'UTC'
+  FROM payment_clients
+ WHERE %(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]) ORDER BY payment_id
+"""
+
+UNSETTLED = """
+SELECT payment_id, kind, since
+  FROM unsettled_payments
+ WHERE %(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]) ORDER BY payment_id
+"""
+
+POSITION = """
+SELECT position FROM followers WHERE name = 'payments'
+"""
+
+PARKED = """
+SELECT payment_id, position FROM parked_streams WHERE follower = 'payments'
+"""
+
+# How many payments and refunds there are of each status and currency, and for how much.
+TOTALS = """
+SELECT 'payments', status, currency, count(*), sum(amount_cents)::bigint
+  FROM payments GROUP BY status, currency
+ UNION ALL
+SELECT 'refunds', status, currency, count(*), sum(amount_cents)::bigint
+  FROM refunds GROUP BY status, currency
+"""
+
+
+class Table(NamedTuple):
+    """A table of the read model. `rows` is what a payment's rows in it should be, by id."""
+
+    name: str
+    columns: tuple[str, ...]
+    select: str
+    payment: int  # which column holds the payment's id; the first holds the row's own
+    rows: Callable[[Payment], list[Row]]
+
+
+def _unsettled_rows(payment: Payment) -> list[Row]:
+    open_for = payment.unsettled
+    return [] if open_for is None else [(payment.id, open_for.kind, open_for.since)]
+
+
+TABLES = (
+    Table(
+        "payments",
+        PAYMENT_COLUMNS,
+        PAYMENTS,
+        0,
+        lambda payment: [payment_row(payment)],
+    ),
+    Table(
+        "refunds",
+        REFUND_COLUMNS,
+        REFUNDS,
+        1,
+        lambda payment: sorted(refund_row(payment, refund) for refund in payment.refunds),
+    ),
+    Table(
+        "payment_clients",
+        CLIENT_COLUMNS,
+        CLIENTS,
+        0,
+        lambda payment: [] if payment.client == DEFAULT_CLIENT else [client_row(payment)],
+    ),
+    Table("unsettled_payments", ("payment_id", "kind", "since"), UNSETTLED, 0, _unsettled_rows),
+)
+
+
+class Difference(NamedTuple):
+    """A row that is not what the log says. `expected` None: there should be none; `found` None:
+    it is missing."""
+
+    table: Table
+    payment_id: UUID
+    expected: Row | None
+    found: Row | None
+
+    @property
+    def id(self) -> UUID:
+        row = self.expected or self.found
+        assert row is not None
+        return UUID(str(row[0]))
+
+    @property
+    def may_be(self) -> bool:
+        """Settling forgets an abandoned payment once it cannot be captured any more: whether it
+        has, the log does not say."""
+        row = self.expected
+        return self.found is None and row is not None and row[1] == ABANDONED
+
+    def __str__(self) -> str:
+        where = f"{self.table.name} {self.id}"
+        if self.found is None:
+            return f"{where}: missing from the table"
+        if self.expected is None:
+            return f"{where}: the log knows of no such row"
+        values = zip(self.table.columns, self.found, self.expected, strict=True)
+        return f"{where}: " + ", ".join(
+            f"{column} is {_text(found)}, the log says {_text(expected)}"
+            for column, found, expected in values
+            if found != expected
+        )
+
+
+class Unreadable(NamedTuple):
+    """A payment whose events cannot be read; its rows are not compared."""
+
+    payment_id: UUID
+    reason: str
+
+    def __str__(self) -> str:
+        return f"payment {self.payment_id}: its events cannot be read: {self.reason}"
+
+
+Totals = Counter[tuple[str, str, str, str]]  # (table, status, currency, "count" or "cents")
+
+
+class Comparison:
+    """One pass over the log up to where the follower stands, and over its tables.
+
+    Use `differences` once; the rest is complete when it is exhausted.
+    """
+
+    def __init__(self, snapshot: Snapshot, payment_ids: list[UUID] | None = None) -> None:
+        """`payment_ids`: only these."""
+        self._snapshot = snapshot
+        self._ids = payment_ids
+        # Is told now and then how many events were read.
+        self.progress: Callable[[int], None] = lambda _: None
+        rows = snapshot.fetch(POSITION)
+        self.position: int = rows[0][0] if rows else 0
+        self.parked: dict[UUID, int] = dict(snapshot.fetch(PARKED))
+        self.events = self.payments = 0
+        self.totals: Totals = Counter()
+
+    def differences(self) -> Iterator[Difference | Unreadable]:
+        sides = [
+            _Side(table, self._snapshot.stream(table.select, {"ids": self._ids}))
+            for table in TABLES
+        ]
+        params = {"until": self.position, "ids": self._ids}
+        rows = self._counted(self._snapshot.stream(READ_STREAMS_UNTIL, params))
+        for payment_id, payment in payments_of(rows, self.parked):
+            for side in sides:
+                yield from side.before(payment_id)
+            if isinstance(payment, Exception):
+                for side in sides:
+                    side.take(payment_id)
+                yield Unreadable(payment_id, str(payment))
+                continue
+            for side in sides:
+                expected = side.table.rows(payment) if payment is not None else []
+                found = side.take(payment_id)
+                if found != expected:
+                    yield from _differences(side.table, payment_id, expected, found)
+            if payment is not None:
+                self.payments += 1
+                add_to(self.totals, payment)
+        for side in sides:
+            yield from side.before(None)
+
+    def _counted(self, rows: Iterator[Row]) -> Iterator[Row]:
+        for row in rows:
+            self.events += 1
+            if self.events % PROGRESS_EVERY == 0:
+                self.progress(self.events)
+            yield row
+
+
+def payments_of(
+    rows: Iterable[Row], parked: Mapping[UUID, int]
+) -> Iterator[tuple[UUID, Payment | Exception | None]]:
+    """Each payment that READ_STREAMS_UNTIL's rows make, or why they do not make one.
+
+    A parked stream stands where it was when it was parked; None: at its beginning.
+    """
+    current: UUID | None = None
+    payment: Payment | None = None
+    failed: Exception | None = None
+    until: int | None = None
+    for position, stream, version, topic, state in rows:
+        if stream != current:
+            if current is not None:
+                yield current, failed or payment
+            current, payment, failed = stream, None, None
+            until = parked.get(stream)
+        if failed is None and (until is None or position < until):
+            try:
+                payment = evolve(payment, fact_at(stream, version, topic, state))
+            except (UndecodableEvent, UnexpectedEvent) as error:
+                failed = error
+    if current is not None:
+        yield current, failed or payment
+
+
+def totals_of(
+    snapshot: Snapshot, until: int, payment_ids: list[UUID], parked: Mapping[UUID, int]
+) -> Totals:
+    """What these payments amounted to when the follower stood at `until`."""
+    totals: Totals = Counter()
+    rows = snapshot.fetch(READ_STREAMS_UNTIL, {"until": until, "ids": payment_ids})
+    for _, payment in payments_of(rows, parked):
+        if isinstance(payment, Payment):
+            add_to(totals, payment)
+    return totals
+
+
+def add_to(totals: Totals, payment: Payment) -> None:
+    """Counts a payment and its refunds."""
+    kind = ("payments", payment.status.value, payment.currency)
+    totals[*kind, "count"] += 1
+    totals[*kind, "cents"] += payment.amount_cents
+    for refund in payment.refunds:
+        kind = ("refunds", refund.status.value, payment.currency)
+        totals[*kind, "count"] += 1
+        totals[*kind, "cents"] += refund.amount_cents
+
+
+def table_totals(snapshot: Snapshot) -> Totals:
+    """The same, as the tables have it."""
+    totals: Totals = Counter()
+    for table, status, currency, count, cents in snapshot.fetch(TOTALS):
+        kind = (table, str(status), str(currency))
+        totals[*kind, "count"] += count
+        totals[*kind, "cents"] += cents or 0
+    return totals
+
+
+class _Side:
+    """A table's rows, read in step with the log's payments."""
+
+    def __init__(self, table: Table, rows: Iterator[Row]) -> None:
+        self.table = table
+        self._rows = rows
+        self._next = next(rows, None)
+
+    def before(self, payment_id: UUID | None) -> Iterator[Difference]:
+        """Rows of payments before this one, or of all that are left: the log has no such."""
+        place = self.table.payment
+        while (row := self._next) is not None and (payment_id is None or row[place] < payment_id):
+            yield Difference(self.table, row[place], None, row)
+            self._next = next(self._rows, None)
+
+    def take(self, payment_id: UUID) -> list[Row]:
+        """The rows of this payment."""
+        taken = []
+        while self._next is not None and self._next[self.table.payment] == payment_id:
+            taken.append(self._next)
+            self._next = next(self._rows, None)
+        return taken
+
+
+def _differences(
+    table: Table, payment_id: UUID, expected: Iterable[Row], found: Iterable[Row]
+) -> Iterator[Difference]:
+    wanted = {row[0]: row for row in expected}
+    there = {row[0]: row for row in found}
+    for id in sorted(wanted.keys() | there.keys()):
+        if wanted.get(id) != there.get(id):
+            yield Difference(table, payment_id, wanted.get(id), there.get(id))
+
+
+def _text(value: Any) -> str:
+    return "nothing" if value is None else str(value)

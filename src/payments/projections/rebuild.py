@@ -1,0 +1,451 @@
+"""`payments rebuild`: makes the payments read model what the log says, while the service runs.
+
+1. Compare, in a snapshot: nobody waits. What differs is staged in temporary tables, which go with
+   the connection however this ends.
+2. Catch up: payments that got events meanwhile are compared again, until few are left.
+3. Hold the follower's row, so that tables and log stand at one position; compare the last few; in
+   the same transaction write the rows that differ, and keep those that they replace.
+
+The live tables are written and never swapped: their readers neither wait nor see anything between
+before and after. Nothing here calls back or calls a gateway.
+"""
+
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import psycopg
+
+from payments import unsettled
+from payments.database import DatabaseAddress
+from payments.errors import StartError
+from payments.events.arrays import uuids
+from payments.events.store import CHANGED_STREAMS
+from payments.projections.comparison import (
+    PARKED,
+    POSITION,
+    TABLES,
+    Comparison,
+    Difference,
+    Row,
+    Totals,
+    Unreadable,
+    table_totals,
+    totals_of,
+)
+from payments.snapshot import Snapshot, unhurried
+
+LOCK_KEYS = (7165010, 3)  # 1 and 2: migrations/0001_event_store.sql and migrations/__init__.py
+NAME = "payments rebuild"
+STAGE_ROWS = 2000
+CATCH_UP_EVENTS = 500  # so few are compared while the follower waits
+CATCH_UPS_MAX = 20
+# The follower's batch is done in milliseconds, `payments parked retry` takes seconds at worst.
+POSITION_WAIT_S = 60
+# An abandoned payment may be captured late; what was abandoned longer ago is not watched again.
+# Gateways declare days at most, and asking once too often harms nobody.
+WATCHED_FOR = timedelta(days=30)
+
+TRY_LOCK = """
+SELECT pg_try_advisory_lock(%s, %s)
+"""
+
+# Who holds it: the name that the other's connection goes by.
+LOCK_HOLDER = """
+SELECT a.application_name, a.backend_start
+  FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+ WHERE l.locktype = 'advisory' AND l.granted AND l.database = a.datid
+   AND (l.classid, l.objid) = (%s, %s)
+"""
+
+# The rows that differ, as the log has them, and those that should not be there. Times with their
+# zone, as they come from the log.
+STAGING = """
+CREATE TEMPORARY TABLE rebuilt_payments (
+    payment_id uuid, merchant_order_id uuid, idempotency_key text, amount_cents integer,
+    currency text, status text, provider_txn_id text,
+    created_at timestamptz, updated_at timestamptz);
+CREATE TEMPORARY TABLE rebuilt_refunds (
+    id uuid, payment_id uuid, idempotency_key text, amount_cents integer, currency text,
+    status text, provider_refund_id text, decline_code text,
+    created_at timestamptz, updated_at timestamptz);
+CREATE TEMPORARY TABLE rebuilt_payment_clients (
+    payment_id uuid, client text, status text, currency text, created_at timestamptz);
+CREATE TEMPORARY TABLE rebuilt_unsettled_payments (
+    payment_id uuid, kind text, since timestamptz);
+CREATE TEMPORARY TABLE surplus_rows (table_name text, id uuid, payment_id uuid)
+"""
+
+STAGE = {
+    "payments": "COPY rebuilt_payments FROM STDIN (FORMAT BINARY)",
+    "refunds": "COPY rebuilt_refunds FROM STDIN (FORMAT BINARY)",
+    "payment_clients": "COPY rebuilt_payment_clients FROM STDIN (FORMAT BINARY)",
+    "unsettled_payments": "COPY rebuilt_unsettled_payments FROM STDIN (FORMAT BINARY)",
+    "surplus_rows": "COPY surplus_rows FROM STDIN (FORMAT BINARY)",
+}
+_TIMES = ["timestamptz", "timestamptz"]
+TYPES = {
+    "payments": ["uuid", "uuid", "text", "int4", "text", "text", "text", *_TIMES],
+    "refunds": ["uuid", "uuid", "text", "int4", "text", "text", "text", "text", *_TIMES],
+    "payment_clients": ["uuid", "text", "text", "text", "timestamptz"],
+    "unsettled_payments": ["uuid", "text", "timestamptz"],
+    "surplus_rows": ["text", "uuid", "uuid"],
+}
+
+# What was found of these payments before is not true any more.
+UNSTAGE = (
+    "DELETE FROM rebuilt_payments WHERE payment_id = ANY (%b::uuid[])",
+    "DELETE FROM rebuilt_refunds WHERE payment_id = ANY (%b::uuid[])",
+    "DELETE FROM rebuilt_payment_clients WHERE payment_id = ANY (%b::uuid[])",
+    "DELETE FROM rebuilt_unsettled_payments WHERE payment_id = ANY (%b::uuid[])",
+    "DELETE FROM surplus_rows WHERE payment_id = ANY (%b::uuid[])",
+)
+
+ANALYZE = """
+ANALYZE rebuilt_payments, rebuilt_refunds, rebuilt_payment_clients, rebuilt_unsettled_payments,
+        surplus_rows
+"""
+
+STAGED = """
+SELECT 'payments', count(*) FROM rebuilt_payments
+ UNION ALL SELECT 'refunds', count(*) FROM rebuilt_refunds
+ UNION ALL SELECT 'payment_clients', count(*) FROM rebuilt_payment_clients
+ UNION ALL SELECT 'unsettled_payments', count(*) FROM rebuilt_unsettled_payments
+ UNION ALL SELECT table_name, count(*) FROM surplus_rows GROUP BY table_name
+"""
+
+HOLD_POSITION = """
+SELECT position FROM followers WHERE name = 'payments' FOR UPDATE
+"""
+
+# Each table's rows as they are before they are replaced or removed.
+KEEP = """
+INSERT INTO replaced_rows (rebuilt_at, table_name, id, row)
+SELECT now(), 'payments', p.id, to_jsonb(p) FROM payments p
+ WHERE id IN (SELECT payment_id FROM rebuilt_payments)
+    OR id IN (SELECT id FROM surplus_rows WHERE table_name = 'payments')
+ UNION ALL
+SELECT now(), 'refunds', r.id, to_jsonb(r) FROM refunds r
+ WHERE id IN (SELECT id FROM rebuilt_refunds)
+    OR id IN (SELECT id FROM surplus_rows WHERE table_name = 'refunds')
+ UNION ALL
+SELECT now(), 'payment_clients', c.payment_id, to_jsonb(c) FROM payment_clients c
+ WHERE payment_id IN (SELECT payment_id FROM rebuilt_payment_clients)
+    OR payment_id IN (SELECT id FROM surplus_rows WHERE table_name = 'payment_clients')
+ UNION ALL
+SELECT now(), 'unsettled_payments', u.payment_id, to_jsonb(u) FROM unsettled_payments u
+ WHERE payment_id IN (SELECT payment_id FROM rebuilt_unsettled_payments)
+    OR payment_id IN (SELECT id FROM surplus_rows WHERE table_name = 'unsettled_payments')
+"""
+
+# Keys are given up first: one row may have got another's.
+REPLACE = (
+    "DELETE FROM payments WHERE id IN (SELECT id FROM surplus_rows WHERE table_name = 'payments')",
+    "DELETE FROM refunds WHERE id IN (SELECT id FROM surplus_rows WHERE table_name = 'refunds')",
+    "DELETE FROM payment_clients"
+    " WHERE payment_id IN (SELECT id FROM surplus_rows WHERE table_name = 'payment_clients')",
+    "DELETE FROM unsettled_payments"
+    " WHERE payment_id IN (SELECT id FROM surplus_rows WHERE table_name = 'unsettled_payments')",
+    "UPDATE payments SET idempotency_key = NULL"
+    " WHERE id IN (SELECT payment_id FROM rebuilt_payments)",
+    """
+INSERT INTO payments (id, merchant_order_id, idempotency_key, amount_cents, currency, status,
+                      provider_txn_id, created_at, updated_at)
+SELECT payment_id, merchant_order_id, idempotency_key, amount_cents, currency, status,
+       provider_txn_id, created_at AT TIME ZONE 'UTC', updated_at AT TIME ZONE 'UTC'
+  FROM rebuilt_payments ORDER BY created_at, payment_id
+    ON CONFLICT (id) DO UPDATE
+   SET merchant_order_id = excluded.merchant_order_id,
+       idempotency_key = excluded.idempotency_key,
+       amount_cents = excluded.amount_cents,
+       currency = excluded.currency,
+       status = excluded.status,
+       provider_txn_id = excluded.provider_txn_id,
+       created_at = excluded.created_at,
+       updated_at = excluded.updated_at
+""",
+    """
+INSERT INTO refunds (id, payment_id, idempotency_key, amount_cents, currency, status,
+                     provider_refund_id, decline_code, created_at, updated_at)
+SELECT id, payment_id, idempotency_key, amount_cents, currency, status, provider_refund_id,
+       decline_code, created_at AT TIME ZONE 'UTC', updated_at AT TIME ZONE 'UTC'
+  FROM rebuilt_refunds
+    ON CONFLICT (id) DO UPDATE
+   SET payment_id = excluded.payment_id,
+       idempotency_key = excluded.idempotency_key,
+       amount_cents = excluded.amount_cents,
+       currency = excluded.currency,
+       status = excluded.status,
+       provider_refund_id = excluded.provider_refund_id,
+       decline_code = excluded.decline_code,
+       created_at = excluded.created_at,
+       updated_at = excluded.updated_at
+""",
+    """
+INSERT INTO payment_clients (payment_id, client, status, currency, created_at)
+SELECT payment_id, client, status, currency, created_at AT TIME ZONE 'UTC'
+  FROM rebuilt_payment_clients
+    ON CONFLICT (payment_id) DO UPDATE
+   SET client = excluded.client,
+       status = excluded.status,
+       currency = excluded.currency,
+       created_at = excluded.created_at
+""",
+)
+
+
+class Rebuilt(NamedTuple):
+    """What a rebuild found and did. `log` and `tables` are the totals at `position`, side by side.
+
+    `differing`: rows by table. `replaced` of them stood there, and are kept in replaced_rows.
+    `held_s`: for how long the follower had to wait.
+    """
+
+    position: int
+    events: int
+    payments: int
+    differing: dict[str, int]
+    replaced: int
+    unreadable: list[Unreadable]
+    parked: int
+    log: Totals
+    tables: Totals
+    held_s: float
+
+
+Found = Callable[[Difference | Unreadable], None]
+# (step, events done, of how many): `compare`, `catch up`, `write`.
+Progress = Callable[[str, int, int], None]
+
+
+def check(
+    address: DatabaseAddress,
+    found: Found = lambda _: None,
+    progress: Progress = lambda *_: None,
+) -> Rebuilt:
+    """Only compares; `found` is told of each row that differs. Raises StartError, psycopg.Error."""
+    differing = dict.fromkeys((table.name for table in TABLES), 0)
+    unreadable = []
+    with Snapshot(address, NAME) as snapshot:
+        comparison = _comparison(snapshot, progress)
+        for difference in comparison.differences():
+            if isinstance(difference, Unreadable):
+                unreadable.append(difference)
+            elif difference.may_be:
+                continue
+            else:
+                differing[difference.table.name] += 1
+            found(difference)
+        return Rebuilt(
+            comparison.position,
+            comparison.events,
+            comparison.payments,
+            differing,
+            0,
+            unreadable,
+            len(comparison.parked),
+            +comparison.totals,
+            table_totals(snapshot),
+            0.0,
+        )
+
+
+def rebuild(
+    address: DatabaseAddress,
+    settle_after_s: float,
+    found: Found = lambda _: None,
+    progress: Progress = lambda *_: None,
+) -> Rebuilt:
+    """Compares and repairs. `settle_after_s`: as for PaymentsProjection.
+
+    `found` is told of what differed at the first comparison. Raises StartError if another rebuild
+    is running, or psycopg.Error; then nothing was changed.
+    """
+    writer = unhurried(address, f"{NAME} {os.getpid()}@{socket.gethostname()}"[:63])
+    with writer:
+        _be_the_only_one(writer)
+        return _Rebuild(address, writer, settle_after_s, found, progress).run()
+
+
+def _comparison(snapshot: Snapshot, progress: Progress) -> Comparison:
+    comparison = Comparison(snapshot)
+    comparison.progress = lambda events: progress("compare", events, comparison.position)
+    return comparison
+
+
+def _be_the_only_one(connection: psycopg.Connection[Any]) -> None:
+    row = connection.execute(TRY_LOCK, LOCK_KEYS).fetchone()
+    if row is not None and row[0]:
+        return
+    row = connection.execute(LOCK_HOLDER, LOCK_KEYS).fetchone()
+    name, since = row if row is not None else (NAME, datetime.now(UTC))
+    raise StartError(f"a rebuild is running already: {name}, since {since:%Y-%m-%d %H:%M:%S} UTC")
+
+
+class _Rebuild:
+    """One rebuild. `position` is how far the log is taken into account, `log` the totals there."""
+
+    def __init__(
+        self,
+        address: DatabaseAddress,
+        writer: psycopg.Connection[Any],
+        settle_after_s: float,
+        found: Found,
+        progress: Progress,
+    ) -> None:
+        self._address = address
+        self._writer = writer
+        self._settle_after_s = settle_after_s
+        self._found = found
+        self._progress = progress
+        self._position = 0
+        self._log: Totals = Counter()
+        self._parked: dict[UUID, int] = {}
+        self._unreadable: dict[UUID, Unreadable] = {}
+        self._may_be: set[UUID] = set()
+
+    def run(self) -> Rebuilt:
+        self._writer.execute(STAGING)
+        with Snapshot(self._address, NAME) as snapshot:
+            comparison = _comparison(snapshot, self._progress)
+            self._stage(comparison, self._found)
+        self._take(comparison)
+        for _ in range(CATCH_UPS_MAX):
+            if not self._catch_up(CATCH_UP_EVENTS):
+                break
+        self._writer.execute(ANALYZE)
+        differing, held_s, replaced = self._differing(), 0.0, 0
+        if any(differing.values()) or self._may_be:
+            differing, replaced, held_s = self._write()
+        with Snapshot(self._address, NAME) as snapshot:
+            self._catch_up_in(snapshot, stage=False)
+            tables = table_totals(snapshot)
+        return Rebuilt(
+            self._position,
+            comparison.events,
+            comparison.payments,
+            differing,
+            replaced,
+            list(self._unreadable.values()),
+            len(self._parked),
+            +self._log,
+            tables,
+            held_s,
+        )
+
+    def _take(self, comparison: Comparison) -> None:
+        self._position = comparison.position
+        self._parked = comparison.parked
+        self._log.update(comparison.totals)
+
+    def _catch_up(self, few: int) -> bool:
+        """Compares what changed meanwhile; False if only a few events are left."""
+        with Snapshot(self._address, NAME) as snapshot:
+            ((position,),) = snapshot.fetch(POSITION)
+            if position - self._position <= few:
+                return False
+            self._progress("catch up", self._position, position)
+            self._catch_up_in(snapshot)
+            return True
+
+    def _catch_up_in(self, snapshot: Snapshot, *, stage: bool = True) -> None:
+        """Takes the payments into account that changed since, as they are in this snapshot."""
+        ((position,),) = snapshot.fetch(POSITION)
+        bounds = {"after": self._position, "until": position}
+        changed = {row[0] for row in snapshot.fetch(CHANGED_STREAMS, bounds)}
+        # The follower may have caught up with them, or parked them again elsewhere.
+        changed |= self._parked.keys()
+        changed |= {row[0] for row in snapshot.fetch(PARKED)}
+        ids = sorted(changed)
+        self._log.subtract(totals_of(snapshot, self._position, ids, self._parked))
+        comparison = Comparison(snapshot, ids)
+        if stage:
+            for query in UNSTAGE:
+                self._writer.execute(query, [uuids(ids)])
+            self._may_be -= changed
+            for payment_id in changed:
+                self._unreadable.pop(payment_id, None)
+            self._stage(comparison, lambda _: None)
+        else:
+            for _ in comparison.differences():
+                pass
+        self._take(comparison)
+
+    def _stage(self, comparison: Comparison, found: Found) -> None:
+        staged = _Staged(self._writer)
+        watched_since = datetime.now(UTC) - WATCHED_FOR
+        for difference in comparison.differences():
+            if isinstance(difference, Unreadable):
+                self._unreadable[difference.payment_id] = difference
+            elif difference.may_be:
+                assert difference.expected is not None
+                if difference.expected[2] > watched_since:
+                    self._may_be.add(difference.payment_id)
+                    staged.add(difference)
+                continue
+            else:
+                staged.add(difference)
+            found(difference)
+        staged.flush()
+
+    def _differing(self) -> dict[str, int]:
+        rows = self._writer.execute(STAGED).fetchall()
+        differing = dict.fromkeys((table.name for table in TABLES), 0)
+        for table, count in rows:
+            differing[table] += count
+        differing["unsettled_payments"] -= len(self._may_be)
+        return differing
+
+    def _write(self) -> tuple[dict[str, int], int, float]:
+        """Returns how many rows differed by table, how many were replaced, and the time it took."""
+        with self._writer.transaction():
+            self._writer.execute(f"SET LOCAL lock_timeout = '{POSITION_WAIT_S}s'")
+            self._writer.execute(HOLD_POSITION)
+            held = time.monotonic()
+            with Snapshot(self._address, NAME) as snapshot:
+                self._catch_up_in(snapshot)
+            differing = self._differing()
+            self._progress("write", 0, sum(differing.values()))
+            replaced = self._writer.execute(KEEP).rowcount
+            for query in REPLACE:
+                self._writer.execute(query.encode())
+            self._writer.execute(unsettled.ADD_REBUILT.encode(), [self._settle_after_s])
+        return differing, replaced, time.monotonic() - held
+
+
+class _Staged:
+    """Rows on their way into the temporary tables."""
+
+    def __init__(self, writer: psycopg.Connection[Any]) -> None:
+        self._writer = writer
+        self._rows: dict[str, list[Row]] = {name: [] for name in STAGE}
+
+    def add(self, difference: Difference) -> None:
+        table = difference.table.name
+        if difference.expected is not None:
+            rows = self._rows[table]
+            rows.append(difference.expected)
+        else:
+            table = "surplus_rows"
+            rows = self._rows[table]
+            rows.append((difference.table.name, difference.id, difference.payment_id))
+        if len(rows) >= STAGE_ROWS:
+            self._copy(table)
+
+    def flush(self) -> None:
+        for table in self._rows:
+            self._copy(table)
+
+    def _copy(self, table: str) -> None:
+        rows = self._rows[table]
+        if rows:
+            with self._writer.cursor() as cursor, cursor.copy(STAGE[table]) as copy:
+                copy.set_types(TYPES[table])
+                for row in rows:
+                    copy.write_row(row)
+            rows.clear()
