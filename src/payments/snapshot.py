@@ -4,12 +4,10 @@ Blocking, on connections of its own: it is used by commands, never while request
 """
 
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
 import psycopg
-from psycopg.types.datetime import TimestamptzBinaryLoader
 
 from payments.database import DatabaseAddress, connect
 
@@ -37,21 +35,10 @@ SELECT pg_export_snapshot()
 IMPORT = "SET TRANSACTION SNAPSHOT '{}'"
 
 
-class _AnyTime(TimestamptzBinaryLoader):
-    """Also `infinity` and years that Python does not have, which only tampering brings about."""
-
-    def load(self, data: Any) -> datetime:
-        try:
-            return super().load(data)
-        except psycopg.DataError:
-            return datetime.max.replace(tzinfo=UTC)
-
-
 def unhurried(address: DatabaseAddress, application_name: str) -> psycopg.Connection[Any]:
     """A connection without the limits that requests have; StartError."""
     connection = connect(address, application_name)
     connection.execute(UNHURRIED)
-    connection.adapters.register_loader("timestamptz", _AnyTime)
     return connection
 
 

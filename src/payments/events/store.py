@@ -79,9 +79,10 @@ SELECT DISTINCT originator_id
   FROM payment_events WHERE notification_id > %(after)s AND notification_id <= %(until)s
 """
 
-# The whole log in order, by which it is sealed and verified.
+# The whole log in order. A time that Python does not have is no time that was ever sealed.
 READ_WHOLE_LOG = """
-SELECT notification_id, originator_id, originator_version, topic, state, recorded_at
+SELECT notification_id, originator_id, originator_version, topic, state,
+       CASE WHEN recorded_at >= '0001-01-01Z' AND recorded_at < '10000-01-01Z' THEN recorded_at END
   FROM payment_events ORDER BY notification_id
 """
 

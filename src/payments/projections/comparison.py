@@ -25,31 +25,44 @@ from payments.settings import DEFAULT_CLIENT
 from payments.snapshot import Snapshot
 
 PROGRESS_EVERY = 10_000  # events
+END = 1 << 128  # after every id
+NO_ROWS: list[tuple[Any, ...]] = []
 Row = tuple[Any, ...]
 
-# As in events/store.py: of all payments, or of some; in the order of their ids.
+# As in events/store.py: of all payments, or of some; in the order of their ids. A time that Python
+# does not have (infinity, a year of five digits) is as wrong as none.
 PAYMENTS = """
 SELECT id, merchant_order_id, idempotency_key, amount_cents, currency, status, provider_txn_id,
-       created_at AT TIME ZONE 'UTC', updated_at AT TIME ZONE 'UTC'
+       CASE WHEN created_at >= '0001-01-01' AND created_at < '10000-01-01'
+            THEN created_at AT TIME ZONE 'UTC' END,
+       CASE WHEN updated_at >= '0001-01-01' AND updated_at < '10000-01-01'
+            THEN updated_at AT TIME ZONE 'UTC' END
   FROM payments
  WHERE %(ids)s::uuid[] IS NULL OR id = ANY (%(ids)s::uuid[]) ORDER BY id
 """
 
 REFUNDS = """
 SELECT id, payment_id, idempotency_key, amount_cents, currency, status, provider_refund_id,
-       decline_code, created_at AT TIME ZONE 'UTC', updated_at AT TIME ZONE 'UTC'
+       decline_code,
+       CASE WHEN created_at >= '0001-01-01' AND created_at < '10000-01-01'
+            THEN created_at AT TIME ZONE 'UTC' END,
+       CASE WHEN updated_at >= '0001-01-01' AND updated_at < '10000-01-01'
+            THEN updated_at AT TIME ZONE 'UTC' END
   FROM refunds
  WHERE %(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]) ORDER BY payment_id, id
 """
 
 CLIENTS = """
-SELECT payment_id, client, status, currency, created_at AT TIME ZONE 'UTC'
+SELECT payment_id, client, status, currency,
+       CASE WHEN created_at >= '0001-01-01' AND created_at < '10000-01-01'
+            THEN created_at AT TIME ZONE 'UTC' END
   FROM payment_clients
  WHERE %(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]) ORDER BY payment_id
 """
 
 UNSETTLED = """
-SELECT payment_id, kind, since
+SELECT payment_id, kind,
+       CASE WHEN since >= '0001-01-01' AND since < '10000-01-01' THEN since END
   FROM unsettled_payments
  WHERE %(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]) ORDER BY payment_id
 """
@@ -188,23 +201,23 @@ class Comparison:
         params = {"until": self.position, "ids": self._ids}
         rows = self._counted(self._snapshot.stream(READ_STREAMS_UNTIL, params))
         for payment_id, payment in payments_of(rows, self.parked):
-            for side in sides:
-                yield from side.before(payment_id)
             if isinstance(payment, Exception):
-                for side in sides:
-                    side.take(payment_id)
                 yield Unreadable(payment_id, str(payment))
-                continue
-            for side in sides:
-                expected = side.table.rows(payment) if payment is not None else []
-                found = side.take(payment_id)
-                if found != expected:
-                    yield from _differences(side.table, payment_id, expected, found)
-            if payment is not None:
+            elif payment is not None:
                 self.payments += 1
                 add_to(self.totals, payment)
+            place = payment_id.int  # in the order of ids
+            for side in sides:
+                if side.upcoming < place:
+                    yield from side.before(place)
+                found = side.take(place) if side.upcoming == place else NO_ROWS
+                if isinstance(payment, Exception):
+                    continue
+                expected = side.table.rows(payment) if payment is not None else NO_ROWS
+                if found != expected:
+                    yield from _differences(side.table, payment_id, expected, found)
         for side in sides:
-            yield from side.before(None)
+            yield from side.before(END)
 
     def _counted(self, rows: Iterator[Row]) -> Iterator[Row]:
         for row in rows:
@@ -225,8 +238,10 @@ def payments_of(
     payment: Payment | None = None
     failed: Exception | None = None
     until: int | None = None
+    place = END
     for position, stream, version, topic, state in rows:
-        if stream != current:
+        if stream.int != place:
+            place = stream.int
             if current is not None:
                 yield current, failed or payment
             current, payment, failed = stream, None, None
@@ -254,11 +269,11 @@ def totals_of(
 
 def add_to(totals: Totals, payment: Payment) -> None:
     """Counts a payment and its refunds."""
-    kind = ("payments", payment.status.value, payment.currency)
+    kind = ("payments", payment.status, payment.currency)
     totals[*kind, "count"] += 1
     totals[*kind, "cents"] += payment.amount_cents
     for refund in payment.refunds:
-        kind = ("refunds", refund.status.value, payment.currency)
+        kind = ("refunds", refund.status, payment.currency)
         totals[*kind, "count"] += 1
         totals[*kind, "cents"] += refund.amount_cents
 
@@ -274,27 +289,34 @@ def table_totals(snapshot: Snapshot) -> Totals:
 
 
 class _Side:
-    """A table's rows, read in step with the log's payments."""
+    """A table's rows, read in step with the log's payments.
+
+    `upcoming` is the payment of the next row, as the number that its id is; END: none is left.
+    """
 
     def __init__(self, table: Table, rows: Iterator[Row]) -> None:
         self.table = table
         self._rows = rows
-        self._next = next(rows, None)
+        self._advance()
 
-    def before(self, payment_id: UUID | None) -> Iterator[Difference]:
-        """Rows of payments before this one, or of all that are left: the log has no such."""
-        place = self.table.payment
-        while (row := self._next) is not None and (payment_id is None or row[place] < payment_id):
-            yield Difference(self.table, row[place], None, row)
-            self._next = next(self._rows, None)
+    def before(self, place: int) -> Iterator[Difference]:
+        """Rows of payments before this one: the log has no such payments."""
+        while self.upcoming < place:
+            yield Difference(self.table, self._next[self.table.payment], None, self._next)
+            self._advance()
 
-    def take(self, payment_id: UUID) -> list[Row]:
+    def take(self, place: int) -> list[Row]:
         """The rows of this payment."""
         taken = []
-        while self._next is not None and self._next[self.table.payment] == payment_id:
+        while self.upcoming == place:
             taken.append(self._next)
-            self._next = next(self._rows, None)
+            self._advance()
         return taken
+
+    def _advance(self) -> None:
+        row = next(self._rows, None)
+        self._next: Row = row or ()
+        self.upcoming: int = row[self.table.payment].int if row is not None else END
 
 
 def _differences(
