@@ -5,7 +5,6 @@ however long it takes. Log and tables are read side by side in the order of paym
 memory.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -24,7 +23,7 @@ from payments.projections.payments import (
 from payments.settings import DEFAULT_CLIENT
 from payments.snapshot import Snapshot
 
-PROGRESS_EVERY = 10_000  # events
+PROGRESS_EVERY = 5000  # payments
 END = 1 << 128  # after every id
 NO_ROWS: list[tuple[Any, ...]] = []
 Row = tuple[Any, ...]
@@ -95,9 +94,19 @@ class Table(NamedTuple):
     rows: Callable[[Payment], list[Row]]
 
 
+def _refund_rows(payment: Payment) -> list[Row]:
+    if not payment.refunds:
+        return NO_ROWS
+    return sorted(refund_row(payment, refund) for refund in payment.refunds)
+
+
+def _client_rows(payment: Payment) -> list[Row]:
+    return NO_ROWS if payment.client == DEFAULT_CLIENT else [client_row(payment)]
+
+
 def _unsettled_rows(payment: Payment) -> list[Row]:
     open_for = payment.unsettled
-    return [] if open_for is None else [(payment.id, open_for.kind, open_for.since)]
+    return NO_ROWS if open_for is None else [(payment.id, open_for.kind, open_for.since)]
 
 
 TABLES = (
@@ -113,14 +122,14 @@ TABLES = (
         REFUND_COLUMNS,
         REFUNDS,
         1,
-        lambda payment: sorted(refund_row(payment, refund) for refund in payment.refunds),
+        _refund_rows,
     ),
     Table(
         "payment_clients",
         CLIENT_COLUMNS,
         CLIENTS,
         0,
-        lambda payment: [] if payment.client == DEFAULT_CLIENT else [client_row(payment)],
+        _client_rows,
     ),
     Table("unsettled_payments", ("payment_id", "kind", "since"), UNSETTLED, 0, _unsettled_rows),
 )
@@ -172,7 +181,29 @@ class Unreadable(NamedTuple):
         return f"payment {self.payment_id}: its events cannot be read: {self.reason}"
 
 
-Totals = Counter[tuple[str, str, str, str]]  # (table, status, currency, "count" or "cents")
+class Totals(dict[tuple[str, str, str], tuple[int, int]]):
+    """(table, status, currency): how many payments or refunds, and their minor units in all."""
+
+    def add(self, payment: Payment) -> None:
+        """Counts a payment and its refunds."""
+        self._add(("payments", payment.status._value_, payment.currency), 1, payment.amount_cents)
+        for refund in payment.refunds:
+            kind = ("refunds", refund.status._value_, payment.currency)
+            self._add(kind, 1, refund.amount_cents)
+
+    def replace(self, before: "Totals", after: "Totals") -> None:
+        """Some payments amounted to `before` and now amount to `after`."""
+        for kind, (count, cents) in before.items():
+            self._add(kind, -count, -cents)
+        for kind, (count, cents) in after.items():
+            self._add(kind, count, cents)
+
+    def _add(self, kind: tuple[str, str, str], count: int, cents: int) -> None:
+        counted, summed = self.get(kind, (0, 0))
+        if counted + count:
+            self[kind] = counted + count, summed + cents
+        else:
+            self.pop(kind, None)
 
 
 class Comparison:
@@ -191,7 +222,7 @@ class Comparison:
         self.position: int = rows[0][0] if rows else 0
         self.parked: dict[UUID, int] = dict(snapshot.fetch(PARKED))
         self.events = self.payments = 0
-        self.totals: Totals = Counter()
+        self.totals = Totals()
 
     def differences(self) -> Iterator[Difference | Unreadable]:
         sides = [
@@ -199,13 +230,16 @@ class Comparison:
             for table in TABLES
         ]
         params = {"until": self.position, "ids": self._ids}
-        rows = self._counted(self._snapshot.stream(READ_STREAMS_UNTIL, params))
+        rows = self._snapshot.stream(READ_STREAMS_UNTIL, params)
         for payment_id, payment in payments_of(rows, self.parked):
             if isinstance(payment, Exception):
                 yield Unreadable(payment_id, str(payment))
             elif payment is not None:
                 self.payments += 1
-                add_to(self.totals, payment)
+                self.events += payment.version
+                if self.payments % PROGRESS_EVERY == 0:
+                    self.progress(self.events)
+                self.totals.add(payment)
             place = payment_id.int  # in the order of ids
             for side in sides:
                 if side.upcoming < place:
@@ -218,13 +252,6 @@ class Comparison:
                     yield from _differences(side.table, payment_id, expected, found)
         for side in sides:
             yield from side.before(END)
-
-    def _counted(self, rows: Iterator[Row]) -> Iterator[Row]:
-        for row in rows:
-            self.events += 1
-            if self.events % PROGRESS_EVERY == 0:
-                self.progress(self.events)
-            yield row
 
 
 def payments_of(
@@ -259,33 +286,20 @@ def totals_of(
     snapshot: Snapshot, until: int, payment_ids: list[UUID], parked: Mapping[UUID, int]
 ) -> Totals:
     """What these payments amounted to when the follower stood at `until`."""
-    totals: Totals = Counter()
+    totals = Totals()
     rows = snapshot.fetch(READ_STREAMS_UNTIL, {"until": until, "ids": payment_ids})
     for _, payment in payments_of(rows, parked):
         if isinstance(payment, Payment):
-            add_to(totals, payment)
+            totals.add(payment)
     return totals
-
-
-def add_to(totals: Totals, payment: Payment) -> None:
-    """Counts a payment and its refunds."""
-    kind = ("payments", payment.status, payment.currency)
-    totals[*kind, "count"] += 1
-    totals[*kind, "cents"] += payment.amount_cents
-    for refund in payment.refunds:
-        kind = ("refunds", refund.status, payment.currency)
-        totals[*kind, "count"] += 1
-        totals[*kind, "cents"] += refund.amount_cents
 
 
 def table_totals(snapshot: Snapshot) -> Totals:
     """The same, as the tables have it."""
-    totals: Totals = Counter()
-    for table, status, currency, count, cents in snapshot.fetch(TOTALS):
-        kind = (table, str(status), str(currency))
-        totals[*kind, "count"] += count
-        totals[*kind, "cents"] += cents or 0
-    return totals
+    return Totals(
+        ((table, str(status), str(currency)), (count, cents or 0))
+        for table, status, currency, count, cents in snapshot.fetch(TOTALS)
+    )
 
 
 class _Side:

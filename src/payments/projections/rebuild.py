@@ -13,7 +13,6 @@ before and after. Nothing here calls back or calls a gateway.
 import os
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -249,7 +248,7 @@ def check(
             0,
             unreadable,
             len(comparison.parked),
-            +comparison.totals,
+            comparison.totals,
             table_totals(snapshot),
             0.0,
         )
@@ -304,7 +303,7 @@ class _Rebuild:
         self._found = found
         self._progress = progress
         self._position = 0
-        self._log: Totals = Counter()
+        self._log = Totals()
         self._parked: dict[UUID, int] = {}
         self._unreadable: dict[UUID, Unreadable] = {}
         self._may_be: set[UUID] = set()
@@ -314,7 +313,7 @@ class _Rebuild:
         with Snapshot(self._address, NAME) as snapshot:
             comparison = _comparison(snapshot, self._progress)
             self._stage(comparison, self._found)
-        self._take(comparison)
+        self._take(comparison, Totals())
         for _ in range(CATCH_UPS_MAX):
             if not self._catch_up(CATCH_UP_EVENTS):
                 break
@@ -333,15 +332,15 @@ class _Rebuild:
             replaced,
             list(self._unreadable.values()),
             len(self._parked),
-            +self._log,
+            self._log,
             tables,
             held_s,
         )
 
-    def _take(self, comparison: Comparison) -> None:
+    def _take(self, comparison: Comparison, before: Totals) -> None:
         self._position = comparison.position
         self._parked = comparison.parked
-        self._log.update(comparison.totals)
+        self._log.replace(before, comparison.totals)
 
     def _catch_up(self, few: int) -> bool:
         """Compares what changed meanwhile; False if only a few events are left."""
@@ -362,7 +361,7 @@ class _Rebuild:
         changed |= self._parked.keys()
         changed |= {row[0] for row in snapshot.fetch(PARKED)}
         ids = sorted(changed)
-        self._log.subtract(totals_of(snapshot, self._position, ids, self._parked))
+        before = totals_of(snapshot, self._position, ids, self._parked)
         comparison = Comparison(snapshot, ids)
         if stage:
             for query in UNSTAGE:
@@ -374,7 +373,7 @@ class _Rebuild:
         else:
             for _ in comparison.differences():
                 pass
-        self._take(comparison)
+        self._take(comparison, before)
 
     def _stage(self, comparison: Comparison, found: Found) -> None:
         staged = _Staged(self._writer)
