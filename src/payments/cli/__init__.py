@@ -8,11 +8,13 @@ import sys
 import click
 import psycopg
 
+from payments.cli.audit import audit
 from payments.cli.callbacks import callbacks
 from payments.cli.keys import keys
 from payments.cli.output import one_line
 from payments.cli.parked import parked
 from payments.cli.processes import migrate, serve, settings, work
+from payments.cli.rebuild import rebuild_read_model
 from payments.database import reason_of
 from payments.errors import PaymentsError, StartError
 
@@ -37,5 +39,5 @@ def main() -> None:
     """The Payment Service. Settings are environment variables: `payments settings` lists them."""
 
 
-for command in (serve, work, migrate, settings, keys, parked, callbacks):
+for command in (serve, work, migrate, settings, keys, parked, callbacks, audit, rebuild_read_model):
     main.add_command(command)

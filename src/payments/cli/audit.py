@@ -1,0 +1,167 @@
+"""`payments audit`: whether the log and the read model are what they should be."""
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
+
+import click
+import psycopg
+
+from payments.cli.output import one_line
+from payments.cli.processes import begin, with_database
+from payments.cli.progress import Progress
+from payments.database import reason_of
+from payments.errors import PaymentsError, StartError
+from payments.projections.comparison import Comparison, Difference, Unreadable
+from payments.queries.verification import (
+    Finding,
+    NoExport,
+    Place,
+    Verification,
+    missing_seals,
+    newest_head,
+    places_in,
+    places_of,
+)
+from payments.service import open_database
+from payments.snapshot import Snapshot
+
+SHOWN_MAX = 100  # findings of each kind; all are counted
+FINDINGS, COULD_NOT_CHECK = 1, 2
+PROGRESS_EVERY = 10_000  # events
+NAME = "payments audit"
+
+
+@click.group()
+def audit() -> None:
+    """Whether the log is what was sealed, and the read model what the log says."""
+
+
+@audit.command("head")
+def print_head() -> None:
+    """Print the newest sealed position and its hash, POSITION:HASH.
+
+    Keep it where nobody who can write to the database can: `payments audit verify --head` later
+    proves that nothing up to that position was altered since.
+    """
+    with open_database(begin(), migrating=False) as address:
+        head = with_database(address, newest_head)
+    if head is None:
+        raise StartError("nothing is sealed yet: `payments serve` or `payments work` does it")
+    click.echo(str(head))
+
+
+def _heads(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[int, bytes]:
+    heads = {}
+    for value in values:
+        match = re.fullmatch(r"\s*([0-9]{1,18}):([0-9a-fA-F]{64})\s*", value)
+        if match is None or int(match[1]) == 0:
+            raise click.BadParameter(f"{value!r} is not what `payments audit head` prints")
+        heads[int(match[1])] = bytes.fromhex(match[2])
+    return heads
+
+
+@audit.command()
+@click.option(
+    "--head",
+    "heads",
+    metavar="POSITION:HASH",
+    multiple=True,
+    callback=_heads,
+    help="What `payments audit head` once printed; may be given several times.",
+)
+@click.option(
+    "--export",
+    type=click.File("rb"),
+    metavar="FILE",
+    help="Check this output of `payments replay`, and no database. - is stdin.",
+)
+def verify(heads: dict[int, bytes], export: BinaryIO | None) -> None:
+    """Recompute the chain of seals over the whole log, and compare the tables with the log.
+
+    Exit code 0: nothing was found. 1: something was; each finding is a line. 2: it could not be
+    checked. Events that are not sealed yet, and tables that lag behind, are no findings.
+    """
+    try:
+        found = _verify_export(export, heads) if export is not None else _verify_database(heads)
+    except (StartError, PaymentsError, NoExport) as error:
+        reason = str(error)
+    except psycopg.OperationalError as error:
+        reason = f"the database: {reason_of(error)}: try again later"
+    else:
+        click.echo(f"findings: {found}" if found else "nothing was found")
+        sys.exit(FINDINGS if found else 0)
+    click.echo(f"payments: could not check: {one_line(reason)}", err=True)
+    sys.exit(COULD_NOT_CHECK)
+
+
+def _verify_database(heads: dict[int, bytes]) -> int:
+    with (
+        open_database(begin(), migrating=False) as address,
+        Snapshot(address, NAME) as snapshot,
+    ):
+        verification, comparison = Verification(heads), Comparison(snapshot)
+        with Progress() as progress:
+            places = _with_progress(places_of(snapshot), progress, comparison.position)
+            found = _show(verification.findings(places))
+            found += _show(missing_seals(snapshot, verification.head))
+            _tell(verification)
+            comparison.progress = lambda done: progress("compare", done, comparison.position)
+            found += _show(each for each in comparison.differences() if not _may_be(each))
+    click.echo(
+        f"tables: {comparison.payments:,} payments compared with the log up to position "
+        f"{comparison.position}"
+    )
+    if comparison.parked:
+        click.echo(
+            f"tables: {len(comparison.parked):,} payments are parked, and were compared as they "
+            "were before: `payments parked list`"
+        )
+    return found
+
+
+def _may_be(difference: Difference | Unreadable) -> bool:
+    return isinstance(difference, Difference) and difference.may_be
+
+
+def _verify_export(export: BinaryIO, heads: dict[int, bytes]) -> int:
+    damaged: list[Finding] = []
+    verification = Verification(heads)
+    with Progress() as progress:
+        places = _with_progress(places_in(export, damaged), progress, None)
+        found = _show(verification.findings(places))
+        found += _show(damaged)
+    if not verification.events:
+        raise NoExport("the export holds no event")
+    if not verification.sealed and not heads:
+        raise NoExport("none of its events is sealed, and there is no --head to check it by")
+    _tell(verification)
+    return found
+
+
+def _show(findings: Iterable[Any]) -> int:
+    count = 0
+    for count, finding in enumerate(findings, 1):
+        if count <= SHOWN_MAX:
+            click.echo(one_line(str(finding)))
+    if count > SHOWN_MAX:
+        click.echo(f"and {count - SHOWN_MAX:,} more like these")
+    return count
+
+
+def _tell(verification: Verification) -> None:
+    left = verification.events - verification.sealed
+    unsealed = f", {left:,} not sealed yet" if left else ""
+    click.echo(f"log: {verification.events:,} events{unsealed}")
+    if verification.head is not None:
+        click.echo(f"head: {verification.head}")
+
+
+def _with_progress(
+    places: Iterator[Place], progress: Progress, total: int | None
+) -> Iterator[Place]:
+    for number, place in enumerate(places, 1):
+        if number % PROGRESS_EVERY == 0:
+            progress("verify", number, total)
+        yield place

@@ -1,0 +1,80 @@
+"""`payments rebuild`: makes a read model what the log says."""
+
+import sys
+
+import click
+
+from payments.cli.output import one_line, print_rows
+from payments.cli.processes import begin
+from payments.cli.progress import Progress
+from payments.projections.comparison import Difference, Totals, Unreadable
+from payments.projections.rebuild import Rebuilt, check, rebuild
+from payments.service import open_database
+
+SHOWN_MAX = 20  # differing rows; all are counted
+
+
+@click.command("rebuild")
+@click.option(
+    "--projection",
+    type=click.Choice(["payments"]),
+    default="payments",
+    show_default=True,
+    help="The read model: the tables payments, refunds, payment_clients, unsettled_payments.",
+)
+@click.option("--dry-run", is_flag=True, help="Only compare; exit code 1 if anything differs.")
+def rebuild_read_model(projection: str, dry_run: bool) -> None:
+    """Compare a read model with the log, and write the rows that differ.
+
+    The service may run meanwhile: its requests neither wait nor fail. Rows that are replaced are
+    kept in the table replaced_rows. Nothing is called back and no gateway is called. Exit code 1:
+    the events of some payments cannot be read, or it could not be done.
+    """
+    settings = begin()
+    shown = 0
+
+    def show(found: Difference | Unreadable) -> None:
+        nonlocal shown
+        shown += 1
+        if shown <= SHOWN_MAX:
+            click.echo(one_line(str(found)))
+        elif shown == SHOWN_MAX + 1:
+            click.echo("more rows differ; they are counted below")
+
+    with open_database(settings, migrating=False) as address, Progress() as progress:
+        if dry_run:
+            done = check(address, show, progress)
+        else:
+            done = rebuild(address, settings.charge_deadline_s, show, progress)
+    _tell(done, dry_run)
+    differing = sum(done.differing.values())
+    sys.exit(1 if done.unreadable or (dry_run and differing) else 0)
+
+
+def _tell(done: Rebuilt, dry_run: bool) -> None:
+    click.echo(
+        f"compared: {done.payments:,} payments ({done.events:,} events), up to position "
+        f"{done.position}"
+    )
+    what = "differ" if dry_run else "written"
+    for table, rows in done.differing.items():
+        click.echo(f"{what}: {rows:,} rows of {table}")
+    if not dry_run:
+        click.echo(f"replaced: {done.replaced:,} rows, kept in replaced_rows")
+    if done.parked:
+        click.echo(f"parked, as they were before: {done.parked:,} payments: `payments parked list`")
+    if done.unreadable:
+        click.echo(f"not readable, left alone: {len(done.unreadable):,} payments")
+    click.echo()
+    print_rows(
+        ("table", "status", "currency", "log", "log_cents", "in_table", "in_table_cents"),
+        _side_by_side(done.log, done.tables),
+        "table",
+    )
+
+
+def _side_by_side(log: Totals, tables: Totals) -> list[tuple[object, ...]]:
+    return [
+        (*kind, *log.get(kind, (0, 0)), *tables.get(kind, (0, 0)))
+        for kind in sorted(log.keys() | tables.keys())
+    ]

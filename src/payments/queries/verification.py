@@ -1,0 +1,269 @@
+"""Whether the log is what was sealed: the hash chain recomputed, from the database or an export.
+
+Each event is checked against its own seal and the one before, so every position that was tampered
+with is named, and what follows it is judged on its own.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import BinaryIO, NamedTuple
+
+import msgspec
+
+from payments.database import Database
+from payments.events.chain import GENESIS, LogEntry, read_line, seal
+from payments.events.store import READ_WHOLE_LOG
+from payments.snapshot import Snapshot
+
+SEALS = """
+SELECT position, hash FROM log_seals ORDER BY position
+"""
+
+HEAD = """
+SELECT position, hash FROM log_seals ORDER BY position DESC LIMIT 1
+"""
+
+FOLLOWER = """
+SELECT position FROM followers WHERE name = 'seals'
+"""
+
+
+class Head(NamedTuple):
+    """The seal of a position: whoever keeps it elsewhere can tell whether what came before it was
+    altered since."""
+
+    position: int
+    hash: bytes
+
+    def __str__(self) -> str:
+        return f"{self.position}:{self.hash.hex()}"
+
+
+class Place(NamedTuple):
+    """What stands at a position: the event, its seal, or both."""
+
+    position: int
+    event: LogEntry | None
+    hash: bytes | None
+
+
+class Finding(NamedTuple):
+    """Something that is not as it was sealed; it begins at `position`."""
+
+    position: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"position {self.position}: {self.text}"
+
+
+async def newest_head(database: Database) -> Head | None:
+    """None: nothing is sealed yet."""
+    rows = await database.fetch(HEAD)
+    return Head(*rows[0]) if rows else None
+
+
+class Verification:
+    """One pass over the log. Use `findings` once; the rest is complete when it is exhausted.
+
+    `events` were looked at, `sealed` of them had a seal; `head` is the last of these. `last` is the
+    last position of an event.
+    """
+
+    def __init__(self, heads: Mapping[int, bytes]) -> None:
+        """`heads`: what was kept elsewhere, by position."""
+        self._heads = heads
+        self.events = self.sealed = self.last = 0
+        self.head: Head | None = None
+        self._expected = 1
+        # The chain as the events make it; None if it is not known, behind what is missing.
+        self._own: bytes | None = GENESIS
+        # The seal before, as it is stored; or what it should be, if it is missing.
+        self._before: bytes | None = GENESIS
+        self._unsealed_from: int | None = None
+        # An event that does not fit its seal, and the seal that would fit it.
+        self._suspect: tuple[int, bytes | None] | None = None
+        self._agreed = 0  # the last position of a head that fits
+        self._found = False
+
+    def findings(self, places: Iterable[Place]) -> Iterator[Finding]:
+        for place in places:
+            if self._is_as_sealed(place):
+                continue
+            for finding in self._look_at(place):
+                self._found = True
+                yield finding
+        for finding in self._finish():
+            self._found = True
+            yield finding
+
+    def _is_as_sealed(self, place: Place) -> bool:
+        """Nearly every place: its event is the next one and fits its seal, and nothing is open."""
+        position, event, hash = place
+        if (
+            event is None
+            or hash is None
+            or position != self._expected
+            or position in self._heads
+            or self._before is None
+            or self._own != self._before
+            or self._suspect is not None
+            or self._unsealed_from is not None
+            or _seal(self._before, event) != hash
+        ):
+            return False
+        self._expected += 1
+        self.events += 1
+        self.sealed += 1
+        self.last = position
+        self._own = self._before = hash
+        self.head = Head(position, hash)
+        return True
+
+    def _look_at(self, place: Place) -> Iterator[Finding]:
+        position, event, hash = place
+        if position < self._expected:
+            yield from self._clear(None, None)
+            yield Finding(position, "stands in the log twice, or out of order")
+            return
+        if position > self._expected:
+            yield from self._clear(None, None)
+            yield _missing(self._expected, position - 1, "neither the log nor the seals have")
+            self._own = self._before = None
+        self._expected = position + 1
+        if hash is not None:
+            if self._unsealed_from is not None:
+                yield _unsealed(self._unsealed_from, position - 1)
+                self._unsealed_from = None
+            self.sealed += event is not None
+            self.head = Head(position, hash)
+        if event is None:
+            yield from self._clear(None, None)
+            yield Finding(position, "was sealed, and is missing from the log")
+            self._own, self._before = None, hash
+            return
+        self.events += 1
+        self.last = position
+        yield from self._clear(event, hash)
+        fitting = _seal(self._before, event)
+        if hash is None:
+            if self._unsealed_from is None:
+                self._unsealed_from = position
+        elif fitting != hash and self._before is not None:
+            self._suspect = position, fitting
+        self._own = fitting if self._own == self._before else _seal(self._own, event)
+        self._before = hash if hash is not None else fitting
+        yield from self._compare_head(position)
+
+    def _clear(self, event: LogEntry | None, hash: bytes | None) -> Iterator[Finding]:
+        """Says what is wrong with the suspect, now that it is known what comes after it."""
+        if self._suspect is None:
+            return
+        (position, fitting), self._suspect = self._suspect, None
+        text = "the event is not the one that was sealed"
+        if (
+            event is not None
+            and hash is not None
+            and _seal(self._before, event) != hash
+            and _seal(fitting, event) == hash
+        ):
+            text = "its seal was altered; the event fits the seals around it"
+            self._before = fitting
+        yield Finding(position, text)
+
+    def _compare_head(self, position: int) -> Iterator[Finding]:
+        kept = self._heads.get(position)
+        if kept is None:
+            return
+        if kept == self._own:
+            self._agreed = position
+            return
+        text = f"the log up to here is not the one that the head {position}:… was taken of"
+        if not self._found and self._suspect is None:
+            text += (
+                ", though it fits its seals: both were altered, somewhere in the positions "
+                f"{self._agreed + 1} to {position}"
+            )
+        yield Finding(position, text)
+
+    def _finish(self) -> Iterator[Finding]:
+        yield from self._clear(None, None)
+        for position in sorted(self._heads):
+            if position > self.last:
+                text = f"a head was taken here, but the log ends at position {self.last}"
+                yield Finding(self.last + 1, f"{text}: its end was cut off (head {position}:…)")
+
+
+def _seal(before: bytes | None, event: LogEntry) -> bytes | None:
+    """None if it cannot be known; a row with impossible values has no seal that could fit."""
+    if before is None:
+        return None
+    try:
+        return seal(before, event)
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        return b""
+
+
+def _missing(first: int, last: int, who: str) -> Finding:
+    if first == last:
+        return Finding(first, f"is missing: {who} it")
+    return Finding(first, f"positions {first} to {last} are missing: {who} them")
+
+
+def _unsealed(first: int, last: int) -> Finding:
+    if first == last:
+        return Finding(first, "its seal is missing, though later events are sealed")
+    return Finding(first, f"the seals up to position {last} are missing, though later ones are not")
+
+
+def places_of(snapshot: Snapshot) -> Iterator[Place]:
+    """The log and its seals side by side."""
+    seals = snapshot.stream(SEALS)
+    row = next(seals, None)
+    for event in map(LogEntry._make, snapshot.stream(READ_WHOLE_LOG)):
+        while row is not None and row[0] < event.position:
+            yield Place(row[0], None, row[1])
+            row = next(seals, None)
+        if row is not None and row[0] == event.position:
+            yield Place(event.position, event, row[1])
+            row = next(seals, None)
+        else:
+            yield Place(event.position, event, None)
+    while row is not None:
+        yield Place(row[0], None, row[1])
+        row = next(seals, None)
+
+
+def missing_seals(snapshot: Snapshot, head: Head | None) -> Iterator[Finding]:
+    """What the sealing follower says that it sealed, and is not there."""
+    last = head.position if head is not None else 0
+    for (position,) in snapshot.fetch(FOLLOWER):
+        if position > last:
+            text = f"the seals end here, but were written up to position {position}"
+            yield Finding(last + 1, text)
+        elif position < last:
+            text = f"was sealed, but not by the follower, which stands at position {position}"
+            yield Finding(position + 1, text)
+
+
+class NoExport(Exception):
+    """The file is no export of a log: its first line is none of `payments replay`."""
+
+
+def places_in(lines: BinaryIO, damaged: list[Finding]) -> Iterator[Place]:
+    """The events of an export and their seals. What is no line of an export goes to `damaged`;
+    NoExport if it is the first one."""
+    position = 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            read = read_line(line)
+            hash = None if read.hash is None else bytes.fromhex(read.hash)
+            place = Place(read.position, read.entry, hash)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            if number == 1:
+                raise NoExport(f"line 1 is no event of an export: {error}") from None
+            damaged.append(Finding(position + 1, f"line {number} is no event of an export"))
+            continue
+        position = place.position
+        yield place
