@@ -12,6 +12,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.audit import AUDIT_PARTS
 from benchmarks.callbacks import CallbackDelay, Callbacks
 from benchmarks.client_limit import ClientLimit
 from benchmarks.load import Figures
@@ -21,7 +22,7 @@ from payments import embedded_postgres
 from payments.database import DatabaseAddress
 from payments.telemetry import set_up_logs
 
-MORE: tuple[type[Part], ...] = (Callbacks, ClientLimit, CallbackDelay, Overload)
+MORE: tuple[type[Part], ...] = (Callbacks, ClientLimit, CallbackDelay, Overload, *AUDIT_PARTS)
 ALL: dict[str, type[Part]] = {**PARTS, **{part.name: part for part in MORE}}
 
 RATIOS = (
@@ -31,6 +32,8 @@ RATIOS = (
     ("charge", "library"),
     ("charge", "charge_bare"),
     ("callbacks", "client_limit"),
+    ("rebuild", "raw_read"),
+    ("verify", "raw_read"),
 )
 
 

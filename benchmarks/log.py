@@ -21,6 +21,7 @@ from payments.deciding import (
 from payments.events import facts
 from payments.events.facts import Fact
 from payments.payment import Approved, Declined, Payment, evolve
+from payments.projections.follower import Follower
 from payments.service import build_followers
 from payments.settings import Settings
 from payments.telemetry import Telemetry
@@ -97,7 +98,17 @@ def _refund(payment: Payment, cause: Cause) -> list[Fact]:
 
 async def project(address: DatabaseAddress, events: int = 1 << 62) -> list[tuple[int, float]]:
     """Runs the projector until it has applied `events`, or all; (events, seconds) of each batch."""
-    follower, *_ = build_followers(Settings(), Database(address, 1), Telemetry())
+    projector, _ = build_followers(Settings(), Database(address, 1), Telemetry())
+    return await _follow(projector, events)
+
+
+async def seal_log(address: DatabaseAddress) -> None:
+    """Seals all events."""
+    _, sealer = build_followers(Settings(), Database(address, 1), Telemetry())
+    await _follow(sealer, 1 << 62)
+
+
+async def _follow(follower: Follower, events: int) -> list[tuple[int, float]]:
     batches = []
     done = 0
     while done < events:
