@@ -94,7 +94,7 @@ class _WholeLog(Part):
         )
         took = msgspec.json.decode(done.stdout, type=Took)
         self._took.append(took)
-        figures = Figures.of([took.seconds], took.seconds)
+        figures = Figures.of([took.seconds] * 2, took.seconds)
         return msgspec.structs.replace(
             figures, per_s=took.events / took.seconds, answers=took.events
         )
