@@ -13,8 +13,8 @@ import psycopg
 from payments.events.arrays import bigints, byteas
 from payments.events.chain import GENESIS, LogEntry, seal
 
-BATCH_MAX = 5000  # events; 10 ms of work
-YIELD_EVERY = 500  # events; in between the event loop serves requests
+BATCH_MAX = 1000  # events; a larger one keeps the event loop for longer than a request should wait
+YIELD_EVERY = 200  # events; in between the event loop serves requests
 
 # After a position that is missing from the log the chain goes on from the seal before it.
 LAST_SEAL = """
