@@ -64,11 +64,12 @@ SELECT notification_id, originator_id, originator_version, topic, state, recorde
  WHERE originator_id = %s AND notification_id BETWEEN %s AND %s ORDER BY originator_version
 """
 
-# Whole streams, or their beginnings up to a position, one after the other; of all, or of some.
+# Whole streams, or their beginnings up to a position, one after the other; of all, or of some. Here
+# and below: a NULL that somebody forced upon the table is as wrong as any other value.
 READ_STREAMS_UNTIL = """
-SELECT notification_id, originator_id, originator_version, topic, state
+SELECT notification_id, originator_id, originator_version, coalesce(topic, ''), coalesce(state, '')
   FROM payment_events
- WHERE notification_id <= %(until)s
+ WHERE notification_id <= %(until)s AND originator_id IS NOT NULL
    AND (%(ids)s::uuid[] IS NULL OR originator_id = ANY (%(ids)s::uuid[]))
  ORDER BY originator_id, originator_version
 """
@@ -81,7 +82,7 @@ SELECT DISTINCT originator_id
 
 # The whole log in order. A time that Python does not have is no time that was ever sealed.
 READ_WHOLE_LOG = """
-SELECT notification_id, originator_id, originator_version, topic, state,
+SELECT coalesce(notification_id, 0), originator_id, originator_version, topic, state,
        CASE WHEN recorded_at >= '0001-01-01Z' AND recorded_at < '10000-01-01Z' THEN recorded_at END
   FROM payment_events ORDER BY notification_id
 """
