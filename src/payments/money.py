@@ -4,6 +4,8 @@ An amount is a whole number of the currency's minor unit (cents, paise; yen have
 documented column is called amount_cents and is a Postgres INT, hence MAX_AMOUNT_CENTS.
 """
 
+from decimal import Decimal
+
 MIN_AMOUNT_CENTS = 1
 MAX_AMOUNT_CENTS = 2_147_483_647
 
@@ -29,3 +31,8 @@ _DECIMALS_2 = (
 DECIMALS: dict[str, int] = dict.fromkeys(_DECIMALS_2.split(), 2) | {
     code: decimals for decimals, codes in _DECIMALS_OTHER_THAN_2.items() for code in codes.split()
 }
+
+
+def amount_text(amount_cents: int, currency: str) -> str:
+    """For people: 15.00 INR. A currency that is not known is taken to have two decimals."""
+    return f"{Decimal(amount_cents).scaleb(-DECIMALS.get(currency, 2))} {currency}"

@@ -16,11 +16,11 @@ from web.bodies import ERRORS_MAX
 from web.description import Parameter
 from web.requests import UUID_PATTERN
 
-_TIME_PATTERN = (
+TIME_PATTERN = (
     r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?"
     r"([Zz]|[+-][0-9]{2}:[0-9]{2})$"
 )
-_TIME = re.compile(_TIME_PATTERN[1:-1])
+_TIME = re.compile(TIME_PATTERN[1:-1])
 
 
 class ListQuery(NamedTuple):
@@ -33,7 +33,7 @@ def read_list_query(query_string: bytes) -> ListQuery:
     """InvalidRequest names every parameter that is wrong and how to mend it."""
     found: dict[str, Any] = {}
     errors: list[FieldError] = []
-    for name, values in _parameters(query_string).items():
+    for name, values in parameters(query_string).items():
         if name not in _READERS:
             errors.append(FieldError(name[:64], "is not a parameter of this request; leave it out"))
         elif len(values) > 1:
@@ -54,7 +54,7 @@ def read_list_query(query_string: bytes) -> ListQuery:
     return ListQuery(PaymentFilter(**found), limit, cursor)
 
 
-def _parameters(query_string: bytes) -> dict[str, list[str]]:
+def parameters(query_string: bytes) -> dict[str, list[str]]:
     """Names and values as a form sends them: percent-encoded UTF-8, + for a space.
 
     What is not UTF-8 becomes replacement characters, which no parameter takes.
@@ -79,7 +79,7 @@ def _currency(text: str) -> str:
     return text
 
 
-def _time(text: str) -> datetime:
+def read_time(text: str) -> datetime:
     if not _TIME.fullmatch(text):
         raise ValueError(text)
     return datetime.fromisoformat(text.upper()).astimezone(UTC)
@@ -100,16 +100,19 @@ def _cursor(text: str) -> str:
 
 
 def _hint(name: str, value: str) -> str:
-    """The usual mistake: a + that stands for itself must be written as %2B in a query."""
-    with_plus = value.replace(" ", "+")
-    lost = name in ("created_from", "created_until") and " " in value and _TIME.fullmatch(with_plus)
+    return lost_plus(value) if name in ("created_from", "created_until") else ""
+
+
+def lost_plus(value: str) -> str:
+    """The usual mistake with a time: a + that stands for itself must be written as %2B."""
+    lost = " " in value and _TIME.fullmatch(value.replace(" ", "+"))
     return ". A + in a query stands for a space: write it as %2B, or use Z" if lost else ""
 
 
 _FIRST = datetime.min.replace(tzinfo=UTC)
 _LAST = datetime.max.replace(tzinfo=UTC)
-_TIME_TEXT = "a time with its offset from UTC (RFC 3339), like 2026-01-31T18:30:00Z"
-_TIME_SCHEMA = {"type": "string", "format": "date-time", "pattern": _TIME_PATTERN}
+TIME_TEXT = "a time with its offset from UTC (RFC 3339), like 2026-01-31T18:30:00Z"
+_TIME_SCHEMA = {"type": "string", "format": "date-time", "pattern": TIME_PATTERN}
 # name -> how it is read, what it must be, and the same as JSON Schema.
 _READERS: dict[str, tuple[Callable[[str], Any], str, dict[str, Any]]] = {
     "merchant_order_id": (
@@ -123,8 +126,8 @@ _READERS: dict[str, tuple[Callable[[str], Any], str, dict[str, Any]]] = {
         "an ISO 4217 code in upper case, like INR",
         {"type": "string", "enum": sorted(DECIMALS)},
     ),
-    "created_from": (_time, _TIME_TEXT, _TIME_SCHEMA),
-    "created_until": (_time, _TIME_TEXT, _TIME_SCHEMA),
+    "created_from": (read_time, TIME_TEXT, _TIME_SCHEMA),
+    "created_until": (read_time, TIME_TEXT, _TIME_SCHEMA),
     "limit": (
         _limit,
         f"a whole number from 1 to {LIMIT_MAX}",

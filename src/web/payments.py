@@ -16,8 +16,10 @@ from payments.errors import (
     TooBusy,
     Unauthorized,
 )
+from payments.queries.as_of import get_payment_as_of
 from payments.queries.history import PaymentHistory, get_history
 from payments.queries.payments import PaymentPage, PaymentView, get_payment, list_payments
+from web.as_of import AS_OF, read_as_of
 from web.auth import may_read
 from web.description import Answer, Operation, Parameter, described
 from web.list_query import PARAMETERS, read_list_query
@@ -73,9 +75,10 @@ LIST_PAYMENTS = Operation(
 GET_PAYMENT = Operation(
     id="get_payment",
     tag="payments",
-    summary="A payment as of now",
-    description="Read from its events: a payment is there the instant its charge was answered.",
-    parameters=(PAYMENT_ID,),
+    summary="A payment as of now, or as of then",
+    description="Read from its events: a payment is there the instant its charge was answered. "
+    "With `as_of` it is as it was then, and `404` if it did not exist yet.",
+    parameters=(PAYMENT_ID, AS_OF),
     answers={200: Answer("The payment.", PaymentView, _VIEW)},
     problems=ONE_PAYMENT_PROBLEMS,
 )
@@ -135,9 +138,13 @@ async def payments(request: Anyone) -> Response[bytes]:
 
 @get("/payments/{payment_id:str}", media_type=MediaType.JSON, opt=described(GET_PAYMENT))
 async def payment(request: Anyone, payment_id: FromPath[str]) -> Response[bytes]:
-    """The payment as of now."""
+    """The payment as of now, or as of then."""
     service, reach = service_of(request), may_read(client_of(request))
     wanted = uuid_in_path(payment_id, "payment_id")
+    if query := request.scope["query_string"]:
+        moment = read_as_of(query)
+        if moment is not None:
+            return json_of(await get_payment_as_of(service.database, wanted, moment, reach))
     return json_of(await get_payment(service.database, service.lookups, wanted, reach))
 
 

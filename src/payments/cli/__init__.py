@@ -10,11 +10,13 @@ import psycopg
 
 from payments.cli.audit import audit
 from payments.cli.callbacks import callbacks
+from payments.cli.explain import explain_payment
 from payments.cli.keys import keys
 from payments.cli.output import one_line
 from payments.cli.parked import parked
 from payments.cli.processes import migrate, serve, settings, work
 from payments.cli.rebuild import rebuild_read_model
+from payments.cli.replay import replay_log
 from payments.database import reason_of
 from payments.errors import PaymentsError, StartError
 
@@ -39,5 +41,9 @@ def main() -> None:
     """The Payment Service. Settings are environment variables: `payments settings` lists them."""
 
 
-for command in (serve, work, migrate, settings, keys, parked, callbacks, audit, rebuild_read_model):
+for command in (
+    *(serve, work, migrate, settings, keys),
+    *(replay_log, explain_payment, audit, rebuild_read_model),
+    *(parked, callbacks),
+):
     main.add_command(command)

@@ -1,14 +1,14 @@
 """`payments callbacks`: what Order Service is owed and was told, and sending it again."""
 
 import sys
-from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, TypeVar
 from uuid import UUID
 
 import click
 
 from payments.callbacks.outbox import redrive as redrive_deliveries
+from payments.cli.moments import TIME
 from payments.cli.output import format_option, print_json, print_rows
 from payments.cli.processes import begin, with_database
 from payments.database import Database
@@ -34,17 +34,6 @@ REDRIVE_ROWS = 500  # in one transaction
 # Of a delivery; in 130 columns. As JSON there are all.
 IN_THE_TABLE = ("event_id", "order_id", "status", "state", "attempts", "next_at", "last_attempt")
 T = TypeVar("T")
-
-
-def _time(_: click.Context, __: click.Parameter, value: str | None) -> datetime | None:
-    """RFC 3339 with an offset."""
-    if value is None:
-        return None
-    with suppress(ValueError):
-        time = datetime.fromisoformat(value)
-        if time.tzinfo is not None:
-            return time.astimezone(UTC)
-    raise click.BadParameter(f"{value!r} is not a time like 2026-01-31T18:30:00Z")
 
 
 @click.group()
@@ -122,7 +111,7 @@ def show(event_id: UUID, form: str) -> None:
 @click.option(
     "--since",
     metavar="TIME",
-    callback=_time,
+    type=TIME,
     help="All that happened at this time (RFC 3339) or later, what was delivered as well.",
 )
 def redrive(event_id: UUID | None, dead: bool, due: bool, since: datetime | None) -> None:

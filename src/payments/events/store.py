@@ -44,6 +44,14 @@ SELECT originator_version, topic, state, recorded_at, clock_timestamp()
   FROM payment_events WHERE originator_id = %s ORDER BY originator_version
 """
 
+# A whole stream as rows of the log. A time that Python does not have is told as the epoch.
+LOAD_ENTRIES = """
+SELECT notification_id, originator_id, originator_version, topic, state,
+       CASE WHEN recorded_at >= '0001-01-01Z' AND recorded_at < '10000-01-01Z'
+            THEN recorded_at ELSE 'epoch' END
+  FROM payment_events WHERE originator_id = %s ORDER BY originator_version
+"""
+
 # Several whole streams, each oldest first; their ids as bytes, which are cheap to compare.
 LOAD_STREAMS = """
 SELECT uuid_send(originator_id), originator_version, topic, state
@@ -78,6 +86,40 @@ SELECT notification_id, originator_id, originator_version, coalesce(topic, ''), 
 CHANGED_STREAMS = """
 SELECT DISTINCT originator_id
   FROM payment_events WHERE notification_id > %(after)s AND notification_id <= %(until)s
+"""
+
+# A part of the log in order, with the seals; NULL stands for everything. A topic is one of several;
+# `holding` are bytes that the state has somewhere. A time that Python does not have is left out.
+READ_PART = """
+SELECT e.notification_id, e.originator_id, e.originator_version, e.topic, e.state,
+       CASE WHEN e.recorded_at >= '0001-01-01Z' AND e.recorded_at < '10000-01-01Z'
+            THEN e.recorded_at END, s.hash
+  FROM payment_events e LEFT JOIN log_seals s ON s.position = e.notification_id
+ WHERE e.notification_id BETWEEN %(first)s AND %(last)s
+   AND (%(payment_id)s::uuid IS NULL OR e.originator_id = %(payment_id)s)
+   AND (%(types)s::text[] IS NULL OR e.topic = ANY (%(types)s::text[]))
+   AND (%(holding)s::bytea IS NULL OR position(%(holding)s::bytea in e.state) > 0)
+ ORDER BY e.notification_id LIMIT %(limit)s
+"""
+
+# The first event at a position or behind it, and when it was recorded.
+READ_NEXT_TIME = """
+SELECT notification_id, recorded_at
+  FROM payment_events WHERE notification_id >= %(position)s ORDER BY notification_id LIMIT 1
+"""
+
+HEAD_POSITION = """
+SELECT coalesce(max(notification_id), 0) FROM payment_events
+"""
+
+# A stream up to a position or a moment, one of which is NULL; the rest of it is not looked at.
+LOAD_STREAM_AS_OF = """
+SELECT originator_version, topic, state
+  FROM payment_events
+ WHERE originator_id = %(payment_id)s
+   AND (%(position)s::bigint IS NULL OR notification_id <= %(position)s)
+   AND (%(time)s::timestamptz IS NULL OR recorded_at <= %(time)s)
+ ORDER BY originator_version
 """
 
 # The whole log in order. A time that Python does not have is no time that was ever sealed.

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from decimal import Decimal
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -10,7 +9,7 @@ import msgspec
 
 from payments.database import Database
 from payments.errors import DatabaseUnavailable, PaymentNotFound
-from payments.money import DECIMALS
+from payments.money import amount_text
 from payments.payment import Payment, Status
 from payments.queries.cursor import Place, read_cursor, write_cursor
 from payments.queries.lookups import PaymentLookups
@@ -203,16 +202,12 @@ async def not_found(database: Database, payment_id: UUID, client: str | None) ->
         found = []
     if found:
         listed = ", ".join(
-            f"{id} ({status}, {_amount(amount, currency)})"
+            f"{id} ({status}, {amount_text(amount, currency)})"
             for id, status, amount, currency in found[:OF_ORDER_MAX]
         )
         older = " and older ones" if len(found) > OF_ORDER_MAX else ""
         detail += f" An order with this id has the payments {listed}{older}: use one of these ids."
     return PaymentNotFound(detail)
-
-
-def _amount(amount_cents: int, currency: str) -> str:
-    return f"{Decimal(amount_cents).scaleb(-DECIMALS.get(currency, 2))} {currency}"
 
 
 def _column_time(time: datetime | None) -> datetime | None:

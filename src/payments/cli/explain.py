@@ -1,0 +1,34 @@
+"""`payments explain`: one payment's story."""
+
+from uuid import UUID
+
+import click
+
+from payments.cli.output import one_line, print_json
+from payments.cli.processes import begin, with_database
+from payments.queries.explain import explain, time_text
+from payments.service import open_database
+
+
+@click.command("explain")
+@click.argument("payment", type=click.UUID)
+@click.option(
+    "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
+def explain_payment(payment: UUID, form: str) -> None:
+    """Print what happened to a payment, oldest first; PAYMENT is its id.
+
+    Who asked with which key, every event, each answer of the provider, each attempt to call Order
+    Service back, and what was settled later. It only reads what is stored.
+    """
+    with open_database(begin(), migrating=False) as address:
+        story = with_database(address, lambda database: explain(database, payment))
+    if form == "json":
+        print_json(story)
+        return
+    click.echo(one_line(f"payment {story.payment_id}: {story.state}"))
+    for entry in story.entries:
+        line = f"{time_text(entry.at)}  {entry.kind:<19}  {entry.by or '-':<10}  {entry.text}"
+        if entry.request_id is not None:
+            line += f" (request {entry.request_id})"
+        click.echo(one_line(line))

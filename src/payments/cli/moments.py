@@ -1,0 +1,49 @@
+"""Moments on the command line: a time, or a position of the log."""
+
+import re
+from contextlib import suppress
+from datetime import UTC, datetime
+
+import click
+
+POSITION_MAX = 2**63 - 1
+
+
+class _Time(click.ParamType[datetime | int]):
+    """RFC 3339 with an offset; in UTC."""
+
+    name = "time"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> datetime | int:
+        if isinstance(value, datetime):
+            return value
+        with suppress(ValueError, OverflowError):
+            time = datetime.fromisoformat(str(value))
+            if time.tzinfo is not None:
+                return time.astimezone(UTC)
+        raise click.BadParameter(f"{value!r} is not a time like 2026-01-31T18:30:00Z", ctx, param)
+
+
+class _Moment(_Time):
+    """The same, or a position: a whole number from 1."""
+
+    name = "position|time"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> datetime | int:
+        if isinstance(value, int):
+            return value
+        if isinstance(value, str) and re.fullmatch("[0-9]{1,19}", value):
+            if not 1 <= int(value) <= POSITION_MAX:
+                raise click.BadParameter(f"{value}: positions begin with 1", ctx, param)
+            return int(value)
+        if isinstance(value, str) and re.fullmatch("[+-]?[0-9]+", value):
+            raise click.BadParameter(f"{value}: positions begin with 1", ctx, param)
+        return super().convert(value, param, ctx)
+
+
+TIME = _Time()
+MOMENT = _Moment()

@@ -1,0 +1,245 @@
+"""`payments replay`: the log, and what a payment was at a moment."""
+
+import base64
+import csv
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from typing import IO
+from uuid import UUID
+
+import click
+import msgspec
+
+from payments.cli.moments import MOMENT
+from payments.cli.output import one_line, print_rows
+from payments.cli.processes import begin, with_database
+from payments.database import Database, DatabaseAddress
+from payments.errors import PaymentNotFound, StartError
+from payments.events.chain import LogEntry, write_line
+from payments.events.facts import FACTS
+from payments.queries.as_of import get_payment_as_of
+from payments.queries.explain import summary, time_text
+from payments.queries.payments import PaymentView
+from payments.queries.replay import (
+    LAST,
+    NAME,
+    Moment,
+    Sealed,
+    Wanted,
+    follow,
+    head_of,
+    replay,
+)
+from payments.service import open_database
+from payments.snapshot import Snapshot
+
+FLUSH_EVENTS = 500
+FIELDS = PaymentView.__struct_fields__
+CSV_COLUMNS = (
+    *("position", "payment_id", "version", "type", "recorded_at", "data", "state_base64", "hash"),
+)
+
+
+@click.command("replay")
+@click.option("--payment", metavar="ID", type=click.UUID, help="Events of this payment.")
+@click.option("--order", metavar="ID", type=click.UUID, help="Events of this order's payments.")
+@click.option(
+    "--type", "types", multiple=True, type=click.Choice(list(FACTS)), help="May be repeated."
+)
+@click.option("--from", "first", type=MOMENT, help="Included.")
+@click.option("--until", "last", type=MOMENT, help="A position is included, a time is not.")
+@click.option("--limit", type=click.IntRange(1), help="So many events at most.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["jsonl", "table", "csv"]),
+    default="jsonl",
+    show_default=True,
+    help="jsonl is the exact log, to be kept or verified; table is for people.",
+)
+@click.option("--follow", "following", is_flag=True, help="Go on with new events, until Ctrl-C.")
+@click.option(
+    "--as-of",
+    type=MOMENT,
+    help="Print no events, but what --payment, or the payments of --order, were then.",
+)
+def replay_log(
+    payment: UUID | None,
+    order: UUID | None,
+    types: tuple[str, ...],
+    first: Moment | None,
+    last: Moment | None,
+    limit: int | None,
+    form: str,
+    following: bool,
+    as_of: Moment | None,
+) -> None:
+    """Print the log, oldest first: all of it, or what the options name.
+
+    A moment is a position, or a time (RFC 3339, like 2026-01-31T18:30:00Z): that of recording.
+    --order reads the whole log, or the part that --from and --until name. Nothing is written,
+    nobody called back and no gateway called. Exit code 1: the payment or order is not in the log.
+    """
+    if following and (last is not None or as_of is not None):
+        raise click.UsageError("--follow has no end: leave out --until and --as-of")
+    if as_of is not None:
+        if (payment is None) == (order is None):
+            raise click.UsageError("--as-of needs a --payment or an --order")
+        if types or first is not None or last is not None or limit is not None:
+            raise click.UsageError("--as-of goes with --payment, --order and --format alone")
+    if type(first) is type(last) and first is not None and last is not None and first > last:  # type: ignore[operator]
+        raise click.UsageError("--from must not be after --until")
+    wanted = Wanted(payment, order, types or None, first or 1, last or LAST, limit)
+    if following:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with open_database(begin(), migrating=False) as address:
+        if as_of is not None:
+            _print_states(_states(address, payment, order, as_of), form)
+        else:
+            _print_events(address, wanted, form, following)
+
+
+def _print_events(address: DatabaseAddress, wanted: Wanted, form: str, following: bool) -> None:
+    write, count = _writer(form), 0
+    try:
+        with Snapshot(address, NAME) as snapshot:
+            for found in replay(snapshot, wanted):
+                write(found)
+                count += 1
+                if count % FLUSH_EVENTS == 0:
+                    sys.stdout.buffer.flush()
+            if following:
+                _follow(address, wanted, snapshot, write, count)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(0 if following else 130)
+    if not count and (wanted.payment_id or wanted.order_id) and not following:
+        raise StartError("the log has no such event")
+
+
+def _states(
+    address: DatabaseAddress, payment: UUID | None, order: UUID | None, moment: Moment
+) -> list[PaymentView]:
+    """The payment, or the order's payments in the order in which they began."""
+    ids = [payment] if payment is not None else []
+    if order is not None:
+        began = Wanted(order_id=order, types=["PaymentInitiated"])
+        with Snapshot(address, NAME) as snapshot:
+            ids = [found.event.payment_id for found in replay(snapshot, began)]
+
+    async def read(database: Database) -> list[PaymentView]:
+        found, missing = [], None
+        for payment_id in ids:
+            try:
+                found.append(await get_payment_as_of(database, payment_id, moment, None))
+            except PaymentNotFound as error:
+                missing = error
+        if not found and missing is not None:
+            raise missing
+        return found
+
+    states = with_database(address, read)
+    if not states:
+        raise StartError(f"the log has no payment of order {order}")
+    return states
+
+
+def _print_states(states: list[PaymentView], form: str) -> None:
+    if form == "jsonl":
+        for state in states:
+            click.echo(msgspec.json.encode(state))
+        return
+    fields = [msgspec.to_builtins(state) for state in states]
+    if form == "csv":
+        writer = csv.DictWriter(sys.stdout, FIELDS)
+        writer.writeheader()
+        writer.writerows(fields)
+        return
+    for number, state in enumerate(fields):
+        if number:
+            click.echo()
+        print_rows(("field", "value"), [(field, state[field]) for field in FIELDS], "table")
+
+
+def _follow(
+    address: DatabaseAddress,
+    wanted: Wanted,
+    snapshot: Snapshot,
+    write: Callable[[Sealed], None],
+    count: int,
+) -> None:
+    """Goes on behind what the snapshot held."""
+    after = head_of(snapshot)
+    sys.stdout.buffer.flush()
+    if wanted.limit is not None and count >= wanted.limit:
+        return
+    for found in follow(address, wanted, after):
+        if found is None:
+            sys.stdout.buffer.flush()
+            continue
+        write(found)
+        count += 1
+        if count == wanted.limit:
+            return
+
+
+def _writer(form: str) -> Callable[[Sealed], None]:
+    """What prints an event; tables and CSV begin with a line of names."""
+    out = sys.stdout.buffer
+    if form == "jsonl":
+        return lambda found: _write(out, write_line(found.event, found.hash) + b"\n")
+    if form == "csv":
+        _write(out, _csv(CSV_COLUMNS))
+        return lambda found: _write(out, _csv(_cells(found)))
+    _write(out, _TABLE.format(*_TABLE_COLUMNS).rstrip().encode() + b"\n")
+    return lambda found: _write(out, _table_line(found.event))
+
+
+def _write(out: IO[bytes], text: bytes) -> None:
+    out.write(text)
+
+
+def _csv(cells: Iterable[object]) -> bytes:
+    """A line as RFC 4180 has it."""
+    line = io.StringIO()
+    csv.writer(line).writerow(cells)
+    return line.getvalue().encode()
+
+
+def _cells(found: Sealed) -> list[object]:
+    event, hash = found
+    try:
+        data, encoded = event.state.decode(), ""
+    except UnicodeDecodeError:
+        data, encoded = "", base64.b64encode(event.state).decode()
+    return [
+        event.position,
+        event.payment_id,
+        event.version,
+        event.topic,
+        time_text(event.recorded_at),
+        data,
+        encoded,
+        "" if hash is None else hash.hex(),
+    ]
+
+
+_TABLE_COLUMNS = ("position", "recorded_at", "payment", "version", "type", "what")
+_TABLE = "{:>10}  {:<27}  {:<36}  {:>7}  {:<19}  {}"
+
+
+def _table_line(event: LogEntry) -> bytes:
+    line = _TABLE.format(
+        event.position,
+        time_text(event.recorded_at),
+        str(event.payment_id),
+        event.version,
+        event.topic,
+        summary(event),
+    )
+    return one_line(line.rstrip()).encode() + b"\n"

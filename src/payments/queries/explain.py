@@ -1,0 +1,189 @@
+"""What happened to one payment, in words: its events and callbacks, from what is stored alone."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Annotated
+from uuid import UUID
+
+import msgspec
+
+from payments.database import Database
+from payments.errors import PaymentUnreadable
+from payments.events.chain import LogEntry
+from payments.events.facts import (
+    Fact,
+    LateCaptureFound,
+    LateCaptureReturned,
+    PaymentCharged,
+    PaymentFailed,
+    PaymentInitiated,
+    PaymentRefunded,
+    RefundFailed,
+    RefundInitiated,
+    UndecodableEvent,
+)
+from payments.events.store import LOAD_ENTRIES, fact_at, fold_stored
+from payments.money import amount_text
+from payments.payment import Payment
+from payments.queries.callbacks import Attempt, Delivery, attempts, deliveries_of_payment, text_of
+from payments.queries.payments import not_found
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One thing that happened. `at`: the time of the application for events, else the database's.
+
+    `by`: the API client, `settling`, or for callbacks `dispatcher`; None if it cannot be read.
+    `position` is that of the event; None for an attempt to call back.
+    """
+
+    at: Annotated[datetime, msgspec.Meta(tz=True)]
+    kind: str
+    by: str | None
+    text: str
+    position: int | None = None
+    request_id: str | None = None
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """A payment's whole story, oldest first. `state` is what it came to, in words."""
+
+    payment_id: UUID
+    state: str
+    entries: list[Entry]
+
+
+async def explain(database: Database, payment_id: UUID) -> Explanation:
+    """Raises PaymentNotFound or DatabaseUnavailable; what cannot be read is told as such."""
+    rows = await database.fetch(LOAD_ENTRIES, [payment_id])
+    if not rows:
+        raise await not_found(database, payment_id, None)
+    events = [LogEntry(*row) for row in rows]
+    deliveries = await deliveries_of_payment(database, payment_id)
+    made = await attempts(database, [delivery.event_id for delivery in deliveries])
+    entries = [_of_event(event) for event in events]
+    for delivery in deliveries:
+        of_it = [attempt for attempt in made if attempt.event_id == delivery.event_id]
+        entries += _of_delivery(delivery, of_it)
+    entries.sort(key=lambda entry: entry.at)  # stable: events keep their order
+    return Explanation(payment_id, _state(payment_id, events), entries)
+
+
+def summary(event: LogEntry) -> str:
+    """What an event says, in a few words."""
+    try:
+        return _words(fact_at(event.payment_id, event.version, event.topic, event.state))
+    except UndecodableEvent as error:
+        return f"cannot be read: {error}"
+
+
+def time_text(time: datetime | None) -> str:
+    """UTC with microseconds, as in the log."""
+    if time is None:
+        return "-"
+    return f"{time.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%f}Z"
+
+
+def _of_event(event: LogEntry) -> Entry:
+    try:
+        fact = fact_at(event.payment_id, event.version, event.topic, event.state)
+    except UndecodableEvent as error:
+        text = f"cannot be read: {error}"
+        return Entry(event.recorded_at, event.topic, None, text, event.position)
+    return Entry(
+        fact.occurred_at, fact.TOPIC, fact.client, _words(fact), event.position, fact.request_id
+    )
+
+
+def _words(fact: Fact) -> str:
+    match fact:
+        case PaymentInitiated():
+            return (
+                f"charge of {_amount(fact)} asked for with the key {fact.idempotency_key}, for the "
+                f"order {fact.merchant_order_id}, at the provider {fact.gateway}"
+            )
+        case PaymentCharged():
+            return f"the provider captured {_amount(fact)} as {fact.provider_txn_id}"
+        case PaymentFailed(reason="declined"):
+            return f"the provider declined {_amount(fact)}: {fact.decline_code}"
+        case PaymentFailed():
+            return f"given up: the provider does not know of the charge of {_amount(fact)}"
+        case RefundInitiated():
+            key = f"the key {fact.idempotency_key}" if fact.idempotency_key else "no key"
+            whole = ", all that was left" if fact.whole else ""
+            return f"refund {fact.refund_id} of {_amount(fact)}{whole} asked for with {key}"
+        case PaymentRefunded():
+            given, captured = (
+                amount_text(cents, fact.currency)
+                for cents in (fact.refunded_cents, fact.captured_cents)
+            )
+            return (
+                f"the provider gave {_amount(fact)} back as {fact.provider_refund_id}, for the "
+                f"refund {fact.refund_id}; in all {given} of {captured}"
+            )
+        case RefundFailed():
+            return (
+                f"the provider refused the refund {fact.refund_id} of {_amount(fact)}: "
+                f"{fact.decline_code}"
+            )
+        case LateCaptureFound():
+            return (
+                f"the provider captured {_amount(fact)} after all, as {fact.provider_txn_id}; "
+                f"it is to go back as the refund {fact.refund_id}"
+            )
+        case LateCaptureReturned():
+            return f"the provider gave {_amount(fact)} back as {fact.provider_refund_id}"
+    return fact.TOPIC
+
+
+def _amount(fact: Fact) -> str:
+    return amount_text(fact.amount_cents, fact.currency)  # type: ignore[attr-defined]
+
+
+def _of_delivery(delivery: Delivery, made: list[Attempt]) -> Iterator[Entry]:
+    status = f"callback {delivery.event_id} ({delivery.status})"
+    yield Entry(
+        delivery.enqueued_at, "callback", "dispatcher", f"{status}: to be sent to Order Service"
+    )
+    for number, attempt in enumerate(made, 1):
+        answer = text_of(attempt.answer)
+        parts = [
+            f"{status}: attempt {number}, {attempt.outcome}",
+            None if attempt.status is None else f"HTTP {attempt.status}",
+            None if attempt.seconds is None else f"after {attempt.seconds * 1000:.0f} ms",
+            attempt.reason,
+            None if not answer else f"answer: {answer[:200]}",
+        ]
+        text = ", ".join(part for part in parts if part)
+        yield Entry(attempt.started_at, "attempt", "dispatcher", text)
+    if delivery.state == "due":
+        now = delivery.next_at or delivery.enqueued_at
+        text = f"{status}: not delivered yet, tried next at {time_text(now)}"
+        yield Entry(datetime.now(UTC), "due", "dispatcher", text)
+    elif delivery.state != "delivered" and delivery.finished_at is not None:
+        yield Entry(
+            delivery.finished_at, delivery.state, "dispatcher", f"{status}: {_ENDS[delivery.state]}"
+        )
+
+
+_ENDS = {
+    "dead": "given up, until somebody sends it again with `payments callbacks redrive`",
+    "superseded": "not sent, since its order has a SUCCESS",
+    "excluded": "not sent, since ORDER_CALLBACK_STATUSES does not name it",
+}
+
+
+def _state(payment_id: UUID, events: list[LogEntry]) -> str:
+    try:
+        payment = fold_stored(payment_id, (event[2:5] for event in events))
+    except PaymentUnreadable as error:
+        return str(error)
+    return _state_of(payment)
+
+
+def _state_of(payment: Payment) -> str:
+    text = f"{payment.status}, {amount_text(payment.amount_cents, payment.currency)}"
+    if payment.refunded_cents:
+        text += f", {amount_text(payment.refunded_cents, payment.currency)} given back"
+    if payment.reserved_cents:
+        text += f", {amount_text(payment.reserved_cents, payment.currency)} on its way back"
+    return f"{text}, order {payment.merchant_order_id}"
