@@ -38,10 +38,10 @@ class _Moment(_Time):
             return value
         if isinstance(value, str) and re.fullmatch("[0-9]{1,19}", value):
             if not 1 <= int(value) <= POSITION_MAX:
-                raise click.BadParameter(f"{value}: positions begin with 1", ctx, param)
+                raise click.BadParameter(f"{value} is not a position: they are whole numbers from 1", ctx, param)
             return int(value)
         if isinstance(value, str) and re.fullmatch("[+-]?[0-9]+", value):
-            raise click.BadParameter(f"{value}: positions begin with 1", ctx, param)
+            raise click.BadParameter(f"{value} is not a position: they are whole numbers from 1", ctx, param)
         return super().convert(value, param, ctx)
 
 
