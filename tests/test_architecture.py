@@ -139,7 +139,17 @@ def test_the_embedded_servers_python_package_is_not_imported() -> None:
 
 
 def test_the_aggregate_knows_no_clock_and_no_io() -> None:
-    pure = {"collections", "datetime", "enum", "functools", "hashlib", "itertools", "re", "typing"}
+    pure = {
+        "collections",
+        "datetime",
+        "decimal",
+        "enum",
+        "functools",
+        "hashlib",
+        "itertools",
+        "re",
+        "typing",
+    }
     allowed = pure | {"msgspec", "payments", "uuid"}
     for module in ("payments.payment", "payments.events.facts", "payments.money"):
         assert {name.split(".")[0] for name in imports(MODULES[module])} <= allowed
