@@ -36,12 +36,11 @@ class _Moment(_Time):
     ) -> datetime | int:
         if isinstance(value, int):
             return value
-        if isinstance(value, str) and re.fullmatch("[0-9]{1,19}", value):
-            if not 1 <= int(value) <= POSITION_MAX:
-                raise click.BadParameter(f"{value} is not a position: they are whole numbers from 1", ctx, param)
-            return int(value)
         if isinstance(value, str) and re.fullmatch("[+-]?[0-9]+", value):
-            raise click.BadParameter(f"{value} is not a position: they are whole numbers from 1", ctx, param)
+            if not (value.isdigit() and 1 <= int(value[:20]) <= POSITION_MAX):
+                text = f"{value} is not a position: they are whole numbers from 1"
+                raise click.BadParameter(text, ctx, param)
+            return int(value)
         return super().convert(value, param, ctx)
 
 
