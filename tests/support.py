@@ -28,6 +28,7 @@ from payments.events.store import APPEND, append_params, to_stored_event
 from payments.payment import Approved, Declined, Payment, Refund, evolve, fold
 from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection
+from payments.projections.seals import SealsProjection
 from payments.telemetry import Telemetry
 
 ORDER_ID = uuid.UUID("f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9")
@@ -216,6 +217,16 @@ async def follow(database: Database, batch_max: int = 1000) -> None:
     """Brings the payments read model up to the log's end."""
     projection = PaymentsProjection(settle_after_s=7)
     follower = Follower(database.connect, projection, Telemetry(), batch_max)
+    try:
+        while await follower.run_once():
+            pass
+    finally:
+        await follower.close()
+
+
+async def seal_log(database: Database, batch_max: int = 1000) -> None:
+    """Seals all events."""
+    follower = Follower(database.connect, SealsProjection(), Telemetry(), batch_max)
     try:
         while await follower.run_once():
             pass

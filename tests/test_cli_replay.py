@@ -24,11 +24,8 @@ from hypothesis import strategies as st
 from payments.cli import main
 from payments.database import Database, DatabaseAddress
 from payments.events.chain import GENESIS, LogEntry, read_line, seal, write_line
-from payments.projections.follower import Follower
-from payments.projections.seals import SealsProjection
-from payments.telemetry import Telemetry
 from tests.process import PAYMENTS, ROOT, at, environment
-from tests.support import ORDER_ID, History, append, append_stored, stored_event
+from tests.support import ORDER_ID, History, append, append_stored, seal_log, stored_event
 
 Connection = psycopg.Connection[Any]
 Operator = Callable[..., Result]
@@ -70,16 +67,6 @@ def positions(result: Result) -> list[int]:
     return [line["position"] for line in lines(result)]
 
 
-def seal_all(address: DatabaseAddress) -> None:
-    async def run() -> None:
-        follower = Follower(Database(address, 1).connect, SealsProjection(), Telemetry())
-        while await follower.run_once():
-            pass
-        await follower.close()
-
-    asyncio.run(run())
-
-
 def test_a_line_holds_the_stored_bytes_and_the_seal(
     operator: Operator,
     payments: dict[str, History],
@@ -87,7 +74,7 @@ def test_a_line_holds_the_stored_bytes_and_the_seal(
     address: DatabaseAddress,
 ) -> None:
     assert [line["hash"] for line in lines(operator("replay"))] == [None] * 8
-    seal_all(address)
+    asyncio.run(seal_log(Database(address, 1)))
     printed = operator("replay").stdout.encode().splitlines()
     stored = connection.execute(
         "SELECT notification_id, originator_id, originator_version, topic, state, recorded_at"
