@@ -140,8 +140,8 @@ async def test_without_an_address_nobody_is_called_back(
     assert await service.reach_database() == "off"
     await service.observe()
     await service.stop(1)
-    found = connection.execute("SELECT name FROM followers").fetchall()
-    assert found == [("payments",)]
+    found = connection.execute("SELECT name FROM followers ORDER BY name").fetchall()
+    assert found == [("payments",), ("seals",)]
 
 
 async def test_it_is_called_back_from_the_first_start_with_an_address_on(
