@@ -6,16 +6,18 @@
     lists, SQL   <- payments read model <- follower (rows and position in one transaction)
     settling     <- what is left open   <-+
     dispatcher   <- callback outbox     <-+
-       `-> Order Service
+       `-> Order Service                  |
+    audit        <- seals of the log    <-+
 
     commands/          decide and append, one file per intent: charge, refund, settle
     queries/           read; never imported by commands, nor the other way round
-    projections/       the follower, and what it writes from the log
+    projections/       the follower, and what it writes from the log; comparing, rebuilding
     callbacks/         sends what the outbox holds: dispatcher, signatures, retries, breaker
     events/            what can happen (facts), and where it is kept (store, appender)
     deciding.py        which event may come next: pure, no I/O, no clock
     payment.py         what a payment's events amount to: as pure
     gateways/          payment providers behind one protocol
+    snapshot.py        the database as of one moment, for audits and rebuilds
     unsettled.py       the list of what the provider must be asked about again
     database.py        connections;  migrations/ the schema
     admission.py       how much one process takes on, and when it refuses

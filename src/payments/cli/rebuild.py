@@ -52,10 +52,7 @@ def rebuild_read_model(projection: str, dry_run: bool) -> None:
 
 
 def _tell(done: Rebuilt, dry_run: bool) -> None:
-    click.echo(
-        f"compared: {done.payments:,} payments ({done.events:,} events), up to position "
-        f"{done.position}"
-    )
+    click.echo(f"compared: {done.payments:,} payments with the log, up to position {done.position}")
     what = "differ" if dry_run else "written"
     for table, rows in done.differing.items():
         click.echo(f"{what}: {rows:,} rows of {table}")
