@@ -142,16 +142,18 @@ async def guarded(address: DatabaseAddress, settings: Settings) -> AsyncIterator
 
 async def test_a_client_reads_its_own(guarded: httpx.AsyncClient, connection: Connection) -> None:
     own = History("k", client="orders").charged()
-    append(connection, own.facts)
+    append(connection, [*History("earlier").facts, *own.facts])
 
     async def answer(name: str, as_of: int) -> httpx.Response:
         headers = {"Authorization": f"Bearer {name}"}
         return await guarded.get(f"/v1/payments/{own.id}?as_of={as_of}", headers=headers)
 
-    assert (await answer("orders", 2)).status_code == 200
-    assert (await answer("staff", 1)).json()["status"] == "PENDING"
-    others = await answer("tickets", 2)
+    assert (await answer("orders", 3)).status_code == 200
+    assert (await answer("staff", 2)).json()["status"] == "PENDING"
+    assert "yet" in (await answer("staff", 1)).json()["detail"]
+    others = await answer("tickets", 3)
     assert others.status_code == 404
+    assert (await answer("tickets", 1)).json() == others.json()
     nowhere = await guarded.get(
         f"/v1/payments/{uuid.uuid4()}?as_of=2", headers={"Authorization": "Bearer tickets"}
     )

@@ -98,7 +98,6 @@ def follow(address: DatabaseAddress, wanted: Wanted, after: int) -> Iterator[Sea
                 while True:
                     for last in _parts(connection, after):
                         for found in _part(connection, wanted, after + 1, last):
-                            after = found.event.position
                             if _fits(found.event, wanted):
                                 yield found
                         after, pause_s = last, RETRY_MIN_S
