@@ -36,6 +36,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database_name: str = "paymentdb"
     port: int = 4004
     host: str = "127.0.0.1"
+    metrics_port: int | None = None
     order_callback_url: str | None = None
     order_callback_secret: str | None = None
     order_callback_statuses: tuple[str, ...] = ("SUCCESS", "FAILED")
@@ -175,6 +176,12 @@ VARIABLES = (
     Variable("DATABASE_NAME", _text, "paymentdb", "Postgres database"),
     Variable("PORT", _whole(1, 65535), "4004", "port of the service"),
     Variable("HOST", _text, "127.0.0.1", "address the service listens on"),
+    Variable(
+        "METRICS_PORT",
+        _whole(1, 65535),
+        "unset",
+        "a port of their own for /metrics and /health; the only one of `payments work`",
+    ),
     Variable("ORDER_CALLBACK_URL", _callback_url, "unset", "where Order Service takes callbacks"),
     Variable(
         "ORDER_CALLBACK_SECRET",

@@ -1,6 +1,6 @@
 """The Litestar application on a Service."""
 
-from litestar import Litestar
+from litestar import Litestar, Router
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp
@@ -17,8 +17,20 @@ from web.problems import on_exception, on_http_exception, on_payments_error
 
 def create_app(service: Service) -> ASGIApp:
     """The whole HTTP application, guard included; the service must be started by the caller."""
-    app = Litestar(
-        route_handlers=[v1, health, live, metrics],
+    app = _litestar(service, v1)
+    app.state.openapi = openapi.document(app)
+    app.register(docs)  # afterwards: it is no part of what it describes
+    return Guard(app, service.telemetry, service.admission)
+
+
+def create_operations_app(service: Service) -> ASGIApp:
+    """Health and metrics alone, for METRICS_PORT."""
+    return Guard(_litestar(service), service.telemetry, service.admission)
+
+
+def _litestar(service: Service, *handlers: Router) -> Litestar:
+    return Litestar(
+        route_handlers=[*handlers, health, live, metrics],
         state=State({"service": service}),
         exception_handlers={
             PaymentsError: on_payments_error,
@@ -29,6 +41,3 @@ def create_app(service: Service) -> ASGIApp:
         openapi_config=None,
         debug=False,
     )
-    app.state.openapi = openapi.document(app)
-    app.register(docs)  # afterwards: it is no part of what it describes
-    return Guard(app, service.telemetry, service.admission)

@@ -21,8 +21,19 @@ UNSENT_MAX = 128 * 1024  # bytes of answers that the kernel keeps for a connecti
 
 def bind(settings: Settings) -> socket.socket:
     """The listening socket, bound first of all; raises StartError."""
+    return _bind(settings.host, "PORT", settings.port)
+
+
+def bind_metrics(settings: Settings) -> socket.socket | None:
+    """The same for METRICS_PORT; None if that is not set."""
+    if settings.metrics_port is None:
+        return None
+    return _bind(settings.host, "METRICS_PORT", settings.metrics_port)
+
+
+def _bind(host: str, variable: str, port: int) -> socket.socket:
     try:
-        info = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(info[0], socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Connections inherit it: an answer in two parts does not wait for the client's kernel.
@@ -35,7 +46,7 @@ def bind(settings: Settings) -> socket.socket:
         listener.bind(info[4])
         listener.listen(BACKLOG)  # now, so that a second start notices
     except (OSError, UnicodeError) as error:
-        place = f"HOST {settings.host!r} and PORT {settings.port}"
+        place = f"HOST {host!r} and {variable} {port}"
         reason = error.strerror if isinstance(error, OSError) else "not a host name"
         raise StartError(f"cannot listen on {place}: {reason}") from None
     return listener

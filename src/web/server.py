@@ -10,17 +10,20 @@ import gc
 import signal
 import socket
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 
 import uvicorn
 import uvloop
+from litestar.types import ASGIApp
 from loguru import logger
 
 from payments.database import DatabaseAddress
 from payments.gateways import Gateway
 from payments.service import Service
 from payments.settings import Settings
-from web.app import create_app
+from web.app import create_app, create_operations_app
 from web.listening import Server, allow_many_connections
 from web.protocol import Protocol
 
@@ -35,19 +38,27 @@ def run(
     address: DatabaseAddress,
     gateway: Gateway,
     listener: socket.socket,
+    metrics_listener: socket.socket | None = None,
     *,
     work: bool = True,
 ) -> None:
     """Serves until SIGTERM or SIGINT."""
 
     async def main() -> None:
-        await serve(Service(settings, address, gateway=gateway), listener, work=work)
+        service = Service(settings, address, gateway=gateway)
+        await serve(service, listener, metrics_listener, work=work)
 
     allow_many_connections()
     uvloop.run(main())
 
 
-async def serve(service: Service, listener: socket.socket, *, work: bool = True) -> None:
+async def serve(
+    service: Service,
+    listener: socket.socket,
+    metrics_listener: socket.socket | None = None,
+    *,
+    work: bool = True,
+) -> None:
     """Starts the service, answers requests, and stops everything in order.
 
     Without `work` another process follows the log, settles and calls back.
@@ -55,21 +66,7 @@ async def serve(service: Service, listener: socket.socket, *, work: bool = True)
     if not service.settings.payments_api_keys:
         logger.warning("PAYMENTS_API_KEYS is not set: whoever reaches the port may charge")
     await service.start(work=work)
-    server = Server(
-        uvicorn.Config(
-            create_app(service),
-            loop="uvloop",
-            http=partial(Protocol, service.admission, service.telemetry),  # type: ignore[arg-type]
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=REQUESTS_STOP_S,
-        )
-    )
+    server = _server(service, create_app(service))
     stop_by = time.monotonic() + STOP_S
 
     def stop() -> None:
@@ -88,10 +85,49 @@ async def serve(service: Service, listener: socket.socket, *, work: bool = True)
     host, port = listener.getsockname()[:2]
     logger.bind(host=host, port=port).info("listening")
     try:
-        await server.serve(sockets=[listener])
+        async with operations_port(service, metrics_listener):
+            await server.serve(sockets=[listener])
     finally:
         await service.stop(max(1.0, stop_by - time.monotonic() - 0.5))
     logger.info("stopped")
+
+
+@asynccontextmanager
+async def operations_port(service: Service, listener: socket.socket | None) -> AsyncIterator[None]:
+    """Answers /health and /metrics on METRICS_PORT meanwhile; without a listener it does nothing.
+
+    Until the end of the block, so that the last minutes of a process can be looked at as well.
+    """
+    if listener is None:
+        yield
+        return
+    server = _server(service, create_operations_app(service))
+    port = listener.getsockname()[1]
+    logger.bind(port=port).info("metrics have a port of their own")
+    serving = asyncio.create_task(server.serve(sockets=[listener]), name="metrics port")
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await asyncio.wait({serving}, timeout=1)
+
+
+def _server(service: Service, app: ASGIApp) -> Server:
+    return Server(
+        uvicorn.Config(
+            app,
+            loop="uvloop",
+            http=partial(Protocol, service.admission, service.telemetry),  # type: ignore[arg-type]
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=REQUESTS_STOP_S,
+        )
+    )
 
 
 def _tame_garbage_collection() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -59,33 +60,39 @@ def serve(api_only: bool) -> None:
     settings = begin()
     # By name: nothing in payments imports web.
     server = importlib.import_module("web.server")
-    listener = importlib.import_module("web.listening").bind(settings)
+    listening = importlib.import_module("web.listening")
+    listener, metrics = listening.bind(settings), listening.bind_metrics(settings)
     gateway = build_gateway(settings)
     with open_database(settings, migrating=settings.migrate_on_start) as address:
-        server.run(settings, address, gateway, listener, work=not api_only)
+        server.run(settings, address, gateway, listener, metrics, work=not api_only)
 
 
 @click.command()
 def work() -> None:
-    """Follow the log, settle open payments and call back until SIGTERM, without the API."""
+    """Follow the log, settle open payments and call back until SIGTERM, without the API.
+
+    With METRICS_PORT it answers /metrics and /health there.
+    """
     _end_on_sigterm()
     settings = begin()
+    metrics = importlib.import_module("web.listening").bind_metrics(settings)
     gateway = build_gateway(settings)
 
     async def run() -> None:
-        await _work(Service(settings, address, gateway=gateway))
+        await _work(Service(settings, address, gateway=gateway), metrics)
 
     with open_database(settings, migrating=settings.migrate_on_start) as address:
         uvloop.run(run())
 
 
-async def _work(service: Service) -> None:
+async def _work(service: Service, metrics: socket.socket | None) -> None:
     stopping = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopping.set)
     await service.start()
     logger.info("working")
-    await stopping.wait()
+    async with importlib.import_module("web.server").operations_port(service, metrics):
+        await stopping.wait()
     logger.info("stopping")
     await service.stop(WORK_STOP_S)
     logger.info("stopped")

@@ -13,7 +13,8 @@ before and after. Nothing here calls back or calls a gateway.
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -41,6 +42,7 @@ from payments.snapshot import Snapshot, unhurried
 
 LOCK_KEYS = (7165010, 3)  # 1 and 2: migrations/0001_event_store.sql and migrations/__init__.py
 NAME = "payments rebuild"
+LOCK_POLL_S = 0.05
 STAGE_ROWS = 2000
 CATCH_UP_EVENTS = 500  # so few are compared while the follower waits
 CATCH_UPS_MAX = 20
@@ -52,6 +54,10 @@ WATCHED_FOR = timedelta(days=30)
 
 TRY_LOCK = """
 SELECT pg_try_advisory_lock(%s, %s)
+"""
+
+UNLOCK = """
+SELECT pg_advisory_unlock(%s, %s)
 """
 
 # Who holds it: the name that the other's connection goes by.
@@ -273,8 +279,7 @@ def rebuild(
     is running, or psycopg.Error; then nothing was changed.
     """
     writer = unhurried(address, f"{NAME} {os.getpid()}@{socket.gethostname()}"[:63])
-    with writer:
-        _be_the_only_one(writer)
+    with writer, _the_only_one(writer):
         return _Rebuild(address, writer, settle_after_s, found, progress).run()
 
 
@@ -284,13 +289,17 @@ def _comparison(snapshot: Snapshot, progress: Progress) -> Comparison:
     return comparison
 
 
-def _be_the_only_one(connection: psycopg.Connection[Any]) -> None:
-    row = connection.execute(TRY_LOCK, LOCK_KEYS).fetchone()
-    if row is not None and row[0]:
-        return
-    row = connection.execute(LOCK_HOLDER, LOCK_KEYS).fetchone()
-    name, since = row if row is not None else (NAME, datetime.now(UTC))
-    raise StartError(f"a rebuild is running already: {name}, since {since:%Y-%m-%d %H:%M:%S} UTC")
+@contextmanager
+def _the_only_one(connection: psycopg.Connection[Any]) -> Iterator[None]:
+    """StartError says who runs a rebuild already."""
+    while not (row := connection.execute(TRY_LOCK, LOCK_KEYS).fetchone()) or not row[0]:
+        if (row := connection.execute(LOCK_HOLDER, LOCK_KEYS).fetchone()) is not None:
+            name, since = row
+            raise StartError(f"a rebuild is running already: {name}, since {since:%F %T} UTC")
+        time.sleep(LOCK_POLL_S)  # it has just ended
+    yield
+    # What fails ends the connection, and the lock with it.
+    connection.execute(UNLOCK, LOCK_KEYS)
 
 
 class _Rebuild:

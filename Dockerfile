@@ -1,0 +1,35 @@
+# The Payment Service: `payments serve` on port 4004. docs/container.md says how to run it.
+
+FROM python:3.11-slim-bookworm AS build
+WORKDIR /build
+# What builds stays here; what runs goes into /opt/payments, which has no pip.
+COPY requirements/build.txt requirements/runtime.txt requirements/
+RUN python -m venv /opt/build \
+    && python -m venv --without-pip /opt/payments \
+    && /opt/build/bin/pip install --no-cache-dir --require-hashes -r requirements/build.txt \
+    && /opt/build/bin/pip --python /opt/payments/bin/python install --no-cache-dir \
+        --require-hashes -r requirements/runtime.txt
+COPY pyproject.toml README.md ./
+COPY src src
+RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir wheels . \
+    && /opt/build/bin/pip --python /opt/payments/bin/python install --no-cache-dir --no-deps \
+        --no-index wheels/*.whl
+
+FROM python:3.11-slim-bookworm
+# The embedded Postgres refuses to run as root, and needs a user with a name.
+RUN groupadd --gid 10001 payments \
+    && useradd --uid 10001 --gid payments --home-dir /var/lib/payments --create-home payments
+COPY --from=build /opt/payments /opt/payments
+ENV PATH=/opt/payments/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOST=0.0.0.0 \
+    PORT=4004 \
+    PAYMENTS_DATA_DIR=/var/lib/payments
+USER 10001:10001
+# The embedded database, unless DATABASE_HOST is set, and the simulated provider's ledger.
+VOLUME /var/lib/payments
+EXPOSE 4004
+HEALTHCHECK --interval=10s --timeout=4s --start-period=60s \
+    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"PORT\"]}/health', timeout=3)"]
+ENTRYPOINT ["payments"]
+CMD ["serve"]
