@@ -389,6 +389,18 @@ def test_pid_file_that_names_an_unrelated_process(data_dir: Path) -> None:
         assert show(server, "fsync") == "on"
 
 
+def test_a_pid_file_of_another_life_does_not_say_that_this_server_is_ready(tmp_path: Path) -> None:
+    """After kill -9 in a container the next server has the pid of the last one."""
+    pid_file = tmp_path / "postmaster.pid"
+    pid_file.write_text(f"24\n{tmp_path}\n1795513961\n5432\n/tmp/old\n\n160 4\nready   \n")
+    left = embedded_postgres._pid_file(tmp_path)
+    assert not embedded_postgres._is_ready(tmp_path, 24, left)
+    pid_file.write_text(f"24\n{tmp_path}\n1795513999\n5432\n/tmp/new\n\n160 4\nstarting\n")
+    assert not embedded_postgres._is_ready(tmp_path, 24, left)
+    pid_file.write_text(f"24\n{tmp_path}\n1795513999\n5432\n/tmp/new\n\n160 4\nready   \n")
+    assert embedded_postgres._is_ready(tmp_path, 24, left)
+
+
 def test_failed_start_is_one_line_and_leaves_nothing(data_dir: Path) -> None:
     start(data_dir).release()
     assert_gone(data_dir, CLEAN_STOP_S)

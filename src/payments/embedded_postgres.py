@@ -335,6 +335,7 @@ def _start_server(plan: _Plan, users_fd: int) -> tuple["subprocess.Popen[bytes]"
     if not cluster.exists():
         _create_cluster(plan, programs, cluster, users_fd)
     _drop_misleading_pid_file(cluster)
+    left = _pid_file(cluster)  # of a server that was killed
     socket_dir = _make_socket_dir(plan)
     settings = plan.options | {
         "listen_addresses": "",
@@ -347,7 +348,7 @@ def _start_server(plan: _Plan, users_fd: int) -> tuple["subprocess.Popen[bytes]"
         partial.write_text(str(socket_dir))
         server = _spawn(plan, programs / "postgres", "-D", cluster, *arguments, dying=SIGINT)
         try:
-            _wait(users_fd, lambda: _ended(server) or _is_ready(cluster, server.pid))
+            _wait(users_fd, lambda: _ended(server) or _is_ready(cluster, server.pid, left))
             _require(server.returncode is None, "Postgres does not start", home, log_offset)
             partial.rename(home / "socket-directory")
         except BaseException:
@@ -523,9 +524,12 @@ def _postmaster_pid(cluster: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _is_ready(cluster: Path, pid: int) -> bool:
-    # Its eighth line is the state (src/include/utils/pidfile.h of Postgres).
-    return _postmaster_pid(cluster) == pid and _pid_file(cluster)[7:8] == ["ready   "]
+def _is_ready(cluster: Path, pid: int, left: list[str]) -> bool:
+    """`left`: the file as it was before. In a container each life has the same few pids, and what
+    the life before left behind may say that this very server is ready."""
+    lines = _pid_file(cluster)
+    # The eighth line is the state (src/include/utils/pidfile.h of Postgres).
+    return lines != left and _postmaster_pid(cluster) == pid and lines[7:8] == ["ready   "]
 
 
 def _create_cluster(plan: _Plan, programs: Path, cluster: Path, users_fd: int) -> None:
