@@ -16,7 +16,8 @@ LINES_MAX = 600
 # From the bottom to the top. A module imports from the lines below its own, and from its own entry.
 # The longest matching name counts: events.facts lies below payment, the rest of events above it.
 LAYERS = (
-    ("payments.money", "payments.errors", "payments.telemetry", "payments.embedded_postgres"),
+    ("payments.money",),
+    ("payments.errors", "payments.telemetry", "payments.embedded_postgres"),
     ("payments.callbacks.signing",),
     ("payments.settings", "payments.admission", "payments.shared", "payments.names"),
     ("payments.events.facts",),

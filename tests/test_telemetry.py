@@ -347,6 +347,7 @@ class TestMetrics:
             "outcome",
             "operation",
             "kind",
+            "currency",
             "follower",
             "state",
             "le",

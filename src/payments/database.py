@@ -220,6 +220,16 @@ class Database:
     async def close(self) -> None:
         await self._pool.close(timeout=1.0)
 
+    def pool_connections(self) -> dict[str, int]:
+        """How many are used, idle, and waited for."""
+        stats = self._pool.get_stats()
+        idle = stats.get("pool_available", 0)
+        return {
+            "used": stats.get("pool_size", 0) - idle,
+            "idle": idle,
+            "waited_for": stats.get("requests_waiting", 0),
+        }
+
     async def fetch(
         self,
         query: str,

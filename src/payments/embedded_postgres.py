@@ -335,7 +335,8 @@ def _start_server(plan: _Plan, users_fd: int) -> tuple["subprocess.Popen[bytes]"
     if not cluster.exists():
         _create_cluster(plan, programs, cluster, users_fd)
     _drop_misleading_pid_file(cluster)
-    left = _pid_file(cluster)  # of a server that was killed
+    # Of a server that was killed. In a container the next one often has the same pid.
+    left = _pid_file(cluster)
     socket_dir = _make_socket_dir(plan)
     settings = plan.options | {
         "listen_addresses": "",
@@ -525,10 +526,7 @@ def _postmaster_pid(cluster: Path) -> int | None:
 
 
 def _is_ready(cluster: Path, pid: int, left: list[str]) -> bool:
-    """`left`: the file as it was before. In a container each life has the same few pids, and what
-    the life before left behind may say that this very server is ready."""
-    lines = _pid_file(cluster)
-    # The eighth line is the state (src/include/utils/pidfile.h of Postgres).
+    lines = _pid_file(cluster)  # the eighth: the state (src/include/utils/pidfile.h of Postgres)
     return lines != left and _postmaster_pid(cluster) == pid and lines[7:8] == ["ready   "]
 
 

@@ -127,6 +127,8 @@ class Service:
     async def _observe(self) -> None:
         """Brings the gauges that only the database knows up to date, within OBSERVE_TIMEOUT_S;
         raises DatabaseUnavailable."""
+        for state, connections in self.database.pool_connections().items():
+            self.telemetry.database_pool[state].set(connections)
         try:
             async with asyncio.timeout(OBSERVE_TIMEOUT_S):
                 followers = await follower_states(self._operations_database)
@@ -139,6 +141,7 @@ class Service:
         for follower in followers:
             if follower.name in followed:
                 self.telemetry.follower_lag[follower.name].set(follower.lag_events)
+                self.telemetry.follower_lag_seconds[follower.name].set(follower.lag_s)
                 self.telemetry.parked_streams[follower.name].set(follower.parked_streams)
         self.telemetry.callbacks_due.set(callbacks.due)
         self.telemetry.callbacks_dead.set(callbacks.dead)

@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -18,6 +18,9 @@ import psutil
 from loguru import logger
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.openmetrics import exposition as openmetrics
+
+from payments.money import DECIMALS
 
 if TYPE_CHECKING:
     from loguru import Message
@@ -37,6 +40,8 @@ GATEWAY_OUTCOMES = ("approved", "declined", "not_found", "unknown", "never_sent"
 CALLBACK_OUTCOMES = ("delivered", "gone", "http_error", "unreachable", "timeout")
 BREAKER_STATES = ("closed", "open", "half_open")
 APPEND_FAILURES = ("retried", "refused")
+AMOUNTS = ("captured", "refunded")
+POOL_STATES = ("used", "idle", "waited_for")
 
 
 class Telemetry:
@@ -47,6 +52,7 @@ class Telemetry:
     """
 
     content_type = CONTENT_TYPE_PLAIN_0_0_4
+    openmetrics_content_type = openmetrics.CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -76,6 +82,13 @@ class Telemetry:
             "payments_refunds", "Refund requests by their answer", ["outcome"], registry=registry
         )
         self.refunds = _by_label(refunds, REFUND_OUTCOMES)
+        amounts = Counter(
+            "payments_amount_minor_units",
+            "Money that the provider captured or gave back, as this process recorded it",
+            ["kind", "currency"],
+            registry=registry,
+        )
+        self.amounts = _by_label(amounts, product(AMOUNTS, DECIMALS))
         settling = Counter(
             "payments_settling_attempts",
             "Attempts to settle an open payment by what was open and what came of it",
@@ -128,6 +141,13 @@ class Telemetry:
         self.append_backlog = Gauge(
             "payments_append_backlog", "Appends that wait for the event store", registry=registry
         )
+        pool = Gauge(
+            "payments_database_pool_connections",
+            "Connections for reading that are in use, idle, or waited for",
+            ["state"],
+            registry=registry,
+        )
+        self.database_pool = _by_label(pool, POOL_STATES)
         self._add_callback_metrics(registry)
         self._add_process_gauges(psutil.Process())
 
@@ -191,6 +211,12 @@ class Telemetry:
             "follower",
             FOLLOWERS,
         )
+        self.follower_lag_seconds = gauges(
+            "payments_follower_lag_seconds",
+            "How long ago the oldest event was recorded that a read model does not show yet",
+            "follower",
+            FOLLOWERS,
+        )
         self.parked_streams = gauges(
             "payments_parked_streams",
             "Streams that a follower could not apply",
@@ -210,22 +236,35 @@ class Telemetry:
     def _add_process_gauges(self, process: psutil.Process) -> None:
         """CPU, memory, uptime and timestamp, as documented for /metrics."""
         started = process.create_time()
+        self._documented: dict[str, Callable[[], float]] = {
+            "cpu_load": _cpu_load,
+            "memory": lambda: process.memory_info().rss,
+            "heap": _heap_bytes,
+            "uptime": lambda: time.time() - started,
+            "timestamp": time.time,
+        }
+        for documented, name, text in (
+            ("cpu_load", "process_cpu_load_ratio", "CPU load average of a minute per core"),
+            ("memory", "process_resident_memory_bytes", "Resident memory"),
+            ("heap", "process_heap_bytes", "What the C library's heap holds; 0 if it does not say"),
+            ("uptime", "process_uptime_seconds", "Since the process began"),
+            ("timestamp", "process_timestamp_seconds", "Now, as Unix time"),
+        ):
+            Gauge(name, text, registry=self.registry).set_function(self._documented[documented])
 
-        def gauge(name: str, text: str, value: Any) -> None:
-            Gauge(name, text, registry=self.registry).set_function(value)
-
-        gauge("process_cpu_load_ratio", "CPU load average of a minute per core", _cpu_load)
-        gauge(
-            "process_resident_memory_bytes",
-            "Resident memory",
-            lambda: process.memory_info().rss,
-        )
-        gauge("process_uptime_seconds", "Since the process began", lambda: time.time() - started)
-        gauge("process_timestamp_seconds", "Now, as Unix time", time.time)
+    def documented(self) -> dict[str, float]:
+        """The five values that were documented before there was anything else: a load per core,
+        bytes, bytes, seconds, and Unix time."""
+        return {name: value() for name, value in self._documented.items()}
 
     def exposition(self) -> bytes:
         """All metrics in the Prometheus text format 0.0.4."""
         return generate_latest(self.registry)
+
+    def openmetrics(self) -> bytes:
+        """The same as OpenMetrics 1.0."""
+        text: bytes = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]
+        return text
 
 
 def _by_label(metric: Metric, values: Iterable[Value]) -> dict[Value, Metric]:
@@ -237,6 +276,14 @@ def _by_label(metric: Metric, values: Iterable[Value]) -> dict[Value, Metric]:
 
 def _cpu_load() -> float:
     return float(psutil.getloadavg()[0] / (psutil.cpu_count() or 1))
+
+
+def _heap_bytes() -> float:
+    try:
+        heap = psutil.heap_info()
+    except (AttributeError, OSError):  # not with every C library
+        return 0.0
+    return float(heap.heap_used + heap.mmap_used)
 
 
 def set_up_logs(format: Literal["auto", "json", "text"], level: str) -> None:

@@ -75,7 +75,9 @@ METRICS = Operation(
     id="metrics",
     tag="operations",
     summary="Metrics",
-    description="In the Prometheus text format; `README.md` says which to watch.",
+    description="In the Prometheus text format; `docs/operations.md` says which to watch. With "
+    "`Accept: application/openmetrics-text` as OpenMetrics; with `Accept: application/json` the "
+    "load, memory, heap, uptime and time of the process alone.",
     answers={
         200: Answer(
             "All metrics.",
@@ -119,13 +121,22 @@ def live() -> Alive:
 
 @get("/metrics", opt=described(METRICS))
 async def metrics(request: Anyone) -> Response[bytes]:
-    """All metrics, in the Prometheus text format.
+    """All metrics, in the Prometheus text format, or as OpenMetrics if that is asked for; as JSON
+    the five values of the process.
 
     Without a database the gauges that only it knows keep their last values.
     """
     service: Service = request.app.state.service
+    wanted = request.headers.get("accept", "")
+    if "application/json" in wanted:
+        return Response(
+            msgspec.json.encode(service.telemetry.documented()), media_type=MediaType.JSON
+        )
     with suppress(DatabaseUnavailable):
         await service.observe()
     # As a header: for a text media type the framework would add a second charset.
+    if "application/openmetrics-text" in wanted:
+        headers = {"Content-Type": service.telemetry.openmetrics_content_type}
+        return Response(service.telemetry.openmetrics(), headers=headers)
     headers = {"Content-Type": service.telemetry.content_type}
     return Response(service.telemetry.exposition(), headers=headers)

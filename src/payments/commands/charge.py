@@ -84,7 +84,7 @@ class Charging:
     ) -> None:
         self._runs = runs
         self._appender = appender
-        self._recorder = Recorder(appender, database)
+        self._recorder = Recorder(appender, database, telemetry)
         self._database = database
         self._gateway = gateway
         self._telemetry = telemetry

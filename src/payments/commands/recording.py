@@ -6,9 +6,10 @@ from collections.abc import Callable
 from payments.database import Database
 from payments.errors import DatabaseUnavailable
 from payments.events.appender import Appender, StreamConflict
-from payments.events.facts import Fact
+from payments.events.facts import Fact, PaymentCharged, PaymentRefunded
 from payments.events.store import load_payment, to_stored_event
 from payments.payment import Payment, evolve
+from payments.telemetry import Telemetry
 
 RELOAD_PAUSE_S = 0.1
 
@@ -16,9 +17,10 @@ RELOAD_PAUSE_S = 0.1
 class Recorder:
     """Writes outcomes to the store, however long that takes."""
 
-    def __init__(self, appender: Appender, database: Database) -> None:
+    def __init__(self, appender: Appender, database: Database, telemetry: Telemetry) -> None:
         self._appender = appender
         self._database = database
+        self._telemetry = telemetry
 
     async def record(self, payment: Payment, decide: Callable[[Payment], Fact | None]) -> Payment:
         """Appends what `decide` says of the payment; the payment afterwards.
@@ -32,8 +34,15 @@ class Recorder:
             except StreamConflict:
                 payment = await self._reload(payment)
             else:
+                self._count(fact)
                 return evolve(payment, fact)
         return payment
+
+    def _count(self, fact: Fact) -> None:
+        if isinstance(fact, PaymentCharged):
+            self._telemetry.amounts["captured", fact.currency].inc(fact.amount_cents)
+        elif isinstance(fact, PaymentRefunded):
+            self._telemetry.amounts["refunded", fact.currency].inc(fact.amount_cents)
 
     async def _reload(self, payment: Payment) -> Payment:
         """The payment as it is stored now; waits out an outage of the database."""

@@ -53,7 +53,7 @@ class Settler:
         telemetry: Telemetry,
         settings: Settings,
     ) -> None:
-        self._recorder = Recorder(appender, database)
+        self._recorder = Recorder(appender, database, telemetry)
         self._gateway = gateway
         self._telemetry = telemetry
         self._deadline_s = settings.charge_deadline_s

@@ -10,6 +10,9 @@ FOLLOWERS = """
 SELECT f.name,
        f.position,
        coalesce((SELECT max(notification_id) FROM payment_events), 0) - f.position,
+       coalesce((SELECT extract(epoch FROM clock_timestamp() - e.recorded_at)::float8
+                   FROM payment_events e WHERE e.notification_id > f.position
+                  ORDER BY e.notification_id LIMIT 1), 0),
        (SELECT count(*) FROM parked_streams p WHERE p.follower = f.name)
   FROM followers f ORDER BY f.name
 """
@@ -26,11 +29,12 @@ SELECT kind, count(*), extract(epoch FROM clock_timestamp() - min(since))::float
 
 
 class FollowerState(NamedTuple):
-    """`lag_events` is how many events its read model does not show yet."""
+    """`lag_events` is how many events its read model lacks, `lag_s` the oldest one's age."""
 
     name: str
     position: int
     lag_events: int
+    lag_s: float
     parked_streams: int
 
 

@@ -1,0 +1,197 @@
+"""Dashboard and alerts name metrics that a service has; every alert is explained."""
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import yaml  # type: ignore[import-untyped]
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
+from prometheus_client.parser import text_string_to_metric_families
+
+from payments.database import DatabaseAddress
+from payments.service import Service
+from payments.telemetry import Telemetry
+from tests.process import PAYMENTS, ROOT, ServiceProcess, at, environment, free_port
+from tests.support import charge_of, until
+
+DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/payments.json").read_text())
+ALERTS = [
+    rule
+    for group in yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
+    for rule in group["rules"]
+]
+NOT_OURS = {"up"}
+# What PromQL itself has, and label names.
+WORDS = {
+    *("sum", "max", "by", "rate", "increase", "histogram_quantile", "le"),
+    *("kind", "outcome", "operation", "state", "follower", "status", "route", "currency", "job"),
+}
+
+
+def panels() -> Iterator[tuple[str, str]]:
+    for panel in DASHBOARD["panels"]:
+        for target in panel.get("targets", []):
+            yield panel["title"], target["expr"]
+
+
+def metrics_in(expression: str) -> set[str]:
+    bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|\"[^\"]*\"", "", expression)
+    return set(re.findall(r"[a-z_]{2,}", bare)) - WORDS - NOT_OURS
+
+
+def exposed(text: str) -> set[str]:
+    return {
+        sample.name for family in text_string_to_metric_families(text) for sample in family.samples
+    }
+
+
+EXPRESSIONS = [
+    *panels(),
+    *((rule["alert"], rule["expr"]) for rule in ALERTS),
+]
+
+
+@pytest.mark.anyio
+async def test_every_metric_that_is_named_exists(service: Service) -> None:
+    telemetry = service.telemetry
+    telemetry.requests.labels("POST", "/v1/charge", "201").inc()
+    telemetry.request_seconds.labels("POST", "/v1/charge").observe(0.01)
+    there = exposed(telemetry.exposition().decode())
+    assert len(EXPRESSIONS) > 35
+    for name, expression in EXPRESSIONS:
+        used = metrics_in(expression)
+        assert used or "up" in expression, name
+        assert used <= there, name
+
+
+def test_every_label_value_that_is_named_exists() -> None:
+    values: dict[str, set[str]] = {}
+    text = Telemetry().exposition().decode()
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            for label, value in sample.labels.items():
+                values.setdefault(f"{sample.name} {label}", set()).add(value)
+    for name, expression in EXPRESSIONS:
+        for metric, selector in re.findall(r"([a-z_]+)\{([^}]*)\}", expression):
+            for label, operator, value in re.findall(r"([a-z_]+)(=~|=)\"([^\"]*)\"", selector):
+                if label in ("status", "job"):
+                    continue
+                known = values[f"{metric} {label}"]
+                assert set(value.split("|") if operator == "=~" else [value]) <= known, name
+
+
+def test_every_alert_is_explained() -> None:
+    page = (ROOT / "docs/operations.md").read_text()
+    headings = re.findall(r"^### (Payments\w+)$", page, re.MULTILINE)
+    assert headings == [rule["alert"] for rule in ALERTS]
+    for rule in ALERTS:
+        assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
+        assert rule["annotations"]["summary"]
+        assert rule["labels"]["severity"] in ("page", "ticket")
+
+
+@pytest.mark.anyio
+async def test_amounts_are_counted_by_currency(service: Service) -> None:
+    def value(kind: str, currency: str) -> Any:
+        labels = {"kind": kind, "currency": currency}
+        name = "payments_amount_minor_units_total"
+        return service.telemetry.registry.get_sample_value(name, labels)
+
+    assert value("captured", "INR") == value("refunded", "EUR") == 0
+    await service.charging.charge(charge_of("k1", 1500))
+    await service.charging.charge(charge_of("k1", 1500))
+    await service.charging.charge(charge_of("k2", 300, currency="EUR"))
+    await service.charging.charge(charge_of("k3", 1507))  # declined
+    assert value("captured", "INR") == 1500
+    assert value("captured", "EUR") == 300
+
+
+@pytest.mark.anyio
+async def test_how_far_a_follower_is_behind_is_told_in_seconds(
+    service: Service, connection: Any
+) -> None:
+    """Also while nobody follows."""
+    for follower in service.followers:
+        await follower.stop()
+    await service.charging.charge(charge_of("k1"))
+    await service.observe()
+    lag = service.telemetry.follower_lag_seconds["payments"]._value.get()
+    assert 0 < lag < 5
+    await service.followers[0].run_once()
+    await service.observe()
+    assert service.telemetry.follower_lag_seconds["payments"]._value.get() == 0
+
+
+@pytest.mark.anyio
+async def test_connections_are_counted(service: Service) -> None:
+    async def counted() -> dict[str, float]:
+        await service.observe()
+        pool = service.telemetry.database_pool
+        return {state: gauge._value.get() for state, gauge in pool.items()}
+
+    async def quiet() -> bool:
+        now = await counted()
+        return now["used"] == now["waited_for"] == 0 and now["idle"] >= 1
+
+    await until(quiet)
+
+
+def test_formats_and_a_port_of_their_own(address: DatabaseAddress, tmp_path: Any) -> None:
+    port = free_port()
+    with (
+        ServiceProcess(tmp_path, METRICS_PORT=port, **at(address)) as service,
+        httpx.Client(timeout=5) as client,
+    ):
+        service.charge(client, "k1")
+        for url in (service.url, f"http://127.0.0.1:{port}"):
+            plain = client.get(f"{url}/metrics")
+            assert plain.headers["content-type"].startswith("text/plain; version=0.0.4")
+            assert 'payments_charges_total{outcome="success"} 1.0' in plain.text
+            exposed(plain.text)
+            accept = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"}
+            more = client.get(f"{url}/metrics", headers=accept)
+            assert more.headers["content-type"].startswith("application/openmetrics-text")
+            families = openmetrics_families(more.text)  # type: ignore[no-untyped-call]
+            assert len(list(families)) > 30
+            values = client.get(f"{url}/metrics", headers={"Accept": "application/json"})
+            assert values.headers["content-type"] == "application/json"
+            assert set(values.json()) == {"cpu_load", "memory", "heap", "uptime", "timestamp"}
+            assert all(value >= 0 for value in values.json().values())
+            assert values.json()["memory"] > 10_000_000
+            assert client.get(f"{url}/health").status_code == 200
+        assert client.get(f"http://127.0.0.1:{port}/v1/payments").status_code == 404
+        assert service.terminate() == 0
+
+
+@pytest.mark.anyio
+async def test_what_only_works_has_metrics_as_well(address: DatabaseAddress, tmp_path: Any) -> None:
+    port = free_port()
+    process = subprocess.Popen(
+        [*PAYMENTS, "work"],
+        cwd=ROOT,
+        env=environment(**at(address), METRICS_PORT=port, PAYMENTS_DATA_DIR=tmp_path),
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        async with httpx.AsyncClient(timeout=5) as client:
+
+            async def answers() -> httpx.Response | None:
+                try:
+                    return await client.get(f"http://127.0.0.1:{port}/metrics")
+                except httpx.TransportError:
+                    return None
+
+            found = await until(answers, timeout_s=20)
+            assert "payments_follower_lag_seconds" in found.text
+        process.terminate()
+        assert process.wait(timeout=10) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait(timeout=10)
