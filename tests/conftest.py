@@ -4,7 +4,7 @@ import queue
 import shutil
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,16 @@ import msgspec
 import psycopg
 import pytest
 from blockbuster import blockbuster_ctx
+from click.testing import CliRunner, Result
 from psycopg.sql import SQL, Identifier
 
 from payments import embedded_postgres
+from payments.cli import main
 from payments.database import Database, DatabaseAddress, create_database_if_missing
 from payments.migrations import migrate
 from payments.service import Service
 from payments.settings import Settings
-from tests.process import open_directory
+from tests.process import at, open_directory
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -173,6 +175,18 @@ def connection(address: DatabaseAddress) -> Iterator[psycopg.Connection[Any]]:
     """A plain connection to this test's database, for looking at what is stored."""
     with psycopg.connect(address.conninfo("tests"), autocommit=True) as opened:
         yield opened
+
+
+@pytest.fixture
+def operator(address: DatabaseAddress, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`payments ARGUMENTS` on this test's database; `text` is its stdin."""
+    for name, value in {**at(address), "LOG_LEVEL": "WARNING"}.items():
+        monkeypatch.setenv(name, str(value))
+
+    def invoke(*arguments: object, text: str | bytes | None = None) -> Result:
+        return CliRunner().invoke(main, [str(each) for each in arguments], input=text)
+
+    return invoke
 
 
 @pytest.fixture

@@ -50,6 +50,27 @@ def run(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]
     )
 
 
+_PEAK = (
+    "import sys, resource; from payments.cli import main\n"
+    "try: main()\n"
+    "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+)
+
+
+def peak_mb(*arguments: str, **settings: object) -> float:
+    """The largest resident memory of `payments ARGUMENTS`, whatever it prints."""
+    done = subprocess.run(
+        [PAYMENTS[0], "-c", _PEAK, *arguments],
+        env=environment(LOG_LEVEL="WARNING", **settings),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return int(done.stderr.split()[-1]) / 1024
+
+
 ROOT = Path(__file__).parent.parent
 
 MEMORY = Path("/dev/shm")

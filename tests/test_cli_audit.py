@@ -12,28 +12,16 @@ from typing import Any
 
 import psycopg
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from payments.cli import main, progress
+from payments.cli import progress
 from payments.cli.audit import SHOWN_MAX
 from payments.database import Database, DatabaseAddress
-from tests.process import PAYMENTS, ROOT, at, environment
+from tests.process import PAYMENTS, ROOT, at, environment, peak_mb
 from tests.support import History, append, append_stored, follow, seal_log, stored_event
 
 Connection = psycopg.Connection[Any]
 Operator = Callable[..., Result]
-
-
-@pytest.fixture
-def operator(address: DatabaseAddress, monkeypatch: pytest.MonkeyPatch) -> Operator:
-    """`payments ARGUMENTS` on this test's database."""
-    for name, value in {**at(address), "LOG_LEVEL": "WARNING"}.items():
-        monkeypatch.setenv(name, str(value))
-
-    def invoke(*arguments: object, text: str | bytes | None = None) -> Result:
-        return CliRunner().invoke(main, [str(each) for each in arguments], input=text)
-
-    return invoke
 
 
 def catch_up(address: DatabaseAddress) -> None:
@@ -314,30 +302,12 @@ def test_progress_on_a_terminal_is_a_bar(address: DatabaseAddress, connection: C
     assert b"compared: 6,000 payments" in printed
 
 
-PEAK = "import sys, resource; from payments.cli import main\n" + (
-    "try: main()\n"
-    "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
-)
-
-
 def test_memory_stays_the_same_however_long_the_log_is(
     address: DatabaseAddress, connection: Connection
 ) -> None:
-    def peak_mb(*arguments: str) -> float:
-        done = subprocess.run(
-            [PAYMENTS[0], "-c", PEAK, *arguments],
-            env=environment(**at(address), LOG_LEVEL="WARNING"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        return int(done.stderr.split()[-1]) / 1024
-
     commands = (("audit", "verify"), ("rebuild",))
     append(connection, [History("k").facts[0]])
-    small = [peak_mb(*command) for command in commands]
+    small = [peak_mb(*command, **at(address)) for command in commands]
     connection.execute("SET statement_timeout = 0")
     # 20,000 events that cannot be read, and as many rows that the log does not know of: 40 MB.
     connection.execute(
@@ -350,4 +320,4 @@ def test_memory_stays_the_same_however_long_the_log_is(
     )
     connection.execute("UPDATE followers SET position = 20000 WHERE name = 'payments'")
     for command, before in zip(commands, small, strict=True):
-        assert peak_mb(*command) < before + 20, command
+        assert peak_mb(*command, **at(address)) < before + 20, command

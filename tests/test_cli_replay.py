@@ -17,31 +17,18 @@ from typing import Any
 import msgspec
 import psycopg
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from payments.cli import main
 from payments.database import Database, DatabaseAddress
 from payments.events.chain import GENESIS, LogEntry, read_line, seal, write_line
-from tests.process import PAYMENTS, ROOT, at, environment
+from tests.process import PAYMENTS, ROOT, at, environment, peak_mb
 from tests.support import ORDER_ID, History, append, append_stored, seal_log, stored_event
 
 Connection = psycopg.Connection[Any]
 Operator = Callable[..., Result]
 OTHER_ORDER = uuid.UUID("0d2c7d5e-0f0f-4b64-9e0b-6cbb3a3c6d11")
-
-
-@pytest.fixture
-def operator(address: DatabaseAddress, monkeypatch: pytest.MonkeyPatch) -> Operator:
-    """`payments ARGUMENTS` on this test's database."""
-    for name, value in {**at(address), "LOG_LEVEL": "WARNING"}.items():
-        monkeypatch.setenv(name, str(value))
-
-    def invoke(*arguments: object) -> Result:
-        return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-    return invoke
 
 
 @pytest.fixture
@@ -383,35 +370,17 @@ def test_a_reader_that_has_seen_enough(address: DatabaseAddress, connection: Con
     process.stderr.close()
 
 
-PEAK = "import sys, resource; from payments.cli import main\n" + (
-    "try: main()\n"
-    "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
-)
-
-
 def test_memory_stays_the_same_however_long_the_log_is(
     address: DatabaseAddress, connection: Connection
 ) -> None:
-    def peak_mb(*arguments: str) -> float:
-        done = subprocess.run(
-            [PAYMENTS[0], "-c", PEAK, *arguments],
-            env=environment(**at(address), LOG_LEVEL="WARNING"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        return int(done.stderr.split()[-1]) / 1024
-
     append(connection, History("k").facts)
-    small = peak_mb("replay")
+    small = peak_mb("replay", **at(address))
     connection.execute("SET statement_timeout = 0")
     connection.execute(
         "INSERT INTO payment_events SELECT n, gen_random_uuid(), 1, 'PaymentInitiated',"
         " convert_to(repeat('x', 1000), 'UTF8'), now() FROM generate_series(2, 50000) n"
     )
-    assert peak_mb("replay") < small + 15  # the log is 50 MB
+    assert peak_mb("replay", **at(address)) < small + 15  # the log is 50 MB
 
 
 def test_reading_writes_nothing(

@@ -101,8 +101,11 @@ async def catch_up(address: DatabaseAddress) -> None:
     await database.close()
 
 
-@pytest.mark.parametrize("signum", [2, 15])
-def test_stopped_by_a_signal(address: DatabaseAddress, connection: Connection, signum: int) -> None:
+@contextmanager
+def waiting_for_the_follower(
+    address: DatabaseAddress, connection: Connection
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A rebuild with something to write, which waits for a follower in the middle of a batch."""
     append(connection, [History("k").facts[0]])
     asyncio.run(catch_up(address))
     with psycopg.connect(address.conninfo("tests")) as other:
@@ -112,6 +115,12 @@ def test_stopped_by_a_signal(address: DatabaseAddress, connection: Connection, s
         process = rebuilding(address)
         waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %s"
         eventually(lambda: connection.execute(waiting, ["%followers%"]).fetchall())
+        yield process
+
+
+@pytest.mark.parametrize("signum", [2, 15])
+def test_stopped_by_a_signal(address: DatabaseAddress, connection: Connection, signum: int) -> None:
+    with waiting_for_the_follower(address, connection) as process:
         process.send_signal(signum)
         _, errors = process.communicate(timeout=15)
     assert process.returncode != 0
@@ -123,15 +132,7 @@ def test_stopped_by_a_signal(address: DatabaseAddress, connection: Connection, s
 def test_a_connection_that_is_lost_is_one_line(
     address: DatabaseAddress, connection: Connection
 ) -> None:
-    append(connection, [History("k").facts[0]])
-    asyncio.run(catch_up(address))
-    with psycopg.connect(address.conninfo("tests")) as other:
-        other.execute("SET idle_in_transaction_session_timeout = 0")
-        other.execute("SELECT FROM followers WHERE name = 'payments' FOR UPDATE")
-        connection.execute("UPDATE payments SET amount_cents = 1")
-        process = rebuilding(address)
-        waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %s"
-        eventually(lambda: connection.execute(waiting, ["%followers%"]).fetchall())
+    with waiting_for_the_follower(address, connection) as process:
         connection.execute(f"SELECT pg_terminate_backend(pid) FROM ({LEFT_BEHIND}) AS it".encode())
         _, errors = process.communicate(timeout=15)
     assert process.returncode == 1
