@@ -10,6 +10,7 @@ import psycopg
 
 from payments.cli.audit import audit
 from payments.cli.callbacks import callbacks
+from payments.cli.doctor import doctor
 from payments.cli.explain import explain_payment
 from payments.cli.keys import keys
 from payments.cli.output import one_line
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 for command in (
-    *(serve, work, migrate, settings, keys),
+    *(serve, work, migrate, settings, keys, doctor),
     *(replay_log, explain_payment, audit, rebuild_read_model),
     *(parked, callbacks),
 ):
