@@ -1,0 +1,200 @@
+"""`payments doctor`: a line for each thing, and exit code 1 if one of them is not well."""
+
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from click.testing import Result
+
+from tests.process import ROOT
+from tests.support import History, append
+
+Connection = psycopg.Connection[Any]
+Operator = Callable[..., Result]
+
+
+def lines(done: Result) -> dict[str, list[tuple[str, str]]]:
+    """State and text by name."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for line in done.stdout.splitlines():
+        state, name, text = line.split(maxsplit=2)
+        found.setdefault(name, []).append((state, text))
+    return found
+
+
+def only(done: Result, name: str) -> tuple[str, str]:
+    (line,) = lines(done)[name]
+    return line
+
+
+def test_all_is_well(operator: Operator) -> None:
+    done = operator("doctor")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "FAIL" not in done.stdout
+    assert only(done, "keys")[0] == only(done, "endpoint")[0] == "off"
+    assert only(done, "database") == ("ok", "Postgres 18, schema up to date")
+    assert only(done, "clock")[1].endswith("together")
+    assert [text for _, text in lines(done)["follower"]] == [
+        "payments: 0 events behind",
+        "seals: 0 events behind",
+    ]
+
+
+def test_settings(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY", "nowhere.to_be:found")
+    done = operator("doctor")
+    assert (done.exit_code, len(done.stdout.splitlines())) == (1, 1)
+    assert only(done, "settings")[0] == "FAIL"
+    monkeypatch.setenv("GATEWAY", "simulated")
+    monkeypatch.setenv("PAYMENTS_API_KEYS", f"orders:{'0' * 64},staff:{'1' * 64}")
+    assert only(operator("doctor"), "keys") == ("ok", "2 API clients: orders, staff")
+
+
+def test_a_database_that_is_away(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_HOST", "127.0.0.1")
+    monkeypatch.setenv("DATABASE_PORT", "1")
+    monkeypatch.setenv("DATABASE_PASSWORD", "canary")
+    done = operator("doctor")
+    assert done.exit_code == 1
+    assert only(done, "database")[0] == "FAIL"
+    assert only(done, "endpoint")[0] == "off"  # it goes on
+    assert "canary" not in done.output
+
+
+def test_a_schema_that_is_behind(operator: Operator, connection: Connection) -> None:
+    connection.execute("DELETE FROM schema_migrations WHERE number = 4")
+    state, text = only(operator("doctor"), "database")
+    assert state == "FAIL"
+    assert "the database lacks 0004_audit" in text
+
+
+def age_events(connection: Connection) -> None:
+    connection.execute("ALTER TABLE payment_events DISABLE TRIGGER ALL")
+    connection.execute("UPDATE payment_events SET recorded_at = now() - interval '1 hour'")
+
+
+def test_followers_that_are_behind(operator: Operator, connection: Connection) -> None:
+    append(connection, History("k").facts)
+    assert operator("doctor").exit_code == 0  # for a moment that is nothing
+    age_events(connection)
+    done = operator("doctor")
+    assert done.exit_code == 1
+    assert [state for state, _ in lines(done)["follower"]] == ["FAIL", "FAIL"]
+    assert "1 events behind, 36" in lines(done)["follower"][0][1]
+
+
+def test_parked_payments(operator: Operator, connection: Connection) -> None:
+    connection.execute("INSERT INTO parked_streams VALUES ('payments', gen_random_uuid(), 1, '')")
+    done = operator("doctor")
+    assert done.exit_code == 1
+    assert "1 payments parked: `payments parked list`" in done.stdout
+
+
+@pytest.mark.parametrize(("age", "exit_code"), [("1 minute", 0), ("1 hour", 1)])
+def test_payments_that_stay_pending(
+    operator: Operator, connection: Connection, age: str, exit_code: int
+) -> None:
+    connection.execute(
+        "INSERT INTO unsettled_payments (payment_id, kind, since, due_at)"
+        " VALUES (gen_random_uuid(), 'charge', now() - %s::interval, now())",
+        [age],
+    )
+    done = operator("doctor")
+    assert done.exit_code == exit_code
+    assert only(done, "payments")[1].startswith("1 PENDING, the oldest for ")
+
+
+@pytest.mark.parametrize(
+    ("state", "age", "exit_code"), [("due", "1 s", 0), ("due", "1 hour", 1), ("dead", "1 s", 1)]
+)
+def test_callbacks(
+    operator: Operator, connection: Connection, state: str, age: str, exit_code: int
+) -> None:
+    connection.execute(
+        "INSERT INTO callback_deliveries (event_id, position, order_id, payment_id, sequence,"
+        " status, amount_cents, currency, occurred_at, state, due_since)"
+        " VALUES (gen_random_uuid(), 1, gen_random_uuid(), gen_random_uuid(), 2, 'SUCCESS', 1,"
+        " 'INR', now(), %s, now() - %s::interval)",
+        [state, age],
+    )
+    assert operator("doctor").exit_code == exit_code
+
+
+@pytest.fixture
+def listening() -> Iterator[Callable[[ssl.SSLContext | None], int]]:
+    """Something that takes connections, with TLS or without; its port."""
+    opened = []
+
+    def listen(context: ssl.SSLContext | None) -> int:
+        listener = socket.create_server(("127.0.0.1", 0))
+        opened.append(listener)
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                    if context is not None:
+                        connection = context.wrap_socket(connection, server_side=True)
+                    connection.close()
+                except ssl.SSLError:
+                    continue
+                except OSError:
+                    return
+
+        threading.Thread(target=serve, daemon=True).start()
+        return int(listener.getsockname()[1])
+
+    yield listen
+    for listener in opened:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def test_where_callbacks_go(
+    operator: Operator,
+    monkeypatch: pytest.MonkeyPatch,
+    listening: Callable[[ssl.SSLContext | None], int],
+) -> None:
+    url = f"http://127.0.0.1:{listening(None)}/v1/callback?token=canary"
+    monkeypatch.setenv("ORDER_CALLBACK_URL", url)
+    done = operator("doctor")
+    assert done.exit_code == 0
+    assert only(done, "endpoint")[0] == "ok"
+    assert "not signed" in only(done, "endpoint")[1]
+    assert "canary" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://127.0.0.1:1/x", "cannot be reached"),
+        ("http://192.0.2.1/x", "plain http goes to those only; use https"),
+        ("https://no-such-host.invalid/x", "cannot be resolved yet"),
+    ],
+)
+def test_where_callbacks_cannot_go(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch, url: str, words: str
+) -> None:
+    monkeypatch.setenv("ORDER_CALLBACK_URL", url)
+    done = operator("doctor")
+    state, text = only(done, "endpoint")
+    assert (done.exit_code, state) == (1, "FAIL")
+    assert words in text
+
+
+def test_a_certificate_that_nobody_vouches_for(
+    operator: Operator,
+    monkeypatch: pytest.MonkeyPatch,
+    listening: Callable[[ssl.SSLContext | None], int],
+) -> None:
+    tls = ROOT / "tests/doubles/tls"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tls / "certificate.pem", tls / "key.pem")
+    monkeypatch.setenv("ORDER_CALLBACK_URL", f"https://localhost:{listening(context)}/x")
+    state, text = only(operator("doctor"), "endpoint")
+    assert state == "FAIL"
+    assert "self" in text

@@ -1,0 +1,168 @@
+"""What docs/security.md and docs/backup.md promise: roles, and a restore."""
+
+import re
+import subprocess
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import msgspec
+import psycopg
+import pytest
+
+from payments import embedded_postgres
+from payments.database import DatabaseAddress, create_database_if_missing
+from tests.invariants.checker import check
+from tests.process import ROOT, ServiceProcess, at, run
+from tests.support import ORDER_ID
+
+Connection = psycopg.Connection[Any]
+ROLES = ("payments_owner", "payments_service", "payments_auditor")
+
+
+@pytest.fixture
+def roles(empty_database: DatabaseAddress) -> Iterator[dict[str, DatabaseAddress]]:
+    """The roles of the page, made by its own statements, and the schema by its own command."""
+    page = (ROOT / "docs/security.md").read_text()
+    create, grant = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
+    mark = uuid.uuid4().hex[:8]  # roles are the whole server's
+
+    def ours(statements: str) -> bytes:
+        named = re.sub(r"payments_(owner|service|auditor)", rf"payments_\1_{mark}", statements)
+        return named.replace("paymentdb", empty_database.dbname).encode()
+
+    addresses = {
+        role: msgspec.structs.replace(empty_database, user=f"{role}_{mark}") for role in ROLES
+    }
+    with psycopg.connect(empty_database.conninfo("tests"), autocommit=True) as connection:
+        connection.execute(ours(create))
+        owner = addresses["payments_owner"]
+        done = run("migrate", **at(owner))
+        assert done.returncode == 0, done.stderr
+        with psycopg.connect(owner.conninfo("tests"), autocommit=True) as as_owner:
+            as_owner.execute(ours(grant))
+        yield addresses
+        for address in addresses.values():
+            connection.execute(f"REASSIGN OWNED BY {address.user} TO postgres".encode())
+            connection.execute(f"DROP OWNED BY {address.user}".encode())
+            connection.execute(f"DROP ROLE {address.user}".encode())
+
+
+def test_the_service_works_under_its_role_and_cannot_alter_events(
+    roles: dict[str, DatabaseAddress], tmp_path: Any
+) -> None:
+    service = roles["payments_service"]
+    given = {**at(service), "MIGRATE_ON_START": "false", "LOG_LEVEL": "WARNING"}
+    callbacks = {"ORDER_CALLBACK_URL": "http://127.0.0.1:9/nobody"}
+    with (
+        ServiceProcess(tmp_path, **given, **callbacks) as running,
+        httpx.Client(base_url=running.url, timeout=10) as client,
+    ):
+        paid = running.charge(client, "k1").json()
+        running.charge(client, "k2")
+        assert client.post("/v1/refund", json={"payment_id": paid["id"]}).status_code == 201
+        assert client.get(f"/v1/payments/{paid['id']}").json()["status"] == "REFUNDED"
+        with psycopg.connect(service.conninfo("tests"), autocommit=True) as connection:
+            caught_up = "SELECT min(position) = (SELECT max(notification_id) FROM payment_events)"
+            for _ in range(200):
+                row = connection.execute(f"{caught_up} FROM followers".encode()).fetchone()
+                if row == (True,):
+                    break
+                connection.execute("SELECT pg_sleep(0.05)")
+            else:
+                pytest.fail("a follower does not work under this role")
+            for statement in (
+                "UPDATE payment_events SET state = ''",
+                "DELETE FROM payment_events",
+                "TRUNCATE payment_events",
+                "ALTER TABLE payment_events DISABLE TRIGGER ALL",
+                "DROP TABLE payment_events",
+                "UPDATE log_seals SET hash = sha256('')",
+                "DELETE FROM log_seals",
+                "SET session_replication_role = replica",
+            ):
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    connection.execute(statement.encode())
+            assert connection.execute("SELECT count(*) FROM callback_attempts").fetchone()
+        log = running.log.read_text()
+        assert running.terminate() == 0
+    assert "permission denied" not in log
+    done = run("rebuild", **given)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_auditor_reads_and_writes_nothing(
+    roles: dict[str, DatabaseAddress], tmp_path: Any
+) -> None:
+    given = {**at(roles["payments_service"]), "MIGRATE_ON_START": "false"}
+    with ServiceProcess(tmp_path, **given) as running, httpx.Client(timeout=10) as client:
+        payment_id = running.charge(client, "k1").json()["id"]
+    auditor = {**at(roles["payments_auditor"]), "LOG_LEVEL": "WARNING"}
+    for arguments in (
+        ("replay",),
+        ("replay", "--payment", payment_id, "--as-of", "1"),
+        ("replay", "--order", str(ORDER_ID), "--format", "table"),
+        ("explain", payment_id),
+        ("audit", "verify"),
+        ("rebuild", "--dry-run"),
+    ):
+        done = run(*arguments, **auditor)
+        assert (done.returncode, done.stderr) == (0, ""), arguments
+    assert run("rebuild", **auditor).returncode in (0, 1)
+    with (
+        psycopg.connect(roles["payments_auditor"].conninfo("tests"), autocommit=True) as connection,
+        pytest.raises(psycopg.errors.InsufficientPrivilege),
+    ):
+        connection.execute("DELETE FROM payments")
+
+
+def test_a_dump_is_restored_and_goes_on(
+    address: DatabaseAddress, server: DatabaseAddress, tmp_path: Any
+) -> None:
+    """As docs/backup.md says, with the service at work while it is dumped."""
+    restored = msgspec.structs.replace(server, dbname=f"restored_{uuid.uuid4().hex[:8]}")
+    dump = tmp_path / "payments.dump"
+
+    def call(program: str, *arguments: str) -> None:
+        where = ("-h", server.host, "-p", str(server.port), "-U", server.user)
+        subprocess.run(
+            [str(embedded_postgres.binary(program)), *where, *arguments],
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+
+    ledger = {"SIMULATED_LEDGER": tmp_path / "ledger.jsonl", "LOG_LEVEL": "WARNING"}
+    with (
+        ServiceProcess(tmp_path, **at(address), **ledger) as service,
+        httpx.Client(timeout=10) as client,
+    ):
+        before = [service.charge(client, f"k{n}").json() for n in range(20)]
+        call("pg_dump", "--format=custom", f"--file={dump}", address.dbname)
+        lost = service.charge(client, "lost").json()
+    try:
+        create_database_if_missing(restored)
+        call("pg_restore", f"--dbname={restored.dbname}", "--exit-on-error", str(dump))
+        verified = run("audit", "verify", **at(restored), LOG_LEVEL="WARNING")
+        assert (verified.returncode, verified.stderr) == (0, ""), verified
+        with (
+            ServiceProcess(tmp_path, **at(restored), **ledger) as service,
+            httpx.Client(base_url=service.url, timeout=10) as client,
+        ):
+            assert [service.charge(client, f"k{n}").json() for n in range(20)] == before
+            assert client.get(f"/v1/payments/{lost['id']}").status_code == 404
+            # The provider knows it: the same capture, and not another one.
+            assert service.charge(client, "lost").json() == lost
+            assert service.charge(client, "new").status_code == 201
+        captures = [
+            line
+            for line in (tmp_path / "ledger.jsonl").read_text().splitlines()
+            if lost["id"] in line
+        ]
+        assert len(captures) == 1
+        with psycopg.connect(restored.conninfo("tests"), autocommit=True) as connection:
+            check(connection, caught_up=False)
+    finally:
+        with psycopg.connect(server.conninfo("tests"), autocommit=True) as connection:
+            connection.execute(f"DROP DATABASE {restored.dbname} WITH (FORCE)".encode())
