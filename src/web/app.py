@@ -7,6 +7,7 @@ from litestar.types import ASGIApp
 
 from payments.errors import PaymentsError
 from payments.service import Service
+from payments.telemetry import Telemetry
 from web import openapi
 from web.api import v1
 from web.docs import docs
@@ -19,8 +20,19 @@ def create_app(service: Service) -> ASGIApp:
     """The whole HTTP application, guard included; the service must be started by the caller."""
     app = _litestar(service, v1)
     app.state.openapi = openapi.document(app)
+    _expect_requests(app, service.telemetry)
     app.register(docs)  # afterwards: it is no part of what it describes
     return Guard(app, service.telemetry, service.admission)
+
+
+def _expect_requests(app: Litestar, telemetry: Telemetry) -> None:
+    """All that is documented is counted from 0 on: an error that comes first with the fifth request
+    would else be no increase to Prometheus."""
+    for path, method, operation in openapi.operations(app):
+        statuses = {500, *operation.answers, *(problem.status for problem in operation.problems)}
+        telemetry.request_seconds.labels(method.upper(), path)
+        for status in statuses:
+            telemetry.requests.labels(method.upper(), path, status)
 
 
 def create_operations_app(service: Service) -> ASGIApp:

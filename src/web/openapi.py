@@ -109,13 +109,13 @@ _HEADERS: dict[str, dict[str, Any]] = {
 
 def document(app: Litestar) -> bytes:
     """The description of all routes of the application; ValueError if one has none."""
-    operations = list(_operations(app))
+    all_operations = list(operations(app))
     types: list[Any] = [Problem]
-    for _, _, operation in operations:
+    for _, _, operation in all_operations:
         types += [operation.body] if operation.body else []
         types += [answer.body for answer in operation.answers.values() if answer.body]
     paths: dict[str, dict[str, Any]] = {}
-    for path, method, operation in operations:
+    for path, method, operation in all_operations:
         paths.setdefault(path, {})[method] = _operation(path, operation)
     return msgspec.json.encode(
         {
@@ -140,7 +140,7 @@ def document(app: Litestar) -> bytes:
     )
 
 
-def _operations(app: Litestar) -> Iterator[tuple[str, str, Operation]]:
+def operations(app: Litestar) -> Iterator[tuple[str, str, Operation]]:
     """(path, method, description); the framework's own OPTIONS handlers are left out."""
     for route in sorted(app.routes, key=lambda route: route.path):
         assert isinstance(route, HTTPRoute)

@@ -1,6 +1,7 @@
 """What operators see of followers and open payments."""
 
 import re
+import uuid
 
 import httpx
 import pytest
@@ -46,6 +47,29 @@ async def test_gauges_show_what_is_open_and_how_far_the_read_model_is(
     await service.followers[0].stop()
     await client.post("/v1/charge", json=BODY, headers={"Idempotency-Key": "l"})
     assert await gauge(client, lag) == 2
+
+
+async def test_what_is_documented_is_counted_from_0_on(client: httpx.AsyncClient) -> None:
+    """Prometheus sees no increase in a series that begins above 0."""
+    text = (await client.get("/metrics")).text
+    for method, route, status in (
+        ("POST", "/v1/charge", 201),
+        ("POST", "/v1/charge", 500),
+        ("POST", "/v1/charge", 503),
+        ("POST", "/v1/refund", 409),
+        ("GET", "/v1/payments/{payment_id}", 404),
+        ("GET", "/health", 503),
+    ):
+        labels = f'method="{method}",route="{route}",status="{status}"'
+        assert f"http_requests_total{{{labels}}} 0.0" in text, labels
+    before = text.count("\nhttp_requests_total{")
+    await client.get(f"/v1/payments/{uuid.uuid4()}")
+    await client.get("/v1/payments")
+    await client.get("/health")
+    after = (await client.get("/metrics")).text
+    assert after.count("\nhttp_requests_total{") == before
+    counted = 'method="GET",route="/v1/payments/{payment_id}",status="404"'
+    assert f"http_requests_total{{{counted}}} 1.0" in after
 
 
 async def test_metrics_answer_without_a_database(
