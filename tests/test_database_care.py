@@ -93,7 +93,7 @@ def test_the_service_works_under_its_role_and_cannot_alter_events(
 
 
 def test_an_auditor_reads_and_writes_nothing(
-    roles: dict[str, DatabaseAddress], tmp_path: Any
+    roles: dict[str, DatabaseAddress], empty_database: DatabaseAddress, tmp_path: Any
 ) -> None:
     given = {**at(roles["payments_service"]), "MIGRATE_ON_START": "false"}
     with ServiceProcess(tmp_path, **given) as running, httpx.Client(timeout=10) as client:
@@ -109,12 +109,17 @@ def test_an_auditor_reads_and_writes_nothing(
     ):
         done = run(*arguments, **auditor)
         assert (done.returncode, done.stderr) == (0, ""), arguments
-    assert run("rebuild", **auditor).returncode in (0, 1)
-    with (
-        psycopg.connect(roles["payments_auditor"].conninfo("tests"), autocommit=True) as connection,
-        pytest.raises(psycopg.errors.InsufficientPrivilege),
-    ):
-        connection.execute("DELETE FROM payments")
+    with psycopg.connect(empty_database.conninfo("tests"), autocommit=True) as connection:
+        connection.execute("UPDATE payments SET amount_cents = 1")
+        refused = run("rebuild", **auditor)
+        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+        assert refused.stderr.startswith("payments: the database: permission denied")
+        connection.execute("REVOKE SELECT ON log_seals FROM PUBLIC")
+        auditor_name = roles["payments_auditor"].user
+        connection.execute(f"REVOKE SELECT ON log_seals FROM {auditor_name}".encode())
+        unable = run("audit", "verify", **auditor)
+        assert (unable.returncode, unable.stderr.count("\n")) == (2, 1)
+        assert "permission denied for table log_seals" in unable.stderr
 
 
 def test_a_dump_is_restored_and_goes_on(

@@ -32,6 +32,8 @@ class _Group(click.Group):
             reason = str(error)
         except psycopg.OperationalError as error:  # a lock that is held, a server that is gone
             reason = f"the database: {reason_of(error)}: try again later"
+        except psycopg.errors.InsufficientPrivilege as error:
+            reason = f"the database: {reason_of(error)}"
         click.echo(f"payments: {one_line(reason)}", err=True)
         sys.exit(1)
 

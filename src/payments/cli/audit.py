@@ -87,8 +87,8 @@ def verify(heads: dict[int, bytes], export: BinaryIO | None) -> None:
         found = _verify_export(export, heads) if export is not None else _verify_database(heads)
     except (StartError, PaymentsError, NoExport) as error:
         reason = str(error)
-    except psycopg.OperationalError as error:
-        reason = f"the database: {reason_of(error)}: try again later"
+    except psycopg.Error as error:
+        reason = f"the database: {reason_of(error)}"
     else:
         click.echo(f"findings: {found}" if found else "nothing was found")
         sys.exit(FINDINGS if found else 0)
