@@ -33,6 +33,7 @@ RATIOS = (
     ("charge", "charge_bare"),
     ("callbacks", "client_limit"),
     ("rebuild", "raw_read"),
+    ("rebuild", "raw_read_events"),
     ("verify", "raw_read"),
 )
 
