@@ -20,7 +20,7 @@ from benchmarks.overload import Overload
 from benchmarks.parts import PARTS, Part
 from payments import embedded_postgres
 from payments.database import DatabaseAddress
-from payments.telemetry import set_up_logs
+from payments.logs import set_up_logs
 
 MORE: tuple[type[Part], ...] = (Callbacks, ClientLimit, CallbackDelay, Overload, *AUDIT_PARTS)
 ALL: dict[str, type[Part]] = {**PARTS, **{part.name: part for part in MORE}}

@@ -25,10 +25,11 @@ from payments.admission import Admission
 from payments.commands.charge import Charged, ChargePayment
 from payments.database import DatabaseAddress
 from payments.deciding import ChargeRequest, fingerprint, payment_id_for
+from payments.logs import set_up_logs
 from payments.payment import Payment, Status
 from payments.service import Service, build_gateway
 from payments.settings import Settings, read_settings
-from payments.telemetry import Telemetry, set_up_logs
+from payments.telemetry import Telemetry
 from web import app, listening, server
 
 
@@ -185,11 +186,11 @@ class _OnlyReads:
         while message.get("more_body"):
             message = await receive()
             body += message.get("body", b"")
-        scope["state"] |= {"request_id": uuid.uuid4().hex, "body": body}
+        scope["state"] |= {"request_id": uuid.uuid4().hex, "traceparent": None, "body": body}
         await self._app(scope, receive, send)
 
 
-def _unguarded_protocol(_: Admission, __: Telemetry, *args: Any, **kwargs: Any) -> Any:
+def _unguarded_protocol(_: Admission, __: Telemetry, ___: object, *args: Any, **kwargs: Any) -> Any:
     return HttpToolsProtocol(*args, **kwargs)
 
 

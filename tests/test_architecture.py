@@ -17,7 +17,7 @@ LINES_MAX = 600
 # The longest matching name counts: events.facts lies below payment, the rest of events above it.
 LAYERS = (
     ("payments.money",),
-    ("payments.errors", "payments.telemetry", "payments.embedded_postgres"),
+    ("payments.errors", "payments.telemetry", "payments.logs", "payments.embedded_postgres"),
     ("payments.callbacks.signing",),
     ("payments.settings", "payments.admission", "payments.shared", "payments.names"),
     ("payments.events.facts",),

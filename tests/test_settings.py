@@ -39,6 +39,7 @@ DOCUMENTED = {
     "MIGRATE_ON_START": "true",
     "LOG_FORMAT": "auto",
     "LOG_LEVEL": "INFO",
+    "ACCESS_LOG_PER_S": "100",
     "CALLBACK_RETENTION_DAYS": "90",
 }
 # Defaults that are described rather than written out, and the value that stands for each.
@@ -107,6 +108,7 @@ GOOD: list[tuple[str, str, Any]] = [
     ("METRICS_PORT", "4005", 4005),
     ("LOG_FORMAT", "json", "json"),
     ("LOG_LEVEL", "debug", "DEBUG"),
+    ("ACCESS_LOG_PER_S", "0", 0),
     ("CALLBACK_RETENTION_DAYS", "1", 1),
     ("CALLBACK_RETENTION_DAYS", "36500", 36_500),
 ]
@@ -178,6 +180,7 @@ BAD = [
     ("LOG_FORMAT", "xml"),
     ("LOG_FORMAT", "JSON"),
     ("LOG_LEVEL", "verbose"),
+    ("ACCESS_LOG_PER_S", "-1"),
     ("CALLBACK_RETENTION_DAYS", "0"),
     ("CALLBACK_RETENTION_DAYS", "36501"),
 ]

@@ -54,6 +54,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     migrate_on_start: bool = True
     log_format: str = "auto"
     log_level: str = "INFO"
+    access_log_per_s: int = 100
     callback_retention_days: int = 90
 
     def __repr__(self) -> str:
@@ -264,6 +265,12 @@ VARIABLES = (
         _one_of("DEBUG", "INFO", "WARNING", "ERROR", upper=True),
         "INFO",
         "DEBUG, INFO, WARNING or ERROR",
+    ),
+    Variable(
+        "ACCESS_LOG_PER_S",
+        _whole(0, 1_000_000),
+        "100",
+        "requests logged in a second; more are counted, and refusals and errors always logged",
     ),
     Variable(
         "CALLBACK_RETENTION_DAYS", _whole(1, 36_500), "90", "delivered callbacks are kept for this"

@@ -1,29 +1,20 @@
-"""What the service tells its operators: every metric, and the set-up of the logs.
+"""What the service tells its operators in figures: every metric.
 
 Metric names and labels are an interface: dashboards and alerts name them. Labels never hold ids,
 keys, paths or anything else that grows with the number of payments.
 """
 
-import json
-import logging
-import sys
 import time
 from collections.abc import Callable, Iterable
-from datetime import UTC
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TypeVar
 
-import msgspec
 import psutil
-from loguru import logger
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from payments.money import DECIMALS
-
-if TYPE_CHECKING:
-    from loguru import Message
 
 Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 Value = TypeVar("Value", str, tuple[str, str])
@@ -284,56 +275,3 @@ def _heap_bytes() -> float:
     except (AttributeError, OSError):  # not with every C library
         return 0.0
     return float(heap.heap_used + heap.mmap_used)
-
-
-def set_up_logs(format: Literal["auto", "json", "text"], level: str) -> None:
-    """Logs go to stderr: JSON lines, or readable lines when asked for or on a terminal."""
-    logger.remove()
-    # diagnose prints the values of variables into tracebacks, secrets among them.
-    safe: dict[str, Any] = {"level": level, "diagnose": False, "backtrace": False}
-    if format == "text" or (format == "auto" and sys.stderr.isatty()):
-        logger.add(
-            sys.stderr,
-            format="{time:HH:mm:ss.SSS} {level: <7} {message} <dim>{extra}</dim>",
-            **safe,
-        )
-    else:
-        logger.add(_write_json_line, format="{message}", **safe)
-    logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
-    # The eventsourcing library silences these when it is imported.
-    for name in ("psycopg", "psycopg.pool"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def _write_json_line(message: "Message") -> None:
-    record = message.record
-    line: dict[str, Any] = {
-        "time": record["time"].astimezone(UTC).isoformat(timespec="milliseconds"),
-        "level": record["level"].name,
-        "message": record["message"],
-    }
-    line |= {name: value for name, value in record["extra"].items() if name not in line}
-    if record["exception"] is not None:
-        line["exception"] = str(message).removeprefix(record["message"]).strip()
-    try:
-        encoded = msgspec.json.encode(line, enc_hook=str)
-    except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write
-        encoded = json.dumps(line, default=str).encode()
-    sys.stderr.buffer.write(encoded + b"\n")
-    sys.stderr.buffer.flush()
-
-
-class _ToLoguru(logging.Handler):
-    """Libraries that log through the standard library end up in the same place."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            level: str | int = logger.level(record.levelname).name
-        except ValueError:
-            level = record.levelno
-        try:
-            # Handed over as an argument: the text may hold braces that loguru would expand.
-            bound = logger.bind(logger=record.name).opt(exception=record.exc_info)
-            bound.log(level, "{}", record.getMessage())
-        except Exception:  # noqa: BLE001 - a library must not fail because of its logging
-            self.handleError(record)

@@ -22,7 +22,7 @@ def create_app(service: Service) -> ASGIApp:
     app.state.openapi = openapi.document(app)
     _expect_requests(app, service.telemetry)
     app.register(docs)  # afterwards: it is no part of what it describes
-    return Guard(app, service.telemetry, service.admission)
+    return _guarded(app, service)
 
 
 def _expect_requests(app: Litestar, telemetry: Telemetry) -> None:
@@ -37,7 +37,11 @@ def _expect_requests(app: Litestar, telemetry: Telemetry) -> None:
 
 def create_operations_app(service: Service) -> ASGIApp:
     """Health and metrics alone, for METRICS_PORT."""
-    return Guard(_litestar(service), service.telemetry, service.admission)
+    return _guarded(_litestar(service), service)
+
+
+def _guarded(app: Litestar, service: Service) -> ASGIApp:
+    return Guard(app, service.telemetry, service.admission, service.settings.access_log_per_s)
 
 
 def _litestar(service: Service, *handlers: Router) -> Litestar:
@@ -49,7 +53,7 @@ def _litestar(service: Service, *handlers: Router) -> Litestar:
             HTTPException: on_http_exception,
             Exception: on_exception,
         },
-        logging_config=None,  # telemetry.set_up_logs does it; unhandled errors are logged above
+        logging_config=None,  # payments.logs does it; unhandled errors are logged above
         openapi_config=None,
         debug=False,
     )

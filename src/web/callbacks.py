@@ -8,7 +8,7 @@ from payments.queries.callbacks import PaymentCallbacks, get_callbacks
 from web.auth import may_read
 from web.description import Answer, Operation, described
 from web.payments import ONE_PAYMENT_PROBLEMS, PAYMENT_ID, json_of
-from web.requests import Anyone, client_of, service_of, uuid_in_path
+from web.requests import Anyone, client_of, payment_in_path, service_of
 
 GET_CALLBACKS = Operation(
     id="get_callbacks",
@@ -57,5 +57,5 @@ GET_CALLBACKS = Operation(
 async def callbacks(request: Anyone, payment_id: FromPath[str]) -> Response[bytes]:
     """What Order Service was told of the payment, and how it went."""
     service, reach = service_of(request), may_read(client_of(request))
-    wanted = uuid_in_path(payment_id, "payment_id")
+    wanted = payment_in_path(request, payment_id)
     return json_of(await get_callbacks(service.database, service.lookups, wanted, reach))

@@ -34,6 +34,7 @@ from web.requests import (
     command_answer,
     headers_of,
     idempotency_key,
+    log_with,
     request_id,
     service_of,
     traceparent,
@@ -166,6 +167,7 @@ async def charge(request: Anyone) -> Response[bytes]:
             "Send an Idempotency-Key header: one value per charge, the same one when you retry it."
         )
     body = read_body(body_of(request), ChargeBody)
+    log_with(request, order_id=body.merchant_order_id)
     charged = await service_of(request).charging.charge(
         ChargePayment(
             ChargeRequest(
@@ -177,7 +179,7 @@ async def charge(request: Anyone) -> Response[bytes]:
                 body.payment_method,
             ),
             request_id(request),
-            traceparent(headers),
+            traceparent(request),
         )
     )
     return _answer(request, charged)

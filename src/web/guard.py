@@ -1,7 +1,7 @@
 """What every request passes before the framework sees it.
 
 The guard reads the whole body, within limits, into the scope's state, so that nothing behind it
-waits for one; it gives the request its id; and it counts and times every answer.
+waits for one; it gives the request its id; and it counts, times and logs every answer.
 """
 
 import asyncio
@@ -11,11 +11,13 @@ import time
 from typing import Any
 
 from litestar.types import ASGIApp, Receive, Send
+from loguru import logger
 from prometheus_client import Counter, Histogram
 
 from payments.admission import Admission
 from payments.errors import PaymentsError
 from payments.telemetry import Telemetry
+from web.access_log import AccessLog
 from web.problems import MEDIA_TYPE, refused
 
 BODY_MAX = 16 * 1024  # bytes; a charge has about 150
@@ -27,6 +29,10 @@ LINGER_S = 1.0  # for a client to notice that it is refused
 BODY_ARRIVED = "body_arrived"
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+# W3C Trace Context, section 3.2: version ff and ids of zeros are invalid.
+_TRACEPARENT = re.compile(
+    rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+)
 
 
 class BodyTooLarge(PaymentsError):
@@ -46,10 +52,13 @@ class ClientLeft(Exception):
 
 
 class Guard:
-    def __init__(self, app: ASGIApp, telemetry: Telemetry, admission: Admission) -> None:
+    def __init__(
+        self, app: ASGIApp, telemetry: Telemetry, admission: Admission, access_log_per_s: int
+    ) -> None:
         self._app = app
         self._telemetry = telemetry
         self._admission = admission
+        self._access_log = AccessLog(access_log_per_s)
         # By method, route and status: looking labels up takes longer than counting.
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
 
@@ -61,8 +70,10 @@ class Guard:
         if scope["method"] == "HEAD":
             # The same answer as for GET, of which the server leaves the body away.
             scope = scope | {"method": "GET"}
-        request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        request_id = state["request_id"] = _request_id(scope["headers"])
+        traceparent = state["traceparent"] = _traceparent(scope["headers"])
+        trace = {"trace_id": traceparent[3:35]} if traceparent else {}
         status = 0
 
         async def send_counted(message: Any) -> None:
@@ -72,17 +83,18 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
-        try:
-            scope["state"]["body"] = await self._read_body(scope["state"], receive)
-        except PaymentsError as error:
-            await self._refuse(error, scope["state"], receive, send_counted)
-        except ClientLeft:
-            return
-        else:
-            await self._app(scope, receive, send_counted)
-        finally:
-            if status:
-                self._count(scope, status, time.perf_counter() - started)
+        with logger.contextualize(request_id=request_id, **trace):
+            try:
+                state["body"] = await self._read_body(state, receive)
+            except PaymentsError as error:
+                await self._refuse(error, state, receive, send_counted)
+            except ClientLeft:
+                return
+            else:
+                await self._app(scope, receive, send_counted)
+            finally:
+                if status:
+                    self._count(scope, status, time.perf_counter() - started)
 
     async def _read_body(self, state: dict[str, Any], receive: Receive) -> bytes:
         """The body, within limits; who is slow to send it holds no place meanwhile."""
@@ -107,6 +119,7 @@ class Guard:
         is reset, and a client that is still sending would not see the answer.
         """
         status, body, extra = refused(error)
+        state["problem"] = error.code
         headers = [(b"content-type", MEDIA_TYPE.encode()), (b"connection", b"close")]
         headers += [(name.lower().encode(), value.encode()) for name, value in extra.items()]
         headers.append((b"content-length", str(len(body)).encode()))
@@ -135,6 +148,7 @@ class Guard:
             )
         children[0].inc()
         children[1].observe(seconds)
+        self._access_log.write(method, route, status, seconds, scope["state"])
 
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
@@ -153,9 +167,17 @@ async def _read_body(receive: Receive) -> bytes:
             return body
 
 
-def _request_id(scope: Any) -> str:
+def _request_id(headers: Any) -> str:
     """The caller's X-Request-ID if it is harmless to log, else a new one."""
-    for name, value in scope["headers"]:
+    for name, value in headers:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return str(value, "ascii")
     return os.urandom(16).hex()
+
+
+def _traceparent(headers: Any) -> str | None:
+    """The W3C trace context that the request belongs to, if it is well-formed."""
+    for name, value in headers:
+        if name == b"traceparent" and _TRACEPARENT.fullmatch(value):
+            return str(value, "ascii")
+    return None

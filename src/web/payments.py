@@ -23,7 +23,7 @@ from web.as_of import AS_OF, read_as_of
 from web.auth import may_read
 from web.description import Answer, Operation, Parameter, described
 from web.list_query import PARAMETERS, read_list_query
-from web.requests import UUID_PATTERN, Anyone, client_of, service_of, uuid_in_path
+from web.requests import UUID_PATTERN, Anyone, client_of, payment_in_path, service_of
 
 _ID = "058c9593-e150-402f-ab5b-37dd4c9816f0"
 PAYMENT_ID = Parameter(
@@ -140,7 +140,7 @@ async def payments(request: Anyone) -> Response[bytes]:
 async def payment(request: Anyone, payment_id: FromPath[str]) -> Response[bytes]:
     """The payment as of now, or as of then."""
     service, reach = service_of(request), may_read(client_of(request))
-    wanted = uuid_in_path(payment_id, "payment_id")
+    wanted = payment_in_path(request, payment_id)
     if query := request.scope["query_string"]:
         moment = read_as_of(query)
         if moment is not None:
@@ -152,7 +152,7 @@ async def payment(request: Anyone, payment_id: FromPath[str]) -> Response[bytes]
 async def events(request: Anyone, payment_id: FromPath[str]) -> Response[bytes]:
     """What happened to the payment, oldest first: its events as they are stored."""
     service, reach = service_of(request), may_read(client_of(request))
-    wanted = uuid_in_path(payment_id, "payment_id")
+    wanted = payment_in_path(request, payment_id)
     return json_of(await get_history(service.database, wanted, reach))
 
 

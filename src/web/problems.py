@@ -66,6 +66,7 @@ def refused(error: PaymentsError) -> tuple[int, bytes, dict[str, str]]:
 
 def on_payments_error(request: Request[Any, Any, Any], error: PaymentsError) -> Response[bytes]:
     status, body, headers = refused(error)
+    request.scope["state"]["problem"] = error.code
     return Response(body, status_code=status, headers=headers, media_type=MEDIA_TYPE)
 
 
@@ -77,6 +78,7 @@ def on_http_exception(request: Request[Any, Any, Any], error: HTTPException) -> 
     title = HTTPStatus(status).phrase
     code, detail = FRAMEWORK_PROBLEMS.get(status, (InvalidRequest.code, InvalidRequest.title))
     headers = dict(error.headers or {})
+    request.scope["state"]["problem"] = code
     return Response(
         problem(status, code, title, detail),
         status_code=status,
@@ -88,9 +90,7 @@ def on_http_exception(request: Request[Any, Any, Any], error: HTTPException) -> 
 def on_exception(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """A bug: logged with its request id, which the answer names too."""
     request_id = request.scope["state"].get("request_id", "")
-    logger.bind(request_id=request_id, method=request.method).opt(exception=error).error(
-        "unhandled error"
-    )
+    logger.bind(method=request.method).opt(exception=error).error("unhandled error")
     detail = f"It was logged as request {request_id}."
     body = problem(500, PaymentsError.code, PaymentsError.title, detail)
     return Response(body, status_code=500, media_type=MEDIA_TYPE)

@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from payments.admission import Admission
 from payments.errors import TooBusy
 from payments.telemetry import Telemetry
+from web.access_log import Tally
 from web.guard import BODY_ARRIVED
 from web.heads import (
     HEAD_DETAIL,
@@ -39,11 +40,17 @@ OPEN_PATHS = frozenset((b"/health", b"/health/live", b"/metrics"))
 
 class Protocol(HttpToolsProtocol):
     def __init__(
-        self, admission: Admission, telemetry: Telemetry, *args: Any, **kwargs: Any
+        self,
+        admission: Admission,
+        telemetry: Telemetry,
+        tallies: tuple[Tally, Tally],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._admission = admission
         self._refusals = telemetry.refusals
+        self._refused, self._unreadable = tallies
         self._is_refusing = False  # the request that is being read was not admitted
         self._in_head = True
         self._head_bytes = 0
@@ -232,6 +239,7 @@ class Protocol(HttpToolsProtocol):
     def _answer_too_busy(self, *, keep_alive: bool) -> None:
         self._is_refusing = False
         self._refusals.inc()
+        self._refused.add()
         if self.transport.is_closing():
             return
         keep_alive = keep_alive and not self.flow.write_paused  # it does not even read the answers
@@ -266,6 +274,7 @@ class Protocol(HttpToolsProtocol):
 
     def _refusal(self, refusal: Refusal, detail: str) -> bytes:
         status, code = refusal
+        self._unreadable.add()
         body = problem(status, code, "The request cannot be read", detail)
         head = (
             f"HTTP/1.1 {status} Refused\r\ncontent-type: {MEDIA_TYPE}\r\n"

@@ -39,6 +39,7 @@ from web.requests import (
     command_answer,
     headers_of,
     idempotency_key,
+    log_with,
     request_id,
     service_of,
     traceparent,
@@ -160,6 +161,7 @@ async def refund(request: Anyone) -> Response[bytes]:
     check_sent_json(headers)
     key = idempotency_key(headers)
     body = read_body(body_of(request), RefundBody)
+    log_with(request, payment_id=body.payment_id)
     amount_cents = None if body.amount_cents is msgspec.UNSET else body.amount_cents
     if amount_cents is not None and key is None:
         raise InvalidIdempotencyKey(
@@ -171,7 +173,7 @@ async def refund(request: Anyone) -> Response[bytes]:
     reach = may_read(client)
     try:
         refunded = await service.refunding.refund(
-            RefundPayment(wanted, reach, request_id(request), traceparent(headers))
+            RefundPayment(wanted, reach, request_id(request), traceparent(request))
         )
     except PaymentNotFound:
         raise await not_found(service.database, wanted.payment_id, reach) from None

@@ -23,7 +23,6 @@ KEY_MAX = 255
 KEY_PATTERN = r"^[\x21-\x7e](?:[\x20-\x7e]{0,253}[\x21-\x7e])?$"
 KEY_SCHEMA = {"type": "string", "minLength": 1, "maxLength": KEY_MAX, "pattern": KEY_PATTERN}
 _KEY = re.compile(KEY_PATTERN[1:-1].encode())
-_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def service_of(request: Anyone) -> Service:
@@ -36,7 +35,9 @@ def headers_of(request: Anyone) -> Headers:
 
 def client_of(request: Anyone) -> str:
     """The API client that sent the request; raises Unauthorized."""
-    return authenticate(headers_of(request), service_of(request).settings.payments_api_keys)
+    client = authenticate(headers_of(request), service_of(request).settings.payments_api_keys)
+    log_with(request, client=client)
+    return client
 
 
 def check_sent_json(headers: Headers) -> None:
@@ -59,14 +60,6 @@ def idempotency_key(headers: Headers) -> str | None:
     return key.decode("ascii")
 
 
-def traceparent(headers: Headers) -> str | None:
-    """The W3C trace context that the request belongs to, if it is well-formed."""
-    for name, value in headers:
-        if name == b"traceparent" and _TRACEPARENT.fullmatch(value):
-            return value.decode("ascii")
-    return None
-
-
 def body_of(request: Anyone) -> bytes:
     """As the guard read it."""
     return cast(bytes, request.scope["state"]["body"])
@@ -76,11 +69,22 @@ def request_id(request: Anyone) -> str:
     return cast(str, request.scope["state"]["request_id"])
 
 
-def uuid_in_path(text: str, field: str) -> UUID:
-    """The one spelling with dashes; raises InvalidRequest for all others."""
+def traceparent(request: Anyone) -> str | None:
+    """The W3C trace context that the request belongs to."""
+    return cast("str | None", request.scope["state"]["traceparent"])
+
+
+def log_with(request: Anyone, **fields: Any) -> None:
+    """Adds what is known of the request to its line in the access log: see access_log.LOGGED."""
+    request.scope["state"].update(fields)
+
+
+def payment_in_path(request: Anyone, text: str) -> UUID:
+    """The one spelling of an id with dashes; raises InvalidRequest for all others."""
     if not re.fullmatch(UUID_PATTERN[1:-1], text):
-        error = FieldError(field, "must be a UUID like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9")
-        raise InvalidRequest(f"The {field} in the path is not a UUID.", (error,))
+        error = FieldError("payment_id", "must be a UUID like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9")
+        raise InvalidRequest("The payment_id in the path is not a UUID.", (error,))
+    log_with(request, payment_id=text)
     return UUID(text)
 
 
@@ -88,6 +92,7 @@ def command_answer(
     request: Anyone, answer: msgspec.Struct, payment_id: UUID, *, pending: bool, replayed: bool
 ) -> Response[bytes]:
     """201 for an outcome, 202 while there is none; a replayed outcome says so in a header."""
+    log_with(request, payment_id=payment_id)
     headers = {"Location": f"/v1/payments/{payment_id}"}
     if pending:
         # Sooner, a repetition would only wait for this request's time to be over.

@@ -200,7 +200,13 @@ class Dispatcher:
                 return
             body = _prepare(claimed)
             exchange = await self._send(claimed, body)
-            self._results.append(self._judged(claimed, exchange, permit))
+            with logger.contextualize(
+                event_id=claimed.event_id,
+                payment_id=claimed.payment_id,
+                order_id=claimed.order_id,
+                attempt=claimed.attempt,
+            ):
+                self._results.append(self._judged(claimed, exchange, permit))
         finally:
             self._breaker.released(permit)  # a cut exchange says nothing about the endpoint
 
@@ -214,12 +220,11 @@ class Dispatcher:
         verdict = judge(
             exchange.status, exchange.error, exchange.retry_after, attempt, datetime.now(UTC)
         )
-        was = self.state
+        was, log = self.state, logger.bind(reason=exchange.reason or str(exchange.status))
         if verdict.endpoint_down:
             self._breaker.failed(permit, time.monotonic())
             if was == "closed" != self.state:
-                reason = exchange.reason or str(exchange.status)
-                logger.bind(reason=reason).warning("Order Service is away: callbacks wait for it")
+                log.warning("Order Service is away: callbacks wait for it")
         elif self._breaker.succeeded(permit):
             self._was_away = True
         if verdict.final == "delivered":
@@ -233,8 +238,7 @@ class Dispatcher:
         elif not verdict.endpoint_down:
             self._refused += 1
             if self._refused == REFUSED_MAX:
-                reason = exchange.reason or str(exchange.status)
-                logger.bind(reason=reason).warning("Order Service refuses callbacks")
+                log.warning("Order Service refuses callbacks")
         if was != "closed" == self.state:
             logger.info("Order Service is back")
         self._telemetry.callback_attempts[verdict.outcome].inc()
@@ -244,13 +248,11 @@ class Dispatcher:
         if state == "due":
             delay_s = jittered(verdict, self._random()) if counts else claimed.due_in_s
         if state == "dead":
-            logger.bind(
-                event_id=claimed.event_id,
-                payment_id=claimed.payment_id,
-                order_id=claimed.order_id,
-                attempts=claimed.attempt,
-                reason=exchange.reason or str(exchange.status),
-            ).error("a callback is dead: `payments callbacks list --dead`")
+            log.error("a callback is dead: `payments callbacks list --dead`")
+        elif state == "due":
+            log.info("a callback was not delivered")
+        else:
+            log.debug("a callback was delivered")
         return Result(
             claimed,
             state,

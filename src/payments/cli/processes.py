@@ -15,9 +15,9 @@ from loguru import logger
 
 from payments.cli.output import format_option, print_rows
 from payments.database import Database, DatabaseAddress
+from payments.logs import set_up_logs
 from payments.service import Service, build_gateway, open_database
 from payments.settings import Settings, describe, read_settings
-from payments.telemetry import set_up_logs
 
 T = TypeVar("T")
 

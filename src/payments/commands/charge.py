@@ -8,7 +8,6 @@ error would make the caller drop an order that was paid for. See runs.py for wha
 
 import asyncio
 import math
-from typing import Any
 
 import msgspec
 from loguru import logger
@@ -22,7 +21,6 @@ from payments.deciding import (
     OutcomeMismatch,
     differing_fields,
     initiate,
-    payment_id_for,
     record_outcome,
 )
 from payments.errors import (
@@ -118,16 +116,18 @@ class Charging:
         begun = await self._begin(run, command)
         if begun is None:
             return
-        try:
-            outcome = await self._ask(run, command, begun)
-            run.wait_for_storing_only_a_while()
-            payment = await self._recorder.record(
-                begun.payment, lambda payment: record_outcome(payment, outcome, _cause(command))
-            )
-        except OutcomeMismatch as error:
-            self._telemetry.mismatches["charge"].inc()
-            _log(command).bind(reason=str(error)).critical("the provider's answer does not fit")
-            raise
+        payment = begun.payment
+        with logger.contextualize(payment_id=payment.id, order_id=payment.merchant_order_id):
+            try:
+                outcome = await self._ask(run, command, begun)
+                run.wait_for_storing_only_a_while()
+                payment = await self._recorder.record(
+                    payment, lambda payment: record_outcome(payment, outcome, _cause(command))
+                )
+            except OutcomeMismatch as error:
+                self._telemetry.mismatches["charge"].inc()
+                logger.bind(reason=str(error)).critical("the provider's answer does not fit")
+                raise
         run.finish(Charged(payment, begun.replayed))
 
     async def _begin(self, run: Run[Charged], command: ChargePayment) -> _Begun | None:
@@ -171,7 +171,7 @@ class Charging:
         """The provider's outcome. Raises OutcomeUnknown, or Unavailable if it was not asked."""
         payment = begun.payment
         if payment.gateway != self._gateway.name:
-            _log(command).bind(gateway=payment.gateway).critical("begun with another provider")
+            logger.bind(gateway=payment.gateway).critical("begun with another provider")
             raise OutcomeUnknown("only the provider that was asked knows")
         run.take_slot()
         try:
@@ -212,11 +212,6 @@ class Charging:
 
 def _cause(command: ChargePayment) -> Cause:
     return cause(command.request.client, command.request_id, command.traceparent)
-
-
-def _log(command: ChargePayment) -> Any:
-    payment_id = payment_id_for(command.request.idempotency_key)
-    return logger.bind(payment_id=payment_id, request_id=command.request_id)
 
 
 def _first(first_state: bytes | None) -> Payment:

@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import Callable
 
+from loguru import logger
+
 from payments.database import Database
 from payments.errors import DatabaseUnavailable
 from payments.events.appender import Appender, StreamConflict
@@ -35,6 +37,7 @@ class Recorder:
                 payment = await self._reload(payment)
             else:
                 self._count(fact)
+                self._log(payment, fact)
                 return evolve(payment, fact)
         return payment
 
@@ -43,6 +46,16 @@ class Recorder:
             self._telemetry.amounts["captured", fact.currency].inc(fact.amount_cents)
         elif isinstance(fact, PaymentRefunded):
             self._telemetry.amounts["refunded", fact.currency].inc(fact.amount_cents)
+
+    def _log(self, payment: Payment, fact: Fact) -> None:
+        """What the provider did or did not do is in the log, whatever the access log leaves out."""
+        logger.bind(
+            event_id=fact.event_id,
+            payment_id=payment.id,
+            order_id=payment.merchant_order_id,
+            amount_cents=getattr(fact, "amount_cents", None),  # each has one, the base has none
+            currency=payment.currency,
+        ).info(fact.TOPIC)
 
     async def _reload(self, payment: Payment) -> Payment:
         """The payment as it is stored now; waits out an outage of the database."""

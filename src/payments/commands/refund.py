@@ -112,15 +112,16 @@ class Refunding:
         return refunded
 
     async def _refund(self, run: Run[Refunded], command: RefundPayment) -> None:
-        begun = await self._begin(run, command)
-        if begun is None:
-            return
+        with logger.contextualize(payment_id=command.request.payment_id):
+            begun = await self._begin(run, command)
+            if begun is not None:
+                await self._make(run, command, begun)
+
+    async def _make(self, run: Run[Refunded], command: RefundPayment, begun: _Begun) -> None:
         # Its amount is reserved: whatever happens now, the refund goes on.
         run.fallback = Refunded(begun.payment, begun.refund, begun.age_s is not None)
         if begun.payment.gateway != self._gateway.name:
-            _log(command).bind(gateway=begun.payment.gateway).critical(
-                "begun with another provider"
-            )
+            logger.bind(gateway=begun.payment.gateway).critical("begun with another provider")
             raise OutcomeUnknown("only the provider that was asked knows")
         try:
             outcome = await self._ask(run, begun)
@@ -133,7 +134,7 @@ class Refunding:
             raise OutcomeUnknown("the provider cannot be reached") from error
         except OutcomeMismatch as error:
             self._telemetry.mismatches["refund"].inc()
-            _log(command).bind(reason=str(error)).critical("the provider's answer does not fit")
+            logger.bind(reason=str(error)).critical("the provider's answer does not fit")
             raise
         _answer(run, payment, begun.refund, begun.age_s is not None)
 
@@ -251,10 +252,6 @@ def _refund_of(payment: Payment, refund_id: Any) -> Refund:
 
 def _cause(command: RefundPayment) -> Cause:
     return cause(command.request.client, command.request_id, command.traceparent)
-
-
-def _log(command: RefundPayment) -> Any:
-    return logger.bind(payment_id=command.request.payment_id, request_id=command.request_id)
 
 
 def _error_label(error: PaymentsError) -> str:

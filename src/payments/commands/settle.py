@@ -68,8 +68,13 @@ class Settler:
         unsettled = payment.unsettled
         if unsettled is None:
             return Attempt(payment, finished=True)
-        kind = unsettled.kind
-        log = logger.bind(payment_id=payment.id, kind=kind, attempts=attempts)
+        with logger.contextualize(
+            payment_id=payment.id, order_id=payment.merchant_order_id, attempts=attempts
+        ):
+            return await self._settle(loaded, unsettled.kind, attempts)
+
+    async def _settle(self, loaded: LoadedPayment, kind: str, attempts: int) -> Attempt:
+        payment, log = loaded.payment, logger.bind(kind=kind)
         if payment.gateway != self._gateway.name:
             self._telemetry.settling[kind, "other_gateway"].inc()
             log.bind(gateway=payment.gateway).critical("begun with another provider")
@@ -167,7 +172,7 @@ class Settler:
         assert found is not None
         if found.provider_refund_id is not None:
             return payment
-        logger.bind(payment_id=payment.id).warning("a late capture goes back")
+        logger.warning("a late capture goes back")
         order = ProviderRefund(
             found.refund_id,
             payment.id,

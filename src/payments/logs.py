@@ -1,0 +1,158 @@
+"""Logs: JSON lines on stderr, or readable lines on a terminal.
+
+Which request, trace, payment and order a line belongs to is in its fields: who works on one says
+`with logger.contextualize(payment_id=…)`, and all lines of that task carry it. Text from outside is
+only ever the value of a field, never a message with braces.
+
+A process that logs must not depend on who reads its log: where that one does not read, lines wait
+in memory, and the newest are dropped and counted at BUFFER_MAX.
+"""
+
+import asyncio
+import atexit
+import json
+import logging
+import os
+import select
+import sys
+import threading
+import time
+from datetime import UTC
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+from loguru import logger
+
+if TYPE_CHECKING:
+    from loguru import Message
+
+BUFFER_MAX = 4 * 1024 * 1024  # bytes of lines that nobody has read yet
+PIPE_BUF = 4096  # bytes that a pipe which is ready for writing takes at once: pipe(7)
+RETRY_S = 0.05
+EXIT_S = 1.0  # for the last lines, at the end of the process
+
+_TEXT = "{time:HH:mm:ss.SSS} <level>{level: <8}</level> {message} <dim>{extra}</dim>"
+
+
+def set_up_logs(format: Literal["auto", "json", "text"], level: str) -> None:
+    """Everything that is logged, also by libraries, goes to stderr from now on."""
+    logger.remove()
+    stderr = _Stderr()
+    is_terminal = sys.stderr.isatty()
+    # diagnose prints the values of variables into tracebacks, secrets among them.
+    safe: dict[str, Any] = {"level": level, "diagnose": False, "backtrace": False}
+    if format == "text" or (format == "auto" and is_terminal):
+        logger.add(
+            lambda message: stderr.write(message.encode(errors="backslashreplace")),
+            format=_TEXT,
+            colorize=is_terminal,
+            **safe,
+        )
+    else:
+        logger.add(lambda message: stderr.write(_json_line(message)), format="{message}", **safe)
+    logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
+    # The eventsourcing library silences these when it is imported.
+    for name in ("psycopg", "psycopg.pool"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _json_line(message: "Message") -> bytes:
+    record = message.record
+    line: dict[str, Any] = {
+        "time": record["time"].astimezone(UTC).isoformat(timespec="milliseconds"),
+        "level": record["level"].name,
+        "message": record["message"],
+    }
+    line |= {name: value for name, value in record["extra"].items() if name not in line}
+    if record["exception"] is not None:
+        line["exception"] = str(message).removeprefix(record["message"]).strip()
+    try:
+        encoded = msgspec.json.encode(line, enc_hook=str)
+    except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write
+        encoded = json.dumps(line, default=str).encode()
+    return encoded + b"\n"
+
+
+class _Stderr:
+    """Writes lines, and never waits for whoever reads them."""
+
+    def __init__(self) -> None:
+        self._waiting = bytearray()
+        self._dropped = 0
+        self._is_retrying = False
+        self._lock = threading.Lock()
+        self._fd = _descriptor()
+        if self._fd is not None:
+            self._poll = select.poll()
+            self._poll.register(self._fd, select.POLLOUT)
+            atexit.register(self._flush, EXIT_S)
+
+    def write(self, line: bytes) -> None:
+        if self._fd is None:
+            sys.stderr.buffer.write(line)
+            return
+        with self._lock:
+            if len(self._waiting) + len(line) > BUFFER_MAX:
+                self._dropped += 1
+            else:
+                self._waiting += line
+        self._flush()
+
+    def _flush(self, timeout_s: float = 0.0) -> None:
+        """Writes what is taken at once; waits for a reader for `timeout_s` at most."""
+        give_up_at = time.monotonic() + timeout_s
+        with self._lock:
+            while self._waiting:
+                left_s = max(0.0, give_up_at - time.monotonic()) if timeout_s else 0.0
+                if not self._poll.poll(left_s * 1000):
+                    self._retry_later()
+                    return
+                self._write_some()
+
+    def _write_some(self) -> None:
+        assert self._fd is not None
+        try:
+            written = os.write(self._fd, self._waiting[:PIPE_BUF])
+        except OSError:  # nobody will ever read it, or the disk is full
+            written = len(self._waiting)
+        del self._waiting[:written]
+        if self._dropped and not self._waiting:
+            told = {"level": "WARNING", "message": "log lines were dropped: nobody read them"}
+            self._waiting += msgspec.json.encode(told | {"lines": self._dropped}) + b"\n"
+            self._dropped = 0
+
+    def _retry_later(self) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return  # with the next line, or at the end of the process
+        if not self._is_retrying:
+            self._is_retrying = True
+            loop.call_later(RETRY_S, self._retry)
+
+    def _retry(self) -> None:
+        self._is_retrying = False
+        self._flush()
+
+
+def _descriptor() -> int | None:
+    try:
+        return sys.stderr.fileno()
+    except (OSError, ValueError):  # something in its place that only looks like a file
+        return None
+
+
+class _ToLoguru(logging.Handler):
+    """Libraries that log through the standard library end up in the same place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            level: str | int = logger.level(record.levelname).name
+        except ValueError:
+            level = record.levelno
+        try:
+            # Handed over as an argument: the text may hold braces that loguru would expand.
+            bound = logger.bind(logger=record.name).opt(exception=record.exc_info)
+            bound.log(level, "{}", record.getMessage())
+        except Exception:  # noqa: BLE001 - a library must not fail because of its logging
+            self.handleError(record)

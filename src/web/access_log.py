@@ -1,0 +1,76 @@
+"""The access log: a line for each answer, thinned above a rate, and what was left out is counted.
+
+Never left out are answers of 400 and above. Money that moves has lines of its own, at the moment
+when it is recorded (payments.commands.recording).
+"""
+
+import asyncio
+from typing import Any
+
+from loguru import logger
+
+TALLY_S = 1.0
+
+# Asked every few seconds by machines.
+_PROBES = frozenset(("/health", "/health/live", "/metrics"))
+
+
+class Tally:
+    """Counts what would be too much for a line each, and logs the count once a second."""
+
+    def __init__(self, level: str, message: str) -> None:
+        self._level = level
+        self._message = message
+        self._count = 0
+
+    def add(self) -> None:
+        if not self._count:
+            asyncio.get_running_loop().call_later(TALLY_S, self._tell)
+        self._count += 1
+
+    def _tell(self) -> None:
+        count, self._count = self._count, 0
+        # The timer has the context of whoever was counted first.
+        with logger.contextualize(request_id=None, trace_id=None):
+            logger.bind(requests=count).log(self._level, self._message)
+
+
+class AccessLog:
+    """One per port; `per_s` lines in a second."""
+
+    def __init__(self, per_s: int) -> None:
+        self._per_s = per_s
+        self._written = 0  # in this second
+        self._second = 0
+        self._left_out = Tally("INFO", "requests left out of the access log")
+
+    def write(
+        self, method: str, route: str, status: int, seconds: float, state: dict[str, Any]
+    ) -> None:
+        """`route` is the template, never the path; `state` is the scope's."""
+        level = "INFO"
+        if status >= 500:
+            level = "ERROR" if status == 500 else "WARNING"
+        elif status < 400:
+            if route in _PROBES:
+                level = "DEBUG"
+            elif not self._may_write():
+                self._left_out.add()
+                return
+        fields = {name: state[name] for name in LOGGED if name in state}
+        duration_ms = round(seconds * 1000, 2)
+        line = logger.bind(
+            method=method, route=route, status=status, duration_ms=duration_ms, **fields
+        )
+        line.log(level, f"{method} {route} {status}")
+
+    def _may_write(self) -> bool:
+        second = int(asyncio.get_running_loop().time())
+        if second != self._second:
+            self._second, self._written = second, 0
+        self._written += 1
+        return self._written <= self._per_s
+
+
+# What handlers learn about a request, under the same names in the scope's state.
+LOGGED = ("client", "payment_id", "order_id", "problem")

@@ -1,0 +1,387 @@
+"""Logs: one JSON object per line, whatever is logged, and nobody waits for who reads them."""
+
+import asyncio
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+from uuid import UUID
+
+import pytest
+from loguru import logger
+
+from payments.logs import set_up_logs
+
+CANARY = "canary7391"
+HOSTILE = [
+    "a\nb",
+    "a\r\nb",
+    "\n",
+    '{"level":"CRITICAL"}\n{}',
+    "a\u2028b",
+    "\x00",
+    "\x1b[31m",
+    '"\\',
+]
+
+
+class Logs:
+    """What was written to stderr since it was last asked for."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def text(self) -> str:
+        captured = self._capsys.readouterr()
+        assert captured.out == ""
+        return captured.err
+
+    def lines(self) -> list[dict[str, Any]]:
+        *lines, rest = self.text().split("\n")
+        assert rest == ""
+        return [json.loads(line) for line in lines]
+
+    def line(self) -> dict[str, Any]:
+        (only,) = self.lines()
+        return only
+
+
+def to_stderr(message: str) -> None:
+    sys.stderr.write(message)
+
+
+@pytest.fixture
+def logs(capsys: pytest.CaptureFixture[str]) -> Iterator[Logs]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield Logs(capsys)
+    logger.remove()
+    logger.add(to_stderr)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def json_logs(logs: Logs) -> Logs:
+    set_up_logs("json", "INFO")
+    return logs
+
+
+class TestJsonLines:
+    def test_a_record(self, json_logs: Logs) -> None:
+        logger.bind(payment_id="p-1", amount_cents=1500).warning("charged")
+        line = json_logs.line()
+        time = datetime.fromisoformat(line.pop("time"))
+        assert time.utcoffset() == timedelta(0)
+        assert abs(datetime.now(UTC) - time) < timedelta(minutes=1)
+        assert line == {
+            "level": "WARNING",
+            "message": "charged",
+            "payment_id": "p-1",
+            "amount_cents": 1500,
+        }
+
+    @pytest.mark.parametrize("text", HOSTILE)
+    def test_a_message_is_one_line(self, json_logs: Logs, text: str) -> None:
+        logger.info(text)
+        assert json_logs.line()["message"] == text
+
+    @pytest.mark.parametrize("text", HOSTILE)
+    def test_a_field_is_on_that_line(self, json_logs: Logs, text: str) -> None:
+        logger.bind(given=text, more={text: [text]}).info("refused")
+        line = json_logs.line()
+        assert (line["given"], line["more"]) == (text, {text: [text]})
+
+    @pytest.mark.parametrize(
+        "text", ["{}", "{0}", "{given}", "{", "}", "{{}}", "{record[level]}", "%s", "<red>x</red>"]
+    )
+    def test_braces_of_users_are_not_expanded(self, json_logs: Logs, text: str) -> None:
+        logger.info(text)
+        logger.bind(given=text).info("refused")
+        logger.info("refused: {}", text)
+        logging.getLogger("library").warning(text)
+        first, second, third, fourth = json_logs.lines()
+        assert first["message"] == text
+        assert second["given"] == text
+        assert third["message"] == f"refused: {text}"
+        assert fourth["message"] == text
+
+    @pytest.mark.parametrize(
+        ("value", "shown"),
+        [
+            (UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+            (datetime(2026, 1, 2, tzinfo=UTC), "2026-01-02T00:00:00Z"),
+            (Path("/srv"), "/srv"),
+            (ValueError("wrong"), "wrong"),
+            (10**40, 10**40),
+            (float("nan"), None),
+            (None, None),
+        ],
+    )
+    def test_fields_of_any_type(self, json_logs: Logs, value: object, shown: object) -> None:
+        logger.bind(given=value).info("refused")
+        assert json_logs.line()["given"] == shown
+
+    @pytest.mark.parametrize("text", ["\ud800", "a\udcffb"])
+    def test_half_a_surrogate_pair_does_not_lose_the_record(
+        self, json_logs: Logs, text: str
+    ) -> None:
+        logger.bind(given=text).info("refused")
+        logger.info(text)
+        first, second = json_logs.lines()
+        assert first["message"] == "refused"
+        assert second["level"] == "INFO"
+
+    @pytest.mark.parametrize("name", ["time", "level", "message", "exception"])
+    def test_a_field_cannot_pose_as_the_record(self, json_logs: Logs, name: str) -> None:
+        logger.bind(**{name: "forged"}).info("refused")
+        line = json_logs.line()
+        assert line["level"] == "INFO"
+        assert line["message"] == "refused"
+        assert datetime.fromisoformat(line["time"])
+
+    def test_the_level_is_a_threshold(self, json_logs: Logs) -> None:
+        logger.debug("quiet")
+        logger.info("loud")
+        assert json_logs.line()["message"] == "loud"
+        set_up_logs("json", "ERROR")
+        logger.warning("quiet now")
+        logger.error("loud")
+        assert json_logs.line()["level"] == "ERROR"
+
+    def test_setting_up_twice_writes_once(self, json_logs: Logs) -> None:
+        set_up_logs("json", "INFO")
+        logger.info("once")
+        logging.getLogger("library").warning("once")
+        assert len(json_logs.lines()) == 2
+
+
+def fail(secret: str) -> None:
+    held = {"password": secret}
+    raise RuntimeError(f"failed with {len(held)} secret")
+
+
+class TestExceptions:
+    @pytest.mark.parametrize("format", ["json", "text"])
+    def test_no_value_of_a_variable_is_shown(
+        self, logs: Logs, format: Literal["json", "text"]
+    ) -> None:
+        set_up_logs(format, "DEBUG")
+        secret = CANARY
+        try:
+            fail(secret)
+        except RuntimeError as error:
+            logger.exception("charge failed")
+            logger.opt(exception=error).error("charge failed")
+            logging.getLogger("library").exception("charge failed")
+        text = logs.text()
+        assert text.count("RuntimeError: failed with 1 secret") == 3
+        assert CANARY not in text
+
+    def test_a_traceback_is_part_of_its_line(self, json_logs: Logs) -> None:
+        try:
+            fail(CANARY)
+        except RuntimeError:
+            logger.bind(request_id="r-1").exception("a\nb {}")
+        line = json_logs.line()
+        assert line["message"] == "a\nb {}"
+        assert line["request_id"] == "r-1"
+        assert line["exception"].startswith("Traceback (most recent call last):\n")
+        assert line["exception"].endswith("RuntimeError: failed with 1 secret")
+
+    def test_without_an_exception_there_is_no_such_field(self, json_logs: Logs) -> None:
+        logger.error("wrong")
+        logging.getLogger("library").error("wrong", exc_info=True)
+        first, second = json_logs.lines()
+        assert "exception" not in first
+        assert second["message"] == "wrong"
+
+
+class TestLibraries:
+    def test_their_warnings_come_to_the_same_place(self, json_logs: Logs) -> None:
+        logging.getLogger("library.pool").warning("lost %s\n", "a connection")
+        line = json_logs.line()
+        assert line["logger"] == "library.pool"
+        assert line["level"] == "WARNING"
+        assert line["message"] == "lost a connection\n"
+
+    def test_their_chatter_does_not(self, json_logs: Logs) -> None:
+        logging.getLogger("library").info("GET /")
+        assert json_logs.lines() == []
+
+    def test_levels_of_their_own_are_no_trouble(self, json_logs: Logs) -> None:
+        logging.getLogger("library").log(logging.WARNING + 5, "unusual")
+        assert json_logs.line()["message"] == "unusual"
+
+    def test_a_broken_log_call_does_not_break_its_caller(
+        self, logs: Logs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(logging, "raiseExceptions", False)  # as in production, and quiet
+        set_up_logs("json", "INFO")
+        logging.getLogger("library").warning("%d connections", "no number")
+        logger.info("still there")
+        assert logs.lines()[-1]["message"] == "still there"
+
+
+class TestFormats:
+    def test_text(self, logs: Logs) -> None:
+        set_up_logs("text", "INFO")
+        logger.bind(given="a\nb", markup="<red>").info("refused")
+        (line,) = logs.text().splitlines()
+        assert "INFO" in line
+        assert "refused" in line
+        assert repr("a\nb") in line
+        assert "<red>" in line
+
+    @pytest.mark.parametrize("terminal", [True, False])
+    def test_auto_is_text_on_a_terminal_only(
+        self, logs: Logs, monkeypatch: pytest.MonkeyPatch, terminal: bool
+    ) -> None:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+        set_up_logs("auto", "INFO")
+        logger.info("here")
+        assert logs.text().startswith("{") is not terminal
+
+
+class TestContext:
+    def test_lines_say_what_they_belong_to(self, json_logs: Logs) -> None:
+        payment_id = UUID(int=7)
+        with logger.contextualize(payment_id=payment_id):
+            logging.getLogger("library").warning("slow")
+            logger.bind(reason="x").info("asked")
+        logger.info("after")
+        first, second, third = json_logs.lines()
+        assert first["payment_id"] == second["payment_id"] == str(payment_id)
+        assert second["reason"] == "x"
+        assert "payment_id" not in third
+
+
+class Pipe:
+    """stderr of a process is a pipe, and whoever reads it may be slow."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reading, self.writing = os.pipe()
+        monkeypatch.setattr(sys, "stderr", os.fdopen(self.writing, "w", closefd=False))
+
+    def read_all(self) -> list[dict[str, Any]]:
+        """What is there now."""
+        os.set_blocking(self.reading, False)
+        data = b""
+        try:
+            while part := os.read(self.reading, 1 << 20):
+                data += part
+        except BlockingIOError:
+            pass
+        return [json.loads(line) for line in data.split(b"\n") if line]
+
+    def close(self) -> None:
+        os.close(self.reading)
+        os.close(self.writing)
+
+
+@pytest.fixture
+def pipe(logs: Logs, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipe]:
+    opened = Pipe(monkeypatch)
+    set_up_logs("json", "INFO")
+    yield opened
+    logger.remove()
+    opened.close()
+
+
+class TestWhenNobodyReads:
+    @pytest.mark.anyio
+    async def test_lines_wait_and_keep_their_order(self, pipe: Pipe) -> None:
+        for number in range(2000):  # some 200 kB; a pipe takes 64
+            logger.bind(number=number).info("x" * 50)
+        read: list[int] = []
+        async with asyncio.timeout(5):
+            while len(read) < 2000:
+                read += [line["number"] for line in pipe.read_all()]
+                await asyncio.sleep(0.01)
+        assert read == list(range(2000))
+
+    @pytest.mark.anyio
+    async def test_a_long_line_arrives_whole(self, pipe: Pipe) -> None:
+        logger.info("y" * 300_000)
+        data = b""
+        async with asyncio.timeout(5):
+            while not data.endswith(b"\n"):
+                data += os.read(pipe.reading, 1 << 20)
+                await asyncio.sleep(0.01)
+        assert json.loads(data)["message"] == "y" * 300_000
+
+    @pytest.mark.anyio
+    async def test_what_is_too_much_is_dropped_and_counted(
+        self, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("payments.logs.BUFFER_MAX", 100_000)
+        for number in range(3000):
+            logger.bind(number=number).info("z" * 50)
+        lines: list[dict[str, Any]] = []
+        async with asyncio.timeout(5):
+            while not (lines and "lines" in lines[-1]):
+                lines += pipe.read_all()
+                await asyncio.sleep(0.01)
+        *written, told = lines
+        assert told["message"] == "log lines were dropped: nobody read them"
+        assert told["level"] == "WARNING"
+        assert [line["number"] for line in written] == list(range(len(written)))
+        assert len(written) + told["lines"] == 3000
+        logger.info("after")
+        assert [line["message"] for line in pipe.read_all()] == ["after"]
+
+    def test_without_a_loop_the_next_line_takes_them_along(self, pipe: Pipe) -> None:
+        for number in range(2000):
+            logger.bind(number=number).info("x" * 50)
+        read = [line["number"] for line in self._whole_lines(pipe)]
+        assert read == list(range(2000))
+
+    @staticmethod
+    def _whole_lines(pipe: Pipe) -> list[dict[str, Any]]:
+        os.set_blocking(pipe.reading, False)
+        data = b""
+        for _ in range(50):
+            with suppress(BlockingIOError):
+                data += os.read(pipe.reading, 1 << 20)
+            logger.bind(number=-1).info("next")
+        lines = [json.loads(line) for line in data.split(b"\n")[:-1]]
+        return [line for line in lines if line["number"] >= 0]
+
+    def test_nobody_left_to_read_is_no_error(self, pipe: Pipe) -> None:
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, pipe.reading)  # closes the pipe's reading end
+        os.close(null)
+        for _ in range(3):
+            logger.info("to nobody")
+
+
+TALKATIVE = """
+from loguru import logger
+from payments.logs import set_up_logs
+set_up_logs("json", "INFO")
+for number in range(2000):
+    logger.bind(number=number).info("x" * 50)
+"""
+
+
+def test_the_last_lines_are_written_at_the_end_of_the_process() -> None:
+    """However slow the reader: here it begins after the process was to end."""
+    process = subprocess.Popen([sys.executable, "-c", TALKATIVE], stderr=subprocess.PIPE)
+    time.sleep(0.7)
+    _, text = process.communicate(timeout=20)
+    assert [json.loads(line)["number"] for line in text.splitlines()] == list(range(2000))
+
+
+def test_a_reader_that_never_comes_does_not_keep_the_process() -> None:
+    with subprocess.Popen([sys.executable, "-c", TALKATIVE], stderr=subprocess.PIPE) as process:
+        try:
+            assert process.wait(timeout=15) == 0
+        finally:
+            process.kill()
