@@ -268,18 +268,17 @@ class Pipe:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reading, self.writing = os.pipe()
+        os.set_blocking(self.reading, False)
+        self._rest = b""
         monkeypatch.setattr(sys, "stderr", os.fdopen(self.writing, "w", closefd=False))
 
     def read_all(self) -> list[dict[str, Any]]:
-        """What is there now."""
-        os.set_blocking(self.reading, False)
-        data = b""
-        try:
+        """The lines that are complete by now."""
+        with suppress(BlockingIOError):
             while part := os.read(self.reading, 1 << 20):
-                data += part
-        except BlockingIOError:
-            pass
-        return [json.loads(line) for line in data.split(b"\n") if line]
+                self._rest += part
+        *lines, self._rest = self._rest.split(b"\n")
+        return [json.loads(line) for line in lines]
 
     def close(self) -> None:
         os.close(self.reading)
@@ -310,12 +309,12 @@ class TestWhenNobodyReads:
     @pytest.mark.anyio
     async def test_a_long_line_arrives_whole(self, pipe: Pipe) -> None:
         logger.info("y" * 300_000)
-        data = b""
+        lines: list[dict[str, Any]] = []
         async with asyncio.timeout(5):
-            while not data.endswith(b"\n"):
-                data += os.read(pipe.reading, 1 << 20)
+            while not lines:
+                lines = pipe.read_all()
                 await asyncio.sleep(0.01)
-        assert json.loads(data)["message"] == "y" * 300_000
+        assert lines[0]["message"] == "y" * 300_000
 
     @pytest.mark.anyio
     async def test_what_is_too_much_is_dropped_and_counted(
@@ -340,19 +339,12 @@ class TestWhenNobodyReads:
     def test_without_a_loop_the_next_line_takes_them_along(self, pipe: Pipe) -> None:
         for number in range(2000):
             logger.bind(number=number).info("x" * 50)
-        read = [line["number"] for line in self._whole_lines(pipe)]
-        assert read == list(range(2000))
-
-    @staticmethod
-    def _whole_lines(pipe: Pipe) -> list[dict[str, Any]]:
-        os.set_blocking(pipe.reading, False)
-        data = b""
+        lines: list[dict[str, Any]] = []
         for _ in range(50):
-            with suppress(BlockingIOError):
-                data += os.read(pipe.reading, 1 << 20)
+            lines += pipe.read_all()
             logger.bind(number=-1).info("next")
-        lines = [json.loads(line) for line in data.split(b"\n")[:-1]]
-        return [line for line in lines if line["number"] >= 0]
+        read = [line["number"] for line in lines if line["number"] >= 0]
+        assert read == list(range(2000))
 
     def test_nobody_left_to_read_is_no_error(self, pipe: Pipe) -> None:
         null = os.open(os.devnull, os.O_RDONLY)

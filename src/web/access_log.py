@@ -5,6 +5,7 @@ when it is recorded (payments.commands.recording).
 """
 
 import asyncio
+from contextvars import Context
 from typing import Any
 
 from loguru import logger
@@ -25,14 +26,13 @@ class Tally:
 
     def add(self) -> None:
         if not self._count:
-            asyncio.get_running_loop().call_later(TALLY_S, self._tell)
+            # A context of its own: its line is about no request.
+            asyncio.get_running_loop().call_later(TALLY_S, self._tell, context=Context())
         self._count += 1
 
     def _tell(self) -> None:
         count, self._count = self._count, 0
-        # The timer has the context of whoever was counted first.
-        with logger.contextualize(request_id=None, trace_id=None):
-            logger.bind(requests=count).log(self._level, self._message)
+        logger.bind(requests=count).log(self._level, self._message)
 
 
 class AccessLog:
