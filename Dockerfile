@@ -3,12 +3,14 @@
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /build
 # What builds stays here; what runs goes into /opt/payments, which has no pip.
-COPY requirements/build.txt requirements/runtime.txt requirements/
+# otel: with OpenTelemetry (docs/tracing.md).
+ARG REQUIREMENTS=runtime
+COPY requirements requirements
 RUN python -m venv /opt/build \
     && python -m venv --without-pip /opt/payments \
     && /opt/build/bin/pip install --no-cache-dir --require-hashes -r requirements/build.txt \
     && /opt/build/bin/pip --python /opt/payments/bin/python install --no-cache-dir \
-        --require-hashes -r requirements/runtime.txt
+        --require-hashes -r requirements/${REQUIREMENTS}.txt
 COPY pyproject.toml README.md ./
 COPY src src
 RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir wheels . \

@@ -31,6 +31,7 @@ RATIOS = (
     ("charge", "pg_commit"),
     ("charge", "library"),
     ("charge", "charge_bare"),
+    ("charge", "charge_blind"),
     ("callbacks", "client_limit"),
     ("rebuild", "raw_read"),
     ("rebuild", "raw_read_events"),

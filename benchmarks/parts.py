@@ -7,13 +7,16 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar, Self
 
+import httpx
 import msgspec
 import psycopg
 import uvloop
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.load import Figures, Load
 from benchmarks.log import fill_log, project
@@ -147,6 +150,35 @@ class ChargeBare(Charge):
     """The same without the guard and the protocol's limits: what these cost."""
 
     name = "charge_bare"
+
+
+class ChargeBlind(Charge):
+    """The same without metrics and logs: what these cost."""
+
+    name = "charge_blind"
+
+
+class Scrape(HttpPart):
+    """GET /metrics, five a second, while charges run at full load; each answer is parsed."""
+
+    name = "scrape"
+
+    def run(self, seconds: float) -> Figures:
+        url, latencies = f"http://127.0.0.1:{self._server.port}/metrics", []
+        with ThreadPoolExecutor(1) as threads, httpx.Client() as client:
+            load = threads.submit(super().run, seconds)
+            began = time.perf_counter()
+            while not load.done():
+                time.sleep(0.2)
+                asked = time.perf_counter()
+                answer = client.get(url)
+                latencies.append(time.perf_counter() - asked)
+                assert list(text_string_to_metric_families(answer.text))
+            self._charges = load.result()
+            return Figures.of(latencies, time.perf_counter() - began)
+
+    def remarks(self) -> list[str]:
+        return [f"meanwhile {self._charges.per_s:,.0f} charges/s"]
 
 
 class ChargeSlowProvider(Charge):
@@ -345,6 +377,8 @@ PARTS: dict[str, type[Part]] = {
         FloorPost,
         Charge,
         ChargeBare,
+        ChargeBlind,
+        Scrape,
         FloorGet,
         Get,
         List,

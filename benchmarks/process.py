@@ -9,7 +9,9 @@ import tempfile
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +21,8 @@ import uvloop
 from eventsourcing.application import Application
 from eventsourcing.domain import Aggregate, event
 from litestar.types import ASGIApp, Receive, Send
+from loguru import logger
+from prometheus_client import Counter, Gauge, Histogram
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from payments.admission import Admission
@@ -31,6 +35,7 @@ from payments.service import Service, build_gateway
 from payments.settings import Settings, read_settings
 from payments.telemetry import Telemetry
 from web import app, listening, server
+from web.guard import Guard
 
 
 class ServerProcess:
@@ -47,15 +52,19 @@ class ServerProcess:
         environment = os.environ | self._settings
         environment |= {"PORT": str(self.port), "PAYMENTS_DATA_DIR": self._data_dir.name}
         target = msgspec.json.encode(self._address).decode()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.process", self._kind, target], env=environment
-        )
+        self._log = Path(self._data_dir.name) / "log"
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.process", self._kind, target],
+                env=environment,
+                stderr=log,
+            )
         deadline = time.monotonic() + 30
         while True:
             try:
                 httpx.get(f"http://127.0.0.1:{self.port}/health/live")
             except httpx.TransportError:
-                assert self._process.poll() is None, f"{self._kind} did not start"
+                assert self._process.poll() is None, self._log.read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
             else:
@@ -200,6 +209,18 @@ def strip() -> None:
     server.Protocol = _unguarded_protocol  # type: ignore[assignment, attr-defined]
 
 
+def blind() -> None:
+    """Takes metrics, logs and what they cost out of this process."""
+
+    def nothing(*_: object, **__: object) -> None:
+        pass
+
+    Counter.inc = Histogram.observe = Gauge.set = nothing  # type: ignore[method-assign, assignment]
+    Guard._count = nothing  # type: ignore[method-assign]
+    type(logger).contextualize = lambda *_, **__: nullcontext()  # type: ignore[method-assign]
+    logger.remove()
+
+
 def build(kind: str, settings: Settings, address: DatabaseAddress) -> Any:
     if kind in ("floor_post", "floor_get"):
         return _WithoutStore(settings)
@@ -210,10 +231,12 @@ def build(kind: str, settings: Settings, address: DatabaseAddress) -> Any:
 
 def main(kind: str, target: str) -> None:
     settings = read_settings(os.environ)
-    set_up_logs(settings.log_format, "WARNING")  # type: ignore[arg-type]
+    set_up_logs(settings.log_format, settings.log_level)  # type: ignore[arg-type]
     listener = listening.bind(settings)
     if kind == "charge_bare":
         strip()
+    if kind == "charge_blind":
+        blind()
 
     async def run() -> None:
         address = msgspec.json.decode(target, type=DatabaseAddress)

@@ -18,6 +18,7 @@ LINES_MAX = 600
 LAYERS = (
     ("payments.money",),
     ("payments.errors", "payments.telemetry", "payments.logs", "payments.embedded_postgres"),
+    ("payments.tracing",),
     ("payments.callbacks.signing",),
     ("payments.settings", "payments.admission", "payments.shared", "payments.names"),
     ("payments.events.facts",),
@@ -132,6 +133,10 @@ def test_there_is_one_http_client_for_money_and_one_for_callbacks() -> None:
     assert importers_of("aiohttp") == {"payments.callbacks.endpoint"}
     assert importers_of("httpx_aiohttp") == {"payments.callbacks.endpoint"}
     assert importers_of("httpx") == {"payments.callbacks.endpoint", "payments.gateways.http"}
+
+
+def test_who_does_not_trace_needs_no_opentelemetry() -> None:
+    assert importers_of("opentelemetry") == {"payments.tracing"}
 
 
 def test_the_embedded_servers_python_package_is_not_imported() -> None:

@@ -27,7 +27,8 @@ def environment(stage: str) -> dict[str, str]:
 def test_the_image_holds_what_was_installed_and_no_source() -> None:
     copied = re.findall(r"^COPY (.*)$", FINAL, re.MULTILINE)
     assert copied == ["--from=build /opt/payments /opt/payments"]
-    assert "--require-hashes -r requirements/runtime.txt" in BUILD
+    assert "--require-hashes -r requirements/${REQUIREMENTS}.txt" in BUILD
+    assert "ARG REQUIREMENTS=runtime\n" in BUILD
     assert "pip" not in FINAL
 
 

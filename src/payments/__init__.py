@@ -22,7 +22,7 @@
     database.py        connections;  migrations/ the schema
     admission.py       how much one process takes on, and when it refuses
     shared.py          one answer for all who ask at the same time
-    telemetry.py       every metric;  logs.py the log lines
+    telemetry.py       every metric;  logs.py the log lines;  tracing.py spans
     service.py         wires everything together from Settings
     cli/               the `payments` command
 

@@ -56,6 +56,11 @@ def set_up_logs(format: Literal["auto", "json", "text"], level: str) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def trace_field(traceparent: str | None) -> dict[str, str]:
+    """For `contextualize`: the trace's id, or nothing."""
+    return {} if traceparent is None else {"trace_id": traceparent[3:35]}
+
+
 def _json_line(message: "Message") -> bytes:
     record = message.record
     line: dict[str, Any] = {

@@ -13,7 +13,7 @@ from loguru import logger
 TALLY_S = 1.0
 
 # Asked every few seconds by machines.
-_PROBES = frozenset(("/health", "/health/live", "/metrics"))
+PROBES = frozenset(("/health", "/health/live", "/metrics"))
 
 
 class Tally:
@@ -52,7 +52,7 @@ class AccessLog:
         if status >= 500:
             level = "ERROR" if status == 500 else "WARNING"
         elif status < 400:
-            if route in _PROBES:
+            if route in PROBES:
                 level = "DEBUG"
             elif not self._may_write():
                 self._left_out.add()

@@ -16,8 +16,10 @@ from prometheus_client import Counter, Histogram
 
 from payments.admission import Admission
 from payments.errors import PaymentsError
+from payments.logs import trace_field
 from payments.telemetry import Telemetry
-from web.access_log import AccessLog
+from payments.tracing import current_traceparent, mark_failed, span
+from web.access_log import PROBES, AccessLog
 from web.problems import MEDIA_TYPE, refused
 
 BODY_MAX = 16 * 1024  # bytes; a charge has about 150
@@ -72,8 +74,7 @@ class Guard:
             scope = scope | {"method": "GET"}
         state = scope.setdefault("state", {})
         request_id = state["request_id"] = _request_id(scope["headers"])
-        traceparent = state["traceparent"] = _traceparent(scope["headers"])
-        trace = {"trace_id": traceparent[3:35]} if traceparent else {}
+        traceparent = _traceparent(scope["headers"])
         status = 0
 
         async def send_counted(message: Any) -> None:
@@ -83,18 +84,28 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
-        with logger.contextualize(request_id=request_id, **trace):
-            try:
-                state["body"] = await self._read_body(state, receive)
-            except PaymentsError as error:
-                await self._refuse(error, state, receive, send_counted)
-            except ClientLeft:
-                return
-            else:
-                await self._app(scope, receive, send_counted)
-            finally:
-                if status:
-                    self._count(scope, status, time.perf_counter() - started)
+        is_probe = scope["path"] in PROBES
+        with span(scope["method"], kind="server", parent=traceparent, off=is_probe) as opened:
+            state["traceparent"] = traceparent = current_traceparent(traceparent)
+            with logger.contextualize(request_id=request_id, **trace_field(traceparent)):
+                try:
+                    await self._answer(scope, receive, send_counted)
+                finally:
+                    if status:
+                        self._count(scope, status, time.perf_counter() - started)
+            if opened is not None:
+                _describe(opened, scope, status)
+
+    async def _answer(self, scope: Any, receive: Receive, send: Send) -> None:
+        state = scope["state"]
+        try:
+            state["body"] = await self._read_body(state, receive)
+        except PaymentsError as error:
+            await self._refuse(error, state, receive, send)
+        except ClientLeft:
+            pass
+        else:
+            await self._app(scope, receive, send)
 
     async def _read_body(self, state: dict[str, Any], receive: Receive) -> bytes:
         """The body, within limits; who is slow to send it holds no place meanwhile."""
@@ -137,9 +148,7 @@ class Guard:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _count(self, scope: Any, status: int, seconds: float) -> None:
-        # The template, never the path: paths are without number.
-        route = scope.get("path_template") or "unmatched"
-        method = scope["method"] if scope["method"] in _METHODS else "other"
+        route, method = _route_of(scope)
         children = self._children.get((method, route, status))
         if children is None:
             children = self._children[method, route, status] = (
@@ -165,6 +174,29 @@ async def _read_body(receive: Receive) -> bytes:
             raise BodyTooLarge(f"Send at most {BODY_MAX} bytes.")
         if not message.get("more_body"):
             return body
+
+
+def _route_of(scope: Any) -> tuple[str, str]:
+    """The template, never the path, and a method that there is: neither is without number."""
+    method = scope["method"] if scope["method"] in _METHODS else "other"
+    return scope.get("path_template") or "unmatched", method
+
+
+def _describe(opened: Any, scope: Any, status: int) -> None:
+    """As OpenTelemetry's conventions for HTTP want it."""
+    route, method = _route_of(scope)
+    opened.update_name(f"{method} {route}")
+    attributes = {
+        "http.request.method": method,
+        "http.route": route,
+        "http.response.status_code": status,
+    }
+    for name in ("payment_id", "order_id", "request_id"):
+        if name in scope["state"]:
+            attributes[name.replace("_", ".")] = str(scope["state"][name])
+    opened.set_attributes(attributes)
+    if status >= 500:
+        mark_failed(opened, str(status))
 
 
 def _request_id(headers: Any) -> str:

@@ -71,7 +71,7 @@ _REQUEST_HEADERS = (
     Parameter(
         "traceparent",
         "header",
-        "The W3C trace context of the request; it is kept with the events. Ignored if malformed.",
+        "The W3C trace context of the request; events and callbacks carry it on. Ignored if bad.",
         {"type": "string"},
     ),
 )

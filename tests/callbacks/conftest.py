@@ -43,7 +43,9 @@ class PlayedEndpoint(Endpoint):
     async def open(self) -> None:
         pass
 
-    async def post(self, message_id: str, body: bytes, timestamp: int) -> Exchange:
+    async def post(
+        self, message_id: str, body: bytes, timestamp: int, traceparent: str | None = None
+    ) -> Exchange:
         told = msgspec.json.decode(body)
         assert message_id == told["event_id"]
         assert told["order_id"] not in self.under_way, "two at once for one order"

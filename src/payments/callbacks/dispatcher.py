@@ -27,7 +27,9 @@ from payments.callbacks.endpoint import EXCHANGE_TIMEOUT_S, Endpoint, Exchange
 from payments.callbacks.outbox import Claimed, Result
 from payments.callbacks.retry import jittered, judge
 from payments.database import cut_after
+from payments.logs import trace_field
 from payments.telemetry import Telemetry
+from payments.tracing import current_traceparent, span
 
 CONCURRENCY_MAX = 64  # exchanges at once, by one process
 # Of them with orders whose last exchange failed: however many of those there are, the others go on.
@@ -199,19 +201,28 @@ class Dispatcher:
             if time.monotonic() > claimed_at + BEGIN_WITHIN_S:
                 return
             body = _prepare(claimed)
-            exchange = await self._send(claimed, body)
+            with span(
+                "callback",
+                kind="client",
+                parent=claimed.traceparent,
+                payment_id=claimed.payment_id,
+                order_id=claimed.order_id,
+            ):
+                exchange = await self._send(claimed, body)
             with logger.contextualize(
                 event_id=claimed.event_id,
                 payment_id=claimed.payment_id,
                 order_id=claimed.order_id,
                 attempt=claimed.attempt,
+                **trace_field(claimed.traceparent),
             ):
                 self._results.append(self._judged(claimed, exchange, permit))
         finally:
             self._breaker.released(permit)  # a cut exchange says nothing about the endpoint
 
     async def _send(self, claimed: Claimed, body: bytes) -> Exchange:
-        return await self._endpoint.post(str(claimed.event_id), body, int(time.time()))
+        traceparent = current_traceparent(claimed.traceparent)
+        return await self._endpoint.post(str(claimed.event_id), body, int(time.time()), traceparent)
 
     def _judged(self, claimed: Claimed, exchange: Exchange, permit: Permit) -> Result:
         # A probe that came before its time takes nothing away from the delivery that it was.

@@ -126,7 +126,9 @@ class Endpoint:
         unused = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self._transport = AiohttpTransport(verify=unused, trust_env=False, client=session)
 
-    async def post(self, message_id: str, body: bytes, timestamp: int) -> Exchange:
+    async def post(
+        self, message_id: str, body: bytes, timestamp: int, traceparent: str | None = None
+    ) -> Exchange:
         """Sends one callback within the time limit; raises nothing but CancelledError.
 
         `message_id` and `timestamp` (Unix time, seconds) are for the signature. With all
@@ -137,7 +139,8 @@ class Endpoint:
         error, reason = None, ""
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._exchange(self._request(message_id, body, timestamp), answer)
+                request = self._request(message_id, body, timestamp, traceparent)
+                await self._exchange(request, answer)
         except Exception as failure:  # noqa: BLE001 - not only httpx's own: no library is complete
             error, reason = _explain(failure)
         if answer.status is not None:
@@ -151,12 +154,16 @@ class Endpoint:
             transport, self._transport = self._transport, None
             await transport.aclose()
 
-    def _request(self, message_id: str, body: bytes, timestamp: int) -> httpx.Request:
+    def _request(
+        self, message_id: str, body: bytes, timestamp: int, traceparent: str | None
+    ) -> httpx.Request:
         headers = {
             "user-agent": "payment-service",
             "accept-encoding": "identity",
             "content-type": "application/json",
         }
+        if traceparent is not None:
+            headers["traceparent"] = traceparent
         if self._secrets:
             headers |= signature_headers(self._secrets, message_id, timestamp, body)
         return httpx.Request("POST", self._url, headers=headers, content=body)

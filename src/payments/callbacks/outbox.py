@@ -14,7 +14,9 @@ import psycopg
 from payments.events.arrays import bigints, byteas, doubles, integers, texts, uuids
 
 CLAIM = """
-SELECT * FROM claim_callbacks(%b, %b, %b, %b)
+SELECT claimed.*, (SELECT d.traceparent FROM callback_deliveries d
+                    WHERE d.event_id = claimed.event_id)
+  FROM claim_callbacks(%b, %b, %b, %b) claimed
 """
 
 RECORD = """
@@ -98,6 +100,7 @@ class Claimed(NamedTuple):
     attempt: int
     failing: bool
     due_in_s: float
+    traceparent: str | None
 
 
 class Result(NamedTuple):

@@ -37,6 +37,7 @@ from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
 from payments.payment import Approved, Declined, Payment, Status, UnexpectedEvent, evolve
 from payments.settings import Settings
 from payments.telemetry import Telemetry
+from payments.tracing import span
 
 
 class ChargePayment(msgspec.Struct, frozen=True):
@@ -97,7 +98,8 @@ class Charging:
         """
 
         async def work(run: Run[Charged]) -> None:
-            await self._charge(run, command)
+            with span("charge"):
+                await self._charge(run, command)
 
         try:
             charged, joined = await self._runs.answer(command.request, self._deadline_s, work)
@@ -135,7 +137,8 @@ class Charging:
         intent = initiate(command.request, self._gateway.name, _cause(command))
         run.take_slot()
         try:
-            await self._appender.append_intent(to_stored_event(intent))
+            with span("append", event=intent.TOPIC):
+                await self._appender.append_intent(to_stored_event(intent))
         except StreamConflict as conflict:
             run.release_slot()
             first = _first(conflict.first_state)

@@ -12,6 +12,7 @@ from payments.events.facts import Fact, PaymentCharged, PaymentRefunded
 from payments.events.store import load_payment, to_stored_event
 from payments.payment import Payment, evolve
 from payments.telemetry import Telemetry
+from payments.tracing import span
 
 RELOAD_PAUSE_S = 0.1
 
@@ -32,7 +33,8 @@ class Recorder:
         """
         while fact := decide(payment):
             try:
-                await self._appender.append([to_stored_event(fact)])
+                with span("append", event=fact.TOPIC):
+                    await self._appender.append([to_stored_event(fact)])
             except StreamConflict:
                 payment = await self._reload(payment)
             else:

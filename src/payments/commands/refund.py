@@ -38,6 +38,7 @@ from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderRefund
 from payments.payment import Approved, Declined, Payment, Refund, Status, evolve
 from payments.settings import Settings
 from payments.telemetry import Telemetry
+from payments.tracing import span
 
 
 class RefundPayment(msgspec.Struct, frozen=True):
@@ -97,7 +98,8 @@ class Refunding:
         """
 
         async def work(run: Run[Refunded]) -> None:
-            await self._refund(run, command)
+            with span("refund"):
+                await self._refund(run, command)
 
         try:
             refunded, joined = await self._runs.answer(command.request, self._deadline_s, work)
@@ -154,7 +156,8 @@ class Refunding:
             run.check_may_ask()
             run.take_slot()
             try:
-                await self._appender.append_intent(to_stored_event(fact))
+                with span("append", event=fact.TOPIC):
+                    await self._appender.append_intent(to_stored_event(fact))
             except StreamConflict:
                 run.store_has_answered()  # another refund of this payment came first
                 continue

@@ -26,9 +26,11 @@ from payments.deciding import (
 from payments.events.appender import Appender
 from payments.events.store import LoadedPayment
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderRefund
+from payments.logs import trace_field
 from payments.payment import Approved, Declined, Payment, Refund, Status
 from payments.settings import Settings
 from payments.telemetry import Telemetry
+from payments.tracing import current_traceparent, span
 
 CLIENT = "settling"  # who asks, in the events that settling causes
 CALLS_MAX = 3  # an attempt has the time of so many calls that all time out; then it sends no more
@@ -68,8 +70,14 @@ class Settler:
         unsettled = payment.unsettled
         if unsettled is None:
             return Attempt(payment, finished=True)
-        with logger.contextualize(
-            payment_id=payment.id, order_id=payment.merchant_order_id, attempts=attempts
+        with (
+            logger.contextualize(
+                payment_id=payment.id,
+                order_id=payment.merchant_order_id,
+                attempts=attempts,
+                **trace_field(loaded.traceparent),
+            ),
+            span("settle", parent=loaded.traceparent, payment_id=payment.id),
         ):
             return await self._settle(loaded, unsettled.kind, attempts)
 
@@ -132,11 +140,13 @@ class Settler:
         payment = loaded.payment
         if found is not None:
             return await self._recorder.record(
-                payment, lambda payment: record_outcome(payment, found, _cause())
+                payment, lambda payment: record_outcome(payment, found, _cause(loaded))
             )
         if loaded.age_s() < self._abandon_after_s:
             return payment
-        return await self._recorder.record(payment, lambda payment: abandon(payment, _cause()))
+        return await self._recorder.record(
+            payment, lambda payment: abandon(payment, _cause(loaded))
+        )
 
     async def _settle_refunds(
         self,
@@ -183,7 +193,7 @@ class Settler:
         age_s = _age_s(loaded, found.version)
         outcome = await ask_again(self._gateway, order, age_s, timeout_s)
         return await self._recorder.record(
-            payment, lambda payment: record_return(payment, outcome, _cause())
+            payment, lambda payment: record_return(payment, outcome, _cause(loaded))
         )
 
     async def _settle_refund(
@@ -197,7 +207,7 @@ class Settler:
         order = provider_refund(payment, refund)
         outcome = await ask_again(self._gateway, order, age_s, timeout_s)
         return await self._recorder.record(
-            payment, lambda payment: record_refund(payment, refund, outcome, _cause())
+            payment, lambda payment: record_refund(payment, refund, outcome, _cause(loaded))
         )
 
 
@@ -206,5 +216,6 @@ def _age_s(loaded: LoadedPayment, version: int) -> float:
     return loaded.age_s(version) if version <= len(loaded.recorded_at) else 0.0
 
 
-def _cause() -> Cause:
-    return cause(CLIENT)
+def _cause(loaded: LoadedPayment) -> Cause:
+    """Of the trace of the request that began the payment."""
+    return cause(CLIENT, traceparent=current_traceparent(loaded.traceparent))

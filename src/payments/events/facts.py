@@ -189,12 +189,27 @@ FACTS: dict[str, type[Fact]] = {
 UPCASTERS: dict[tuple[str, int], Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+class _Traced(msgspec.Struct):
+    traceparent: str | None = None
+
+
+_traced = msgspec.json.Decoder(_Traced)
 _encoder = msgspec.json.Encoder()
 _decoders = {topic: msgspec.json.Decoder(fact) for topic, fact in FACTS.items()}
 
 
 def encode(fact: Fact) -> bytes:
     return _encoder.encode(fact)
+
+
+def traceparent_of(state: bytes) -> str | None:
+    """Of an event's metadata, whatever else is in it; None also if it cannot be read."""
+    try:
+        return _traced.decode(state).traceparent
+    except _UNREADABLE:
+        return None
 
 
 def decode(topic: str, state: bytes) -> Fact:

@@ -266,12 +266,14 @@ def _check_consecutive(append: Sequence[StoredEvent]) -> None:
 class LoadedPayment(NamedTuple):
     """A payment folded from its stream, which was read at `read_at` by the database's clock.
 
-    `recorded_at` holds the time of each of its events, by the same clock.
+    `recorded_at` holds the time of each of its events, by the same clock; `traceparent` is that of
+    the request that began it.
     """
 
     payment: Payment
     recorded_at: list[datetime]
     read_at: datetime
+    traceparent: str | None
 
     def age_s(self, version: int = 1) -> float:
         """How old the event with this version was."""
@@ -287,7 +289,8 @@ async def load_payment(database: Database, payment_id: UUID) -> LoadedPayment | 
     if not rows:
         return None
     payment = fold_stored(payment_id, (row[:3] for row in rows))
-    return LoadedPayment(payment, [row[3] for row in rows], rows[0][4])
+    traceparent = facts.traceparent_of(rows[0][2])
+    return LoadedPayment(payment, [row[3] for row in rows], rows[0][4], traceparent)
 
 
 def fold_stored(payment_id: UUID, rows: Iterable[tuple[int, str, bytes]]) -> Payment:

@@ -12,6 +12,7 @@ from loguru import logger
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge, ProviderRefund
 from payments.payment import Approved, Declined
 from payments.telemetry import Telemetry
+from payments.tracing import span
 
 _OUTCOME_LABELS = {Approved: "approved", Declined: "declined", type(None): "not_found"}
 
@@ -59,8 +60,9 @@ class CountedGateway:
         started = time.perf_counter()
         outcome = "unknown"
         try:
-            async with asyncio.timeout(timeout_s + GRACE_S):
-                answer = await call
+            with span(f"gateway {operation}", kind="client"):
+                async with asyncio.timeout(timeout_s + GRACE_S):
+                    answer = await call
             _check_storable(answer)
             outcome = _OUTCOME_LABELS[type(answer)]
         except NeverSent:

@@ -54,13 +54,14 @@ SELECT position FROM followers WHERE name = 'callbacks'
 
 ENQUEUE = """
 INSERT INTO callback_deliveries (event_id, position, order_id, payment_id, sequence, status,
-                                 amount_cents, currency, occurred_at, state, finished_at)
+                                 amount_cents, currency, occurred_at, state, traceparent,
+                                 finished_at)
 SELECT event_id, position, order_id, payment_id, sequence, status, amount_cents, currency,
-       occurred_at, state, CASE WHEN state <> 'due' THEN clock_timestamp() END
+       occurred_at, state, traceparent, CASE WHEN state <> 'due' THEN clock_timestamp() END
   FROM unnest(%b::uuid[], %b::bigint[], %b::uuid[], %b::uuid[], %b::bigint[], %b::text[],
-              %b::integer[], %b::text[], %b::timestamptz[], %b::text[])
+              %b::integer[], %b::text[], %b::timestamptz[], %b::text[], %b::text[])
     AS new (event_id, position, order_id, payment_id, sequence, status, amount_cents, currency,
-            occurred_at, state)
+            occurred_at, state, traceparent)
     ON CONFLICT (event_id) DO NOTHING
 """
 
@@ -135,6 +136,7 @@ class CallbacksProjection:
             texts([outcome.currency for outcome in outcomes]),
             timestamps([outcome.occurred_at for outcome in outcomes]),
             texts(["due" if each.status in self._statuses else "excluded" for each in owed]),
+            texts([outcome.traceparent for outcome in outcomes]),
         )
 
 
