@@ -26,6 +26,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from payments.admission import Admission
+from payments.commands import recording
 from payments.commands.charge import Charged, ChargePayment
 from payments.database import DatabaseAddress
 from payments.deciding import ChargeRequest, fingerprint, payment_id_for
@@ -215,9 +216,11 @@ def blind() -> None:
     def nothing(*_: object, **__: object) -> None:
         pass
 
-    Counter.inc = Histogram.observe = Gauge.set = nothing  # type: ignore[method-assign, assignment]
+    Counter.inc = Histogram.observe = Gauge.set = nothing  # type: ignore[method-assign]
     Guard._count = nothing  # type: ignore[method-assign]
-    type(logger).contextualize = lambda *_, **__: nullcontext()  # type: ignore[method-assign]
+    without_context: Any = lambda *_, **__: nullcontext()  # noqa: E731
+    type(logger).contextualize = without_context  # type: ignore[method-assign]
+    recording.log_money = nothing  # type: ignore[attr-defined]
     logger.remove()
 
 

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from uuid import UUID
 
 import pytest
 from loguru import logger
 
-from payments.logs import set_up_logs
+import payments.logs
+from payments.logs import log_money, set_up_logs
 
 CANARY = "canary7391"
 HOSTILE = [
@@ -63,6 +64,7 @@ def logs(capsys: pytest.CaptureFixture[str]) -> Iterator[Logs]:
     handlers, level = root.handlers[:], root.level
     yield Logs(capsys)
     logger.remove()
+    payments.logs._json_stderr = None  # its descriptor may be another's soon
     logger.add(to_stderr)
     root.handlers[:] = handlers
     root.setLevel(level)
@@ -261,6 +263,38 @@ class TestContext:
         assert first["payment_id"] == second["payment_id"] == str(payment_id)
         assert second["reason"] == "x"
         assert "payment_id" not in third
+
+
+class TestMoney:
+    """These lines go past loguru, and must not differ from what it would write."""
+
+    FIELDS: ClassVar[dict[str, Any]] = {"payment_id": UUID(int=1), "amount_cents": 1500}
+
+    def test_the_same_line_as_loguru_writes(self, json_logs: Logs) -> None:
+        log_money("PaymentCharged", f"00-{'a' * 32}-{'b' * 16}-01", **self.FIELDS)
+        logger.bind(**self.FIELDS, trace_id="a" * 32).info("PaymentCharged")
+        first, second = json_logs.text().splitlines()
+        times = [json.loads(line)["time"] for line in (first, second)]
+        assert first.replace(times[0], "") == second.replace(times[1], "")
+        assert len(times[0]) == len(times[1])
+
+    def test_the_level_is_a_threshold_for_it_too(self, logs: Logs) -> None:
+        set_up_logs("json", "WARNING")
+        log_money("PaymentCharged", None, **self.FIELDS)
+        assert logs.text() == ""
+
+    def test_as_text_it_is_loguru_s(self, logs: Logs) -> None:
+        set_up_logs("json", "INFO")
+        set_up_logs("text", "INFO")
+        log_money("PaymentCharged", None, **self.FIELDS)
+        (line,) = logs.text().splitlines()
+        assert "INFO     PaymentCharged" in line
+        assert "1500" in line
+
+    def test_they_keep_their_order(self, json_logs: Logs) -> None:
+        for number in range(4):
+            logger.info(str(number)) if number % 2 else log_money(str(number), None)
+        assert [line["message"] for line in json_logs.lines()] == ["0", "1", "2", "3"]
 
 
 class Pipe:

@@ -25,7 +25,7 @@ ORDER = "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9"
 
 
 @pytest.fixture
-def lines() -> Iterator[list[dict[str, Any]]]:
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """What is logged, as records: level, message and fields."""
     found: list[dict[str, Any]] = []
 
@@ -35,6 +35,7 @@ def lines() -> Iterator[list[dict[str, Any]]]:
             {"level": record["level"].name, "message": record["message"]} | record["extra"]
         )
 
+    monkeypatch.setattr("payments.logs._json_stderr", None)
     number = logger.add(take, level="DEBUG", format="{message}")
     yield found
     logger.remove(number)

@@ -3,13 +3,12 @@
 import asyncio
 from collections.abc import Callable
 
-from loguru import logger
-
 from payments.database import Database
 from payments.errors import DatabaseUnavailable
 from payments.events.appender import Appender, StreamConflict
 from payments.events.facts import Fact, PaymentCharged, PaymentRefunded
 from payments.events.store import load_payment, to_stored_event
+from payments.logs import log_money
 from payments.payment import Payment, evolve
 from payments.telemetry import Telemetry
 from payments.tracing import span
@@ -51,13 +50,17 @@ class Recorder:
 
     def _log(self, payment: Payment, fact: Fact) -> None:
         """What the provider did or did not do is in the log, whatever the access log leaves out."""
-        logger.bind(
-            event_id=fact.event_id,
+        request = {} if fact.request_id is None else {"request_id": fact.request_id}
+        log_money(
+            fact.TOPIC,
+            fact.traceparent,
+            **request,
             payment_id=payment.id,
             order_id=payment.merchant_order_id,
+            event_id=fact.event_id,
             amount_cents=getattr(fact, "amount_cents", None),  # each has one, the base has none
             currency=payment.currency,
-        ).info(fact.TOPIC)
+        )
 
     async def _reload(self, payment: Payment) -> Payment:
         """The payment as it is stored now; waits out an outage of the database."""
