@@ -1,24 +1,32 @@
 """Logs: one JSON object per line, whatever is logged, and nobody waits for who reads them."""
 
 import asyncio
+import base64
+import hashlib
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from urllib.parse import quote
 from uuid import UUID
 
+import httpx
 import pytest
 from loguru import logger
 
 import payments.logs
+from payments.database import DatabaseAddress
 from payments.logs import log_money, set_up_logs
+from tests.process import ServiceProcess, at, free_port
 
 CANARY = "canary7391"
 HOSTILE = [
@@ -411,3 +419,54 @@ def test_a_reader_that_never_comes_does_not_keep_the_process() -> None:
             assert process.wait(timeout=15) == 0
         finally:
             process.kill()
+
+
+FORGED = '\n{"level":"CRITICAL","message":"forged"}\n'
+
+
+def test_a_service_s_log_is_lines_of_json_without_secrets(
+    tmp_path: Path, address: DatabaseAddress
+) -> None:
+    """Whatever clients send, and with every secret set."""
+    key, token = f"{CANARY}-key", f"{CANARY}-path"
+    signing = base64.b64encode(f"{CANARY}-signing-secret".encode()).decode()
+    secrets = (CANARY, signing, hashlib.sha256(key.encode()).hexdigest())
+    settings: dict[str, object] = {
+        **at(address),
+        "LOG_LEVEL": "DEBUG",
+        "LOG_FORMAT": "json",
+        "PAYMENTS_API_KEYS": f"orders:{secrets[2]}",
+        "ORDER_CALLBACK_URL": f"http://127.0.0.1:{free_port()}/{token}",
+        "ORDER_CALLBACK_SECRET": f"whsec_{signing}",
+        "DATABASE_PASSWORD": f"{CANARY}-password",
+        "SIMULATED_FAULTS": "charge:down*1",
+    }
+    with ServiceProcess(tmp_path, **settings) as service, httpx.Client() as client:
+        client.headers["Authorization"] = f"Bearer {key}"
+        statuses = [
+            service.charge(client, f"{CANARY}-{number}", payment_method=f"tok_{CANARY}").status_code
+            for number in range(5)
+        ]
+        assert 201 in statuses
+        service.charge(client, f"{CANARY}-bad", merchant_order_id=f"{CANARY}{FORGED}")
+        client.get(f"{service.url}/v1/payments/{CANARY}{quote(FORGED)}")
+        client.get(f"{service.url}/{CANARY}{quote(FORGED)}?key={CANARY}")
+        client.get(f"{service.url}/v1/payments", headers={"Authorization": f"Bearer {CANARY}"})
+        client.request(f"{CANARY}", f"{service.url}/v1/payments")
+        with socket.create_connection(("127.0.0.1", service.port)) as raw:
+            raw.sendall(f"GET /{CANARY} HTTP/1.1\nX: {FORGED}".encode() + b"\0\r\n\r\n")
+            raw.recv(1000)
+        time.sleep(1.2)  # tallies are told
+        assert service.terminate() == 0
+    text = service.log.read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert all({"time", "level", "message"} <= line.keys() for line in lines)
+    assert not [line for line in lines if "forged" in line["message"]]
+    for secret in secrets:
+        assert secret not in text
+    messages = Counter(line["message"] for line in lines)
+    assert messages["PaymentCharged"] == statuses.count(201)
+    assert messages["requests were refused: they could not be read"] == 1
+    assert messages["a callback was not delivered"] > 0
+    by_level = Counter(line["level"] for line in lines)
+    assert by_level["CRITICAL"] == by_level["ERROR"] == 0

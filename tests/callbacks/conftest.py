@@ -113,13 +113,13 @@ Line = tuple[str, str, dict[str, Any]]
 
 @pytest.fixture
 def lines() -> Iterator[list[Line]]:
-    """What dispatchers logged: level, message, fields."""
+    """What dispatchers logged from INFO on: level, message, fields."""
     logged: list[Line] = []
 
     def keep(message: Any) -> None:
         record = message.record
         logged.append((record["level"].name, record["message"], record["extra"]))
 
-    handler = logger.add(keep, filter="payments.callbacks.dispatcher")
+    handler = logger.add(keep, level="INFO", filter="payments.callbacks.dispatcher")
     yield logged
     logger.remove(handler)

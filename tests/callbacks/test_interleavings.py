@@ -39,10 +39,10 @@ async def test_a_result_that_comes_while_others_are_recorded_is_not_lost(
     endpoint.held = asyncio.Event()
     first = endpoint.post
 
-    async def post(message_id: str, body: bytes, timestamp: int) -> Any:
+    async def post(message_id: str, body: bytes, *rest: Any) -> Any:
         if str(A).encode() in body:
             return answered(200)
-        return await first(message_id, body, timestamp)
+        return await first(message_id, body, *rest)
 
     monkeypatch.setattr(endpoint, "post", post)
     await outbox.log(*of(A, "a").charged().facts, *of(B, "b").charged().facts)

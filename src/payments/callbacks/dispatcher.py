@@ -209,14 +209,7 @@ class Dispatcher:
                 order_id=claimed.order_id,
             ):
                 exchange = await self._send(claimed, body)
-            with logger.contextualize(
-                event_id=claimed.event_id,
-                payment_id=claimed.payment_id,
-                order_id=claimed.order_id,
-                attempt=claimed.attempt,
-                **trace_field(claimed.traceparent),
-            ):
-                self._results.append(self._judged(claimed, exchange, permit))
+            self._results.append(self._judged(claimed, exchange, permit))
         finally:
             self._breaker.released(permit)  # a cut exchange says nothing about the endpoint
 
@@ -258,12 +251,17 @@ class Dispatcher:
         delay_s = 0.0
         if state == "due":
             delay_s = jittered(verdict, self._random()) if counts else claimed.due_in_s
+        log = log.bind(
+            event_id=claimed.event_id,
+            payment_id=claimed.payment_id,
+            order_id=claimed.order_id,
+            attempts=claimed.attempt,
+            **trace_field(claimed.traceparent),
+        )
         if state == "dead":
             log.error("a callback is dead: `payments callbacks list --dead`")
-        elif state == "due":
-            log.info("a callback was not delivered")
-        else:
-            log.debug("a callback was delivered")
+        else:  # each attempt is in the table callback_attempts
+            log.debug(f"a callback was {'delivered' if state == 'delivered' else 'not delivered'}")
         return Result(
             claimed,
             state,
