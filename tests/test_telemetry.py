@@ -43,6 +43,7 @@ class TestMetrics:
             "payments_append_duration_seconds": "histogram",
             "payments_append_failures": "counter",
             "payments_append_backlog": "gauge",
+            "payments_append_oldest_age_seconds": "gauge",
             "process_cpu_load_ratio": "gauge",
             "process_resident_memory_bytes": "gauge",
             "process_uptime_seconds": "gauge",

@@ -130,7 +130,14 @@ class Telemetry:
         )
         self.append_failures = _by_label(append_failures, APPEND_FAILURES)
         self.append_backlog = Gauge(
-            "payments_append_backlog", "Appends that wait for the event store", registry=registry
+            "payments_append_backlog",
+            "Appends that wait for the event store, or are being written",
+            registry=registry,
+        )
+        self.append_oldest_age = Gauge(
+            "payments_append_oldest_age_seconds",
+            "How long the oldest of them has",
+            registry=registry,
         )
         pool = Gauge(
             "payments_database_pool_connections",

@@ -298,3 +298,28 @@ async def test_stopping_is_quick_although_the_server_does_not_answer(
         assert time.monotonic() - started < BATCH_TIMEOUT_S
         with pytest.raises(DatabaseUnavailable):
             await future
+
+
+async def test_what_is_being_written_counts_as_waiting(
+    database: Database, connection: psycopg.Connection[Any]
+) -> None:
+    """While Postgres does not answer, all that waits may be in the batch under way."""
+    telemetry = Telemetry()
+    appender = Appender(database.connect, telemetry, intent_queue_max=300)
+
+    def gauge(name: str) -> float:
+        value = telemetry.registry.get_sample_value(f"payments_append_{name}")
+        assert value is not None
+        return value
+
+    assert (gauge("backlog"), gauge("oldest_age_seconds")) == (0, 0)
+    appender.start()
+    with lock_held(connection):
+        futures = [appender.append([stored_event()]) for _ in range(3)]
+        await waits_for_lock(connection)
+        futures.append(appender.append([stored_event()]))
+        assert gauge("backlog") == 4
+        await until(lambda: gauge("oldest_age_seconds") > 0.1)
+    await asyncio.gather(*futures)
+    assert (gauge("backlog"), gauge("oldest_age_seconds")) == (0, 0)
+    await appender.stop(1)

@@ -98,7 +98,8 @@ class Appender:
         self._expiry: asyncio.TimerHandle | None = None
         self._writer = _Writer(connect, telemetry)
         self._task: asyncio.Task[None] | None = None
-        telemetry.append_backlog.set_function(lambda: len(self._waiting))
+        telemetry.append_backlog.set_function(lambda: len(self._pending()))
+        telemetry.append_oldest_age.set_function(self.oldest_wait_s)
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="appender")
