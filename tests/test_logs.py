@@ -327,6 +327,10 @@ class Pipe:
         os.close(self.writing)
 
 
+def blocked(*_: object) -> int:
+    raise BlockingIOError
+
+
 @pytest.fixture
 def pipe(logs: Logs, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipe]:
     opened = Pipe(monkeypatch)
@@ -387,6 +391,21 @@ class TestWhenNobodyReads:
             logger.bind(number=-1).info("next")
         read = [line["number"] for line in lines if line["number"] >= 0]
         assert read == list(range(2000))
+
+    @pytest.mark.anyio
+    async def test_a_pipe_that_another_process_fills_loses_nothing(self, pipe: Pipe) -> None:
+        """Its descriptor may be in non-blocking mode, which all who have the pipe share."""
+        os.set_blocking(pipe.writing, False)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("payments.logs.os.write", blocked)
+            logger.bind(number=1).info("first")
+            logger.bind(number=2).info("second")
+        async with asyncio.timeout(5):
+            lines: list[dict[str, Any]] = []
+            while len(lines) < 2:
+                lines += pipe.read_all()
+                await asyncio.sleep(0.01)
+        assert [line["number"] for line in lines] == [1, 2]
 
     def test_nobody_left_to_read_is_no_error(self, pipe: Pipe) -> None:
         null = os.open(os.devnull, os.O_RDONLY)

@@ -230,6 +230,15 @@ class TestSpans:
         assert first.start_time is not None
         assert first.end_time - first.start_time == 250_000_000
 
+    @pytest.mark.parametrize("traceparent", ["", "x", "00-x-y-z", "00-12", TRACEPARENT[:-3]])
+    def test_what_is_no_traceparent_begins_a_trace(
+        self, spans: InMemorySpanExporter, traceparent: str
+    ) -> None:
+        with tracing.span("callback", parent=traceparent):
+            pass
+        tracing.spans_since("project payments", 0.1, [traceparent])
+        assert [span.parent for span in finished(spans)] == [None, None]
+
     def test_off_is_off(self, spans: InMemorySpanExporter) -> None:
         with tracing.span("probe", off=True) as opened:
             assert opened is None

@@ -135,12 +135,18 @@ class _Stderr:
                 if not self._poll.poll(left_s * 1000):
                     self._retry_later()
                     return
-                self._write_some()
+                try:
+                    self._write_some()
+                except BlockingIOError:  # someone else has just filled it
+                    self._retry_later()
+                    return
 
     def _write_some(self) -> None:
         assert self._fd is not None
         try:
             written = os.write(self._fd, self._waiting[:PIPE_BUF])
+        except BlockingIOError:
+            raise
         except OSError:  # nobody will ever read it, or the disk is full
             written = len(self._waiting)
         del self._waiting[:written]

@@ -181,10 +181,11 @@ def _context_of(traceparent: str) -> Any:
         set_span_in_context,
     )
 
-    _, trace_id, span_id, flags = traceparent.split("-")[:4]
-    context = SpanContext(
-        int(trace_id, 16), int(span_id, 16), is_remote=True, trace_flags=TraceFlags(int(flags, 16))
-    )
+    try:
+        trace_id, span_id, flags = (int(part, 16) for part in traceparent.split("-")[1:4])
+    except ValueError:  # in an event that another version wrote: a trace of its own
+        return None
+    context = SpanContext(trace_id, span_id, is_remote=True, trace_flags=TraceFlags(flags))
     return set_span_in_context(NonRecordingSpan(context))
 
 

@@ -15,6 +15,9 @@ TALLY_S = 1.0
 # Asked every few seconds by machines.
 PROBES = frozenset(("/health", "/health/live", "/metrics"))
 
+# What handlers learn about a request, under the same names in the scope's state.
+LOGGED = ("client", "payment_id", "order_id", "problem")
+
 
 class Tally:
     """Counts what would be too much for a line each, and logs the count once a second."""
@@ -70,7 +73,3 @@ class AccessLog:
             self._second, self._written = second, 0
         self._written += 1
         return self._written <= self._per_s
-
-
-# What handlers learn about a request, under the same names in the scope's state.
-LOGGED = ("client", "payment_id", "order_id", "problem")
