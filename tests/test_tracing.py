@@ -210,6 +210,21 @@ class TestSpans:
             await client.get("/v1/payments", headers={"traceparent": f"00-{TRACE}-{CALLER}-00"})
         assert finished(spans) == []
 
+    @pytest.mark.parametrize("flags", ["00", "02", "fe"])
+    def test_nor_what_hangs_below_it(self, spans: InMemorySpanExporter, flags: str) -> None:
+        given = f"00-{TRACE}-{CALLER}-{flags}"
+        with tracing.span("callback", kind="client", parent=given):
+            assert tracing.current_traceparent(given) == given  # goes on as it came
+        tracing.spans_since("project payments", 0.1, [given])
+        with tracing.span("POST", kind="server", parent=given):
+            ours = tracing.current_traceparent(None)
+            with tracing.span("charge") as opened:
+                assert opened is None
+                assert tracing.current_traceparent(None) == ours
+        assert ours is not None
+        assert ours.startswith(f"00-{TRACE}-")
+        assert finished(spans) == []
+
     def test_a_failure_is_told_by_its_type_alone(self, spans: InMemorySpanExporter) -> None:
         with pytest.raises(ValueError), tracing.span("work"):
             raise ValueError("canary7391")
@@ -230,7 +245,7 @@ class TestSpans:
         assert first.start_time is not None
         assert first.end_time - first.start_time == 250_000_000
 
-    @pytest.mark.parametrize("traceparent", ["", "x", "00-x-y-z", "00-12", TRACEPARENT[:-3]])
+    @pytest.mark.parametrize("traceparent", ["", "x", "00-x-y-z", "00-11", TRACEPARENT[:-3]])
     def test_what_is_no_traceparent_begins_a_trace(
         self, spans: InMemorySpanExporter, traceparent: str
     ) -> None:

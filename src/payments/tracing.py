@@ -30,6 +30,7 @@ _PROTOCOL = "http/protobuf"
 
 _tracer: "Tracer | None" = None
 _provider: "TracerProvider | None" = None
+_api: Any = None  # the module opentelemetry.trace, which is not everywhere
 _NO_SPAN: AbstractContextManager[None] = nullcontext()
 
 
@@ -83,7 +84,11 @@ def _build(exporter: str, environ: Mapping[str, str]) -> "TracerProvider":
 
 
 def _use(provider: "TracerProvider | None") -> None:
-    global _provider, _tracer
+    global _api, _provider, _tracer  # one per process, as the logs are
+    if _api is None:
+        from opentelemetry import trace
+
+        _api = trace
     _provider = provider
     _tracer = provider.get_tracer("payments") if provider else None
 
@@ -111,21 +116,34 @@ def span(
     Names in `attributes` have underscores for dots. An exception that leaves the block marks it as
     failed, with the exception's type and not its text, in which there may be secrets.
     """
-    if _tracer is None or off:
+    if _tracer is None or off or _is_left_out(kind, parent):
         return _NO_SPAN
     return _span(_tracer, name, kind, parent, attributes)
+
+
+def _is_left_out(kind: Kind, parent: str | None) -> bool:
+    """Whether its trace is not kept: what is below a request then need not be made."""
+    if kind == "server":
+        return False  # the sampler decides
+    if parent is not None:
+        return not _is_sampled(parent)
+    above = _api.get_current_span()
+    return above.get_span_context().is_valid and not above.is_recording()
+
+
+def _is_sampled(traceparent: str) -> bool:
+    """The lowest bit of its last field; of what is no traceparent, too."""
+    return traceparent[-1:] not in "02468ace" or not traceparent
 
 
 @contextmanager
 def _span(
     tracer: "Tracer", name: str, kind: Kind, parent: str | None, attributes: dict[str, Any]
 ) -> "Iterator[Span]":
-    from opentelemetry.trace import SpanKind
-
     with tracer.start_as_current_span(
         name,
         context=_context_of(parent) if parent else None,
-        kind=SpanKind[kind.upper()],
+        kind=_api.SpanKind[kind.upper()],
         attributes=_dotted(attributes),
         record_exception=False,
         set_status_on_exception=False,
@@ -138,9 +156,7 @@ def _span(
 
 
 def mark_failed(opened: "Span", reason: str) -> None:
-    from opentelemetry.trace import Status, StatusCode
-
-    opened.set_status(Status(StatusCode.ERROR, reason))
+    opened.set_status(_api.Status(_api.StatusCode.ERROR, reason))
 
 
 def is_tracing() -> bool:
@@ -154,6 +170,8 @@ def spans_since(name: str, seconds: float, parents: Iterable[str], **attributes:
     ended = time.time_ns()
     began = ended - int(seconds * 1e9)
     for parent in parents:
+        if not _is_sampled(parent):
+            continue
         made = _tracer.start_span(
             name, _context_of(parent), attributes=_dotted(attributes), start_time=began
         )
@@ -164,9 +182,7 @@ def current_traceparent(default: str | None) -> str | None:
     """The present span's; `default` without traces."""
     if _tracer is None:
         return default
-    from opentelemetry.trace import get_current_span
-
-    context = get_current_span().get_span_context()
+    context = _api.get_current_span().get_span_context()
     if not context.is_valid:
         return default
     flags = int(context.trace_flags) & 0xFF
@@ -174,19 +190,14 @@ def current_traceparent(default: str | None) -> str | None:
 
 
 def _context_of(traceparent: str) -> Any:
-    from opentelemetry.trace import (
-        NonRecordingSpan,
-        SpanContext,
-        TraceFlags,
-        set_span_in_context,
-    )
-
     try:
         trace_id, span_id, flags = (int(part, 16) for part in traceparent.split("-")[1:4])
     except ValueError:  # in an event that another version wrote: a trace of its own
         return None
-    context = SpanContext(trace_id, span_id, is_remote=True, trace_flags=TraceFlags(flags))
-    return set_span_in_context(NonRecordingSpan(context))
+    context = _api.SpanContext(
+        trace_id, span_id, is_remote=True, trace_flags=_api.TraceFlags(flags)
+    )
+    return _api.set_span_in_context(_api.NonRecordingSpan(context))
 
 
 def _dotted(attributes: dict[str, Any]) -> dict[str, Any]:
