@@ -121,13 +121,20 @@ class ServiceProcess:
                 stderr=log,
                 start_new_session=True,
             )
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self.is_healthy():
-            assert self._process.poll() is None, self.log.read_text()
+            assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
-        assert self._process.poll() is None, "another service has the port"
-        return self
+        assert self.process.poll() is None, "another service has the port"
 
     def is_healthy(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
