@@ -6,12 +6,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -477,8 +479,7 @@ def test_a_service_s_log_is_lines_of_json_without_secrets(
             raw.recv(1000)
         time.sleep(1.2)  # tallies are told
         assert service.terminate() == 0
-    text = service.log.read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
+    text, lines = service.log.read_text(), lines_of(service)
     assert all({"time", "level", "message"} <= line.keys() for line in lines)
     assert not [line for line in lines if "forged" in line["message"]]
     for secret in secrets:
@@ -489,3 +490,39 @@ def test_a_service_s_log_is_lines_of_json_without_secrets(
     assert messages["a callback was not delivered"] > 0
     by_level = Counter(line["level"] for line in lines)
     assert by_level["CRITICAL"] == by_level["ERROR"] == 0
+
+
+def lines_of(service: ServiceProcess) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in service.log.read_text().splitlines()]
+
+
+def test_a_pipelined_request_does_not_inherit_the_trace_of_the_one_before(
+    tmp_path: Path, address: DatabaseAddress
+) -> None:
+    head = "GET /v1/payments HTTP/1.1\r\nHost: x\r\n"
+    traced = f"{head}traceparent: 00-{'a' * 32}-{'b' * 16}-01\r\n\r\n"
+    with ServiceProcess(tmp_path, **at(address)) as service:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=5) as raw:
+            raw.sendall(f"{traced}{head}Connection: close\r\n\r\n".encode())
+            while raw.recv(65536):
+                pass
+        assert service.terminate() == 0
+    found = [line for line in lines_of(service) if line["message"] == "GET /v1/payments 200"]
+    assert [line.get("trace_id") for line in found] == ["a" * 32, None]
+    assert len({line["request_id"] for line in found}) == 2
+
+
+def test_what_is_refused_at_the_door_is_counted(tmp_path: Path, address: DatabaseAddress) -> None:
+    limits = {"INTENT_QUEUE_MAX": 1, "GATEWAY_CONCURRENCY_MAX": 1}
+    with ServiceProcess(tmp_path, **at(address), **limits) as service:
+        with ThreadPoolExecutor(32) as threads:
+            asked = threads.map(lambda _: httpx.get(f"{service.url}/v1/payments"), range(320))
+            statuses = Counter(answer.status_code for answer in asked)
+        time.sleep(1.2)
+        text = httpx.get(f"{service.url}/metrics").text
+        assert service.terminate() == 0
+    (refused,) = re.findall(r"^http_requests_refused_total (\S+)$", text, re.MULTILINE)
+    told = [line for line in lines_of(service) if line["message"].endswith("under way")]
+    assert sum(line["requests"] for line in told) == float(refused) > 0
+    assert {line["level"] for line in told} == {"WARNING"}
+    assert len(told) < statuses[503]
