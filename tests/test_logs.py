@@ -245,12 +245,38 @@ class TestLibraries:
 class TestFormats:
     def test_text(self, logs: Logs) -> None:
         set_up_logs("text", "INFO")
-        logger.bind(given="a\nb", markup="<red>").info("refused")
+        logger.bind(given="a\nb", markup="<red>", id=UUID(int=1), n=2, last="a b=c").info("refused")
         (line,) = logs.text().splitlines()
-        assert "INFO" in line
-        assert "refused" in line
-        assert repr("a\nb") in line
-        assert "<red>" in line
+        assert re.fullmatch(
+            r"\d\d:\d\d:\d\d\.\d{3} INFO     refused given='a\\nb' markup='<red>' "
+            r"id=00000000-0000-0000-0000-000000000001 n=2 last='a b=c'",
+            line,
+        )
+
+    @pytest.mark.parametrize("text", HOSTILE)
+    def test_text_is_one_line_too(self, logs: Logs, text: str) -> None:
+        set_up_logs("text", "INFO")
+        logger.bind(given=text).info(text)
+        (line,) = logs.text().splitlines()
+        assert all(character.isprintable() for character in line)
+
+    def test_text_ends_with_the_traceback(self, logs: Logs) -> None:
+        set_up_logs("text", "INFO")
+        try:
+            fail(CANARY)
+        except RuntimeError:
+            logger.bind(n=1).exception("wrong")
+        first, second, *_, last = logs.text().splitlines()
+        assert first.endswith("ERROR    wrong n=1")
+        assert second == "Traceback (most recent call last):"
+        assert last == "RuntimeError: failed with 1 secret"
+
+    def test_colours_are_for_terminals(self, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
+        for terminal in (True, False):
+            monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+            set_up_logs("text", "INFO")
+            logger.bind(n=1).error("wrong")
+            assert ("\x1b[31m" in logs.text()) is terminal
 
     @pytest.mark.parametrize("terminal", [True, False])
     def test_auto_is_text_on_a_terminal_only(

@@ -13,6 +13,7 @@ import atexit
 import json
 import logging
 import os
+import re
 import select
 import sys
 import threading
@@ -31,7 +32,9 @@ PIPE_BUF = 4096  # bytes that a pipe which is ready for writing takes at once: p
 RETRY_S = 0.05
 EXIT_S = 1.0  # for the last lines, at the end of the process
 
-_TEXT = "{time:HH:mm:ss.SSS} <level>{level: <8}</level> {message} <dim>{extra}</dim>"
+# Select graphic rendition: ECMA-48 section 8.3.117.
+_COLOURS = {"WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[1;31m"}
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 _json_stderr: "_Stderr | None" = None  # set if INFO lines are JSON
@@ -49,9 +52,8 @@ def set_up_logs(format: Literal["auto", "json", "text"], level: str) -> None:
     safe: dict[str, Any] = {"level": level, "diagnose": False, "backtrace": False}
     if format == "text" or (format == "auto" and is_terminal):
         logger.add(
-            lambda message: stderr.write(message.encode(errors="backslashreplace")),
-            format=_TEXT,
-            colorize=is_terminal,
+            lambda message: stderr.write(_text_line(message, is_terminal)),
+            format="{message}",
             **safe,
         )
     else:
@@ -93,12 +95,37 @@ def _json_line(message: "Message") -> bytes:
     }
     line |= {name: value for name, value in record["extra"].items() if name not in line}
     if record["exception"] is not None:
-        line["exception"] = str(message).removeprefix(record["message"]).strip()
+        line["exception"] = _traceback(message)
     try:
         encoded = msgspec.json.encode(line, enc_hook=str)
     except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write
         encoded = json.dumps(line, default=str).encode()
     return encoded + b"\n"
+
+
+def _text_line(message: "Message", is_terminal: bool) -> bytes:
+    record = message.record
+    level = record["level"].name
+    fields = " ".join(f"{name}={_shown(value)}" for name, value in record["extra"].items())
+    said = record["message"] if record["message"].isprintable() else repr(record["message"])
+    parts = [f"{record['time']:%H:%M:%S.%f}"[:-3], f"{level:<8}", said, fields]
+    if is_terminal:
+        parts[1] = f"{_COLOURS.get(level, '')}{parts[1]}{_PLAIN}"
+        parts[3] = f"{_DIM}{fields}{_PLAIN}"
+    line = " ".join(parts).rstrip() + "\n"
+    if record["exception"] is not None:
+        line += _traceback(message) + "\n"
+    return line.encode(errors="backslashreplace")
+
+
+def _shown(value: object) -> str:
+    """As it is if it is one word, else quoted: it cannot pose as another field or line."""
+    text = str(value)
+    return text if re.fullmatch(r"[\w.:/+@-]+", text, re.ASCII) else repr(text)
+
+
+def _traceback(message: "Message") -> str:
+    return str(message).removeprefix(message.record["message"]).strip()
 
 
 class _Stderr:
