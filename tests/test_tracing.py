@@ -133,7 +133,7 @@ def test_one_trace_from_the_request_to_the_callback(
     assert attributes["payment.id"].string_value == payment_id
     sent = listener.callbacks[0]["traceparent"]
     assert sent == f"00-{TRACE}-{by_name['callback'].span_id.hex()}-01"
-    assert not [each for each in listener.spans if "health" in each.name or each.name == "GET"]
+    assert not [each for each in listener.spans if "health" in each.name or each.name == "HTTP"]
 
 
 def test_without_traces_the_traceparent_goes_through(

@@ -132,8 +132,8 @@ def _is_left_out(kind: Kind, parent: str | None) -> bool:
 
 
 def _is_sampled(traceparent: str) -> bool:
-    """The lowest bit of its last field; of what is no traceparent, too."""
-    return traceparent[-1:] not in "02468ace" or not traceparent
+    """The lowest bit of the last field. What is no traceparent begins a trace, and may be kept."""
+    return not traceparent or traceparent[-1] not in "02468ace"
 
 
 @contextmanager

@@ -85,7 +85,7 @@ class Guard:
             await send(message)
 
         is_probe = scope["path"] in PROBES
-        with span(scope["method"], kind="server", parent=traceparent, off=is_probe) as opened:
+        with span("HTTP", kind="server", parent=traceparent, off=is_probe) as opened:
             state["traceparent"] = traceparent = current_traceparent(traceparent)
             with logger.contextualize(request_id=request_id, **trace_field(traceparent)):
                 try:
