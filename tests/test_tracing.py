@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -186,16 +186,21 @@ def spans() -> Iterator[InMemorySpanExporter]:
     tracing._use(None)
 
 
+@pytest.fixture
+async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(create_app(service))  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://payments") as opened:
+        yield opened
+
+
 class TestSpans:
     @pytest.mark.anyio
     async def test_a_request_without_a_trace_begins_one(
-        self, service: Service, spans: InMemorySpanExporter
+        self, client: httpx.AsyncClient, spans: InMemorySpanExporter
     ) -> None:
-        transport = httpx.ASGITransport(create_app(service))  # type: ignore[arg-type]
-        async with httpx.AsyncClient(transport=transport, base_url="http://payments") as client:
-            await client.get("/v1/payments")
-            await client.get("/nowhere/canary7391?key=canary7391")
-            await client.get("/metrics")
+        await client.get("/v1/payments")
+        await client.get("/nowhere/canary7391?key=canary7391")
+        await client.get("/metrics")
         first, second = finished(spans)
         assert (first.name, second.name) == ("GET /v1/payments", "GET unmatched")
         assert first.parent is None
@@ -203,11 +208,9 @@ class TestSpans:
 
     @pytest.mark.anyio
     async def test_what_the_caller_does_not_sample_is_not(
-        self, service: Service, spans: InMemorySpanExporter
+        self, client: httpx.AsyncClient, spans: InMemorySpanExporter
     ) -> None:
-        transport = httpx.ASGITransport(create_app(service))  # type: ignore[arg-type]
-        async with httpx.AsyncClient(transport=transport, base_url="http://payments") as client:
-            await client.get("/v1/payments", headers={"traceparent": f"00-{TRACE}-{CALLER}-00"})
+        await client.get("/v1/payments", headers={"traceparent": f"00-{TRACE}-{CALLER}-00"})
         assert finished(spans) == []
 
     @pytest.mark.parametrize("flags", ["00", "02", "fe"])
@@ -235,7 +238,7 @@ class TestSpans:
 
     def test_spans_of_a_batch(self, spans: InMemorySpanExporter) -> None:
         other = f"00-{'a' * 32}-{CALLER}-01"
-        tracing.spans_since("project payments", 0.25, [TRACEPARENT, other])
+        tracing.spans_since("project payments", 0.25, [TRACEPARENT, None, other])
         first, second = finished(spans)
         assert {first.context.trace_id, second.context.trace_id} == {
             int(TRACE, 16),
@@ -254,11 +257,6 @@ class TestSpans:
         tracing.spans_since("project payments", 0.1, [traceparent])
         assert [span.parent for span in finished(spans)] == [None, None]
 
-    def test_off_is_off(self, spans: InMemorySpanExporter) -> None:
-        with tracing.span("probe", off=True) as opened:
-            assert opened is None
-        assert finished(spans) == []
-
 
 def finished(spans: InMemorySpanExporter) -> list[ReadableSpan]:
     return list(spans.get_finished_spans())
@@ -276,8 +274,8 @@ class TestSettingUp:
         ],
     )
     def test_nothing_is_traced_unasked(self, environ: dict[str, str]) -> None:
-        tracing.set_up_tracing(environ)
-        assert not tracing.is_tracing()
+        with tracing.traces(environ), tracing.span("work") as opened:
+            assert opened is None
 
     @pytest.mark.parametrize(
         "environ",
@@ -288,10 +286,10 @@ class TestSettingUp:
         ],
     )
     def test_asked_for(self, environ: dict[str, str]) -> None:
-        tracing.set_up_tracing(environ)
-        assert tracing.is_tracing()
-        tracing.shut_down_tracing()
-        assert not tracing.is_tracing()
+        with tracing.traces(environ), tracing.span("work") as opened:
+            assert opened is not None
+        with tracing.span("afterwards") as opened:
+            assert opened is None
 
     @pytest.mark.parametrize(
         ("environ", "message"),
@@ -307,8 +305,8 @@ class TestSettingUp:
         ],
     )
     def test_a_wrong_value_is_one_line(self, environ: dict[str, str], message: str) -> None:
-        with pytest.raises(StartError) as told:
-            tracing.set_up_tracing(environ)
+        with pytest.raises(StartError) as told, tracing.traces(environ):
+            pass
         assert str(told.value) == message
 
     def test_the_start_says_it(self) -> None:
@@ -321,8 +319,8 @@ class TestSettingUp:
         program = (
             "import sys; sys.modules['opentelemetry'] = None\n"
             "from payments import tracing\n"
-            f"tracing.set_up_tracing({{{ENDPOINT!r}: 'http://127.0.0.1:1'}})\n"
-            "assert not tracing.is_tracing()\n"
+            f"with tracing.traces({{{ENDPOINT!r}: 'http://127.0.0.1:1'}}):\n"
+            "    with tracing.span('work') as opened: assert opened is None\n"
             "import web.server, payments.cli\n"
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -36,7 +36,6 @@ EXIT_S = 1.0  # for the last lines, at the end of the process
 _COLOURS = {"WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[1;31m"}
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
-
 _json_stderr: "_Stderr | None" = None  # set if INFO lines are JSON
 _encoder = msgspec.json.Encoder()
 
@@ -72,7 +71,7 @@ def trace_field(traceparent: str | None) -> dict[str, str]:
 
 
 def log_money(message: str, traceparent: str | None, **fields: Any) -> None:
-    """An INFO line with these fields, whatever the task's are.
+    """An INFO line that an outcome was recorded; as JSON it has these fields and no others.
 
     There is one for each charge. For JSON it therefore goes past loguru, which takes several times
     as long.
@@ -81,18 +80,17 @@ def log_money(message: str, traceparent: str | None, **fields: Any) -> None:
     if _json_stderr is None:
         logger.bind(**fields).info(message)
         return
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = {"time": now, "level": "INFO", "message": message} | fields
+    line = _line(datetime.now(UTC), "INFO", message) | fields
     _json_stderr.write(_encoder.encode(line) + b"\n")
+
+
+def _line(time: datetime, level: str, message: str) -> dict[str, Any]:
+    return {"time": time.isoformat(timespec="milliseconds"), "level": level, "message": message}
 
 
 def _json_line(message: "Message") -> bytes:
     record = message.record
-    line: dict[str, Any] = {
-        "time": record["time"].astimezone(UTC).isoformat(timespec="milliseconds"),
-        "level": record["level"].name,
-        "message": record["message"],
-    }
+    line = _line(record["time"].astimezone(UTC), record["level"].name, record["message"])
     line |= {name: value for name, value in record["extra"].items() if name not in line}
     if record["exception"] is not None:
         line["exception"] = _traceback(message)
@@ -158,29 +156,26 @@ class _Stderr:
         give_up_at = time.monotonic() + timeout_s
         with self._lock:
             while self._waiting:
-                left_s = max(0.0, give_up_at - time.monotonic()) if timeout_s else 0.0
-                if not self._poll.poll(left_s * 1000):
-                    self._retry_later()
-                    return
-                try:
-                    self._write_some()
-                except BlockingIOError:  # someone else has just filled it
+                left_s = max(0.0, give_up_at - time.monotonic())
+                if not self._poll.poll(left_s * 1000) or not self._write_some():
                     self._retry_later()
                     return
 
-    def _write_some(self) -> None:
+    def _write_some(self) -> bool:
+        """False if someone else has just filled what was ready."""
         assert self._fd is not None
         try:
             written = os.write(self._fd, self._waiting[:PIPE_BUF])
         except BlockingIOError:
-            raise
+            return False
         except OSError:  # nobody will ever read it, or the disk is full
             written = len(self._waiting)
         del self._waiting[:written]
         if self._dropped and not self._waiting:
-            told = {"level": "WARNING", "message": "log lines were dropped: nobody read them"}
-            self._waiting += msgspec.json.encode(told | {"lines": self._dropped}) + b"\n"
+            told = _line(datetime.now(UTC), "WARNING", "log lines were dropped: nobody read them")
+            self._waiting += _encoder.encode(told | {"lines": self._dropped}) + b"\n"
             self._dropped = 0
+        return True
 
     def _retry_later(self) -> None:
         try:

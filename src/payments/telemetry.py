@@ -7,7 +7,7 @@ keys, paths or anything else that grows with the number of payments.
 import time
 from collections.abc import Callable, Iterable
 from itertools import product
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -65,51 +65,57 @@ class Telemetry:
             "Requests refused with 503 before they were read, since too many were under way",
             registry=registry,
         )
-        charges = Counter(
-            "payments_charges", "Charge requests by their answer", ["outcome"], registry=registry
+        self.charges = self._labelled(
+            Counter,
+            "payments_charges",
+            "Charge requests by their answer",
+            ["outcome"],
+            CHARGE_OUTCOMES,
         )
-        self.charges = _by_label(charges, CHARGE_OUTCOMES)
-        refunds = Counter(
-            "payments_refunds", "Refund requests by their answer", ["outcome"], registry=registry
+        self.refunds = self._labelled(
+            Counter,
+            "payments_refunds",
+            "Refund requests by their answer",
+            ["outcome"],
+            REFUND_OUTCOMES,
         )
-        self.refunds = _by_label(refunds, REFUND_OUTCOMES)
-        amounts = Counter(
+        self.amounts = self._labelled(
+            Counter,
             "payments_amount_minor_units",
             "Money that the provider captured or gave back, as this process recorded it",
             ["kind", "currency"],
-            registry=registry,
+            product(AMOUNTS, DECIMALS),
         )
-        self.amounts = _by_label(amounts, product(AMOUNTS, DECIMALS))
-        settling = Counter(
+        self.settling = self._labelled(
+            Counter,
             "payments_settling_attempts",
             "Attempts to settle an open payment by what was open and what came of it",
             ["kind", "outcome"],
-            registry=registry,
+            product(UNSETTLED_KINDS, SETTLING_OUTCOMES),
         )
-        self.settling = _by_label(settling, product(UNSETTLED_KINDS, SETTLING_OUTCOMES))
-        mismatches = Counter(
+        self.mismatches = self._labelled(
+            Counter,
             "payments_provider_mismatches",
             "Answers of the provider that do not fit what was asked, or contradict the events",
             ["operation"],
-            registry=registry,
+            ("charge", "refund"),
         )
-        self.mismatches = _by_label(mismatches, ("charge", "refund"))
-        self._add_follower_metrics(registry)
-        gateway_calls = Counter(
+        self._add_follower_metrics()
+        self.gateway_calls = self._labelled(
+            Counter,
             "payments_gateway_calls",
             "Calls of the payment provider by what came of them",
             ["operation", "outcome"],
-            registry=registry,
+            product(GATEWAY_OPERATIONS, GATEWAY_OUTCOMES),
         )
-        self.gateway_calls = _by_label(gateway_calls, product(GATEWAY_OPERATIONS, GATEWAY_OUTCOMES))
-        gateway_seconds = Histogram(
+        self.gateway_seconds = self._labelled(
+            Histogram,
             "payments_gateway_call_duration_seconds",
             "Duration of answered provider calls",
             ["operation"],
+            GATEWAY_OPERATIONS,
             buckets=_SECONDS,
-            registry=registry,
         )
-        self.gateway_seconds = _by_label(gateway_seconds, GATEWAY_OPERATIONS)
         self.append_batch_size = Histogram(
             "payments_append_batch_size",
             "Appends written together in one transaction",
@@ -122,13 +128,13 @@ class Telemetry:
             buckets=_SECONDS,
             registry=registry,
         )
-        append_failures = Counter(
+        self.append_failures = self._labelled(
+            Counter,
             "payments_append_failures",
             "Batches that had to be sent again, or single appends that were refused",
             ["kind"],
-            registry=registry,
+            APPEND_FAILURES,
         )
-        self.append_failures = _by_label(append_failures, APPEND_FAILURES)
         self.append_backlog = Gauge(
             "payments_append_backlog",
             "Appends that wait for the event store, or are being written",
@@ -139,24 +145,40 @@ class Telemetry:
             "How long the oldest of them has",
             registry=registry,
         )
-        pool = Gauge(
+        self.database_pool = self._labelled(
+            Gauge,
             "payments_database_pool_connections",
             "Connections for reading that are in use, idle, or waited for",
             ["state"],
-            registry=registry,
+            POOL_STATES,
         )
-        self.database_pool = _by_label(pool, POOL_STATES)
         self._add_callback_metrics(registry)
         self._add_process_gauges(psutil.Process())
 
+    def _labelled(
+        self,
+        kind: type[Metric],
+        name: str,
+        text: str,
+        labels: list[str],
+        values: Iterable[Value],
+        **options: Any,
+    ) -> dict[Value, Metric]:
+        """A metric's children, by the value of its label, or by the tuple of them."""
+        metric = kind(name, text, labels, registry=self.registry, **options)
+        return {
+            value: metric.labels(*(value if isinstance(value, tuple) else (value,)))
+            for value in values
+        }
+
     def _add_callback_metrics(self, registry: CollectorRegistry) -> None:
-        attempts = Counter(
+        self.callback_attempts = self._labelled(
+            Counter,
             "payments_callback_attempts",
             "Attempts to call Order Service back by what came of them",
             ["outcome"],
-            registry=registry,
+            CALLBACK_OUTCOMES,
         )
-        self.callback_attempts = _by_label(attempts, CALLBACK_OUTCOMES)
         self.callback_seconds = Histogram(
             "payments_callback_duration_seconds",
             "Duration of one attempt",
@@ -175,59 +197,64 @@ class Telemetry:
             "How long the oldest callback that is due has been",
             registry=registry,
         )
-        breaker = Gauge(
+        self.callback_breaker = self._labelled(
+            Gauge,
             "payments_callback_breaker_state",
             "1 for the state that this process's circuit breaker is in, 0 for the others",
             ["state"],
-            registry=registry,
+            BREAKER_STATES,
         )
-        self.callback_breaker = _by_label(breaker, BREAKER_STATES)
 
-    def _add_follower_metrics(self, registry: CollectorRegistry) -> None:
-        def gauges(name: str, text: str, label: str, values: tuple[str, ...]) -> dict[str, Gauge]:
-            return _by_label(Gauge(name, text, [label], registry=registry), values)
-
-        applied = Counter(
+    def _add_follower_metrics(self) -> None:
+        self.follower_applied = self._labelled(
+            Counter,
             "payments_follower_applied_events",
             "Events that this process wrote to a read model",
             ["follower"],
-            registry=registry,
+            FOLLOWERS,
         )
-        self.follower_applied = _by_label(applied, FOLLOWERS)
-        batches = Histogram(
+        self.follower_seconds = self._labelled(
+            Histogram,
             "payments_follower_batch_duration_seconds",
             "Reading, applying and committing one batch",
             ["follower"],
+            FOLLOWERS,
             buckets=_SECONDS,
-            registry=registry,
         )
-        self.follower_seconds = _by_label(batches, FOLLOWERS)
         # What the database says, as of the scrape: queries/followers.py.
-        self.follower_lag = gauges(
+        self.follower_lag = self._labelled(
+            Gauge,
             "payments_follower_lag_events",
             "Events that a read model does not show yet",
-            "follower",
+            ["follower"],
             FOLLOWERS,
         )
-        self.follower_lag_seconds = gauges(
+        self.follower_lag_seconds = self._labelled(
+            Gauge,
             "payments_follower_lag_seconds",
             "How long ago the oldest event was recorded that a read model does not show yet",
-            "follower",
+            ["follower"],
             FOLLOWERS,
         )
-        self.parked_streams = gauges(
+        self.parked_streams = self._labelled(
+            Gauge,
             "payments_parked_streams",
             "Streams that a follower could not apply",
-            "follower",
+            ["follower"],
             FOLLOWERS,
         )
-        self.unsettled = gauges(
-            "payments_unsettled", "Payments left open at the provider", "kind", UNSETTLED_KINDS
+        self.unsettled = self._labelled(
+            Gauge,
+            "payments_unsettled",
+            "Payments left open at the provider",
+            ["kind"],
+            UNSETTLED_KINDS,
         )
-        self.unsettled_age = gauges(
+        self.unsettled_age = self._labelled(
+            Gauge,
             "payments_unsettled_oldest_age_seconds",
             "How long the oldest of them has been open",
-            "kind",
+            ["kind"],
             UNSETTLED_KINDS,
         )
 
@@ -263,13 +290,6 @@ class Telemetry:
         """The same as OpenMetrics 1.0."""
         text: bytes = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]
         return text
-
-
-def _by_label(metric: Metric, values: Iterable[Value]) -> dict[Value, Metric]:
-    """The child of each label value, or of each tuple of them."""
-    return {
-        value: metric.labels(*(value if isinstance(value, tuple) else (value,))) for value in values
-    }
 
 
 def _cpu_load() -> float:

@@ -34,12 +34,21 @@ _api: Any = None  # the module opentelemetry.trace, which is not everywhere
 _NO_SPAN: AbstractContextManager[None] = nullcontext()
 
 
-def set_up_tracing(environ: Mapping[str, str]) -> None:
-    """Begins to trace if OTEL_TRACES_EXPORTER, or an endpoint for OTLP, asks for it.
+@contextmanager
+def traces(environ: Mapping[str, str]) -> Iterator[None]:
+    """Traces meanwhile, if OTEL_TRACES_EXPORTER, or an endpoint for OTLP, asks for it.
 
     The SDK reads the other OTEL_* variables itself. Raises StartError for values that this service
-    does not know.
+    does not know. At the end the spans that wait are sent, for SHUTDOWN_S at most.
     """
+    _begin(environ)
+    try:
+        yield
+    finally:
+        _end()
+
+
+def _begin(environ: Mapping[str, str]) -> None:
     exporter = _exporter_named(environ)
     if exporter == "none":
         return
@@ -93,8 +102,7 @@ def _use(provider: "TracerProvider | None") -> None:
     _tracer = provider.get_tracer("payments") if provider else None
 
 
-def shut_down_tracing() -> None:
-    """Sends the spans that wait, for SHUTDOWN_S at most; after that nothing is traced."""
+def _end() -> None:
     if _provider is None:
         return
     sending = threading.Thread(target=_provider.shutdown, name="last spans", daemon=True)
@@ -108,7 +116,6 @@ def span(
     *,
     kind: Kind = "internal",
     parent: str | None = None,
-    off: bool = False,
     **attributes: Any,
 ) -> "AbstractContextManager[Span | None]":
     """The span of a block, below the present one or that of a traceparent.
@@ -116,7 +123,7 @@ def span(
     Names in `attributes` have underscores for dots. An exception that leaves the block marks it as
     failed, with the exception's type and not its text, in which there may be secrets.
     """
-    if _tracer is None or off or _is_left_out(kind, parent):
+    if _tracer is None or _is_left_out(kind, parent):
         return _NO_SPAN
     return _span(_tracer, name, kind, parent, attributes)
 
@@ -159,23 +166,18 @@ def mark_failed(opened: "Span", reason: str) -> None:
     opened.set_status(_api.Status(_api.StatusCode.ERROR, reason))
 
 
-def is_tracing() -> bool:
-    return _tracer is not None
+def spans_since(name: str, seconds: float, parents: Iterable[str | None]) -> None:
+    """One span below each traceparent, for work on all of them that has just ended.
 
-
-def spans_since(name: str, seconds: float, parents: Iterable[str], **attributes: Any) -> None:
-    """One span below each traceparent, for work on all of them that has just ended."""
+    `parents` is not even read without traces.
+    """
     if _tracer is None:
         return
     ended = time.time_ns()
     began = ended - int(seconds * 1e9)
     for parent in parents:
-        if not _is_sampled(parent):
-            continue
-        made = _tracer.start_span(
-            name, _context_of(parent), attributes=_dotted(attributes), start_time=began
-        )
-        made.end(ended)
+        if parent is not None and _is_sampled(parent):
+            _tracer.start_span(name, _context_of(parent), start_time=began).end(ended)
 
 
 def current_traceparent(default: str | None) -> str | None:

@@ -12,7 +12,7 @@ from loguru import logger
 
 TALLY_S = 1.0
 
-# Asked every few seconds by machines.
+# Asked every few seconds by machines, and open to all.
 PROBES = frozenset(("/health", "/health/live", "/metrics"))
 
 # What handlers learn about a request, under the same names in the scope's state.
@@ -36,6 +36,14 @@ class Tally:
     def _tell(self) -> None:
         count, self._count = self._count, 0
         logger.bind(requests=count).log(self._level, self._message)
+
+
+class RefusalLog:
+    """Tells of what is refused before it is read, often in thousands; one per port."""
+
+    def __init__(self) -> None:
+        self.too_busy = Tally("WARNING", "requests were refused: too many were under way")
+        self.unreadable = Tally("INFO", "requests were refused: they could not be read")
 
 
 class AccessLog:

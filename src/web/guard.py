@@ -8,6 +8,7 @@ import asyncio
 import os
 import re
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from litestar.types import ASGIApp, Receive, Send
@@ -73,8 +74,11 @@ class Guard:
             # The same answer as for GET, of which the server leaves the body away.
             scope = scope | {"method": "GET"}
         state = scope.setdefault("state", {})
-        request_id = state["request_id"] = _request_id(scope["headers"])
-        traceparent = _traceparent(scope["headers"])
+        headers = scope["headers"]
+        # Only if it is harmless to log.
+        request_id = _header(headers, b"x-request-id", _REQUEST_ID) or os.urandom(16).hex()
+        state["request_id"] = request_id
+        traceparent = _header(headers, b"traceparent", _TRACEPARENT)
         status = 0
 
         async def send_counted(message: Any) -> None:
@@ -85,7 +89,8 @@ class Guard:
             await send(message)
 
         is_probe = scope["path"] in PROBES
-        with span("HTTP", kind="server", parent=traceparent, off=is_probe) as opened:
+        tracing = span("HTTP", kind="server", parent=traceparent) if not is_probe else nullcontext()
+        with tracing as opened:
             state["traceparent"] = traceparent = current_traceparent(traceparent)
             with logger.contextualize(request_id=request_id, **trace_field(traceparent)):
                 try:
@@ -148,7 +153,7 @@ class Guard:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _count(self, scope: Any, status: int, seconds: float) -> None:
-        route, method = _route_of(scope)
+        method, route = _method_and_route(scope)
         children = self._children.get((method, route, status))
         if children is None:
             children = self._children[method, route, status] = (
@@ -176,15 +181,15 @@ async def _read_body(receive: Receive) -> bytes:
             return body
 
 
-def _route_of(scope: Any) -> tuple[str, str]:
-    """The template, never the path, and a method that there is: neither is without number."""
+def _method_and_route(scope: Any) -> tuple[str, str]:
+    """One of a few methods, and the template instead of the path: paths are without number."""
     method = scope["method"] if scope["method"] in _METHODS else "other"
-    return scope.get("path_template") or "unmatched", method
+    return method, scope.get("path_template") or "unmatched"
 
 
 def _describe(opened: Any, scope: Any, status: int) -> None:
     """As OpenTelemetry's conventions for HTTP want it."""
-    route, method = _route_of(scope)
+    method, route = _method_and_route(scope)
     opened.update_name(f"{method} {route}")
     attributes = {
         "http.request.method": method,
@@ -199,17 +204,9 @@ def _describe(opened: Any, scope: Any, status: int) -> None:
         mark_failed(opened, str(status))
 
 
-def _request_id(headers: Any) -> str:
-    """The caller's X-Request-ID if it is harmless to log, else a new one."""
+def _header(headers: Any, wanted: bytes, form: re.Pattern[bytes]) -> str | None:
+    """The first one of this name that has the form."""
     for name, value in headers:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return str(value, "ascii")
-    return os.urandom(16).hex()
-
-
-def _traceparent(headers: Any) -> str | None:
-    """The W3C trace context that the request belongs to, if it is well-formed."""
-    for name, value in headers:
-        if name == b"traceparent" and _TRACEPARENT.fullmatch(value):
+        if name == wanted and form.fullmatch(value):
             return str(value, "ascii")
     return None

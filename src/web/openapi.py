@@ -15,11 +15,11 @@ from litestar import Litestar
 from litestar.routes import HTTPRoute
 
 from payments.errors import PaymentsError, TooBusy, Unauthorized
+from web.access_log import PROBES
 from web.description import Answer, Operation, Parameter
 from web.guard import BODY_MAX, BODY_TIMEOUT_S, BodyTooLarge, BodyTooSlow
 from web.heads import HEAD_MAX, PROTOCOL_PROBLEMS
 from web.problems import FRAMEWORK_PROBLEMS, MEDIA_TYPE, Problem
-from web.protocol import OPEN_PATHS
 
 VERSION = importlib.metadata.version("payment-service")
 
@@ -154,7 +154,7 @@ def operations(app: Litestar) -> Iterator[tuple[str, str, Operation]]:
 
 def _operation(path: str, operation: Operation) -> dict[str, Any]:
     problems = operation.problems + _EVERYWHERE
-    if path.encode() not in OPEN_PATHS and TooBusy not in problems:
+    if path not in PROBES and TooBusy not in problems:
         problems += (TooBusy,)
     responses = {
         str(status): _answer(answer) for status, answer in operation.answers.items()

@@ -90,6 +90,7 @@ def on_http_exception(request: Request[Any, Any, Any], error: HTTPException) -> 
 def on_exception(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """A bug: logged with its request id, which the answer names too."""
     request_id = request.scope["state"].get("request_id", "")
+    request.scope["state"]["problem"] = PaymentsError.code
     logger.bind(method=request.method).opt(exception=error).error("unhandled error")
     detail = f"It was logged as request {request_id}."
     body = problem(500, PaymentsError.code, PaymentsError.title, detail)

@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from payments.admission import Admission
 from payments.errors import TooBusy
 from payments.telemetry import Telemetry
-from web.access_log import Tally
+from web.access_log import PROBES, RefusalLog
 from web.guard import BODY_ARRIVED
 from web.heads import (
     HEAD_DETAIL,
@@ -35,7 +35,7 @@ WRITE_MIN = 16 * 1024  # bytes that it has to take in this time, if so many are 
 PIPELINE_MAX = 16  # requests of one connection that wait behind the one under way
 
 # Never refused for load: whoever runs the service must see what is going on.
-OPEN_PATHS = frozenset((b"/health", b"/health/live", b"/metrics"))
+OPEN_PATHS = frozenset(path.encode() for path in PROBES)
 
 
 class Protocol(HttpToolsProtocol):
@@ -43,14 +43,14 @@ class Protocol(HttpToolsProtocol):
         self,
         admission: Admission,
         telemetry: Telemetry,
-        tallies: tuple[Tally, Tally],
+        refusal_log: RefusalLog,
         *args: Any,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._admission = admission
         self._refusals = telemetry.refusals
-        self._refused, self._unreadable = tallies
+        self._refusal_log = refusal_log
         self._is_refusing = False  # the request that is being read was not admitted
         self._in_head = True
         self._head_bytes = 0
@@ -239,7 +239,7 @@ class Protocol(HttpToolsProtocol):
     def _answer_too_busy(self, *, keep_alive: bool) -> None:
         self._is_refusing = False
         self._refusals.inc()
-        self._refused.add()
+        self._refusal_log.too_busy.add()
         if self.transport.is_closing():
             return
         keep_alive = keep_alive and not self.flow.write_paused  # it does not even read the answers
@@ -274,7 +274,7 @@ class Protocol(HttpToolsProtocol):
 
     def _refusal(self, refusal: Refusal, detail: str) -> bytes:
         status, code = refusal
-        self._unreadable.add()
+        self._refusal_log.unreadable.add()
         body = problem(status, code, "The request cannot be read", detail)
         head = (
             f"HTTP/1.1 {status} Refused\r\ncontent-type: {MEDIA_TYPE}\r\n"

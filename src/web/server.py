@@ -23,7 +23,7 @@ from payments.database import DatabaseAddress
 from payments.gateways import Gateway
 from payments.service import Service
 from payments.settings import Settings
-from web.access_log import Tally
+from web.access_log import RefusalLog
 from web.app import create_app, create_operations_app
 from web.listening import Server, allow_many_connections
 from web.protocol import Protocol
@@ -114,15 +114,12 @@ async def operations_port(service: Service, listener: socket.socket | None) -> A
 
 
 def _server(service: Service, app: ASGIApp) -> Server:
-    tallies = (
-        Tally("WARNING", "requests were refused: too many were under way"),
-        Tally("INFO", "requests were refused: they could not be read"),
-    )
+    protocol = partial(Protocol, service.admission, service.telemetry, RefusalLog())
     return Server(
         uvicorn.Config(
             app,
             loop="uvloop",
-            http=partial(Protocol, service.admission, service.telemetry, tallies),  # type: ignore[arg-type]
+            http=protocol,  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,

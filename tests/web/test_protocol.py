@@ -14,7 +14,7 @@ from uvicorn.server import ServerState
 from payments.admission import Admission
 from payments.telemetry import Telemetry
 from web import protocol
-from web.access_log import Tally
+from web.access_log import RefusalLog
 from web.protocol import Protocol
 
 pytestmark = pytest.mark.anyio
@@ -37,8 +37,9 @@ async def client(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[socket.socket
     monkeypatch.setattr(protocol, "WRITE_TIMEOUT_S", TIMEOUT_S)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none")
     config.load()
-    tallies = (Tally("INFO", "refused"), Tally("INFO", "unreadable"))
-    make = partial(Protocol, Admission(10, 10), Telemetry(), tallies, config, ServerState(), {})
+    make = partial(
+        Protocol, Admission(10, 10), Telemetry(), RefusalLog(), config, ServerState(), {}
+    )
     loop = asyncio.get_running_loop()
     server = await loop.create_server(make, "127.0.0.1", 0)
     for listener in server.sockets:

@@ -201,21 +201,23 @@ class Dispatcher:
             if time.monotonic() > claimed_at + BEGIN_WITHIN_S:
                 return
             body = _prepare(claimed)
-            with span(
-                "callback",
-                kind="client",
-                parent=claimed.traceparent,
-                payment_id=claimed.payment_id,
-                order_id=claimed.order_id,
-            ):
-                exchange = await self._send(claimed, body)
+            exchange = await self._send(claimed, body)
             self._results.append(self._judged(claimed, exchange, permit))
         finally:
             self._breaker.released(permit)  # a cut exchange says nothing about the endpoint
 
     async def _send(self, claimed: Claimed, body: bytes) -> Exchange:
-        traceparent = current_traceparent(claimed.traceparent)
-        return await self._endpoint.post(str(claimed.event_id), body, int(time.time()), traceparent)
+        with span(
+            "callback",
+            kind="client",
+            parent=claimed.traceparent,
+            payment_id=claimed.payment_id,
+            order_id=claimed.order_id,
+        ):
+            traceparent = current_traceparent(claimed.traceparent)
+            return await self._endpoint.post(
+                str(claimed.event_id), body, int(time.time()), traceparent
+            )
 
     def _judged(self, claimed: Claimed, exchange: Exchange, permit: Permit) -> Result:
         # A probe that came before its time takes nothing away from the delivery that it was.

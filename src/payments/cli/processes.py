@@ -18,7 +18,7 @@ from payments.database import Database, DatabaseAddress
 from payments.logs import set_up_logs
 from payments.service import Service, build_gateway, open_database
 from payments.settings import Settings, describe, read_settings
-from payments.tracing import set_up_tracing, shut_down_tracing
+from payments.tracing import traces
 
 T = TypeVar("T")
 
@@ -59,17 +59,16 @@ def serve(api_only: bool) -> None:
     """Start the service and run until SIGTERM."""
     _end_on_sigterm()
     settings = begin()
-    set_up_tracing(os.environ)
     # By name: nothing in payments imports web.
     server = importlib.import_module("web.server")
     listening = importlib.import_module("web.listening")
     listener, metrics = listening.bind(settings), listening.bind_metrics(settings)
     gateway = build_gateway(settings)
-    with open_database(settings, migrating=settings.migrate_on_start) as address:
-        try:
-            server.run(settings, address, gateway, listener, metrics, work=not api_only)
-        finally:
-            shut_down_tracing()
+    with (
+        traces(os.environ),
+        open_database(settings, migrating=settings.migrate_on_start) as address,
+    ):
+        server.run(settings, address, gateway, listener, metrics, work=not api_only)
 
 
 @click.command()
@@ -80,18 +79,17 @@ def work() -> None:
     """
     _end_on_sigterm()
     settings = begin()
-    set_up_tracing(os.environ)
     metrics = importlib.import_module("web.listening").bind_metrics(settings)
     gateway = build_gateway(settings)
 
     async def run() -> None:
         await _work(Service(settings, address, gateway=gateway), metrics)
 
-    with open_database(settings, migrating=settings.migrate_on_start) as address:
-        try:
-            uvloop.run(run())
-        finally:
-            shut_down_tracing()
+    with (
+        traces(os.environ),
+        open_database(settings, migrating=settings.migrate_on_start) as address,
+    ):
+        uvloop.run(run())
 
 
 async def _work(service: Service, metrics: socket.socket | None) -> None:

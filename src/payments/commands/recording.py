@@ -6,7 +6,7 @@ from collections.abc import Callable
 from payments.database import Database
 from payments.errors import DatabaseUnavailable
 from payments.events.appender import Appender, StreamConflict
-from payments.events.facts import Fact, PaymentCharged, PaymentRefunded
+from payments.events.facts import PaymentCharged, PaymentRefunded, ProviderOutcome
 from payments.events.store import load_payment, to_stored_event
 from payments.logs import log_money
 from payments.payment import Payment, evolve
@@ -24,7 +24,9 @@ class Recorder:
         self._database = database
         self._telemetry = telemetry
 
-    async def record(self, payment: Payment, decide: Callable[[Payment], Fact | None]) -> Payment:
+    async def record(
+        self, payment: Payment, decide: Callable[[Payment], ProviderOutcome | None]
+    ) -> Payment:
         """Appends what `decide` says of the payment; the payment afterwards.
 
         `decide` is asked again whenever another append came first; None means that it is recorded
@@ -38,29 +40,15 @@ class Recorder:
                 payment = await self._reload(payment)
             else:
                 self._count(fact)
-                self._log(payment, fact)
+                _log(fact)
                 return evolve(payment, fact)
         return payment
 
-    def _count(self, fact: Fact) -> None:
+    def _count(self, fact: ProviderOutcome) -> None:
         if isinstance(fact, PaymentCharged):
             self._telemetry.amounts["captured", fact.currency].inc(fact.amount_cents)
         elif isinstance(fact, PaymentRefunded):
             self._telemetry.amounts["refunded", fact.currency].inc(fact.amount_cents)
-
-    def _log(self, payment: Payment, fact: Fact) -> None:
-        """What the provider did or did not do is in the log, whatever the access log leaves out."""
-        request = {} if fact.request_id is None else {"request_id": fact.request_id}
-        log_money(
-            fact.TOPIC,
-            fact.traceparent,
-            **request,
-            payment_id=payment.id,
-            order_id=payment.merchant_order_id,
-            event_id=fact.event_id,
-            amount_cents=getattr(fact, "amount_cents", None),  # each has one, the base has none
-            currency=payment.currency,
-        )
 
     async def _reload(self, payment: Payment) -> Payment:
         """The payment as it is stored now; waits out an outage of the database."""
@@ -72,3 +60,18 @@ class Recorder:
                 continue
             assert loaded is not None
             return loaded.payment
+
+
+def _log(fact: ProviderOutcome) -> None:
+    """What the provider did or did not do is in the log, whatever the access log leaves out."""
+    request = {} if fact.request_id is None else {"request_id": fact.request_id}
+    log_money(
+        fact.TOPIC,
+        fact.traceparent,
+        **request,
+        payment_id=fact.payment_id,
+        order_id=fact.merchant_order_id,
+        event_id=fact.event_id,
+        amount_cents=fact.amount_cents,
+        currency=fact.currency,
+    )

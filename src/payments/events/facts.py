@@ -171,6 +171,16 @@ class LateCaptureReturned(Fact, frozen=True, kw_only=True):
     provider_refund_id: str
 
 
+# What a provider did, or did not do: all that is appended after the provider was asked.
+ProviderOutcome = (
+    PaymentCharged
+    | PaymentFailed
+    | PaymentRefunded
+    | RefundFailed
+    | LateCaptureFound
+    | LateCaptureReturned
+)
+
 FACTS: dict[str, type[Fact]] = {
     fact.TOPIC: fact
     for fact in (

@@ -24,7 +24,7 @@ from payments.events.facts import UndecodableEvent, traceparent_of
 from payments.events.store import READ_LOG, READ_STREAM_PART
 from payments.payment import UnexpectedEvent
 from payments.telemetry import Telemetry
-from payments.tracing import is_tracing, spans_since
+from payments.tracing import spans_since
 
 BATCH_MAX = 1000  # events; larger ones save nothing and keep the event loop for longer
 # A batch takes milliseconds; a server that does not answer is given up after this, so that lists
@@ -173,9 +173,8 @@ class Follower:
         self._telemetry.follower_applied[self._name].inc(len(events))
         seconds = time.perf_counter() - started
         self._telemetry.follower_seconds[self._name].observe(seconds)
-        if is_tracing():
-            traced = [t for event in events if (t := traceparent_of(event.state)) is not None]
-            spans_since(f"project {self._name}", seconds, traced)
+        traceparents = (traceparent_of(event.state) for event in events)
+        spans_since(f"project {self._name}", seconds, traceparents)
         return len(events)
 
     async def parked(self) -> list[Parked]:
