@@ -28,7 +28,7 @@ from loguru import logger
 import payments.logs
 from payments.database import DatabaseAddress
 from payments.logs import log_money, set_up_logs
-from tests.process import ServiceProcess, at, free_port
+from tests.process import PAYMENTS, ServiceProcess, at, environment, free_port
 
 CANARY = "canary7391"
 HOSTILE = [
@@ -552,3 +552,37 @@ def test_what_is_refused_at_the_door_is_counted(tmp_path: Path, address: Databas
     assert sum(line["requests"] for line in told) == float(refused) > 0
     assert {line["level"] for line in told} == {"WARNING"}
     assert len(told) < statuses[503]
+
+
+def test_a_service_whose_log_nobody_reads_goes_on(tmp_path: Path, address: DatabaseAddress) -> None:
+    port = free_port()
+    settings = {**at(address), "PORT": port, "ACCESS_LOG_PER_S": 1_000_000}
+    with subprocess.Popen(
+        [*PAYMENTS, "serve"],
+        env=environment(PAYMENTS_DATA_DIR=tmp_path, **settings),
+        stderr=subprocess.PIPE,
+    ) as process:
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=5) as client:
+                until_answered(client)
+                for _ in range(600):  # some 140 kB; a pipe takes 64
+                    assert client.get("/v1/payments").status_code == 200
+            process.terminate()
+            _, text = process.communicate(timeout=15)
+        finally:
+            process.kill()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert Counter(line["message"] for line in lines)["GET /v1/payments 200"] == 600
+    assert lines[-1]["message"] == "stopped"
+
+
+def until_answered(client: httpx.Client) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            client.get("/health/live")
+        except httpx.TransportError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        else:
+            return
