@@ -226,10 +226,11 @@ class Dispatcher:
         verdict = judge(
             exchange.status, exchange.error, exchange.retry_after, attempt, datetime.now(UTC)
         )
-        was, log = self.state, logger.bind(reason=exchange.reason or str(exchange.status))
+        was = self.state
         if verdict.endpoint_down:
             self._breaker.failed(permit, time.monotonic())
             if was == "closed" != self.state:
+                log = logger.bind(reason=_reason(exchange))
                 log.warning("Order Service is away: callbacks wait for it")
         elif self._breaker.succeeded(permit):
             self._was_away = True
@@ -244,7 +245,7 @@ class Dispatcher:
         elif not verdict.endpoint_down:
             self._refused += 1
             if self._refused == REFUSED_MAX:
-                log.warning("Order Service refuses callbacks")
+                logger.bind(reason=_reason(exchange)).warning("Order Service refuses callbacks")
         if was != "closed" == self.state:
             logger.info("Order Service is back")
         self._telemetry.callback_attempts[verdict.outcome].inc()
@@ -253,17 +254,15 @@ class Dispatcher:
         delay_s = 0.0
         if state == "due":
             delay_s = jittered(verdict, self._random()) if counts else claimed.due_in_s
-        log = log.bind(
-            event_id=claimed.event_id,
-            payment_id=claimed.payment_id,
-            order_id=claimed.order_id,
-            attempts=claimed.attempt,
-            **trace_field(claimed.traceparent),
-        )
         if state == "dead":
-            log.error("a callback is dead: `payments callbacks list --dead`")
-        else:  # each attempt is in the table callback_attempts
-            log.debug(f"a callback was {'delivered' if state == 'delivered' else 'not delivered'}")
+            logger.bind(
+                event_id=claimed.event_id,
+                payment_id=claimed.payment_id,
+                order_id=claimed.order_id,
+                attempts=claimed.attempt,
+                reason=_reason(exchange),
+                **trace_field(claimed.traceparent),
+            ).error("a callback is dead: `payments callbacks list --dead`")
         return Result(
             claimed,
             state,
@@ -316,6 +315,10 @@ def _prepare(claimed: Claimed) -> bytes:
             claimed.currency,
         )
     )
+
+
+def _reason(exchange: Exchange) -> str:
+    return exchange.reason or str(exchange.status)
 
 
 def _released(claimed: Claimed) -> Result:
