@@ -73,6 +73,15 @@ async def until(
         await asyncio.sleep(0.01)
 
 
+async def elapse(seconds: float, *, frozen: bool) -> None:
+    """Lets time pass. `frozen`: as if the process had been stopped, so nothing else goes on, and
+    whoever called is the first to go on."""
+    ends_at = time.monotonic() + seconds
+    while time.monotonic() < ends_at:
+        if not frozen:
+            await asyncio.sleep(0.01)
+
+
 class History:
     """A payment's facts, one decision after another: `History("k1").charged().refunded().facts`.
 
@@ -141,7 +150,7 @@ class History:
         found = self.payment.late_capture
         assert found is not None
         back = self._returned(found.refund_id, self.payment.amount_cents)
-        return self._add(record_return(self.payment, back, self._cause()))
+        return self._add(record_return(self.payment, found, back, self._cause()))
 
     def _captured(self) -> Approved:
         payment = self.payment

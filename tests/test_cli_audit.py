@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from click.testing import Result
 from payments.cli import progress
 from payments.cli.audit import SHOWN_MAX
 from payments.database import Database, DatabaseAddress
+from payments.events.facts import encode
 from tests.process import PAYMENTS, ROOT, at, environment, peak_mb
 from tests.support import History, append, append_stored, follow, seal_log, stored_event
 
@@ -35,6 +37,12 @@ def catch_up(address: DatabaseAddress) -> None:
     asyncio.run(run())
 
 
+def log_id(connection: Connection) -> str:
+    row = connection.execute("SELECT id::text FROM log_identity").fetchone()
+    assert row is not None
+    return str(row[0])
+
+
 @pytest.fixture
 def payment(address: DatabaseAddress, connection: Connection) -> History:
     """Four events of one payment, sealed; and six of others."""
@@ -45,14 +53,15 @@ def payment(address: DatabaseAddress, connection: Connection) -> History:
     return history
 
 
-def test_a_sound_database(operator: Operator, payment: History) -> None:
+def test_a_sound_database(operator: Operator, payment: History, connection: Connection) -> None:
+    id = log_id(connection)
     head = operator("audit", "head")
-    assert head.exit_code == 0
+    assert (head.exit_code, head.stderr) == (0, f"the head of log {id}\n")
     assert re.fullmatch(r"10:[0-9a-f]{64}\n", head.stdout)
-    done = operator("audit", "verify", "--head", head.stdout.strip())
+    done = operator("audit", "verify", "--head", head.stdout.strip(), "--log", id)
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "log: 10 events",
+        f"log: 10 events, id {id}",
         f"head: {head.stdout.strip()}",
         "tables: 4 payments compared with the log up to position 10",
         "nothing was found",
@@ -72,10 +81,11 @@ def test_findings_are_lines(operator: Operator, payment: History, connection: Co
     assert done.exit_code == 1
     printed = done.stdout.splitlines()
     assert printed[0] == "position 7: the event is not the one that was sealed"
+    assert "guard: the trigger payment_events_append_only on payment_events is disabled" in printed
     assert f"payments {payment.id}: amount_cents is 15, the log says 1500" in printed
     assert f"refunds {payment.payment.refunds[0].id}: missing from the table" in printed
     assert sum("client is evil\\nline, the log says orders" in line for line in printed) == 1
-    assert printed[-1] == "findings: 4"
+    assert printed[-1] == "findings: 5"
 
 
 def test_many_findings_are_counted(
@@ -89,6 +99,79 @@ def test_many_findings_are_counted(
     assert (done.exit_code, done.stdout.count("missing from the table")) == (1, SHOWN_MAX)
     assert "and 17 more like these" in done.stdout
     assert done.stdout.endswith(f"findings: {many}\n")
+
+
+def test_another_log_is_a_finding(
+    operator: Operator, payment: History, connection: Connection
+) -> None:
+    other = uuid.uuid4()
+    done = operator("audit", "verify", "--log", other)
+    assert done.exit_code == 1
+    line = f"log: its id is {log_id(connection)}, not {other}: is this the right database?"
+    assert done.stdout.splitlines()[0] == line
+    assert done.stdout.endswith("findings: 1\n")
+
+
+def test_a_log_without_an_id_is_a_finding(
+    operator: Operator, payment: History, connection: Connection
+) -> None:
+    connection.execute("ALTER TABLE log_identity DISABLE TRIGGER ALL")
+    connection.execute("DELETE FROM log_identity")
+    connection.execute("ALTER TABLE log_identity ENABLE ALWAYS TRIGGER log_identity_append_only")
+    done = operator("audit", "verify")
+    assert (done.exit_code, done.stdout.splitlines()[0]) == (1, "log: its id is missing")
+
+
+def test_an_empty_log_is_a_finding(operator: Operator) -> None:
+    """Whoever audits a new database, and not the one that was meant, must not be put at ease."""
+    done = operator("audit", "verify")
+    assert done.exit_code == 1
+    assert done.stdout.splitlines()[0] == (
+        "position 1: the log is empty: is this the right database?"
+    )
+
+
+def test_two_payments_of_one_capture_are_a_finding(
+    operator: Operator, payment: History, address: DatabaseAddress, connection: Connection
+) -> None:
+    """One of them is not what was paid. Nobody appends it any more; here software from before."""
+    other = History("other").charged()
+    named = f"txn-{payment.id}"
+    state = encode(other.facts[1]).replace(f"txn-{other.id}".encode(), named.encode())
+    append(connection, other.facts[:1])
+    connection.execute(
+        "INSERT INTO payment_events SELECT 12, %s, 2, 'PaymentCharged', %s, now()",
+        [other.id, state],
+    )
+    # What cannot be read names none.
+    append_stored(connection, [stored_event(None, 1, b"{", "PaymentCharged") for _ in "ab"])
+    catch_up(address)
+    done = operator("audit", "verify")
+    assert done.exit_code == 1
+    assert done.stdout.splitlines()[0] == (
+        f"payment {other.id}: names the provider's transaction {named}, "
+        f"as payment {payment.id} does"
+    )
+    assert done.stdout.endswith("findings: 1\n")
+
+
+def test_a_payment_that_is_parked_by_hand_is_a_finding(
+    operator: Operator, payment: History, connection: Connection
+) -> None:
+    """Its rows are compared as they were before: that hides what is done to them."""
+    connection.execute("INSERT INTO parked_streams VALUES ('payments', %s, 3, '')", [payment.id])
+    connection.execute("DELETE FROM refunds")
+    connection.execute(
+        "UPDATE payments SET updated_at = created_at + interval '1 s' WHERE id = %s", [payment.id]
+    )
+    done = operator("audit", "verify")
+    assert done.exit_code == 1
+    line = f"payment {payment.id}: parked by payments although its events can be read: "
+    assert f"{line}`payments parked retry {payment.id}`" in done.stdout.splitlines()
+    assert done.stdout.endswith("findings: 1\n")
+    assert operator("parked", "retry", payment.id).exit_code == 0
+    assert connection.execute("SELECT FROM refunds").rowcount == 1
+    assert operator("audit", "verify").exit_code == 0
 
 
 def test_what_is_parked_or_not_sealed_is_told_and_no_finding(
@@ -116,6 +199,9 @@ def test_what_is_parked_or_not_sealed_is_told_and_no_finding(
         ("verify", "--head", f"0:{'0' * 64}"),
         ("verify", "--head", f"5:{'0' * 63}"),
         ("verify", "--head", f"5:{'g' * 64}"),
+        ("verify", "--head", f"5:{'0' * 64}", "--head", f"5:{'1' * 64}"),
+        ("verify", "--log", "5"),
+        ("verify", "--log", str(uuid.UUID(int=1)), "--export", "/dev/null"),
         ("verify", "--export", "/nowhere/to/be/found"),
         ("verify", "extra"),
         ("head", "extra"),

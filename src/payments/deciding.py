@@ -27,15 +27,17 @@ from payments.events.facts import (
     RefundFailed,
     RefundInitiated,
 )
-from payments.payment import Approved, Declined, Payment, Refund, Status
+from payments.payment import Approved, Declined, LateCapture, Payment, Refund, Status
 
 # Fixed for ever: another namespace would give every old key a new payment or a new refund.
 _PAYMENT_NAMESPACE = b"payment-service/idempotency-key/1\x00"
 _REFUND_NAMESPACE = b"payment-service/refund/1\x00"
 _LATE_CAPTURE_NAMESPACE = b"payment-service/late-capture/1\x00"
 
-# Of one payment, those that failed included: a stream is read as a whole, and that must stay quick.
+# Of one payment: those that went through or are under way, and all, with those that the provider
+# refused. A stream is read as a whole, and that must stay quick.
 REFUNDS_MAX = 100
+REFUND_ATTEMPTS_MAX = 1000
 
 
 class OutcomeMismatch(Exception):
@@ -105,15 +107,16 @@ def fingerprint(request: ChargeRequest) -> str:
 
 
 def differing_fields(payment: Payment, request: ChargeRequest) -> tuple[str, ...]:
-    """Which parts of the request differ from the one that began this payment; () if none does."""
+    """What to say differs from the request that began this payment; () if nothing does."""
     if payment.fingerprint == fingerprint(request):
         return ()
     differing = tuple(
         name
-        for name in ("merchant_order_id", "amount_cents", "currency", "client")
+        for name in ("merchant_order_id", "amount_cents", "currency")
         if getattr(payment, name) != getattr(request, name)
     )
-    return differing or ("payment_method",)  # the one part that is not stored
+    # The payment method is the one part that is not stored.
+    return _told(payment, request.client, differing or ("payment_method",))
 
 
 def initiate(request: ChargeRequest, gateway: str, cause: Cause) -> PaymentInitiated:
@@ -181,15 +184,11 @@ def known_refund(payment: Payment, request: RefundRequest) -> Refund | None:
     refund = payment.refund(refund_id_for(payment.id, request.idempotency_key))
     if refund is None:
         return None
-    differing = []
-    if request.amount_cents != refund.amount_cents and not (
+    same_amount = request.amount_cents == refund.amount_cents or (
         request.amount_cents is None and refund.whole
-    ):
-        differing.append("amount_cents")
-    if request.client != refund.client:
-        differing.append("client")
-    if differing:
-        raise IdempotencyKeyReused(tuple(differing))
+    )
+    if differing := _told(refund, request.client, () if same_amount else ("amount_cents",)):
+        raise IdempotencyKeyReused(differing)
     return refund
 
 
@@ -204,7 +203,12 @@ def initiate_refund(payment: Payment, request: RefundRequest, cause: Cause) -> R
         )
     if payment.status is Status.REFUNDED:
         raise PaymentAlreadyRefunded("The whole amount was given back before.")
-    if len(payment.refunds) >= REFUNDS_MAX:
+    if len(payment.refunds) >= REFUND_ATTEMPTS_MAX:
+        raise PaymentNotRefundable(
+            f"{REFUND_ATTEMPTS_MAX} refunds of it were asked for, those that the provider refused "
+            "included: the most that a payment may have."
+        )
+    if sum(refund.status is not Status.FAILED for refund in payment.refunds) >= REFUNDS_MAX:
         raise PaymentNotRefundable(
             f"It has had {REFUNDS_MAX} refunds, the most that a payment may have."
         )
@@ -220,25 +224,46 @@ def initiate_refund(payment: Payment, request: RefundRequest, cause: Cause) -> R
     key = request.idempotency_key
     # Without a key nobody will name this refund again: its own event's id is as good as any.
     refund_id = cause.event_id if key is None else refund_id_for(payment.id, key)
+    whole = request.amount_cents is None
+    return _reservation(payment, refund_id, key, amount, cause, whole=whole)
+
+
+def _reservation(
+    payment: Payment,
+    refund_id: UUID,
+    idempotency_key: str | None,
+    amount_cents: int,
+    cause: Cause,
+    *,
+    whole: bool,
+) -> RefundInitiated:
     return RefundInitiated(
         payment_id=payment.id,
         version=payment.version + 1,
         refund_id=refund_id,
-        idempotency_key=key,
+        idempotency_key=idempotency_key,
         merchant_order_id=payment.merchant_order_id,
-        amount_cents=amount,
+        amount_cents=amount_cents,
         currency=payment.currency,
-        whole=request.amount_cents is None,
+        whole=whole,
         **_metadata(cause),
     )
 
 
 def record_refund(
     payment: Payment, refund: Refund, outcome: Approved | Declined, cause: Cause
-) -> PaymentRefunded | RefundFailed | None:
-    """The event for what the provider says became of a refund; OutcomeMismatch as above."""
+) -> RefundInitiated | PaymentRefunded | RefundFailed | None:
+    """The event for what the provider says became of a refund; OutcomeMismatch as above.
+
+    If the log lost the refund, and does not hold what was lost any more as it was, its amount is
+    reserved again first; OutcomeMismatch if that does not fit.
+    """
     stored = payment.refund(refund.id)
-    assert stored is not None
+    if stored is None:
+        if isinstance(outcome, Declined):
+            return None
+        _check_answer(outcome, refund.id, refund.amount_cents, payment.currency)
+        return _reserve_again(payment, refund, cause)
     if isinstance(outcome, Declined):
         if stored.status is Status.SUCCESS:
             raise OutcomeMismatch("the provider declines a refund that it had made")
@@ -263,24 +288,56 @@ def record_refund(
     )
 
 
+def _reserve_again(payment: Payment, refund: Refund, cause: Cause) -> RefundInitiated:
+    if not 0 < refund.amount_cents <= payment.remaining_cents:
+        raise OutcomeMismatch("the provider made a refund that the log lost and has no room for")
+    return _reservation(
+        payment,
+        refund.id,
+        refund.idempotency_key,
+        refund.amount_cents,
+        msgspec.structs.replace(cause, client=refund.client),
+        whole=refund.whole,
+    )
+
+
 def record_return(
-    payment: Payment, outcome: Approved | Declined, cause: Cause
-) -> LateCaptureReturned | None:
-    """The event for sending a late capture back; OutcomeMismatch also if the provider refuses."""
-    found = payment.late_capture
-    assert found is not None
+    payment: Payment, found: LateCapture, outcome: Approved | Declined, cause: Cause
+) -> LateCaptureFound | LateCaptureReturned | None:
+    """The event for sending a late capture back; OutcomeMismatch also if the provider refuses.
+
+    `found` is the late capture that was sent back. If the log lost it, it is found again first.
+    """
     if isinstance(outcome, Declined):
         raise OutcomeMismatch("the provider refuses to take a late capture back")
     _check_answer(outcome, found.refund_id, payment.amount_cents, payment.currency)
-    if found.provider_refund_id is not None:
-        if found.provider_refund_id != outcome.provider_txn_id:
+    stored = payment.late_capture
+    if stored is None:
+        if payment.status is not Status.FAILED:
+            raise OutcomeMismatch("the provider took back a capture that now counts as paid")
+        return LateCaptureFound(
+            refund_id=found.refund_id,
+            provider_txn_id=found.provider_txn_id,
+            **_next(payment, payment, cause),
+        )
+    if stored.provider_refund_id is not None:
+        if stored.provider_refund_id != outcome.provider_txn_id:
             raise OutcomeMismatch("the provider has taken a late capture back twice")
         return None
     return LateCaptureReturned(
-        refund_id=found.refund_id,
+        refund_id=stored.refund_id,
         provider_refund_id=outcome.provider_txn_id,
         **_next(payment, payment, cause),
     )
+
+
+def _told(first: Payment | Refund, client: str, differing: tuple[str, ...]) -> tuple[str, ...]:
+    """What a client is told to differ from what its key began.
+
+    Another client only learns that the key is taken. Each field that is missing in a longer list
+    would be one that it has guessed.
+    """
+    return differing if client == first.client else ("client",)
 
 
 def _check_answer(outcome: Approved, id: UUID, amount_cents: int, currency: str) -> None:

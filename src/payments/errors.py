@@ -14,7 +14,8 @@ PaymentsError
 └── Unavailable                  503
     ├── TooBusy                       too_busy
     ├── DatabaseUnavailable           database_unavailable
-    └── GatewayUnavailable            gateway_unavailable
+    ├── GatewayUnavailable            gateway_unavailable
+    └── LogRewound                    log_rewound
 
 A class carries the HTTP status, the stable code and the title of its answer; the message of an
 instance is the answer's `detail`, so it names the fix and holds nothing that is secret.
@@ -98,8 +99,8 @@ class IdempotencyKeyReused(PaymentsError):
 
     def __init__(self, differing: tuple[str, ...]) -> None:
         if "client" in differing:
-            detail = "Another client has used this key. Keys are shared by all: begin yours in a "
-            detail += "way that nobody else's do, for example with the name of your system."
+            detail = "Another client has used this key. Keys are shared by all clients: begin "
+            detail += "yours with something that no other client can guess."
         else:
             detail = f"The key was first used with another {', '.join(differing)}. "
             detail += "Send the first request again as it was, or use a new key."
@@ -133,6 +134,14 @@ class DatabaseUnavailable(Unavailable):
 
 class GatewayUnavailable(Unavailable):
     code = "gateway_unavailable"
+
+
+class LogRewound(Unavailable):
+    """Nothing is given back until a person has accepted what the log lost."""
+
+    code = "log_rewound"
+    title = "The event log lost events; nothing is given back until that is accepted"
+    retry_after_s = 60
 
 
 class StartError(Exception):

@@ -24,7 +24,7 @@ from payments.events.facts import (
     RefundInitiated,
 )
 
-ABANDONED = "abandoned"
+ABANDONED, DECLINED = "abandoned", "declined"  # why a payment is FAILED
 
 
 class Status(StrEnum):
@@ -100,6 +100,10 @@ class Payment(msgspec.Struct, frozen=True, kw_only=True):
     def outcome(self) -> Status:
         """What its charge came to: PENDING, SUCCESS or FAILED, whatever was refunded since."""
         return Status.SUCCESS if self.status is Status.REFUNDED else self.status
+
+    @property
+    def declined(self) -> bool:
+        return self.failure == DECLINED
 
     @property
     def refunded_cents(self) -> int:

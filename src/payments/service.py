@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from loguru import logger
 
@@ -13,6 +14,7 @@ from payments.admission import Admission
 from payments.callbacks.dispatcher import CONCURRENCY_MAX, Dispatcher
 from payments.callbacks.endpoint import Endpoint, check_target, origin
 from payments.commands.charge import Charging
+from payments.commands.giving_back import GivingBack
 from payments.commands.refund import Refunding
 from payments.commands.runs import Runs
 from payments.commands.settle import Settler
@@ -20,10 +22,11 @@ from payments.commands.settling import Settling
 from payments.database import Database, DatabaseAddress, create_database_if_missing
 from payments.errors import DatabaseUnavailable, StartError
 from payments.events.appender import Appender
+from payments.events.watch import LogWatch
 from payments.gateways import Gateway
 from payments.gateways.counted import CountedGateway
 from payments.gateways.simulated import SimulatedGateway
-from payments.migrations import check_migrated, migrate
+from payments.migrations import check_migrated, check_readable, migrate
 from payments.projections.callbacks import CallbacksProjection, begin_at_the_end
 from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection
@@ -32,6 +35,7 @@ from payments.projections.seals import SealsProjection
 from payments.queries.callbacks import backlog, oldest_age_s
 from payments.queries.followers import follower_states, unsettled_payments
 from payments.queries.lookups import PaymentLookups
+from payments.queries.server import server_state
 from payments.settings import Settings
 from payments.shared import Shared
 from payments.telemetry import BREAKER_STATES, UNSETTLED_KINDS, Telemetry
@@ -39,6 +43,15 @@ from payments.telemetry import BREAKER_STATES, UNSETTLED_KINDS, Telemetry
 OBSERVE_TIMEOUT_S = 2.0  # a scrape is answered in under 3 s
 HEALTH_TIMEOUT_S = 2.0  # probes often give up after 3 s
 CALLBACKS_LATE_S = 60.0  # callbacks that are due for so long show that their endpoint is in trouble
+
+
+class Reached(NamedTuple):
+    """What /health says of a database that answers: how callbacks are (ok, degraded, or off without
+    an address for them), whether it refuses to write, and whether the log went back."""
+
+    callbacks: str
+    read_only: bool
+    rewound: bool
 
 
 class Service:
@@ -54,7 +67,9 @@ class Service:
         *,
         gateway: Gateway | None = None,
         telemetry: Telemetry | None = None,
+        data_dir: Path | None = None,
     ) -> None:
+        """In `data_dir` the newest seal is kept, so that a restart notices a log that went back."""
         self.settings = settings
         self.telemetry = telemetry or Telemetry()
         self.database = Database(address, settings.database_pool_max)
@@ -64,18 +79,24 @@ class Service:
         self.reach_database = Shared(self._reach_database)
         self.observe = Shared(self._observe)
         self.gateway = CountedGateway(gateway or build_gateway(settings), self.telemetry)
-        self.appender = Appender(self.database.connect, self.telemetry, settings.intent_queue_max)
+        self.watch = LogWatch(self.database, self.telemetry, data_dir)
+        self.appender = Appender(
+            self.database.connect, self.telemetry, settings.intent_queue_max, self.watch
+        )
         places, slots = settings.intent_queue_max, settings.gateway_concurrency_max
         self.admission = Admission(places, slots)
         self.runs = Runs(self.admission, places + slots)
+        giving_back = GivingBack(self.gateway, self.database, self.watch)
         shared = (self.appender, self.database, self.gateway)
         self.charging = Charging(self.runs, *shared, self.telemetry, settings)
-        self.refunding = Refunding(self.runs, *shared, self.telemetry, settings)
+        self.refunding = Refunding(self.runs, *shared, giving_back, self.telemetry, settings)
         self.lookups = PaymentLookups(self.database)
         self.dispatcher = build_dispatcher(settings, self.database, self.telemetry)
         applied = self.dispatcher.wake if self.dispatcher else None
-        self.followers = build_followers(settings, self.database, self.telemetry, applied)
-        settler = Settler(*shared, self.telemetry, settings)
+        self.followers = build_followers(
+            settings, self.database, self.telemetry, self.gateway.declines_may_turn_s, applied
+        )
+        settler = Settler(*shared, giving_back, self.telemetry, settings)
         self.settling = Settling(settler, self.database, settings)
 
     async def start(self, *, work: bool = True) -> None:
@@ -100,6 +121,7 @@ class Service:
             except DatabaseUnavailable as error:
                 await self.stop(1.0)
                 raise StartError(str(error)) from None
+        await self.watch.start()
         self.appender.start()
         if work:
             for follower in self.followers:
@@ -113,16 +135,16 @@ class Service:
         if self.dispatcher is not None:
             self.dispatcher.finish()
 
-    async def _reach_database(self) -> str:
-        """How callbacks are: ok, degraded, or off without an address for them.
-
-        Within HEALTH_TIMEOUT_S, or DatabaseUnavailable.
-        """
-        late_s = await oldest_age_s(self._operations_database, HEALTH_TIMEOUT_S)
-        if self.settings.order_callback_url is None:
-            return "off"
+    async def _reach_database(self) -> Reached:
+        """Within HEALTH_TIMEOUT_S, or DatabaseUnavailable."""
+        database = self._operations_database
+        late_s = await oldest_age_s(database, HEALTH_TIMEOUT_S / 2)
+        await self.watch.look(database, HEALTH_TIMEOUT_S / 2)
         cut_off = self.dispatcher is not None and self.dispatcher.state != "closed"
-        return "degraded" if cut_off or late_s > CALLBACKS_LATE_S else "ok"
+        callbacks = "degraded" if cut_off or late_s > CALLBACKS_LATE_S else "ok"
+        if self.settings.order_callback_url is None:
+            callbacks = "off"
+        return Reached(callbacks, self.watch.read_only, self.watch.lost)
 
     async def _observe(self) -> None:
         """Brings the gauges that only the database knows up to date, within OBSERVE_TIMEOUT_S;
@@ -134,6 +156,7 @@ class Service:
                 followers = await follower_states(self._operations_database)
                 unsettled = await unsettled_payments(self._operations_database)
                 callbacks = await backlog(self._operations_database)
+                server = await server_state(self._operations_database)
         except TimeoutError:
             raise DatabaseUnavailable("The database does not answer.") from None
         # Callbacks that were switched off are not behind.
@@ -143,6 +166,10 @@ class Service:
                 self.telemetry.follower_lag[follower.name].set(follower.lag_events)
                 self.telemetry.follower_lag_seconds[follower.name].set(follower.lag_s)
                 self.telemetry.parked_streams[follower.name].set(follower.parked_streams)
+        self.telemetry.standbys["synchronous"].set(server.synchronous)
+        self.telemetry.standbys["asynchronous"].set(server.asynchronous)
+        self.telemetry.clock_skew.set(server.skew_s)
+        self.telemetry.log_ahead.set(server.log_ahead_s)
         self.telemetry.callbacks_due.set(callbacks.due)
         self.telemetry.callbacks_dead.set(callbacks.dead)
         self.telemetry.callbacks_oldest_age.set(callbacks.oldest_age_s)
@@ -164,6 +191,7 @@ class Service:
             *([self.dispatcher.stop(timeout_s * 0.65)] if self.dispatcher else []),
         )
         await self.appender.stop(timeout_s * 0.3)
+        await self.watch.stop()
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s * 0.3):
                 await self.gateway.close()
@@ -181,14 +209,16 @@ def build_followers(
     settings: Settings,
     database: Database,
     telemetry: Telemetry,
+    declines_may_turn_s: float,
     outbox_applied: Callable[[], None] | None = None,
 ) -> list[Follower]:
     """The followers that this process may run, not started: one for each projection.
 
-    Without ORDER_CALLBACK_URL there is none for callbacks. `outbox_applied` is called when it has
+    Without ORDER_CALLBACK_URL there is none for callbacks. `declines_may_turn_s` is the gateway's;
+    `outbox_applied` is called when it has
     written something.
     """
-    payments = PaymentsProjection(settle_after_s=settings.charge_deadline_s)
+    payments = PaymentsProjection(settings.charge_deadline_s, declines_may_turn_s)
     followers = [
         Follower(database.connect, payments, telemetry),
         Follower(database.connect, SealsProjection(), telemetry, SEALS_MAX, listens=False),
@@ -260,16 +290,27 @@ def data_dir(settings: Settings) -> Path:
         raise StartError("there is no home directory: set PAYMENTS_DATA_DIR") from None
 
 
+def heads_dir(settings: Settings) -> Path | None:
+    """Where the newest seal is kept; None if there is no place for it."""
+    try:
+        return data_dir(settings)
+    except StartError:
+        return None
+
+
 @contextmanager
-def open_database(settings: Settings, *, migrating: bool) -> Iterator[DatabaseAddress]:
+def open_database(
+    settings: Settings, *, to: Literal["migrate", "run", "read"]
+) -> Iterator[DatabaseAddress]:
     """The database that the settings name, up to date; the embedded one lives while this is open.
 
-    `migrating=False` only checks. Raises StartError.
+    `to` says what for: "migrate" brings the schema up to date, "run" checks that it is, and that
+    this version may write to it, and "read" does with one that is newer. Raises StartError.
     """
-    bring_up_to_date = migrate if migrating else check_migrated
+    make_sure = {"migrate": migrate, "run": check_migrated, "read": check_readable}[to]
     if settings.database_host is not None:
         address = DatabaseAddress.from_settings(settings)
-        bring_up_to_date(address)
+        make_sure(address)
         yield address
         return
     try:
@@ -282,5 +323,5 @@ def open_database(settings: Settings, *, migrating: bool) -> Iterator[DatabaseAd
             str(server.socket_dir), server.port, server.user, None, settings.database_name
         )
         create_database_if_missing(address)
-        bring_up_to_date(address)
+        make_sure(address)
         yield address

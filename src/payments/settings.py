@@ -16,6 +16,10 @@ from payments.callbacks.signing import parse_secrets
 from payments.errors import StartError
 
 DEFAULT_CLIENT = "default"  # who asks when no API keys are configured
+SETTLING = "settling"  # who asks in the events that settling causes
+DISPATCHER = "dispatcher"  # who calls back, where a payment's history is told
+# A client with one of these names would be taken for everyone, or for the service itself.
+RESERVED_CLIENTS = frozenset({DEFAULT_CLIENT, SETTLING, DISPATCHER})
 CALLBACK_STATUSES = ("SUCCESS", "FAILED", "REFUNDED")
 
 
@@ -150,10 +154,12 @@ def _webhook_secrets(value: str) -> str:
 
 def check_client_name(name: str) -> None:
     """Raises ValueError."""
-    if not re.fullmatch("[a-z0-9_-]{1,64}", name):
-        raise ValueError("must name a client with 1 to 64 of a-z, 0-9, _ and -")
-    if name == DEFAULT_CLIENT:
-        raise ValueError(f"must not name a client {DEFAULT_CLIENT!r}: that is everyone")
+    if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", name):
+        raise ValueError(
+            "must name a client with 1 to 64 of a-z, 0-9, _ and -, the first a letter or digit"
+        )
+    if name in RESERVED_CLIENTS:
+        raise ValueError(f"must not name a client {name!r}: the service uses this name itself")
 
 
 def _api_keys(value: str) -> tuple[ApiKey, ...]:

@@ -23,7 +23,8 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 CHARGE_OUTCOMES = ("success", "failed", "pending", "replayed", "refused", "unavailable")
 REFUND_OUTCOMES = ("success", "failed", "pending", "replayed", "refused", "unavailable")
-UNSETTLED_KINDS = ("charge", "abandoned", "late_capture", "refund")
+UNSETTLED_KINDS = ("charge", "abandoned", "declined", "late_capture", "refund")
+STANDBYS = ("synchronous", "asynchronous")
 SETTLING_OUTCOMES = ("settled", "open", "unknown", "mismatch", "other_gateway")
 FOLLOWERS = ("payments", "callbacks", "seals")
 GATEWAY_OPERATIONS = ("charge", "find_charge", "refund", "find_refund")
@@ -152,6 +153,7 @@ class Telemetry:
             ["state"],
             POOL_STATES,
         )
+        self._add_log_metrics(registry)
         self._add_callback_metrics(registry)
         self._add_process_gauges(psutil.Process())
 
@@ -170,6 +172,31 @@ class Telemetry:
             value: metric.labels(*(value if isinstance(value, tuple) else (value,)))
             for value in values
         }
+
+    def _add_log_metrics(self, registry: CollectorRegistry) -> None:
+        self.log_rewound = Gauge(
+            "payments_log_rewound",
+            "1 while the log lacks events that it had acknowledged, and nobody has accepted that",
+            registry=registry,
+        )
+        # What the database says, as of the scrape: queries/server.py.
+        self.standbys = self._labelled(
+            Gauge,
+            "payments_database_standbys",
+            "Standbys of the database; a failover to an asynchronous one may lose events",
+            ["kind"],
+            STANDBYS,
+        )
+        self.clock_skew = Gauge(
+            "payments_clock_skew_seconds",
+            "The database's clock minus that of this process",
+            registry=registry,
+        )
+        self.log_ahead = Gauge(
+            "payments_log_ahead_seconds",
+            "How far ahead of the database's clock the log's last event is, 0 if it is not",
+            registry=registry,
+        )
 
     def _add_callback_metrics(self, registry: CollectorRegistry) -> None:
         self.callback_attempts = self._labelled(

@@ -21,16 +21,21 @@ Anyone = Request[Any, Any, State]
 class Health(msgspec.Struct, frozen=True):
     """`ok` is whether charges can be taken.
 
-    `database` is ok or unavailable (for reading); `event_store` is ok or stalled: an append has
-    waited longer than an intent would. `callbacks` is degraded while Order Service does not take
-    them: charges go on, and they are sent again. It is off without ORDER_CALLBACK_URL, and null
-    while the database is away.
+    `database` is ok, unavailable (for reading), or read_only: a standby, or one that refuses to
+    write. `event_store` is ok or stalled: an append has waited longer than an intent would. `log`
+    is rewound while it lacks events that it had acknowledged: charges go on, and nothing is given
+    back until an operator has accepted that. `callbacks` is degraded while Order Service does not
+    take them: charges go on, and they are sent again; it is off without ORDER_CALLBACK_URL. Both
+    are null while the database is away.
     """
 
     ok: bool
     service: str
-    database: Annotated[str, msgspec.Meta(extra_json_schema={"enum": ["ok", "unavailable"]})]
+    database: Annotated[
+        str, msgspec.Meta(extra_json_schema={"enum": ["ok", "unavailable", "read_only"]})
+    ]
     event_store: Annotated[str, msgspec.Meta(extra_json_schema={"enum": ["ok", "stalled"]})]
+    log: Annotated[str | None, msgspec.Meta(extra_json_schema={"enum": ["ok", "rewound", None]})]
     callbacks: Annotated[
         str | None, msgspec.Meta(extra_json_schema={"enum": ["ok", "degraded", "off", None]})
     ]
@@ -48,6 +53,7 @@ _HEALTHY = {
     "service": "payment-service",
     "database": "ok",
     "event_store": "ok",
+    "log": "ok",
     "callbacks": "ok",
 }
 HEALTH = Operation(
@@ -60,7 +66,7 @@ HEALTH = Operation(
         503: Answer(
             "The database is away, or takes no events.",
             Health,
-            _HEALTHY | {"ok": False, "database": "unavailable", "callbacks": None},
+            _HEALTHY | {"ok": False, "database": "unavailable", "log": None, "callbacks": None},
         ),
     },
 )
@@ -91,19 +97,24 @@ METRICS = Operation(
 
 @get("/health", media_type=MediaType.JSON, opt=described(HEALTH))
 async def health(request: Anyone) -> Response[bytes]:
-    """Whether the service can take charges: 200, or 503 while the database is away."""
+    """Whether the service can take charges: 200, or 503 while the database is away or read-only."""
     service: Service = request.app.state.service
-    database, callbacks = "ok", None
+    database, log, callbacks = "ok", None, None
     try:
-        callbacks = await service.reach_database()
+        reached = await service.reach_database()
     except DatabaseUnavailable:
         database = "unavailable"
+    else:
+        database = "read_only" if reached.read_only else "ok"
+        log = "rewound" if reached.rewound else "ok"
+        callbacks = reached.callbacks
     stalled = service.appender.oldest_wait_s() >= STALLED_S
     state = Health(
         ok=database == "ok" and not stalled,
         service="payment-service",
         database=database,
         event_store="stalled" if stalled else "ok",
+        log=log,
         callbacks=callbacks,
     )
     return Response(

@@ -21,7 +21,7 @@ from loguru import logger
 
 from payments.database import DatabaseAddress
 from payments.gateways import Gateway
-from payments.service import Service
+from payments.service import Service, heads_dir
 from payments.settings import Settings
 from web.access_log import RefusalLog
 from web.app import create_app, create_operations_app
@@ -46,7 +46,7 @@ def run(
     """Serves until SIGTERM or SIGINT."""
 
     async def main() -> None:
-        service = Service(settings, address, gateway=gateway)
+        service = Service(settings, address, gateway=gateway, data_dir=heads_dir(settings))
         await serve(service, listener, metrics_listener, work=work)
 
     allow_many_connections()

@@ -31,6 +31,16 @@ SELECT md5('f' || n)::uuid, 1000000 + n, %(order)s, md5('x' || n)::uuid, 2, 'FAI
   FROM generate_series(1, %(cards)s) n
 """
 
+# Each was captured, and went back.
+REFUNDED_CARDS = """
+INSERT INTO callback_deliveries (event_id, position, order_id, payment_id, sequence, status,
+                                 amount_cents, currency, occurred_at, state, finished_at)
+SELECT md5(status || n)::uuid, 1000000 + 2 * n + place, %(order)s, md5('r' || n)::uuid, 2, status,
+       1500, 'INR', now(), 'excluded', now()
+  FROM generate_series(1, %(cards)s) n,
+       (VALUES (0, 'SUCCESS'), (1, 'REFUNDED')) AS outcome (place, status)
+"""
+
 PAYMENTS = """
 INSERT INTO payments (id, merchant_order_id, status)
 SELECT md5('p' || n)::uuid, md5('o' || n)::uuid, 'SUCCESS' FROM generate_series(1, %(others)s) n
@@ -65,6 +75,42 @@ async def test_an_order_with_thousands_of_declined_cards_holds_nobody_up(
     due = connection.execute("SELECT count(*) FROM callback_deliveries WHERE state = 'due'")
     assert due.fetchone() == (0 if paid else CARDS - 1,)
     assert max(claimed_s, recorded_s) < MOST_S, (claimed_s, recorded_s)
+
+
+READ = """
+SELECT sum(seq_tup_read)::bigint, sum(idx_tup_fetch)::bigint FROM pg_stat_xact_user_tables
+ WHERE relname IN ('callback_deliveries', 'payments')
+"""
+
+
+@pytest.mark.parametrize("stands", [False, True])
+async def test_an_order_that_was_paid_and_refunded_thousands_of_times_is_judged_at_once(
+    database: Database, connection: psycopg.Connection[Any], stands: bool
+) -> None:
+    """Its payments are read once, and nobody else's."""
+    connection.execute("SET statement_timeout = 0")
+    many = {"order": ORDER, "cards": CARDS, "others": OTHERS}
+    for fill in (DELIVERIES.replace("%(orders)s", "%(others)s"), REFUNDED_CARDS):
+        connection.execute(fill.encode(), many)
+    connection.execute(
+        "INSERT INTO payments (id, merchant_order_id, status)"
+        " SELECT payment_id, order_id, status FROM callback_deliveries WHERE status <> 'REFUNDED'"
+    )
+    connection.execute("ANALYZE callback_deliveries, payments")
+    if stands:
+        connection.execute(
+            "DELETE FROM callback_deliveries WHERE event_id = md5('REFUNDED' || %s)::uuid", [CARDS]
+        )
+    async with await database.connect("a") as own, own.transaction():
+        began = time.perf_counter()
+        cursor = await own.execute("SELECT paid_orders(%s)", [[ORDER]])
+        took_s = time.perf_counter() - began
+        assert await cursor.fetchone() == ([ORDER] if stands else [],)
+        cursor = await own.execute(READ)
+        ((scanned, fetched),) = await cursor.fetchall()
+    assert took_s < MOST_S
+    assert scanned == 0
+    assert fetched <= 3 * CARDS + 100
 
 
 async def test_as_many_as_may_be_are_claimed_in_parts_without_a_wait_and_never_more(

@@ -66,7 +66,7 @@ async def test_a_failed_that_comes_back_when_a_success_waits_frees_its_lane_at_o
         assert [c.status for c in await claim_some(own)] == ["SUCCESS"]
 
 
-async def test_a_refund_alone_on_record_supersedes(outbox: Outbox) -> None:
+async def test_a_refund_alone_on_record_supersedes_nothing(outbox: Outbox) -> None:
     """Its SUCCESS was before the outbox, and the read model does not know it."""
     charged = of(A, "a").charged()
     await outbox.log(*charged.facts)
@@ -74,7 +74,7 @@ async def test_a_refund_alone_on_record_supersedes(outbox: Outbox) -> None:
     refund = charged.refunded().facts[2:]
     await outbox.log(*refund)
     await outbox.log(*of(A, "b").declined().facts)
-    assert outbox.rows("status", "state") == [("REFUNDED", "excluded"), ("FAILED", "superseded")]
+    assert outbox.rows("status", "state") == [("REFUNDED", "excluded"), ("FAILED", "due")]
 
 
 async def test_a_success_that_is_not_wanted_supersedes_what_waits_at_once(outbox: Outbox) -> None:
@@ -125,8 +125,9 @@ async def test_an_outcome_that_is_not_wanted_waits_for_its_orders_lane(outbox: O
 
 
 async def test_redrive_leaves_what_is_final_and_the_time_of_what_is_due(outbox: Outbox) -> None:
-    await outbox.log(*of(A, "a").charged().refunded().facts, *of(A, "b").declined().facts)
-    await outbox.log(*of(B, "c").charged().facts)
+    paid = of(A, "a").charged()
+    await outbox.log(*paid.facts, *of(A, "b").declined().facts)
+    await outbox.log(*paid.refunded().facts[2:], *of(B, "c").charged().facts)
     c = outbox.connection
     c.execute("UPDATE callback_deliveries SET due_since = now() - interval '1 d'")
     c.execute(
@@ -139,8 +140,8 @@ async def test_redrive_leaves_what_is_final_and_the_time_of_what_is_due(outbox: 
     recent = "due_since > now() - interval '1 h'"
     assert outbox.rows("state", "finished_at IS NULL", recent) == [
         ("due", True, False),
-        ("excluded", False, False),
         ("superseded", False, False),
+        ("excluded", False, False),
         ("due", True, True),
     ]
 

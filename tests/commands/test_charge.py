@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 import psycopg
 import pytest
+from eventsourcing.persistence import StoredEvent
 
+from payments.commands import runs
 from payments.commands.charge import Charged
 from payments.commands.refund import RefundPayment
 from payments.deciding import RefundRequest, payment_id_for
@@ -21,7 +23,7 @@ from payments.errors import (
     TooBusy,
     Unavailable,
 )
-from payments.gateways import ProviderCharge
+from payments.gateways import NeverSent, OutcomeUnknown, ProviderCharge
 from payments.payment import Status
 from payments.queries.payments import get_payment
 from tests.commands.conftest import Make
@@ -36,7 +38,7 @@ from tests.doubles.gateway import (
     no_answer,
 )
 from tests.events.test_appender import LOCK, UNLOCK, waits_for_lock
-from tests.support import ORDER_ID, charge_of, stored_event, until
+from tests.support import ORDER_ID, charge_of, elapse, stored_event, until
 
 pytestmark = pytest.mark.anyio
 
@@ -133,6 +135,42 @@ async def test_the_key_with_another_request_while_the_first_is_running(make: Mak
     answered.set()
     assert first_answer(await first) == (Status.SUCCESS, False)
     assert first_answer(await repeated) == (Status.SUCCESS, True)
+
+
+async def test_another_client_is_told_at_once_that_the_key_is_taken(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the charge is running, while it is open, and when it is done: its run is not waited
+    for, and what became of the payment is not even read."""
+    answered = asyncio.Event()
+    gateway = ScriptedGateway(after(answered))
+    service = await make(gateway, charge_deadline_s=1.0, gateway_timeout_s=0.5)
+    other_process = await make(ScriptedGateway())
+    first = asyncio.create_task(service.charging.charge(charge_of("k", client="shop")))
+    await until(lambda: gateway.charges)
+
+    async def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was read")
+
+    async def is_refused() -> None:
+        for asked in (service, other_process):
+            with monkeypatch.context() as patched:
+                patched.setattr(asked.database, "fetch", never)
+                for amount_cents in (1500, 999):
+                    with pytest.raises(IdempotencyKeyReused) as refused:
+                        await asked.charging.charge(charge_of("k", amount_cents, client="else"))
+                    assert [error.field for error in refused.value.errors] == ["client"]
+                    assert str(refused.value).startswith("Another client has used this key.")
+
+    await is_refused()
+    assert (await first).payment.status is Status.PENDING
+    await is_refused()
+    answered.set()
+    await service.runs.drain(2)
+    await is_refused()
+    again = await service.charging.charge(charge_of("k", client="shop"))
+    assert first_answer(again) == (Status.SUCCESS, True)
+    assert len(gateway.charges) == 1
 
 
 async def test_32_at_once_with_one_key_are_one_capture(make: Make) -> None:
@@ -236,6 +274,112 @@ async def test_a_retry_whose_provider_is_down_is_still_pending(make: Make) -> No
     await asyncio.sleep(0.4)
     gateway.reachable = False
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
+
+
+@pytest.mark.parametrize("failure", [NeverSent, OutcomeUnknown], ids=lambda f: f.__name__)
+async def test_a_retry_that_learns_nothing_is_still_pending_and_sends_nothing(
+    make: Make, failure: type[Exception]
+) -> None:
+    gateway = ScriptedGateway(no_answer)
+    service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
+    await service.charging.charge(charge_of("k"))
+    await asyncio.sleep(0.4)
+    gateway.reachable, gateway.failure = False, failure
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
+    assert (len(gateway.charges), len(gateway.questions)) == (1, 1)
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "answered late"])
+async def test_nothing_is_sent_after_the_deadline(
+    make: Make,
+    connection: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    frozen: bool,
+) -> None:
+    """The store's answer comes too late: the request was, or is, told that nothing was sent."""
+    gateway = ScriptedGateway()
+    service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
+    append_intent = service.appender.append_intent
+
+    async def answered_late(event: StoredEvent) -> int:
+        position = await append_intent(event)
+        await elapse(0.5, frozen=frozen)
+        return position
+
+    with monkeypatch.context() as patched:
+        patched.setattr(service.appender, "append_intent", answered_late)
+        with pytest.raises(Unavailable):
+            await service.charging.charge(charge_of("k"))
+        await service.runs.drain(2)
+    assert gateway.charges == []
+    assert topics(connection, payment_id_for("k")) == ["PaymentInitiated"]
+    await asyncio.sleep(0.4)
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
+    assert len(gateway.captures) == 1
+
+
+async def test_nothing_is_sent_for_a_request_that_was_told_so(
+    make: Make, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before its deadline, since the store did not answer; then it does."""
+    monkeypatch.setattr(runs, "INTENT_PATIENCE_S", 0.2)
+    gateway = ScriptedGateway()
+    service = await make(gateway)
+    append_intent = service.appender.append_intent
+
+    async def answered_late(event: StoredEvent) -> int:
+        position = await append_intent(event)
+        await elapse(0.5, frozen=False)
+        return position
+
+    monkeypatch.setattr(service.appender, "append_intent", answered_late)
+    with pytest.raises(DatabaseUnavailable):
+        await service.charging.charge(charge_of("k"))
+    await service.runs.drain(2)
+    assert topics(connection, payment_id_for("k")) == ["PaymentInitiated"]
+    assert gateway.charges == []
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "answered late"])
+async def test_a_retry_sends_nothing_after_its_deadline(
+    make: Make, monkeypatch: pytest.MonkeyPatch, frozen: bool
+) -> None:
+    """The provider took so long to say that it does not know of the charge."""
+    gateway = ScriptedGateway(no_answer)
+    service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
+    await service.charging.charge(charge_of("k"))
+    await asyncio.sleep(0.4)
+
+    async def answered_late(payment_id: uuid.UUID, timeout_s: float) -> None:
+        await elapse(0.5, frozen=frozen)
+
+    monkeypatch.setattr(gateway, "find_charge", answered_late)
+    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
+    await service.runs.drain(2)
+    assert len(gateway.charges) == 1
+
+
+async def test_the_provider_has_what_is_left_of_the_deadline(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = ScriptedGateway()
+    service = await make(gateway, charge_deadline_s=2.0, gateway_timeout_s=1.9)
+    append_intent, charge, given_s = service.appender.append_intent, gateway.charge, []
+
+    async def slow(event: StoredEvent) -> int:
+        await asyncio.sleep(0.5)
+        return await append_intent(event)
+
+    async def look(asked: ProviderCharge, timeout_s: float) -> Any:
+        given_s.append(timeout_s)
+        return await charge(asked, timeout_s)
+
+    monkeypatch.setattr(gateway, "charge", look)
+    await service.charging.charge(charge_of("at once"))
+    monkeypatch.setattr(service.appender, "append_intent", slow)
+    await service.charging.charge(charge_of("later"))
+    assert given_s[0] == 1.9
+    assert given_s[1] <= 1.5
 
 
 async def test_a_provider_that_was_never_reached_is_unavailable(

@@ -24,6 +24,7 @@ from payments.errors import (
     RefundExceedsCapture,
     TooBusy,
 )
+from payments.gateways import NeverSent, OutcomeUnknown
 from payments.payment import Status
 from payments.service import Service
 from tests.commands.conftest import Make
@@ -37,7 +38,7 @@ from tests.doubles.gateway import (
     never_sent,
     no_answer,
 )
-from tests.support import charge_of, until
+from tests.support import charge_of, elapse, until
 
 pytestmark = pytest.mark.anyio
 
@@ -154,6 +155,19 @@ async def test_unknown_and_foreign_payments(make: Make) -> None:
     assert refunded.refund.client == "staff"
 
 
+@pytest.mark.parametrize("step", [approve, decline, no_answer], ids=lambda s: s.__name__)
+async def test_another_clients_key_says_nothing_of_its_refund(make: Make, step: Any) -> None:
+    """Whatever became of it: that another client has the key is all that is told."""
+    service = await charged(make, step)
+    with suppress(RefundDeclined):
+        await service.refunding.refund(refund_of(300, "a", client="staff"))
+    for amount_cents in (300, 301, None):
+        with pytest.raises(IdempotencyKeyReused) as reused:
+            await service.refunding.refund(refund_of(amount_cents, "a"))
+        assert [error.field for error in reused.value.errors] == ["client"]
+    assert len(gateway_of(service).refunds) == 1
+
+
 async def test_a_payment_of_another_provider(make: Make) -> None:
     await charged(make)
     other = ScriptedGateway()
@@ -230,6 +244,90 @@ async def test_a_retry_that_is_too_late_to_send_again_only_asks(make: Make) -> N
     await asyncio.sleep(FAST["charge_deadline_s"])
     again = await service.refunding.refund(refund_of(300, "a"))
     assert summary(again) == (Status.PENDING, 300, 0, Status.SUCCESS, True)
+    assert len(gateway_of(service).refunds) == 1
+
+
+@pytest.mark.parametrize("failure", [NeverSent, OutcomeUnknown], ids=lambda f: f.__name__)
+async def test_a_retry_that_learns_nothing_is_still_pending_and_sends_nothing(
+    make: Make, failure: type[Exception]
+) -> None:
+    service = await charged(make, no_answer, **FAST)
+    await service.refunding.refund(refund_of(300, "a"))
+    await asyncio.sleep(FAST["charge_deadline_s"])
+    gateway = gateway_of(service)
+    gateway.reachable, gateway.failure = False, failure
+    again = await service.refunding.refund(refund_of(300, "a"))
+    assert summary(again) == (Status.PENDING, 300, 0, Status.SUCCESS, True)
+    assert len(gateway.refund_questions) == len(gateway.refunds) == 1
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "answered late"])
+async def test_nothing_is_sent_after_the_deadline(
+    make: Make,
+    connection: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    frozen: bool,
+) -> None:
+    """The amount is reserved too late. The refund goes on when it is asked for again."""
+    service = await charged(make, **FAST)
+    append_intent = service.appender.append_intent
+
+    async def answered_late(event: StoredEvent) -> int:
+        position = await append_intent(event)
+        await elapse(0.5, frozen=frozen)
+        return position
+
+    with monkeypatch.context() as patched:
+        patched.setattr(service.appender, "append_intent", answered_late)
+        with suppress(TooBusy):
+            pending = await service.refunding.refund(refund_of(300, "a"))
+            assert pending.refund.status is Status.PENDING
+        await service.runs.drain(2)
+    assert gateway_of(service).refunds == []
+    assert topics(connection, PAYMENT)[2:] == ["RefundInitiated"]
+    await asyncio.sleep(FAST["charge_deadline_s"])
+    again = await service.refunding.refund(refund_of(300, "a"))
+    assert summary(again) == (Status.SUCCESS, 300, 300, Status.SUCCESS, True)
+    assert len(gateway_of(service).given_back) == 1
+
+
+async def test_nothing_is_sent_for_a_request_that_was_told_503(
+    make: Make, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its amount is reserved after all: settling, or a repetition, goes on with it."""
+    service = await charged(make)
+    monkeypatch.setattr(runs, "INTENT_PATIENCE_S", 0.2)
+    append_intent = service.appender.append_intent
+
+    async def answered_late(event: StoredEvent) -> int:
+        position = await append_intent(event)
+        await elapse(0.5, frozen=False)
+        return position
+
+    monkeypatch.setattr(service.appender, "append_intent", answered_late)
+    with pytest.raises(DatabaseUnavailable):
+        await service.refunding.refund(refund_of(300, "a"))
+    await service.runs.drain(2)
+    assert topics(connection, PAYMENT)[2:] == ["RefundInitiated"]
+    assert gateway_of(service).refunds == []
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "answered late"])
+async def test_a_retry_sends_nothing_after_its_deadline(
+    make: Make, monkeypatch: pytest.MonkeyPatch, frozen: bool
+) -> None:
+    """The provider took so long to say that it does not know of the refund."""
+    service = await charged(make, no_answer, **FAST)
+    await service.refunding.refund(refund_of(300, "a"))
+    await asyncio.sleep(FAST["charge_deadline_s"])
+
+    async def answered_late(refund: Any, timeout_s: float) -> None:
+        await elapse(0.5, frozen=frozen)
+
+    monkeypatch.setattr(gateway_of(service), "find_refund", answered_late)
+    again = await service.refunding.refund(refund_of(300, "a"))
+    assert summary(again) == (Status.PENDING, 300, 0, Status.SUCCESS, True)
+    await service.runs.drain(2)
     assert len(gateway_of(service).refunds) == 1
 
 

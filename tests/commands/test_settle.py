@@ -8,11 +8,13 @@ import msgspec
 import psycopg
 import pytest
 
+from payments.commands.settle import CALLS_MAX
 from payments.commands.settling import ABANDONED_MAX, pause_s
 from payments.deciding import payment_id_for
+from payments.gateways import NeverSent, OutcomeUnknown
 from payments.payment import Status
 from payments.service import Service
-from payments.unsettled import CLAIM, claim, forget, postpone
+from payments.unsettled import CLAIM, claim, claim_params, forget, postpone
 from tests.commands.conftest import Make
 from tests.commands.looking import gateway_of, topics
 from tests.commands.test_refund import refund_of
@@ -24,7 +26,7 @@ from tests.doubles.gateway import (
     never_sent,
     no_answer,
 )
-from tests.support import charge_of, until
+from tests.support import charge_of, elapse, until
 
 pytestmark = pytest.mark.anyio
 
@@ -391,6 +393,144 @@ async def test_a_provider_that_is_away(make: Make, connection: psycopg.Connectio
     assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentCharged"]
 
 
+unanswered = pytest.mark.parametrize(
+    "failure", [OutcomeUnknown, NeverSent], ids=lambda failure: failure.__name__
+)
+
+
+@unanswered
+async def test_a_question_without_an_answer_is_no_outcome_of_a_charge(
+    make: Make, connection: psycopg.Connection[Any], failure: type[Exception]
+) -> None:
+    service = await make(ScriptedGateway(answer_lost), **SOON)
+    await service.charging.charge(charge_of("k"))
+    await age(connection, 10_000)
+    gateway = gateway_of(service)
+    gateway.reachable, gateway.failure = False, failure
+    await settle(service, connection)
+    assert len(gateway.questions) == 1
+    assert topics(connection, PAYMENT) == ["PaymentInitiated"]
+    assert unsettled_kinds(connection) == {"charge"}
+    gateway.reachable = True
+    await settle(service, connection)
+    assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentCharged"]
+
+
+@unanswered
+async def test_a_question_without_an_answer_ends_no_watch(
+    make: Make, connection: psycopg.Connection[Any], failure: type[Exception]
+) -> None:
+    """However long the abandonment is over: a capture that nobody saw would stay with us."""
+    service = await abandoned(make, connection)
+    capture_late(service)
+    await age(connection, 48 * 3600)
+    gateway = gateway_of(service)
+    gateway.reachable, gateway.failure = False, failure
+    await settle(service, connection)
+    assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
+    assert unsettled_kinds(connection) == {"abandoned"}
+    gateway.reachable = True
+    await settle(service, connection)
+    assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound", "LateCaptureReturned"]
+
+
+@unanswered
+async def test_a_question_without_an_answer_is_no_outcome_of_a_refund(
+    make: Make, connection: psycopg.Connection[Any], failure: type[Exception]
+) -> None:
+    """Neither a refusal nor a reason to send it again."""
+    service = await make(ScriptedGateway(refund_script=[answer_lost]), **FAST)
+    await service.charging.charge(charge_of("k"))
+    await service.refunding.refund(refund_of(300, "a"))
+    await asyncio.sleep(FAST["charge_deadline_s"])
+    gateway = gateway_of(service)
+    gateway.reachable, gateway.failure = False, failure
+    await settle(service, connection)
+    assert len(gateway.refund_questions) == len(gateway.refunds) == 1
+    assert topics(connection, PAYMENT)[2:] == ["RefundInitiated"]
+    assert unsettled_kinds(connection) == {"refund"}
+    gateway.reachable = True
+    await settle(service, connection)
+    assert topics(connection, PAYMENT)[2:] == ["RefundInitiated", "PaymentRefunded"]
+
+
+@unanswered
+async def test_a_question_without_an_answer_is_no_outcome_of_sending_a_late_capture_back(
+    make: Make, connection: psycopg.Connection[Any], failure: type[Exception]
+) -> None:
+    service = await abandoned(make, connection, answer_lost)
+    capture_late(service)
+    await settle(service, connection)
+    gateway = gateway_of(service)
+    gateway.reachable, gateway.failure = False, failure
+    await settle(service, connection)
+    assert len(gateway.refunds) == 1
+    assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound"]
+    assert unsettled_kinds(connection) == {"late_capture"}
+    gateway.reachable = True
+    await settle(service, connection)
+    assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound", "LateCaptureReturned"]
+
+
+@pytest.mark.parametrize("step", [no_answer, answer_lost, never_sent], ids=lambda s: s.__name__)
+async def test_a_refund_that_is_sent_again_without_an_answer_stays_open(
+    make: Make, connection: psycopg.Connection[Any], step: Any
+) -> None:
+    service = await make(ScriptedGateway(refund_script=[no_answer, step]), **FAST)
+    await service.charging.charge(charge_of("k"))
+    await service.refunding.refund(refund_of(300, "a"))
+    await asyncio.sleep(FAST["charge_deadline_s"])
+    await settle(service, connection)
+    assert len(gateway_of(service).refunds) == 2
+    assert topics(connection, PAYMENT)[2:] == ["RefundInitiated"]
+    assert unsettled_kinds(connection) == {"refund"}
+    await settle(service, connection)
+    assert topics(connection, PAYMENT)[2:] == ["RefundInitiated", "PaymentRefunded"]
+    assert len(gateway_of(service).given_back) == 1
+
+
+async def test_nothing_is_sent_when_an_attempt_has_taken_too_long(
+    make: Make, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then another process may be at it. What the provider said is recorded all the same."""
+    service = await abandoned(make, connection)
+    capture_late(service)
+    gateway = gateway_of(service)
+
+    async def answered_late(payment_id: uuid.UUID, timeout_s: float) -> Any:
+        await elapse(CALLS_MAX * FAST["gateway_timeout_s"] + 0.1, frozen=True)
+        return gateway.outcomes[payment_id]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gateway, "find_charge", answered_late)
+        await settle(service, connection)
+    assert gateway.refunds == []
+    assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound"]
+    await settle(service, connection)
+    assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound", "LateCaptureReturned"]
+
+
+async def test_no_refund_is_sent_again_when_an_attempt_has_taken_too_long(
+    make: Make, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = await make(ScriptedGateway(refund_script=[no_answer]), **FAST)
+    await service.charging.charge(charge_of("k"))
+    await service.refunding.refund(refund_of(300, "a"))
+    await asyncio.sleep(FAST["charge_deadline_s"])
+    gateway = gateway_of(service)
+
+    async def answered_late(refund: Any, timeout_s: float) -> None:
+        await elapse(CALLS_MAX * FAST["gateway_timeout_s"] + 0.1, frozen=True)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gateway, "find_refund", answered_late)
+        await settle(service, connection)
+    assert len(gateway.refunds) == 1
+    assert topics(connection, PAYMENT)[2:] == ["RefundInitiated"]
+    await settle(service, connection)
+    assert topics(connection, PAYMENT)[2:] == ["RefundInitiated", "PaymentRefunded"]
+
+
 async def test_one_process_at_a_time_asks_about_a_payment(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
@@ -422,7 +562,7 @@ async def test_a_claim_that_came_too_late_changes_nothing(
     attempt = asyncio.create_task(settle(service, connection))
     await frozen.wait()
     connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
-    connection.execute(CLAIM, {"limit": 1, "lease_s": 1000, "abandoned": False})
+    connection.execute(CLAIM, claim_params(1, 1000))
     before = connection.execute("SELECT * FROM unsettled_payments").fetchall()
     go_on.set()
     await attempt
@@ -560,8 +700,8 @@ async def test_a_row_that_came_anew_is_not_taken_for_the_one_before(
     await forget(service.database, frozen)
     await postpone(service.database, frozen, 1000)
     assert unsettled(connection) == [("refund", 1)]
-    await forget(service.database, other)
-    assert unsettled(connection) == []
+    await postpone(service.database, other, 1000)
+    assert 990 < due_in_s(connection) <= 1000
 
 
 async def test_it_runs_by_itself(make: Make, connection: psycopg.Connection[Any]) -> None:

@@ -260,6 +260,30 @@ def test_callbacks_begin_with_the_first_start_that_has_an_address(
         assert orders.counts["accepted"] == 4
 
 
+def test_a_charge_that_is_given_up_after_the_orders_money_went_back_is_told(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    orders: OrderServiceProcess,
+    tmp_path: Path,
+) -> None:
+    """Order Service has left the order open: the charge was answered 202."""
+    settings = calling(address, orders)
+    order = {"merchant_order_id": str(uuid.uuid4())}
+    with ServiceProcess(tmp_path, **settings) as service, httpx.Client() as client:
+        first = service.charge(client, "first", **order).json()
+        body = {"payment_id": first["id"]}
+        assert client.post(f"{service.url}/v1/refund", json=body).json()["status"] == "REFUNDED"
+    settings["SIMULATED_FAULTS"] = "charge:timeout"
+    with ServiceProcess(tmp_path, **settings) as service, httpx.Client() as client:
+        second = service.charge(client, "second", **order)
+        assert (second.status_code, second.json()["status"]) == (202, "PENDING")
+        eventually(lambda: nothing_open(connection) and nothing_due(connection))
+    told = [(request.outcome, request.get("payment_id")) for request in orders.requests]
+    assert told == [("SUCCESS", first["id"]), ("FAILED", second.json()["id"])]
+    report = check_callbacks(connection, received=orders.requests)
+    assert report.states == {"delivered": 2, "excluded": 1}
+
+
 def test_a_dead_letter_is_seen_and_sent_again(
     address: DatabaseAddress,
     connection: psycopg.Connection[Any],

@@ -42,6 +42,7 @@ class ScriptedGateway:
         self.given_back: list[UUID] = []  # refund ids
         self.refund_outcomes: dict[UUID, Approved | Declined] = {}  # by refund id
         self.reachable = True
+        self.failure: type[Exception] = NeverSent  # of questions while it is not reachable
 
     async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined:
         self.charges.append(charge)
@@ -50,7 +51,7 @@ class ScriptedGateway:
     async def find_charge(self, payment_id: UUID, timeout_s: float) -> Approved | Declined | None:
         self.questions.append(payment_id)
         if not self.reachable:
-            raise NeverSent("scripted")
+            raise self.failure("scripted")
         return self.outcomes.get(payment_id)
 
     async def refund(self, refund: ProviderRefund, timeout_s: float) -> Approved | Declined:
@@ -62,7 +63,7 @@ class ScriptedGateway:
     ) -> Approved | Declined | None:
         self.refund_questions.append(refund.refund_id)
         if not self.reachable:
-            raise NeverSent("scripted")
+            raise self.failure("scripted")
         return self.refund_outcomes.get(refund.refund_id)
 
     async def close(self) -> None:

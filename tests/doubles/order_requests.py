@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,12 @@ def read_log(path: Path) -> list[Request]:
     return [requests[number] for number in sorted(requests)]
 
 
-def findings(requests: Iterable[Request]) -> list[str]:
+def findings(requests: Iterable[Request], refunded: Collection[Any] = ()) -> list[str]:
     """Everything that a sound sender would not have done, or would not have let happen.
 
-    REFUNDED for a confirmed order is none: it is sent to a receiver that wants it.
+    REFUNDED for a confirmed order is none: it is sent to a receiver that wants it. Neither is a
+    FAILED once all that was paid for the order went back: `refunded` are the ids of payments of
+    which the whole amount did, whether or not the receiver was told.
     """
     requests = list(requests)
     orders, payments = defaultdict(list), defaultdict(list)
@@ -79,7 +81,8 @@ def findings(requests: Iterable[Request]) -> list[str]:
             payments[request.get("payment_id")].append(request)
     found: list[str] = []
     for order_id, sent in orders.items():
-        about = [*_tickets(sent), *_broken(sent), *_overlaps(sent), *_failed_after_success(sent)]
+        about = [*_tickets(sent), *_broken(sent, refunded), *_overlaps(sent)]
+        about += _failed_after_success(sent, refunded)
         found += [f"order {order_id}: {text}" for text in about]
     for payment_id, sent in payments.items():
         found += [f"payment {payment_id}: {text}" for text in _out_of_order(sent)]
@@ -94,9 +97,11 @@ def _tickets(sent: list[Request]) -> Iterator[str]:
         yield f"tickets issued {len(issuing)} times, by requests {', '.join(issuing)}"
 
 
-def _broken(sent: list[Request]) -> Iterator[str]:
+def _broken(sent: list[Request], refunded: Collection[Any]) -> Iterator[str]:
+    paid = [each.done for each in sent if each.effect is not None and _is_money(each, refunded)]
     for request in sent:
-        if request.effect == "broken" and request.outcome != "REFUNDED":
+        was_paid = any(done <= request.done for done in paid)
+        if was_paid and request.effect == "broken" and request.outcome != "REFUNDED":
             yield f"it was confirmed, and request {request.number} ({request.outcome}) broke it"
 
 
@@ -111,12 +116,17 @@ def _overlaps(sent: list[Request]) -> Iterator[str]:
             last, end = request.number, finished
 
 
-def _failed_after_success(sent: list[Request]) -> Iterator[str]:
+def _is_money(request: Request, refunded: Collection[Any]) -> bool:
+    """It tells of a payment that did not go back."""
+    return request.outcome == "SUCCESS" and request.get("payment_id") not in refunded
+
+
+def _failed_after_success(sent: list[Request], refunded: Collection[Any]) -> Iterator[str]:
     success = None
     for request in sent:
         if success is not None and request.outcome == "FAILED":
             yield f"request {request.number} is FAILED after {success} (SUCCESS) was accepted"
-        if success is None and request.accepted and request.outcome == "SUCCESS":
+        if success is None and request.accepted and _is_money(request, refunded):
             success = request.number
 
 

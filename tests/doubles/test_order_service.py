@@ -17,7 +17,7 @@ from tests.doubles.controlled import ROOT
 from tests.doubles.order_client import KEY, SECRET, Client, event, message, post, signed
 from tests.doubles.order_faults import FaultKind
 from tests.doubles.order_receiver import CERTIFICATE
-from tests.doubles.order_requests import CALLBACK_PATH
+from tests.doubles.order_requests import CALLBACK_PATH, findings
 from tests.doubles.order_service import Fault, Options, OrderService, OrderServiceProcess
 
 pytestmark = pytest.mark.anyio
@@ -201,6 +201,20 @@ class TestFindings:
         content = event()
         await post(orders, content, content | {"status": "REFUNDED", "sequence": 4})
         assert orders.findings() == []
+
+    async def test_a_failed_for_an_order_whose_money_went_back_is_no_finding(
+        self, orders: OrderService
+    ) -> None:
+        first = event()
+        second = event(order_id=first["order_id"])
+        await post(orders, first, event("FAILED", order_id=first["order_id"]))
+        assert len(findings(orders.requests)) == 2
+        assert findings(orders.requests, {second["payment_id"]}) == findings(orders.requests)
+        assert findings(orders.requests, {first["payment_id"]}) == []
+        await post(orders, second, event("FAILED", order_id=first["order_id"]))
+        assert findings(orders.requests, {first["payment_id"]}) == [
+            f"order {first['order_id']}: request 3 is FAILED after 2 (SUCCESS) was accepted"
+        ]
 
     @pytest.mark.parametrize("kind", ["hang", "slow"])
     @pytest.mark.parametrize("leaves", [True, False])

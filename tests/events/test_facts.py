@@ -127,6 +127,14 @@ def nullable_fields(fact: type[Fact]) -> set[str]:
     return {name for name, hint in get_type_hints(fact).items() if type(None) in get_args(hint)}
 
 
+def widened(value: Any, added: Any) -> Any:
+    """With two more fields in every object, however deep."""
+    if isinstance(value, dict):
+        fields = {name: widened(field, added) for name, field in value.items()}
+        return {"added_first": added, **fields, "added_last": added}
+    return [widened(each, added) for each in value] if isinstance(value, list) else value
+
+
 CURRENT = [name for name in EXPECTED if f".v{current_version(FACTS[topic_of(name)])}" in name]
 # The file of each version of each fact in which no field is null.
 COMPLETE = [name for name in EXPECTED if name.count(".") == 1]
@@ -142,6 +150,15 @@ class TestGolden:
     @pytest.mark.parametrize("name", EXPECTED)
     def test_these_bytes_decode(self, name: str) -> None:
         assert decode(topic_of(name), golden(name)) == EXPECTED[name]
+
+    @pytest.mark.parametrize("name", EXPECTED)
+    @pytest.mark.parametrize(
+        "added", [None, CANARY, 7391.5, [7391], {"amount_cents": {"deeper": [{"client": None}]}}]
+    )
+    def test_what_a_newer_version_added_is_passed_over(self, name: str, added: Any) -> None:
+        """It may add fields without raising schema_version."""
+        state = json.dumps(widened(json.loads(golden(name)), added)).encode()
+        assert decode(topic_of(name), state) == EXPECTED[name]
 
     def test_every_version_of_every_fact_has_its_files(self) -> None:
         needed = {

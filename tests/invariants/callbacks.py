@@ -24,7 +24,7 @@ POSITION = "SELECT position FROM followers WHERE name = 'callbacks'"
 
 DELIVERIES = """
 SELECT event_id, position, order_id, payment_id, sequence, status, amount_cents, currency,
-       occurred_at, state, attempts, finished_at
+       occurred_at, state, attempts, finished_at, enqueued_at
   FROM callback_deliveries
 """
 
@@ -65,6 +65,7 @@ class Row(NamedTuple):
     state: str
     attempts: int  # that count
     finished_at: datetime | None
+    enqueued_at: datetime
 
 
 class Lane(NamedTuple):
@@ -131,13 +132,15 @@ def check_callbacks(
     found = [
         *_one_row_each(stored, first_position, statuses),
         *_states(stored),
+        *_money(stored),
         *_attempts(stored),
         *_lanes(stored),
         *(_open(stored) if settled else ()),
     ]
     if received is not None:
         requests = sorted(received, key=lambda request: request.arrived)
-        found += [*_received(stored, requests, settled), *findings(requests)]
+        refunded = {str(each.payment_id) for each in stored.outcomes if each.status == "REFUNDED"}
+        found += [*_received(stored, requests, settled), *findings(requests, refunded)]
     assert not found, _text(found)
     return CallbackReport(
         Counter(row.state for row in stored.rows.values()),
@@ -220,12 +223,49 @@ def _one_row_each(stored: _Stored, first_position: int, statuses: Collection[str
 
 
 def _states(stored: _Stored) -> Iterator[str]:
-    paid = {outcome.order_id for outcome in stored.outcomes if outcome.status != "FAILED"}
-    for outcome, state, _, finished_at in stored.rows.values():
+    for outcome, state, _, finished_at, _ in stored.rows.values():
         if (finished_at is None) != (state == "due"):
             yield f"{outcome.event_id} is {state} and was finished at {finished_at}"
-        if state == "superseded" and (outcome.status != "FAILED" or outcome.order_id not in paid):
-            yield f"{outcome.status} of order {outcome.order_id} is superseded by nothing"
+
+
+def _money(stored: _Stored) -> Iterator[str]:
+    """A FAILED is superseded if, and only if, its order had money while it waited to be sent: a
+    payment with a SUCCESS whose whole amount had not gone back.
+
+    What was superseded stays so, whatever goes back later. When the money came, and whether it went
+    back, is not known to the moment: of a SUCCESS it is certain that it was there if it was written
+    down before the FAILED and never went back.
+    """
+    refunded = {
+        outcome.payment_id: outcome.position
+        for outcome in stored.outcomes
+        if outcome.status == "REFUNDED"
+    }
+    paid = defaultdict(list)
+    for outcome in stored.outcomes:
+        if outcome.status == "SUCCESS":
+            paid[outcome.order_id].append(outcome)
+    for row in stored.rows.values():
+        failed = row.outcome
+        if row.state == "superseded" and not (
+            failed.status == "FAILED"
+            and any(
+                refunded.get(each.payment_id, failed.position + 1) > failed.position
+                for each in paid[failed.order_id]
+            )
+        ):
+            yield f"{failed.status} of order {failed.order_id} is superseded by nothing"
+        if failed.status != "FAILED" or row.state in ("superseded", "excluded"):
+            continue
+        for each in paid[failed.order_id]:
+            written = stored.rows.get(each.event_id)
+            if (
+                each.payment_id not in refunded
+                and each.position < failed.position
+                and written is not None
+                and written.enqueued_at <= row.enqueued_at
+            ):
+                yield f"FAILED of order {failed.order_id} is {row.state}, and {each} is its money"
 
 
 def _attempts(stored: _Stored) -> Iterator[str]:

@@ -22,7 +22,7 @@ from tests.doubles.order_service import Fault, OrderService
 from tests.invariants.callbacks import CallbackReport, check_callbacks
 from tests.support import History, until
 
-PAID, LOST, GONE, TWICE = (uuid.UUID(int=number, version=4) for number in range(4))
+PAID, LOST, GONE, TWICE, BACK, KEPT = (uuid.UUID(int=n, version=4) for n in range(6))
 
 
 class Told(NamedTuple):
@@ -51,9 +51,13 @@ async def tell(address: DatabaseAddress) -> list[Request]:
                 *History("lost", order_id=LOST).declined().facts,
                 *History("gone", order_id=GONE).charged().facts,
                 *History("first", order_id=TWICE).declined().facts,
+                *History("back", order_id=BACK).charged().refunded().facts,
+                *History("again", order_id=BACK).declined().facts,
+                *History("kept", order_id=KEPT).charged().refunded("r", 500).facts,
+                *History("other", order_id=KEPT).declined().facts,
             )
             dispatcher.wake()
-            await until(lambda: len(outbox.attempts()) == 4)
+            await until(lambda: len(outbox.attempts()) == 7)
             await outbox.log(
                 *History("second", order_id=TWICE).charged().facts,
                 *History("third", order_id=TWICE).charged().facts,
@@ -89,7 +93,7 @@ def received(told: Told) -> list[Request]:
 
 def test_all_is_well(draft: psycopg.Connection[Any], received: list[Request]) -> None:
     assert check_callbacks(draft, received=received) == CallbackReport(
-        Counter(delivered=4, dead=1, superseded=1, excluded=1), 6
+        Counter(delivered=7, dead=1, superseded=2, excluded=2), 9
     )
 
 
@@ -118,6 +122,7 @@ LANE = (
 )
 DELIVERED, DEAD = "state = 'delivered'", "state = 'dead'"
 OF_PAID = f"status = 'SUCCESS' AND order_id = '{PAID}'"
+FAILED_OF = "status = 'FAILED' AND order_id ="
 COLUMNS = (
     "position, order_id, payment_id, sequence, status, amount_cents, currency, occurred_at,"
     " state, attempts, finished_at"
@@ -170,6 +175,14 @@ def tried(state: str, outcome: str) -> str:
         (
             "UPDATE callback_deliveries SET state = 'superseded' WHERE status = 'FAILED'",
             f"FAILED of order {LOST} is superseded by nothing",
+        ),
+        (
+            f"UPDATE callback_deliveries SET state = 'superseded' WHERE {FAILED_OF} '{BACK}'",
+            f"FAILED of order {BACK} is superseded by nothing",
+        ),
+        (
+            f"UPDATE callback_deliveries SET state = 'dead' WHERE {FAILED_OF} '{KEPT}'",
+            f"FAILED of order {KEPT} is dead, and Outcome.* is its money",
         ),
         (
             f"UPDATE callback_deliveries SET state = 'superseded' WHERE {OF_PAID}",
@@ -297,7 +310,9 @@ def test_what_is_excluded_must_not_come(
     draft: psycopg.Connection[Any], received: list[Request]
 ) -> None:
     ((event_id, sequence, occurred_at),) = draft.execute(
-        "SELECT event_id, sequence, occurred_at FROM callback_deliveries WHERE state = 'excluded'"
+        "SELECT event_id, sequence, occurred_at FROM callback_deliveries"
+        " WHERE state = 'excluded' AND order_id = %s",
+        [PAID],
     )
     told = repeat(received, of(received, PAID)[0])
     happened = occurred_at.isoformat().replace("+00:00", "Z")

@@ -260,7 +260,8 @@ def test_claiming_what_is_due_reads_no_more_than_it_claims(
             [due],
         )
         on_big.execute("ANALYZE unsettled_payments")
-        plan = Plan(on_big, unsettled.CLAIM, {"limit": 20, "lease_s": 10, "abandoned": abandoned})
+        params = unsettled.claim_params(20, 10, abandoned=abandoned)
+        plan = Plan(on_big, unsettled.CLAIM, params)
         assert "unsettled_payments_due" in plan.indexes
         assert plan.scanned == set()
         assert plan.looked_at <= 200

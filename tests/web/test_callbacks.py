@@ -15,6 +15,7 @@ from payments.errors import StartError
 from payments.service import Service
 from payments.settings import ApiKey, Settings
 from tests.doubles.order_service import Fault, OrderService
+from tests.invariants.callbacks import check_callbacks, is_followed, nothing_due
 from tests.support import History, append, until
 from tests.web.test_operations import gauge
 
@@ -63,6 +64,38 @@ async def test_a_charge_is_called_back_and_shows_it(
     assert (told["payment_id"], told["event_id"]) == (charged["id"], shown["event_id"])
     assert all(uuid.UUID(told[name]).version == 4 for name in ("payment_id", "event_id"))
     assert await gauge(client, 'payments_callback_attempts_total{outcome="delivered"}') == 1
+
+
+async def test_an_order_that_was_refunded_and_charged_again_is_told_how_that_ended(
+    client: httpx.AsyncClient, orders: OrderService, connection: psycopg.Connection[Any]
+) -> None:
+    """And of a charge that fails while the order has money it is not told."""
+
+    async def charge(key: str, amount_cents: int) -> dict[str, Any]:
+        body = BODY | {"amount_cents": amount_cents}
+        answer = await client.post("/v1/charge", json=body, headers={"Idempotency-Key": key})
+        assert answer.status_code == 201
+        charged: dict[str, Any] = answer.json()
+        return charged
+
+    async def refund(payment: dict[str, Any], key: str, **amount: int) -> None:
+        body = {"payment_id": payment["id"]} | amount
+        answer = await client.post("/v1/refund", json=body, headers={"Idempotency-Key": key})
+        assert answer.status_code == 201
+
+    first = await charge("first", 1500)
+    await refund(first, "a part", amount_cents=500)
+    await until(lambda: is_followed(connection))
+    kept = await charge("a part is still there", 1507)
+    await until(lambda: is_followed(connection))
+    await refund(first, "the rest")
+    second = await charge("second", 1507)
+    assert (kept["status"], second["status"]) == ("FAILED", "FAILED")
+    await until(lambda: nothing_due(connection))
+    report = check_callbacks(connection, received=orders.requests)
+    assert report.states == {"delivered": 2, "excluded": 1, "superseded": 1}
+    told = [(request.outcome, request.get("payment_id")) for request in orders.requests]
+    assert told == [("SUCCESS", first["id"]), ("FAILED", second["id"])]
 
 
 async def test_a_payment_that_is_not_there_has_no_callbacks(client: httpx.AsyncClient) -> None:
@@ -129,6 +162,19 @@ async def test_what_is_due_for_long_degrades_a_process_that_only_answers_as_well
     )
     assert await service.reach_database() == "degraded"
     await service.stop(1)
+
+
+async def test_what_is_due_since_a_time_to_come_has_no_age(
+    client: httpx.AsyncClient, orders: OrderService, connection: psycopg.Connection[Any]
+) -> None:
+    """The database's clock was ahead when it was written, and was set back."""
+    orders.script(Fault("500", count=None))
+    assert (await client.post("/v1/charge", json=BODY, headers=KEYED)).status_code == 201
+    await until(lambda: is_followed(connection))
+    connection.execute("UPDATE callback_deliveries SET due_since = now() + interval '1 h'")
+    assert await gauge(client, "payments_callbacks_due") == 1
+    assert await gauge(client, "payments_callbacks_oldest_age_seconds") == 0
+    assert (await client.get("/health")).json()["callbacks"] == "ok"
 
 
 async def test_without_an_address_nobody_is_called_back(

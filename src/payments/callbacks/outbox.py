@@ -1,7 +1,7 @@
 """The outbox as the dispatcher uses it: claim what is due, record what came of it, and the rest.
 
-The two statements that matter are functions of the database, claim_callbacks and record_callbacks
-in migrations/0003; they are called on a connection in autocommit mode, a transaction each.
+The two statements that matter are functions of the database, claim_callbacks in migrations/0010 and
+record_callbacks in 0003; they are called on a connection in autocommit mode, a transaction each.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ SELECT DISTINCT order_id, true FROM callback_deliveries
 RETURNING order_id
 """
 
-# But for a FAILED whose order has a SUCCESS.
+# But for a FAILED whose order is paid.
 REDRIVE = """
 UPDATE callback_deliveries
    SET state = 'due', attempts = 0, finished_at = NULL,
@@ -61,15 +61,32 @@ CLOSE_LANES = """
 SELECT close_callback_lanes(%b::uuid[])
 """
 
-# Some at a time. The attempts of what is kept are kept as well.
+# Some at a time. The attempts of what is kept are kept as well. What was finished while the clock
+# was ahead has a time that is yet to come, and nobody knows the right one: it goes with what comes
+# behind it in the log. Not clock_timestamp(): the index cannot be searched for what changes
+# meanwhile, and all that is finished would be read.
 PRUNE = """
-WITH pruned AS (
-    DELETE FROM callback_deliveries WHERE event_id IN (
-        SELECT event_id FROM callback_deliveries
-         WHERE state IN ('delivered', 'superseded', 'excluded')
-           AND finished_at < clock_timestamp() - make_interval(days => %b)
-         ORDER BY finished_at LIMIT %b
-           FOR UPDATE SKIP LOCKED) -- it may be redriven this moment
+WITH old AS (
+    SELECT event_id, position FROM callback_deliveries
+     WHERE state IN ('delivered', 'superseded', 'excluded')
+       AND finished_at < now() - make_interval(days => %(days)b)
+     ORDER BY finished_at LIMIT %(most)b
+       FOR UPDATE SKIP LOCKED -- it may be redriven this moment
+), ahead AS (
+    SELECT event_id FROM callback_deliveries
+     WHERE state IN ('delivered', 'superseded', 'excluded')
+       AND finished_at > now() + interval '1 minute'
+       AND event_id IN (
+           SELECT first.event_id FROM (
+                  SELECT event_id, position FROM callback_deliveries
+                   WHERE state IN ('delivered', 'superseded', 'excluded')
+                     AND finished_at > now() + interval '1 minute'
+                   ORDER BY finished_at LIMIT %(most)b) AS first
+            WHERE first.position < (SELECT max(position) FROM old))
+       FOR UPDATE SKIP LOCKED
+), pruned AS (
+    DELETE FROM callback_deliveries
+     WHERE event_id IN (SELECT event_id FROM old UNION ALL SELECT event_id FROM ahead)
     RETURNING event_id
 ), attempts AS (
     DELETE FROM callback_attempts USING pruned WHERE callback_attempts.event_id = pruned.event_id
@@ -173,8 +190,8 @@ async def redrive(
 ) -> list[UUID]:
     """Makes deliveries due, now and with all their attempts before them; returns which.
 
-    What is superseded or excluded stays so, and a FAILED whose order has a SUCCESS is not sent. In
-    its order's lane each waits for what is due before it.
+    What is superseded or excluded stays so, and a FAILED whose order is paid is not sent. In its
+    order's lane each waits for what is due before it.
     """
     events = uuids(event_ids)
     async with connection.transaction():
@@ -188,7 +205,8 @@ async def redrive(
 
 async def prune(connection: psycopg.AsyncConnection[Any], older_than_days: int, most: int) -> int:
     """Forgets what was finished so long ago, but for what is dead; returns how many."""
-    cursor = await connection.execute(PRUNE.encode(), [older_than_days, most])
+    params = {"days": older_than_days, "most": most}
+    cursor = await connection.execute(PRUNE.encode(), params)
     row = await cursor.fetchone()
     assert row is not None
     return int(row[0])

@@ -4,31 +4,38 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
+from uuid import UUID
 
 import click
-import psycopg
 
+from payments.cli.exits import FINDINGS, one_is_a_finding
 from payments.cli.output import one_line
 from payments.cli.processes import begin, with_database
 from payments.cli.progress import Progress
-from payments.database import reason_of
-from payments.errors import PaymentsError, StartError
+from payments.database import Database
+from payments.errors import StartError
 from payments.projections.comparison import Comparison, Difference, Unreadable
+from payments.projections.parked import needlessly_parked
+from payments.queries.guards import broken_guards
 from payments.queries.verification import (
     Finding,
+    Head,
     NoExport,
     Place,
     Verification,
+    another_log,
+    log_id,
+    log_id_in,
     missing_seals,
     newest_head,
     places_in,
     places_of,
+    shared_captures,
 )
 from payments.service import open_database
 from payments.snapshot import Snapshot
 
 SHOWN_MAX = 100  # findings of each kind; all are counted
-FINDINGS, COULD_NOT_CHECK = 1, 2
 PROGRESS_EVERY = 10_000  # events
 NAME = "payments audit"
 
@@ -40,25 +47,32 @@ def audit() -> None:
 
 @audit.command("head")
 def print_head() -> None:
-    """Print the newest sealed position and its hash, POSITION:HASH.
+    """Print the newest sealed position and its hash, POSITION:HASH; on stderr, the log's id.
 
-    Keep it where nobody who can write to the database can: `payments audit verify --head` later
-    proves that nothing up to that position was altered since.
+    Keep both where nobody who can write to the database can: `payments audit verify` with --head
+    and --log later proves that nothing up to that position was altered since.
     """
-    with open_database(begin(), migrating=False) as address:
-        head = with_database(address, newest_head)
+
+    async def read(database: Database) -> tuple[Head | None, UUID | None]:
+        return await newest_head(database), await log_id(database)
+
+    with open_database(begin(), to="read") as address:
+        head, id = with_database(address, read)
     if head is None:
         raise StartError("nothing is sealed yet: `payments serve` or `payments work` does it")
     click.echo(str(head))
+    click.echo(f"the head of log {id}", err=True)
 
 
 def _heads(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[int, bytes]:
-    heads = {}
+    heads: dict[int, bytes] = {}
     for value in values:
         match = re.fullmatch(r"\s*([0-9]{1,18}):([0-9a-fA-F]{64})\s*", value)
         if match is None or int(match[1]) == 0:
             raise click.BadParameter(f"{value!r} is not what `payments audit head` prints")
-        heads[int(match[1])] = bytes.fromhex(match[2])
+        position, hash = int(match[1]), bytes.fromhex(match[2])
+        if heads.setdefault(position, hash) != hash:
+            raise click.BadParameter(f"there are two for position {position}: check each by itself")
     return heads
 
 
@@ -72,33 +86,41 @@ def _heads(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
     help="What `payments audit head` once printed; may be given several times.",
 )
 @click.option(
+    "--log",
+    "log",
+    metavar="ID",
+    type=click.UUID,
+    help="The log that is meant, by its id, which `payments audit head` prints on stderr.",
+)
+@click.option(
     "--export",
     type=click.File("rb"),
     metavar="FILE",
     help="Check this output of `payments replay`, and no database. - is stdin.",
 )
-def verify(heads: dict[int, bytes], export: BinaryIO | None) -> None:
+def verify(heads: dict[int, bytes], log: UUID | None, export: BinaryIO | None) -> None:
     """Recompute the chain of seals over the whole log, and compare the tables with the log.
+
+    And look whether this is the log that is meant, whether what keeps it from being altered is in
+    place, whether two payments name one capture, and whether payments are parked without a reason.
 
     Exit code 0: nothing was found. 1: something was; each finding is a line. 2: it could not be
     checked. Events that are not sealed yet, and tables that lag behind, are no findings.
     """
-    try:
-        found = _verify_export(export, heads) if export is not None else _verify_database(heads)
-    except (StartError, PaymentsError, NoExport) as error:
-        reason = str(error)
-    except psycopg.Error as error:
-        reason = f"the database: {reason_of(error)}"
+    one_is_a_finding()
+    if export is None:
+        found = _verify_database(heads, log)
+    elif log is None:
+        found = _verify_export(export, heads)
     else:
-        click.echo(f"findings: {found}" if found else "nothing was found")
-        sys.exit(FINDINGS if found else 0)
-    click.echo(f"payments: could not check: {one_line(reason)}", err=True)
-    sys.exit(COULD_NOT_CHECK)
+        raise click.UsageError("an export has no --log: it does not say which log it is of")
+    click.echo(f"findings: {found}" if found else "nothing was found")
+    sys.exit(FINDINGS if found else 0)
 
 
-def _verify_database(heads: dict[int, bytes]) -> int:
+def _verify_database(heads: dict[int, bytes], log: UUID | None) -> int:
     with (
-        open_database(begin(), migrating=False) as address,
+        open_database(begin(), to="read") as address,
         Snapshot(address, NAME) as snapshot,
     ):
         verification, comparison = Verification(heads), Comparison(snapshot)
@@ -106,9 +128,14 @@ def _verify_database(heads: dict[int, bytes]) -> int:
             places = _with_progress(places_of(snapshot), progress, comparison.position)
             found = _show(verification.findings(places))
             found += _show(missing_seals(snapshot, verification.head))
-            _tell(verification)
+            id = log_id_in(snapshot)
+            found += _show(another_log(id, log, verification.events))
+            found += _show(broken_guards(snapshot))
+            found += _show(shared_captures(snapshot))
+            _tell(verification, f", id {id}")
             comparison.progress = lambda done: progress("compare", done, comparison.position)
             found += _show(each for each in comparison.differences() if not _may_be(each))
+            found += _show(needlessly_parked(snapshot))
     click.echo(
         f"tables: {comparison.payments:,} payments compared with the log up to position "
         f"{comparison.position}"
@@ -150,10 +177,10 @@ def _show(findings: Iterable[Any]) -> int:
     return count
 
 
-def _tell(verification: Verification) -> None:
+def _tell(verification: Verification, id: str = "") -> None:
     left = verification.events - verification.sealed
     unsealed = f", {left:,} not sealed yet" if left else ""
-    click.echo(f"log: {verification.events:,} events{unsealed}")
+    click.echo(f"log: {verification.events:,} events{unsealed}{id}")
     if verification.head is not None:
         click.echo(f"head: {verification.head}")
 

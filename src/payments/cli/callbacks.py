@@ -65,7 +65,7 @@ def list_callbacks(due: bool, dead: bool, order: UUID | None, limit: int, form: 
         find = due_deliveries if due else dead_deliveries if dead else newest_deliveries
         return await find(database, limit + 1)
 
-    with open_database(begin(), migrating=False) as address:
+    with open_database(begin(), to="read") as address:
         found = with_database(address, read)
     shown = found[:limit]
     if form == "json":
@@ -89,7 +89,7 @@ def show(event_id: UUID, form: str) -> None:
     async def read(database: Database) -> tuple[Delivery | None, list[Attempt]]:
         return await delivery(database, event_id), await attempts(database, [event_id])
 
-    with open_database(begin(), migrating=False) as address:
+    with open_database(begin(), to="read") as address:
         found, made = with_database(address, read)
     if found is None:
         raise StartError(f"there is no callback {event_id}")
@@ -141,7 +141,7 @@ def redrive(event_id: UUID | None, dead: bool, due: bool, since: datetime | None
                 )
         return done
 
-    with open_database(begin(), migrating=False) as address:
+    with open_database(begin(), to="run") as address:
         done = with_database(address, run)
     if event_id is not None and not done:
         raise StartError(
@@ -176,7 +176,7 @@ def backfill_callbacks(first: int) -> None:
         async with connection:
             return await backfill(connection, projection, first)
 
-    with open_database(settings, migrating=False) as address:
+    with open_database(settings, to="run") as address:
         done = with_database(address, run)
     click.echo(f"enqueued: {done.enqueued}")
     for position in done.unreadable:

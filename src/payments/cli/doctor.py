@@ -17,6 +17,7 @@ from payments.cli.output import one_line
 from payments.cli.processes import begin, with_database
 from payments.database import Database, DatabaseAddress, connect, reason_of
 from payments.errors import DatabaseUnavailable, StartError
+from payments.migrations import schema_of
 from payments.queries.callbacks import backlog
 from payments.queries.followers import follower_states, unsettled_payments
 from payments.queries.verification import newest_head
@@ -71,7 +72,7 @@ def _checks() -> Iterator[Check]:
     else:
         yield Check("off", "keys", "whoever reaches the port may charge")
     try:
-        with open_database(settings, migrating=False) as address:
+        with open_database(settings, to="read") as address:
             yield from _database(address)
             yield from with_database(address, _state)
     except StartError as error:
@@ -83,11 +84,15 @@ def _checks() -> Iterator[Check]:
 
 
 def _database(address: DatabaseAddress) -> Iterator[Check]:
-    """The server and its clock; that the schema is up to date was found when it was opened."""
+    """The server, its schema, which is not behind or it had not been opened, and its clock."""
     with connect(address, "payments doctor") as connection:
         version = connection.info.server_version // 10_000
-        text = f"Postgres {version}, schema up to date"
-        yield _failing("database", version < POSTGRES_MIN, text)
+        schema = schema_of(connection)
+        text = schema.refusal or "schema up to date"
+        if schema.newer and schema.refusal is None:
+            text = f"schema newer than this version, which may run on it: {schema.newer[-1]}"
+        bad = version < POSTGRES_MIN or schema.refusal is not None
+        yield _failing("database", bad, f"Postgres {version}, {text}")
         began = time.time()
         row = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
         ended = time.time()

@@ -21,7 +21,7 @@ def explain_payment(payment: UUID, form: str) -> None:
     Who asked with which key, every event, each answer of the provider, each attempt to call Order
     Service back, and what was settled later. It only reads what is stored.
     """
-    with open_database(begin(), migrating=False) as address:
+    with open_database(begin(), to="read") as address:
         story = with_database(address, lambda database: explain(database, payment))
     if form == "json":
         print_json(story)

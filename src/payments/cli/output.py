@@ -38,7 +38,10 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str)
     unwrapped = console.options.update(width=UNWRAPPED)
     least = Measurement.get(console, unwrapped, table).minimum
     console.width = max(console.width, least) if sys.stdout.isatty() else UNWRAPPED
-    console.print(table)
+    # Rich itself would end the process where nobody reads on.
+    with console.capture() as shown:
+        console.print(table)
+    click.echo(shown.get(), nl=False)
 
 
 def print_json(value: Any) -> None:

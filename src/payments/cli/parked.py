@@ -9,9 +9,10 @@ import click
 from payments.cli.output import format_option, one_line, print_rows
 from payments.cli.processes import begin, with_database
 from payments.database import Database, DatabaseAddress
+from payments.gateways.counted import declines_may_turn_s
 from payments.projections.follower import Parked
 from payments.queries.followers import ParkedStream, parked_streams
-from payments.service import build_followers, open_database
+from payments.service import build_followers, build_gateway, open_database
 from payments.settings import Settings
 from payments.telemetry import Telemetry
 
@@ -26,7 +27,7 @@ def parked() -> None:
 def list_parked(form: str) -> None:
     """Print the parked streams and why they are."""
 
-    with open_database(begin(), migrating=False) as address:
+    with open_database(begin(), to="read") as address:
         print_rows(ParkedStream._fields, with_database(address, parked_streams), form)
 
 
@@ -38,7 +39,7 @@ def retry(payments: tuple[UUID, ...], every: bool) -> None:
     if bool(payments) == every:
         raise click.UsageError("name the PAYMENTS to retry, or say --all")
     settings = begin()
-    with open_database(settings, migrating=False) as address:
+    with open_database(settings, to="run") as address:
         unknown, left = asyncio.run(_retry(settings, address, payments or None))
     for payment_id in unknown:
         click.echo(f"not parked: {payment_id}", err=True)
@@ -52,7 +53,8 @@ async def _retry(
 ) -> tuple[list[UUID], list[Parked]]:
     """Which of the payments are not parked, and which streams still are."""
     unknown, left = set(payments or ()), []
-    for follower in build_followers(settings, Database(address, 1), Telemetry()):
+    turning_s = declines_may_turn_s(build_gateway(settings))
+    for follower in build_followers(settings, Database(address, 1), Telemetry(), turning_s):
         try:
             unknown -= {stream.payment_id for stream in await follower.parked()}
             left += await follower.retry_parked(payments)

@@ -16,7 +16,7 @@ from loguru import logger
 from payments.cli.output import format_option, print_rows
 from payments.database import Database, DatabaseAddress
 from payments.logs import set_up_logs
-from payments.service import Service, build_gateway, open_database
+from payments.service import Service, build_gateway, heads_dir, open_database
 from payments.settings import Settings, describe, read_settings
 from payments.tracing import traces
 
@@ -66,7 +66,7 @@ def serve(api_only: bool) -> None:
     gateway = build_gateway(settings)
     with (
         traces(os.environ),
-        open_database(settings, migrating=settings.migrate_on_start) as address,
+        open_database(settings, to="migrate" if settings.migrate_on_start else "run") as address,
     ):
         server.run(settings, address, gateway, listener, metrics, work=not api_only)
 
@@ -83,11 +83,12 @@ def work() -> None:
     gateway = build_gateway(settings)
 
     async def run() -> None:
-        await _work(Service(settings, address, gateway=gateway), metrics)
+        service = Service(settings, address, gateway=gateway, data_dir=heads_dir(settings))
+        await _work(service, metrics)
 
     with (
         traces(os.environ),
-        open_database(settings, migrating=settings.migrate_on_start) as address,
+        open_database(settings, to="migrate" if settings.migrate_on_start else "run") as address,
     ):
         uvloop.run(run())
 
@@ -108,7 +109,7 @@ async def _work(service: Service, metrics: socket.socket | None) -> None:
 @click.command()
 def migrate() -> None:
     """Bring the database's schema up to date and exit."""
-    with open_database(begin(), migrating=True):
+    with open_database(begin(), to="migrate"):
         click.echo("the database is up to date", err=True)
 
 

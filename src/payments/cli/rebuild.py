@@ -1,9 +1,11 @@
 """`payments rebuild`: makes a read model what the log says."""
 
 import sys
+from typing import Literal
 
 import click
 
+from payments.cli.exits import FINDINGS, one_is_a_finding
 from payments.cli.output import one_line, print_rows
 from payments.cli.processes import begin
 from payments.cli.progress import Progress
@@ -22,14 +24,21 @@ SHOWN_MAX = 20  # differing rows; all are counted
     show_default=True,
     help="The read model: the tables payments, refunds, payment_clients, unsettled_payments.",
 )
-@click.option("--dry-run", is_flag=True, help="Only compare; exit code 1 if anything differs.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Only compare; exit code 1 if anything differs, 2 if it could not be compared.",
+)
 def rebuild_read_model(projection: str, dry_run: bool) -> None:
     """Compare a read model with the log, and write the rows that differ.
 
     The service may run meanwhile: its requests neither wait nor fail. Rows that are replaced are
     kept in the table replaced_rows. Nothing is called back and no gateway is called. Exit code 1:
-    the events of some payments cannot be read, or it could not be done.
+    the events of some payments cannot be read, or it could not be done. With --dry-run 1 means that
+    something differs or cannot be read, and 2 that it could not be compared.
     """
+    if dry_run:
+        one_is_a_finding()
     settings = begin()
     shown = 0
 
@@ -41,14 +50,15 @@ def rebuild_read_model(projection: str, dry_run: bool) -> None:
         elif shown == SHOWN_MAX + 1:
             click.echo("more rows differ; they are counted below")
 
-    with open_database(settings, migrating=False) as address, Progress() as progress:
+    to: Literal["read", "run"] = "read" if dry_run else "run"
+    with open_database(settings, to=to) as address, Progress() as progress:
         if dry_run:
             done = check(address, show, progress)
         else:
             done = rebuild(address, settings.charge_deadline_s, show, progress)
     _tell(done, dry_run)
     differing = sum(done.differing.values())
-    sys.exit(1 if done.unreadable or (dry_run and differing) else 0)
+    sys.exit(FINDINGS if done.unreadable or (dry_run and differing) else 0)
 
 
 def _tell(done: Rebuilt, dry_run: bool) -> None:

@@ -3,7 +3,6 @@
 import base64
 import csv
 import io
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from uuid import UUID
 import click
 import msgspec
 
+from payments.cli.exits import discard
 from payments.cli.moments import MOMENT
 from payments.cli.output import one_line, print_rows
 from payments.cli.processes import begin, with_database
@@ -95,7 +95,7 @@ def replay_log(
     wanted = Wanted(payment, order, types or None, first or 1, last or LAST, limit)
     if following:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with open_database(begin(), migrating=False) as address:
+    with open_database(begin(), to="read") as address:
         if as_of is not None:
             _print_states(_states(address, payment, order, as_of), form)
         else:
@@ -115,7 +115,7 @@ def _print_events(address: DatabaseAddress, wanted: Wanted, form: str, following
                 _follow(address, wanted, snapshot, write, count)
         sys.stdout.buffer.flush()
     except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
     except KeyboardInterrupt:
         sys.exit(0 if following else 130)
     if not count and (wanted.payment_id or wanted.order_id) and not following:

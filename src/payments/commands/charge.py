@@ -10,6 +10,7 @@ import asyncio
 import math
 
 import msgspec
+from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
 from payments.commands.recording import Recorder
@@ -32,7 +33,7 @@ from payments.errors import (
 from payments.events import facts
 from payments.events.appender import Appender, StreamConflict
 from payments.events.facts import PaymentInitiated, UndecodableEvent
-from payments.events.store import load_payment, to_stored_event
+from payments.events.store import load_charge, to_stored_event
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
 from payments.payment import Approved, Declined, Payment, Status, UnexpectedEvent, evolve
 from payments.settings import Settings
@@ -59,14 +60,20 @@ class Charged(msgspec.Struct, frozen=True):
 
 
 class _Begun(msgspec.Struct, frozen=True):
-    """A payment that is to be charged; `age_s` if an earlier request stored its intent."""
+    """A payment that is to be charged, and its events as stored; `age_s` if an earlier request
+    stored its intent."""
 
     payment: Payment
+    events: tuple[StoredEvent, ...]
     age_s: float | None = None
 
     @property
     def replayed(self) -> bool:
         return self.age_s is not None
+
+
+class _StreamGone(Exception):
+    """The log holds nothing of a payment any more that it held a moment ago."""
 
 
 class Charging:
@@ -124,7 +131,9 @@ class Charging:
                 outcome = await self._ask(run, command, begun)
                 run.wait_for_storing_only_a_while()
                 payment = await self._recorder.record(
-                    payment, lambda payment: record_outcome(payment, outcome, _cause(command))
+                    payment,
+                    begun.events,
+                    lambda payment: record_outcome(payment, outcome, _cause(command)),
                 )
             except OutcomeMismatch as error:
                 self._telemetry.mismatches["charge"].inc()
@@ -135,20 +144,28 @@ class Charging:
     async def _begin(self, run: Run[Charged], command: ChargePayment) -> _Begun | None:
         """Makes the intent durable; None if an earlier request with this key has an answer."""
         intent = initiate(command.request, self._gateway.name, _cause(command))
-        run.take_slot()
-        try:
-            with span("append", event=intent.TOPIC):
-                await self._appender.append_intent(to_stored_event(intent))
-        except StreamConflict as conflict:
-            run.release_slot()
-            first = _first(conflict.first_state)
+        event = to_stored_event(intent)
+        while True:
+            run.take_slot()
+            try:
+                with span("append", event=intent.TOPIC):
+                    await self._appender.append_intent(event)
+            except StreamConflict as conflict:
+                run.release_slot()
+                first = _first(conflict.first_state)
+            else:
+                run.begun()
+                return _Begun(evolve(None, intent), (event,))
             if differing := differing_fields(first, command.request):
-                raise IdempotencyKeyReused(differing) from None
+                raise IdempotencyKeyReused(differing)
             # An earlier run may have asked: from here on errors are answered with PENDING.
             run.fallback = Charged(first, replayed=True)
-            return await self._resume(run, intent)
-        run.begun()
-        return _Begun(evolve(None, intent))
+            try:
+                return await self._resume(run, intent)
+            except _StreamGone:
+                logger.bind(payment_id=intent.payment_id).critical(
+                    "the log lost a payment that it had acknowledged; it begins again"
+                )
 
     async def _resume(self, run: Run[Charged], intent: PaymentInitiated) -> _Begun | None:
         """Waits for what an earlier request with this key comes to; the payment if its run is over.
@@ -156,16 +173,16 @@ class Charging:
         A run is over when its intent is older than the deadline, by the database's clock.
         """
         while True:
-            loaded = await load_payment(self._database, intent.payment_id)
+            loaded = await load_charge(self._database, intent.payment_id)
             if loaded is None:
-                raise RuntimeError("the store reported a conflict in a stream without events")
+                raise _StreamGone
             run.begun()
             run.fallback = Charged(loaded.payment, replayed=True)
             if loaded.payment.status is not Status.PENDING or not run.may_ask():
                 run.finish(run.fallback)
                 return None
             if loaded.age_s() > self._deadline_s:
-                return _Begun(loaded.payment, loaded.age_s())
+                return _Begun(loaded.payment, loaded.events, loaded.age_s())
             await asyncio.sleep(OTHER_RUN_POLL_S)
 
     async def _ask(

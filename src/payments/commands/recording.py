@@ -1,19 +1,32 @@
-"""Appending what a provider did: refused never, decided again when the stream has moved on."""
+"""Appending what a provider did: refused never, decided again when the stream has moved on.
+
+A failover to a standby that lagged, or a restore, may take back what was acknowledged. A process
+never discards what it knows: where the stream is shorter than what it has seen of it, the missing
+events are appended again, byte for byte. Where something else stands there by now, it is decided
+again what follows, and never forced.
+"""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from eventsourcing.persistence import StoredEvent
+from loguru import logger
 
 from payments.database import Database
+from payments.deciding import OutcomeMismatch
 from payments.errors import DatabaseUnavailable
-from payments.events.appender import Appender, StreamConflict
-from payments.events.facts import PaymentCharged, PaymentRefunded, ProviderOutcome
-from payments.events.store import load_payment, to_stored_event
+from payments.events.appender import Appender, CaptureTaken, StreamConflict
+from payments.events.facts import PaymentCharged, PaymentRefunded, ProviderOutcome, RefundInitiated
+from payments.events.store import LoadedPayment, load_payment, to_stored_event
 from payments.logs import log_money
 from payments.payment import Payment, evolve
 from payments.telemetry import Telemetry
 from payments.tracing import span
 
 RELOAD_PAUSE_S = 0.1
+
+# What follows in a stream, None if all of it is recorded already; or it raises OutcomeMismatch.
+Decide = Callable[[Payment], ProviderOutcome | RefundInitiated | None]
 
 
 class Recorder:
@@ -25,41 +38,68 @@ class Recorder:
         self._telemetry = telemetry
 
     async def record(
-        self, payment: Payment, decide: Callable[[Payment], ProviderOutcome | None]
+        self, payment: Payment, known: Sequence[StoredEvent], decide: Decide
     ) -> Payment:
-        """Appends what `decide` says of the payment; the payment afterwards.
+        """Appends what `decide` says of the payment, up to an outcome; the payment afterwards.
 
-        `decide` is asked again whenever another append came first; None means that it is recorded
-        already. Raises what `decide` raises.
+        `known` are all events that `payment` was made from. `decide` is asked again whenever
+        another append came first. Raises what it raises; OutcomeMismatch also if another request
+        stands under the payment's key by now, or another payment names the capture.
         """
         while fact := decide(payment):
+            event = to_stored_event(fact)
             try:
                 with span("append", event=fact.TOPIC):
-                    await self._appender.append([to_stored_event(fact)])
+                    await self._append([event])
             except StreamConflict:
-                payment = await self._reload(payment)
-            else:
+                payment = await self._as_it_stands(payment, known)
+                continue
+            payment = evolve(payment, fact)
+            if not isinstance(fact, RefundInitiated):
                 self._count(fact)
                 _log(fact)
-                return evolve(payment, fact)
+                return payment
+            known = (*known, event)
         return payment
+
+    async def _append(self, events: Sequence[StoredEvent]) -> None:
+        try:
+            await self._appender.append(events)
+        except CaptureTaken:
+            raise OutcomeMismatch("another payment names this capture of the provider") from None
+
+    async def _as_it_stands(self, payment: Payment, known: Sequence[StoredEvent]) -> Payment:
+        """The payment in the log, with what the log lost of it appended again."""
+        while True:
+            loaded = await self._load(payment)
+            stored = loaded.events if loaded is not None else ()
+            if loaded is not None:
+                if loaded.payment.fingerprint != payment.fingerprint:
+                    raise OutcomeMismatch("the log holds another request under the same key")
+                if len(stored) >= len(known) or stored != tuple(known[: len(stored)]):
+                    return loaded.payment
+            missing = known[len(stored) :]
+            logger.bind(payment_id=payment.id, events=len(missing)).critical(
+                "the log lacks events that it had acknowledged; they are appended again"
+            )
+            try:
+                await self._append(missing)
+            except StreamConflict:
+                await asyncio.sleep(RELOAD_PAUSE_S)
+
+    async def _load(self, payment: Payment) -> LoadedPayment | None:
+        """The payment as it is stored now; waits out an outage of the database."""
+        while True:
+            try:
+                return await load_payment(self._database, payment.id)
+            except DatabaseUnavailable:
+                await asyncio.sleep(RELOAD_PAUSE_S)
 
     def _count(self, fact: ProviderOutcome) -> None:
         if isinstance(fact, PaymentCharged):
             self._telemetry.amounts["captured", fact.currency].inc(fact.amount_cents)
         elif isinstance(fact, PaymentRefunded):
             self._telemetry.amounts["refunded", fact.currency].inc(fact.amount_cents)
-
-    async def _reload(self, payment: Payment) -> Payment:
-        """The payment as it is stored now; waits out an outage of the database."""
-        while True:
-            try:
-                loaded = await load_payment(self._database, payment.id)
-            except DatabaseUnavailable:
-                await asyncio.sleep(RELOAD_PAUSE_S)
-                continue
-            assert loaded is not None
-            return loaded.payment
 
 
 def _log(fact: ProviderOutcome) -> None:

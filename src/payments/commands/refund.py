@@ -8,12 +8,13 @@ the answer is its outcome or PENDING, and settling goes on with it (settle.py).
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+import math
 
 import msgspec
+from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
+from payments.commands.giving_back import GivingBack
 from payments.commands.recording import Recorder
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
 from payments.database import Database
@@ -62,9 +63,11 @@ class Refunded(msgspec.Struct, frozen=True):
 
 
 class _Begun(msgspec.Struct, frozen=True):
-    """A refund that the provider is to make; `age_s` if an earlier request reserved it."""
+    """A refund that the provider is to make, and its payment's events as stored; `age_s` if an
+    earlier request reserved it."""
 
     payment: Payment
+    events: tuple[StoredEvent, ...]
     refund: Refund
     age_s: float | None = None
 
@@ -78,6 +81,7 @@ class Refunding:
         appender: Appender,
         database: Database,
         gateway: Gateway,
+        giving_back: GivingBack,
         telemetry: Telemetry,
         settings: Settings,
     ) -> None:
@@ -86,6 +90,7 @@ class Refunding:
         self._recorder = Recorder(appender, database, telemetry)
         self._database = database
         self._gateway = gateway
+        self._giving_back = giving_back
         self._telemetry = telemetry
         self._deadline_s = settings.charge_deadline_s
         self._gateway_timeout_s = settings.gateway_timeout_s
@@ -130,6 +135,7 @@ class Refunding:
             run.wait_for_storing_only_a_while()
             payment = await self._recorder.record(
                 begun.payment,
+                begun.events,
                 lambda payment: record_refund(payment, begun.refund, outcome, _cause(command)),
             )
         except NeverSent as error:
@@ -153,17 +159,19 @@ class Refunding:
                     f"and this service now works with {self._gateway.name}."
                 )
             fact = initiate_refund(loaded.payment, command.request, _cause(command))
+            event = to_stored_event(fact)
+            await self._giving_back.check_allowed()
             run.check_may_ask()
             run.take_slot()
             try:
                 with span("append", event=fact.TOPIC):
-                    await self._appender.append_intent(to_stored_event(fact))
+                    await self._appender.append_intent(event)
             except StreamConflict:
                 run.store_has_answered()  # another refund of this payment came first
                 continue
             run.begun()
             payment = evolve(loaded.payment, fact)
-            return _Begun(payment, payment.refunds[-1])
+            return _Begun(payment, (*loaded.events, event), payment.refunds[-1])
 
     async def _resume(
         self, run: Run[Refunded], command: RefundPayment, loaded: LoadedPayment, refund: Refund
@@ -175,15 +183,18 @@ class Refunding:
         run.release_slot()
         run.begun()
         while True:
-            payment, refund_id = loaded.payment, refund.id
-            refund = _refund_of(payment, refund_id)
+            payment, stored = loaded.payment, loaded.payment.refund(refund.id)
+            if stored is None:  # the log lost it
+                run.fallback = None
+                return await self._begin(run, command)
+            refund = stored
             if refund.status is not Status.PENDING:
                 _answer(run, payment, refund, replayed=True)
                 return None
             run.fallback = Refunded(payment, refund, replayed=True)
-            age_s = loaded.age_s(refund.version)
-            if age_s > self._deadline_s:
-                return _Begun(payment, refund, age_s)
+            age_s = loaded.age_at_most_s(refund.version)
+            if self._deadline_s < age_s < math.inf:
+                return _Begun(payment, loaded.events, refund, age_s)
             if not run.may_ask():
                 run.finish(run.fallback)
                 return None
@@ -192,8 +203,8 @@ class Refunding:
 
     async def _load(self, command: RefundPayment) -> LoadedPayment:
         payment_id = command.request.payment_id
-        loaded = await load_payment(self._database, payment_id)
-        if loaded is None or command.may_read not in (None, loaded.payment.client):
+        loaded = await load_payment(self._database, payment_id, command.may_read)
+        if loaded is None:
             raise PaymentNotFound(f"There is no payment {payment_id}.")
         return loaded
 
@@ -206,38 +217,25 @@ class Refunding:
         run.take_slot()
         try:
             if begun.age_s is not None:
-                return await ask_again(self._gateway, order, begun.age_s, timeout_s)
-            return await self._gateway.refund(order, timeout_s())
+                return await self._giving_back.send_again(order, begun.age_s, timeout_s)
+            return await self._giving_back.send(order, timeout_s)
         finally:
             run.release_slot()
 
 
 def provider_refund(payment: Payment, refund: Refund) -> ProviderRefund:
-    assert payment.provider_txn_id is not None
+    """Raises OutcomeMismatch for a payment that the log has no capture of."""
+    if payment.provider_txn_id is None:
+        raise OutcomeMismatch("a refund of a payment that was not captured")
     return ProviderRefund(
         refund.id, payment.id, payment.provider_txn_id, refund.amount_cents, payment.currency
     )
 
 
-async def ask_again(
-    gateway: Gateway, refund: ProviderRefund, age_s: float, timeout_s: Callable[[], float]
-) -> Approved | Declined:
-    """What became of a refund that may have been sent before; sends it again if that is safe.
-
-    `timeout_s` is asked before each call; it may raise to prevent it. Raises OutcomeUnknown also
-    if the provider does not know the refund and might make it twice.
-    """
-    found = await gateway.find_refund(refund, timeout_s())
-    if found is not None:
-        return found
-    if not 0 <= age_s <= gateway.safe_retry_s:  # below 0 after the clock was set back
-        raise OutcomeUnknown("too old to be sent again under the same provider key")
-    return await gateway.refund(refund, timeout_s())
-
-
 def _answer(run: Run[Refunded], payment: Payment, refund: Refund, replayed: bool) -> None:
     """Ends the run with what became of the refund."""
-    refund = _refund_of(payment, refund.id)
+    # Not in the log any more: it lost the refund, and the provider has refused it.
+    refund = payment.refund(refund.id) or msgspec.structs.replace(refund, status=Status.FAILED)
     if refund.status is Status.FAILED:
         run.fallback = None  # this error is the outcome
         raise RefundDeclined(
@@ -245,12 +243,6 @@ def _answer(run: Run[Refunded], payment: Payment, refund: Refund, replayed: bool
             "Nothing was given back; what is left of the payment can still be refunded."
         )
     run.finish(Refunded(payment, refund, replayed))
-
-
-def _refund_of(payment: Payment, refund_id: Any) -> Refund:
-    refund = payment.refund(refund_id)
-    assert refund is not None
-    return refund
 
 
 def _cause(command: RefundPayment) -> Cause:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import msgspec
 from loguru import logger
 
+from payments.commands.giving_back import GivingBack
 from payments.commands.recording import Recorder
-from payments.commands.refund import ask_again, provider_refund
+from payments.commands.refund import provider_refund
 from payments.commands.runs import cause
 from payments.database import Database
 from payments.deciding import (
@@ -23,25 +24,36 @@ from payments.deciding import (
     record_refund,
     record_return,
 )
+from payments.errors import LogRewound
 from payments.events.appender import Appender
 from payments.events.store import LoadedPayment
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderRefund
 from payments.logs import trace_field
-from payments.payment import Approved, Declined, Payment, Refund, Status
-from payments.settings import Settings
+from payments.payment import (
+    DECLINED,
+    Approved,
+    Declined,
+    LateCapture,
+    Payment,
+    Refund,
+    Status,
+)
+from payments.settings import SETTLING, Settings
 from payments.telemetry import Telemetry
 from payments.tracing import current_traceparent, span
 
-CLIENT = "settling"  # who asks, in the events that settling causes
 CALLS_MAX = 3  # an attempt has the time of so many calls that all time out; then it sends no more
 LATE_CAPTURE_S = 24 * 3600.0  # however soon a gateway says that no capture can come any more
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """What one attempt came to: the payment afterwards, and whether nothing is left to ask."""
+    """What one attempt came to: the payment afterwards, and whether it was watched to its end: no
+    event says so, but nothing can become of it any more. `due_in_s`: when to ask, if it was too
+    early."""
 
     payment: Payment
     finished: bool
+    due_in_s: float | None = None
 
 
 class Settler:
@@ -52,24 +64,30 @@ class Settler:
         appender: Appender,
         database: Database,
         gateway: Gateway,
+        giving_back: GivingBack,
         telemetry: Telemetry,
         settings: Settings,
     ) -> None:
         self._recorder = Recorder(appender, database, telemetry)
         self._gateway = gateway
+        self._giving_back = giving_back
         self._telemetry = telemetry
         self._deadline_s = settings.charge_deadline_s
         self._gateway_timeout_s = settings.gateway_timeout_s
         self.attempt_s = CALLS_MAX * settings.gateway_timeout_s
         self._abandon_after_s = settings.pending_abandon_after_s
         self._late_capture_s = max(LATE_CAPTURE_S, gateway.late_capture_s)
+        self.declines_may_turn_s = gateway.declines_may_turn_s
 
     async def settle(self, loaded: LoadedPayment, attempts: int) -> Attempt:
         """One attempt at everything that is open. What it cannot find out it leaves as it is."""
-        payment = loaded.payment
-        unsettled = payment.unsettled
-        if unsettled is None:
-            return Attempt(payment, finished=True)
+        payment, kind = loaded.payment, self._open_for(loaded.payment)
+        if kind is None:
+            return Attempt(payment, finished=False)
+        if kind == DECLINED:
+            due_in_s = self.declines_may_turn_s - loaded.age_s(payment.version)
+            if due_in_s > 0:
+                return Attempt(payment, finished=False, due_in_s=due_in_s)
         with (
             logger.contextualize(
                 payment_id=payment.id,
@@ -79,7 +97,13 @@ class Settler:
             ),
             span("settle", parent=loaded.traceparent, payment_id=payment.id),
         ):
-            return await self._settle(loaded, unsettled.kind, attempts)
+            return await self._settle(loaded, kind, attempts)
+
+    def _open_for(self, payment: Payment) -> str | None:
+        if payment.unsettled is not None:
+            return payment.unsettled.kind
+        turning = self.declines_may_turn_s > 0 and payment.declined
+        return DECLINED if turning and payment.late_capture is None else None
 
     async def _settle(self, loaded: LoadedPayment, kind: str, attempts: int) -> Attempt:
         payment, log = loaded.payment, logger.bind(kind=kind)
@@ -93,9 +117,11 @@ class Settler:
             outcome = "settled" if attempt.payment.unsettled is None else "open"
         except (OutcomeUnknown, NeverSent) as error:
             log.bind(reason=str(error)).info("the provider's outcome is not known yet")
+        except LogRewound:
+            log.warning("nothing is given back until the loss of the log is accepted")
         except OutcomeMismatch as error:
             outcome = "mismatch"
-            operation = "charge" if kind in ("charge", "abandoned") else "refund"
+            operation = "refund" if kind in ("refund", "late_capture") else "charge"
             self._telemetry.mismatches[operation].inc()
             log.bind(reason=str(error)).critical("the provider's answer does not fit")
         self._telemetry.settling[kind, outcome].inc()
@@ -118,21 +144,21 @@ class Settler:
             found = await self._gateway.find_charge(payment.id, timeout_s())
             finished = self._watched_long_enough(loaded, found)
             payment = await self._record_found(loaded, found)
-        if payment.late_capture is not None:
-            payment = await self._return_late_capture(loaded, payment, timeout_s)
+        late = payment.late_capture
+        if late is not None and late.provider_refund_id is None:
+            payment = await self._return_late_capture(loaded, payment, late, timeout_s)
         payment = await self._settle_refunds(loaded, payment, attempts, timeout_s)
-        return Attempt(payment, finished or payment.unsettled is None)
+        return Attempt(payment, finished and payment.version == loaded.payment.version)
 
     def _watched_long_enough(
         self, loaded: LoadedPayment, found: Approved | Declined | None
     ) -> bool:
-        """Whether an abandoned payment can surely not be captured any more."""
-        if loaded.payment.status is not Status.FAILED:
+        """Whether a payment that was abandoned or declined can surely not be captured any more."""
+        payment = loaded.payment
+        if payment.status is not Status.FAILED or isinstance(found, Approved):
             return False
-        abandoned_for_s = loaded.age_s(loaded.payment.version)
-        return isinstance(found, Declined) or (
-            found is None and abandoned_for_s > self._late_capture_s
-        )
+        failed_for_s = loaded.age_s(payment.version)
+        return payment.declined or found is not None or failed_for_s > self._late_capture_s
 
     async def _record_found(
         self, loaded: LoadedPayment, found: Approved | Declined | None
@@ -140,12 +166,14 @@ class Settler:
         payment = loaded.payment
         if found is not None:
             return await self._recorder.record(
-                payment, lambda payment: record_outcome(payment, found, _cause(loaded))
+                payment,
+                loaded.events,
+                lambda payment: record_outcome(payment, found, _cause(loaded)),
             )
         if loaded.age_s() < self._abandon_after_s:
             return payment
         return await self._recorder.record(
-            payment, lambda payment: abandon(payment, _cause(loaded))
+            payment, loaded.events, lambda payment: abandon(payment, _cause(loaded))
         )
 
     async def _settle_refunds(
@@ -158,10 +186,10 @@ class Settler:
         under_way = [
             refund
             for refund in loaded.payment.refunds
-            # A young one is left to its request. One from the future is not young: the database's
-            # clock was set back, and nobody knows how old it is.
+            # A young one is left to its request. One from the future is not young: nobody knows how
+            # old it is.
             if refund.status is Status.PENDING
-            and not 0 <= loaded.age_s(refund.version) <= self._deadline_s
+            and loaded.age_at_most_s(refund.version) > self._deadline_s
         ]
         # One refund that nobody knows of must not hold up the others, nor use up their time.
         first = attempts % len(under_way) if under_way else 0
@@ -169,31 +197,33 @@ class Settler:
         for refund in under_way[first:] + under_way[:first]:
             try:
                 payment = await self._settle_refund(loaded, payment, refund, timeout_s)
-            except (OutcomeUnknown, NeverSent, OutcomeMismatch) as error:
+            except (OutcomeUnknown, NeverSent, OutcomeMismatch, LogRewound) as error:
                 failure = error
         if failure is not None:
             raise failure
         return payment
 
     async def _return_late_capture(
-        self, loaded: LoadedPayment, payment: Payment, timeout_s: Callable[[], float]
+        self,
+        loaded: LoadedPayment,
+        payment: Payment,
+        late: LateCapture,
+        timeout_s: Callable[[], float],
     ) -> Payment:
-        found = payment.late_capture
-        assert found is not None
-        if found.provider_refund_id is not None:
-            return payment
         logger.warning("a late capture goes back")
         order = ProviderRefund(
-            found.refund_id,
+            late.refund_id,
             payment.id,
-            found.provider_txn_id,
+            late.provider_txn_id,
             payment.amount_cents,
             payment.currency,
         )
-        age_s = _age_s(loaded, found.version)
-        outcome = await ask_again(self._gateway, order, age_s, timeout_s)
+        age_s = _age_at_most_s(loaded, late.version)
+        outcome = await self._giving_back.send_again(order, age_s, timeout_s, unsent=True)
         return await self._recorder.record(
-            payment, lambda payment: record_return(payment, outcome, _cause(loaded))
+            payment,
+            loaded.events,
+            lambda payment: record_return(payment, late, outcome, _cause(loaded)),
         )
 
     async def _settle_refund(
@@ -203,19 +233,21 @@ class Settler:
         refund: Refund,
         timeout_s: Callable[[], float],
     ) -> Payment:
-        age_s = _age_s(loaded, refund.version)
+        age_s = _age_at_most_s(loaded, refund.version)
         order = provider_refund(payment, refund)
-        outcome = await ask_again(self._gateway, order, age_s, timeout_s)
+        outcome = await self._giving_back.send_again(order, age_s, timeout_s)
         return await self._recorder.record(
-            payment, lambda payment: record_refund(payment, refund, outcome, _cause(loaded))
+            payment,
+            loaded.events,
+            lambda payment: record_refund(payment, refund, outcome, _cause(loaded)),
         )
 
 
-def _age_s(loaded: LoadedPayment, version: int) -> float:
+def _age_at_most_s(loaded: LoadedPayment, version: int) -> float:
     """How old an event is; one that was appended since the stream was read is new."""
-    return loaded.age_s(version) if version <= len(loaded.recorded_at) else 0.0
+    return loaded.age_at_most_s(version) if version <= len(loaded.recorded_at) else 0.0
 
 
 def _cause(loaded: LoadedPayment) -> Cause:
     """Of the trace of the request that began the payment."""
-    return cause(CLIENT, traceparent=current_traceparent(loaded.traceparent))
+    return cause(SETTLING, traceparent=current_traceparent(loaded.traceparent))

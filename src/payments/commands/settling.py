@@ -94,7 +94,13 @@ class Settling:
     async def _begin(self, most: int, *, abandoned: bool) -> list[asyncio.Task[None]]:
         if most <= 0:
             return []
-        claims = await claim(self._database, most, self._lease_s, abandoned=abandoned)
+        claims = await claim(
+            self._database,
+            most,
+            self._lease_s,
+            abandoned=abandoned,
+            declines_may_turn_s=self._settler.declines_may_turn_s,
+        )
         tasks = [asyncio.create_task(self._settle(each), name="settle") for each in claims]
         for task in tasks:
             self._tasks.add(task)
@@ -102,7 +108,7 @@ class Settling:
         return tasks
 
     async def _settle(self, claimed: Claim) -> None:
-        """One attempt; afterwards the row is due again, or gone."""
+        """One attempt; afterwards the row is due again, or gone if nothing can come any more."""
         log = logger.bind(payment_id=claimed.payment_id, attempts=claimed.attempts)
         wait_s: float | None = PAUSE_MAX_S
         try:
@@ -113,20 +119,29 @@ class Settling:
         except Exception:
             log.exception("cannot be settled now")
         with suppress(DatabaseUnavailable):  # then it is due when its lease is over
-            if wait_s is None:
-                await forget(self._database, claimed)
-            else:
-                await postpone(self._database, claimed, wait_s)
+            if wait_s is None and await forget(self._database, claimed):
+                return
+            await postpone(self._database, claimed, PAUSE_MAX_S if wait_s is None else wait_s)
 
     async def _attempt(self, claimed: Claim) -> float | None:
-        """How long to wait for the next attempt; None if nothing is left to ask about."""
+        """How long to wait for the next attempt; None if it was watched to its end.
+
+        What an event has settled is the projector's to remove, when it comes there: until then the
+        log, up to where the projector stands, says that the row is to be there.
+        """
         loaded = await load_payment(self._database, claimed.payment_id)
         if loaded is None:
-            return None
+            log = logger.bind(payment_id=claimed.payment_id)
+            log.error("to be settled, and not in the log: `payments audit verify`")
+            return PAUSE_MAX_S
         attempt = await self._settler.settle(loaded, claimed.attempts)
-        unsettled = attempt.payment.unsettled
-        if attempt.finished or unsettled is None:
+        if attempt.finished:
             return None
+        if attempt.due_in_s is not None:
+            return attempt.due_in_s
+        unsettled = attempt.payment.unsettled
+        if unsettled is None:
+            return pause_s(claimed.attempts, "settled")
         wait_s = pause_s(claimed.attempts, unsettled.kind)
         until_abandoned_s = self._abandon_after_s - loaded.age_s()
         if attempt.payment.status is Status.PENDING and until_abandoned_s > 0:

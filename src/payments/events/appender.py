@@ -18,7 +18,8 @@ from loguru import logger
 
 from payments.database import cut_after
 from payments.errors import DatabaseUnavailable, TooBusy
-from payments.events.store import APPEND, CONFLICT, append_params
+from payments.events.store import APPEND, CAPTURED, CONFLICT, append_params
+from payments.events.watch import LogWatch
 from payments.telemetry import Telemetry
 
 BATCH_MAX = 256  # appends; at this size the cost per event has long stopped falling
@@ -38,6 +39,10 @@ class StreamConflict(Exception):
     def __init__(self, first_state: bytes | None) -> None:
         super().__init__("another event stands there")
         self.first_state = first_state
+
+
+class CaptureTaken(Exception):
+    """Another payment of the same provider names the capture that is to be recorded."""
 
 
 class AppendRefused(Exception):
@@ -89,14 +94,16 @@ class Appender:
         connect: Callable[[str], Awaitable[psycopg.AsyncConnection[Any]]],
         telemetry: Telemetry,
         intent_queue_max: int,
+        watch: LogWatch | None = None,
     ) -> None:
+        """`watch` is told of what is acknowledged, and looks at the log with each connection."""
         self._intent_queue_max = intent_queue_max
         self._waiting: deque[_Append] = deque()
         self._intents = 0  # of those that wait
         self._wake = asyncio.Event()
         self._stopping = False
         self._expiry: asyncio.TimerHandle | None = None
-        self._writer = _Writer(connect, telemetry)
+        self._writer = _Writer(connect, telemetry, watch)
         self._task: asyncio.Task[None] | None = None
         telemetry.append_backlog.set_function(lambda: len(self._pending()))
         telemetry.append_oldest_age.set_function(self.oldest_wait_s)
@@ -132,8 +139,9 @@ class Appender:
     def append(self, events: Sequence[StoredEvent]) -> "asyncio.Future[int]":
         """Appends consecutive events of one stream; never refused, however many wait.
 
-        The future's result is the position of the last event. It fails with StreamConflict or
-        AppendRefused, and with nothing else while the service runs: through an outage it waits.
+        The future's result is the position of the last event. It fails with StreamConflict,
+        CaptureTaken or AppendRefused, and with nothing else while the service runs: through an
+        outage it waits.
         """
         return self._submit(events, NEVER)
 
@@ -193,9 +201,11 @@ class _Writer:
         self,
         connect: Callable[[str], Awaitable[psycopg.AsyncConnection[Any]]],
         telemetry: Telemetry,
+        watch: LogWatch | None,
     ) -> None:
         self._connect = connect
         self._telemetry = telemetry
+        self._watch = watch
         self._cursor: psycopg.AsyncCursor[Any] | None = None
         self.batch: list[_Append] = []
 
@@ -248,20 +258,31 @@ class _Writer:
             params = append_params([append.events for append in batch])
         except (ValueError, TypeError, struct.error) as error:
             raise Unpackable from error
-        if self._cursor is None:
-            connection = await self._connect("payments appender")
-            self._cursor = connection.cursor(binary=True)
+        cursor = self._cursor or await self._open()
         started = time.perf_counter()
-        with cut_after(self._cursor.connection, BATCH_TIMEOUT_S):
-            await self._cursor.execute(APPEND, params, prepare=True)
-            rows = await self._cursor.fetchall()
+        with cut_after(cursor.connection, BATCH_TIMEOUT_S):
+            await cursor.execute(APPEND, params, prepare=True)
+            rows = await cursor.fetchall()
         self._telemetry.append_seconds.observe(time.perf_counter() - started)
         self._telemetry.append_batch_size.observe(len(batch))
         for append, (outcome, position, first_state) in zip(batch, rows, strict=True):
             if outcome == CONFLICT:
                 append.resolve(StreamConflict(first_state))
+            elif outcome == CAPTURED:
+                append.resolve(CaptureTaken())
             else:
+                if self._watch is not None:
+                    self._watch.acknowledged(position, append.events[-1])
                 append.resolve(position)
+
+    async def _open(self) -> psycopg.AsyncCursor[Any]:
+        connection = await self._connect("payments appender")
+        self._cursor = connection.cursor(binary=True)
+        if self._watch is not None:
+            # The server may be another one by now, which lacks what the last one had.
+            with cut_after(connection, BATCH_TIMEOUT_S):
+                await self._watch.look_through(self._cursor)
+        return self._cursor
 
     async def disconnect(self) -> None:
         if self._cursor is not None:
@@ -269,12 +290,16 @@ class _Writer:
             await cursor.connection.close()
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether the data is at fault, so that sending it again is no use.
+# SQLSTATEs of class 22 that say nothing about an event: positions and times are the function's own.
+_NOT_THE_DATA = {"22003", "22008"}  # a number, a time out of range
 
-    That is SQLSTATE classes 22 and 23, but for 23505: the function checks what is unique under its
-    lock, so a violation says that something else is wrong, and the events must not be lost for it.
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the data is at fault, so that sending it again is no use: SQLSTATE class 22.
+
+    Class 23 is not: what the table's constraints look at is given out by the function under its
+    lock. So a violation says that something else is wrong, and no event must be lost for it.
     """
     if isinstance(error, psycopg.Error) and error.sqlstate is not None:
-        return error.sqlstate[:2] in ("22", "23") and error.sqlstate != "23505"
+        return error.sqlstate[:2] == "22" and error.sqlstate not in _NOT_THE_DATA
     return isinstance(error, Unpackable)

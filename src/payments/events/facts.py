@@ -1,9 +1,16 @@
 """What can happen to a payment: one frozen Struct per fact, stored as JSON.
 
 The stored form outlives this code, so it is fixed in three ways. TOPIC names the fact, never a
-Python path: a class may move. `schema_version` is in the bytes: when a fact's fields change, raise
-its number and add the step from the old form to UPCASTERS. And tests/events/golden holds the bytes
-of every version that was ever written; they must decode for ever.
+Python path: a class may move. `schema_version` is in the bytes: when a fact gets another required
+field, or one goes or means something else, raise its number and add the step from the old form to
+UPCASTERS. And tests/events/golden holds the bytes of every version that was ever written; they must
+decode for ever.
+
+The release before reads what this one writes: beside it while processes are replaced, and instead
+of it after a rollback (docs/decisions/upgrades.md). It passes over fields that it does not know, so
+a field with a default may be added under the same number, if whoever does not see it still decides
+right. A topic, a number, or a value of a Literal that it does not know is unreadable to it: these
+must be readable one release before they are written.
 
 Times are UTC with microseconds; amounts are whole minor units of the currency.
 """

@@ -6,8 +6,9 @@ doors to that function: the group-commit Appender (appender.py) for requests, an
 for the library's own classes and for whatever runs without an event loop.
 """
 
+import math
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -29,13 +30,13 @@ from payments.database import Database, DatabaseAddress
 from payments.errors import PaymentUnreadable
 from payments.events import facts
 from payments.events.arrays import BinaryArray, bigints, byteas, integers, texts, uuids
-from payments.events.facts import Fact, UndecodableEvent
-from payments.payment import Payment, UnexpectedEvent, fold
+from payments.events.facts import Fact, PaymentInitiated, UndecodableEvent
+from payments.payment import Payment, Status, UnexpectedEvent, evolve, fold
 
 APPEND = """
 SELECT outcome, "position", first_state
   FROM append_payment_events(%b::uuid[], %b::bigint[], %b::integer[],
-                             %b::integer[], %b::text[], %b::bytea[])
+                             %b::integer[], %b::text[], %b::bytea[], %b::timestamptz, true)
 """
 
 # A whole stream, oldest first, with the database's clock as of the reading.
@@ -129,11 +130,37 @@ SELECT coalesce(notification_id, 0), originator_id, originator_version, topic, s
   FROM payment_events ORDER BY notification_id
 """
 
-APPENDED, REPEATED, CONFLICT = "appended", "repeated", "conflict"
+# Captures that a second payment names, with the payment that named them first. The index
+# payment_events_capture has them in order.
+SHARED_CAPTURES = """
+WITH shared AS (
+    SELECT captured_transaction(state) AS transaction
+      FROM payment_events WHERE topic IN ('PaymentCharged', 'LateCaptureFound')
+     GROUP BY captured_transaction(state) HAVING count(DISTINCT originator_id) > 1
+), named AS (
+    SELECT c.originator_id AS payment_id, initiated_gateway(b.state) AS gateway, s.transaction,
+           first_value(c.originator_id) OVER (
+               PARTITION BY initiated_gateway(b.state), s.transaction ORDER BY c.notification_id
+           ) AS first_id
+      FROM shared s
+      JOIN payment_events c ON captured_transaction(c.state) = s.transaction
+       AND c.topic IN ('PaymentCharged', 'LateCaptureFound')
+      JOIN payment_events b ON b.originator_id = c.originator_id AND b.originator_version = 1
+)
+SELECT payment_id, first_id, gateway, transaction
+  FROM named WHERE payment_id <> first_id ORDER BY transaction, payment_id
+"""
+
+APPENDED, REPEATED, CONFLICT, CAPTURED = "appended", "repeated", "conflict", "captured"
 
 
-def append_params(appends: Iterable[Sequence[StoredEvent]]) -> tuple[BinaryArray, ...]:
-    """The parameters of APPEND for some appends, each some consecutive events of one stream."""
+def append_params(
+    appends: Iterable[Sequence[StoredEvent]],
+) -> tuple[BinaryArray | datetime, ...]:
+    """The parameters of APPEND for some appends, each some consecutive events of one stream.
+
+    They hold the time of this process, so they are made anew whenever a batch is sent.
+    """
     streams: list[UUID | str] = []
     first_versions: list[int] = []
     sizes: list[int] = []
@@ -155,6 +182,7 @@ def append_params(appends: Iterable[Sequence[StoredEvent]]) -> tuple[BinaryArray
         integers(append_nos),
         texts(topics),
         byteas(states),
+        datetime.now(UTC),
     )
 
 
@@ -266,31 +294,96 @@ def _check_consecutive(append: Sequence[StoredEvent]) -> None:
 class LoadedPayment(NamedTuple):
     """A payment folded from its stream, which was read at `read_at` by the database's clock.
 
-    `recorded_at` holds the time of each of its events, by the same clock; `traceparent` is that of
-    the request that began it.
+    `events` are what it was folded from, as stored; `recorded_at` holds the time of each of them,
+    by the same clock; `traceparent` is that of the request that began it.
     """
 
     payment: Payment
+    events: tuple[StoredEvent, ...]
     recorded_at: list[datetime]
     read_at: datetime
     traceparent: str | None
 
     def age_s(self, version: int = 1) -> float:
-        """How old the event with this version was."""
-        return (self.read_at - self.recorded_at[version - 1]).total_seconds()
+        """How old the event with this version was, in seconds, never below 0.
+
+        One that was recorded in the future, by a clock that was ahead, is as old as the application
+        that decided it says.
+        """
+        return max(0.0, self._age_s(version))
+
+    def age_at_most_s(self, version: int) -> float:
+        """The same, but infinite if it lies in the future by both clocks: one of them was set back,
+        and nobody knows how old it is."""
+        age_s = self._age_s(version)
+        return age_s if age_s >= 0 else math.inf
+
+    def _age_s(self, version: int) -> float:
+        began = self.recorded_at[version - 1]
+        if began > self.read_at:
+            began = to_fact(self.events[version - 1]).occurred_at
+        return (self.read_at - began).total_seconds()
 
 
-async def load_payment(database: Database, payment_id: UUID) -> LoadedPayment | None:
-    """Reads and folds one stream; None if it has no events.
+async def load_payment(
+    database: Database, payment_id: UUID, client: str | None = None
+) -> LoadedPayment | None:
+    """Reads and folds one stream; None if it has no events, or `client` may not read them.
 
     Raises DatabaseUnavailable, or PaymentUnreadable if its events cannot be decoded or folded.
     """
     rows = await database.fetch(LOAD_STREAM, [payment_id])
+    if not rows or not belongs_to(client, payment_id, rows[0][:3]):
+        return None
+    return _loaded(payment_id, rows)
+
+
+async def load_charge(database: Database, payment_id: UUID) -> LoadedPayment | None:
+    """The same, but once its charge has an outcome, whatever follows need not be readable: a newer
+    version of the service may have written it, and the first outcome stays the answer."""
+    rows = await database.fetch(LOAD_STREAM, [payment_id])
     if not rows:
         return None
+    try:
+        return _loaded(payment_id, rows)
+    except PaymentUnreadable:
+        readable = _readable(payment_id, rows)
+        if readable is None or readable.outcome is Status.PENDING:
+            raise
+        return _loaded(payment_id, rows[: readable.version])
+
+
+def _readable(payment_id: UUID, rows: Sequence[tuple[Any, ...]]) -> Payment | None:
+    """What the events up to the first unreadable one make; None if that is the first of all."""
+    payment: Payment | None = None
+    try:
+        for row in rows:
+            payment = evolve(payment, fact_at(payment_id, *row[:3]))
+    except (UndecodableEvent, UnexpectedEvent):
+        return payment
+    return payment
+
+
+def _loaded(payment_id: UUID, rows: Sequence[tuple[Any, ...]]) -> LoadedPayment:
     payment = fold_stored(payment_id, (row[:3] for row in rows))
+    events = tuple(StoredEvent(payment_id, *row[:3]) for row in rows)
     traceparent = facts.traceparent_of(rows[0][2])
-    return LoadedPayment(payment, [row[3] for row in rows], rows[0][4], traceparent)
+    return LoadedPayment(payment, events, [row[3] for row in rows], rows[0][4], traceparent)
+
+
+def belongs_to(client: str | None, payment_id: UUID, first: tuple[int, str, bytes]) -> bool:
+    """Whether a stream's first event (version, topic, state) says that its payment is the client's.
+
+    None stands for whoever may read all. Nobody else is told of a stream whose beginning cannot be
+    read. Asked before anything is folded: an error would tell others that there is a payment.
+    """
+    if client is None:
+        return True
+    try:
+        fact = fact_at(payment_id, *first)
+    except UndecodableEvent:
+        return False
+    return isinstance(fact, PaymentInitiated) and fact.version == 1 and fact.client == client
 
 
 def fold_stored(payment_id: UUID, rows: Iterable[tuple[int, str, bytes]]) -> Payment:

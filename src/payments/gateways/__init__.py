@@ -53,7 +53,9 @@ class Gateway(Protocol):
     `safe_retry_s`: for how many seconds after the first sending the provider surely remembers an
     idempotency key. Within it, `charge` and `refund` may be sent again; after it, only asking is
     safe. `late_capture_s`: for how long after the first sending a charge that the provider did not
-    know of may still be captured; it is asked about for at least a day.
+    know of may still be captured; it is asked about for at least a day. `declines_may_turn_s`: for
+    how long after a decline the provider may capture the charge after all; it is asked about once
+    at the end of it, and what was captured goes back. 0, also if a gateway does not have it: never.
     """
 
     @property
@@ -64,6 +66,9 @@ class Gateway(Protocol):
 
     @property
     def late_capture_s(self) -> float: ...
+
+    @property
+    def declines_may_turn_s(self) -> float: ...
 
     async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined:
         """Captures once per payment id, however often it is called."""

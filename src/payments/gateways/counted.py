@@ -24,6 +24,11 @@ _WORD = re.compile(r"[\x20-\x7e]{1,255}")
 T = TypeVar("T", bound=Approved | Declined | None)
 
 
+def declines_may_turn_s(gateway: Gateway) -> float:
+    """0 for a gateway that does not say it."""
+    return float(getattr(gateway, "declines_may_turn_s", 0.0))
+
+
 class CountedGateway:
     """Passes every call on. Whatever else than its two exceptions a gateway raises is a defect of
     it, and becomes OutcomeUnknown: the provider may have been reached."""
@@ -34,6 +39,7 @@ class CountedGateway:
         self.name = gateway.name
         self.safe_retry_s = gateway.safe_retry_s
         self.late_capture_s = gateway.late_capture_s
+        self.declines_may_turn_s = declines_may_turn_s(gateway)
 
     async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined:
         return await self._counted("charge", self._gateway.charge(charge, timeout_s), timeout_s)

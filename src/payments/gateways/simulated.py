@@ -69,6 +69,7 @@ class SimulatedGateway:
     name = "simulated"
     safe_retry_s = 24 * 3600.0
     late_capture_s = 24 * 3600.0
+    declines_may_turn_s = 0.0
 
     def __init__(self, ledger: Path | None, faults: str = "") -> None:
         """`ledger` is the file, None for memory only. Raises StartError if it cannot be opened."""

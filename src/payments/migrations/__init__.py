@@ -2,17 +2,31 @@
 
 A file that was applied never changes: its checksum is kept, and a difference stops the start. To
 change the schema, add the next number.
+
+A version of the service must be able to run on a schema that a newer one migrated: beside it while
+processes are replaced, and instead of it when it proves bad. So the first line of a file names the
+oldest version that may, by the newest migration which that one knows: `-- oldest: 0005`. Where the
+file is not known, the database tells: `oldest` is recorded with each migration.
+
+The first release refuses whatever it does not know in `schema_migrations`. Only its own migrations,
+up to 0005, are recorded there; later ones are in `schema_versions`, at which it does not look.
+
+A file that begins with CREATE INDEX CONCURRENTLY, behind its comments, holds that statement alone
+and runs outside a transaction. What a killed run leaves of it is removed by the next.
+
+docs/decisions/upgrades.md has the rules for files, and why.
 """
 
 import hashlib
 import re
 import time
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import psycopg
 from loguru import logger
+from psycopg.sql import SQL, Identifier
 
 from payments.database import DatabaseAddress, connect
 from payments.errors import StartError
@@ -20,6 +34,58 @@ from payments.errors import StartError
 LOCK_KEYS = (7165010, 2)  # 1 is the appenders' lock, in 0001_event_store.sql
 LOCK_WAIT_S = 120  # another process may be in the middle of a long migration
 LOCK_POLL_S = 0.1
+FIRST_RELEASE = 5  # the newest migration of the version that knows schema_migrations alone
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS schema_migrations (
+    number     integer     PRIMARY KEY,
+    name       text        NOT NULL,
+    checksum   text        NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT now()
+);
+
+DO $$
+DECLARE
+    grantee text;
+BEGIN
+    IF to_regclass('schema_versions') IS NOT NULL THEN
+        RETURN;
+    END IF;
+    -- One row per migration from 0006 on. `oldest`: who knows the migrations up to this one, and
+    -- none that is later, may run on the schema from this migration on.
+    CREATE TABLE schema_versions (
+        number     integer     PRIMARY KEY CHECK (number > 5),
+        name       text        NOT NULL,
+        checksum   text        NOT NULL,
+        oldest     integer     NOT NULL CHECK (oldest <= number),
+        applied_at timestamptz NOT NULL DEFAULT now()
+    );
+    -- Whoever may look whether the database is up to date goes on to.
+    FOR grantee IN
+        SELECT DISTINCT CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(r.rolname) END
+          FROM pg_class c CROSS JOIN aclexplode(c.relacl) a
+          LEFT JOIN pg_roles r ON r.oid = a.grantee
+         WHERE c.oid = 'schema_migrations'::regclass AND a.privilege_type = 'SELECT'
+    LOOP
+        EXECUTE format('GRANT SELECT ON schema_versions TO %s', grantee);
+    END LOOP;
+END $$
+"""
+
+APPLIED_UP_TO_0005 = "SELECT number, name, checksum, number FROM schema_migrations"
+APPLIED_LATER = "SELECT number, name, checksum, oldest FROM schema_versions"
+
+RECORD_UP_TO_0005 = "INSERT INTO schema_migrations (number, name, checksum) VALUES (%s, %s, %s)"
+RECORD_LATER = """
+INSERT INTO schema_versions (number, name, checksum, oldest) VALUES (%s, %s, %s, %s)
+"""
+
+IS_INVALID = "SELECT FROM pg_index WHERE indexrelid = to_regclass(%s) AND NOT indisvalid"
+
+# Comments, then the statement. IF NOT EXISTS: it may be there and only not recorded.
+_INDEX = re.compile(
+    r"(?:\s|--.*\n)*CREATE(?: UNIQUE)? INDEX CONCURRENTLY IF NOT EXISTS ([a-z0-9_]+)\s"
+)
 
 
 class Migration(msgspec.Struct, frozen=True):
@@ -27,9 +93,47 @@ class Migration(msgspec.Struct, frozen=True):
     name: str
     sql: str
 
+    def __str__(self) -> str:
+        return f"{self.number:04}_{self.name}"
+
     @property
     def checksum(self) -> str:
         return hashlib.sha256(self.sql.encode()).hexdigest()
+
+    @property
+    def oldest(self) -> int:
+        """The newest migration that the oldest version knows which may run on the schema."""
+        stated = re.match(r"-- oldest: ([0-9]{4})\n", self.sql)
+        return int(stated[1]) if stated else self.number
+
+    @property
+    def index(self) -> str | None:
+        """What it makes by CREATE INDEX CONCURRENTLY, if that is what it does."""
+        found = _INDEX.match(self.sql)
+        return found[1] if found else None
+
+
+class Applied(NamedTuple):
+    """A migration as the database has it on record."""
+
+    number: int
+    name: str
+    checksum: str
+    oldest: int
+
+    def __str__(self) -> str:
+        return f"{self.number:04}_{self.name}"
+
+
+class Schema(NamedTuple):
+    """What of a database's schema and of this version of the software is not in the other.
+
+    `missing` is not applied yet, `newer` is not known here; both in order.
+    """
+
+    missing: list[Migration]
+    newer: list[Applied]
+    refusal: str | None  # why this version must not run on it, and what to do
 
 
 def known_migrations() -> list[Migration]:
@@ -46,24 +150,91 @@ def migrate(address: DatabaseAddress) -> list[Migration]:
     """Brings the database up to date; returns what it applied.
 
     Any number of processes may call this at once: one applies, the others wait for it. Raises
-    StartError if the database is newer than the software, or if an applied file was changed.
+    StartError if a newer version migrated the database to what this one cannot run on, or if an
+    applied file was changed.
     """
     with connect(address, "payments migrate") as connection:
         # A migration may rightly take longer than a request.
-        connection.execute("SET statement_timeout = 0; SET lock_timeout = '60s'")
+        connection.execute("SET statement_timeout = 0; SET lock_timeout = 0")
         _lock(connection)
         try:
-            return _apply_missing(connection)
+            connection.execute(TABLES)
+            schema = schema_of(connection)
+            _refuse(schema)
+            for migration in schema.missing:
+                _apply(connection, migration)
         except psycopg.Error as error:
             raise StartError(f"migration failed: {error.diag.message_primary or error}") from error
+    return schema.missing
 
 
 def check_migrated(address: DatabaseAddress) -> None:
-    """StartError unless every known migration is applied: for MIGRATE_ON_START=false."""
+    """StartError unless every known migration is applied, and this version may run on the rest."""
     with connect(address, "payments migrate") as connection:
-        missing = _missing(connection)
-    if missing:
-        names = ", ".join(f"{migration.number:04}_{migration.name}" for migration in missing)
+        schema = schema_of(connection)
+    _refuse(schema)
+    _demand(schema)
+
+
+def check_readable(address: DatabaseAddress) -> None:
+    """StartError unless every known migration is applied: who only reads may find newer ones.
+
+    The worst that can come of it is a query that fails.
+    """
+    with connect(address, "payments migrate") as connection:
+        schema = schema_of(connection)
+    _demand(schema)
+    if schema.newer:
+        logger.bind(migration=str(schema.newer[-1])).warning(
+            "the database is newer than this version, which may not find its way in it"
+        )
+
+
+def schema_of(connection: psycopg.Connection[Any]) -> Schema:
+    """Only reads. Raises StartError if a file was changed after it was applied."""
+    known, applied = known_migrations(), _applied(connection)
+    newer = [applied[number] for number in sorted(applied.keys() - {m.number for m in known})]
+    for migration in known:
+        record = applied.get(migration.number)
+        if record is not None and record.checksum != migration.checksum:
+            raise StartError(
+                f"migration {migration} was changed after it was applied to this database: "
+                "restore the file and add a new migration"
+            )
+    oldest = max((record.oldest for record in newer), default=0)
+    refusal = None
+    if oldest > known[-1].number:
+        refusal = (
+            f"the database has migration {newer[-1]}, which this version does not know: "
+            f"run a version of the service that knows migration {oldest:04}"
+        )
+    missing = [migration for migration in known if migration.number not in applied]
+    return Schema(missing, newer, refusal)
+
+
+def _applied(connection: psycopg.Connection[Any]) -> dict[int, Applied]:
+    rows: list[Applied] = []
+    for table, query in (
+        ("schema_migrations", APPLIED_UP_TO_0005),
+        ("schema_versions", APPLIED_LATER),
+    ):
+        if _one(connection, "SELECT to_regclass(%s) IS NOT NULL", (table,)):
+            rows += (Applied(*row) for row in connection.execute(query))
+    return {record.number: record for record in rows}
+
+
+def _refuse(schema: Schema) -> None:
+    if schema.refusal is not None:
+        raise StartError(schema.refusal)
+    if schema.newer:
+        logger.bind(migration=str(schema.newer[-1])).warning(
+            "the database is newer than this version, which may run on it"
+        )
+
+
+def _demand(schema: Schema) -> None:
+    if schema.missing:
+        names = ", ".join(str(migration) for migration in schema.missing)
         raise StartError(f"the database lacks {names}: run `payments migrate` first")
 
 
@@ -80,49 +251,37 @@ def _lock(connection: psycopg.Connection[Any]) -> None:
         time.sleep(LOCK_POLL_S)
 
 
-def _apply_missing(connection: psycopg.Connection[Any]) -> list[Migration]:
-    connection.execute(
-        """
-        CREATE TABLE IF NOT EXISTS schema_migrations (
-            number     integer     PRIMARY KEY,
-            name       text        NOT NULL,
-            checksum   text        NOT NULL,
-            applied_at timestamptz NOT NULL DEFAULT now()
-        )
-        """
-    )
-    missing = _missing(connection)
-    for migration in missing:
+def _apply(connection: psycopg.Connection[Any], migration: Migration) -> None:
+    """With its record in one transaction, or else so that it can be done again."""
+    if migration.index is not None:
+        # It waits for every transaction that is open, a long audit's as well, and nobody for it.
+        _drop_if_invalid(connection, migration.index)
+        connection.execute(migration.sql.encode())
+        _record(connection, migration)
+    else:
         with connection.transaction():
+            # Requests queue behind whoever waits for a table.
+            connection.execute("SET LOCAL lock_timeout = '60s'")
             connection.execute(migration.sql.encode())
-            connection.execute(
-                "INSERT INTO schema_migrations (number, name, checksum) VALUES (%s, %s, %s)",
-                [migration.number, migration.name, migration.checksum],
-            )
-        logger.bind(migration=f"{migration.number:04}_{migration.name}").info("migration applied")
-    return missing
+            _record(connection, migration)
+    logger.bind(migration=str(migration)).info("migration applied")
 
 
-def _missing(connection: psycopg.Connection[Any]) -> list[Migration]:
-    known = known_migrations()
-    if not _one(connection, "SELECT to_regclass('schema_migrations') IS NOT NULL"):
-        return known
-    rows = connection.execute("SELECT number, name, checksum FROM schema_migrations").fetchall()
-    applied = {number: (name, checksum) for number, name, checksum in rows}
-    if newer := sorted(set(applied) - {migration.number for migration in known}):
-        raise StartError(
-            f"the database has migration {newer[-1]:04}, which this version does not know: "
-            "run a newer version of the service"
-        )
-    for migration in known:
-        if migration.number in applied and applied[migration.number][1] != migration.checksum:
-            raise StartError(
-                f"migration {migration.number:04}_{migration.name} was changed after it was "
-                "applied to this database: restore the file and add a new migration"
-            )
-    return [migration for migration in known if migration.number not in applied]
+def _drop_if_invalid(connection: psycopg.Connection[Any], index: str) -> None:
+    """A build that was killed leaves it: writes keep it up, nothing reads it, and IF NOT EXISTS
+    would take it for the index."""
+    if connection.execute(IS_INVALID, [index]).rowcount:
+        connection.execute(SQL("DROP INDEX CONCURRENTLY {}").format(Identifier(index)))
 
 
-def _one(connection: psycopg.Connection[Any], query: str, params: tuple[int, ...] = ()) -> Any:
+def _record(connection: psycopg.Connection[Any], migration: Migration) -> None:
+    row = [migration.number, migration.name, migration.checksum]
+    if migration.number <= FIRST_RELEASE:
+        connection.execute(RECORD_UP_TO_0005, row)
+    else:
+        connection.execute(RECORD_LATER, [*row, migration.oldest])
+
+
+def _one(connection: psycopg.Connection[Any], query: str, params: tuple[int | str, ...]) -> Any:
     row = connection.execute(query.encode(), params).fetchone()
     return row[0] if row else None

@@ -1,7 +1,8 @@
 """The callback outbox: what Order Service is owed, one row for each outcome of a payment.
 
 Written in the transaction of the follower's position, so no outcome is left out and none comes
-twice. An order that is owed something has a lane: see callback_lanes in migrations/0003.
+twice. An order that is owed something has a lane: see callback_lanes in migrations/0003. Which
+order is paid, and not told of a FAILED: paid_orders in migrations/0010.
 """
 
 from collections.abc import Collection, Sequence
@@ -32,8 +33,8 @@ SELECT 'callbacks', coalesce(max(notification_id), 0) FROM payment_events
 RETURNING position
 """
 
-# Locks the lanes first, in the order of their ids; their turns are in that of the log. Behind a
-# SUCCESS nobody waits for a FAILED that is tried again; an order without one keeps its pause.
+# Locks the lanes first, in the order of their ids; their turns are in that of the log. A SUCCESS
+# does not wait until a FAILED is tried again that it supersedes; every other lane keeps its pause.
 OPEN_LANES = """
 INSERT INTO callback_lanes AS l (order_id, next_at, failing)
 SELECT id, now() + place * interval '1 microsecond', %(late)b
@@ -43,9 +44,9 @@ SELECT id, now() + place * interval '1 microsecond', %(late)b
        SELECT CASE WHEN freed THEN least(l.next_at, clock_timestamp()) ELSE l.next_at END,
               l.failing AND NOT freed
          FROM (SELECT l.in_flight IS NULL AND l.order_id = ANY (%(paid)b::uuid[])
-                  AND EXISTS (SELECT FROM callback_deliveries d
-                               WHERE d.order_id = l.order_id AND d.state = 'due'
-                                 AND d.status = 'FAILED')) AS lane (freed))
+                  AND coalesce((SELECT d.status = 'FAILED' FROM callback_deliveries d
+                                 WHERE d.order_id = l.order_id AND d.state = 'due'
+                                 ORDER BY d.position LIMIT 1), false)) AS lane (freed))
 """
 
 POSITION = """
@@ -114,7 +115,12 @@ class CallbacksProjection:
             return 0
         # Also of those that are owed nothing new: it decides about what they are owed already.
         orders = uuids(list(dict.fromkeys(each.outcome.merchant_order_id for each in owed)))
-        paid = {each.outcome.merchant_order_id for each in owed if each.status != "FAILED"}
+        refunded = {each.outcome.payment_id for each in owed if each.status == "REFUNDED"}
+        paid = {
+            each.outcome.merchant_order_id
+            for each in owed
+            if each.status == "SUCCESS" and each.outcome.payment_id not in refunded
+        }
         async with connection.cursor(binary=True) as cursor:
             lanes = {"orders": orders, "paid": uuids(list(paid)), "late": late}
             await cursor.execute(OPEN_LANES.encode(), lanes)

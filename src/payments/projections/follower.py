@@ -220,7 +220,8 @@ class Follower:
                 events = await read_events(
                     connection, READ_STREAM_PART, [payment_id, first, position]
                 )
-                if await self._apply_or_park(connection, events):
+                # Without any it was parked by hand, and there is nothing to apply.
+                if not events or await self._apply_or_park(connection, events):
                     await connection.execute(UNPARK, [self._name, payment_id])
 
     async def _run(self) -> None:

@@ -11,11 +11,11 @@ from uuid import UUID
 
 import psycopg
 
-from payments import unsettled
-from payments.events.arrays import BinaryArray, integers, texts, timestamps, uuids
+from payments import sendings, unsettled
+from payments.events.arrays import BinaryArray, doubles, integers, texts, timestamps, uuids
 from payments.events.chain import LogEntry
 from payments.events.store import LOAD_STREAMS, fact_at
-from payments.payment import Payment, Refund, evolve
+from payments.payment import DECLINED, Payment, Refund, evolve
 from payments.settings import DEFAULT_CLIENT
 
 Row = tuple[Any, ...]
@@ -91,12 +91,14 @@ SELECT payment_id, client, status, currency, created_at AT TIME ZONE 'UTC'
 
 
 class PaymentsProjection:
-    """`settle_after_s`: how long an open payment is left to the request that opened it."""
+    """`settle_after_s`: how long an open payment is left to the request that opened it;
+    `declines_may_turn_s`: as of the gateway."""
 
     name = "payments"
 
-    def __init__(self, settle_after_s: float) -> None:
+    def __init__(self, settle_after_s: float, declines_may_turn_s: float = 0.0) -> None:
         self._settle_after_s = settle_after_s
+        self._declines_may_turn_s = declines_may_turn_s
 
     async def apply(
         self, connection: psycopg.AsyncConnection[Any], events: Sequence[LogEntry]
@@ -122,19 +124,25 @@ class PaymentsProjection:
         payments: list[Payment],
         earlier: dict[UUID, Payment],
     ) -> None:
-        settled, open_ids, kinds, since = [], [], [], []
+        settled, open_ids, kinds, since, due_in_s = [], [], [], [], []
         for payment in payments:
-            if (reason := payment.unsettled) is not None:
+            reason = payment.unsettled
+            turning = payment.declined and payment.late_capture is None
+            if reason is not None or (turning and self._declines_may_turn_s > 0):
                 open_ids.append(payment.id)
-                kinds.append(reason.kind)
-                since.append(reason.since)
+                kinds.append(DECLINED if reason is None else reason.kind)
+                since.append(payment.updated_at if reason is None else reason.since)
+                wait_s = self._declines_may_turn_s if reason is None else self._settle_after_s
+                due_in_s.append(wait_s)
             elif payment.id in earlier:  # what began in this batch was never listed
-                settled.append(payment.id)
+                settled.append(payment)
         if open_ids:
-            params = (self._settle_after_s, uuids(open_ids), texts(kinds), timestamps(since))
+            params = (uuids(open_ids), texts(kinds), timestamps(since), doubles(due_in_s))
             await cursor.execute(unsettled.ADD.encode(), params)
         if settled:
-            await cursor.execute(unsettled.REMOVE.encode(), [uuids(settled)])
+            await cursor.execute(unsettled.REMOVE.encode(), [uuids([each.id for each in settled])])
+        if gave_back := [each.id for each in settled if each.refunds or each.late_capture]:
+            await cursor.execute(sendings.REMOVE.encode(), [uuids(gave_back)])
 
 
 async def _earlier(

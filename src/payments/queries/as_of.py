@@ -5,7 +5,7 @@ from uuid import UUID
 
 from payments.database import Database
 from payments.errors import PaymentNotFound
-from payments.events.store import LOAD_STREAM_AS_OF, fold_stored
+from payments.events.store import LOAD_STREAM_AS_OF, belongs_to, fold_stored
 from payments.queries.payments import PaymentView, not_found, view_of
 
 Moment = int | datetime  # a position of the log, or a time
@@ -29,11 +29,9 @@ async def get_payment_as_of(
         "time": moment if isinstance(moment, datetime) else None,
     }
     rows = await database.fetch(LOAD_STREAM_AS_OF, params)
-    if rows:
-        payment = fold_stored(payment_id, rows)
-        if client in (None, payment.client):
-            return view_of(payment)
-    elif client is None and await database.fetch(STREAM_EXISTS, [payment_id]):
+    if rows and belongs_to(client, payment_id, rows[0]):
+        return view_of(fold_stored(payment_id, rows))
+    if not rows and client is None and await database.fetch(STREAM_EXISTS, [payment_id]):
         raise PaymentNotFound(f"Payment {payment_id} did not exist yet {_text(moment)}.")
     raise await not_found(database, payment_id, client)
 

@@ -48,12 +48,12 @@ SELECT event_id FROM callback_deliveries
 BACKLOG = """
 SELECT (SELECT count(*) FROM callback_deliveries WHERE state = 'due'),
        (SELECT count(*) FROM callback_deliveries WHERE state = 'dead'),
-       (SELECT extract(epoch FROM clock_timestamp() - due_since)::float8
+       (SELECT greatest(0, extract(epoch FROM clock_timestamp() - due_since))::float8
           FROM callback_deliveries WHERE state = 'due' ORDER BY due_since LIMIT 1)
 """
 
 OLDEST_AGE = """
-SELECT extract(epoch FROM clock_timestamp() - due_since)::float8
+SELECT greatest(0, extract(epoch FROM clock_timestamp() - due_since))::float8
   FROM callback_deliveries WHERE state = 'due' ORDER BY due_since LIMIT 1
 """
 

@@ -27,6 +27,7 @@ from payments.money import amount_text
 from payments.payment import Payment
 from payments.queries.callbacks import Attempt, Delivery, attempts, deliveries_of_payment, text_of
 from payments.queries.payments import not_found
+from payments.settings import DISPATCHER
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -142,7 +143,7 @@ def _amount(fact: Fact) -> str:
 def _of_delivery(delivery: Delivery, made: list[Attempt]) -> Iterator[Entry]:
     status = f"callback {delivery.event_id} ({delivery.status})"
     yield Entry(
-        delivery.enqueued_at, "callback", "dispatcher", f"{status}: to be sent to Order Service"
+        delivery.enqueued_at, "callback", DISPATCHER, f"{status}: to be sent to Order Service"
     )
     for number, attempt in enumerate(made, 1):
         answer = text_of(attempt.answer)
@@ -154,14 +155,14 @@ def _of_delivery(delivery: Delivery, made: list[Attempt]) -> Iterator[Entry]:
             None if not answer else f"answer: {answer[:200]}",
         ]
         text = ", ".join(part for part in parts if part)
-        yield Entry(attempt.started_at, "attempt", "dispatcher", text)
+        yield Entry(attempt.started_at, "attempt", DISPATCHER, text)
     if delivery.state == "due":
         now = delivery.next_at or delivery.enqueued_at
         text = f"{status}: not delivered yet, tried next at {time_text(now)}"
-        yield Entry(datetime.now(UTC), "due", "dispatcher", text)
+        yield Entry(datetime.now(UTC), "due", DISPATCHER, text)
     elif delivery.state != "delivered" and delivery.finished_at is not None:
         yield Entry(
-            delivery.finished_at, delivery.state, "dispatcher", f"{status}: {_ENDS[delivery.state]}"
+            delivery.finished_at, delivery.state, DISPATCHER, f"{status}: {_ENDS[delivery.state]}"
         )
 
 

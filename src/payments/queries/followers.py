@@ -6,11 +6,12 @@ from uuid import UUID
 
 from payments.database import Database
 
+# Ages are never below 0, whatever a clock did.
 FOLLOWERS = """
 SELECT f.name,
        f.position,
        coalesce((SELECT max(notification_id) FROM payment_events), 0) - f.position,
-       coalesce((SELECT extract(epoch FROM clock_timestamp() - e.recorded_at)::float8
+       coalesce((SELECT greatest(0, extract(epoch FROM clock_timestamp() - e.recorded_at))::float8
                    FROM payment_events e WHERE e.notification_id > f.position
                   ORDER BY e.notification_id LIMIT 1), 0),
        (SELECT count(*) FROM parked_streams p WHERE p.follower = f.name)
@@ -23,7 +24,7 @@ SELECT follower, payment_id, "position", reason, parked_at
 """
 
 UNSETTLED = """
-SELECT kind, count(*), extract(epoch FROM clock_timestamp() - min(since))::float8
+SELECT kind, count(*), greatest(0, extract(epoch FROM clock_timestamp() - min(since)))::float8
   FROM unsettled_payments GROUP BY kind
 """
 

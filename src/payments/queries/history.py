@@ -1,14 +1,13 @@
 """Reading what happened to one payment: its events, just as they are stored."""
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 import msgspec
 
 from payments.database import Database
-from payments.events.facts import PaymentInitiated, UndecodableEvent
-from payments.events.store import fact_at
+from payments.events.store import belongs_to
 from payments.queries.payments import not_found
 
 # A whole stream, oldest first; `data` is the stored text itself, NULL where that is not JSON.
@@ -44,7 +43,7 @@ async def get_history(database: Database, payment_id: UUID, client: str | None) 
     PaymentNotFound or DatabaseUnavailable.
     """
     rows = await database.fetch(HISTORY, [payment_id])
-    if not rows or (client is not None and client != _client(payment_id, rows[0])):
+    if not rows or not belongs_to(client, payment_id, _stored(*rows[0])):
         raise await not_found(database, payment_id, client)
     return PaymentHistory([_event(*row) for row in rows])
 
@@ -53,6 +52,13 @@ def _event(
     position: int, version: int, type: str, recorded_at: datetime, data: str | None
 ) -> PaymentEvent:
     return PaymentEvent(position, version, type, recorded_at, _raw(data))
+
+
+def _stored(
+    position: int, version: int, type: str, recorded_at: datetime, data: str | None
+) -> tuple[int, str, bytes]:
+    """The row as the table has it."""
+    return version, type, (data or "").encode()
 
 
 def _raw(data: str | None) -> msgspec.Raw | None:
@@ -65,13 +71,3 @@ def _raw(data: str | None) -> msgspec.Raw | None:
     except (msgspec.MsgspecError, RecursionError):
         return None
     return msgspec.Raw((data or "").encode())
-
-
-def _client(payment_id: UUID, first: tuple[Any, ...]) -> str | None:
-    """Whose payment the first event says it is; None if that cannot be read."""
-    _, version, topic, _, data = first
-    try:
-        fact = fact_at(payment_id, version, topic, (data or "").encode())
-    except UndecodableEvent:
-        return None
-    return fact.client if isinstance(fact, PaymentInitiated) and version == 1 else None

@@ -15,7 +15,7 @@ from uuid import UUID
 from payments.database import READ_TIMEOUT_S, Database
 from payments.errors import DatabaseUnavailable
 from payments.events.arrays import uuids
-from payments.events.store import LOAD_STREAMS, fold_stored
+from payments.events.store import LOAD_STREAMS, belongs_to, fold_stored
 from payments.payment import Payment
 
 BATCH_MAX = 256  # lookups in one statement: about 4 ms of work for the event loop when it returns
@@ -33,8 +33,9 @@ class PaymentLookups:
         self._waiting: list[_Lookup] = []  # in order of arrival
         self._reading: asyncio.Task[None] | None = None
 
-    async def find(self, payment_id: UUID) -> Payment | None:
-        """The payment as of now; None if it has no events. Within READ_TIMEOUT_S.
+    async def find(self, payment_id: UUID, client: str | None = None) -> Payment | None:
+        """The payment as of now, within READ_TIMEOUT_S; None if it has no events, or `client` may
+        not read them.
 
         Raises DatabaseUnavailable, or PaymentUnreadable if its events cannot be decoded or folded.
         """
@@ -45,7 +46,9 @@ class PaymentLookups:
             self._reading = asyncio.create_task(self._read_all(), name="lookups")
         rows = await waiter
         # Folded by each request for itself: a damaged stream is its own lookups' trouble.
-        return fold_stored(payment_id, (row[1:] for row in rows)) if rows else None
+        if not rows or not belongs_to(client, payment_id, rows[0][1:]):
+            return None
+        return fold_stored(payment_id, (row[1:] for row in rows))
 
     async def _read_all(self) -> None:
         """Reads until nobody waits; one statement at a time."""

@@ -126,8 +126,8 @@ async def get_payment(
     `client` restricts the answer to that API client's payments; None reads all. Raises
     PaymentNotFound, PaymentUnreadable or DatabaseUnavailable.
     """
-    payment = await lookups.find(payment_id)
-    if payment is None or client not in (None, payment.client):
+    payment = await lookups.find(payment_id, client)
+    if payment is None:
         raise await not_found(database, payment_id, client)
     return view_of(payment)
 

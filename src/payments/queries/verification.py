@@ -1,4 +1,5 @@
 """Whether the log is what was sealed: the hash chain recomputed, from the database or an export.
+And whether it is the log that was meant, and names no capture twice.
 
 Each event is checked against its own seal and the one before, so every position that was tampered
 with is named, and what follows it is judged on its own.
@@ -6,12 +7,14 @@ with is named, and what follows it is judged on its own.
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import BinaryIO, NamedTuple
+from uuid import UUID
 
 import msgspec
 
 from payments.database import Database
+from payments.errors import StartError
 from payments.events.chain import GENESIS, LogEntry, read_line, seal
-from payments.events.store import READ_WHOLE_LOG
+from payments.events.store import READ_WHOLE_LOG, SHARED_CAPTURES
 from payments.snapshot import Snapshot
 
 SEALS = """
@@ -24,6 +27,10 @@ SELECT position, hash FROM log_seals ORDER BY position DESC LIMIT 1
 
 FOLLOWER = """
 SELECT position FROM followers WHERE name = 'seals'
+"""
+
+IDENTITY = """
+SELECT id FROM log_identity
 """
 
 
@@ -56,10 +63,31 @@ class Finding(NamedTuple):
         return f"position {self.position}: {self.text}"
 
 
+class SharedCapture(NamedTuple):
+    """Two payments that name the same transaction of the same provider."""
+
+    payment_id: UUID
+    other_id: UUID
+    gateway: str
+    transaction: str
+
+    def __str__(self) -> str:
+        return (
+            f"payment {self.payment_id}: names the provider's transaction {self.transaction}, "
+            f"as payment {self.other_id} does"
+        )
+
+
 async def newest_head(database: Database) -> Head | None:
     """None: nothing is sealed yet."""
     rows = await database.fetch(HEAD)
     return Head(*rows[0]) if rows else None
+
+
+async def log_id(database: Database) -> UUID | None:
+    """Which log this is; a restored copy has the same id. None: somebody removed it."""
+    rows = await database.fetch(IDENTITY)
+    return rows[0][0] if rows else None
 
 
 class Verification:
@@ -245,7 +273,29 @@ def missing_seals(snapshot: Snapshot, head: Head | None) -> Iterator[Finding]:
             yield Finding(position + 1, text)
 
 
-class NoExport(Exception):
+def log_id_in(snapshot: Snapshot) -> UUID | None:
+    """As `log_id`."""
+    rows = snapshot.fetch(IDENTITY)
+    return rows[0][0] if rows else None
+
+
+def another_log(id: UUID | None, wanted: UUID | None, events: int) -> Iterator[str]:
+    """What says that this is not the log that was meant; `wanted` is the id of that, if given."""
+    if id is None:
+        yield "log: its id is missing"
+    elif wanted not in (None, id):
+        yield f"log: its id is {id}, not {wanted}: is this the right database?"
+    if not events:
+        yield str(Finding(1, "the log is empty: is this the right database?"))
+
+
+def shared_captures(snapshot: Snapshot) -> Iterator[SharedCapture]:
+    """Damaged events that name none do not share it."""
+    found = map(SharedCapture._make, snapshot.stream(SHARED_CAPTURES))
+    yield from (shared for shared in found if shared.transaction)
+
+
+class NoExport(StartError):
     """The file is no export of a log: its first line is none of `payments replay`."""
 
 

@@ -1,0 +1,73 @@
+"""Sending money back: each refund at most once, and none while the log may lack others."""
+
+from collections.abc import Callable
+from contextlib import suppress
+
+from payments import sendings
+from payments.database import Database
+from payments.errors import DatabaseUnavailable
+from payments.events.watch import LogWatch
+from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderRefund
+from payments.payment import Approved, Declined
+
+
+class GivingBack:
+    """Refunds, and late captures that are returned, at the provider."""
+
+    def __init__(self, gateway: Gateway, database: Database, watch: LogWatch) -> None:
+        self._gateway = gateway
+        self._database = database
+        self._watch = watch
+
+    async def check_allowed(self) -> None:
+        """Raises LogRewound while a loss of the log is open, or DatabaseUnavailable."""
+        await self._watch.refuse_if_lost()
+
+    async def send(
+        self, order: ProviderRefund, timeout_s: Callable[[], float]
+    ) -> Approved | Declined:
+        """Sends a refund that was accepted a moment ago, for the first time.
+
+        `timeout_s` is asked before each call; it may raise to prevent it. Raises LogRewound,
+        OutcomeUnknown or NeverSent.
+        """
+        self._watch.refuse_if_known_lost()
+        try:
+            return await self._gateway.refund(order, timeout_s())
+        except NeverSent:
+            with suppress(DatabaseUnavailable):  # then it counts as sent
+                await sendings.note_never_sent(self._database, order.refund_id, order.payment_id)
+            raise
+
+    async def send_again(
+        self,
+        order: ProviderRefund,
+        age_s: float,
+        timeout_s: Callable[[], float],
+        *,
+        unsent: bool = False,
+    ) -> Approved | Declined:
+        """What became of a refund that may have been sent before; sends it again if that is safe.
+
+        `age_s`: how long ago it was accepted, at the most. `unsent`: it was never sent unless a
+        note says so. Raises as `send`, DatabaseUnavailable, and OutcomeUnknown also if the provider
+        does not know the refund and might make it twice.
+        """
+        found = await self._gateway.find_refund(order, timeout_s())
+        if found is not None:
+            return found
+        await self.check_allowed()
+        safe_s = self._gateway.safe_retry_s
+        sending = await sendings.begin(self._database, order.refund_id, order.payment_id, age_s)
+        first = sending.never_before
+        if first is None:
+            first = unsent and age_s <= safe_s
+        if not first and sending.age_s > safe_s:
+            raise OutcomeUnknown("too old to be sent again under the same provider key")
+        try:
+            return await self._gateway.refund(order, timeout_s())
+        except NeverSent:
+            if first:
+                with suppress(DatabaseUnavailable):
+                    await sendings.take_back(self._database, order.refund_id, sending.number)
+            raise

@@ -1,0 +1,114 @@
+"""What the log lost: a failover to a standby that lagged, or a restore, takes back what was
+acknowledged. The tables log_losses and log_identity, and all of their SQL.
+
+A loss is open from the moment a process finds it until a person accepts it.
+"""
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any, Literal, NamedTuple
+from uuid import UUID
+
+from payments.database import Database
+
+Fetch = Callable[[str, dict[str, Any]], Awaitable[list[tuple[Any, ...]]]]
+
+LOG_ID = """
+SELECT id FROM log_identity
+"""
+
+# What was found since the last acceptance, in one row; no row if nothing was. The newest head goes
+# with it, for whoever accepts.
+OPEN_LOSS = """
+SELECT min(f.at), string_agg(DISTINCT f.by, ', '), min(f.kept_position), max(f.lost_position),
+       (SELECT l.lost_hash FROM log_losses l
+         WHERE l.kind = 'found' AND l.id > accepted.id
+         ORDER BY l.lost_position DESC, l.id LIMIT 1)
+  FROM log_losses f,
+       (SELECT coalesce(max(id), 0) AS id FROM log_losses WHERE kind = 'accepted') AS accepted
+ WHERE f.kind = 'found' AND f.id > accepted.id
+ GROUP BY accepted.id
+"""
+
+ACCEPTED_LOSSES = """
+SELECT at, by, reason, kept_position, lost_position, lost_hash, head_position, head_hash
+  FROM log_losses WHERE kind = 'accepted' ORDER BY id
+"""
+
+# Somebody has accepted the loss of this position since.
+ACCEPTED_SINCE = """
+SELECT 1 FROM log_losses
+ WHERE kind = 'accepted' AND id > %(accepted)s
+   AND kept_position < %(position)s AND lost_position >= %(position)s LIMIT 1
+"""
+
+# The new head is the log's end, with its seal if it has one.
+ADD = """
+INSERT INTO log_losses (kind, by, reason, kept_position, lost_position, lost_hash,
+                        head_position, head_hash)
+SELECT %(kind)s, %(by)s, %(reason)s, %(kept)s, %(lost)s, %(lost_hash)s, coalesce(max(position), 0),
+       (SELECT hash FROM log_seals s WHERE s.position = (SELECT max(notification_id)
+                                                           FROM payment_events))
+  FROM (SELECT max(notification_id) AS position FROM payment_events) AS log
+RETURNING head_position, head_hash
+"""
+
+
+class OpenLoss(NamedTuple):
+    """`found_by` are processes. Up to `kept_position` the log is known to be as it was;
+    `lost_position` is the last one that is known to be lost, with its seal if that is known."""
+
+    found_at: datetime
+    found_by: str
+    kept_position: int
+    lost_position: int
+    lost_hash: bytes | None
+
+
+class AcceptedLoss(NamedTuple):
+    """A loss that somebody accepted: the old head, and the new one as of then."""
+
+    at: datetime
+    by: str
+    reason: str
+    kept_position: int
+    lost_position: int
+    lost_hash: bytes | None
+    head_position: int
+    head_hash: bytes | None
+
+    def covers(self, position: int) -> bool:
+        return self.kept_position < position <= self.lost_position
+
+
+async def log_id(database: Database) -> UUID:
+    ((found,),) = await database.fetch(LOG_ID)
+    return UUID(str(found))
+
+
+async def open_loss(database: Database) -> OpenLoss | None:
+    rows = await database.fetch(OPEN_LOSS)
+    return OpenLoss(*rows[0]) if rows else None
+
+
+async def add(
+    fetch: Fetch,
+    kind: Literal["found", "accepted"],
+    by: str,
+    reason: str,
+    *,
+    kept_position: int,
+    lost_position: int,
+    lost_hash: bytes | None,
+) -> tuple[int, bytes | None]:
+    """Returns the log's head as of now. `fetch` returns the rows of a query."""
+    params: dict[str, Any] = {
+        "kind": kind,
+        "by": by,
+        "reason": reason,
+        "kept": kept_position,
+        "lost": lost_position,
+        "lost_hash": lost_hash,
+    }
+    ((position, hash),) = await fetch(ADD, params)
+    return position, hash

@@ -1,0 +1,241 @@
+-- oldest: 0005
+-- The append function once more: it believes no clock alone, counts what it wrote, refuses a capture
+-- that another payment names already, and makes whoever learns nothing new wait for the standby too.
+
+-- What no honest append writes. NOT VALID: a row that was forced into the table before must not keep
+-- the service from starting; `payments audit verify` looks at every row.
+ALTER TABLE payment_events
+    ADD CONSTRAINT payment_events_sane CHECK (
+        notification_id BETWEEN 1 AND 4611686018427387904
+        AND originator_version BETWEEN 0 AND 2147483647
+        AND recorded_at BETWEEN '2000-01-01Z' AND '2200-01-01Z') NOT VALID;
+
+-- The provider's own id of a capture, out of the stored bytes of a PaymentCharged or a
+-- LateCaptureFound; '' if there is none. It never fails, whatever the bytes are. Nobody's data can
+-- pretend to be the field, since a quotation mark within a JSON text has a backslash before it.
+CREATE FUNCTION captured_transaction(state bytea) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT split_part(split_part(encode(state, 'escape'), '"provider_txn_id":"', 2), '"', 1)
+$$;
+
+-- The provider that a payment was begun with, out of the stored bytes of its PaymentInitiated.
+CREATE FUNCTION initiated_gateway(state bytea) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT split_part(split_part(encode(state, 'escape'), '"gateway":"', 2), '"', 1)
+$$;
+
+-- Appends a batch: each append whole or not at all, in the order given, all in this transaction.
+--
+-- An append is some consecutive events of one stream. One row per append: streams, first_versions
+-- (the version of its first event), sizes (how many events). One row per event: append_nos (which
+-- append it belongs to, counted from 1, never decreasing), topics, states. `told` is the time by the
+-- application's clock, NULL if it has none. `exclusively`: refuse captures that another payment names.
+-- Returns one row per append, in order:
+--   outcome   'appended'  this call stored its events
+--             'repeated'  the very same events (topic and state) stood there already
+--             'conflict'  the stream has another last version, or other events stand there
+--             'captured'  another payment of the same provider names the capture; nothing was stored
+--   position  where its last event stands; NULL for a conflict and for 'captured'
+--   first_state  for a conflict the state of the stream's first event, if it has one: the caller
+--             learns whose stream it is without having to ask again
+--
+-- SECURITY DEFINER: a role may append without being allowed to insert (docs/security.md).
+CREATE FUNCTION append_payment_events(
+    streams uuid[], first_versions bigint[], sizes integer[],
+    append_nos integer[], topics text[], states bytea[],
+    told timestamptz, exclusively boolean
+) RETURNS TABLE (outcome text, "position" bigint, first_state bytea)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+-- Planning took twice as long as running; and a plan made while the table was small must not scan it.
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+AS $$
+DECLARE
+    head     bigint;      -- the last position that is taken
+    before   bigint;      -- the same, before this batch
+    clock    timestamptz := clock_timestamp();
+    stamp    timestamptz; -- recorded_at of this batch
+    versions bigint[];    -- for append i: the last version of its stream before this batch, or, if
+                          -- i is the first of its stream in the batch, as of now
+    leader   integer;     -- the first append in the batch that has the stream at hand
+    skipped  integer[];   -- for append i: how many events of the batch stand before its first
+    bases    bigint[];    -- for append i: what to add to an event's place in the batch to get its
+                          -- position; NULL when the append conflicts
+    captures text[];      -- for append i: the capture that it names, or NULL
+    taken    integer[] := '{}'; -- appends whose capture another payment names in the log
+    named    text[] := '{}';    -- captures that this batch stores
+    events   integer := 0;
+    written  integer;
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'append_payment_events needs READ COMMITTED'
+            USING ERRCODE = 'invalid_transaction_state';
+    END IF;
+
+    -- Positions are given out under this lock, and it is held until the commit is done. So the
+    -- order of positions is the order of commits: a reader that has seen position n never has to
+    -- look below n again. VOLATILE and READ COMMITTED matter here: each statement below must see
+    -- what the previous holder of the lock committed. Not LOCK TABLE, which fights autovacuum.
+    PERFORM pg_advisory_xact_lock(7165010, 1);
+
+    SELECT e.notification_id, e.recorded_at INTO head, stamp
+      FROM payment_events e ORDER BY e.notification_id DESC LIMIT 1;
+    head := coalesce(head, 0);
+    before := head;
+    -- A clock that is far ahead must not become the log's time for good: of two that are more than
+    -- a minute apart the earlier one counts. And time never runs backwards along the log, nor leaves
+    -- what the table takes: an outcome is never refused for a clock.
+    IF told IS NOT NULL AND (told < clock - interval '60 s' OR told > clock + interval '60 s') THEN
+        clock := least(clock, told);
+    END IF;
+    stamp := least(greatest(clock, stamp, '2000-01-01Z'::timestamptz), '2200-01-01Z'::timestamptz);
+
+    versions := ARRAY(
+        SELECT (SELECT max(e.originator_version) FROM payment_events e
+                 WHERE e.originator_id = s.stream)
+          FROM unnest(streams) WITH ORDINALITY AS s (stream, no) ORDER BY s.no);
+
+    IF exclusively AND topics && ARRAY['PaymentCharged', 'LateCaptureFound'] THEN
+        captures := array_fill(NULL::text, ARRAY[cardinality(streams)]);
+        FOR i IN 1 .. cardinality(topics) LOOP
+            IF topics[i] IN ('PaymentCharged', 'LateCaptureFound') THEN
+                captures[append_nos[i]] := nullif(captured_transaction(states[i]), '');
+            END IF;
+        END LOOP;
+        taken := ARRAY(
+            SELECT c.no
+              FROM unnest(captures) WITH ORDINALITY AS c (capture, no)
+              JOIN payment_events e
+                ON captured_transaction(e.state) = c.capture
+               AND e.topic IN ('PaymentCharged', 'LateCaptureFound')
+             WHERE e.originator_id <> streams[c.no]
+               -- The same id at another provider is another capture.
+               AND (SELECT initiated_gateway(f.state) FROM payment_events f
+                     WHERE f.originator_id = e.originator_id AND f.originator_version = 1)
+                 = (SELECT coalesce(max(initiated_gateway(f.state)), (
+                               SELECT initiated_gateway(b.state)
+                                 FROM unnest(append_nos, topics, states) AS b (no, topic, state)
+                                WHERE b.no = c.no AND b.topic = 'PaymentInitiated' LIMIT 1))
+                      FROM payment_events f
+                     WHERE f.originator_id = streams[c.no] AND f.originator_version = 1));
+    END IF;
+
+    FOR i IN 1 .. cardinality(streams) LOOP
+        leader := array_position(streams, streams[i]);
+        skipped[i] := events;
+        bases[i] := NULL;
+        -- A stream begins at version 1; other users of the library may begin at 0.
+        IF first_versions[i] = versions[leader] + 1
+           OR (versions[leader] IS NULL AND first_versions[i] IN (0, 1)) THEN
+            IF captures[i] = ANY (named) THEN
+                taken := taken || i;
+            ELSIF NOT i = ANY (taken) THEN
+                IF captures[i] IS NOT NULL THEN
+                    named := named || captures[i];
+                END IF;
+                bases[i] := head - events;
+                head := head + sizes[i];
+                versions[leader] := first_versions[i] + sizes[i] - 1;
+            END IF;
+        ELSE
+            taken := array_remove(taken, i); -- it is decided again on the stream as it is
+        END IF;
+        events := events + sizes[i];
+    END LOOP;
+
+    IF head > before THEN
+        INSERT INTO payment_events
+               (notification_id, originator_id, originator_version, topic, state, recorded_at)
+        SELECT bases[e.no] + e.place,
+               streams[e.no],
+               first_versions[e.no] + e.place - skipped[e.no] - 1,
+               e.topic, e.state, stamp
+          FROM unnest(append_nos, topics, states) WITH ORDINALITY AS e (no, topic, state, place)
+         WHERE bases[e.no] IS NOT NULL;
+        GET DIAGNOSTICS written = ROW_COUNT;
+        -- A trigger or a rule of somebody else may have swallowed rows.
+        IF written <> head - before THEN
+            RAISE EXCEPTION 'payment_events took % of % events', written, head - before
+                USING ERRCODE = 'triggered_action_exception';
+        END IF;
+        -- A hint only: followers also poll.
+        NOTIFY payment_events;
+    ELSE
+        -- What is answered from the log must have reached the standby as well, and a commit waits
+        -- for it only if its transaction wrote to the WAL: after a crash between the commit and the
+        -- standby's word, events stand here that a failover would lose.
+        PERFORM pg_logical_emit_message(true, 'payments', '');
+    END IF;
+
+    FOR i IN 1 .. cardinality(streams) LOOP
+        IF bases[i] IS NOT NULL THEN
+            outcome := 'appended';
+            "position" := bases[i] + skipped[i] + sizes[i];
+        ELSIF i = ANY (taken) THEN
+            outcome := 'captured';
+            "position" := NULL;
+        ELSE
+            SELECT CASE WHEN count(*) = sizes[i] THEN max(stored.notification_id) END INTO "position"
+              FROM unnest(append_nos, topics, states) WITH ORDINALITY AS e (no, topic, state, place)
+              JOIN payment_events stored
+                ON stored.originator_id = streams[i]
+               AND stored.originator_version = first_versions[i] + e.place - skipped[i] - 1
+               AND stored.topic = e.topic AND stored.state = e.state
+             WHERE e.no = i;
+            outcome := CASE WHEN "position" IS NULL THEN 'conflict' ELSE 'repeated' END;
+        END IF;
+        first_state := NULL;
+        IF outcome = 'conflict' THEN
+            SELECT e.state INTO first_state
+              FROM payment_events e WHERE e.originator_id = streams[i] AND e.originator_version = 1;
+        END IF;
+        RETURN NEXT;
+    END LOOP;
+END $$;
+
+-- As software before 0007 calls it. It does not know 'captured'.
+CREATE OR REPLACE FUNCTION append_payment_events(
+    streams uuid[], first_versions bigint[], sizes integer[],
+    append_nos integer[], topics text[], states bytea[]
+) RETURNS TABLE (outcome text, "position" bigint, first_state bytea)
+LANGUAGE sql VOLATILE SECURITY DEFINER
+AS $$
+    SELECT * FROM append_payment_events(
+        streams, first_versions, sizes, append_nos, topics, states, NULL, false)
+$$;
+
+-- Seals events, each once and none that is not in the log; a seal that stands there stays.
+CREATE FUNCTION add_log_seals(positions bigint[], hashes bytea[]) RETURNS void
+LANGUAGE sql VOLATILE SECURITY DEFINER
+AS $$
+    INSERT INTO log_seals (position, hash)
+    SELECT new.position, new.hash FROM unnest(positions, hashes) AS new (position, hash)
+     WHERE EXISTS (SELECT FROM payment_events e WHERE e.notification_id = new.position)
+        ON CONFLICT (position) DO NOTHING
+$$;
+
+-- What runs with the owner's rights names no object that its caller could put in front, and is for
+-- those alone who could insert until now.
+DO $$
+DECLARE
+    name    text;
+    grantee text;
+BEGIN
+    FOREACH name IN ARRAY ARRAY[
+        'append_payment_events(uuid[], bigint[], integer[], integer[], text[], bytea[])',
+        'append_payment_events(uuid[], bigint[], integer[], integer[], text[], bytea[],'
+            ' timestamptz, boolean)',
+        'add_log_seals(bigint[], bytea[])'
+    ] LOOP
+        EXECUTE format('ALTER FUNCTION %s SET search_path = pg_catalog, %I, pg_temp',
+                       name, current_schema());
+        EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', name);
+        FOR grantee IN
+            SELECT DISTINCT CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(r.rolname) END
+              FROM pg_class c CROSS JOIN aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
+             WHERE c.oid = 'payment_events'::regclass AND a.privilege_type = 'INSERT'
+        LOOP
+            EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', name, grantee);
+        END LOOP;
+    END LOOP;
+END $$;

@@ -1,0 +1,48 @@
+"""Streams that are parked without a reason: whoever parks a payment by hand hides what is done to
+its rows, since they are compared as they were before."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+from uuid import UUID
+
+from payments.events.store import READ_STREAMS_UNTIL
+from payments.projections.comparison import payments_of
+from payments.projections.seals import SealsProjection
+from payments.snapshot import Snapshot
+
+# With the position up to which the follower has looked: what comes later has parked nothing yet.
+PARKED = """
+SELECT p.follower, f.position, p.payment_id
+  FROM parked_streams p JOIN followers f ON f.name = p.follower ORDER BY p.payment_id
+"""
+
+
+class NeedlesslyParked(NamedTuple):
+    follower: str
+    payment_id: UUID
+    why: str
+
+    def __str__(self) -> str:
+        return f"payment {self.payment_id}: parked by {self.follower} {self.why}"
+
+
+def needlessly_parked(snapshot: Snapshot) -> Iterator[NeedlesslyParked]:
+    """What this version can read, up to where its follower stands."""
+    parked: dict[tuple[str, int], set[UUID]] = defaultdict(set)
+    for follower, position, payment_id in snapshot.fetch(PARKED):
+        parked[follower, position].add(payment_id)
+    for (follower, position), ids in sorted(parked.items()):
+        if follower == SealsProjection.name:
+            for payment_id in sorted(ids):
+                yield NeedlesslyParked(follower, payment_id, "although that parks nothing")
+            continue
+        params = {"until": position, "ids": sorted(ids)}
+        for payment_id, payment in payments_of(snapshot.stream(READ_STREAMS_UNTIL, params), {}):
+            ids.discard(payment_id)
+            if not isinstance(payment, Exception):
+                why = f"although its events can be read: `payments parked retry {payment_id}`"
+                yield NeedlesslyParked(follower, payment_id, why)
+        for payment_id in sorted(ids):
+            why = f"although it has no events: `payments parked retry {payment_id}`"
+            yield NeedlesslyParked(follower, payment_id, why)

@@ -1,0 +1,148 @@
+"""What keeps the log from being altered: whether all of it is in place.
+
+A superuser can switch triggers off, drop constraints, and put both back. While they are off, it
+shows here; what was done meanwhile, the seals show.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from payments.migrations import known_migrations
+from payments.snapshot import Snapshot
+
+
+class Trigger(NamedTuple):
+    """Refuses UPDATE, DELETE and TRUNCATE, in every session."""
+
+    table: str
+    name: str
+    function: str
+
+
+class Constraint(NamedTuple):
+    table: str
+    name: str
+    columns: frozenset[str]
+
+
+class Broken(NamedTuple):
+    """A guard that is not as the migrations made it."""
+
+    guard: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"guard: {self.guard} {self.text}"
+
+
+TRIGGERS = (
+    Trigger("payment_events", "payment_events_append_only", "refuse_change_of_payment_events"),
+    Trigger("log_seals", "log_seals_append_only", "refuse_change_of_log_seals"),
+    Trigger("log_losses", "log_losses_append_only", "refuse_change_of_log_losses"),
+    Trigger("log_identity", "log_identity_append_only", "refuse_change_of_log_losses"),
+)
+CONSTRAINTS = (
+    Constraint(
+        "payment_events",
+        "payment_events_stream",
+        frozenset({"originator_id", "originator_version"}),
+    ),
+    Constraint("payment_events", "payment_events_position", frozenset({"notification_id"})),
+    # Whether it was checked for the rows that stood there before does not matter: see 0007.
+    Constraint(
+        "payment_events",
+        "payment_events_sane",
+        frozenset({"notification_id", "originator_version", "recorded_at"}),
+    ),
+    Constraint("log_seals", "log_seals_pkey", frozenset({"position"})),
+)
+NEVER_NULL = (
+    *("notification_id", "originator_id", "originator_version", "topic", "state", "recorded_at"),
+)
+TABLES = sorted({guard.table for guard in (*TRIGGERS, *CONSTRAINTS)})
+
+# BEFORE, DELETE, UPDATE and TRUNCATE, for each statement: catalog/pg_trigger.h.
+REFUSES = 2 | 8 | 16 | 32
+
+FIND_TRIGGERS = """
+SELECT c.relname::text, t.tgname::text, t.tgenabled::text, t.tgtype::integer,
+       t.tgqual IS NOT NULL OR t.tgattr::text <> '', p.proname::text, p.prosrc
+  FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_proc p ON p.oid = t.tgfoid
+ WHERE c.oid IN (SELECT to_regclass(name) FROM unnest(%(tables)s::text[]) AS named (name))
+"""
+
+# Postgres 18 and later have constraints that are not enforced.
+FIND_CONSTRAINTS = """
+SELECT c.relname::text, k.conname::text,
+       ARRAY(SELECT a.attname::text FROM pg_attribute a
+              WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey)),
+       coalesce((to_jsonb(k) ->> 'conenforced')::boolean, true)
+       AND coalesce((SELECT i.indisunique AND i.indisvalid
+                       FROM pg_index i WHERE i.indexrelid = k.conindid), true)
+  FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid
+ WHERE c.oid IN (SELECT to_regclass(name) FROM unnest(%(tables)s::text[]) AS named (name))
+"""
+
+FIND_NULLABLE = """
+SELECT attname::text FROM pg_attribute
+ WHERE attrelid = to_regclass('payment_events') AND attname = ANY (%(columns)s::text[])
+   AND NOT attnotnull
+ ORDER BY attnum
+"""
+
+_FUNCTION = re.compile(
+    r"CREATE (?:OR REPLACE )?FUNCTION (\w+)\(\) RETURNS trigger\s.*?AS \$\$(.*?)\$\$", re.DOTALL
+)
+
+
+def broken_guards(snapshot: Snapshot) -> Iterator[Broken]:
+    yield from _triggers(snapshot)
+    yield from _constraints(snapshot)
+    for (column,) in snapshot.fetch(FIND_NULLABLE, {"columns": list(NEVER_NULL)}):
+        yield Broken(f"the column {column} of payment_events", "takes NULL")
+
+
+def _triggers(snapshot: Snapshot) -> Iterator[Broken]:
+    rows = snapshot.fetch(FIND_TRIGGERS, {"tables": TABLES})
+    found = {(table, name): rest for table, name, *rest in rows}
+    bodies = _bodies()
+    for trigger in TRIGGERS:
+        guard = f"the trigger {trigger.name} on {trigger.table}"
+        there = found.get((trigger.table, trigger.name))
+        if there is None:
+            yield Broken(guard, "is missing")
+            continue
+        state, kind, is_partial, function, body = there
+        if state != "A":
+            fires = "is disabled" if state == "D" else "does not fire in every session"
+            yield Broken(guard, fires)
+        if (kind, function, is_partial) != (REFUSES, trigger.function, False):
+            yield Broken(guard, "is not the one that the migrations made")
+        elif body != bodies.get(function):
+            yield Broken(f"the function {function}", "is not the one that the migrations made")
+
+
+def _constraints(snapshot: Snapshot) -> Iterator[Broken]:
+    rows = snapshot.fetch(FIND_CONSTRAINTS, {"tables": TABLES})
+    found = {(table, name): (set(columns), holds) for table, name, columns, holds in rows}
+    for constraint in CONSTRAINTS:
+        guard = f"the constraint {constraint.name} on {constraint.table}"
+        there = found.get((constraint.table, constraint.name))
+        if there is None:
+            yield Broken(guard, "is missing")
+            continue
+        columns, holds = there
+        if not holds:
+            yield Broken(guard, "is not enforced")
+        elif columns != constraint.columns:
+            yield Broken(guard, "is not the one that the migrations made")
+
+
+def _bodies() -> dict[str, str]:
+    """The trigger functions as the newest migration has them, by name."""
+    return {
+        name: body
+        for migration in known_migrations()
+        for name, body in _FUNCTION.findall(migration.sql)
+    }

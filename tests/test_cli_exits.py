@@ -1,0 +1,245 @@
+"""Exit codes of real processes: 1 of a check is a finding and nothing else."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import psycopg
+import pytest
+from click.testing import Result
+
+from payments.database import DatabaseAddress
+from tests.process import PAYMENTS, at, environment, run
+from tests.support import ORDER_ID, History, append
+from tests.test_cli import eventually
+from tests.test_cli_audit import catch_up
+
+Connection = psycopg.Connection[Any]
+Operator = Callable[..., Result]
+
+PAYMENT = History("k").charged().refunded("r1", 500)
+# All checks, and the others that print something; the last two before any command is invoked.
+CHECKS = ["audit verify", "rebuild --dry-run"]
+OTHERS = [
+    *("audit head", "rebuild", "settings", "settings --format json", "keys new orders"),
+    *("replay", "replay --format csv", "replay --format table", "parked list", "callbacks list"),
+    *(f"replay --as-of 2 --order {ORDER_ID} --format {form}" for form in ("csv", "jsonl", "table")),
+    *(f"explain {PAYMENT.id}", "doctor", "audit verify --help", "--help", "--version"),
+]
+CODES = [*((command, 2) for command in CHECKS), *((command, 1) for command in OTHERS)]
+
+
+@pytest.fixture
+def log(address: DatabaseAddress, connection: Connection) -> DatabaseAddress:
+    append(connection, PAYMENT.facts)
+    catch_up(address)
+    return address
+
+
+def printing_to(
+    stdout: int | IO[Any], command: str, address: DatabaseAddress, **settings: object
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PAYMENTS, *command.split()],
+        env=environment(**at(address), LOG_LEVEL="WARNING", **settings),
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def one_line(done: subprocess.CompletedProcess[str], words: str) -> None:
+    assert done.stderr.startswith("payments: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("command", "code"), CODES)
+def test_a_full_disk(log: DatabaseAddress, command: str, code: int) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = printing_to(full, command, log)
+    assert done.returncode == code, done.stderr
+    one_line(done, "the output cannot be written: No space left on device")
+
+
+@pytest.mark.parametrize(("command", "code"), CODES)
+def test_a_full_disk_that_is_noticed_at_each_write(
+    log: DatabaseAddress, command: str, code: int
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = printing_to(full, command, log, PYTHONUNBUFFERED=1)
+    assert done.returncode == code, done.stderr
+    one_line(done, "No space left on device")
+
+
+@pytest.mark.parametrize(("command", "code"), [*CODES[:3], ("replay", 1), ("--help", 1)])
+def test_a_stdout_that_is_closed(log: DatabaseAddress, command: str, code: int) -> None:
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *PAYMENTS, *command.split()],
+        env=environment(**at(log), LOG_LEVEL="WARNING"),
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    one_line(done, "the output cannot be written: Bad file descriptor")
+
+
+def test_what_prints_nothing_needs_no_stdout(address: DatabaseAddress) -> None:
+    with Path("/dev/full").open("w") as full:
+        assert printing_to(full, "migrate", address).returncode == 0
+
+
+@pytest.mark.parametrize("redirected", ["2>/dev/full", "2>&-"])
+def test_whom_nobody_can_tell_fails_all_the_same(log: DatabaseAddress, redirected: str) -> None:
+    """And what succeeds does."""
+    for command, code in (("audit verify", 0), ("audit head", 0), ("audit verify extra", 2)):
+        done = subprocess.run(
+            ["/bin/sh", "-c", f'exec "$@" {redirected}', "sh", *PAYMENTS, *command.split()],
+            env=environment(**at(log)),
+            stdout=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == code, command
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [*CODES[:2], ("replay", 0), ("replay --follow", 0), ("settings", 1), ("parked list", 1)],
+)
+def test_a_reader_that_is_gone(log: DatabaseAddress, command: str, code: int) -> None:
+    """As after `| head -1`: nobody says a word, but for checks, which would not have been read."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = printing_to(writing, command, log)
+    finally:
+        os.close(writing)
+    assert done.returncode == code, done.stderr
+    if code == 2:
+        one_line(done, "the output cannot be written: Broken pipe")
+    else:
+        assert done.stderr == ""
+
+
+@pytest.fixture
+def checking(
+    log: DatabaseAddress, connection: Connection, request: pytest.FixtureRequest
+) -> Iterator[subprocess.Popen[str]]:
+    """A check that is in the middle of it."""
+    connection.execute(
+        "ALTER TABLE payments RENAME TO sound;"
+        " CREATE VIEW payments AS SELECT sound.* FROM sound, pg_sleep(60)"
+    )
+    process = subprocess.Popen(
+        [*PAYMENTS, *request.param.split()],
+        env=environment(**at(log), LOG_LEVEL="WARNING"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    eventually(lambda: connection.execute(SLEEPING).fetchall())
+    yield process
+    process.kill()
+    process.communicate(timeout=10)
+
+
+SLEEPING = """
+SELECT pid FROM pg_stat_activity
+ WHERE datname = current_database() AND wait_event = 'PgSleep'
+"""
+
+
+@pytest.mark.parametrize("checking", CHECKS, indirect=True)
+def test_control_c(checking: subprocess.Popen[str]) -> None:
+    checking.send_signal(signal.SIGINT)
+    _, told = checking.communicate(timeout=20)
+    assert (checking.returncode, told) == (2, "payments: could not check: interrupted\n")
+
+
+@pytest.mark.parametrize("checking", CHECKS, indirect=True)
+def test_the_database_goes_away(checking: subprocess.Popen[str], connection: Connection) -> None:
+    connection.execute(f"SELECT pg_terminate_backend(pid) FROM ({SLEEPING}) AS found".encode())
+    _, told = checking.communicate(timeout=20)
+    assert checking.returncode == 2
+    assert told.startswith("payments: could not check: the database: terminating connection")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", CHECKS)
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("ALTER TABLE payments DROP COLUMN currency", "does not exist"),
+        # An error that no other command expects.
+        (
+            "ALTER TABLE payments RENAME TO sound; CREATE VIEW payments AS"
+            " SELECT id, merchant_order_id, idempotency_key, amount_cents / 0 AS amount_cents,"
+            " currency, status, provider_txn_id, created_at, updated_at FROM sound",
+            "division by zero",
+        ),
+    ],
+    ids=["a column", "a division"],
+)
+def test_a_query_that_fails(
+    log: DatabaseAddress, connection: Connection, command: str, statement: str, words: str
+) -> None:
+    connection.execute(statement.encode())
+    done = run(*command.split(), **at(log), LOG_LEVEL="WARNING")
+    assert done.returncode == 2
+    one_line(done, words)
+
+
+@pytest.mark.parametrize("command", CHECKS)
+def test_settings_that_are_wrong(command: str) -> None:
+    done = run(*command.split(), PORT="many")
+    assert done.returncode == 2
+    one_line(done, "could not check: PORT")
+
+
+@pytest.mark.parametrize(
+    ("command", "defective"),
+    [
+        (("audit", "verify"), "payments.cli.audit.places_of"),
+        (("audit", "verify", "--export", "-"), "payments.cli.audit.places_in"),
+        (("rebuild", "--dry-run"), "payments.cli.rebuild.check"),
+    ],
+)
+def test_a_defect_is_no_finding(
+    operator: Operator,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    defective: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("on two\nlines")
+
+    monkeypatch.setattr(defective, fail)
+    done = operator(*command)
+    assert (done.exit_code, done.stdout) == (2, "")
+    last = done.stderr.splitlines()[-1]
+    assert last == r"payments: could not check: ZeroDivisionError: on two\nlines"
+
+
+def test_the_traceback_of_a_defect_is_for_who_asks_for_it(
+    log: DatabaseAddress, tmp_path: Path
+) -> None:
+    """Also where no settings are read: an export is checked anywhere."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import payments.queries.verification as v\n"
+        "def read_line(line): raise LookupError('defect')\n"
+        "v.read_line = read_line\n"
+    )
+    export = tmp_path / "log.jsonl"
+    export.write_text("{}\n")
+    for level, command in (("INFO", f"audit verify --export {export}"),):
+        done = run(*command.split(), PYTHONPATH=tmp_path, LOG_LEVEL=level)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "payments: could not check: LookupError: defect\n"
