@@ -153,9 +153,7 @@ def return_answered(answer: Approved | Declined, payment: Payment | None) -> Dec
 
 
 NEVER_BEGUN = msgspec.structs.replace(payment_in("500 under way").refunds[0], id=OTHER_ID)
-LATE_CAPTURE = LateCapture(
-    refund_id=LATE, version=3, found_at=at(3), provider_txn_id="txn-1"
-)
+LATE_CAPTURE = LateCapture(refund_id=LATE, version=3, found_at=at(3), provider_txn_id="txn-1")
 CAPTURE = Approved(PAYMENT_ID, CAPTURED_CENTS, "INR", "txn-1")
 NO_FUNDS = Declined("no_funds")
 RETURN = Approved(LATE, CAPTURED_CENTS, "INR", "re-1")

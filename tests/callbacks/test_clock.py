@@ -139,7 +139,9 @@ async def test_probes_go_round_whatever_the_clock_said_at_the_last_ones(
     outbox.connection.execute(
         "UPDATE callback_lanes SET claimed_at = now() + interval '1 year', in_flight = NULL"
     )
-    endpoint.answer = lambda body: failed() if body["order_id"] != str(orders[2]) else answered(200)
+    endpoint.answer = lambda body: (
+        failed() if body["order_id"] == endpoint.bodies[0]["order_id"] else answered(200)
+    )
     async with dispatching_to(endpoint, outbox, breaker=opened(0.02), rng=lambda: 0.999):
         await until(lambda: "delivered" in outbox.states(), 3)
 

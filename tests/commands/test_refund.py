@@ -272,8 +272,8 @@ async def test_nothing_is_sent_after_the_deadline(
     service = await charged(make, **FAST)
     append_intent = service.appender.append_intent
 
-    async def answered_late(event: StoredEvent) -> int:
-        position = await append_intent(event)
+    async def answered_late(event: StoredEvent, **options: Any) -> int:
+        position = await append_intent(event, **options)
         await elapse(0.5, frozen=frozen)
         return position
 
@@ -299,8 +299,8 @@ async def test_nothing_is_sent_for_a_request_that_was_told_503(
     monkeypatch.setattr(runs, "INTENT_PATIENCE_S", 0.2)
     append_intent = service.appender.append_intent
 
-    async def answered_late(event: StoredEvent) -> int:
-        position = await append_intent(event)
+    async def answered_late(event: StoredEvent, **options: Any) -> int:
+        position = await append_intent(event, **options)
         await elapse(0.5, frozen=False)
         return position
 
@@ -418,9 +418,9 @@ async def test_refunds_that_race_are_decided_again_however_long_that_takes(
     service = await charged(make)
     append = service.appender.append_intent
 
-    async def append_slowly(event: StoredEvent) -> int:
+    async def append_slowly(event: StoredEvent, **options: Any) -> int:
         await asyncio.sleep(0.1)
-        return await append(event)
+        return await append(event, **options)
 
     monkeypatch.setattr(service.appender, "append_intent", append_slowly)
     requests = [service.refunding.refund(refund_of(1, f"r{number}")) for number in range(6)]

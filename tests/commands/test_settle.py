@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import psycopg
@@ -12,7 +12,7 @@ from payments.commands.settle import CALLS_MAX
 from payments.commands.settling import ABANDONED_MAX, pause_s
 from payments.deciding import payment_id_for
 from payments.gateways import NeverSent, OutcomeUnknown
-from payments.payment import Status
+from payments.payment import Approved, Status
 from payments.service import Service
 from payments.unsettled import CLAIM, claim, claim_params, forget, postpone
 from tests.commands.conftest import Make
@@ -614,21 +614,195 @@ async def test_an_abandonment_is_not_late_for_a_pause(
     assert 5 < due_in_s(connection) <= 10
 
 
-async def test_refunds_are_settled_after_the_databases_clock_was_set_back(
+async def both_clocks_ahead(connection: psycopg.Connection[Any], seconds: float) -> None:
+    """As if every event had been decided and recorded by clocks that were set back since."""
+    await age(connection, -seconds)
+    connection.execute("ALTER TABLE payment_events DISABLE TRIGGER payment_events_append_only")
+    connection.execute(
+        "UPDATE payment_events SET state = convert_to(regexp_replace(convert_from(state, 'UTF8'),"
+        ' \'"occurred_at":"[^"]*"\', \'"occurred_at":"\' || to_char(now()'
+        " + make_interval(secs => %s), 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"') || '\"'), 'UTF8')",
+        [seconds],
+    )
+    connection.execute(
+        "ALTER TABLE payment_events ENABLE ALWAYS TRIGGER payment_events_append_only"
+    )
+
+
+async def test_refunds_from_the_future_are_asked_about_and_not_sent(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
-    """They seem to come from the future: nobody knows how old they are, so they are not sent."""
+    """By both clocks: nobody knows how old they are."""
     service = await make(ScriptedGateway(refund_script=[answer_lost, no_answer]), **FAST)
     await service.charging.charge(charge_of("k"))
     await service.refunding.refund(refund_of(300, "a"))
     await service.refunding.refund(refund_of(200, "b"))
-    await age(connection, -24 * 3600)
+    await both_clocks_ahead(connection, 24 * 3600)
     await settle(service, connection)
     assert topics(connection, PAYMENT)[4:] == ["PaymentRefunded"]
     assert len(gateway_of(service).refunds) == 2
-    await age(connection, 24 * 3600 + 60)
-    await settle(service, connection)
-    assert topics(connection, PAYMENT)[4:] == ["PaymentRefunded", "PaymentRefunded"]
+
+
+class TestTheDatabasesClockWasAhead:
+    """By an hour, when everything so far was recorded; the application's was right."""
+
+    async def test_a_pending_payment_is_as_old_as_the_application_says(
+        self, make: Make, connection: psycopg.Connection[Any]
+    ) -> None:
+        service = await make(ScriptedGateway(no_answer), **SOON)
+        await service.charging.charge(charge_of("k"))
+        await age(connection, -3600)
+        await asyncio.sleep(SOON["pending_abandon_after_s"])
+        await settle(service, connection)
+        assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
+
+    async def test_a_repetition_is_sent_on(
+        self, make: Make, connection: psycopg.Connection[Any]
+    ) -> None:
+        service = await make(ScriptedGateway(no_answer), **FAST)
+        await service.charging.charge(charge_of("k"))
+        await age(connection, -3600)
+        await asyncio.sleep(FAST["charge_deadline_s"])
+        charged = await service.charging.charge(charge_of("k"))
+        assert charged.payment.status is Status.SUCCESS
+
+    async def test_a_refund_is_sent_again(
+        self, make: Make, connection: psycopg.Connection[Any]
+    ) -> None:
+        service = await make(ScriptedGateway(refund_script=[no_answer]), **FAST)
+        await service.charging.charge(charge_of("k"))
+        await service.refunding.refund(refund_of())
+        await age(connection, -3600)
+        await asyncio.sleep(FAST["charge_deadline_s"])
+        await settle(service, connection)
+        assert topics(connection, PAYMENT)[-1] == "PaymentRefunded"
+
+    @pytest.mark.parametrize("kind", ["charge", "abandoned", "declined"])
+    async def test_what_is_due_later_than_any_pause_lasts_is_due(
+        self, make: Make, connection: psycopg.Connection[Any], kind: str
+    ) -> None:
+        service = await make(ScriptedGateway(no_answer, declines_may_turn_s=7200), **FAST)
+        await service.charging.charge(charge_of("k"))
+        await project(service)
+        for due_in, tried in (("50 min", 0), ("400 days", 1)):
+            connection.execute(
+                "UPDATE unsettled_payments SET kind = %s, due_at = now() + %s::interval",
+                [kind, due_in],
+            )
+            assert await service.settling.run_once() == tried
+
+    async def test_a_declined_payment_may_be_due_in_days(
+        self, make: Make, connection: psycopg.Connection[Any]
+    ) -> None:
+        service = await make(ScriptedGateway(no_answer, declines_may_turn_s=7 * 86_400), **FAST)
+        await service.charging.charge(charge_of("k"))
+        await project(service)
+        connection.execute(
+            "UPDATE unsettled_payments SET kind = 'declined', due_at = now() + interval '7 days'"
+        )
+        assert await service.settling.run_once() == 0
+
+
+class TestDeclinesThatMayTurn:
+    TURNING: ClassVar[dict[str, Any]] = {"declines_may_turn_s": 1000}
+
+    async def declined(self, make: Make, **gateway: Any) -> Service:
+        service = await make(ScriptedGateway(decline, **gateway), **FAST)
+        await service.charging.charge(charge_of("k"))
+        await project(service)
+        return service
+
+    async def test_without_the_gateways_word_they_are_not_watched(
+        self, make: Make, connection: psycopg.Connection[Any]
+    ) -> None:
+        await self.declined(make)
+        assert unsettled(connection) == []
+
+    async def test_they_are_asked_about_once_when_no_decline_can_turn_any_more(
+        self, make: Make, connection: psycopg.Connection[Any]
+    ) -> None:
+        service = await self.declined(make, **self.TURNING)
+        assert unsettled(connection) == [("declined", 0)]
+        assert 990 < due_in_s(connection) <= 1000
+        await settle(service, connection)
+        assert gateway_of(service).questions == []
+        assert 900 < due_in_s(connection) <= 1000
+        await age(connection, 1000)
+        await settle(service, connection)
+        assert len(gateway_of(service).questions) == 1
+        assert unsettled(connection) == []
+        assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
+
+    async def test_what_was_captured_after_all_goes_back(
+        self, make: Make, connection: psycopg.Connection[Any]
+    ) -> None:
+        service = await self.declined(make, **self.TURNING)
+        gateway = gateway_of(service)
+        gateway.outcomes[PAYMENT] = Approved(PAYMENT, 1500, "INR", "txn-late")
+        await age(connection, 1000)
+        await settle(service, connection)
+        assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound", "LateCaptureReturned"]
+        assert unsettled(connection) == []
+
+    async def test_an_unknown_answer_is_asked_for_again(
+        self, make: Make, connection: psycopg.Connection[Any]
+    ) -> None:
+        service = await self.declined(make, **self.TURNING)
+        gateway_of(service).reachable = False
+        await age(connection, 1000)
+        await settle(service, connection)
+        assert unsettled(connection) == [("declined", 1)]
+
+    async def test_they_are_watched_with_the_abandoned_ones(
+        self, make: Make, connection: psycopg.Connection[Any]
+    ) -> None:
+        service = await self.declined(make, **self.TURNING)
+        connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
+        assert await claim(service.database, 10, 1.0, abandoned=False) == []
+        assert len(await claim(service.database, 10, 1.0, abandoned=True)) == 1
+
+
+class TestOneCaptureOnePayment:
+    """The provider names a capture that another payment has."""
+
+    async def taken(self, make: Make, *script: Any, **changed: Any) -> Service:
+        service = await make(ScriptedGateway(approve, *script), **changed)
+        await service.charging.charge(charge_of("first"))
+        return service
+
+    async def test_a_charge_is_pending_and_a_mismatch(
+        self, make: Make, connection: psycopg.Connection[Any]
+    ) -> None:
+        service = await self.taken(make, self._same, **FAST)
+        charged = await service.charging.charge(charge_of("k"))
+        assert charged.payment.status is Status.PENDING
+        assert topics(connection, PAYMENT) == ["PaymentInitiated"]
+        assert service.telemetry.mismatches["charge"]._value.get() == 1
+        await settle(service, connection)
+        assert topics(connection, PAYMENT) == ["PaymentInitiated"]
+        assert service.telemetry.mismatches["charge"]._value.get() == 2
+
+    async def test_it_is_never_returned_as_a_late_capture_of_the_second(
+        self, make: Make, connection: psycopg.Connection[Any]
+    ) -> None:
+        service = await self.taken(make, no_answer, **SOON)
+        await service.charging.charge(charge_of("k"))
+        await age(connection, 10)
+        await settle(service, connection)
+        assert topics(connection, PAYMENT)[-1] == "PaymentFailed"
+        gateway = gateway_of(service)
+        first = gateway.outcomes[payment_id_for("first")]
+        gateway.outcomes[PAYMENT] = msgspec.structs.replace(first, id=PAYMENT)
+        await settle(service, connection)
+        assert topics(connection, PAYMENT)[-1] == "PaymentFailed"
+        assert gateway.refunds == []
+        assert service.telemetry.mismatches["charge"]._value.get() == 1
+
+    @staticmethod
+    def _same(gateway: ScriptedGateway, charge: Any) -> Any:
+        first = gateway.outcomes[payment_id_for("first")]
+        gateway.outcomes[charge.payment_id] = msgspec.structs.replace(first, id=charge.payment_id)
+        return gateway.outcomes[charge.payment_id]
 
 
 async def test_abandoned_payments_do_not_keep_others_waiting(

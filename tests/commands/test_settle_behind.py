@@ -25,7 +25,7 @@ from tests.commands.test_settle import (
     settle,
     unsettled,
 )
-from tests.doubles.gateway import ScriptedGateway, answer_lost
+from tests.doubles.gateway import ScriptedGateway, answer_lost, decline
 from tests.support import charge_of
 
 pytestmark = pytest.mark.anyio
@@ -161,3 +161,40 @@ async def test_a_row_without_a_payment_is_left_to_the_audit(
     done = await asyncio.to_thread(operator, "audit", "verify")
     assert done.exit_code == 1
     assert "the log knows of no such row" in done.stdout
+
+
+async def with_a_decline(make: Make, turning_s: float = 3600.0) -> Service:
+    gateway = ScriptedGateway(decline)
+    gateway.declines_may_turn_s = turning_s  # type: ignore[attr-defined]
+    service = await make(gateway, **FAST)
+    await service.charging.charge(charge_of("k"))
+    await project(service)
+    return service
+
+
+async def test_a_declined_payment_may_be_listed_or_not(
+    make: Make, connection: psycopg.Connection[Any], operator: Operator
+) -> None:
+    """The log does not tell whether its gateway's declines may turn."""
+    service = await with_a_decline(make)
+    assert unsettled(connection) == [("declined", 0)]
+    await audit_finds_nothing(operator)
+    connection.execute("UPDATE unsettled_payments SET since = since - interval '1 s'")
+    done = await asyncio.to_thread(operator, "audit", "verify")
+    assert (done.exit_code, done.stdout.count("the log knows of no such row")) == (1, 1)
+    connection.execute("UPDATE unsettled_payments SET since = since + interval '1 s'")
+    await age(connection, 3700)
+    await settle(service, connection)
+    assert unsettled(connection) == []
+    await audit_finds_nothing(operator)
+
+
+async def test_a_declined_payment_is_let_go_by_a_gateway_whose_declines_stand(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
+    await with_a_decline(make)
+    other = await with_a_decline(make, turning_s=0.0)
+    assert unsettled(connection) == [("declined", 0)]
+    await settle(other, connection)
+    assert unsettled(connection) == []
+    assert gateway_of(other).questions == []

@@ -28,11 +28,13 @@ class ScriptedGateway:
         refund_script: Iterable[Step] = (),
         safe_retry_s: float = 3600,
         late_capture_s: float = 24 * 3600,
+        declines_may_turn_s: float = 0,
     ) -> None:
         self.script = list(script)
         self.refund_script = list(refund_script)
         self.safe_retry_s = safe_retry_s
         self.late_capture_s = late_capture_s
+        self.declines_may_turn_s = declines_may_turn_s
         self.charges: list[ProviderCharge] = []
         self.questions: list[UUID] = []
         self.captures: list[UUID] = []

@@ -56,6 +56,27 @@ def log_of(connection: psycopg.Connection[Any]) -> list[tuple[int, uuid.UUID, in
     ).fetchall()
 
 
+def let_commits_not_wait(connection: psycopg.Connection[Any], address: DatabaseAddress) -> None:
+    """As an administrator may have told the database; and from now on it notes what the commit of
+    each event does."""
+    off = f"ALTER DATABASE {address.dbname} SET synchronous_commit = off"
+    connection.execute(off.encode())
+    connection.execute("CREATE TABLE commits (application text, synchronous_commit text)")
+    connection.execute(
+        "CREATE FUNCTION note_commit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " INSERT INTO commits SELECT current_setting('application_name'),"
+        " current_setting('synchronous_commit'); RETURN NULL; END $$"
+    )
+    connection.execute(
+        "CREATE CONSTRAINT TRIGGER note_commit AFTER INSERT ON payment_events"
+        " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION note_commit()"
+    )
+
+
+def commits(connection: psycopg.Connection[Any]) -> list[tuple[str, str]]:
+    return connection.execute("SELECT * FROM commits").fetchall()
+
+
 async def waits_for_lock(connection: psycopg.Connection[Any]) -> None:
     """Until the appender's statement is waiting for the lock that we hold."""
     waiting = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
@@ -158,6 +179,58 @@ async def test_a_connection_that_dies_before_the_commit(
             " WHERE application_name = 'payments appender' AND datname = current_database()"
         )
     assert await future == 1
+
+
+async def test_an_append_is_answered_when_it_is_on_disk(
+    appender: Appender, connection: psycopg.Connection[Any], address: DatabaseAddress
+) -> None:
+    let_commits_not_wait(connection, address)
+    appender.start()
+    await appender.append([stored_event()])
+    await appender.append_intent(stored_event())
+    assert commits(connection) == [("payments appender", "on")] * 2
+
+
+@pytest.mark.parametrize("rival_writes", ["another stream", "this very event", "another event"])
+async def test_a_rival_that_takes_the_place_without_the_lock_costs_no_event(
+    database: Database,
+    connection: psycopg.Connection[Any],
+    address: DatabaseAddress,
+    rival_writes: str,
+) -> None:
+    """As a script of somebody's may do it. The function runs into a unique key once, and whoever
+    appends an outcome, which nobody else has, hears no other end than usual."""
+    telemetry = Telemetry()
+    appender = Appender(database.connect, telemetry, intent_queue_max=10)
+    first = stored_event()
+    mine = stored_event(first.originator_id, 2)
+    theirs = {
+        "another stream": stored_event(),
+        "this very event": mine,
+        "another event": stored_event(first.originator_id, 2),
+    }[rival_writes]
+    appender.start()
+    await appender.append([first])
+    with psycopg.connect(address.conninfo("tests")) as rival:
+        rival.execute(
+            "INSERT INTO payment_events VALUES (2, %s, %s, %s, %s, now())",
+            [theirs.originator_id, theirs.originator_version, theirs.topic, theirs.state],
+        )
+        outcome = appender.append([mine])
+        waiting = "SELECT 1 FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted"
+        await until(lambda: connection.execute(waiting).fetchone())
+        other = appender.append([stored_event()])
+        rival.commit()
+    if rival_writes == "another event":
+        with pytest.raises(StreamConflict):
+            await outcome
+        assert await other == 3
+    else:
+        assert await outcome == (3 if rival_writes == "another stream" else 2)
+        assert await other == await outcome + 1
+    failures = {name: child._value.get() for name, child in telemetry.append_failures.items()}
+    assert (failures["retried"], failures["refused"]) == (1, 0)
+    await appender.stop(1)
 
 
 async def test_a_caller_cancelled_while_its_append_is_in_flight(

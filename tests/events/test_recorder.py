@@ -2,7 +2,9 @@
 
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
+import psycopg
 import pytest
 from eventsourcing.persistence import IntegrityError, OperationalError, StoredEvent
 from eventsourcing.tests.persistence import (
@@ -12,6 +14,7 @@ from eventsourcing.tests.persistence import (
 
 from payments.database import DatabaseAddress
 from payments.events.store import PaymentsDatastore, PaymentsRecorder
+from tests.events.test_appender import commits, let_commits_not_wait
 
 
 @pytest.fixture
@@ -56,6 +59,15 @@ def test_several_streams_are_inserted_together_or_not_at_all(recorder: PaymentsR
         recorder.insert_events([_event(a, 3), _event(b, 1, b'{"other": 1}')])
     assert [event.originator_version for event in recorder.select_events(a)] == [1, 2]
     assert recorder.insert_events([_event(b, 2)]) == [4]
+
+
+def test_events_are_on_disk_when_they_are_inserted(
+    address: DatabaseAddress, connection: psycopg.Connection[Any]
+) -> None:
+    let_commits_not_wait(connection, address)
+    with PaymentsDatastore(address) as datastore:
+        PaymentsRecorder(datastore).insert_events([_event(uuid.uuid4(), 1)])
+    assert commits(connection) == [("payments recorder", "on")]
 
 
 def test_a_gap_in_the_versions_is_refused(recorder: PaymentsRecorder) -> None:

@@ -133,3 +133,31 @@ async def test_it_does_not_listen(database: Database, connection: Connection) ->
         assert not listening
     finally:
         await follower.stop()
+
+
+async def test_a_seal_ahead_of_the_log_does_not_spoil_the_chain(
+    database: Database, connection: Connection
+) -> None:
+    """Somebody put one there. The events that come are sealed as ever, and theirs is one finding."""
+    append(connection, History("k").facts)
+    await seal_log(database)
+    connection.execute("INSERT INTO log_seals VALUES (3, sha256(''))")
+    append(connection, [History(f"k{n}").facts[0] for n in range(4)])
+    await seal_log(database, 3)
+    assert not connection.execute("SELECT FROM parked_streams").fetchall()
+    rows = connection.execute(LOG.encode()).fetchall()
+    seals = dict(connection.execute("SELECT position, hash FROM log_seals").fetchall())
+    assert set(seals) == {1, 2, 3, 4, 5}
+    before = GENESIS
+    for row in rows:
+        event = LogEntry(*row)
+        before = seal(before, event)
+        assert (seals[event.position] == before) == (event.position != 3)
+
+
+async def test_only_what_is_in_the_log_is_sealed(connection: Connection) -> None:
+    append(connection, History("k").facts)
+    connection.execute(
+        "SELECT add_log_seals(ARRAY[1, 2]::bigint[], ARRAY[sha256('a'), sha256('b')])"
+    )
+    assert connection.execute("SELECT position FROM log_seals").fetchall() == [(1,)]

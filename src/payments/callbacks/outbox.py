@@ -73,20 +73,16 @@ WITH old AS (
      ORDER BY finished_at LIMIT %(most)b
        FOR UPDATE SKIP LOCKED -- it may be redriven this moment
 ), ahead AS (
-    SELECT event_id FROM callback_deliveries
+    SELECT event_id, position FROM callback_deliveries
      WHERE state IN ('delivered', 'superseded', 'excluded')
        AND finished_at > now() + interval '1 minute'
-       AND event_id IN (
-           SELECT first.event_id FROM (
-                  SELECT event_id, position FROM callback_deliveries
-                   WHERE state IN ('delivered', 'superseded', 'excluded')
-                     AND finished_at > now() + interval '1 minute'
-                   ORDER BY finished_at LIMIT %(most)b) AS first
-            WHERE first.position < (SELECT max(position) FROM old))
+     ORDER BY finished_at LIMIT %(most)b
        FOR UPDATE SKIP LOCKED
 ), pruned AS (
-    DELETE FROM callback_deliveries
-     WHERE event_id IN (SELECT event_id FROM old UNION ALL SELECT event_id FROM ahead)
+    DELETE FROM callback_deliveries WHERE event_id IN (
+        SELECT event_id FROM old
+         UNION ALL
+        SELECT event_id FROM ahead WHERE position < (SELECT max(position) FROM old))
     RETURNING event_id
 ), attempts AS (
     DELETE FROM callback_attempts USING pruned WHERE callback_attempts.event_id = pruned.event_id

@@ -50,6 +50,7 @@ class Commands(click.Group):
         try:
             return super().__call__(*args, **extra)
         except OutputError as error:  # --help and --version are printed before a command is invoked
+            discard(sys.stdout)
             _end(str(error), FAILED)
 
     def invoke(self, ctx: click.Context) -> object:
@@ -130,21 +131,19 @@ def _set_up_streams() -> None:
     """Python leaves out what is closed: the output would vanish without an error, and the next file
     or connection would get its descriptor."""
     if sys.stdout is None:
-        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")
+        sys.stdout = _stream(_Stdout(os.open(os.devnull, os.O_RDONLY), "w"))
+    else:
+        out = _Stdout(sys.stdout.fileno(), "w", closefd=False)
+        sys.stdout = _stream(out, sys.stdout.encoding, sys.stdout.errors)
     if sys.stderr is None:
-        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
-    sys.stdout = _over(_Stdout, sys.stdout, line_buffering=sys.stdout.isatty())
-    sys.stderr = _over(_Stderr, sys.stderr, line_buffering=True)
+        sys.stderr = _stream(_Stderr(os.open(os.devnull, os.O_WRONLY), "w"))
+    else:
+        err = _Stderr(sys.stderr.fileno(), "w", closefd=False)
+        sys.stderr = _stream(err, sys.stderr.encoding, sys.stderr.errors)
 
 
-def _over(kind: type[io.FileIO], stream: TextIO, *, line_buffering: bool) -> TextIO:
-    raw = kind(stream.fileno(), "w", closefd=False)
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw),
-        encoding=stream.encoding,
-        errors=stream.errors,
-        line_buffering=line_buffering,
-    )
+def _stream(raw: io.FileIO, encoding: str = "utf-8", errors: str | None = None) -> TextIO:
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=True)
 
 
 def discard(stream: TextIO) -> None:

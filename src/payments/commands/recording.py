@@ -42,17 +42,18 @@ class Recorder:
     ) -> Payment:
         """Appends what `decide` says of the payment, up to an outcome; the payment afterwards.
 
-        `known` are all events that `payment` was made from. `decide` is asked again whenever
-        another append came first. Raises what it raises; OutcomeMismatch also if another request
-        stands under the payment's key by now, or another payment names the capture.
+        `known` are the events that `payment` was made from. `decide` is asked again whenever
+        another append came first, or the log went back. Raises what it raises; OutcomeMismatch also
+        if another request stands under the payment's key by now, or another payment names the
+        capture.
         """
         while fact := decide(payment):
             event = to_stored_event(fact)
             try:
                 with span("append", event=fact.TOPIC):
-                    await self._append([event])
+                    await self._append([event], known[-1])
             except StreamConflict:
-                payment = await self._as_it_stands(payment, known)
+                payment, known = await self._as_it_stands(payment, known)
                 continue
             payment = evolve(payment, fact)
             if not isinstance(fact, RefundInitiated):
@@ -62,14 +63,16 @@ class Recorder:
             known = (*known, event)
         return payment
 
-    async def _append(self, events: Sequence[StoredEvent]) -> None:
+    async def _append(self, events: Sequence[StoredEvent], after: StoredEvent | None) -> None:
         try:
-            await self._appender.append(events)
+            await self._appender.append(events, after=after)
         except CaptureTaken:
             raise OutcomeMismatch("another payment names this capture of the provider") from None
 
-    async def _as_it_stands(self, payment: Payment, known: Sequence[StoredEvent]) -> Payment:
-        """The payment in the log, with what the log lost of it appended again."""
+    async def _as_it_stands(
+        self, payment: Payment, known: Sequence[StoredEvent]
+    ) -> tuple[Payment, Sequence[StoredEvent]]:
+        """The payment and its events in the log, with what the log lost of them appended again."""
         while True:
             loaded = await self._load(payment)
             stored = loaded.events if loaded is not None else ()
@@ -77,13 +80,13 @@ class Recorder:
                 if loaded.payment.fingerprint != payment.fingerprint:
                     raise OutcomeMismatch("the log holds another request under the same key")
                 if len(stored) >= len(known) or stored != tuple(known[: len(stored)]):
-                    return loaded.payment
+                    return loaded.payment, stored
             missing = known[len(stored) :]
             logger.bind(payment_id=payment.id, events=len(missing)).critical(
                 "the log lacks events that it had acknowledged; they are appended again"
             )
             try:
-                await self._append(missing)
+                await self._append(missing, stored[-1] if stored else None)
             except StreamConflict:
                 await asyncio.sleep(RELOAD_PAUSE_S)
 

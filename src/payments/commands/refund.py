@@ -153,6 +153,7 @@ class Refunding:
             known = known_refund(loaded.payment, command.request)
             if known is not None:
                 return await self._resume(run, command, loaded, known)
+            await self._giving_back.check_allowed()  # a refusal would rest on what is left as well
             if loaded.payment.gateway != self._gateway.name:
                 raise PaymentNotRefundable(
                     f"It was captured by the provider {loaded.payment.gateway}, "
@@ -160,12 +161,11 @@ class Refunding:
                 )
             fact = initiate_refund(loaded.payment, command.request, _cause(command))
             event = to_stored_event(fact)
-            await self._giving_back.check_allowed()
             run.check_may_ask()
             run.take_slot()
             try:
                 with span("append", event=fact.TOPIC):
-                    await self._appender.append_intent(event)
+                    await self._appender.append_intent(event, after=loaded.events[-1])
             except StreamConflict:
                 run.store_has_answered()  # another refund of this payment came first
                 continue
@@ -205,6 +205,7 @@ class Refunding:
         payment_id = command.request.payment_id
         loaded = await load_payment(self._database, payment_id, command.may_read)
         if loaded is None:
+            await self._giving_back.check_allowed()
             raise PaymentNotFound(f"There is no payment {payment_id}.")
         return loaded
 

@@ -83,7 +83,9 @@ class Settler:
         """One attempt at everything that is open. What it cannot find out it leaves as it is."""
         payment, kind = loaded.payment, self._open_for(loaded.payment)
         if kind is None:
-            return Attempt(payment, finished=False)
+            # Declined, and listed by a process whose gateway's declines may turn.
+            done = payment.declined and payment.late_capture is None
+            return Attempt(payment, finished=done)
         if kind == DECLINED:
             due_in_s = self.declines_may_turn_s - loaded.age_s(payment.version)
             if due_in_s > 0:

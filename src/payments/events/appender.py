@@ -31,7 +31,7 @@ RECONNECT_MIN_S, RECONNECT_MAX_S = 0.02, 0.5
 
 
 class StreamConflict(Exception):
-    """The stream moved on, or already has other events at these versions.
+    """The stream moved on or went back, or already has other events at these versions.
 
     `first_state` holds the stored bytes of its first event, None if the stream is empty.
     """
@@ -56,10 +56,13 @@ class Unpackable(Exception):
 class _Append:
     """One caller's events and the future that tells it their fate."""
 
-    __slots__ = ("events", "expires_at", "future", "submitted_at")
+    __slots__ = ("after", "events", "expires_at", "future", "submitted_at")
 
-    def __init__(self, events: Sequence[StoredEvent], expires_at: float) -> None:
+    def __init__(
+        self, events: Sequence[StoredEvent], after: StoredEvent | None, expires_at: float
+    ) -> None:
         self.events = events
+        self.after = after.state if after is not None else None
         self.submitted_at = time.monotonic()
         self.expires_at = expires_at  # by the same clock; infinite unless it is an intent
         self.future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -125,8 +128,10 @@ class Appender:
         self._intents = 0
         await self._writer.disconnect()
 
-    def append_intent(self, event: StoredEvent) -> "asyncio.Future[int]":
-        """Appends the event that has to be durable before a provider is asked.
+    def append_intent(
+        self, event: StoredEvent, *, after: StoredEvent | None = None
+    ) -> "asyncio.Future[int]":
+        """Appends the event that has to be durable before a provider is asked; `after` as below.
 
         Its future fails with DatabaseUnavailable after INTENT_TIMEOUT_S; the event may still be
         stored later. Raises TooBusy at once if too many intents wait already.
@@ -134,24 +139,29 @@ class Appender:
         if self._intents >= self._intent_queue_max:
             raise TooBusy("Too many requests wait for the event store.")
         self._intents += 1
-        return self._submit([event], time.monotonic() + INTENT_TIMEOUT_S)
+        return self._submit([event], after, time.monotonic() + INTENT_TIMEOUT_S)
 
-    def append(self, events: Sequence[StoredEvent]) -> "asyncio.Future[int]":
-        """Appends consecutive events of one stream; never refused, however many wait.
+    def append(
+        self, events: Sequence[StoredEvent], *, after: StoredEvent | None = None
+    ) -> "asyncio.Future[int]":
+        """Appends consecutive events of one stream; never refused, however many wait. It is a
+        conflict if the event before them is not `after`, to the byte.
 
         The future's result is the position of the last event. It fails with StreamConflict,
         CaptureTaken or AppendRefused, and with nothing else while the service runs: through an
         outage it waits.
         """
-        return self._submit(events, NEVER)
+        return self._submit(events, after, NEVER)
 
     def oldest_wait_s(self) -> float:
         """How long the append that waits longest has waited; 0 if none does."""
         pending = self._pending()
         return time.monotonic() - pending[0].submitted_at if pending else 0.0
 
-    def _submit(self, events: Sequence[StoredEvent], expires_at: float) -> "asyncio.Future[int]":
-        append = _Append(events, expires_at)
+    def _submit(
+        self, events: Sequence[StoredEvent], after: StoredEvent | None, expires_at: float
+    ) -> "asyncio.Future[int]":
+        append = _Append(events, after, expires_at)
         self._waiting.append(append)
         self._wake.set()
         if self._expiry is None:
@@ -255,7 +265,9 @@ class _Writer:
     async def _send(self, batch: list[_Append]) -> None:
         """One round trip, one transaction, one flush to disk; then every caller is told."""
         try:
-            params = append_params([append.events for append in batch])
+            params = append_params(
+                [append.events for append in batch], [append.after for append in batch]
+            )
         except (ValueError, TypeError, struct.error) as error:
             raise Unpackable from error
         cursor = self._cursor or await self._open()

@@ -36,7 +36,8 @@ from payments.payment import Payment, Status, UnexpectedEvent, evolve, fold
 APPEND = """
 SELECT outcome, "position", first_state
   FROM append_payment_events(%b::uuid[], %b::bigint[], %b::integer[],
-                             %b::integer[], %b::text[], %b::bytea[], %b::timestamptz, true)
+                             %b::integer[], %b::text[], %b::bytea[],
+                             %b::bytea[], %b::timestamptz, true)
 """
 
 # A whole stream, oldest first, with the database's clock as of the reading.
@@ -155,11 +156,12 @@ APPENDED, REPEATED, CONFLICT, CAPTURED = "appended", "repeated", "conflict", "ca
 
 
 def append_params(
-    appends: Iterable[Sequence[StoredEvent]],
+    appends: Sequence[Sequence[StoredEvent]], predecessors: Sequence[bytes | None] | None = None
 ) -> tuple[BinaryArray | datetime, ...]:
     """The parameters of APPEND for some appends, each some consecutive events of one stream.
 
-    They hold the time of this process, so they are made anew whenever a batch is sent.
+    `predecessors`: for each the bytes of the event before it, None if they need not be compared.
+    The parameters hold the time of this process, so they are made anew whenever a batch is sent.
     """
     streams: list[UUID | str] = []
     first_versions: list[int] = []
@@ -182,6 +184,7 @@ def append_params(
         integers(append_nos),
         texts(topics),
         byteas(states),
+        byteas(predecessors or [None] * len(appends)),
         datetime.now(UTC),
     )
 

@@ -27,13 +27,16 @@ $$;
 -- Appends a batch: each append whole or not at all, in the order given, all in this transaction.
 --
 -- An append is some consecutive events of one stream. One row per append: streams, first_versions
--- (the version of its first event), sizes (how many events). One row per event: append_nos (which
--- append it belongs to, counted from 1, never decreasing), topics, states. `told` is the time by the
--- application's clock, NULL if it has none. `exclusively`: refuse captures that another payment names.
+-- (the version of its first event), sizes (how many events), predecessors (the state of the event
+-- before it as its caller knows it, NULL if it need not be compared: a log that went back may have
+-- grown again to the same version). One row per event: append_nos (which append it belongs to,
+-- counted from 1, never decreasing), topics, states. `told` is the time by the application's clock,
+-- NULL if it has none. `exclusively`: refuse captures that another payment names.
 -- Returns one row per append, in order:
 --   outcome   'appended'  this call stored its events
 --             'repeated'  the very same events (topic and state) stood there already
---             'conflict'  the stream has another last version, or other events stand there
+--             'conflict'  the stream has another last version, other events stand there, or its last
+--                         event is not the predecessor
 --             'captured'  another payment of the same provider names the capture; nothing was stored
 --   position  where its last event stands; NULL for a conflict and for 'captured'
 --   first_state  for a conflict the state of the stream's first event, if it has one: the caller
@@ -43,7 +46,7 @@ $$;
 CREATE FUNCTION append_payment_events(
     streams uuid[], first_versions bigint[], sizes integer[],
     append_nos integer[], topics text[], states bytea[],
-    told timestamptz, exclusively boolean
+    predecessors bytea[], told timestamptz, exclusively boolean
 ) RETURNS TABLE (outcome text, "position" bigint, first_state bytea)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 -- Planning took twice as long as running; and a plan made while the table was small must not scan it.
@@ -57,6 +60,7 @@ DECLARE
     stamp    timestamptz; -- recorded_at of this batch
     versions bigint[];    -- for append i: the last version of its stream before this batch, or, if
                           -- i is the first of its stream in the batch, as of now
+    fitting  boolean[];   -- for append i: whether the event before it is its predecessor
     leader   integer;     -- the first append in the batch that has the stream at hand
     skipped  integer[];   -- for append i: how many events of the batch stand before its first
     bases    bigint[];    -- for append i: what to add to an event's place in the batch to get its
@@ -90,10 +94,14 @@ BEGIN
     END IF;
     stamp := least(greatest(clock, stamp, '2000-01-01Z'::timestamptz), '2200-01-01Z'::timestamptz);
 
-    versions := ARRAY(
-        SELECT (SELECT max(e.originator_version) FROM payment_events e
-                 WHERE e.originator_id = s.stream)
-          FROM unnest(streams) WITH ORDINALITY AS s (stream, no) ORDER BY s.no);
+    SELECT array_agg(last.version ORDER BY s.no),
+           array_agg(s.predecessor IS NULL OR s.predecessor = last.state ORDER BY s.no)
+      INTO versions, fitting
+      FROM unnest(streams, predecessors) WITH ORDINALITY AS s (stream, predecessor, no)
+      LEFT JOIN LATERAL (
+           SELECT e.originator_version AS version, e.state FROM payment_events e
+            WHERE e.originator_id = s.stream ORDER BY e.originator_version DESC LIMIT 1
+           ) AS last ON true;
 
     IF exclusively AND topics && ARRAY['PaymentCharged', 'LateCaptureFound'] THEN
         captures := array_fill(NULL::text, ARRAY[cardinality(streams)]);
@@ -125,7 +133,7 @@ BEGIN
         skipped[i] := events;
         bases[i] := NULL;
         -- A stream begins at version 1; other users of the library may begin at 0.
-        IF first_versions[i] = versions[leader] + 1
+        IF (first_versions[i] = versions[leader] + 1 AND fitting[i])
            OR (versions[leader] IS NULL AND first_versions[i] IN (0, 1)) THEN
             IF captures[i] = ANY (named) THEN
                 taken := taken || i;
@@ -201,7 +209,7 @@ CREATE OR REPLACE FUNCTION append_payment_events(
 LANGUAGE sql VOLATILE SECURITY DEFINER
 AS $$
     SELECT * FROM append_payment_events(
-        streams, first_versions, sizes, append_nos, topics, states, NULL, false)
+        streams, first_versions, sizes, append_nos, topics, states, NULL, NULL, false)
 $$;
 
 -- Seals events, each once and none that is not in the log; a seal that stands there stays.
@@ -223,7 +231,7 @@ DECLARE
 BEGIN
     FOREACH name IN ARRAY ARRAY[
         'append_payment_events(uuid[], bigint[], integer[], integer[], text[], bytea[])',
-        'append_payment_events(uuid[], bigint[], integer[], integer[], text[], bytea[],'
+        'append_payment_events(uuid[], bigint[], integer[], integer[], text[], bytea[], bytea[],'
             ' timestamptz, boolean)',
         'add_log_seals(bigint[], bytea[])'
     ] LOOP

@@ -28,7 +28,7 @@ import psycopg
 from loguru import logger
 from psycopg.sql import SQL, Identifier
 
-from payments.database import DatabaseAddress, connect
+from payments.database import DatabaseAddress, connect, reason_of
 from payments.errors import StartError
 
 LOCK_KEYS = (7165010, 2)  # 1 is the appenders' lock, in 0001_event_store.sql
@@ -164,7 +164,7 @@ def migrate(address: DatabaseAddress) -> list[Migration]:
             for migration in schema.missing:
                 _apply(connection, migration)
         except psycopg.Error as error:
-            raise StartError(f"migration failed: {error.diag.message_primary or error}") from error
+            raise StartError(f"migration failed: {reason_of(error)}") from error
     return schema.missing
 
 
@@ -253,8 +253,10 @@ def _lock(connection: psycopg.Connection[Any]) -> None:
 
 def _apply(connection: psycopg.Connection[Any], migration: Migration) -> None:
     """With its record in one transaction, or else so that it can be done again."""
+    log = logger.bind(migration=str(migration))
     if migration.index is not None:
         # It waits for every transaction that is open, a long audit's as well, and nobody for it.
+        log.info("an index is built, as soon as the transactions that are open have ended")
         _drop_if_invalid(connection, migration.index)
         connection.execute(migration.sql.encode())
         _record(connection, migration)
@@ -264,7 +266,7 @@ def _apply(connection: psycopg.Connection[Any], migration: Migration) -> None:
             connection.execute("SET LOCAL lock_timeout = '60s'")
             connection.execute(migration.sql.encode())
             _record(connection, migration)
-    logger.bind(migration=str(migration)).info("migration applied")
+    log.info("migration applied")
 
 
 def _drop_if_invalid(connection: psycopg.Connection[Any], index: str) -> None:

@@ -16,14 +16,15 @@ from payments.events.chain import GENESIS, LogEntry, seal
 BATCH_MAX = 1000  # events; a larger one keeps the event loop for longer than a request should wait
 YIELD_EVERY = 200  # events; in between the event loop serves requests
 
-# After a position that is missing from the log the chain goes on from the seal before it.
-LAST_SEAL = """
-SELECT hash FROM log_seals ORDER BY position DESC LIMIT 1
+# After a position that is missing from the log the chain goes on from the seal before it. What
+# somebody put behind the follower's position is not part of it.
+SEAL_BEFORE = """
+SELECT hash FROM log_seals WHERE position < %b ORDER BY position DESC LIMIT 1
 """
 
+# The function is in migrations/0007_append.sql.
 ADD_SEALS = """
-INSERT INTO log_seals (position, hash)
-SELECT position, hash FROM unnest(%b::bigint[], %b::bytea[]) AS new (position, hash)
+SELECT add_log_seals(%b::bigint[], %b::bytea[])
 """
 
 
@@ -35,7 +36,7 @@ class SealsProjection:
     ) -> None:
         """Seals these events; they follow what was sealed before."""
         async with connection.cursor(binary=True) as cursor:
-            await cursor.execute(LAST_SEAL.encode())
+            await cursor.execute(SEAL_BEFORE.encode(), [events[0].position])
             row = await cursor.fetchone()
             previous = GENESIS if row is None else bytes(row[0])
             hashes = []

@@ -1,0 +1,27 @@
+"""A log that went back, as after a failover to a standby that lagged, or a restore."""
+
+from typing import Any
+
+import psycopg
+
+_TABLES = {"payment_events": "notification_id", "log_seals": "position"}
+
+
+def lose_after(connection: psycopg.Connection[Any], position: int) -> None:
+    """The log ends at `position` from now on, its seals and its followers too."""
+    for table, column in _TABLES.items():
+        connection.execute(f"ALTER TABLE {table} DISABLE TRIGGER ALL".encode())
+        connection.execute(f"DELETE FROM {table} WHERE {column} > %s".encode(), [position])
+        connection.execute(
+            f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {table}_append_only".encode()
+        )
+    connection.execute("UPDATE followers SET position = least(position, %s)", [position])
+
+
+def accept_loss(connection: psycopg.Connection[Any]) -> None:
+    """As `payments log accept-loss`, for whatever was found."""
+    connection.execute(
+        "INSERT INTO log_losses (kind, by, reason, kept_position, lost_position, head_position)"
+        " SELECT 'accepted', 'a person', 'compared', min(kept_position), max(lost_position), 0"
+        "   FROM log_losses WHERE kind = 'found'"
+    )

@@ -1,0 +1,74 @@
+"""Connections: what is asked of the server holds, whatever its own defaults are."""
+
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.sql import SQL, Identifier
+
+from payments.database import SESSION_OPTIONS, Database, DatabaseAddress, connect
+from payments.events.store import PaymentsDatastore
+
+pytestmark = pytest.mark.anyio
+
+# What the code relies upon, and what a server may have been told instead.
+WANTED = {
+    "TimeZone": "UTC",
+    "default_transaction_isolation": "read committed",
+    "synchronous_commit": "on",
+    "enable_seqscan": "off",
+    "jit": "off",
+    "statement_timeout": "2s",
+    "lock_timeout": "1200ms",
+    "idle_in_transaction_session_timeout": "5s",
+}
+TOLD = {
+    "TimeZone": "Asia/Kolkata",
+    "default_transaction_isolation": "serializable",
+    "synchronous_commit": "off",
+    "enable_seqscan": "on",
+    "jit": "on",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+}
+IN_FORCE = "SELECT name, current_setting(name) FROM unnest(%s::text[]) AS name"
+NAMES = list(WANTED)
+
+
+@pytest.fixture
+def contrary(address: DatabaseAddress, connection: psycopg.Connection[Any]) -> DatabaseAddress:
+    """A database whose defaults are the opposite of what we want."""
+    for name, value in TOLD.items():
+        statement = SQL("ALTER DATABASE {} SET {} = {}")
+        connection.execute(statement.format(Identifier(address.dbname), Identifier(name), value))
+    with psycopg.connect(
+        host=address.host, port=address.port, user=address.user, dbname=address.dbname
+    ) as plain:
+        there = dict(plain.execute(IN_FORCE, [NAMES]).fetchall())
+    assert not there.items() & WANTED.items()
+    return address
+
+
+def test_every_option_is_looked_at() -> None:
+    assert WANTED.keys() == TOLD.keys() == SESSION_OPTIONS.keys()
+
+
+async def test_the_pools_and_ones_own_connections(contrary: DatabaseAddress) -> None:
+    database = Database(contrary, pool_max=1)
+    await database.open()
+    assert dict(await database.fetch(IN_FORCE, [NAMES])) == WANTED
+    async with await database.connect("tests of ours") as own:
+        assert dict(await (await own.execute(IN_FORCE, [NAMES])).fetchall()) == WANTED
+    await database.close()
+
+
+def test_blocking_connections(contrary: DatabaseAddress) -> None:
+    with connect(contrary, "tests of ours") as opened:
+        assert dict(opened.execute(IN_FORCE, [NAMES]).fetchall()) == WANTED
+
+
+def test_the_recorders_connections(contrary: DatabaseAddress) -> None:
+    with PaymentsDatastore(contrary) as datastore, datastore.transaction(commit=False) as cursor:
+        rows = cursor.execute(IN_FORCE, [NAMES]).fetchall()
+    assert {row["name"]: row["current_setting"] for row in rows} == WANTED
