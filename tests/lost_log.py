@@ -6,6 +6,13 @@ import psycopg
 
 _TABLES = {"payment_events": "notification_id", "log_seals": "position"}
 
+_READ_MODELS = {
+    "payments": "id",
+    "refunds": "payment_id",
+    "payment_clients": "payment_id",
+    "unsettled_payments": "payment_id",
+}
+
 
 def lose_after(connection: psycopg.Connection[Any], position: int) -> None:
     """The log ends at `position` from now on, its seals and its followers too."""
@@ -16,6 +23,11 @@ def lose_after(connection: psycopg.Connection[Any], position: int) -> None:
             f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {table}_append_only".encode()
         )
     connection.execute("UPDATE followers SET position = least(position, %s)", [position])
+    for table, column in _READ_MODELS.items():
+        connection.execute(
+            f"DELETE FROM {table} WHERE {column} NOT IN"
+            " (SELECT originator_id FROM payment_events)".encode()
+        )
 
 
 def accept_loss(connection: psycopg.Connection[Any]) -> None:

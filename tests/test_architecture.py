@@ -25,7 +25,10 @@ LAYERS = (
     ("payments.payment",),
     ("payments.deciding",),
     ("payments.database",),
-    ("payments.migrations", "payments.events", "payments.gateways", "payments.unsettled"),
+    (
+        *("payments.migrations", "payments.events", "payments.gateways"),
+        *("payments.unsettled", "payments.sendings"),
+    ),
     ("payments.snapshot",),
     ("payments.commands", "payments.queries", "payments.projections", "payments.callbacks"),
     ("payments.service",),

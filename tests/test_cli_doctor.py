@@ -3,6 +3,7 @@
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import psycopg
 import pytest
 from click.testing import Result
 
+from payments.cli.doctor import ROLES
+from payments.database import DatabaseAddress
 from tests.process import ROOT
 from tests.support import History, append
 
@@ -198,3 +201,50 @@ def test_a_certificate_that_nobody_vouches_for(
     state, text = only(operator("doctor"), "endpoint")
     assert state == "FAIL"
     assert "self" in text
+
+
+def test_a_log_whose_time_is_ahead(operator: Operator, connection: Connection) -> None:
+    """The database's clock was ahead once: time stands still in the log until it is reached."""
+    append(connection, History("k").facts)
+    connection.execute("ALTER TABLE payment_events DISABLE TRIGGER ALL")
+    connection.execute("UPDATE payment_events SET recorded_at = now() + interval '1 hour'")
+    state, text = only(operator("doctor"), "log")
+    assert state == "FAIL"
+    assert "3600 s ahead of the database's clock" in text or "3599 s ahead" in text
+
+
+def test_clocks_that_are_apart(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = time.time
+    for ahead, words in ((-3600, "the database's is ahead"), (3600, "the database's is behind")):
+        monkeypatch.setattr("payments.queries.server.time.time", lambda by=ahead: real() + by)
+        state, text = only(operator("doctor"), "clock")
+        assert state == "FAIL"
+        assert "3600.0 s apart" in text or "3599.9 s apart" in text
+        assert words in text
+
+
+def test_a_log_that_went_back(operator: Operator, connection: Connection) -> None:
+    connection.execute(
+        "INSERT INTO log_losses (kind, by, reason, kept_position, lost_position, head_position)"
+        " VALUES ('found', 'api-1:7', 'lacks', 2, 9, 4)"
+    )
+    state, text = only(operator("doctor"), "log")
+    assert state == "FAIL"
+    assert "up to position 9" in text
+    assert "payments log accept-loss" in text
+
+
+def test_a_server_that_refuses_to_write(
+    operator: Operator, connection: Connection, address: DatabaseAddress
+) -> None:
+    connection.execute(
+        f'ALTER DATABASE "{address.dbname}" SET default_transaction_read_only = on'.encode()
+    )
+    states = dict(lines(operator("doctor"))["database"])
+    assert "refuses to write" in states["FAIL"]
+
+
+def test_no_standbys_and_one_role(operator: Operator) -> None:
+    done = operator("doctor")
+    assert only(done, "standbys")[0] == "off"
+    assert only(done, "role") == ("ok", ROLES["owner"])

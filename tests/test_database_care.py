@@ -80,6 +80,13 @@ def test_the_service_works_under_its_role_and_cannot_alter_events(
                 "DROP TABLE payment_events",
                 "UPDATE log_seals SET hash = sha256('')",
                 "DELETE FROM log_seals",
+                "INSERT INTO payment_events"
+                " VALUES (99, gen_random_uuid(), 1, 'PaymentCharged', '', now())",
+                "INSERT INTO log_seals VALUES (99, sha256(''))",
+                "DELETE FROM log_losses",
+                "UPDATE log_identity SET id = gen_random_uuid()",
+                "CREATE OR REPLACE FUNCTION add_log_seals(positions bigint[], hashes bytea[])"
+                " RETURNS void LANGUAGE sql AS ''",
                 "SET session_replication_role = replica",
             ):
                 with pytest.raises(psycopg.errors.InsufficientPrivilege):
@@ -90,6 +97,7 @@ def test_the_service_works_under_its_role_and_cannot_alter_events(
     assert "permission denied" not in log
     done = run("rebuild", **given)
     assert (done.returncode, done.stderr) == (0, "")
+    assert "only the append function may write to the log" in run("doctor", **given).stdout
 
 
 def test_an_auditor_reads_and_writes_nothing(
@@ -114,6 +122,17 @@ def test_an_auditor_reads_and_writes_nothing(
         refused = run("rebuild", **auditor)
         assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
         assert refused.stderr.startswith("payments: the database: permission denied")
+        assert "this role may only read the log" in run("doctor", **auditor).stdout
+        with psycopg.connect(
+            roles["payments_auditor"].conninfo("tests"), autocommit=True
+        ) as as_auditor:
+            for function in (
+                "append_payment_events('{}', '{}', '{}', '{}', '{}', '{}', '{}', now(), true)",
+                "append_payment_events('{}', '{}', '{}', '{}', '{}', '{}')",
+                "add_log_seals('{}', '{}')",
+            ):
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    as_auditor.execute(f"SELECT {function}".encode())
         connection.execute("REVOKE SELECT ON log_seals FROM PUBLIC")
         auditor_name = roles["payments_auditor"].user
         connection.execute(f"REVOKE SELECT ON log_seals FROM {auditor_name}".encode())

@@ -87,6 +87,15 @@ GOOD: list[tuple[str, str, Any]] = [
         f"order:{DIGEST}, order:{'cd' * 32}",
         (ApiKey("order", bytes.fromhex(DIGEST)), ApiKey("order", bytes.fromhex("cd" * 32))),
     ),
+    (
+        "PAYMENTS_API_KEYS",
+        f"order:{DIGEST},shop:{DIGEST[:-2]}cd",
+        (ApiKey("order", bytes.fromhex(DIGEST)), ApiKey("shop", bytes.fromhex(DIGEST[:-2] + "cd"))),
+    ),
+    ("PAYMENTS_API_KEYS", f"{'x' * 64}:{DIGEST}", (ApiKey("x" * 64, bytes.fromhex(DIGEST)),)),
+    ("PAYMENTS_API_KEYS", f"0-_:{DIGEST}", (ApiKey("0-_", bytes.fromhex(DIGEST)),)),
+    # It only begins like a name that is the service's own.
+    ("PAYMENTS_API_KEYS", f"settling-2:{DIGEST}", (ApiKey("settling-2", bytes.fromhex(DIGEST)),)),
     ("CHARGE_DEADLINE_S", "60", 60.0),
     ("CHARGE_DEADLINE_S", "6.5", 6.5),
     ("GATEWAY_TIMEOUT_S", "0.05", 0.05),
@@ -155,6 +164,11 @@ BAD = [
     ("PAYMENTS_API_KEYS", f"order:{DIGEST},"),
     ("PAYMENTS_API_KEYS", f"{'x' * 65}:{DIGEST}"),
     ("PAYMENTS_API_KEYS", f"default:{DIGEST}"),  # the name for everyone while no keys are asked for
+    ("PAYMENTS_API_KEYS", f"settling:{DIGEST}"),  # these two the service uses for itself
+    ("PAYMENTS_API_KEYS", f"dispatcher:{DIGEST}"),
+    ("PAYMENTS_API_KEYS", f"order:{DIGEST},settling:{'cd' * 32}"),
+    ("PAYMENTS_API_KEYS", f"-:{DIGEST}"),  # `payments explain` prints it for nobody
+    ("PAYMENTS_API_KEYS", f"-order:{DIGEST}"),
     ("CHARGE_DEADLINE_S", "0"),
     ("CHARGE_DEADLINE_S", "60.1"),
     ("CHARGE_DEADLINE_S", "nan"),

@@ -94,7 +94,7 @@ class Service:
         self.dispatcher = build_dispatcher(settings, self.database, self.telemetry)
         applied = self.dispatcher.wake if self.dispatcher else None
         self.followers = build_followers(
-            settings, self.database, self.telemetry, self.gateway.declines_may_turn_s, applied
+            settings, self.database, self.telemetry, applied, self.gateway.declines_may_turn_s
         )
         settler = Settler(*shared, giving_back, self.telemetry, settings)
         self.settling = Settling(settler, self.database, settings)
@@ -209,8 +209,8 @@ def build_followers(
     settings: Settings,
     database: Database,
     telemetry: Telemetry,
-    declines_may_turn_s: float,
     outbox_applied: Callable[[], None] | None = None,
+    declines_may_turn_s: float = 0.0,
 ) -> list[Follower]:
     """The followers that this process may run, not started: one for each projection.
 

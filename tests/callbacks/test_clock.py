@@ -9,6 +9,7 @@ import pytest
 
 from payments.callbacks import dispatcher as dispatching
 from payments.callbacks.dispatcher import LEASE_S
+from payments.callbacks.endpoint import Exchange
 from payments.callbacks.outbox import claim, make_due, prune
 from payments.callbacks.retry import WAIT_MAX_S
 from payments.database import Database
@@ -130,20 +131,25 @@ async def test_after_the_clock_was_set_back_all_is_sent_and_counted(
 async def test_probes_go_round_whatever_the_clock_said_at_the_last_ones(
     outbox: Outbox, endpoint: PlayedEndpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that is always in vain must not be the only one that is tried."""
+    """Those that are always in vain must not be the only ones that are tried."""
     monkeypatch.setattr(dispatching, "POLL_S", 0.005)
-    orders = [uuid.uuid4() for _ in range(3)]
+    orders = [uuid.uuid4() for _ in range(25)]  # 20 are looked at for each probe
     await outbox.log(*charges(orders))
     async with await outbox.database.connect("a") as own:
-        assert len(await claim_some(own, lease_s=0)) == 3
+        assert len(await claim(own, most=25, failing_max=0, lease_s=0)) == 25
     outbox.connection.execute(
         "UPDATE callback_lanes SET claimed_at = now() + interval '1 year', in_flight = NULL"
     )
-    endpoint.answer = lambda body: (
-        failed() if body["order_id"] == endpoint.bodies[0]["order_id"] else answered(200)
-    )
-    async with dispatching_to(endpoint, outbox, breaker=opened(0.02), rng=lambda: 0.999):
-        await until(lambda: "delivered" in outbox.states(), 3)
+    probed: set[str] = set()
+
+    def answer(body: dict[str, Any]) -> Exchange:
+        probed.add(body["order_id"])
+        return answered(200) if len(probed) == len(orders) else failed()
+
+    endpoint.answer = answer
+    async with dispatching_to(endpoint, outbox, breaker=opened(0.005), rng=lambda: 0.999):
+        await until(lambda: "delivered" in outbox.states(), 5)
+    assert len(endpoint.bodies) >= len(orders)
 
 
 async def test_when_the_endpoint_is_back_a_wrong_time_is_due(outbox: Outbox) -> None:

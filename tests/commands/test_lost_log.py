@@ -296,7 +296,7 @@ class TestWhileALossIsOpen:
             service.watch.lost = True
             return real(event, **options)
 
-        service.appender.append_intent = append_intent  # type: ignore[method-assign, assignment]
+        service.appender.append_intent = append_intent  # type: ignore[method-assign]
         refunded = await service.refunding.refund(refund_of())
         assert refunded.refund.status is Status.PENDING
         assert gateway_of(service).refunds == []

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -336,6 +337,40 @@ class TestWhatIsBelieved:
         assert definer
         assert "search_path=pg_catalog, public, pg_temp" in settings
         assert not for_everyone
+
+
+def test_roles_of_the_version_before_may_go_on(
+    empty_database: DatabaseAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were granted tables; processes of both versions run on, before anybody grants more."""
+    known = migrations.known_migrations()
+    writer, reader = (f"r_{uuid.uuid4().hex[:8]}" for _ in range(2))
+    with monkeypatch.context() as before:
+        before.setattr(migrations, "known_migrations", lambda: known[:5])
+        migrate(empty_database)
+    with psycopg.connect(empty_database.conninfo("tests"), autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {writer}; CREATE ROLE {reader}".encode())
+        connection.execute(f"GRANT SELECT ON payment_events TO {reader}".encode())
+        connection.execute(f"GRANT SELECT, INSERT ON payment_events TO {writer}".encode())
+        connection.execute(f"GRANT UPDATE ON unsettled_payments TO {writer}".encode())
+        migrate(empty_database)
+        found = connection.execute(
+            "SELECT role,"
+            "  (SELECT array_agg(has_function_privilege(role, oid, 'EXECUTE')) FROM pg_proc"
+            "    WHERE proname IN ('append_payment_events', 'add_log_seals')),"
+            "  has_table_privilege(role, 'log_losses', 'INSERT'),"
+            "  has_table_privilege(role, 'log_losses', 'SELECT'),"
+            "  has_table_privilege(role, 'log_identity', 'SELECT'),"
+            "  has_table_privilege(role, 'refund_sendings', 'SELECT, INSERT, UPDATE, DELETE')"
+            "  FROM unnest(%s::text[]) AS roles (role)",
+            [[writer, reader]],
+        ).fetchall()
+        connection.execute(f"DROP OWNED BY {writer}, {reader}".encode())
+        connection.execute(f"DROP ROLE {writer}, {reader}".encode())
+    assert found == [
+        (writer, [True] * 3, True, True, True, True),
+        (reader, [False] * 3, False, True, True, False),
+    ]
 
 
 @pytest.mark.parametrize("again", ["repeated", "conflict"])

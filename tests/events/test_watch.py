@@ -42,7 +42,7 @@ class Running:
         await self.appender._writer.disconnect()
 
     def gauge(self) -> float:
-        return self.telemetry.log_rewound._value.get()
+        return float(self.telemetry.log_rewound._value.get())
 
 
 @pytest.fixture

@@ -261,7 +261,6 @@ def _money(stored: _Stored) -> Iterator[str]:
             written = stored.rows.get(each.event_id)
             if (
                 each.payment_id not in refunded
-                and each.position < failed.position
                 and written is not None
                 and written.enqueued_at <= row.enqueued_at
             ):

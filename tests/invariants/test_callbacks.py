@@ -22,7 +22,7 @@ from tests.doubles.order_service import Fault, OrderService
 from tests.invariants.callbacks import CallbackReport, check_callbacks
 from tests.support import History, until
 
-PAID, LOST, GONE, TWICE, BACK, KEPT = (uuid.UUID(int=n, version=4) for n in range(6))
+PAID, LOST, GONE, TWICE, BACK, KEPT, TOLD = (uuid.UUID(int=n, version=4) for n in range(7))
 
 
 class Told(NamedTuple):
@@ -55,10 +55,12 @@ async def tell(address: DatabaseAddress) -> list[Request]:
                 *History("again", order_id=BACK).declined().facts,
                 *History("kept", order_id=KEPT).charged().refunded("r", 500).facts,
                 *History("other", order_id=KEPT).declined().facts,
+                *History("told", order_id=TOLD).declined().facts,
             )
             dispatcher.wake()
-            await until(lambda: len(outbox.attempts()) == 7)
+            await until(lambda: len(outbox.attempts()) == 8)
             await outbox.log(
+                *History("at last", order_id=TOLD).charged().facts,
                 *History("second", order_id=TWICE).charged().facts,
                 *History("third", order_id=TWICE).charged().facts,
             )
@@ -93,7 +95,7 @@ def received(told: Told) -> list[Request]:
 
 def test_all_is_well(draft: psycopg.Connection[Any], received: list[Request]) -> None:
     assert check_callbacks(draft, received=received) == CallbackReport(
-        Counter(delivered=7, dead=1, superseded=2, excluded=2), 9
+        Counter(delivered=9, dead=1, superseded=2, excluded=2), 11
     )
 
 

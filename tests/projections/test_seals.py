@@ -138,7 +138,7 @@ async def test_it_does_not_listen(database: Database, connection: Connection) ->
 async def test_a_seal_ahead_of_the_log_does_not_spoil_the_chain(
     database: Database, connection: Connection
 ) -> None:
-    """Somebody put one there. The events that come are sealed as ever, and theirs is one finding."""
+    """Somebody put one there. What comes is sealed as ever, and that one seal is wrong."""
     append(connection, History("k").facts)
     await seal_log(database)
     connection.execute("INSERT INTO log_seals VALUES (3, sha256(''))")

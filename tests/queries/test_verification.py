@@ -228,6 +228,14 @@ TAMPERINGS: dict[str, tuple[list[str], list[int], str]] = {
         [7],
         "its seal was altered; the event fits the seals around it",
     ),
+    "the last byte of a seal": (
+        [
+            "UPDATE log_seals SET hash = set_byte(hash, 31, get_byte(hash, 31) # 1)"
+            " WHERE position = 7"
+        ],
+        [7],
+        "its seal was altered; the event fits the seals around it",
+    ),
     "the last seal": (
         [f"UPDATE log_seals SET hash = sha256('') WHERE position = {EVENTS}"],
         [EVENTS],
@@ -321,6 +329,17 @@ def test_an_end_that_was_cut_off_for_good_needs_a_head(
 
 def test_a_head_of_another_log(tampered: Connection, address: DatabaseAddress) -> None:
     (finding,) = findings(address, {20: bytes(32)})
+    assert "somewhere in the positions 1 to 20" in finding.text
+
+
+@pytest.mark.parametrize("place", [0, 4, 31])
+def test_every_byte_of_a_head_counts(
+    tampered: Connection, address: DatabaseAddress, place: int
+) -> None:
+    head = bytearray(heads_of(tampered, 20)[20])
+    assert findings(address, {20: bytes(head)}) == []
+    head[place] ^= 1
+    (finding,) = findings(address, {20: bytes(head)})
     assert "somewhere in the positions 1 to 20" in finding.text
 
 

@@ -85,6 +85,55 @@ def test_anything_else_is_unauthorized(headers: Headers) -> None:
     assert "key-" not in str(caught.value)
 
 
+def digest_like(secret: bytes, alike: slice) -> bytes:
+    """A digest that is the key's own at these bytes, and another one at all others."""
+    own = hashlib.sha256(secret).digest()
+    other = bytearray(byte ^ 0xFF for byte in own)
+    other[alike] = own[alike]
+    return bytes(other)
+
+
+ALIKE = {
+    "the first 4 bytes": slice(0, 4),
+    "the first 8 bytes": slice(0, 8),
+    "the first 16 bytes": slice(0, 16),
+    "all but the last byte": slice(0, 31),
+    "all but the first byte": slice(1, 32),
+    "the last 4 bytes": slice(28, 32),
+}
+
+
+@pytest.mark.parametrize("alike", ALIKE.values(), ids=ALIKE)
+def test_only_the_whole_digest_opens(alike: slice) -> None:
+    own, nearly = key("shop", b"shop-key"), ApiKey("order", digest_like(b"shop-key", alike))
+    for configured in ((own, nearly), (nearly, own)):
+        assert authenticate(sent(b"Bearer shop-key"), configured) == "shop"
+    with pytest.raises(Unauthorized):
+        authenticate(sent(b"Bearer shop-key"), (nearly,))
+
+
+@pytest.mark.parametrize("place", range(32))
+def test_every_byte_of_the_digest_counts(place: int) -> None:
+    digest = bytearray(hashlib.sha256(b"shop-key").digest())
+    digest[place] ^= 1
+    with pytest.raises(Unauthorized):
+        authenticate(sent(b"Bearer shop-key"), (ApiKey("shop", bytes(digest)),))
+
+
+@pytest.mark.parametrize("length", [0, 4, 31])
+def test_a_digest_that_is_cut_short_opens_nothing(length: int) -> None:
+    short = ApiKey("shop", hashlib.sha256(b"shop-key").digest()[:length])
+    with pytest.raises(Unauthorized):
+        authenticate(sent(b"Bearer shop-key"), (short,))
+
+
+def test_keys_that_begin_or_end_alike_are_two() -> None:
+    secrets = (b"k" * 300, b"k" * 300 + b"1", b"k" * 301, b"1" + b"k" * 300)
+    keys = tuple(key(f"client-{number}", secret) for number, secret in enumerate(secrets))
+    for number, secret in enumerate(secrets):
+        assert authenticate(sent(b"Bearer " + secret), keys) == f"client-{number}"
+
+
 def test_a_key_may_hold_other_bytes_than_ascii() -> None:
     secret = "clé-ключ".encode()
     assert authenticate(sent(b"Bearer " + secret), (key("shop", secret),)) == "shop"

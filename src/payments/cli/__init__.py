@@ -12,6 +12,7 @@ from payments.cli.doctor import doctor
 from payments.cli.exits import Commands
 from payments.cli.explain import explain_payment
 from payments.cli.keys import keys
+from payments.cli.log import log_group
 from payments.cli.parked import parked
 from payments.cli.processes import migrate, serve, settings, work
 from payments.cli.rebuild import rebuild_read_model
@@ -27,6 +28,6 @@ def main() -> None:
 for command in (
     *(serve, work, migrate, settings, keys, doctor),
     *(replay_log, explain_payment, audit, rebuild_read_model),
-    *(parked, callbacks),
+    *(parked, callbacks, log_group),
 ):
     main.add_command(command)

@@ -23,11 +23,13 @@ from payments.queries.verification import (
     NoExport,
     Place,
     Verification,
+    accepted_losses,
     another_log,
     log_id,
     log_id_in,
     missing_seals,
     newest_head,
+    open_losses,
     places_in,
     places_of,
     shared_captures,
@@ -76,8 +78,7 @@ def _heads(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
     return heads
 
 
-@audit.command()
-@click.option(
+heads_option = click.option(
     "--head",
     "heads",
     metavar="POSITION:HASH",
@@ -85,6 +86,10 @@ def _heads(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
     callback=_heads,
     help="What `payments audit head` once printed; may be given several times.",
 )
+
+
+@audit.command()
+@heads_option
 @click.option(
     "--log",
     "log",
@@ -123,16 +128,20 @@ def _verify_database(heads: dict[int, bytes], log: UUID | None) -> int:
         open_database(begin(), to="read") as address,
         Snapshot(address, NAME) as snapshot,
     ):
-        verification, comparison = Verification(heads), Comparison(snapshot)
+        losses = accepted_losses(snapshot)
+        verification, comparison = Verification(heads, losses), Comparison(snapshot)
         with Progress() as progress:
             places = _with_progress(places_of(snapshot), progress, comparison.position)
             found = _show(verification.findings(places))
+            found += _show(open_losses(snapshot))
             found += _show(missing_seals(snapshot, verification.head))
             id = log_id_in(snapshot)
             found += _show(another_log(id, log, verification.events))
             found += _show(broken_guards(snapshot))
             found += _show(shared_captures(snapshot))
             _tell(verification, f", id {id}")
+            for loss in losses:
+                click.echo(one_line(f"loss: {loss}"))
             comparison.progress = lambda done: progress("compare", done, comparison.position)
             found += _show(each for each in comparison.differences() if not _may_be(each))
             found += _show(needlessly_parked(snapshot))
@@ -183,6 +192,8 @@ def _tell(verification: Verification, id: str = "") -> None:
     click.echo(f"log: {verification.events:,} events{unsealed}{id}")
     if verification.head is not None:
         click.echo(f"head: {verification.head}")
+    for line in verification.lost_heads:
+        click.echo(one_line(line))
 
 
 def _with_progress(

@@ -3,7 +3,6 @@
 import asyncio
 import ssl
 import sys
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple
@@ -17,14 +16,23 @@ from payments.cli.output import one_line
 from payments.cli.processes import begin, with_database
 from payments.database import Database, DatabaseAddress, connect, reason_of
 from payments.errors import DatabaseUnavailable, StartError
+from payments.events.losses import log_id, open_loss
 from payments.migrations import schema_of
 from payments.queries.callbacks import backlog
 from payments.queries.followers import follower_states, unsettled_payments
+from payments.queries.server import Role, Server, role_of, server_state
 from payments.queries.verification import newest_head
 from payments.service import build_gateway, open_database
 from payments.settings import Settings
 
 POSTGRES_MIN = 15
+# docs/security.md
+ROLES: dict[Role, str] = {
+    "owner": "this role owns the log, and may alter it; docs/security.md has a stricter set-up",
+    "inserts": "this role may insert into the log; docs/security.md has a stricter set-up",
+    "appends": "only the append function may write to the log",
+    "reads": "this role may only read the log",
+}
 SKEW_MAX_S = 2.0  # deadlines and ages are told by the database's clock, occurred_at by ours
 LAG_MAX_S = 30.0  # as the alerts in deploy/prometheus/alerts.yml
 PENDING_MAX_S = 120.0
@@ -93,18 +101,51 @@ def _database(address: DatabaseAddress) -> Iterator[Check]:
             text = f"schema newer than this version, which may run on it: {schema.newer[-1]}"
         bad = version < POSTGRES_MIN or schema.refusal is not None
         yield _failing("database", bad, f"Postgres {version}, {text}")
-        began = time.time()
-        row = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
-        ended = time.time()
-        assert row is not None
-        # What lies within the time that asking took is no skew.
-        skew_s = max(0.0, began - row[0], row[0] - ended)
-        where = f"{skew_s:.1f} s apart" if skew_s > 0.1 else "together"
-        yield _failing("clock", skew_s > SKEW_MAX_S, f"this machine's and the database's: {where}")
+
+
+async def _server(database: Database) -> list[Check]:
+    """What the server is to the service, and whether the log went back."""
+    server = await server_state(database)
+    skew_s = abs(server.skew_s)
+    where = f"{skew_s:.1f} s apart" if skew_s > 0.1 else "together"
+    if server.skew_s < 0:
+        where += ", the database's is behind"
+    elif skew_s > 0.1:
+        where += ", the database's is ahead"
+    checks = [
+        _failing("clock", skew_s > SKEW_MAX_S, f"this machine's and the database's: {where}"),
+        _standbys(server),
+    ]
+    if server.read_only:
+        text = "it refuses to write: it is a standby, or read-only"
+        checks.append(Check("FAIL", "database", text))
+    loss = await open_loss(database)
+    text = f"{await log_id(database)}"
+    if server.log_ahead_s:
+        text += f": its last event is {server.log_ahead_s:.0f} s ahead of the database's clock"
+    if loss is not None:
+        text += (
+            f": it went back, and lacks up to position {loss.lost_position} what it had "
+            f"acknowledged (found by {loss.found_by}): `payments log accept-loss`"
+        )
+    bad = loss is not None or server.log_ahead_s > SKEW_MAX_S
+    checks.append(_failing("log", bad, text))
+    checks.append(Check("ok", "role", ROLES[await role_of(database)]))
+    return checks
+
+
+def _standbys(server: Server) -> Check:
+    """Of the database."""
+    if server.synchronous + server.asynchronous == 0:
+        return Check("off", "standbys", "none: a failover needs one, or a backup")
+    text = f"{server.synchronous} synchronous, {server.asynchronous} asynchronous"
+    if server.may_lose:
+        text += ": a failover may lose what was answered; set synchronous_standby_names"
+    return _failing("standbys", server.may_lose, text)
 
 
 async def _state(database: Database) -> list[Check]:
-    checks = []
+    checks = await _server(database)
     for follower in await follower_states(database):
         text = f"{follower.name}: {follower.lag_events} events behind"
         if follower.lag_events:

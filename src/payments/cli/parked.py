@@ -9,7 +9,7 @@ import click
 from payments.cli.output import format_option, one_line, print_rows
 from payments.cli.processes import begin, with_database
 from payments.database import Database, DatabaseAddress
-from payments.gateways.counted import declines_may_turn_s
+from payments.gateways import declines_may_turn_s
 from payments.projections.follower import Parked
 from payments.queries.followers import ParkedStream, parked_streams
 from payments.service import build_followers, build_gateway, open_database
@@ -54,7 +54,9 @@ async def _retry(
     """Which of the payments are not parked, and which streams still are."""
     unknown, left = set(payments or ()), []
     turning_s = declines_may_turn_s(build_gateway(settings))
-    for follower in build_followers(settings, Database(address, 1), Telemetry(), turning_s):
+    for follower in build_followers(
+        settings, Database(address, 1), Telemetry(), declines_may_turn_s=turning_s
+    ):
         try:
             unknown -= {stream.payment_id for stream in await follower.parked()}
             left += await follower.retry_parked(payments)

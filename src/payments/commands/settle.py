@@ -27,7 +27,13 @@ from payments.deciding import (
 from payments.errors import LogRewound
 from payments.events.appender import Appender
 from payments.events.store import LoadedPayment
-from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderRefund
+from payments.gateways import (
+    Gateway,
+    NeverSent,
+    OutcomeUnknown,
+    ProviderRefund,
+    declines_may_turn_s,
+)
 from payments.logs import trace_field
 from payments.payment import (
     DECLINED,
@@ -77,7 +83,7 @@ class Settler:
         self.attempt_s = CALLS_MAX * settings.gateway_timeout_s
         self._abandon_after_s = settings.pending_abandon_after_s
         self._late_capture_s = max(LATE_CAPTURE_S, gateway.late_capture_s)
-        self.declines_may_turn_s = gateway.declines_may_turn_s
+        self.declines_may_turn_s = declines_may_turn_s(gateway)
 
     async def settle(self, loaded: LoadedPayment, attempts: int) -> Attempt:
         """One attempt at everything that is open. What it cannot find out it leaves as it is."""

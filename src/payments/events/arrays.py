@@ -94,7 +94,7 @@ def texts(items: Sequence[str | None]) -> BinaryArray:
     return Texts.of_bytes([None if item is None else item.encode() for item in items])
 
 
-def byteas(items: Sequence[bytes]) -> BinaryArray:
+def byteas(items: Sequence[bytes | None]) -> BinaryArray:
     return Byteas.of_bytes(items)
 
 

@@ -80,6 +80,13 @@ class AcceptedLoss(NamedTuple):
     def covers(self, position: int) -> bool:
         return self.kept_position < position <= self.lost_position
 
+    def __str__(self) -> str:
+        return (
+            f"events up to position {self.lost_position} were lost, none up to "
+            f"{self.kept_position}; accepted by {self.by} on {self.at:%Y-%m-%d}, when the log "
+            f"ended at {self.head_position}: {self.reason}"
+        )
+
 
 async def log_id(database: Database) -> UUID:
     ((found,),) = await database.fetch(LOG_ID)

@@ -10,6 +10,7 @@ import asyncio
 import os
 import socket
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -108,7 +109,7 @@ class LogWatch:
     async def start(self) -> None:
         """Looks once, then every second; a database that is away is looked at later."""
         with suppress(DatabaseUnavailable):
-            await self._begin()
+            await self.take_up()
             await self.look()
         self._task = asyncio.create_task(self._run(), name="log watch")
 
@@ -222,7 +223,7 @@ class LogWatch:
             await asyncio.sleep(LOOK_S)
             try:
                 if self._log is None:
-                    await self._begin()
+                    await self.take_up()
                 await self.look()
                 await self._keep()
             except DatabaseUnavailable:
@@ -230,16 +231,17 @@ class LogWatch:
             except Exception as error:  # noqa: BLE001 - it must go on looking, whatever it is
                 _log_failure(error)
 
-    async def _begin(self) -> None:
-        """Takes up what a process before this one has kept."""
+    async def take_up(self, heads: Sequence[Seal] = ()) -> None:
+        """What a process before this one has kept, and other heads; DatabaseUnavailable."""
         self._log = await losses.log_id(self._database)
-        if self._data_dir is None:
-            return
-        kept = await asyncio.to_thread(read_head, self._data_dir, self._log)
-        if kept is not None:
-            self._kept = kept
-            self._accepted_id = kept.accepted
-            self._heads.appendleft(Seal(kept.position, bytes.fromhex(kept.hash)))
+        known = [*heads, *self._heads]
+        if self._data_dir is not None:
+            kept = await asyncio.to_thread(read_head, self._data_dir, self._log)
+            if kept is not None:
+                self._kept = kept
+                self._accepted_id = kept.accepted
+                known.append(Seal(kept.position, bytes.fromhex(kept.hash)))
+        self._heads = deque(sorted(known), maxlen=HEADS_MAX)
 
     async def _keep(self) -> None:
         if self._data_dir is None or self._log is None or not self._heads:
@@ -254,6 +256,14 @@ class LogWatch:
             logger.bind(reason=error.strerror).info("the newest seal cannot be kept in a file")
             self._data_dir = None
         self._kept = head
+
+
+async def find_loss(database: Database, data_dir: Path | None, heads: Sequence[Seal]) -> None:
+    """Looks once, at what is kept in `data_dir` and at these heads too; what is lost is put on
+    record. Raises DatabaseUnavailable."""
+    watch = LogWatch(database, Telemetry(), data_dir)
+    await watch.take_up(heads)
+    await watch.look()
 
 
 def _log_failure(error: Exception) -> None:

@@ -55,7 +55,7 @@ class Gateway(Protocol):
     safe. `late_capture_s`: for how long after the first sending a charge that the provider did not
     know of may still be captured; it is asked about for at least a day. `declines_may_turn_s`: for
     how long after a decline the provider may capture the charge after all; it is asked about once
-    at the end of it, and what was captured goes back. 0, also if a gateway does not have it: never.
+    at the end of it, and what was captured goes back. A gateway without it never changes its mind.
     """
 
     @property
@@ -66,9 +66,6 @@ class Gateway(Protocol):
 
     @property
     def late_capture_s(self) -> float: ...
-
-    @property
-    def declines_may_turn_s(self) -> float: ...
 
     async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined:
         """Captures once per payment id, however often it is called."""
@@ -89,3 +86,8 @@ class Gateway(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+def declines_may_turn_s(gateway: Gateway) -> float:
+    """See Gateway; 0 for one that does not have it."""
+    return float(getattr(gateway, "declines_may_turn_s", 0.0))

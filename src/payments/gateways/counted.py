@@ -9,7 +9,14 @@ from uuid import UUID
 
 from loguru import logger
 
-from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge, ProviderRefund
+from payments.gateways import (
+    Gateway,
+    NeverSent,
+    OutcomeUnknown,
+    ProviderCharge,
+    ProviderRefund,
+    declines_may_turn_s,
+)
 from payments.payment import Approved, Declined
 from payments.telemetry import Telemetry
 from payments.tracing import span
@@ -22,11 +29,6 @@ GRACE_S = 1.0
 _WORD = re.compile(r"[\x20-\x7e]{1,255}")
 
 T = TypeVar("T", bound=Approved | Declined | None)
-
-
-def declines_may_turn_s(gateway: Gateway) -> float:
-    """0 for a gateway that does not say it."""
-    return float(getattr(gateway, "declines_may_turn_s", 0.0))
 
 
 class CountedGateway:

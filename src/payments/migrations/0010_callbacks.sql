@@ -13,7 +13,6 @@
 CREATE OR REPLACE FUNCTION paid_orders(orders uuid[]) RETURNS uuid[]
 LANGUAGE plpgsql STABLE
 SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off -- a plan made while the tables were small must not scan them
 AS $$
 BEGIN
     RETURN ARRAY(

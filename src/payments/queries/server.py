@@ -1,7 +1,7 @@
 """What the database server is to this service: its standbys, its clock, whether it is writable."""
 
 import time
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from payments.database import Database
 
@@ -54,3 +54,24 @@ async def server_state(database: Database) -> Server:
     ((synchronous, asynchronous, now, log_ahead_s, read_only),) = rows
     skew_s = now - began if now < began else max(0.0, now - ended)
     return Server(synchronous, asynchronous, skew_s, log_ahead_s, read_only)
+
+
+# owner: it may do everything to the log, a superuser as well; inserts: it may insert directly;
+# appends: only through the append function; reads: neither.
+Role = Literal["owner", "inserts", "appends", "reads"]
+
+ROLE = """
+SELECT CASE WHEN pg_has_role(c.relowner, 'USAGE') THEN 'owner'
+            WHEN has_table_privilege(c.oid, 'INSERT') THEN 'inserts'
+            WHEN has_function_privilege(p.oid, 'EXECUTE') THEN 'appends' ELSE 'reads' END
+  FROM pg_class c,
+       (SELECT oid FROM pg_proc WHERE proname = 'append_payment_events'
+         ORDER BY pronargs DESC LIMIT 1) AS p
+ WHERE c.oid = 'payment_events'::regclass
+"""
+
+
+async def role_of(database: Database) -> Role:
+    """What the role that is connected may do to the log."""
+    ((role,),) = await database.fetch(ROLE)
+    return role  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ Each event is checked against its own seal and the one before, so every position
 with is named, and what follows it is judged on its own.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 from uuid import UUID
 
@@ -14,6 +14,7 @@ import msgspec
 from payments.database import Database
 from payments.errors import StartError
 from payments.events.chain import GENESIS, LogEntry, read_line, seal
+from payments.events.losses import ACCEPTED_LOSSES, LOG_ID, OPEN_LOSS, AcceptedLoss, OpenLoss
 from payments.events.store import READ_WHOLE_LOG, SHARED_CAPTURES
 from payments.snapshot import Snapshot
 
@@ -27,10 +28,6 @@ SELECT position, hash FROM log_seals ORDER BY position DESC LIMIT 1
 
 FOLLOWER = """
 SELECT position FROM followers WHERE name = 'seals'
-"""
-
-IDENTITY = """
-SELECT id FROM log_identity
 """
 
 
@@ -86,7 +83,7 @@ async def newest_head(database: Database) -> Head | None:
 
 async def log_id(database: Database) -> UUID | None:
     """Which log this is; a restored copy has the same id. None: somebody removed it."""
-    rows = await database.fetch(IDENTITY)
+    rows = await database.fetch(LOG_ID)
     return rows[0][0] if rows else None
 
 
@@ -97,9 +94,12 @@ class Verification:
     last position of an event.
     """
 
-    def __init__(self, heads: Mapping[int, bytes]) -> None:
-        """`heads`: what was kept elsewhere, by position."""
+    def __init__(self, heads: Mapping[int, bytes], losses: Sequence[AcceptedLoss] = ()) -> None:
+        """`heads`: what was kept elsewhere, by position; `losses`: what a failover or a restore
+        took back. A head of what was lost is no finding, and goes to `lost_heads`."""
         self._heads = heads
+        self._losses = losses
+        self.lost_heads: list[str] = []
         self.events = self.sealed = self.last = 0
         self.head: Head | None = None
         self._expected = 1
@@ -205,6 +205,8 @@ class Verification:
         if kept == self._own:
             self._agreed = position
             return
+        if self._is_lost(position):
+            return
         text = f"the log up to here is not the one that the head {position}:… was taken of"
         if not self._found and self._suspect is None:
             text += (
@@ -213,10 +215,20 @@ class Verification:
             )
         yield Finding(position, text)
 
+    def _is_lost(self, position: int) -> bool:
+        """Whether the head was taken of what the log has lost, and somebody has accepted that."""
+        for loss in self._losses:
+            if loss.covers(position):
+                self.lost_heads.append(
+                    f"head {position}:…: was lost by a failover or a restore, as {loss.by} accepted"
+                )
+                return True
+        return False
+
     def _finish(self) -> Iterator[Finding]:
         yield from self._clear(None, None)
         for position in sorted(self._heads):
-            if position > self.last:
+            if position > self.last and not self._is_lost(position):
                 text = f"a head was taken here, but the log ends at position {self.last}"
                 yield Finding(self.last + 1, f"{text}: its end was cut off (head {position}:…)")
 
@@ -261,6 +273,21 @@ def places_of(snapshot: Snapshot) -> Iterator[Place]:
         row = next(seals, None)
 
 
+def accepted_losses(snapshot: Snapshot) -> list[AcceptedLoss]:
+    """What the log lost, and somebody has accepted, oldest first."""
+    return [AcceptedLoss(*row) for row in snapshot.fetch(ACCEPTED_LOSSES)]
+
+
+def open_losses(snapshot: Snapshot) -> Iterator[Finding]:
+    """What the log lost, and nobody has accepted."""
+    for loss in map(OpenLoss._make, snapshot.fetch(OPEN_LOSS)):
+        yield Finding(
+            loss.kept_position + 1,
+            f"the log lacks what it had acknowledged, up to position {loss.lost_position} "
+            f"(found by {loss.found_by}): `payments log accept-loss`",
+        )
+
+
 def missing_seals(snapshot: Snapshot, head: Head | None) -> Iterator[Finding]:
     """What the sealing follower says that it sealed, and is not there."""
     last = head.position if head is not None else 0
@@ -275,7 +302,7 @@ def missing_seals(snapshot: Snapshot, head: Head | None) -> Iterator[Finding]:
 
 def log_id_in(snapshot: Snapshot) -> UUID | None:
     """As `log_id`."""
-    rows = snapshot.fetch(IDENTITY)
+    rows = snapshot.fetch(LOG_ID)
     return rows[0][0] if rows else None
 
 

@@ -1,0 +1,74 @@
+"""`payments log`: what a person decides about the log."""
+
+import click
+
+from payments.cli.audit import heads_option
+from payments.cli.output import one_line
+from payments.cli.processes import begin, with_database
+from payments.database import Database
+from payments.errors import StartError
+from payments.events import losses
+from payments.events.losses import OpenLoss
+from payments.events.watch import Seal, find_loss
+from payments.service import heads_dir, open_database
+
+TOLD_MAX = 500  # characters
+
+
+def _one_line_of_text(_: click.Context, __: click.Parameter, value: str) -> str:
+    if not value.strip() or not value.isprintable() or len(value) > TOLD_MAX:
+        raise click.BadParameter(f"must be one line of 1 to {TOLD_MAX} printable characters")
+    return value.strip()
+
+
+@click.group("log")
+def log_group() -> None:
+    """What a person decides about the log."""
+
+
+@log_group.command("accept-loss")
+@click.option(
+    "--by", required=True, callback=_one_line_of_text, metavar="NAME", help="Who accepts it."
+)
+@click.option(
+    "--reason", required=True, callback=_one_line_of_text, metavar="TEXT", help="What happened."
+)
+@heads_option
+def accept_loss(by: str, reason: str, heads: dict[int, bytes]) -> None:
+    """Go on with a log that lost events in a failover or a restore: refunds are made again.
+
+    Before that, compare with the provider what was captured and given back since
+    (docs/backup.md). The log is compared with the newest seal that was kept in PAYMENTS_DATA_DIR
+    and with --head; what processes found is on record already. Who accepted what, and why, stays
+    in the table log_losses, and `payments audit verify` prints it. Exit code 1: nothing is lost.
+    """
+    settings = begin()
+    known = [Seal(position, hash) for position, hash in heads.items()]
+
+    async def accept(database: Database) -> tuple[OpenLoss, int, bytes | None]:
+        await find_loss(database, heads_dir(settings), known)
+        loss = await losses.open_loss(database)
+        if loss is None:
+            raise StartError("nothing is lost: the log has all that was acknowledged and kept")
+        head = await losses.add(
+            database.fetch,
+            "accepted",
+            by,
+            reason,
+            kept_position=loss.kept_position,
+            lost_position=loss.lost_position,
+            lost_hash=loss.lost_hash,
+        )
+        return loss, *head
+
+    with open_database(settings, to="run") as address:
+        loss, position, hash = with_database(address, accept)
+    click.echo(f"found: {loss.found_at:%Y-%m-%dT%H:%M:%SZ} by {one_line(loss.found_by)}")
+    click.echo(f"kept: up to position {loss.kept_position} at the least")
+    click.echo(f"old head: {_head(loss.lost_position, loss.lost_hash)}")
+    click.echo(f"new head: {_head(position, hash)}")
+    click.echo("accepted: refunds and returns go on within a second", err=True)
+
+
+def _head(position: int, hash: bytes | None) -> str:
+    return f"{position}:{hash.hex()}" if hash is not None else f"{position}, not sealed"
