@@ -29,7 +29,7 @@ ALERTS = [
 NOT_OURS = {"up"}
 # What PromQL itself has, and label names.
 WORDS = {
-    *("sum", "max", "by", "rate", "increase", "histogram_quantile", "le"),
+    *("sum", "max", "abs", "by", "rate", "increase", "histogram_quantile", "le", "and", "or"),
     *("kind", "outcome", "operation", "state", "follower", "status", "route", "currency", "job"),
 }
 

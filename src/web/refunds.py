@@ -15,6 +15,7 @@ from payments.errors import (
     IdempotencyKeyReused,
     InvalidIdempotencyKey,
     InvalidRequest,
+    LogRewound,
     PaymentAlreadyRefunded,
     PaymentNotFound,
     PaymentNotRefundable,
@@ -148,6 +149,7 @@ REFUND = Operation(
         IdempotencyKeyReused,
         TooBusy,
         DatabaseUnavailable,
+        LogRewound,
         PaymentUnreadable,
     ),
 )

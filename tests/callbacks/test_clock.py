@@ -185,6 +185,20 @@ async def test_what_was_finished_in_the_future_goes_with_what_is_behind_it(outbo
     assert outbox.rows("order_id") == [(orders[0],), (orders[3],), (orders[4],)]
 
 
+async def test_what_was_finished_this_moment_is_not_in_the_future(outbox: Outbox) -> None:
+    """By the time of a transaction that began before; an old one that was sent again."""
+    await outbox.log(*charges([A, B]))
+    outbox.finish("delivered", days_ago=99)
+    async with await outbox.database.connect("a") as own, own.transaction():
+        await own.execute("SELECT 1")
+        outbox.connection.execute(
+            "UPDATE callback_deliveries SET finished_at = clock_timestamp() WHERE order_id = %s",
+            [A],
+        )
+        assert await prune(own, 90, 10) == 1
+    assert outbox.rows("order_id") == [(A,)]
+
+
 async def test_a_clock_that_is_behind_for_a_while_loses_no_record(outbox: Outbox) -> None:
     """All that is finished then seems to have been so in the future."""
     await outbox.log(*charges([A, B]))

@@ -89,7 +89,7 @@ async def test_pauses_end_at_the_first_delivery_also_when_the_probe_is_refused(
     outbox: Outbox, endpoint: PlayedEndpoint
 ) -> None:
     await outbox.log(*charges(uuid.uuid4() for _ in range(20)))
-    outbox.connection.execute("UPDATE callback_lanes SET claimed_at = now()")
+    outbox.connection.execute("UPDATE callback_lanes SET claim = nextval('callback_claims')")
     await outbox.log(*of(A, "probed first").charged().facts)
     outbox.pause()
     endpoint.answer = lambda body: answered(404 if body["order_id"] == str(A) else 200)
@@ -121,7 +121,7 @@ async def test_a_probe_is_sent_however_many_orders_have_nothing_to_send(
 ) -> None:
     """They are superseded, and none of them was ever tried: their turn is before the other's."""
     await outbox.log(*of(A, "a").charged().facts)
-    outbox.connection.execute("UPDATE callback_lanes SET claimed_at = now()")
+    outbox.connection.execute("UPDATE callback_lanes SET claim = nextval('callback_claims')")
     orders = [uuid.uuid4() for _ in range(100)]
     await outbox.log(*(fact for o in orders for fact in of(o, str(o)).declined().facts))
     outbox.connection.execute(

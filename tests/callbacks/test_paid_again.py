@@ -53,7 +53,7 @@ async def test_a_second_charge_that_fails_after_a_whole_refund_is_told(
 
 # What becomes of the FAILED, by what comes after what: the SUCCESS and the REFUNDED of one payment,
 # the FAILED of another.
-ARRIVALS = {
+ARRIVALS: dict[tuple[str, ...], str] = {
     ("SUCCESS", "REFUNDED", "FAILED"): "due",
     ("SUCCESS", "FAILED", "REFUNDED"): "superseded",
     ("FAILED", "SUCCESS", "REFUNDED"): "superseded",
@@ -112,7 +112,8 @@ async def test_of_a_lagging_follower_and_a_pruned_outbox_each_knows_what_the_oth
 
 
 async def test_of_several_payments_one_that_stands_is_enough(outbox: Outbox) -> None:
-    paid, unpaid = set(), set()
+    paid: set[uuid.UUID] = set()
+    unpaid: set[uuid.UUID] = set()
     for pair in product(STATUSES, repeat=2):
         order_id = uuid.uuid4()
         (paid if "SUCCESS" in pair else unpaid).add(order_id)

@@ -240,6 +240,7 @@ async def test_health_and_metrics(client: httpx.AsyncClient) -> None:
         "service": "payment-service",
         "database": "ok",
         "event_store": "ok",
+        "log": "ok",
         "callbacks": "off",
     }
     assert (await client.get("/health/live")).json()["ok"] is True

@@ -1,14 +1,19 @@
 """What operators see of followers and open payments."""
 
+import asyncio
 import re
 import uuid
+from typing import Any
 
 import httpx
+import psycopg
 import pytest
 
+from payments.database import DatabaseAddress
 from payments.service import Service
 from payments.settings import Settings
-from tests.support import until
+from tests.lost_log import accept_loss, lose_after
+from tests.support import History, append, until
 
 pytestmark = pytest.mark.anyio
 
@@ -77,3 +82,73 @@ async def test_metrics_answer_without_a_database(
 ) -> None:
     await service.database.close()
     assert (await client.get("/metrics")).status_code == 200
+
+
+async def test_health_of_a_database_that_refuses_to_write(
+    client: httpx.AsyncClient, connection: psycopg.Connection[Any], address: DatabaseAddress
+) -> None:
+    """A standby, or one that was set so: it answers every question, and takes no charge."""
+    set_to = f'ALTER DATABASE "{address.dbname}" SET default_transaction_read_only = on'
+    connection.execute(set_to.encode())
+    connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+
+    async def refused() -> dict[str, Any] | None:
+        health = await client.get("/health")
+        read_only = health.json()["database"] == "read_only"
+        return health.json() if health.status_code == 503 and read_only else None
+
+    health = await until(refused)
+    assert health["ok"] is False
+    connection.execute(f'ALTER DATABASE "{address.dbname}" RESET ALL'.encode())
+    connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+
+    async def recovered() -> bool:
+        return (await client.get("/health")).status_code == 200
+
+    await until(recovered)
+
+
+async def test_a_log_that_went_back(
+    client: httpx.AsyncClient, connection: psycopg.Connection[Any]
+) -> None:
+    """Refunds are refused, charges and health go on; a person's word ends it."""
+    await client.post("/v1/charge", json=BODY, headers={"Idempotency-Key": "a"})  # answer lost
+    paid = await client.post("/v1/charge", json=BODY, headers={"Idempotency-Key": "b"})
+    assert paid.status_code == 201
+    # In a thread: a follower of this loop may hold its row.
+    await asyncio.to_thread(lose_after, connection, 1)
+    refused = await client.post("/v1/refund", json={"payment_id": paid.json()["id"]})
+    assert (refused.status_code, refused.json()["code"]) == (503, "log_rewound")
+    assert refused.headers["retry-after"] == "60"
+    health = await client.get("/health")
+    assert (health.status_code, health.json()["log"]) == (200, "rewound")
+    assert await gauge(client, "payments_log_rewound") == 1
+    charged = await client.post("/v1/charge", json=BODY, headers={"Idempotency-Key": "c"})
+    assert charged.status_code == 201
+    accept_loss(connection)
+    refund = {"payment_id": charged.json()["id"]}
+    assert (await client.post("/v1/refund", json=refund)).status_code == 201
+    assert (await client.get("/health")).json()["log"] == "ok"
+    assert await gauge(client, "payments_log_rewound") == 0
+
+
+async def test_clocks_and_standbys(
+    client: httpx.AsyncClient, connection: psycopg.Connection[Any]
+) -> None:
+    append(connection, History("k").facts)
+    connection.execute("ALTER TABLE payment_events DISABLE TRIGGER ALL")
+    connection.execute("UPDATE payment_events SET recorded_at = now() + interval '1 hour'")
+    assert 3500 < await gauge(client, "payments_log_ahead_seconds") <= 3600
+    assert await gauge(client, "payments_clock_skew_seconds") == 0
+    assert await gauge(client, 'payments_database_standbys{kind="asynchronous"}') == 0
+    assert await gauge(client, 'payments_follower_lag_seconds{follower="payments"}') == 0
+    unsettled = 'payments_unsettled_oldest_age_seconds{kind="charge"}'
+    await until(lambda: connection.execute("SELECT FROM unsettled_payments").fetchall())
+    connection.execute("UPDATE unsettled_payments SET since = now() + interval '1 hour'")
+    assert await gauge(client, unsettled) == 0

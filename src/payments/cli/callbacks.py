@@ -53,8 +53,8 @@ def list_callbacks(due: bool, dead: bool, order: UUID | None, limit: int, form: 
     """Print callbacks, the newest first unless said otherwise.
 
     STATE is due (owed and not delivered yet), delivered, dead (given up), superseded (a FAILED that
-    is not sent, since its order has a SUCCESS), or excluded by ORDER_CALLBACK_STATUSES. NEXT_AT is
-    when the order's turn comes; while a callback is being sent, the end of its lease.
+    is not sent, since its order was paid), or excluded by ORDER_CALLBACK_STATUSES. NEXT_AT is when
+    the order's turn comes; while a callback is being sent, the end of its lease.
     """
     if due + dead + (order is not None) > 1:
         raise click.UsageError("say one of --due, --dead and --order")
@@ -119,7 +119,7 @@ def redrive(event_id: UUID | None, dead: bool, due: bool, since: datetime | None
 
     They are due at once, with all their attempts before them. A running service sends them within
     seconds, each order's in order; one ID alone does not wait for others of its order that are
-    dead. What is superseded or excluded, or a FAILED whose order has a SUCCESS, is never sent.
+    dead. What is superseded or excluded, or a FAILED whose order is paid, is never sent.
     """
     if (event_id is not None) + dead + due + (since is not None) != 1:
         raise click.UsageError("name one ID, or say one of --dead, --due and --since TIME")
@@ -146,7 +146,7 @@ def redrive(event_id: UUID | None, dead: bool, due: bool, since: datetime | None
     if event_id is not None and not done:
         raise StartError(
             f"there is no callback {event_id}, or it is superseded or excluded, or a FAILED whose "
-            "order has a SUCCESS"
+            "order is paid"
         )
     click.echo(f"due again: {done}")
 

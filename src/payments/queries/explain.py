@@ -168,7 +168,7 @@ def _of_delivery(delivery: Delivery, made: list[Attempt]) -> Iterator[Entry]:
 
 _ENDS = {
     "dead": "given up, until somebody sends it again with `payments callbacks redrive`",
-    "superseded": "not sent, since its order has a SUCCESS",
+    "superseded": "not sent, since its order was paid",
     "excluded": "not sent, since ORDER_CALLBACK_STATUSES does not name it",
 }
 
