@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import msgspec
 import psutil
 import psycopg
 
@@ -179,6 +180,34 @@ class OutsidePostgres:
         while not holds():
             assert time.monotonic() < deadline, f"Postgres {otherwise}: {self._log.read_text()}"
             time.sleep(0.02)
+
+
+class Standby(OutsidePostgres):
+    """An asynchronous standby of another server; it stays one until it is promoted."""
+
+    def __init__(self, home: Path, primary: OutsidePostgres) -> None:
+        super().__init__(home)
+        self._primary = primary.address
+        self.address = msgspec.structs.replace(primary.address, port=self.address.port)
+
+    def promote_at(self, port: int) -> None:
+        """Becomes the primary, at this port, with what had reached it until now."""
+        self.kill()
+        (self._cluster / "standby.signal").unlink()
+        self.address = msgspec.structs.replace(self.address, port=port)
+        self.start()
+
+    def _create(self) -> None:
+        source = self._primary.conninfo("standby").replace("dbname=postgres", "")
+        backup = self._spawn(
+            *("pg_basebackup", "-D", str(self._cluster), "--write-recovery-conf", "--no-sync"),
+            *("--checkpoint=fast", f"--dbname={source}"),
+        )
+        try:
+            assert backup.wait(timeout=START_TIMEOUT_S) == 0, self._log.read_text()
+        finally:
+            backup.kill()
+            backup.wait()
 
 
 def _free_port() -> int:

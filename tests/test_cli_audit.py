@@ -201,7 +201,6 @@ def test_what_is_parked_or_not_sealed_is_told_and_no_finding(
         ("verify", "--head", f"5:{'g' * 64}"),
         ("verify", "--head", f"5:{'0' * 64}", "--head", f"5:{'1' * 64}"),
         ("verify", "--log", "5"),
-        ("verify", "--log", str(uuid.UUID(int=1)), "--export", "/dev/null"),
         ("verify", "--export", "/nowhere/to/be/found"),
         ("verify", "extra"),
         ("head", "extra"),
@@ -244,6 +243,9 @@ def test_an_export_needs_no_database(
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout.splitlines() == ["log: 10 events", f"head: {head}", "nothing was found"]
     assert operator("audit", "verify", "--export", "-", text=export).exit_code == 0
+    unknown = operator("audit", "verify", "--export", path, "--log", uuid.uuid4())
+    assert (unknown.exit_code, unknown.stdout) == (2, "")
+    assert "it does not say which log it is of" in unknown.stderr
     path.write_bytes(export.replace(b'"amount_cents":500', b'"amount_cents":50', 1))
     altered = operator("audit", "verify", "--export", path)
     assert altered.exit_code == 1

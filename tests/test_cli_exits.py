@@ -1,5 +1,6 @@
 """Exit codes of real processes: 1 of a check is a finding and nothing else."""
 
+import io
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import psycopg
 import pytest
 from click.testing import Result
 
+from payments.cli.output import print_rows
 from payments.database import DatabaseAddress
 from tests.process import PAYMENTS, at, environment, run
 from tests.support import ORDER_ID, History, append
@@ -129,6 +131,20 @@ def test_a_reader_that_is_gone(log: DatabaseAddress, command: str, code: int) ->
         assert done.stderr == ""
 
 
+class Gone(io.TextIOBase):
+    def write(self, _: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_table_that_nobody_reads_does_not_end_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rich would, with an exit code that is a finding of `rebuild --dry-run`."""
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        print_rows(("first", "second"), [("1", "2")], "table")
+
+
 @pytest.fixture
 def checking(
     log: DatabaseAddress, connection: Connection, request: pytest.FixtureRequest
@@ -177,13 +193,17 @@ def test_the_database_goes_away(checking: subprocess.Popen[str], connection: Con
 @pytest.mark.parametrize(
     ("statement", "words"),
     [
-        ("ALTER TABLE payments DROP COLUMN currency", "does not exist"),
+        (
+            "ALTER TABLE payments DROP COLUMN currency",
+            'the database: column "currency" does not exist: '
+            "does its schema fit? `payments doctor`",
+        ),
         # An error that no other command expects.
         (
             "ALTER TABLE payments RENAME TO sound; CREATE VIEW payments AS"
             " SELECT id, merchant_order_id, idempotency_key, amount_cents / 0 AS amount_cents,"
             " currency, status, provider_txn_id, created_at, updated_at FROM sound",
-            "division by zero",
+            "the database: division by zero",
         ),
     ],
     ids=["a column", "a division"],
@@ -194,7 +214,7 @@ def test_a_query_that_fails(
     connection.execute(statement.encode())
     done = run(*command.split(), **at(log), LOG_LEVEL="WARNING")
     assert done.returncode == 2
-    one_line(done, words)
+    assert done.stderr == f"payments: could not check: {words}\n"
 
 
 @pytest.mark.parametrize("command", CHECKS)
@@ -240,11 +260,12 @@ def test_the_traceback_of_a_defect_is_for_who_asks_for_it(
     )
     export = tmp_path / "log.jsonl"
     export.write_text("{}\n")
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
     told = "payments: could not check: LookupError: defect\n"
-    done = run("audit", "verify", "--export", str(export), PYTHONPATH=tmp_path)
+    done = run("audit", "verify", "--export", str(export), PYTHONPATH=path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
     for level, shown in (("INFO", False), ("DEBUG", True)):
-        done = run("audit", "verify", **at(log), PYTHONPATH=tmp_path, LOG_LEVEL=level)
+        done = run("audit", "verify", **at(log), PYTHONPATH=path, LOG_LEVEL=level)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.endswith(told)
         assert ("Traceback" in done.stderr) is shown

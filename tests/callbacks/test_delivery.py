@@ -87,7 +87,7 @@ async def calling_back(database: Database, *dispatchers: Dispatcher) -> AsyncIte
 
 
 # What becomes of an order's payments, in this order: Success, Failed, success that is Refunded.
-PATTERNS = ("S", "S", "F", "FS", "SF", "FS", "SF", "FF", "SS", "R", "FSF", "FRF")
+PATTERNS = ["S", "S", "F", "FS", "SF", "FS", "SF", "FF", "SS", "R", "FSF", "FRF", "RF", "RSF"]
 SLOT_S = 0.02
 
 

@@ -318,3 +318,20 @@ async def test_a_client_reads_its_own_payments_only(
         assert (await get_payment(watched, lookups, history.id, client)).id == history.id
     with pytest.raises(PaymentNotFound):
         await get_payment(watched, lookups, history.id, "other")
+
+
+async def test_clients_that_ask_at_once_share_a_statement_and_nothing_else(
+    watched: WatchedDatabase, lookups: PaymentLookups, connection: Connection
+) -> None:
+    history = History("k", client="shop").charged()
+    damaged = History("damaged", client="shop")
+    append(connection, [*history.facts, *damaged.facts])
+    append_stored(connection, [stored_event(damaged.id, 2, b"\xff")])
+    clients = ("shop", "other", None, "", "sho", "shop2")
+    asked = [lookups.find(each.id, client) for each in (history, damaged) for client in clients]
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert len(watched.statements) == 1
+    assert found[:6] == [history.payment, None, history.payment, None, None, None]
+    unreadable = [isinstance(each, PaymentUnreadable) for each in found[6:]]
+    assert unreadable == [True, False, True, False, False, False]
+    assert [each for each in found[6:] if not isinstance(each, Exception)] == [None] * 4

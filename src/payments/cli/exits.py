@@ -143,7 +143,8 @@ def _set_up_streams() -> None:
 
 
 def _stream(raw: io.FileIO, encoding: str = "utf-8", errors: str | None = None) -> TextIO:
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=True)
+    by_line = raw.isatty() or isinstance(raw, _Stderr)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=by_line)
 
 
 def discard(stream: TextIO) -> None:

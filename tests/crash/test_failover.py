@@ -1,0 +1,158 @@
+"""A failover to a standby that lagged takes back what was answered: it is noticed, and told."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.outside_postgres import OutsidePostgres, Standby
+from tests.process import ServiceProcess, open_directory, run
+
+WAIT_S = 20
+
+
+def wait_for(holds: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + WAIT_S
+    while not (found := holds()):
+        assert time.monotonic() < deadline, "the condition did not come to hold"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture
+def servers() -> Iterator[tuple[OutsidePostgres, Standby]]:
+    home = open_directory("payments-failover-")
+    with (
+        OutsidePostgres(home / "primary") as primary,
+        Standby(home / "standby", primary) as standby,
+    ):
+        yield primary, standby
+
+
+@pytest.fixture
+def service(servers: Any, tmp_path: Path) -> Iterator[ServiceProcess]:
+    with ServiceProcess(tmp_path, **servers[0].settings) as running:
+        yield running
+
+
+def caught_up(primary: OutsidePostgres) -> bool:
+    with primary.connect() as connection:
+        row = connection.execute(
+            "SELECT bool_and(replay_lsn = pg_current_wal_lsn()) FROM pg_stat_replication"
+        ).fetchone()
+    return row == (True,)
+
+
+def gauge(client: httpx.Client, series: str) -> float:
+    match = re.search(rf"^{re.escape(series)} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    assert match
+    return float(match[1])
+
+
+def given_back(ledger: Path) -> int:
+    return ledger.read_bytes().count(b'"refund"')
+
+
+def test_a_standby_that_nothing_waits_for_is_reported(
+    servers: tuple[OutsidePostgres, Standby], service: ServiceProcess, tmp_path: Path
+) -> None:
+    primary, _ = servers
+    given = {**primary.settings, "PAYMENTS_DATA_DIR": tmp_path}
+    with httpx.Client(base_url=service.url, timeout=10) as client:
+        assert gauge(client, 'payments_database_standbys{kind="asynchronous"}') == 1
+        told = run("doctor", **given)
+        assert told.returncode == 1
+        assert re.search(
+            "FAIL +standbys +0 synchronous, 1 asynchronous: a failover may", told.stdout
+        )
+        with primary.connect() as connection:
+            connection.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+            connection.execute("SELECT pg_reload_conf()")
+        series = 'payments_database_standbys{kind="synchronous"}'
+        wait_for(lambda: gauge(client, series) == 1)
+        assert service.charge(client, "k").status_code == 201
+        assert re.search("ok +standbys +1 synchronous, 0 async", run("doctor", **given).stdout)
+
+
+def test_a_failover_that_loses_is_noticed_and_accepted(
+    servers: tuple[OutsidePostgres, Standby], service: ServiceProcess, tmp_path: Path
+) -> None:
+    primary, standby = servers
+    port = primary.address.port
+    given = {**primary.settings, "PAYMENTS_DATA_DIR": tmp_path, "LOG_LEVEL": "ERROR"}
+    with httpx.Client(base_url=service.url, timeout=10) as client:
+        a = service.charge(client, "a").json()["id"]
+        wait_for(lambda: caught_up(primary))
+        standby.freeze()
+        b = service.charge(client, "b").json()["id"]
+        refund = {"payment_id": a, "amount_cents": 500}
+        keyed = {"Idempotency-Key": "r1"}
+        assert client.post("/v1/refund", json=refund, headers=keyed).status_code == 201
+        head = wait_for(lambda: _head(given, 6))
+
+        primary.kill()
+        standby.promote_at(port)
+
+        health = wait_for(lambda: _rewound(client))
+        assert health.status_code == 200
+        assert gauge(client, "payments_log_rewound") == 1
+        assert client.get(f"/v1/payments/{b}").status_code == 404
+        other = {"Idempotency-Key": "r2"}
+        refused = client.post("/v1/refund", json=refund, headers=other)
+        assert (refused.status_code, refused.json()["code"]) == (503, "log_rewound")
+        assert service.charge(client, "c").status_code == 201
+        again = service.charge(client, "b")  # the provider has it, and answers the same
+        assert (again.status_code, again.json()["id"]) == (201, b)
+        assert "the log went back" in service.log.read_text()
+        assert re.search("FAIL +log +.* it went back", run("doctor", **given).stdout)
+        found = run("audit", "verify", "--head", head, **given)
+        assert found.returncode == 1
+        assert "the log lacks what it had acknowledged" in found.stdout
+
+        accepted = run("log", "accept-loss", "--by", "Ada", "--reason", "failover", **given)
+        assert accepted.returncode == 0, accepted.stderr
+        wait_for(lambda: not _rewound(client))
+        made = client.post("/v1/refund", json=refund, headers=keyed)
+        assert (made.status_code, made.json()["refunded_cents"]) == (201, 500)
+        assert given_back(tmp_path / "simulated-ledger.jsonl") == 1
+        wait_for(lambda: run("audit", "verify", "--head", head, **given).returncode == 0)
+
+    service.terminate()
+    service.start()
+    with httpx.Client(base_url=service.url, timeout=10) as client:
+        assert client.get("/health").json()["log"] == "ok"
+
+
+def test_a_restart_notices_it_as_well(
+    servers: tuple[OutsidePostgres, Standby], service: ServiceProcess
+) -> None:
+    """Nobody of those who were told is left; the data directory remembers the newest seal."""
+    primary, standby = servers
+    with httpx.Client(base_url=service.url, timeout=10) as client:
+        service.charge(client, "a")
+        wait_for(lambda: caught_up(primary))
+        standby.freeze()
+        service.charge(client, "b")
+        kept = wait_for(lambda: list(service.data_dir.glob("log-head-*.json")))[0]
+        wait_for(lambda: b'"position":4' in kept.read_bytes())
+        service.kill()
+        port = primary.address.port
+        primary.kill()
+        standby.promote_at(port)
+    service.start()
+    with httpx.Client(base_url=service.url, timeout=10) as client:
+        wait_for(lambda: _rewound(client))
+
+
+def _rewound(client: httpx.Client) -> httpx.Response | None:
+    health = client.get("/health")
+    return health if health.json()["log"] == "rewound" else None
+
+
+def _head(given: dict[str, Any], position: int) -> str | None:
+    head = run("audit", "head", **given).stdout.strip()
+    return head if head.startswith(f"{position}:") else None
