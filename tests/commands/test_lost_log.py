@@ -1,5 +1,6 @@
 """What a process still knows when the log went back is not thrown away, and nothing is forced."""
 
+import uuid
 from typing import Any
 
 import psycopg
@@ -93,15 +94,16 @@ class TestCharge:
         assert answered.payment.status is Status.SUCCESS
         assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentCharged"]
 
+    @pytest.mark.parametrize("other", [{"amount_cents": 999}, {"order_id": uuid.uuid4()}])
     async def test_another_request_under_the_key_is_a_mismatch(
-        self, make: Make, connection: Connection
+        self, make: Make, connection: Connection, other: dict[str, Any]
     ) -> None:
-        """It has another amount. Nothing is forced upon it, and this one is never an error."""
-        service = await make(ScriptedGateway(losing(connection, 0, History("k", 999).facts)))
+        """Nothing is forced upon it, and this one is never an error."""
+        facts = History("k", client="default", **other).facts
+        service = await make(ScriptedGateway(losing(connection, 0, facts)))
         answered = await service.charging.charge(charge_of("k"))
         assert answered.payment.status is Status.PENDING
         assert topics(connection, PAYMENT) == ["PaymentInitiated"]
-        assert (await stored(service)).amount_cents == 999
         assert service.telemetry.mismatches["charge"]._value.get() == 1
 
     async def test_an_outcome_that_stands_there_is_the_outcome(
@@ -188,6 +190,23 @@ class TestRefund:
         assert [refund.idempotency_key for refund in payment.refunds] == ["other", "a"]
         again = await service.refunding.refund(refund_of(400, "a"))
         assert (again.refund.id, again.replayed) == (refunded.refund.id, True)
+
+    async def test_what_took_another_turn_is_not_forced_back(
+        self, make: Make, connection: Connection
+    ) -> None:
+        """After the failover the charge began again, and was declined."""
+
+        def lose(gateway: ScriptedGateway, asked: Any) -> Any:
+            outcome = approve(gateway, asked)
+            lose_after(connection, 0)
+            append(connection, History("k", 1000, client="default").declined().facts)
+            return outcome
+
+        service = await charged(make, lose)
+        refunded = await service.refunding.refund(refund_of(400))
+        assert refunded.refund.status is Status.PENDING
+        assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
+        assert service.telemetry.mismatches["refund"]._value.get() == 1
 
     async def test_a_refusal_of_a_lost_refund_records_nothing(
         self, make: Make, connection: Connection

@@ -93,6 +93,12 @@ class TestCaptures:
         assert outcomes(connection, naming("t-1", "b")) == [("captured", None)]
         assert outcomes(connection, naming("t-2", "b")) == [("appended", 4)]
 
+    def test_a_stream_that_moved_on_is_a_conflict_first(self, connection: Connection) -> None:
+        """Its caller decides again, on the stream as it is."""
+        first, second = naming("t-1", "a"), naming("t-1", "b")
+        append(connection, [*first, second[0], History("b").abandoned().facts[1]])
+        assert outcomes(connection, [second[1]]) == [("conflict", None)]
+
     def test_a_late_capture_is_one_too(self, connection: Connection) -> None:
         append(connection, naming("t-1", "a"))
         *before, found = History("b").abandoned().late_capture_found().facts
@@ -286,6 +292,28 @@ class TestWhatIsBelieved:
         assert not waiting.done()
         connection.execute("DROP FUNCTION IF EXISTS swallow CASCADE")
         connection.execute("DROP RULE IF EXISTS swallow ON payment_events")
+        assert await asyncio.wait_for(waiting, 5) == 1
+        await appender.stop(1)
+
+    @pytest.mark.parametrize("sqlstate", ["22003", "22008", "23505", "23514", "09000"])
+    async def test_what_is_not_about_the_data_drops_nothing(
+        self, database: Database, connection: Connection, sqlstate: str
+    ) -> None:
+        """Positions, versions and times are the function's own: somebody else is at fault."""
+        failing = (
+            "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN RAISE EXCEPTION 'not the data' USING ERRCODE = '{sqlstate}'; END $$;"
+            "CREATE TRIGGER fail BEFORE INSERT ON payment_events"
+            " FOR EACH ROW EXECUTE FUNCTION fail()"
+        )
+        connection.execute(failing.encode())
+        telemetry = Telemetry()
+        appender = Appender(database.connect, telemetry, intent_queue_max=10)
+        appender.start()
+        waiting = appender.append([stored_event()])
+        await until(lambda: telemetry.append_failures["retried"]._value.get() >= 2)
+        assert not waiting.done()
+        connection.execute("DROP FUNCTION fail CASCADE")
         assert await asyncio.wait_for(waiting, 5) == 1
         await appender.stop(1)
 

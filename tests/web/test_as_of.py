@@ -3,7 +3,7 @@
 import hashlib
 import uuid
 from collections.abc import AsyncIterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
 
@@ -162,3 +162,25 @@ async def test_a_client_reads_its_own(guarded: httpx.AsyncClient, connection: Co
         nowhere.url.path.rpartition("/")[2], ""
     )
     assert (await guarded.get(f"/v1/payments/{own.id}?as_of=2")).status_code == 401
+
+
+async def test_as_of_now_after_the_databases_clock_was_ahead(
+    client: httpx.AsyncClient, connection: Connection
+) -> None:
+    """What was recorded in the future counts from the time on that the application told, and
+    nothing counts without what came before it."""
+    began_at = datetime.now(UTC) - timedelta(seconds=60)
+    history = History("k", began_at=began_at).charged().refunded()
+    append(connection, history.facts)
+    connection.execute("ALTER TABLE payment_events DISABLE TRIGGER ALL")
+    connection.execute(
+        "UPDATE payment_events SET recorded_at = now() + interval '1 hour'"
+        " WHERE originator_version > 1"
+    )
+    now = datetime.now(UTC)
+    assert (await read(client, history, now.isoformat()))["status"] == "REFUNDED"
+    charged = history.facts[1].occurred_at.isoformat()
+    connection.execute("UPDATE payment_events SET recorded_at = now() + interval '1 hour'")
+    assert (await read(client, history, charged))["status"] == "SUCCESS"
+    connection.execute("UPDATE payment_events SET recorded_at = now() WHERE originator_version = 4")
+    assert (await read(client, history, charged))["status"] == "SUCCESS"

@@ -156,7 +156,7 @@ class Settler:
         if late is not None and late.provider_refund_id is None:
             payment = await self._return_late_capture(loaded, payment, late, timeout_s)
         payment = await self._settle_refunds(loaded, payment, attempts, timeout_s)
-        return Attempt(payment, finished and payment.version == loaded.payment.version)
+        return Attempt(payment, finished)
 
     def _watched_long_enough(
         self, loaded: LoadedPayment, found: Approved | Declined | None

@@ -114,14 +114,21 @@ HEAD_POSITION = """
 SELECT coalesce(max(notification_id), 0) FROM payment_events
 """
 
-# A stream up to a position or a moment, one of which is NULL; the rest of it is not looked at.
+# A stream up to a position or a moment, one of which is NULL; the rest of it is not looked at. An
+# event that was recorded in the future, by a clock that was ahead, counts from the time on that the
+# application told.
 LOAD_STREAM_AS_OF = """
-SELECT originator_version, topic, state
-  FROM payment_events
- WHERE originator_id = %(payment_id)s
-   AND (%(position)s::bigint IS NULL OR notification_id <= %(position)s)
-   AND (%(time)s::timestamptz IS NULL OR recorded_at <= %(time)s)
- ORDER BY originator_version
+WITH events AS (
+    SELECT originator_version AS version, topic, state,
+           CASE WHEN %(time)s::timestamptz IS NULL THEN notification_id <= %(position)s::bigint
+                WHEN recorded_at > clock_timestamp()
+                THEN coalesce(payment_event_occurred_at(state), recorded_at) <= %(time)s
+                ELSE recorded_at <= %(time)s END AS by_then
+      FROM payment_events WHERE originator_id = %(payment_id)s
+)
+SELECT version, topic, state FROM events
+ WHERE version < coalesce((SELECT min(version) FROM events WHERE NOT by_then), 9223372036854775807)
+ ORDER BY version
 """
 
 # The whole log in order. A time that Python does not have is no time that was ever sealed.
