@@ -10,7 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Self
+from typing import Self, cast
 
 import msgspec
 import uvloop
@@ -124,7 +124,8 @@ class Load:
         started = time.perf_counter()
         for client in clients:
             await loop.create_connection(client.itself, "127.0.0.1", self._port)
-        await asyncio.gather(*(client.ended for client in clients))
+        async with asyncio.timeout(seconds + 60):  # as wrk has: a client that fails ends nothing
+            await asyncio.gather(*(client.ended for client in clients))
         took = time.perf_counter() - started
         latencies = [latency for client in clients for latency in client.latencies]
         return Figures.of(latencies, took, sum(client.errors for client in clients))
@@ -145,8 +146,7 @@ class _Client(asyncio.Protocol):
         return self
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own is no subclass
         self._send()
 
     def _send(self) -> None:

@@ -119,7 +119,8 @@ def test_a_log_without_an_id_is_a_finding(
     connection.execute("DELETE FROM log_identity")
     connection.execute("ALTER TABLE log_identity ENABLE ALWAYS TRIGGER log_identity_append_only")
     done = operator("audit", "verify")
-    assert (done.exit_code, done.stdout.splitlines()[0]) == (1, "log: its id is missing")
+    assert done.exit_code == 1
+    assert done.stdout.splitlines()[:2] == ["log: its id is missing", "log: 10 events"]
 
 
 def test_an_empty_log_is_a_finding(operator: Operator) -> None:

@@ -13,6 +13,7 @@ import psycopg
 import pytest
 from click.testing import Result
 
+from payments.cli.exits import OutputError, _Stderr, _Stdout
 from payments.cli.output import print_rows
 from payments.database import DatabaseAddress
 from tests.process import PAYMENTS, at, environment, run
@@ -79,6 +80,16 @@ def test_whether_python_buffers_does_not_matter(
     one_line(done, "the output cannot be written: No space left on device")
 
 
+def test_what_is_too_large_for_a_buffer() -> None:
+    with Path("/dev/full").open("w") as full:
+        out, err = (
+            kind(io.FileIO(full.fileno(), "w", closefd=False)) for kind in (_Stdout, _Stderr)
+        )
+        with pytest.raises(OutputError, match="the output cannot be written: No space left"):
+            out.write(bytes(100_000))
+        assert err.write(bytes(100_000)) == 100_000
+
+
 @pytest.mark.parametrize(("command", "code"), [("audit verify", 2), ("replay", 1), ("--help", 1)])
 def test_a_stdout_that_is_closed(log: DatabaseAddress, command: str, code: int) -> None:
     done = subprocess.run(
@@ -132,8 +143,10 @@ def test_a_reader_that_is_gone(log: DatabaseAddress, command: str, code: int) ->
 
 
 class Gone(io.TextIOBase):
-    def write(self, _: str) -> int:
-        raise BrokenPipeError
+    def write(self, text: str) -> int:
+        if text:
+            raise BrokenPipeError
+        return 0
 
 
 def test_a_table_that_nobody_reads_does_not_end_the_process(
@@ -152,7 +165,7 @@ def checking(
     """A check that is in the middle of it."""
     connection.execute(
         "ALTER TABLE payments RENAME TO sound;"
-        " CREATE VIEW payments AS SELECT sound.* FROM sound, pg_sleep(60)"
+        " CREATE VIEW payments AS SELECT sound.* FROM sound, pg_sleep(15)"
     )
     process = subprocess.Popen(
         [*PAYMENTS, *request.param.split()],
@@ -176,14 +189,14 @@ SELECT pid FROM pg_stat_activity
 @pytest.mark.parametrize("checking", CHECKS, indirect=True)
 def test_control_c(checking: subprocess.Popen[str]) -> None:
     checking.send_signal(signal.SIGINT)
-    _, told = checking.communicate(timeout=20)
+    _, told = checking.communicate(timeout=40)
     assert (checking.returncode, told) == (2, "payments: could not check: interrupted\n")
 
 
 @pytest.mark.parametrize("checking", CHECKS, indirect=True)
 def test_the_database_goes_away(checking: subprocess.Popen[str], connection: Connection) -> None:
     connection.execute(f"SELECT pg_terminate_backend(pid) FROM ({SLEEPING}) AS found".encode())
-    _, told = checking.communicate(timeout=20)
+    _, told = checking.communicate(timeout=40)
     assert checking.returncode == 2
     assert told.startswith("payments: could not check: the database: terminating connection")
     assert told.count("\n") == 1

@@ -45,7 +45,7 @@ def contrary(address: DatabaseAddress, connection: psycopg.Connection[Any]) -> D
     with psycopg.connect(
         host=address.host, port=address.port, user=address.user, dbname=address.dbname
     ) as plain:
-        there = dict(plain.execute(IN_FORCE, [NAMES]).fetchall())
+        there: dict[str, str] = dict(plain.execute(IN_FORCE, [NAMES]).fetchall())
     assert not there.items() & WANTED.items()
     return address
 

@@ -20,7 +20,8 @@ PaymentsError
 A class carries the HTTP status, the stable code and the title of its answer; the message of an
 instance is the answer's `detail`, so it names the fix and holds nothing that is secret.
 
-StartError is for people who start the service: one line, no traceback, exit code 1.
+StartError is for people who start the service or run a command: one line, no traceback, exit code
+1, or 2 where 1 is a finding.
 """
 
 from typing import ClassVar, NamedTuple

@@ -208,6 +208,23 @@ class TestRefund:
         assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
         assert service.telemetry.mismatches["refund"]._value.get() == 1
 
+    async def test_nothing_is_reserved_on_what_came_meanwhile(
+        self, make: Make, connection: Connection
+    ) -> None:
+        """It went back between reading and appending, and has as many events again."""
+        service = await charged(make)
+        real = service.appender.append_intent
+
+        def append_intent(event: Any, **options: Any) -> Any:
+            lose_after(connection, 0)
+            append(connection, History("k", 1000, client="default").declined().facts)
+            return real(event, **options)
+
+        service.appender.append_intent = append_intent  # type: ignore[method-assign]
+        with pytest.raises(LogRewound):
+            await service.refunding.refund(refund_of(400))
+        assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
+
     async def test_a_refusal_of_a_lost_refund_records_nothing(
         self, make: Make, connection: Connection
     ) -> None:

@@ -8,6 +8,7 @@ import msgspec
 import psycopg
 import pytest
 
+from payments import sendings
 from payments.commands.settle import CALLS_MAX
 from payments.commands.settling import ABANDONED_MAX, pause_s
 from payments.deciding import payment_id_for
@@ -510,9 +511,13 @@ async def test_nothing_is_sent_when_an_attempt_has_taken_too_long(
     assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound", "LateCaptureReturned"]
 
 
+@pytest.mark.parametrize("slow", ["the provider's answer", "the note"])
 async def test_no_refund_is_sent_again_when_an_attempt_has_taken_too_long(
-    make: Make, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+    make: Make, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, slow: str
 ) -> None:
+    """However much was done in between, the clock is looked at last."""
+    begin = sendings.begin
+    too_long_s = CALLS_MAX * FAST["gateway_timeout_s"] + 0.1
     service = await make(ScriptedGateway(refund_script=[no_answer]), **FAST)
     await service.charging.charge(charge_of("k"))
     await service.refunding.refund(refund_of(300, "a"))
@@ -520,10 +525,18 @@ async def test_no_refund_is_sent_again_when_an_attempt_has_taken_too_long(
     gateway = gateway_of(service)
 
     async def answered_late(refund: Any, timeout_s: float) -> None:
-        await elapse(CALLS_MAX * FAST["gateway_timeout_s"] + 0.1, frozen=True)
+        await elapse(too_long_s, frozen=True)
+
+    async def noted_late(*note: Any) -> Any:
+        noted = await begin(*note)
+        await elapse(too_long_s, frozen=True)
+        return noted
 
     with monkeypatch.context() as patched:
-        patched.setattr(gateway, "find_refund", answered_late)
+        if slow == "the note":
+            patched.setattr(sendings, "begin", noted_late)
+        else:
+            patched.setattr(gateway, "find_refund", answered_late)
         await settle(service, connection)
     assert len(gateway.refunds) == 1
     assert topics(connection, PAYMENT)[2:] == ["RefundInitiated"]

@@ -165,7 +165,7 @@ async def test_a_row_without_a_payment_is_left_to_the_audit(
 
 async def with_a_decline(make: Make, turning_s: float = 3600.0) -> Service:
     gateway = ScriptedGateway(decline)
-    gateway.declines_may_turn_s = turning_s  # type: ignore[attr-defined]
+    gateway.declines_may_turn_s = turning_s
     service = await make(gateway, **FAST)
     await service.charging.charge(charge_of("k"))
     await project(service)

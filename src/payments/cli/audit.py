@@ -139,7 +139,7 @@ def _verify_database(heads: dict[int, bytes], log: UUID | None) -> int:
             found += _show(another_log(id, log, verification.events))
             found += _show(broken_guards(snapshot))
             found += _show(shared_captures(snapshot))
-            _tell(verification, f", id {id}")
+            _tell(verification, f", id {id}" if id is not None else "")
             for loss in losses:
                 click.echo(one_line(f"loss: {loss}"))
             comparison.progress = lambda done: progress("compare", done, comparison.position)

@@ -106,19 +106,26 @@ def _reason(error: BaseException, checks: bool) -> str | None:
     return reason
 
 
-class _Stdout(io.FileIO):
-    """Says of an error that it was the output's. What nobody reads on is left as it is."""
+class _Stdout(io.BufferedWriter):
+    """Says of an error that it was the output's. What nobody reads on is left as it is.
+
+    Not a raw stream: Ctrl-C between its write and the buffer's note of it would write twice.
+    """
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
-            raise
         except OSError as error:
-            raise OutputError(error.errno, error.strerror) from None
+            raise _output_error(error) from None
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise _output_error(error) from None
 
 
-class _Stderr(io.FileIO):
+class _Stderr(io.BufferedWriter):
     """That somebody cannot be told is no reason to fail."""
 
     def write(self, data: Any, /) -> int:
@@ -126,25 +133,36 @@ class _Stderr(io.FileIO):
             return super().write(data)
         return len(data)
 
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
+def _output_error(error: OSError) -> OSError:
+    if isinstance(error, BrokenPipeError):
+        return error
+    return OutputError(error.errno, error.strerror)
+
 
 def _set_up_streams() -> None:
     """Python leaves out what is closed: the output would vanish without an error, and the next file
     or connection would get its descriptor."""
-    if sys.stdout is None:
-        sys.stdout = _stream(_Stdout(os.open(os.devnull, os.O_RDONLY), "w"))
+    out, err = sys.stdout, sys.stderr
+    if out is None:
+        sys.stdout = io.TextIOWrapper(_Stdout(_devnull(os.O_RDONLY)), "utf-8")
     else:
-        out = _Stdout(sys.stdout.fileno(), "w", closefd=False)
-        sys.stdout = _stream(out, sys.stdout.encoding, sys.stdout.errors)
-    if sys.stderr is None:
-        sys.stderr = _stream(_Stderr(os.open(os.devnull, os.O_WRONLY), "w"))
+        raw = io.FileIO(out.fileno(), "w", closefd=False)
+        by_line = raw.isatty()
+        sys.stdout = io.TextIOWrapper(_Stdout(raw), out.encoding, out.errors, None, by_line)
+    if err is None:
+        sys.stderr = io.TextIOWrapper(_Stderr(_devnull(os.O_WRONLY)), "utf-8", None, None, True)
     else:
-        err = _Stderr(sys.stderr.fileno(), "w", closefd=False)
-        sys.stderr = _stream(err, sys.stderr.encoding, sys.stderr.errors)
+        raw = io.FileIO(err.fileno(), "w", closefd=False)
+        sys.stderr = io.TextIOWrapper(_Stderr(raw), err.encoding, err.errors, None, True)
 
 
-def _stream(raw: io.FileIO, encoding: str = "utf-8", errors: str | None = None) -> TextIO:
-    by_line = raw.isatty() or isinstance(raw, _Stderr)
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=by_line)
+def _devnull(flags: int) -> io.FileIO:
+    return io.FileIO(os.open(os.devnull, flags), "w")
 
 
 def discard(stream: TextIO) -> None:
