@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from payments.deciding import (
+    REFUND_ATTEMPTS_MAX,
+    REFUNDS_MAX,
     Cause,
     ChargeRequest,
     OutcomeMismatch,
@@ -853,3 +855,29 @@ def test_whatever_is_asked_the_money_adds_up(
     assert [decode(fact.TOPIC, encode(fact)) for fact in facts] == facts
     began_ = [fact.refund_id for fact in facts if isinstance(fact, RefundInitiated)]
     assert len(set(began_)) == len(began_)
+
+
+class TestHowManyRefunds:
+    """Refused ones cost nothing and do not count; but a stream must stay quick to read."""
+
+    @staticmethod
+    def having(status: Status, count: int) -> Payment:
+        payment = payment_in("500 under way")
+        one = msgspec.structs.replace(payment.refunds[0], status=status, amount_cents=1)
+        refunds = tuple(msgspec.structs.replace(one, id=UUID(int=n)) for n in range(count))
+        return msgspec.structs.replace(payment, refunds=refunds)
+
+    @pytest.mark.parametrize(
+        ("status", "count", "decision"),
+        [
+            (Status.SUCCESS, REFUNDS_MAX - 1, "RefundInitiated 1"),
+            (Status.SUCCESS, REFUNDS_MAX, "PaymentNotRefundable"),
+            (Status.PENDING, REFUNDS_MAX, "PaymentNotRefundable"),
+            (Status.FAILED, REFUNDS_MAX, "RefundInitiated 1"),
+            (Status.FAILED, REFUND_ATTEMPTS_MAX - 1, "RefundInitiated 1"),
+            (Status.FAILED, REFUND_ATTEMPTS_MAX, "PaymentNotRefundable"),
+        ],
+    )
+    def test_bounds(self, status: Status, count: int, decision: str) -> None:
+        command = partial(refund, 1, "r9", "order")
+        assert told(decided(command, self.having(status, count))) == decision

@@ -3,6 +3,7 @@
 How long a refund may be sent again begins with the first sending that may have arrived.
 """
 
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -121,6 +122,29 @@ async def test_a_process_that_dies_while_it_sends_has_sent(
     await later(connection, 2 * WINDOW_S)
     await settle(service, connection)
     assert len(gateway_of(service).refunds) == 2
+
+
+async def test_a_turn_that_came_too_late_has_sent_nothing(
+    make: Make, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noting it took so long that the attempt's time was up."""
+    service = await refunded(make, never_sent)
+    begin, clock = sendings.begin, time.monotonic
+
+    async def begin_slowly(*arguments: Any) -> sendings.Sending:
+        begun = await begin(*arguments)
+        monkeypatch.setattr("payments.commands.settle.time.monotonic", lambda: clock() + 1000)
+        return begun
+
+    with monkeypatch.context() as slow:
+        slow.setattr(sendings, "begin", begin_slowly)
+        await later(connection, 10 * WINDOW_S)
+        await settle(service, connection)
+    monkeypatch.undo()
+    assert [first_sent_at for _, first_sent_at in noted(connection)] == [None]
+    await later(connection, 10 * WINDOW_S)
+    await settle(service, connection)
+    assert given_back(connection)
 
 
 async def test_a_late_never_sent_does_not_hide_what_another_process_sent(

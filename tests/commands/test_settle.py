@@ -746,6 +746,15 @@ class TestDeclinesThatMayTurn:
         assert unsettled(connection) == []
         assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
 
+    async def test_one_that_the_provider_has_forgotten_is_not_watched_on(
+        self, make: Make, connection: psycopg.Connection[Any]
+    ) -> None:
+        service = await self.declined(make, **self.TURNING)
+        gateway_of(service).outcomes.clear()
+        await age(connection, 1000)
+        await settle(service, connection)
+        assert unsettled(connection) == []
+
     async def test_what_was_captured_after_all_goes_back(
         self, make: Make, connection: psycopg.Connection[Any]
     ) -> None:

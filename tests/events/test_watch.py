@@ -217,6 +217,21 @@ class TestRestart:
         await again.watch.look()
         assert not again.watch.lost
 
+    async def test_another_loss_after_an_accepted_one_is_another(
+        self, process: Process, database: Database, connection: Connection, tmp_path: Path
+    ) -> None:
+        """At the same positions: the acceptance was of what stood there before."""
+        await self._run(await process(tmp_path), database)
+        lose_after(connection, 1)
+        await process(tmp_path)
+        accept_loss(connection)
+        await self._run(await process(tmp_path), database)
+        lose_after(connection, 1)
+        append(connection, [History(f"k{number}").facts[0] for number in range(5)])
+        await seal_log(database)
+        again = await process(tmp_path)
+        assert again.watch.lost
+
     async def test_another_log_has_another_file(
         self, process: Process, database: Database, tmp_path: Path
     ) -> None:

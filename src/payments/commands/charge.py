@@ -8,6 +8,7 @@ error would make the caller drop an order that was paid for. See runs.py for wha
 
 import asyncio
 import math
+from uuid import UUID
 
 import msgspec
 from eventsourcing.persistence import StoredEvent
@@ -30,10 +31,9 @@ from payments.errors import (
     PaymentsError,
     PaymentUnreadable,
 )
-from payments.events import facts
 from payments.events.appender import Appender, StreamConflict
 from payments.events.facts import PaymentInitiated, UndecodableEvent
-from payments.events.store import load_charge, to_stored_event
+from payments.events.store import fact_at, load_charge, to_stored_event
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
 from payments.payment import Approved, Declined, Payment, Status, UnexpectedEvent, evolve
 from payments.settings import Settings
@@ -152,7 +152,7 @@ class Charging:
                     await self._appender.append_intent(event)
             except StreamConflict as conflict:
                 run.release_slot()
-                first = _first(conflict.first_state)
+                first = _first(intent.payment_id, conflict.first_state)
             else:
                 run.begun()
                 return _Begun(evolve(None, intent), (event,))
@@ -234,9 +234,9 @@ def _cause(command: ChargePayment) -> Cause:
     return cause(command.request.client, command.request_id, command.traceparent)
 
 
-def _first(first_state: bytes | None) -> Payment:
+def _first(payment_id: UUID, first_state: bytes | None) -> Payment:
     """The payment as its first event began it."""
     try:
-        return evolve(None, facts.decode(PaymentInitiated.TOPIC, first_state or b""))
+        return evolve(None, fact_at(payment_id, 1, PaymentInitiated.TOPIC, first_state or b""))
     except (UndecodableEvent, UnexpectedEvent) as error:
         raise PaymentUnreadable("The payment of this key cannot be read.") from error

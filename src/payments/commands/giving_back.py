@@ -57,17 +57,19 @@ class GivingBack:
         if found is not None:
             return found
         await self.check_allowed()
-        safe_s = self._gateway.safe_retry_s
         sending = await sendings.begin(self._database, order.refund_id, order.payment_id, age_s)
-        first = sending.never_before
-        if first is None:
-            first = unsent and age_s <= safe_s
-        if not first and sending.age_s > safe_s:
+        if sending.age_s > self._gateway.safe_retry_s:
             raise OutcomeUnknown("too old to be sent again under the same provider key")
+        arrived = False
         try:
-            return await self._gateway.refund(order, timeout_s())
+            left_s = timeout_s()
+            arrived = True  # unless the gateway says otherwise
+            return await self._gateway.refund(order, left_s)
         except NeverSent:
-            if first:
-                with suppress(DatabaseUnavailable):
-                    await sendings.take_back(self._database, order.refund_id, sending.number)
+            arrived = False
             raise
+        finally:
+            first = unsent if sending.never_before is None else sending.never_before
+            if first and not arrived:
+                with suppress(DatabaseUnavailable):  # then it counts as sent
+                    await sendings.take_back(self._database, order.refund_id, sending.number)
