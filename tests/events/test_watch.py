@@ -225,7 +225,7 @@ class TestRestart:
         lose_after(connection, 1)
         await process(tmp_path)
         accept_loss(connection)
-        await self._run(await process(tmp_path), database)
+        await self._run(await process(tmp_path), database, events=2)
         lose_after(connection, 1)
         append(connection, [History(f"k{number}").facts[0] for number in range(5)])
         await seal_log(database)
@@ -261,8 +261,8 @@ class TestRestart:
         await self._run(running, database)
         assert not running.watch.lost
 
-    async def _run(self, running: Running, database: Database) -> None:
-        await running.append(3)
+    async def _run(self, running: Running, database: Database, events: int = 3) -> None:
+        await running.append(events)
         await seal_log(database)
         await running.watch.look()
         await running.watch.stop()

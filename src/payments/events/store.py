@@ -146,17 +146,21 @@ WITH shared AS (
       FROM payment_events WHERE topic IN ('PaymentCharged', 'LateCaptureFound')
      GROUP BY captured_transaction(state) HAVING count(DISTINCT originator_id) > 1
 ), named AS (
-    SELECT c.originator_id AS payment_id, initiated_gateway(b.state) AS gateway, s.transaction,
-           first_value(c.originator_id) OVER (
-               PARTITION BY initiated_gateway(b.state), s.transaction ORDER BY c.notification_id
-           ) AS first_id
+    SELECT c.originator_id AS payment_id, c.notification_id, s.transaction,
+           (SELECT initiated_gateway(b.state) FROM payment_events b
+             WHERE b.originator_id = c.originator_id AND b.originator_version = 1) AS gateway
       FROM shared s
       JOIN payment_events c ON captured_transaction(c.state) = s.transaction
        AND c.topic IN ('PaymentCharged', 'LateCaptureFound')
-      JOIN payment_events b ON b.originator_id = c.originator_id AND b.originator_version = 1
+     WHERE s.transaction <> ''
+), numbered AS (
+    SELECT payment_id, gateway, transaction,
+           first_value(payment_id) OVER (
+               PARTITION BY gateway, transaction ORDER BY notification_id) AS first_id
+      FROM named
 )
 SELECT payment_id, first_id, gateway, transaction
-  FROM named WHERE payment_id <> first_id ORDER BY transaction, payment_id
+  FROM numbered WHERE payment_id <> first_id ORDER BY transaction, payment_id
 """
 
 APPENDED, REPEATED, CONFLICT, CAPTURED = "appended", "repeated", "conflict", "captured"

@@ -3,7 +3,7 @@
 -- that another payment names already, and makes whoever learns nothing new wait for the standby too.
 
 -- What no honest append writes. NOT VALID: a row that was forced into the table before must not keep
--- the service from starting; `payments audit verify` looks at every row.
+-- the service from starting.
 ALTER TABLE payment_events
     ADD CONSTRAINT payment_events_sane CHECK (
         notification_id BETWEEN 1 AND 4611686018427387904

@@ -317,9 +317,8 @@ def another_log(id: UUID | None, wanted: UUID | None, events: int) -> Iterator[s
 
 
 def shared_captures(snapshot: Snapshot) -> Iterator[SharedCapture]:
-    """Damaged events that name none do not share it."""
-    found = map(SharedCapture._make, snapshot.stream(SHARED_CAPTURES))
-    yield from (shared for shared in found if shared.transaction)
+    """Damaged events that name none share nothing."""
+    return map(SharedCapture._make, snapshot.stream(SHARED_CAPTURES))
 
 
 class NoExport(StartError):
