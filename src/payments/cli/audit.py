@@ -14,6 +14,7 @@ from payments.cli.processes import begin, with_database
 from payments.cli.progress import Progress
 from payments.database import Database
 from payments.errors import StartError
+from payments.events.losses import log_id
 from payments.projections.comparison import Comparison, Difference, Unreadable
 from payments.projections.parked import needlessly_parked
 from payments.queries.guards import broken_guards
@@ -25,7 +26,6 @@ from payments.queries.verification import (
     Verification,
     accepted_losses,
     another_log,
-    log_id,
     log_id_in,
     missing_seals,
     newest_head,

@@ -119,8 +119,8 @@ async def _server(database: Database) -> list[Check]:
     if server.read_only:
         text = "it refuses to write: it is a standby, or read-only"
         checks.append(Check("FAIL", "database", text))
-    loss = await open_loss(database)
-    text = f"{await log_id(database)}"
+    loss, id = await open_loss(database), await log_id(database)
+    text = "its id is missing" if id is None else str(id)
     if server.log_ahead_s:
         text += f": its last event is {server.log_ahead_s:.0f} s ahead of the database's clock"
     if loss is not None:
@@ -128,7 +128,7 @@ async def _server(database: Database) -> list[Check]:
             f": it went back, and lacks up to position {loss.lost_position} what it had "
             f"acknowledged (found by {loss.found_by}): `payments log accept-loss`"
         )
-    bad = loss is not None or server.log_ahead_s > SKEW_MAX_S
+    bad = id is None or loss is not None or server.log_ahead_s > SKEW_MAX_S
     checks.append(_failing("log", bad, text))
     checks.append(Check("ok", "role", ROLES[await role_of(database)]))
     return checks

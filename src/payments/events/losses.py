@@ -88,9 +88,10 @@ class AcceptedLoss(NamedTuple):
         )
 
 
-async def log_id(database: Database) -> UUID:
-    ((found,),) = await database.fetch(LOG_ID)
-    return UUID(str(found))
+async def log_id(database: Database) -> UUID | None:
+    """Which log this is; a restored copy has the same id. None: somebody removed it."""
+    rows = await database.fetch(LOG_ID)
+    return rows[0][0] if rows else None
 
 
 async def open_loss(database: Database) -> OpenLoss | None:

@@ -108,9 +108,13 @@ class LogWatch:
 
     async def start(self) -> None:
         """Looks once, then every second; a database that is away is looked at later."""
-        with suppress(DatabaseUnavailable):
+        try:
             await self.take_up()
             await self.look()
+        except DatabaseUnavailable:
+            pass
+        except psycopg.Error as error:
+            _log_failure(error)
         self._task = asyncio.create_task(self._run(), name="log watch")
 
     async def stop(self) -> None:
@@ -166,11 +170,15 @@ class LogWatch:
         self.read_only = look.read_only
         if not look.read_only:
             lost = max(_lost_event(look, last), _lost_seal(look, head))
-            if not lost:
-                self._remember(look)
-            elif self._last is last:  # else another look has found it meanwhile
-                await self._found(lost, fetch)
+            if lost and await self._found(lost, fetch):
+                # From here on the record says it, and the log as it is counts.
+                if self._last is last:
+                    self._last = None
+                if self._heads and self._heads[-1] is head:
+                    self._heads.clear()
                 look = _Look(*(await fetch(LOOK, _NOTHING))[0])
+            elif not lost:
+                self._remember(look)
         self.lost = self._unrecorded or look.found_id > look.accepted_id
         self._telemetry.log_rewound.set(self.lost)
 
@@ -181,8 +189,9 @@ class LogWatch:
         if not self._heads or look.newest_position > self._heads[-1].position:
             self._heads.append(Seal(look.newest_position, bytes(look.newest_hash)))
 
-    async def _found(self, lost: int, fetch: Fetch) -> None:
-        """Puts on record that the log lacks what stood at `lost`, unless that is accepted."""
+    async def _found(self, lost: int, fetch: Fetch) -> bool:
+        """Puts on record that the log lacks what stood at `lost`, unless that is accepted. False:
+        the role may not, so this process alone knows, and tries again."""
         since = {"accepted": self._accepted_id, "position": lost}
         if not await fetch(losses.ACCEPTED_SINCE, since):
             self._complain(lost)
@@ -190,11 +199,9 @@ class LogWatch:
             try:
                 await self._put_on_record(lost, fetch)
             except psycopg.errors.InsufficientPrivilege:
-                return  # then only this process knows, until it may
-        # From here on the record says it, and the log as it is counts.
+                return False
         self._unrecorded = False
-        self._last = None
-        self._heads.clear()
+        return True
 
     async def _put_on_record(self, lost: int, fetch: Fetch) -> None:
         hashes = {head.position: head.hash for head in self._heads}
@@ -235,7 +242,7 @@ class LogWatch:
         """What a process before this one has kept, and other heads; DatabaseUnavailable."""
         self._log = await losses.log_id(self._database)
         known = [*heads, *self._heads]
-        if self._data_dir is not None:
+        if self._data_dir is not None and self._log is not None:
             kept = await asyncio.to_thread(read_head, self._data_dir, self._log)
             if kept is not None:
                 self._kept = kept

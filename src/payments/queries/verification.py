@@ -81,12 +81,6 @@ async def newest_head(database: Database) -> Head | None:
     return Head(*rows[0]) if rows else None
 
 
-async def log_id(database: Database) -> UUID | None:
-    """Which log this is; a restored copy has the same id. None: somebody removed it."""
-    rows = await database.fetch(LOG_ID)
-    return rows[0][0] if rows else None
-
-
 class Verification:
     """One pass over the log. Use `findings` once; the rest is complete when it is exhausted.
 
