@@ -151,21 +151,22 @@ BEGIN
         events := events + sizes[i];
     END LOOP;
 
+    INSERT INTO payment_events
+           (notification_id, originator_id, originator_version, topic, state, recorded_at)
+    SELECT bases[e.no] + e.place,
+           streams[e.no],
+           first_versions[e.no] + e.place - skipped[e.no] - 1,
+           e.topic, e.state, stamp
+      FROM unnest(append_nos, topics, states) WITH ORDINALITY AS e (no, topic, state, place)
+     WHERE bases[e.no] IS NOT NULL;
+    GET DIAGNOSTICS written = ROW_COUNT;
+    -- A trigger or a rule of somebody else may have swallowed rows.
+    IF written <> head - before THEN
+        RAISE EXCEPTION 'payment_events took % of % events', written, head - before
+            USING ERRCODE = 'triggered_action_exception';
+    END IF;
+
     IF head > before THEN
-        INSERT INTO payment_events
-               (notification_id, originator_id, originator_version, topic, state, recorded_at)
-        SELECT bases[e.no] + e.place,
-               streams[e.no],
-               first_versions[e.no] + e.place - skipped[e.no] - 1,
-               e.topic, e.state, stamp
-          FROM unnest(append_nos, topics, states) WITH ORDINALITY AS e (no, topic, state, place)
-         WHERE bases[e.no] IS NOT NULL;
-        GET DIAGNOSTICS written = ROW_COUNT;
-        -- A trigger or a rule of somebody else may have swallowed rows.
-        IF written <> head - before THEN
-            RAISE EXCEPTION 'payment_events took % of % events', written, head - before
-                USING ERRCODE = 'triggered_action_exception';
-        END IF;
         -- A hint only: followers also poll.
         NOTIFY payment_events;
     ELSE
