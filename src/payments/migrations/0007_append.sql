@@ -59,15 +59,14 @@ DECLARE
     clock    timestamptz := clock_timestamp();
     stamp    timestamptz; -- recorded_at of this batch
     versions bigint[];    -- for append i: the last version of its stream before this batch, or, if
-                          -- i is the first of its stream in the batch, as of now
-    fitting  boolean[];   -- for append i: whether the event before it is its predecessor
+                          -- i is the first of its stream in the batch, as of now; -2 if its last
+                          -- event is another one than the predecessor
     leader   integer;     -- the first append in the batch that has the stream at hand
     skipped  integer[];   -- for append i: how many events of the batch stand before its first
     bases    bigint[];    -- for append i: what to add to an event's place in the batch to get its
                           -- position; NULL when the append conflicts
-    captures text[];      -- for append i: the capture that it names, or NULL
-    taken    integer[] := '{}'; -- appends whose capture another payment names in the log
-    named    text[] := '{}';    -- captures that this batch stores
+    captures text[];      -- that this batch names
+    taken    integer[] := '{}'; -- appends whose capture another payment names
     events   integer := 0;
     written  integer;
 BEGIN
@@ -94,38 +93,52 @@ BEGIN
     END IF;
     stamp := least(greatest(clock, stamp, '2000-01-01Z'::timestamptz), '2200-01-01Z'::timestamptz);
 
-    SELECT array_agg(last.version ORDER BY s.no),
-           array_agg(s.predecessor IS NULL OR s.predecessor = last.state ORDER BY s.no)
-      INTO versions, fitting
-      FROM unnest(streams, predecessors) WITH ORDINALITY AS s (stream, predecessor, no)
-      LEFT JOIN LATERAL (
-           SELECT e.originator_version AS version, e.state FROM payment_events e
-            WHERE e.originator_id = s.stream ORDER BY e.originator_version DESC LIMIT 1
-           ) AS last ON true;
+    versions := ARRAY(
+        SELECT (SELECT CASE WHEN s.predecessor IS NULL OR s.predecessor = e.state
+                            THEN e.originator_version ELSE -2 END
+                  FROM payment_events e WHERE e.originator_id = s.stream
+                 ORDER BY e.originator_version DESC LIMIT 1)
+          FROM unnest(streams, predecessors) WITH ORDINALITY AS s (stream, predecessor, no)
+         ORDER BY s.no);
 
     IF exclusively AND topics && ARRAY['PaymentCharged', 'LateCaptureFound'] THEN
-        captures := array_fill(NULL::text, ARRAY[cardinality(streams)]);
-        FOR i IN 1 .. cardinality(topics) LOOP
-            IF topics[i] IN ('PaymentCharged', 'LateCaptureFound') THEN
-                captures[append_nos[i]] := nullif(captured_transaction(states[i]), '');
-            END IF;
-        END LOOP;
-        taken := ARRAY(
-            SELECT c.no
-              FROM unnest(captures) WITH ORDINALITY AS c (capture, no)
-              JOIN payment_events e
-                ON captured_transaction(e.state) = c.capture
-               AND e.topic IN ('PaymentCharged', 'LateCaptureFound')
-             WHERE e.originator_id <> streams[c.no]
-               -- The same id at another provider is another capture.
-               AND (SELECT initiated_gateway(f.state) FROM payment_events f
-                     WHERE f.originator_id = e.originator_id AND f.originator_version = 1)
-                 = (SELECT coalesce(max(initiated_gateway(f.state)), (
-                               SELECT initiated_gateway(b.state)
-                                 FROM unnest(append_nos, topics, states) AS b (no, topic, state)
-                                WHERE b.no = c.no AND b.topic = 'PaymentInitiated' LIMIT 1))
-                      FROM payment_events f
-                     WHERE f.originator_id = streams[c.no] AND f.originator_version = 1));
+        captures := ARRAY(
+            SELECT DISTINCT captured_transaction(e.state)
+              FROM unnest(topics, states) AS e (topic, state)
+             WHERE e.topic IN ('PaymentCharged', 'LateCaptureFound'));
+        -- Nearly always nobody names them, which one look into the index tells.
+        IF EXISTS (SELECT FROM payment_events e
+                    WHERE captured_transaction(e.state) = ANY (captures)
+                      AND e.topic IN ('PaymentCharged', 'LateCaptureFound'))
+           OR cardinality(captures) < cardinality(topics) - cardinality(
+                  array_remove(array_remove(topics, 'PaymentCharged'), 'LateCaptureFound'))
+        THEN
+            taken := ARRAY(
+                SELECT c.no
+                  FROM (SELECT e.no, e.capture,
+                               row_number() OVER (PARTITION BY e.capture ORDER BY e.no) AS nth
+                          FROM (SELECT b.no, nullif(captured_transaction(b.state), '') AS capture
+                                  FROM unnest(append_nos, topics, states) AS b (no, topic, state)
+                                 WHERE b.topic IN ('PaymentCharged', 'LateCaptureFound')) AS e) AS c
+                 WHERE c.capture IS NOT NULL
+                   -- One look into the index for each: a join could be planned to read all captures.
+                   AND (c.nth > 1 OR (
+                       SELECT e.originator_id FROM payment_events e
+                        WHERE captured_transaction(e.state) = c.capture
+                          AND e.topic IN ('PaymentCharged', 'LateCaptureFound')
+                          AND e.originator_id <> streams[c.no]
+                          -- The same id at another provider is another capture.
+                          AND (SELECT initiated_gateway(f.state) FROM payment_events f
+                                WHERE f.originator_id = e.originator_id AND f.originator_version = 1)
+                            = coalesce((SELECT initiated_gateway(f.state) FROM payment_events f
+                                         WHERE f.originator_id = streams[c.no]
+                                           AND f.originator_version = 1),
+                                       (SELECT initiated_gateway(b.state)
+                                          FROM unnest(append_nos, topics, states)
+                                            AS b (no, topic, state)
+                                         WHERE b.no = c.no AND b.topic = 'PaymentInitiated' LIMIT 1))
+                        LIMIT 1) IS NOT NULL));
+        END IF;
     END IF;
 
     FOR i IN 1 .. cardinality(streams) LOOP
@@ -133,14 +146,9 @@ BEGIN
         skipped[i] := events;
         bases[i] := NULL;
         -- A stream begins at version 1; other users of the library may begin at 0.
-        IF (first_versions[i] = versions[leader] + 1 AND fitting[i])
+        IF first_versions[i] = versions[leader] + 1
            OR (versions[leader] IS NULL AND first_versions[i] IN (0, 1)) THEN
-            IF captures[i] = ANY (named) THEN
-                taken := taken || i;
-            ELSIF NOT i = ANY (taken) THEN
-                IF captures[i] IS NOT NULL THEN
-                    named := named || captures[i];
-                END IF;
+            IF NOT i = ANY (taken) THEN
                 bases[i] := head - events;
                 head := head + sizes[i];
                 versions[leader] := first_versions[i] + sizes[i] - 1;
