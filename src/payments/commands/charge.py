@@ -144,7 +144,7 @@ class Charging:
     async def _begin(self, run: Run[Charged], command: ChargePayment) -> _Begun | None:
         """Makes the intent durable; None if an earlier request with this key has an answer."""
         intent = initiate(command.request, self._gateway.name, _cause(command))
-        event = to_stored_event(intent)
+        event, age_s = to_stored_event(intent), None
         while True:
             run.take_slot()
             try:
@@ -155,7 +155,7 @@ class Charging:
                 first = _first(intent.payment_id, conflict.first_state)
             else:
                 run.begun()
-                return _Begun(evolve(None, intent), (event,))
+                return _Begun(evolve(None, intent), (event,), age_s)
             if differing := differing_fields(first, command.request):
                 raise IdempotencyKeyReused(differing)
             # An earlier run may have asked: from here on errors are answered with PENDING.
@@ -166,6 +166,7 @@ class Charging:
                 logger.bind(payment_id=intent.payment_id).critical(
                     "the log lost a payment that it had acknowledged; it begins again"
                 )
+                age_s = 0.0  # the run that is lost may have asked the provider
 
     async def _resume(self, run: Run[Charged], intent: PaymentInitiated) -> _Begun | None:
         """Waits for what an earlier request with this key comes to; the payment if its run is over.
