@@ -11,6 +11,7 @@ import pytest
 from click.testing import Result
 
 from payments.database import DatabaseAddress
+from payments.events.losses import DATABASE_ID
 from payments.events.watch import KeptHead, write_head
 from tests.lost_log import lose_after
 from tests.support import History, append
@@ -36,6 +37,12 @@ def grow(
     catch_up(address)
     rows = connection.execute("SELECT position, hash FROM log_seals").fetchall()
     return {position: f"{position}:{hash.hex()}" for position, hash in rows}
+
+
+def oid(connection: Connection) -> int:
+    row = connection.execute(DATABASE_ID.encode()).fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 def test_a_kept_head_finds_the_loss_and_a_person_accepts_it(
@@ -77,10 +84,28 @@ def test_the_head_in_the_data_directory_is_looked_at(
     address: DatabaseAddress, connection: Connection, operator: Operator, data_dir: Path
 ) -> None:
     old = grow(address, connection, "before", 4)
-    write_head(data_dir, KeptHead(UUID(log_id(connection)), 8, old[8].partition(":")[2]))
+    write_head(
+        data_dir, KeptHead(UUID(log_id(connection)), oid(connection), 8, old[8].partition(":")[2])
+    )
     lose_after(connection, 6)
     assert operator(*ACCEPT).exit_code == 0
     assert operator("audit", "verify", "--head", old[8]).exit_code == 0
+
+
+def test_every_head_is_compared_not_only_the_newest(
+    address: DatabaseAddress, connection: Connection, operator: Operator, data_dir: Path
+) -> None:
+    """Nobody noticed: the log has grown beyond the old head, and what is kept is of the new one."""
+    old = grow(address, connection, "before", 4)
+    lose_after(connection, 6)
+    new = grow(address, connection, "after", 4)
+    hash = new[14].partition(":")[2]
+    write_head(data_dir, KeptHead(UUID(log_id(connection)), oid(connection), 14, hash))
+    done = operator(*ACCEPT, "--head", old[8], "--head", old[7], "--head", old[4])
+    assert done.exit_code == 0, done.output
+    assert f"old head: {old[8]}" in done.stdout
+    assert operator("audit", "verify", "--head", old[7]).exit_code == 0
+    assert operator("audit", "verify", "--head", f"4:{'00' * 32}").exit_code == 1
 
 
 def test_a_loss_that_nobody_has_accepted_is_a_finding(

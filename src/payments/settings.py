@@ -207,7 +207,7 @@ VARIABLES = (
         "PAYMENTS_DATA_DIR",
         lambda value: Path(_text(value)).absolute(),
         "the user's data home",
-        "embedded database (in a subdirectory of its own), simulated ledger, newest seal of the log",
+        "embedded database (in a subdirectory), simulated ledger, newest seal of the log",
     ),
     Variable(
         "PAYMENTS_API_KEYS",

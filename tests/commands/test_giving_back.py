@@ -4,22 +4,26 @@ How long a refund may be sent again begins with the first sending that may have 
 """
 
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
 import pytest
 
 from payments import sendings
-from payments.deciding import payment_id_for
+from payments.commands.runs import cause
+from payments.deciding import payment_id_for, record_outcome
+from payments.events.facts import Fact
 from payments.payment import Approved, Status
 from payments.service import Service
 from tests.commands.conftest import Make
 from tests.commands.looking import gateway_of, topics
+from tests.commands.test_lost_log import as_stored
 from tests.commands.test_refund import refund_of
 from tests.commands.test_settle import FAST, SOON, age, settle
-from tests.doubles.gateway import ScriptedGateway, answer_lost, never_sent, no_answer
-from tests.support import charge_of
+from tests.doubles.gateway import ScriptedGateway, answer_lost, approve, never_sent, no_answer
+from tests.lost_log import accept_loss
+from tests.support import append, charge_of, stored_event
 
 pytestmark = pytest.mark.anyio
 
@@ -204,6 +208,89 @@ async def test_a_late_capture_waits_as_long(make: Make, connection: Connection) 
     await settle(service, connection)
     assert topics(connection, PAYMENT)[-1] == "LateCaptureReturned"
     assert noted(connection) == []
+
+
+async def test_a_late_capture_that_waited_for_a_loss_is_returned_whenever_it_may_be(
+    make: Make, connection: Connection
+) -> None:
+    """It was never sent: whoever sends it first notes that."""
+    gateway = ScriptedGateway(no_answer, safe_retry_s=WINDOW_S)
+    service = await make(gateway, **SOON)
+    connection.execute("UPDATE schema_versions SET applied_at = '2020-01-01Z'")
+    await service.charging.charge(charge_of("k"))
+    await age(connection, 10)
+    await settle(service, connection)
+    gateway.outcomes[PAYMENT] = Approved(PAYMENT, 1500, "INR", "txn-late")
+    service.watch.acknowledged(1000, stored_event())
+    await settle(service, connection)
+    assert topics(connection, PAYMENT)[-1] == "LateCaptureFound"
+    await later(connection, 10 * WINDOW_S)
+    accept_loss(connection)
+    await settle(service, connection)
+    assert topics(connection, PAYMENT)[-1] == "LateCaptureReturned"
+
+
+async def test_a_late_capture_of_the_version_before_may_have_been_sent(
+    make: Make, connection: Connection
+) -> None:
+    """That version makes no notes."""
+    gateway = ScriptedGateway(no_answer, safe_retry_s=WINDOW_S)
+    service = await make(gateway, **SOON)
+    await service.charging.charge(charge_of("k"))
+    await age(connection, 10)
+    await settle(service, connection)
+    append(connection, [_late_capture(connection)])
+    await later(connection, 10 * WINDOW_S)
+    await settle(service, connection)
+    assert topics(connection, PAYMENT)[-1] == "LateCaptureFound"
+    assert gateway.refunds == []
+
+
+def _late_capture(connection: Connection) -> Fact:
+    captured = Approved(PAYMENT, 1500, "INR", "txn-late")
+    fact = record_outcome(as_stored(connection), captured, cause("default"))
+    assert fact is not None
+    return fact
+
+
+async def test_a_note_stays_while_its_refund_is_under_way(
+    make: Make, connection: Connection
+) -> None:
+    """Another refund of the payment ended before the projector came to this one."""
+    service = await refunded_partly(make)
+    await later(connection, 10 * WINDOW_S)
+    await settle(service, connection)
+    assert topics(connection, PAYMENT)[-1] == "PaymentRefunded"
+
+
+async def refunded_partly(make: Make) -> Service:
+    gateway = ScriptedGateway(refund_script=[approve, never_sent], safe_retry_s=WINDOW_S)
+    service = await make(gateway, **FAST)
+    await service.charging.charge(charge_of("k"))
+    await service.refunding.refund(refund_of(300, "a"))
+    follower = service.followers[0]
+    follower._limit = 4  # up to the end of the first refund
+    assert (await service.refunding.refund(refund_of(200, "b"))).refund.status is Status.PENDING
+    assert await follower.run_once() == 4
+    return service
+
+
+async def test_a_clock_of_the_application_that_is_behind_makes_nothing_young(
+    make: Make, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = await refunded(make, never_sent, no_answer)
+    await later(connection, 10 * WINDOW_S)
+    await settle(service, connection)
+    await later(connection, 2 * WINDOW_S)
+
+    class Behind(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) - timedelta(seconds=1.5 * WINDOW_S)
+
+    monkeypatch.setattr(sendings, "datetime", Behind)
+    await settle(service, connection)
+    assert len(gateway_of(service).refunds) == 2
 
 
 async def test_a_clock_that_was_set_back_makes_nothing_young(

@@ -215,6 +215,17 @@ class TestPredecessors:
         ((found, _, _),) = connection.execute(APPEND, params).fetchall()
         assert found == outcome
 
+    def test_within_a_batch_too(self, connection: Connection) -> None:
+        """Another request's intent, and behind it the outcome of the one that was lost."""
+        lost, other = History("k").charged(), History("k", 999)
+        events = [to_stored_event(fact) for fact in (other.facts[0], *lost.facts)]
+        appends = [[events[0]], [events[2]]]
+        for predecessor, outcome in ((events[1].state, "conflict"), (events[0].state, "appended")):
+            with connection.transaction(force_rollback=True):
+                params = append_params(appends, [None, predecessor])
+                found = [row[0] for row in connection.execute(APPEND, params).fetchall()]
+                assert found == ["appended", outcome]
+
     def test_one_that_stands_there_already_is_repeated(self, connection: Connection) -> None:
         events = [to_stored_event(fact) for fact in History("k").charged().facts]
         for outcome in ("appended", "repeated"):

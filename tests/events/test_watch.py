@@ -13,7 +13,7 @@ import pytest
 from payments.database import Database, DatabaseAddress
 from payments.errors import LogRewound
 from payments.events.appender import Appender
-from payments.events.losses import log_id, open_loss
+from payments.events.losses import DATABASE_ID, log_id, open_loss
 from payments.events.store import to_stored_event
 from payments.events.watch import KeptHead, LogWatch, read_head, write_head
 from payments.telemetry import Telemetry
@@ -236,22 +236,52 @@ class TestRestart:
         self, process: Process, database: Database, tmp_path: Path
     ) -> None:
         """The same directory may be used with one database today and with another tomorrow."""
-        other = KeptHead(UUID(int=1), 99, "00" * 32)
+        other = KeptHead(UUID(int=1), 1, 99, "00" * 32)
         await asyncio.to_thread(write_head, tmp_path, other)
         running = await process(tmp_path)
         await self._run(running, database)
         assert not running.watch.lost
-        assert await asyncio.to_thread(read_head, tmp_path, other.log) == other
+        assert await asyncio.to_thread(read_head, tmp_path, other.log, 1) == other
 
     @pytest.mark.parametrize("content", [b"", b"{", b'{"log": "x"}', b"\xff"])
     async def test_a_damaged_file_is_none(
         self, process: Process, database: Database, tmp_path: Path, content: bytes
     ) -> None:
         log = await log_id(database)
-        (tmp_path / f"log-head-{log}.json").write_bytes(content)
+        ((oid,),) = await database.fetch(DATABASE_ID)
+        (tmp_path / f"log-head-{log}-{oid}.json").write_bytes(content)
         running = await process(tmp_path)
         await self._run(running, database)
         assert not running.watch.lost
+
+    async def test_a_restored_copy_leaves_the_file_alone(
+        self, process: Process, database: Database, tmp_path: Path
+    ) -> None:
+        """It has the log's id, and is another database."""
+        log = await log_id(database)
+        assert log is not None
+        ((oid,),) = await database.fetch(DATABASE_ID)
+        copied = KeptHead(log, oid + 1, 99, "00" * 32)
+        await asyncio.to_thread(write_head, tmp_path, copied)
+        running = await process(tmp_path)
+        await self._run(running, database)
+        assert not running.watch.lost
+        assert await asyncio.to_thread(read_head, tmp_path, log, oid + 1) == copied
+        assert await asyncio.to_thread(read_head, tmp_path, log, oid) is not None
+
+    async def test_the_file_is_compared_although_others_have_looked_first(
+        self, process: Process, database: Database, connection: Connection, tmp_path: Path
+    ) -> None:
+        """The database was away at the start, and a newer seal is known by now."""
+        await self._run(await process(tmp_path), database)
+        lose_after(connection, 1)
+        append(connection, [History(f"k{number}").facts[0] for number in range(5)])
+        await seal_log(database)
+        late = LogWatch(database, Telemetry(), tmp_path)
+        await late.look()
+        assert not late.lost
+        await late.take_up()
+        assert late.lost
 
     async def test_a_directory_that_cannot_be_written_stops_nobody(
         self, process: Process, database: Database, tmp_path: Path

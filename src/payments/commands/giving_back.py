@@ -32,12 +32,20 @@ class GivingBack:
         OutcomeUnknown or NeverSent.
         """
         self._watch.refuse_if_known_lost()
+        arrived = False
         try:
-            return await self._gateway.refund(order, timeout_s())
+            left_s = timeout_s()
+            arrived = True  # unless the gateway says otherwise
+            return await self._gateway.refund(order, left_s)
         except NeverSent:
-            with suppress(DatabaseUnavailable):  # then it counts as sent
-                await sendings.note_never_sent(self._database, order.refund_id, order.payment_id)
+            arrived = False
             raise
+        finally:
+            if not arrived:
+                with suppress(DatabaseUnavailable):  # then it counts as sent
+                    await sendings.note_never_sent(
+                        self._database, order.refund_id, order.payment_id
+                    )
 
     async def send_again(
         self,
@@ -57,7 +65,9 @@ class GivingBack:
         if found is not None:
             return found
         await self.check_allowed()
-        sending = await sendings.begin(self._database, order.refund_id, order.payment_id, age_s)
+        sending = await sendings.begin(
+            self._database, order.refund_id, order.payment_id, age_s, unsent=unsent
+        )
         if sending.age_s > self._gateway.safe_retry_s:
             raise OutcomeUnknown("too old to be sent again under the same provider key")
         arrived = False
@@ -69,7 +79,6 @@ class GivingBack:
             arrived = False
             raise
         finally:
-            first = unsent if sending.never_before is None else sending.never_before
-            if first and not arrived:
+            if sending.never_before and not arrived:
                 with suppress(DatabaseUnavailable):  # then it counts as sent
                     await sendings.take_back(self._database, order.refund_id, sending.number)

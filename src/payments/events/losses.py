@@ -17,10 +17,17 @@ LOG_ID = """
 SELECT id FROM log_identity
 """
 
+# Of several databases that hold the log, a restored copy for example, which one this is. It stays
+# the same in a failover.
+DATABASE_ID = """
+SELECT oid::bigint FROM pg_database WHERE datname = current_database()
+"""
+
 # What was found since the last acceptance, in one row; no row if nothing was. The newest head goes
 # with it, for whoever accepts.
 OPEN_LOSS = """
-SELECT min(f.at), string_agg(DISTINCT f.by, ', '), min(f.kept_position), max(f.lost_position),
+SELECT max(f.id), min(f.at), string_agg(DISTINCT f.by, ', '), min(f.kept_position),
+       max(f.lost_position),
        (SELECT l.lost_hash FROM log_losses l
          WHERE l.kind = 'found' AND l.id > accepted.id
          ORDER BY l.lost_position DESC, l.id LIMIT 1)
@@ -35,29 +42,38 @@ SELECT at, by, reason, kept_position, lost_position, lost_hash, head_position, h
   FROM log_losses WHERE kind = 'accepted' ORDER BY id
 """
 
-# Somebody has accepted the loss of this position since.
+# Somebody has accepted the loss of this position since. An id that a restore took back is none.
 ACCEPTED_SINCE = """
 SELECT 1 FROM log_losses
- WHERE kind = 'accepted' AND id > %(accepted)s
+ WHERE kind = 'accepted'
+   AND id > CASE WHEN %(accepted)s > (SELECT max(id) FROM log_losses) THEN 0 ELSE %(accepted)s END
    AND kept_position < %(position)s AND lost_position >= %(position)s LIMIT 1
 """
 
-# The new head is the log's end, with its seal if it has one.
+# The new head is the log's end, with its seal if it has one. What is found does not wait for a
+# standby, which may be the very thing that is gone. What is accepted is what was shown: nothing is
+# added if more was found since `last_found`.
 ADD = """
 INSERT INTO log_losses (kind, by, reason, kept_position, lost_position, lost_hash,
                         head_position, head_hash)
-SELECT %(kind)s, %(by)s, %(reason)s, %(kept)s, %(lost)s, %(lost_hash)s, coalesce(max(position), 0),
-       (SELECT hash FROM log_seals s WHERE s.position = (SELECT max(notification_id)
-                                                           FROM payment_events))
-  FROM (SELECT max(notification_id) AS position FROM payment_events) AS log
+SELECT %(kind)s, %(by)s, %(reason)s, %(kept)s, %(lost)s, %(lost_hash)s, log.position,
+       (SELECT s.hash FROM log_seals s WHERE s.position = log.position)
+  FROM (SELECT coalesce(max(notification_id), 0) AS position FROM payment_events) AS log,
+       (SELECT CASE WHEN %(kind)s = 'found' THEN set_config('synchronous_commit', 'local', true)
+               ELSE '' END AS mode) AS waiting
+ WHERE waiting.mode IS NOT NULL
+   AND (%(kind)s = 'found'
+        OR %(last_found)s = (SELECT max(id) FROM log_losses WHERE kind = 'found'))
 RETURNING head_position, head_hash
 """
 
 
 class OpenLoss(NamedTuple):
-    """`found_by` are processes. Up to `kept_position` the log is known to be as it was;
-    `lost_position` is the last one that is known to be lost, with its seal if that is known."""
+    """`id` is that of the last finding; `found_by` are processes. Up to `kept_position` the log is
+    known to be as it was; `lost_position` is the last one that is known to be lost, with its seal
+    if that is known."""
 
+    id: int
     found_at: datetime
     found_by: str
     kept_position: int
@@ -108,8 +124,10 @@ async def add(
     kept_position: int,
     lost_position: int,
     lost_hash: bytes | None,
-) -> tuple[int, bytes | None]:
-    """Returns the log's head as of now. `fetch` returns the rows of a query."""
+    last_found: int | None = None,
+) -> tuple[int, bytes | None] | None:
+    """Returns the log's head as of now; None if more was found since `last_found`, which is given
+    with what is accepted. `fetch` returns the rows of a query."""
     params: dict[str, Any] = {
         "kind": kind,
         "by": by,
@@ -117,6 +135,7 @@ async def add(
         "kept": kept_position,
         "lost": lost_position,
         "lost_hash": lost_hash,
+        "last_found": last_found,
     }
-    ((position, hash),) = await fetch(ADD, params)
-    return position, hash
+    rows = await fetch(ADD, params)
+    return rows[0] if rows else None

@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import msgspec
 import psycopg
@@ -26,6 +26,7 @@ from payments.database import READ_TIMEOUT_S, Database
 from payments.errors import DatabaseUnavailable, LogRewound
 from payments.events import losses
 from payments.events.losses import Fetch
+from payments.events.store import HEAD_POSITION
 from payments.telemetry import Telemetry
 
 LOOK_S = 1.0
@@ -64,10 +65,12 @@ class Seal(NamedTuple):
 class KeptHead(msgspec.Struct, frozen=True):
     """The file: the newest seal that a process has seen of this log; `hash` in hexadecimal.
 
-    `accepted` is the id in log_losses of the last acceptance that it knew.
+    `database` tells a restored copy, which has the same id, from the log itself; `accepted` is the
+    id in log_losses of the last acceptance that was known.
     """
 
     log: UUID
+    database: int
     position: int
     hash: str
     accepted: int = 0
@@ -94,12 +97,13 @@ class LogWatch:
         self._database = database
         self._telemetry = telemetry
         self._data_dir = data_dir
-        self._log: UUID | None = None
+        self._log: tuple[UUID, int] | None = None  # its id and the database's
         self._last: tuple[int, StoredEvent] | None = None
         self._heads: deque[Seal] = deque(maxlen=HEADS_MAX)
         self._accepted_id = 0
         self._unrecorded = False
         self._complained = 0
+        self._keeps = True  # whether the file could be written
         self._kept: KeptHead | None = None
         self._task: asyncio.Task[None] | None = None
         # As of the last look. `lost`: something is, and nobody has accepted it.
@@ -150,8 +154,9 @@ class LogWatch:
         await self._look(partial((database or self._database).fetch, timeout_s=timeout_s))
 
     async def look_through(self, cursor: psycopg.AsyncCursor[Any]) -> None:
-        """The same on a connection of somebody else's, who must not be stopped by what goes wrong
-        with it, unless the connection is lost: raises psycopg.OperationalError."""
+        """The same on a connection that is about to write. What goes wrong with looking does not
+        stop that; raises psycopg.Error if the connection is lost, or the server refuses to
+        write."""
 
         async def fetch(query: str, params: dict[str, Any]) -> list[tuple[Any, ...]]:
             await cursor.execute(query.encode(), params)
@@ -159,10 +164,13 @@ class LogWatch:
 
         try:
             await self._look(fetch)
-        except psycopg.OperationalError:
-            raise
         except psycopg.Error as error:
+            if cursor.connection.closed:
+                raise
             _log_failure(error)
+        if self.read_only:
+            # It may become the primary before anything else is asked on this connection.
+            raise psycopg.OperationalError("the server refuses to write")
 
     async def _look(self, fetch: Fetch) -> None:
         last, head = self._last, self._heads[-1] if self._heads else None
@@ -195,7 +203,8 @@ class LogWatch:
         since = {"accepted": self._accepted_id, "position": lost}
         if not await fetch(losses.ACCEPTED_SINCE, since):
             self._complain(lost)
-            self._unrecorded = True
+            self._unrecorded = self.lost = True
+            self._telemetry.log_rewound.set(1)
             try:
                 await self._put_on_record(lost, fetch)
             except psycopg.errors.InsufficientPrivilege:
@@ -238,65 +247,80 @@ class LogWatch:
             except Exception as error:  # noqa: BLE001 - it must go on looking, whatever it is
                 _log_failure(error)
 
-    async def take_up(self, heads: Sequence[Seal] = ()) -> None:
-        """What a process before this one has kept, and other heads; DatabaseUnavailable."""
-        self._log = await losses.log_id(self._database)
+    async def take_up(self, heads: Sequence[Seal] = ()) -> int:
+        """Takes up what a process before this one has kept, and these heads, and compares each.
+
+        Returns the greatest position whose head fits, 0 if none does. Raises DatabaseUnavailable.
+        """
+        fetch = self._database.fetch
+        if (log := await losses.log_id(self._database)) is not None:
+            ((database,),) = await fetch(losses.DATABASE_ID)
+            self._log = log, database
         known = [*heads, *self._heads]
         if self._data_dir is not None and self._log is not None:
-            kept = await asyncio.to_thread(read_head, self._data_dir, self._log)
+            kept = await asyncio.to_thread(read_head, self._data_dir, *self._log)
             if kept is not None:
                 self._kept = kept
                 self._accepted_id = kept.accepted
                 known.append(Seal(kept.position, bytes.fromhex(kept.hash)))
         self._heads = deque(sorted(known), maxlen=HEADS_MAX)
+        stored = dict(await fetch(SEALS_AT, {"positions": [head.position for head in known]}))
+        ((end,),) = await fetch(HEAD_POSITION)
+        lost = [head.position for head in known if _is_lost(head, stored.get(head.position), end)]
+        fitting = [head.position for head in known if stored.get(head.position) == head.hash]
+        if lost and await self._found(max(lost), fetch):
+            self._heads.clear()
+        return max(fitting, default=0)
 
     async def _keep(self) -> None:
         if self._data_dir is None or self._log is None or not self._heads:
             return
         position, hash = self._heads[-1]
-        head = KeptHead(self._log, position, hash.hex(), self._accepted_id)
+        head = KeptHead(*self._log, position, hash.hex(), self._accepted_id)
         if head == self._kept:
             return
         try:
             await asyncio.to_thread(write_head, self._data_dir, head)
+            self._kept, self._keeps = head, True
         except OSError as error:
-            logger.bind(reason=error.strerror).info("the newest seal cannot be kept in a file")
-            self._data_dir = None
-        self._kept = head
+            if self._keeps:
+                logger.bind(reason=error.strerror).info("the newest seal cannot be kept in a file")
+            self._keeps = False
 
 
-async def find_loss(database: Database, data_dir: Path | None, heads: Sequence[Seal]) -> None:
-    """Looks once, at what is kept in `data_dir` and at these heads too; what is lost is put on
-    record. Raises DatabaseUnavailable."""
-    watch = LogWatch(database, Telemetry(), data_dir)
-    await watch.take_up(heads)
-    await watch.look()
+async def find_loss(database: Database, data_dir: Path | None, heads: Sequence[Seal]) -> int:
+    """Looks at what is kept in `data_dir` and at these heads; what is lost is put on record.
+
+    Returns the greatest position whose head fits. Raises DatabaseUnavailable.
+    """
+    return await LogWatch(database, Telemetry(), data_dir).take_up(heads)
 
 
 def _log_failure(error: Exception) -> None:
     logger.bind(reason=type(error).__name__).error("the log cannot be watched")
 
 
-def read_head(data_dir: Path, log: UUID) -> KeptHead | None:
+def read_head(data_dir: Path, log: UUID, database: int) -> KeptHead | None:
     """What was kept of this log; None if nothing was, or it cannot be read."""
     with suppress(OSError, msgspec.MsgspecError, ValueError):
-        kept = msgspec.json.decode(_head_file(data_dir, log).read_bytes(), type=KeptHead)
-        if kept.log == log and len(bytes.fromhex(kept.hash)) == 32:
+        content = _head_file(data_dir, log, database).read_bytes()
+        kept = msgspec.json.decode(content, type=KeptHead)
+        if (kept.log, kept.database) == (log, database) and len(bytes.fromhex(kept.hash)) == 32:
             return kept
     return None
 
 
 def write_head(data_dir: Path, head: KeptHead) -> None:
     """Replaces the file as a whole; OSError."""
-    file = _head_file(data_dir, head.log)
+    file = _head_file(data_dir, head.log, head.database)
     data_dir.mkdir(parents=True, exist_ok=True)
-    written = file.with_suffix(f".{os.getpid()}")
+    written = file.with_suffix(f".{uuid4().hex}")  # containers that share it all have pid 1
     written.write_bytes(msgspec.json.encode(head))
     written.replace(file)
 
 
-def _head_file(data_dir: Path, log: UUID) -> Path:
-    return data_dir / f"log-head-{log}.json"
+def _head_file(data_dir: Path, log: UUID, database: int) -> Path:
+    return data_dir / f"log-head-{log}-{database}.json"
 
 
 def _asked(last: tuple[int, StoredEvent] | None, head: Seal | None) -> dict[str, Any]:
@@ -322,10 +346,12 @@ def _lost_event(look: _Look, last: tuple[int, StoredEvent] | None) -> int:
 
 
 def _lost_seal(look: _Look, head: Seal | None) -> int:
-    """The same for a seal. One that is not there, in a log that is long enough, is written anew
-    soon, the same one or another: a crash of the server may undo the last ones."""
-    if head is None:
-        return 0
-    if look.seal is None:
-        return head.position if look.end < head.position else 0
-    return 0 if bytes(look.seal) == head.hash else head.position
+    """The same for a seal."""
+    return head.position if head is not None and _is_lost(head, look.seal, look.end) else 0
+
+
+def _is_lost(head: Seal, stored: bytes | None, end: int) -> bool:
+    """Whether another seal stands there, or the log ends before it. One that is not there, in a log
+    that is long enough, is written anew soon, the same one or another: a crash of the server may
+    undo the last ones."""
+    return end < head.position if stored is None else bytes(stored) != head.hash

@@ -26,7 +26,8 @@ _OUTCOME_LABELS = {Approved: "approved", Declined: "declined", type(None): "not_
 # A gateway keeps its timeout by itself; one that hangs would hold a slot of those for good.
 GRACE_S = 1.0
 
-_WORD = re.compile(r"[\x20-\x7e]{1,255}")
+# Without the two that JSON escapes: captures are compared by the stored bytes.
+_WORD = re.compile(r"[\x20-\x21\x23-\x5b\x5d-\x7e]{1,255}")
 
 T = TypeVar("T", bound=Approved | Declined | None)
 
@@ -97,4 +98,7 @@ def _check_storable(answer: Approved | Declined | None) -> None:
         return
     word = answer.provider_txn_id if isinstance(answer, Approved) else answer.code
     if not _WORD.fullmatch(word):
-        raise ValueError("the provider's id or code is not 1 to 255 printable ASCII characters")
+        raise ValueError(
+            "the provider's id or code is not 1 to 255 printable ASCII characters without "
+            "quotation marks and backslashes"
+        )

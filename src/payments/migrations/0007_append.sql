@@ -58,9 +58,10 @@ DECLARE
     before   bigint;      -- the same, before this batch
     clock    timestamptz := clock_timestamp();
     stamp    timestamptz; -- recorded_at of this batch
-    versions bigint[];    -- for append i: the last version of its stream before this batch, or, if
-                          -- i is the first of its stream in the batch, as of now; -2 if its last
-                          -- event is another one than the predecessor
+    versions bigint[];    -- for append i: the last version of its stream before this batch, -2 if
+                          -- that event is another one than the predecessor; for a leader, as of now
+    last     bigint;      -- the same for the append at hand, with what the batch appended before it
+    places   integer[];   -- for a leader: where in the batch its stream's last event stands
     leader   integer;     -- the first append in the batch that has the stream at hand
     skipped  integer[];   -- for append i: how many events of the batch stand before its first
     bases    bigint[];    -- for append i: what to add to an event's place in the batch to get its
@@ -145,13 +146,20 @@ BEGIN
         leader := array_position(streams, streams[i]);
         skipped[i] := events;
         bases[i] := NULL;
+        IF places[leader] IS NULL THEN
+            last := versions[i];
+        ELSIF predecessors[i] IS NULL OR predecessors[i] = states[places[leader]] THEN
+            last := versions[leader];
+        ELSE
+            last := -2;
+        END IF;
         -- A stream begins at version 1; other users of the library may begin at 0.
-        IF first_versions[i] = versions[leader] + 1
-           OR (versions[leader] IS NULL AND first_versions[i] IN (0, 1)) THEN
+        IF first_versions[i] = last + 1 OR (last IS NULL AND first_versions[i] IN (0, 1)) THEN
             IF NOT i = ANY (taken) THEN
                 bases[i] := head - events;
                 head := head + sizes[i];
                 versions[leader] := first_versions[i] + sizes[i] - 1;
+                places[leader] := events + sizes[i];
             END IF;
         ELSE
             taken := array_remove(taken, i); -- it is decided again on the stream as it is

@@ -15,7 +15,7 @@ from payments import sendings, unsettled
 from payments.events.arrays import BinaryArray, doubles, integers, texts, timestamps, uuids
 from payments.events.chain import LogEntry
 from payments.events.store import LOAD_STREAMS, fact_at
-from payments.payment import DECLINED, Payment, Refund, evolve
+from payments.payment import DECLINED, Payment, Refund, Status, evolve
 from payments.settings import DEFAULT_CLIENT
 
 Row = tuple[Any, ...]
@@ -135,14 +135,14 @@ class PaymentsProjection:
                 wait_s = self._declines_may_turn_s if reason is None else self._settle_after_s
                 due_in_s.append(wait_s)
             elif payment.id in earlier:  # what began in this batch was never listed
-                settled.append(payment)
+                settled.append(payment.id)
         if open_ids:
             params = (uuids(open_ids), texts(kinds), timestamps(since), doubles(due_in_s))
             await cursor.execute(unsettled.ADD.encode(), params)
         if settled:
-            await cursor.execute(unsettled.REMOVE.encode(), [uuids([each.id for each in settled])])
-        if gave_back := [each.id for each in settled if each.refunds or each.late_capture]:
-            await cursor.execute(sendings.REMOVE.encode(), [uuids(gave_back)])
+            await cursor.execute(unsettled.REMOVE.encode(), [uuids(settled)])
+        if ended := _ended_refunds(payments):
+            await cursor.execute(sendings.REMOVE.encode(), [uuids(ended)])
 
 
 async def _earlier(
@@ -189,6 +189,17 @@ def _changed_refunds(payments: Iterable[Payment], earlier: dict[UUID, Payment]) 
                 refund_row(payment, refund) for refund in payment.refunds if refund not in before
             ]
     return changed
+
+
+def _ended_refunds(payments: Iterable[Payment]) -> list[UUID]:
+    """Refunds that have an outcome, and late captures that went back."""
+    ended: list[UUID] = []
+    for payment in payments:
+        ended += (each.id for each in payment.refunds if each.status is not Status.PENDING)
+        late = payment.late_capture
+        if late is not None and late.provider_refund_id is not None:
+            ended.append(late.refund_id)
+    return ended
 
 
 def refund_row(payment: Payment, refund: Refund) -> Row:
