@@ -104,7 +104,8 @@ def test_every_head_is_compared_not_only_the_newest(
     done = operator(*ACCEPT, "--head", old[8], "--head", old[7], "--head", old[4])
     assert done.exit_code == 0, done.output
     assert f"old head: {old[8]}" in done.stdout
-    assert operator("audit", "verify", "--head", old[7]).exit_code == 0
+    verified = operator("audit", "verify", "--head", old[7])
+    assert verified.exit_code == 0, verified.output
     assert operator("audit", "verify", "--head", f"4:{'00' * 32}").exit_code == 1
 
 

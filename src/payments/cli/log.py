@@ -46,7 +46,7 @@ def accept_loss(by: str, reason: str, heads: dict[int, bytes]) -> None:
     known = [Seal(position, hash) for position, hash in heads.items()]
 
     async def accept(database: Database) -> tuple[OpenLoss, int, bytes | None]:
-        fitting = await find_loss(database, heads_dir(settings), known)
+        await find_loss(database, heads_dir(settings), known)
         loss = await losses.open_loss(database)
         if loss is None:
             raise StartError("nothing is lost: the log has all that was acknowledged and kept")
@@ -55,7 +55,7 @@ def accept_loss(by: str, reason: str, heads: dict[int, bytes]) -> None:
             "accepted",
             by,
             reason,
-            kept_position=max(loss.kept_position, min(fitting, loss.lost_position - 1)),
+            kept_position=loss.kept_position,
             lost_position=loss.lost_position,
             lost_hash=loss.lost_hash,
             last_found=loss.id,

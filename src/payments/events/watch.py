@@ -214,8 +214,10 @@ class LogWatch:
 
     async def _put_on_record(self, lost: int, fetch: Fetch) -> None:
         hashes = {head.position: head.hash for head in self._heads}
-        stored = await fetch(SEALS_AT, {"positions": list(hashes)})
-        fitting = [position for position, hash in stored if hashes[position] == bytes(hash)]
+        stored: dict[int, bytes] = dict(await fetch(SEALS_AT, {"positions": list(hashes)}))
+        # A head that fits behind one that does not is of the log as it is now.
+        first_lost = min([lost, *(each for each in hashes if stored.get(each) != hashes[each])])
+        fitting = [position for position in stored if position < first_lost]
         await losses.add(
             fetch,
             "found",
@@ -247,10 +249,10 @@ class LogWatch:
             except Exception as error:  # noqa: BLE001 - it must go on looking, whatever it is
                 _log_failure(error)
 
-    async def take_up(self, heads: Sequence[Seal] = ()) -> int:
+    async def take_up(self, heads: Sequence[Seal] = ()) -> None:
         """Takes up what a process before this one has kept, and these heads, and compares each.
 
-        Returns the greatest position whose head fits, 0 if none does. Raises DatabaseUnavailable.
+        Raises DatabaseUnavailable.
         """
         fetch = self._database.fetch
         if (log := await losses.log_id(self._database)) is not None:
@@ -267,10 +269,8 @@ class LogWatch:
         stored = dict(await fetch(SEALS_AT, {"positions": [head.position for head in known]}))
         ((end,),) = await fetch(HEAD_POSITION)
         lost = [head.position for head in known if _is_lost(head, stored.get(head.position), end)]
-        fitting = [head.position for head in known if stored.get(head.position) == head.hash]
         if lost and await self._found(max(lost), fetch):
             self._heads.clear()
-        return max(fitting, default=0)
 
     async def _keep(self) -> None:
         if self._data_dir is None or self._log is None or not self._heads:
@@ -288,12 +288,12 @@ class LogWatch:
             self._keeps = False
 
 
-async def find_loss(database: Database, data_dir: Path | None, heads: Sequence[Seal]) -> int:
+async def find_loss(database: Database, data_dir: Path | None, heads: Sequence[Seal]) -> None:
     """Looks at what is kept in `data_dir` and at these heads; what is lost is put on record.
 
-    Returns the greatest position whose head fits. Raises DatabaseUnavailable.
+    Raises DatabaseUnavailable.
     """
-    return await LogWatch(database, Telemetry(), data_dir).take_up(heads)
+    await LogWatch(database, Telemetry(), data_dir).take_up(heads)
 
 
 def _log_failure(error: Exception) -> None:
