@@ -1,7 +1,8 @@
 """Sending money back: each refund at most once, and none while the log may lack others."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 
 from payments import sendings
 from payments.database import Database
@@ -32,20 +33,8 @@ class GivingBack:
         OutcomeUnknown or NeverSent.
         """
         self._watch.refuse_if_known_lost()
-        arrived = False
-        try:
-            left_s = timeout_s()
-            arrived = True  # unless the gateway says otherwise
-            return await self._gateway.refund(order, left_s)
-        except NeverSent:
-            arrived = False
-            raise
-        finally:
-            if not arrived:
-                with suppress(DatabaseUnavailable):  # then it counts as sent
-                    await sendings.note_never_sent(
-                        self._database, order.refund_id, order.payment_id
-                    )
+        note = partial(sendings.note_never_sent, self._database, order.refund_id, order.payment_id)
+        return await self._send(order, timeout_s, note)
 
     async def send_again(
         self,
@@ -70,6 +59,16 @@ class GivingBack:
         )
         if sending.age_s > self._gateway.safe_retry_s:
             raise OutcomeUnknown("too old to be sent again under the same provider key")
+        take_back = partial(sendings.take_back, self._database, order.refund_id, sending.number)
+        return await self._send(order, timeout_s, take_back if sending.never_before else None)
+
+    async def _send(
+        self,
+        order: ProviderRefund,
+        timeout_s: Callable[[], float],
+        note_unsent: Callable[[], Awaitable[None]] | None,
+    ) -> Approved | Declined:
+        """`note_unsent` is called if it provably did not arrive."""
         arrived = False
         try:
             left_s = timeout_s()
@@ -79,6 +78,6 @@ class GivingBack:
             arrived = False
             raise
         finally:
-            if sending.never_before and not arrived:
+            if not arrived and note_unsent is not None:
                 with suppress(DatabaseUnavailable):  # then it counts as sent
-                    await sendings.take_back(self._database, order.refund_id, sending.number)
+                    await note_unsent()
