@@ -114,6 +114,47 @@ async def test_appends_go_on_and_the_loss_is_put_on_record_once(
     assert len(connection.execute("SELECT FROM log_losses").fetchall()) == 1
 
 
+async def test_a_log_that_got_shorter_is_noticed_by_who_appended_nothing(
+    process: Process, database: Database, connection: Connection
+) -> None:
+    """Whoever did may have died with the server."""
+    reader = await process()
+    append(connection, [History(f"k{number}").facts[0] for number in range(3)])
+    await reader.watch.look()
+    lose_after(connection, 2)
+    await reader.watch.look()
+    assert reader.watch.lost
+    loss = await open_loss(database)
+    assert loss is not None
+    assert loss.lost_position == 3
+
+
+async def test_looks_that_come_back_in_another_order_are_no_loss(
+    process: Process, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = await process()
+    await running.append()
+    fetch, go_on = database.fetch, asyncio.Event()
+
+    async def held_up(*arguments: Any, **options: Any) -> Any:
+        rows = await fetch(*arguments, **options)
+        await go_on.wait()
+        return rows
+
+    with monkeypatch.context() as slow:
+        slow.setattr(database, "fetch", held_up)
+        late = asyncio.create_task(running.watch.look())
+        await asyncio.sleep(0.1)
+    await running.append(3)
+    await seal_log(database)
+    await running.watch.look()
+    go_on.set()
+    await late
+    assert not running.watch.lost
+    await running.watch.look()
+    assert not running.watch.lost
+
+
 async def test_every_process_knows_what_one_has_found_and_a_person_has_accepted(
     process: Process, connection: Connection
 ) -> None:

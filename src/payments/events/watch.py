@@ -100,6 +100,7 @@ class LogWatch:
         self._log: tuple[UUID, int] | None = None  # its id and the database's
         self._last: tuple[int, StoredEvent] | None = None
         self._heads: deque[Seal] = deque(maxlen=HEADS_MAX)
+        self._end = 0  # of the log, as of the last look
         self._accepted_id = 0
         self._unrecorded = False
         self._complained = 0
@@ -173,17 +174,20 @@ class LogWatch:
             raise psycopg.OperationalError("the server refuses to write")
 
     async def _look(self, fetch: Fetch) -> None:
-        last, head = self._last, self._heads[-1] if self._heads else None
+        # As of now: another look may come back sooner than this one, with what came since.
+        last, head, end = self._last, self._heads[-1] if self._heads else None, self._end
         look = _Look(*(await fetch(LOOK, _asked(last, head)))[0])
         self.read_only = look.read_only
         if not look.read_only:
-            lost = max(_lost_event(look, last), _lost_seal(look, head))
+            shorter = end if look.end < end else 0
+            lost = max(_lost_event(look, last), _lost_seal(look, head), shorter)
             if lost and await self._found(lost, fetch):
                 # From here on the record says it, and the log as it is counts.
                 if self._last is last:
                     self._last = None
                 if self._heads and self._heads[-1] is head:
                     self._heads.clear()
+                self._end = 0
                 look = _Look(*(await fetch(LOOK, _NOTHING))[0])
             elif not lost:
                 self._remember(look)
@@ -192,6 +196,7 @@ class LogWatch:
 
     def _remember(self, look: _Look) -> None:
         self._accepted_id = look.accepted_id
+        self._end = max(self._end, look.end)
         if look.newest_position is None or look.newest_hash is None:
             return
         if not self._heads or look.newest_position > self._heads[-1].position:
