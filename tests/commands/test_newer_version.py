@@ -11,6 +11,7 @@ from payments.payment import Status
 from tests.commands.conftest import Make
 from tests.commands.looking import gateway_of
 from tests.commands.test_refund import FAST
+from tests.commands.test_settle import age
 from tests.doubles.gateway import ScriptedGateway, approve, decline, no_answer
 from tests.support import charge_of, stored_event
 
@@ -41,6 +42,8 @@ async def test_before_there_is_an_outcome_it_is_pending(
     service = await make(ScriptedGateway(no_answer), **FAST)
     await service.charging.charge(charge_of("k"))
     append_newer(connection, 2)
+    await age(connection, 10)  # the first run is over
     again = await service.charging.charge(charge_of("k"))
     assert again.payment.status is Status.PENDING
-    assert len(gateway_of(service).charges) == 1
+    gateway = gateway_of(service)
+    assert (len(gateway.charges), gateway.questions) == (1, [])
