@@ -1,9 +1,10 @@
 """The event store, as the eventsourcing library sees it, and the SQL of payment_events.
 
-All SQL that reads events from the table payment_events is in this file. The function that writes it
-is in migrations/0001_event_store.sql, with the view that people and the history read. There are two
-doors to that function: the group-commit Appender (appender.py) for requests, and the recorder below
-for the library's own classes and for whatever runs without an event loop.
+All SQL that reads events from the table payment_events is in this file, but for the one event that
+events/watch.py compares. The function that writes it is in migrations/0007_append.sql, the table
+and the view that people and the history read are in 0001_event_store.sql. There are two doors to
+that function: the group-commit Appender (appender.py) for requests, and the recorder below for the
+library's own classes and for whatever runs without an event loop.
 """
 
 import math
