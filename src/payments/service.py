@@ -22,6 +22,7 @@ from payments.commands.settling import Settling
 from payments.database import Database, DatabaseAddress, create_database_if_missing
 from payments.errors import DatabaseUnavailable, StartError
 from payments.events.appender import Appender
+from payments.events.notifier import Notifier
 from payments.events.watch import LogWatch
 from payments.gateways import Gateway
 from payments.gateways.counted import CountedGateway
@@ -80,8 +81,13 @@ class Service:
         self.observe = Shared(self._observe)
         self.gateway = CountedGateway(gateway or build_gateway(settings), self.telemetry)
         self.watch = LogWatch(self.database, self.telemetry, data_dir)
+        self.notifier = Notifier(self.database.connect, self.telemetry, self._wake_followers)
         self.appender = Appender(
-            self.database.connect, self.telemetry, settings.intent_queue_max, self.watch
+            self.database.connect,
+            self.telemetry,
+            settings.intent_queue_max,
+            self.watch,
+            self.notifier.appended,
         )
         places, slots = settings.intent_queue_max, settings.gateway_concurrency_max
         self.admission = Admission(places, slots)
@@ -122,6 +128,7 @@ class Service:
                 await self.stop(1.0)
                 raise StartError(str(error)) from None
         await self.watch.start()
+        self.notifier.start()
         self.appender.start()
         if work:
             for follower in self.followers:
@@ -129,6 +136,10 @@ class Service:
             self.settling.start()
             if self.dispatcher is not None:
                 await self.dispatcher.start()
+
+    def _wake_followers(self) -> None:
+        for follower in self.followers:
+            follower.wake()
 
     def finish(self) -> None:
         """Begins nothing of its own any more. Requests are still answered."""
@@ -191,6 +202,7 @@ class Service:
             *([self.dispatcher.stop(timeout_s * 0.65)] if self.dispatcher else []),
         )
         await self.appender.stop(timeout_s * 0.3)
+        await self.notifier.stop()
         await self.watch.stop()
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s * 0.3):

@@ -33,6 +33,7 @@ CALLBACK_OUTCOMES = ("delivered", "gone", "http_error", "unreachable", "timeout"
 BREAKER_STATES = ("closed", "open", "half_open")
 APPEND_FAILURES = ("retried", "refused")
 AMOUNTS = ("captured", "refunded")
+NOTIFICATIONS = ("sent", "failed")
 POOL_STATES = ("used", "idle", "waited_for")
 
 
@@ -145,6 +146,13 @@ class Telemetry:
             "payments_append_oldest_age_seconds",
             "How long the oldest of them has",
             registry=registry,
+        )
+        self.notifications = self._labelled(
+            Counter,
+            "payments_notifications",
+            "NOTIFY statements that tell other processes of new events",
+            ["outcome"],
+            NOTIFICATIONS,
         )
         self.database_pool = self._labelled(
             Gauge,

@@ -28,8 +28,7 @@ from tests.support import stored_event, until
 
 pytestmark = pytest.mark.anyio
 
-LOCK = "SELECT pg_advisory_lock(7165010, 1)"
-UNLOCK = "SELECT pg_advisory_unlock(7165010, 1)"
+LOCK = "LOCK TABLE append_lock IN SHARE UPDATE EXCLUSIVE MODE"
 
 
 @pytest.fixture
@@ -43,11 +42,9 @@ async def appender(database: Database) -> AsyncIterator[Appender]:
 @contextlib.contextmanager
 def lock_held(connection: psycopg.Connection[Any]) -> Any:
     """While this is open, no append can commit."""
-    connection.execute(LOCK)
-    try:
+    with connection.transaction():
+        connection.execute(LOCK)
         yield
-    finally:
-        connection.execute(UNLOCK)
 
 
 def log_of(connection: psycopg.Connection[Any]) -> list[tuple[int, uuid.UUID, int]]:
@@ -79,7 +76,7 @@ def commits(connection: psycopg.Connection[Any]) -> list[tuple[str, str]]:
 
 async def waits_for_lock(connection: psycopg.Connection[Any]) -> None:
     """Until the appender's statement is waiting for the lock that we hold."""
-    waiting = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    waiting = "SELECT 1 FROM pg_locks WHERE relation = 'append_lock'::regclass AND NOT granted"
     await until(lambda: connection.execute(waiting).fetchone())
 
 

@@ -115,12 +115,6 @@ def test_the_view_shows_every_row_as_it_is_stored(connection: psycopg.Connection
     ]
 
 
-def test_an_append_notifies(connection: psycopg.Connection[Any]) -> None:
-    connection.execute("LISTEN payment_events")
-    append(connection, stored_event())
-    assert next(connection.notifies(timeout=5)).channel == "payment_events"
-
-
 def test_streams_and_tails_are_read_by_index(connection: psycopg.Connection[Any]) -> None:
     for _ in range(20):
         append(connection, *(stored_event() for _ in range(100)))

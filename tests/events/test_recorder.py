@@ -13,6 +13,7 @@ from eventsourcing.tests.persistence import (
 )
 
 from payments.database import DatabaseAddress
+from payments.events import store
 from payments.events.store import PaymentsDatastore, PaymentsRecorder
 from tests.events.test_appender import commits, let_commits_not_wait
 
@@ -50,6 +51,21 @@ class TestNonInterleaving(NonInterleavingNotificationIDsBaseCase):
 
 def _event(stream: uuid.UUID, version: int, state: bytes = b"{}") -> StoredEvent:
     return StoredEvent(stream, version, "PaymentInitiated", state)
+
+
+def test_followers_are_notified(
+    recorder: PaymentsRecorder, connection: psycopg.Connection[Any]
+) -> None:
+    connection.execute("LISTEN payment_events")
+    recorder.insert_events([_event(uuid.uuid4(), 1)])
+    assert next(connection.notifies(timeout=5)).channel == "payment_events"
+
+
+def test_a_notice_that_fails_takes_nothing_with_it(
+    recorder: PaymentsRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "NOTIFY", "NOTIFY that fails")
+    assert recorder.insert_events([_event(uuid.uuid4(), 1)]) == [1]
 
 
 def test_several_streams_are_inserted_together_or_not_at_all(recorder: PaymentsRecorder) -> None:

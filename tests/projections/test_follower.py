@@ -103,6 +103,13 @@ def some_events(connection: psycopg.Connection[Any], count: int = 1) -> int:
     return append_stored(connection, [stored_event() for _ in range(count)])
 
 
+def notified_events(connection: psycopg.Connection[Any]) -> int:
+    """As another process appends them."""
+    last = some_events(connection)
+    connection.execute("NOTIFY payment_events")
+    return last
+
+
 def parked(connection: psycopg.Connection[Any]) -> dict[uuid.UUID, tuple[int, str]]:
     rows = connection.execute(
         'SELECT payment_id, "position", reason FROM parked_streams ORDER BY "position"'
@@ -717,8 +724,72 @@ async def time_to_apply(
 
 async def test_a_notify_wakes_it_at_once(build: Build, counted: psycopg.Connection[Any]) -> None:
     build(Counting()).start()
-    latencies = [await time_to_apply(counted, lambda: some_events(counted), 5) for _ in range(15)]
+    latencies = [
+        await time_to_apply(counted, lambda: notified_events(counted), 5) for _ in range(15)
+    ]
     assert statistics.median(latencies) < follower_module.POLL_S / 5, latencies
+
+
+async def test_what_its_process_appended_wakes_it_without_a_notify(
+    build: Build, counted: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follower_module, "POLL_S", 60.0)
+    follower = build(Counting())
+    follower.start()
+
+    def put() -> int:
+        last = some_events(counted)
+        follower.wake()
+        return last
+
+    for _ in range(5):
+        await time_to_apply(counted, put, 10)
+
+
+async def test_a_wake_during_a_batch_is_not_forgotten(
+    build: Build, counted: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follower_module, "POLL_S", 60.0)
+    woken = False
+
+    async def append_behind_it(connection: Connection, place: Place) -> None:
+        nonlocal woken
+        if place == "between" and not woken:
+            woken = True
+            some_events(counted)
+            follower.wake()
+
+    follower = build(Counting(step=append_behind_it))
+    follower.start()
+    await waits(counted)
+    some_events(counted)
+    follower.wake()
+    await until(lambda: position(counted) == 2)
+
+
+async def test_a_notify_during_a_batch_is_not_forgotten(
+    build: Build, counted: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """psycopg has taken it from the socket, on which nothing more comes."""
+    monkeypatch.setattr(follower_module, "POLL_S", 60.0)
+    batches = 0
+    run_once = Follower.run_once
+
+    async def run_and_append(self: Follower) -> int:
+        nonlocal batches
+        moved = await run_once(self)
+        batches += 1
+        if batches == 2:  # it found nothing, and is about to wait
+            notified_events(counted)
+            assert self._opened is not None
+            await self._opened.execute("SELECT 1")
+        return moved
+
+    monkeypatch.setattr(Follower, "run_once", run_and_append)
+    follower = build(Counting())
+    some_events(counted)
+    follower.start()
+    await until(lambda: position(counted) == 2)
 
 
 async def test_lost_notifies_are_found_by_the_poll(
@@ -753,7 +824,7 @@ async def test_it_listens_again_after_each_lost_connection(
         (pid,) = backends(counted)
         counted.execute("SELECT pg_terminate_backend(%s)", [pid])
         await until(lambda pid=pid: pid not in backends(counted))
-        await time_to_apply(counted, lambda: some_events(counted), 10)
+        await time_to_apply(counted, lambda: notified_events(counted), 10)
     assert applied(counted) == list(range(1, lost + 1))
 
 
@@ -768,7 +839,7 @@ async def test_notifies_do_not_pile_up_while_it_is_busy(
         backlog = connection._notifies_backlog
         most = max(most, len(backlog or ()))
         if place == "between":
-            some_events(counted)  # so there is always more, and it never waits
+            notified_events(counted)  # so there is always more, and it never waits
             await connection.execute("SELECT 1")
 
     follower = build(Counting(step=look))

@@ -98,15 +98,17 @@ class Appender:
         telemetry: Telemetry,
         intent_queue_max: int,
         watch: LogWatch | None = None,
+        appended: Callable[[], None] = lambda: None,
     ) -> None:
-        """`watch` is told of what is acknowledged, and looks at the log with each connection."""
+        """`watch` is told of what is acknowledged, and looks at the log with each connection;
+        `appended` is called after each commit that may have stored something."""
         self._intent_queue_max = intent_queue_max
         self._waiting: deque[_Append] = deque()
         self._intents = 0  # of those that wait
         self._wake = asyncio.Event()
         self._stopping = False
         self._expiry: asyncio.TimerHandle | None = None
-        self._writer = _Writer(connect, telemetry, watch)
+        self._writer = _Writer(connect, telemetry, watch, appended)
         self._task: asyncio.Task[None] | None = None
         telemetry.append_backlog.set_function(lambda: len(self._pending()))
         telemetry.append_oldest_age.set_function(self.oldest_wait_s)
@@ -212,10 +214,12 @@ class _Writer:
         connect: Callable[[str], Awaitable[psycopg.AsyncConnection[Any]]],
         telemetry: Telemetry,
         watch: LogWatch | None,
+        appended: Callable[[], None],
     ) -> None:
         self._connect = connect
         self._telemetry = telemetry
         self._watch = watch
+        self._appended = appended
         self._cursor: psycopg.AsyncCursor[Any] | None = None
         self.batch: list[_Append] = []
 
@@ -286,6 +290,7 @@ class _Writer:
                 if self._watch is not None:
                     self._watch.acknowledged(position, append.events[-1])
                 append.resolve(position)
+        self._appended()
 
     async def _open(self) -> psycopg.AsyncCursor[Any]:
         connection = await self._connect("payments appender")

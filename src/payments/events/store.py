@@ -9,6 +9,7 @@ library's own classes and for whatever runs without an event loop.
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from eventsourcing.persistence import (
     JSONTranscoder,
     Mapper,
     OperationalError,
+    PersistenceError,
     StoredEvent,
 )
 from eventsourcing.postgres import PostgresApplicationRecorder, PostgresDatastore
@@ -32,6 +34,7 @@ from payments.errors import PaymentUnreadable
 from payments.events import facts
 from payments.events.arrays import BinaryArray, bigints, byteas, integers, texts, uuids
 from payments.events.facts import Fact, PaymentInitiated, UndecodableEvent
+from payments.events.notifier import NOTIFY
 from payments.payment import Payment, Status, UnexpectedEvent, evolve, fold
 
 APPEND = """
@@ -275,9 +278,16 @@ class PaymentsRecorder(PostgresApplicationRecorder):
         if not stored_events:
             return None
         try:
-            return self._insert_once(stored_events, accept_repeated=False)
+            positions = self._insert_once(stored_events, accept_repeated=False)
         except (OperationalError, InterfaceError):
-            return self._insert_once(stored_events, accept_repeated=True)
+            positions = self._insert_once(stored_events, accept_repeated=True)
+        self._notify()
+        return positions
+
+    def _notify(self) -> None:
+        """After the commit, as the appender does; whoever follows polls as well."""
+        with suppress(PersistenceError), self.datastore.transaction(commit=True) as cursor:
+            cursor.execute(NOTIFY)
 
     def _insert_once(
         self, stored_events: Sequence[StoredEvent], *, accept_repeated: bool

@@ -21,6 +21,7 @@ from loguru import logger
 from payments.database import cut_after
 from payments.events.chain import LogEntry
 from payments.events.facts import UndecodableEvent, traceparent_of
+from payments.events.notifier import LISTEN
 from payments.events.store import READ_LOG, READ_STREAM_PART
 from payments.payment import UnexpectedEvent
 from payments.telemetry import Telemetry
@@ -124,6 +125,7 @@ class Follower:
         self._batch_max = self._limit = batch_max
         self._applied = applied or (lambda: None)
         self._listens = listens
+        self._woken = asyncio.Event()
         self._opened: psycopg.AsyncConnection[Any] | None = None
         self._task: asyncio.Task[None] | None = None
         self._applying = self._stopping = False
@@ -142,6 +144,10 @@ class Follower:
             self._task.cancel()
             await asyncio.wait({self._task}, timeout=1)
         await self.close()
+
+    def wake(self) -> None:
+        """There are events that this process has appended."""
+        self._woken.set()
 
     @property
     def name(self) -> str:
@@ -251,18 +257,31 @@ class Follower:
                 self._limit = min(self._limit * 2, self._batch_max)
 
     async def _run_connected(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        """Applies a batch; if there is none, waits for a NOTIFY or the poll."""
+        """Applies a batch; if there is none, waits until it is woken, for a NOTIFY or the poll."""
+        self._woken.clear()
         moved = await self._run_batch()
         if self._stopping:
             return
         if not self._listens:
             await asyncio.sleep(0 if moved == self._limit else POLL_S)
             return
-        # Also takes what came during the batch: psycopg keeps it for whoever asks, without bound.
-        async for _ in connection.notifies(timeout=0 if moved else POLL_S, stop_after=1):
-            pass
+        if not await _was_notified(connection) and not moved:
+            await self._wait(connection)
         if moved < self._limit:
             await asyncio.sleep(BUSY_GATHER_S if moved > BUSY_EVENTS else GATHER_S)
+
+    async def _wait(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Until this process appends something, or the server says something; POLL_S at most."""
+        loop, socket = asyncio.get_running_loop(), connection.fileno()
+        loop.add_reader(socket, self._woken.set)
+        try:
+            async with asyncio.timeout(POLL_S):
+                await self._woken.wait()
+        except TimeoutError:
+            pass
+        finally:
+            loop.remove_reader(socket)
+        await _was_notified(connection)
 
     async def _run_batch(self) -> int:
         self._applying = True
@@ -279,7 +298,7 @@ class Follower:
                 # goes with them. Waiting for the disk would only slow the appends down.
                 await self._opened.execute("SET synchronous_commit = off")
                 if self._listens:
-                    await self._opened.execute("LISTEN payment_events")
+                    await self._opened.execute(LISTEN)
         return self._opened
 
     async def _parked_ids(self, connection: psycopg.AsyncConnection[Any]) -> set[UUID]:
@@ -334,6 +353,12 @@ async def _one(connection: psycopg.AsyncConnection[Any], query: str, params: lis
     cursor = await connection.execute(query.encode(), params)
     row = await cursor.fetchone()
     return row[0] if row else None
+
+
+async def _was_notified(connection: psycopg.AsyncConnection[Any]) -> bool:
+    """Whether a NOTIFY has come, also during a batch: psycopg keeps them for whoever asks, without
+    bound. Raises OperationalError if the connection is lost."""
+    return bool([None async for _ in connection.notifies(timeout=0)])
 
 
 async def read_events(
