@@ -27,7 +27,7 @@ from payments.deciding import RefundRequest, payment_id_for
 from payments.errors import DatabaseUnavailable
 from payments.service import Service
 from tests.crash.mixed_load import PROBE, MixedLoad, Sample
-from tests.crash.test_money import eventually, nothing_open, records, settings
+from tests.crash.test_money import records, settings, settled
 from tests.doubles.provider import ProviderProcess
 from tests.invariants.checker import check
 from tests.outside_postgres import OutsidePostgres
@@ -86,7 +86,7 @@ def test_every_request_is_answered_in_time_whatever_postgres_does(
             load = MixedLoad(service.port, random.Random(SEED))
             asyncio.run(go_through(load, outside, kinds, dice))
             with outside.connect() as connection:
-                eventually(lambda: nothing_open(connection), 15)
+                settled(connection, 15)
                 assert service.terminate() == 0
                 check(connection, records(provider), load.charges, load.refunds, settled=True)
         assert "unhandled error" not in service.log.read_text()
