@@ -18,6 +18,7 @@ from payments import migrations
 from payments.database import DatabaseAddress
 from payments.errors import StartError
 from payments.migrations import (
+    LOCK_KEYS,
     Migration,
     check_migrated,
     check_readable,
@@ -290,6 +291,19 @@ class TestIndexes:
         assert self.is_valid(connection) is False
         assert migrate(address) == [building]
         assert self.is_valid(connection)
+
+
+def test_nobody_waits_for_the_lock_without_anything_to_migrate(
+    address: DatabaseAddress, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every session may take it: a role that reads could keep the service from starting."""
+    monkeypatch.setattr(migrations, "LOCK_WAIT_S", 0)
+    connection.execute("SELECT pg_advisory_lock(%s, %s)", LOCK_KEYS)
+    assert migrate(address) == []
+    last = known_migrations()[-1]
+    connection.execute("DELETE FROM schema_versions WHERE number = %s", [last.number])
+    with pytest.raises(StartError, match="another process has been migrating"):
+        migrate(address)
 
 
 def test_the_files_are_part_of_the_package() -> None:

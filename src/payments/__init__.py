@@ -1,7 +1,7 @@
 """The Payment Service: charges, refunds and their history.
 
     request -> command -> gateway -> event -> event store (Postgres, append-only)
-                                                  | NOTIFY
+                                                  | wakes, NOTIFY
     query by id  <- fold of the stream  <---------+
     lists, SQL   <- payments read model <- follower (rows and position in one transaction)
     settling     <- what is left open   <-+

@@ -22,6 +22,7 @@ MODES = (
 )
 # What the function took before, and every session can.
 NAMED = "SELECT pg_advisory_xact_lock(7165010, 1)"
+HELD = "SELECT mode FROM pg_locks WHERE relation = 'append_lock'::regclass AND granted"
 WAITING = "SELECT FROM pg_locks WHERE NOT granted AND locktype = %s"
 
 
@@ -92,7 +93,10 @@ class TestWhileItIsMigrated:
                 with pytest.raises(psycopg.errors.LockNotAvailable):
                     append_stored(new, [stored_event()])
                 old.commit()
-                assert append_stored(new, [stored_event()]) == 2
+                with new.transaction():
+                    assert append_stored(new, [stored_event()]) == 2
+                    # What calls of the function to come will wait for.
+                    assert new.execute(HELD).fetchall() == [("ShareUpdateExclusiveLock",)]
 
     def test_the_old_lock_is_left_only_when_nobody_can_have_it(self, before: Any) -> None:
         address = before(10)
@@ -114,7 +118,8 @@ class TestWhileItIsMigrated:
 
     def test_writers_before_during_and_after_it(self, before: Any) -> None:
         """Nothing appears at or below a position that was seen already."""
-        address, done = before(10), []
+        address = before(10)
+        done: list[bool] = []
 
         def write(_: int) -> int:
             count = 0

@@ -115,6 +115,13 @@ def test_the_view_shows_every_row_as_it_is_stored(connection: psycopg.Connection
     ]
 
 
+def test_an_append_does_not_notify(connection: psycopg.Connection[Any]) -> None:
+    """It would commit under a lock of the whole server, and fail while the queue is full."""
+    connection.execute("LISTEN payment_events")
+    append(connection, stored_event())
+    assert not list(connection.notifies(timeout=0.2))
+
+
 def test_streams_and_tails_are_read_by_index(connection: psycopg.Connection[Any]) -> None:
     for _ in range(20):
         append(connection, *(stored_event() for _ in range(100)))

@@ -746,31 +746,11 @@ async def test_what_its_process_appended_wakes_it_without_a_notify(
         await time_to_apply(counted, put, 10)
 
 
-async def test_a_wake_during_a_batch_is_not_forgotten(
-    build: Build, counted: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["woken", "notified"])
+async def test_what_comes_behind_a_batch_is_not_waited_for(
+    build: Build, counted: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(follower_module, "POLL_S", 60.0)
-    woken = False
-
-    async def append_behind_it(connection: Connection, place: Place) -> None:
-        nonlocal woken
-        if place == "between" and not woken:
-            woken = True
-            some_events(counted)
-            follower.wake()
-
-    follower = build(Counting(step=append_behind_it))
-    follower.start()
-    await waits(counted)
-    some_events(counted)
-    follower.wake()
-    await until(lambda: position(counted) == 2)
-
-
-async def test_a_notify_during_a_batch_is_not_forgotten(
-    build: Build, counted: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """psycopg has taken it from the socket, on which nothing more comes."""
+    """Of a NOTIFY nothing more comes on the socket: psycopg has taken it from there already."""
     monkeypatch.setattr(follower_module, "POLL_S", 60.0)
     batches = 0
     run_once = Follower.run_once
@@ -780,9 +760,13 @@ async def test_a_notify_during_a_batch_is_not_forgotten(
         moved = await run_once(self)
         batches += 1
         if batches == 2:  # it found nothing, and is about to wait
-            notified_events(counted)
-            assert self._opened is not None
-            await self._opened.execute("SELECT 1")
+            if how == "woken":
+                some_events(counted)
+                self.wake()
+            else:
+                notified_events(counted)
+                assert self._opened is not None
+                await self._opened.execute("SELECT 1")
         return moved
 
     monkeypatch.setattr(Follower, "run_once", run_and_append)

@@ -31,7 +31,7 @@ from psycopg.sql import SQL, Identifier
 from payments.database import DatabaseAddress, connect, reason_of
 from payments.errors import StartError
 
-LOCK_KEYS = (7165010, 2)  # 1 is the appenders' lock, in 0001_event_store.sql
+LOCK_KEYS = (7165010, 2)  # 1 was the lock of the appends, until 0012_append_alone.sql
 LOCK_WAIT_S = 120  # another process may be in the middle of a long migration
 LOCK_POLL_S = 0.1
 FIRST_RELEASE = 5  # the newest migration of the version that knows schema_migrations alone
@@ -156,8 +156,13 @@ def migrate(address: DatabaseAddress) -> list[Migration]:
     with connect(address, "payments migrate") as connection:
         # A migration may rightly take longer than a request.
         connection.execute("SET statement_timeout = 0; SET lock_timeout = 0")
-        _lock(connection)
         try:
+            schema = schema_of(connection)
+            if not schema.missing:
+                # The lock is one that every session may take: no start is to wait for it in vain.
+                _refuse(schema)
+                return []
+            _lock(connection)
             connection.execute(TABLES)
             schema = schema_of(connection)
             _refuse(schema)

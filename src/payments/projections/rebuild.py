@@ -40,7 +40,7 @@ from payments.projections.comparison import (
 )
 from payments.snapshot import Snapshot, unhurried
 
-LOCK_KEYS = (7165010, 3)  # 1 and 2: migrations/0001_event_store.sql and migrations/__init__.py
+LOCK_KEYS = (7165010, 3)  # 2: migrations/__init__.py
 NAME = "payments rebuild"
 LOCK_POLL_S = 0.05
 STAGE_ROWS = 2000
