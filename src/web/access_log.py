@@ -39,10 +39,15 @@ class Tally:
 
 
 class RefusalLog:
-    """Tells of what is refused before it is read, often in thousands; one per port."""
+    """Tells of what is refused when its head was read, often in thousands; one per port."""
 
     def __init__(self) -> None:
         self.too_busy = Tally("WARNING", "requests were refused: too many were under way")
+        self.too_busy_open = Tally(
+            "WARNING", "requests were refused: too many came that need no API key"
+        )
+        self.unauthorized = Tally("WARNING", "requests were refused: they had no valid API key")
+        self.not_found = Tally("INFO", "requests were refused: there is nothing at their paths")
         self.unreadable = Tally("INFO", "requests were refused: they could not be read")
 
 

@@ -1,5 +1,7 @@
 """The Litestar application on a Service."""
 
+from functools import partial
+
 from litestar import Litestar, Router
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
@@ -7,22 +9,25 @@ from litestar.types import ASGIApp
 
 from payments.errors import PaymentsError
 from payments.service import Service
+from payments.shared import Recent
 from payments.telemetry import Telemetry
 from web import openapi
 from web.api import v1
 from web.docs import docs
+from web.door import Door
 from web.guard import Guard
-from web.operations import health, live, metrics
+from web.operations import ALIVE, HEALTH_AGE_S, health, health_of, live, metrics
+from web.paths import Paths
 from web.problems import on_exception, on_http_exception, on_payments_error
 
 
-def create_app(service: Service) -> ASGIApp:
-    """The whole HTTP application, guard included; the service must be started by the caller."""
+def application(service: Service) -> Litestar:
+    """The endpoints, and what describes them; the service must be started by the caller."""
     app = _litestar(service, v1)
     app.state.openapi = openapi.document(app)
     _expect_requests(app, service.telemetry)
     app.register(docs)  # afterwards: it is no part of what it describes
-    return _guarded(app, service)
+    return app
 
 
 def _expect_requests(app: Litestar, telemetry: Telemetry) -> None:
@@ -35,19 +40,32 @@ def _expect_requests(app: Litestar, telemetry: Telemetry) -> None:
             telemetry.requests.labels(method.upper(), path, status)
 
 
-def create_operations_app(service: Service) -> ASGIApp:
+def operations_application(service: Service) -> Litestar:
     """Health and metrics alone, for METRICS_PORT."""
-    return _guarded(_litestar(service), service)
+    return _litestar(service)
 
 
-def _guarded(app: Litestar, service: Service) -> ASGIApp:
-    return Guard(app, service.telemetry, service.admission, service.settings.access_log_per_s)
+def guarded(app: Litestar, service: Service) -> ASGIApp:
+    """An application as it is to be served, behind its door."""
+    return Guard(app, service.telemetry, service.settings.access_log_per_s)
+
+
+def door(app: Litestar, service: Service) -> Door:
+    """Where requests for this application come in."""
+    return Door(
+        Paths(app),
+        service.settings.payments_api_keys,
+        service.admission,
+        service.telemetry,
+        alive={"/health/live": ALIVE},
+        known={"/health": partial(app.state.health.last, HEALTH_AGE_S)},
+    )
 
 
 def _litestar(service: Service, *handlers: Router) -> Litestar:
     return Litestar(
         route_handlers=[*handlers, health, live, metrics],
-        state=State({"service": service}),
+        state=State({"service": service, "health": Recent(partial(health_of, service))}),
         exception_handlers={
             PaymentsError: on_payments_error,
             HTTPException: on_http_exception,

@@ -1,6 +1,7 @@
 """API keys: `Authorization: Bearer KEY`, where PAYMENTS_API_KEYS holds each key's SHA-256.
 
-Without configured keys everyone is the client `default`.
+Without configured keys everyone is the client `default`. The protocol asks, once for each request,
+before anything else is done for it (door.py).
 """
 
 import hashlib
@@ -10,6 +11,8 @@ from payments.errors import Unauthorized
 from payments.settings import DEFAULT_CLIENT, ApiKey
 
 STAFF = "staff"  # may read and refund every client's payments
+SEND_A_KEY = "Send Authorization: Bearer and an API key of this service."
+KEY_MAX = 1024  # bytes: what is longer is no key, and its digest would cost whoever sends none
 
 
 def authenticate(headers: list[tuple[bytes, bytes]], keys: tuple[ApiKey, ...]) -> str:
@@ -17,7 +20,7 @@ def authenticate(headers: list[tuple[bytes, bytes]], keys: tuple[ApiKey, ...]) -
     if not keys:
         return DEFAULT_CLIENT
     sent = [value for name, value in headers if name == b"authorization"]
-    if len(sent) == 1 and sent[0][:7].lower() == b"bearer ":
+    if len(sent) == 1 and len(sent[0]) <= KEY_MAX and sent[0][:7].lower() == b"bearer ":
         # Digests of equal length are compared, as bytes: text comparison fails on other than ASCII.
         digest = hashlib.sha256(sent[0][7:].strip()).digest()
         found = None
@@ -26,7 +29,7 @@ def authenticate(headers: list[tuple[bytes, bytes]], keys: tuple[ApiKey, ...]) -
                 found = key.client
         if found is not None:
             return found
-    raise Unauthorized("Send Authorization: Bearer and an API key of this service.")
+    raise Unauthorized(SEND_A_KEY)
 
 
 def may_read(client: str) -> str | None:

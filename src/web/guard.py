@@ -5,22 +5,22 @@ waits for one; it gives the request its id; and it counts, times and logs every 
 """
 
 import asyncio
-import os
 import re
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from litestar.types import ASGIApp, Receive, Send
 from loguru import logger
 from prometheus_client import Counter, Histogram
 
-from payments.admission import Admission
 from payments.errors import PaymentsError
 from payments.logs import trace_field
 from payments.telemetry import Telemetry
 from payments.tracing import current_traceparent, mark_failed, span
 from web.access_log import PROBES, AccessLog
+from web.heads import METHODS, first_of, request_id_of
 from web.problems import MEDIA_TYPE, refused
 
 BODY_MAX = 16 * 1024  # bytes; a charge has about 150
@@ -30,8 +30,9 @@ LINGER_S = 1.0  # for a client to notice that it is refused
 # In the scope's state, if the server has the whole body already: there is nothing to time then,
 # and the clock would take longer than the reading.
 BODY_ARRIVED = "body_arrived"
+# There too, from our protocol: what the request holds (door.Place).
+PLACE = "place"
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 # W3C Trace Context, section 3.2: version ff and ids of zeros are invalid.
 _TRACEPARENT = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
@@ -55,12 +56,9 @@ class ClientLeft(Exception):
 
 
 class Guard:
-    def __init__(
-        self, app: ASGIApp, telemetry: Telemetry, admission: Admission, access_log_per_s: int
-    ) -> None:
+    def __init__(self, app: ASGIApp, telemetry: Telemetry, access_log_per_s: int) -> None:
         self._app = app
         self._telemetry = telemetry
-        self._admission = admission
         self._access_log = AccessLog(access_log_per_s)
         # By method, route and status: looking labels up takes longer than counting.
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
@@ -75,10 +73,8 @@ class Guard:
             scope = scope | {"method": "GET"}
         state = scope.setdefault("state", {})
         headers = scope["headers"]
-        # Only if it is harmless to log.
-        request_id = _header(headers, b"x-request-id", _REQUEST_ID) or os.urandom(16).hex()
-        state["request_id"] = request_id
-        traceparent = _header(headers, b"traceparent", _TRACEPARENT)
+        state["request_id"] = request_id = request_id_of(headers)
+        traceparent = first_of(headers, b"traceparent", _TRACEPARENT)
         status = 0
 
         async def send_counted(message: Any) -> None:
@@ -116,15 +112,13 @@ class Guard:
         """The body, within limits; who is slow to send it holds no place meanwhile."""
         if BODY_ARRIVED in state:
             return await _read_body(receive)
-        self._admission.waiting += 1
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                return await _read_body(receive)
-        except TimeoutError:
-            detail = f"Send the whole body within {BODY_TIMEOUT_S:g} seconds."
-            raise BodyTooSlow(detail) from None
-        finally:
-            self._admission.waiting -= 1
+        with _without_place(state):
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    return await _read_body(receive)
+            except TimeoutError:
+                detail = f"Send the whole body within {BODY_TIMEOUT_S:g} seconds."
+                raise BodyTooSlow(detail) from None
 
     async def _refuse(
         self, error: PaymentsError, state: dict[str, Any], receive: Receive, send: Send
@@ -141,15 +135,10 @@ class Guard:
         headers.append((b"content-length", str(len(body)).encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": True})
-        self._admission.waiting += 1
-        try:
+        with _without_place(state), suppress(TimeoutError):
             async with asyncio.timeout(LINGER_S):
                 while BODY_ARRIVED not in state and (await receive()).get("more_body"):
                     pass
-        except TimeoutError:
-            pass
-        finally:
-            self._admission.waiting -= 1
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _count(self, scope: Any, status: int, seconds: float) -> None:
@@ -165,7 +154,18 @@ class Guard:
         self._access_log.write(method, route, status, seconds, scope["state"])
 
 
-_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+@contextmanager
+def _without_place(state: dict[str, Any]) -> Iterator[None]:
+    """Who waits for its client holds no place; without our protocol in front it has none."""
+    place = state.get(PLACE)
+    if place is None:
+        yield
+        return
+    place.leave()
+    try:
+        yield
+    finally:
+        place.enter()
 
 
 async def _read_body(receive: Receive) -> bytes:
@@ -183,7 +183,7 @@ async def _read_body(receive: Receive) -> bytes:
 
 def _method_and_route(scope: Any) -> tuple[str, str]:
     """One of a few methods, and the template instead of the path: paths are without number."""
-    method = scope["method"] if scope["method"] in _METHODS else "other"
+    method = scope["method"] if scope["method"] in METHODS else "other"
     return method, scope.get("path_template") or "unmatched"
 
 
@@ -202,11 +202,3 @@ def _describe(opened: Any, scope: Any, status: int) -> None:
     opened.set_attributes(attributes)
     if status >= 500:
         mark_failed(opened, str(status))
-
-
-def _header(headers: Any, wanted: bytes, form: re.Pattern[bytes]) -> str | None:
-    """The first one of this name that has the form."""
-    for name, value in headers:
-        if name == wanted and form.fullmatch(value):
-            return str(value, "ascii")
-    return None

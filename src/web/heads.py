@@ -4,7 +4,11 @@ What two readers of the same bytes could take for different requests is refused,
 a proxy in front that reads them otherwise.
 """
 
+import os
 import re
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+Headers = list[tuple[bytes, bytes]]  # names in lower case
 
 Refusal = tuple[int, str]  # status and code
 
@@ -22,20 +26,41 @@ PROTOCOL_PROBLEMS = (
 )
 
 HEAD_MAX = 64 * 1024  # bytes of one request's line and headers
+HEADERS_MAX = 100  # header fields: each takes memory however short it is
 TARGET_MAX = 16 * 1024  # bytes; RFC 9112 section 3 wants at least 8,000
 HEAD_DETAIL = f"Send at most {HEAD_MAX} bytes of headers."
+HEADERS_DETAIL = f"Send at most {HEADERS_MAX} header fields."
 TARGET_DETAIL = f"Send at most {TARGET_MAX} bytes of path and query."
 
 # RFC 3986 section 3.2.2 and 3.2.3: a name or IPv4 address, or an IP literal; and a port.
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+def size_of(target: bytes, headers: Headers) -> int:
+    """Bytes, about as many as were sent."""
+    return len(target) + sum([len(name) + len(value) + 4 for name, value in headers])
+
+
+def request_id_of(headers: Headers) -> str:
+    """The caller's id of the request if it is harmless to log, else a new one."""
+    return first_of(headers, b"x-request-id", _REQUEST_ID) or os.urandom(16).hex()
+
+
+def first_of(headers: Headers, wanted: bytes, form: re.Pattern[bytes]) -> str | None:
+    """The first header of this name that has the form."""
+    for name, value in headers:
+        if name == wanted and form.fullmatch(value):
+            return str(value, "ascii")
+    return None
 
 
 def objection_to(
-    method: bytes, target: bytes, version: str, headers: list[tuple[bytes, bytes]]
+    method: bytes, target: bytes, version: str, headers: Headers, size: int
 ) -> tuple[Refusal, str] | None:
-    """Why to refuse this head, and what to do about it; None if it may pass.
+    """Why to refuse this head, of `size` bytes, and what to do about it; None if it may pass.
 
-    Header names are in lower case. Framing that is not valid at all is the parser's to refuse.
+    Framing that is not valid at all is the parser's to refuse.
     """
     if version not in ("1.0", "1.1"):
         return VERSION_NOT_SUPPORTED, "Send HTTP/1.1."
@@ -43,9 +68,8 @@ def objection_to(
         return NOT_IMPLEMENTED, "This is not a proxy."
     if b"#" in target:
         return MALFORMED_REQUEST, "Send the request without a fragment."
-    size, hosts, codings = len(target), [], []
+    hosts, codings = [], []
     for name, value in headers:
-        size += len(name) + len(value) + 4
         if name == b"host":
             hosts.append(value)
         elif name == b"transfer-encoding":

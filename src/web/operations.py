@@ -1,6 +1,5 @@
-"""Endpoints for operators: health and metrics. Open to everyone, and never refused for load."""
+"""Endpoints for operators: health and metrics. Open to everyone, within bounds of their own."""
 
-from contextlib import suppress
 from typing import Annotated, Any
 
 import msgspec
@@ -11,8 +10,11 @@ from litestar.enums import MediaType
 from payments.errors import DatabaseUnavailable
 from payments.events.appender import INTENT_TIMEOUT_S
 from payments.service import Service
+from web import answers
 from web.description import Answer, Operation, described
 
+HEALTH_AGE_S = 1.0  # those that are beyond its bound get what was found no longer ago, or nearly
+METRICS_AGE_S = 1.0  # one rendering of each format in so many seconds, for whoever asks
 STALLED_S = INTENT_TIMEOUT_S - 0.5  # just before waiting intents are given up
 
 Anyone = Request[Any, Any, State]
@@ -60,7 +62,7 @@ HEALTH = Operation(
     id="health",
     tag="operations",
     summary="Whether charges can be taken",
-    description="For load balancers. Never refused for load.",
+    description="For load balancers. Whoever asks too often gets what was found a second ago.",
     answers={
         200: Answer("They can.", Health, _HEALTHY),
         503: Answer(
@@ -74,7 +76,7 @@ LIVE = Operation(
     id="live",
     tag="operations",
     summary="Whether the process answers at all",
-    description="For restarts: it looks at nothing else, the database neither.",
+    description="For restarts: it looks at nothing else, the database neither. Never refused.",
     answers={200: Answer("It does.", Alive, {"ok": True, "service": "payment-service"})},
 )
 METRICS = Operation(
@@ -83,7 +85,7 @@ METRICS = Operation(
     summary="Metrics",
     description="In the Prometheus text format; `docs/operations.md` says which to watch. With "
     "`Accept: application/openmetrics-text` as OpenMetrics; with `Accept: application/json` the "
-    "load, memory, heap, uptime and time of the process alone.",
+    "load, memory, heap, uptime and time of the process alone. As of at most a second ago.",
     answers={
         200: Answer(
             "All metrics.",
@@ -95,10 +97,12 @@ METRICS = Operation(
 )
 
 
-@get("/health", media_type=MediaType.JSON, opt=described(HEALTH))
-async def health(request: Anyone) -> Response[bytes]:
-    """Whether the service can take charges: 200, or 503 while the database is away or read-only."""
-    service: Service = request.app.state.service
+JSON = MediaType.JSON.value
+ALIVE = answers.Answer(200, msgspec.json.encode(Alive(ok=True, service="payment-service")), JSON)
+
+
+async def health_of(service: Service) -> answers.Answer:
+    """Looked at now."""
     database, log, callbacks = "ok", None, None
     try:
         reached = await service.reach_database()
@@ -117,17 +121,24 @@ async def health(request: Anyone) -> Response[bytes]:
         log=log,
         callbacks=callbacks,
     )
-    return Response(
-        msgspec.json.encode(state),
-        status_code=200 if state.ok else 503,
-        media_type=MediaType.JSON,
-    )
+    return answers.Answer(200 if state.ok else 503, msgspec.json.encode(state), JSON)
 
 
-@get("/health/live", media_type=MediaType.JSON, sync_to_thread=False, opt=described(LIVE))
-def live() -> Alive:
+@get("/health", media_type=MediaType.JSON, opt=described(HEALTH))
+async def health(request: Anyone) -> Response[bytes]:
+    """Whether the service can take charges: 200, or 503 while the database is away or read-only."""
+    answer = await request.app.state.health()
+    return _response(answer)
+
+
+@get("/health/live", media_type=MediaType.JSON, opt=described(LIVE))
+async def live() -> Response[bytes]:
     """Whether the process answers at all; for restarts, so it looks at nothing else."""
-    return Alive(ok=True, service="payment-service")
+    return _response(ALIVE)
+
+
+def _response(answer: answers.Answer) -> Response[bytes]:
+    return Response(answer.body, status_code=answer.status, media_type=MediaType.JSON)
 
 
 @get("/metrics", opt=described(METRICS))
@@ -143,11 +154,9 @@ async def metrics(request: Anyone) -> Response[bytes]:
         return Response(
             msgspec.json.encode(service.telemetry.documented()), media_type=MediaType.JSON
         )
-    with suppress(DatabaseUnavailable):
-        await service.observe()
     # As a header: for a text media type the framework would add a second charset.
     if "application/openmetrics-text" in wanted:
         headers = {"Content-Type": service.telemetry.openmetrics_content_type}
-        return Response(service.telemetry.openmetrics(), headers=headers)
+        return Response(await service.openmetrics.recent(METRICS_AGE_S), headers=headers)
     headers = {"Content-Type": service.telemetry.content_type}
-    return Response(service.telemetry.exposition(), headers=headers)
+    return Response(await service.exposition.recent(METRICS_AGE_S), headers=headers)

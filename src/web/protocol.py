@@ -1,82 +1,50 @@
-"""uvicorn's HTTP/1.1 protocol with the limits that it lacks, and our form of refusal.
+"""What is read from a connection: requests, and which of them become tasks.
 
 Every limit on a body is the guard's; these are for what comes before there is a request. Requests
-beyond what the process can take on are refused here too: it takes a quarter of what it would behind
-the framework, and at several times the capacity most requests are refused.
+that the door does not let in are answered here too: it takes a quarter of what it would behind the
+framework, and at several times the capacity, or in a flood, most requests are refused.
 """
 
 import asyncio
+from contextvars import Context
+from functools import partial
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from payments.admission import Admission
-from payments.errors import TooBusy
-from payments.telemetry import Telemetry
-from web.access_log import PROBES, RefusalLog
-from web.guard import BODY_ARRIVED
+from web.answers import TOO_BUSY, Answer, Refused, lines_of
+from web.connection import Connection
+from web.door import Door, Place
+from web.guard import BODY_ARRIVED, PLACE
 from web.heads import (
     HEAD_DETAIL,
     HEAD_MAX,
     HEAD_TOO_LARGE,
+    HEADERS_DETAIL,
+    HEADERS_MAX,
     MALFORMED_REQUEST,
     TARGET_DETAIL,
     TARGET_MAX,
     TARGET_TOO_LONG,
-    Refusal,
+    Headers,
     objection_to,
+    request_id_of,
+    size_of,
 )
-from web.problems import MEDIA_TYPE, problem, refused
 
-HEAD_TIMEOUT_S = 5.0  # also for a connection on which nothing comes at all
-WRITE_TIMEOUT_S = 5.0  # for a client that does not take its answers, or does not go away
-WRITE_MIN = 16 * 1024  # bytes that it has to take in this time, if so many are left
 PIPELINE_MAX = 16  # requests of one connection that wait behind the one under way
 
-# Never refused for load: whoever runs the service must see what is going on.
-OPEN_PATHS = frozenset(path.encode() for path in PROBES)
 
-
-class Protocol(HttpToolsProtocol):
-    def __init__(
-        self,
-        admission: Admission,
-        telemetry: Telemetry,
-        refusal_log: RefusalLog,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._admission = admission
-        self._refusals = telemetry.refusals
-        self._refusal_log = refusal_log
-        self._is_refusing = False  # the request that is being read was not admitted
-        self._in_head = True
-        self._head_bytes = 0
+class Protocol(Connection):
+    def __init__(self, door: Door, *args: Any, **kwargs: Any) -> None:
+        super().__init__(door, *args, **kwargs)
         self._heads_begun = 0  # in the data that is being read
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._write_timer: asyncio.TimerHandle | None = None
-        self._unwritten = 0  # bytes, when that timer was set
-        self._is_over = False  # nothing more is written
-        self._running: RequestResponseCycle | None = None  # self.cycle is the one read last
         self._is_upgrade = False  # the request that is being read asks for another protocol
-        # A request whose answer could not be written yet: it is begun once it can.
-        self._held_back: tuple[RequestResponseCycle, Any] | None = None
+        self._is_admitted = False  # the request that is about to start
         self._objection: bytes | None = None  # what to answer when the parser stops
-        self._last_words: bytes | None = None  # what ends the connection, after what is under way
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._watch_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._in_head = False
-        self._watch_head()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-        self._give_up_running()
-        super().connection_lost(exc)
+        # A request whose answer could not be written yet: it is begun once it can.
+        self._held_back: tuple[Any, Any] | None = None
 
     def data_received(self, data: bytes) -> None:
         if self._last_words is not None:
@@ -91,102 +59,167 @@ class Protocol(HttpToolsProtocol):
             except httptools.HttpParserUpgrade as upgrade:
                 rest = self._without_upgrade(rest[upgrade.args[0] :])
             except httptools.HttpParserError:
-                self._end(self._objection or self._refusal(MALFORMED_REQUEST, _NOT_HTTP))
+                self._end(self._objection or self._unreadable(MALFORMED_REQUEST, _NOT_HTTP))
                 return
         if self._in_head:
             # Of a head behind other requests it is not known where in the data it began.
             is_all_head = was_in_head and self._heads_begun <= 1
             self._head_bytes += len(data) if is_all_head else 1
             if self._head_bytes > HEAD_MAX:
-                self._end(self._refusal(HEAD_TOO_LARGE, HEAD_DETAIL))
+                self._end(self._unreadable(HEAD_TOO_LARGE, HEAD_DETAIL))
+            elif not self._memory.hold_head(len(data), len(self.headers or ())):
+                self._end(self._door.refusal(None, b"").written(closes=True))
         elif self._is_idle() and self.timeout_keep_alive_task is None:
             # Empty lines between requests: uvicorn stopped its clock, and no request has begun.
             self._in_head = True
+        elif isinstance(self.cycle, Refused) and self.cycle.more_body:
+            # The rest of its body is still to come, and nobody will read it.
+            self.cycle.keep_alive = False
+            self._end(self.cycle.written())
         if self._in_head is (self._head_timer is None):
             self._watch_head()
-        if self._is_refusing:
-            # Its body is still to come, and nobody will read it.
-            self._answer_too_busy(keep_alive=False)
-
-    def eof_received(self) -> bool:  # type: ignore[override]
-        """The client will send no more; what it asked for is answered still."""
-        if self._is_over:
-            return False
-        is_cut_short = self._head_bytes > 0 if self._in_head else self._is_reading_body()
-        detail = "The request ended before it was complete."
-        self._end(self._refusal(MALFORMED_REQUEST, detail) if is_cut_short else b"")
-        return not self.transport.is_closing()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch_writing()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._write_timer is not None and not self._is_over:
-            self._write_timer.cancel()
         if self._held_back is not None:
             held_back, self._held_back = self._held_back, None
             self._start_asgi_task(*held_back)
 
     def on_message_begin(self) -> None:
         self._in_head, self._head_bytes, self._is_upgrade = True, 0, False
+        self._memory.begin_head()
         self._heads_begun += 1
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
         self.url += url
         if len(self.url) > TARGET_MAX:
-            self._object(TARGET_TOO_LONG, TARGET_DETAIL)
+            self._object(self._unreadable(TARGET_TOO_LONG, TARGET_DETAIL))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         # What comes later is a trailer, not to be taken for a header (RFC 9110 section 6.5.1).
         if self._in_head:
+            if len(self.headers) == HEADERS_MAX:
+                self._object(self._unreadable(HEAD_TOO_LARGE, HEADERS_DETAIL))
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._check_head()
+        size = size_of(self.url, self.headers)
+        self._check_head(size)
         self._is_upgrade = self.parser.should_upgrade()
         if self._is_upgrade:
             return  # the parser stops here; data_received goes on
         self._in_head = False
-        if self._admission.admits_another(len(self.tasks)) or not self._may_be_refused():
-            super().on_headers_complete()
-        else:
-            self._is_refusing = True
+        self._memory.let_go_of_head()
+        method = self.parser.get_method()
+        place = self._door.look(method, self.url, self.headers)
+        if isinstance(place, Answer):
+            self._refuse(place, method)
+            return
+        is_idle = self._is_idle()
+        share = place.memory or self._memory.own
+        if (is_idle and not place.admit()) or not self._memory.hold_request(
+            share, size, len(self.headers)
+        ):
+            self._refuse(self._door.refusal(place, method), method)
+            return
+        state = self.scope["state"]
+        state[PLACE] = place
+        if place.name is not None:
+            state["client"] = place.name
+        self._is_admitted = is_idle
+        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        if not self._is_refusing:
-            super().on_body(body)
+        if isinstance(self.cycle, Refused) or self.cycle.response_complete:
+            return
+        if not self._memory.hold_body(len(body)):
+            place = self.scope["state"][PLACE]
+            answer = self._door.refusal(place, self.parser.get_method())
+            self._object(answer.written(closes=True))
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self._is_upgrade:
             return
-        if self._is_refusing:
-            self._answer_too_busy(keep_alive=self.parser.should_keep_alive())
+        cycle = self.cycle
+        # A trailer can say it too, and the parser then reads nothing more.
+        cycle.keep_alive = cycle.keep_alive and self.parser.should_keep_alive()
+        if isinstance(cycle, Refused):
+            cycle.more_body = False
+            if cycle is self._running:
+                self._start_asgi_task(cycle, None)
         else:
-            # A trailer can say it too, and the parser then reads nothing more.
-            self.cycle.keep_alive = self.cycle.keep_alive and self.parser.should_keep_alive()
             self.scope["state"][BODY_ARRIVED] = True
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        if isinstance(self._running, RequestResponseCycle):
+            _leave(self._running.scope["state"])  # to the one behind it, perhaps
         super().on_response_complete()
-        if self.transport.is_closing():
-            self._close()
-        elif self._last_words is not None and self._is_idle():
-            self._say_last_words()
 
-    def timeout_keep_alive_handler(self) -> None:
-        self._close()
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._running = cycle
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._running, is_admitted = cycle, self._is_admitted
+        self._is_admitted = False
         if self.flow.write_paused:
             # It would wait for its client with a place that is meant for work.
             self._held_back = (cycle, app)
+        elif isinstance(cycle, Refused):
+            if self._may_answer(cycle):
+                self._write_refusal(cycle)
+        elif is_admitted or cycle.scope["state"][PLACE].admit():
+            self._start(cycle, app)
         else:
-            super()._start_asgi_task(cycle, app)
+            self._refuse_late(cycle)
+
+    def _start(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """As uvicorn does; and it has its place until it is answered, or its task ends."""
+        state = cycle.scope["state"]
+        state[PLACE].enter()
+        task = self.loop.create_task(cycle.run_asgi(app), context=Context())
+        self.tasks.add(task)
+        task.add_done_callback(partial(self._ended, state))
+
+    def _ended(self, state: dict[str, Any], task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        _leave(state)
+
+    def _refuse(self, answer: Answer, method: bytes) -> None:
+        """The request whose head was read. It is answered when it is complete and has its turn, or
+        when the rest of the data was read and it is not."""
+        refused = self._refused(answer, method, self.headers)
+        refused.keep_alive = self.parser.get_http_version() != "1.0"
+        is_idle = self._is_idle()
+        self.cycle = refused  # type: ignore[assignment]
+        self._memory.hold_none()
+        self._forget_head()
+        if is_idle:
+            self._running = refused
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((refused, None))  # type: ignore[arg-type]
+
+    def _refuse_late(self, cycle: RequestResponseCycle) -> None:
+        """It was read while another one was under way, and now there is no place for it."""
+        scope, method = cycle.scope, cycle.scope["method"].encode()
+        answer = self._door.refusal(scope["state"][PLACE], method)
+        refused = self._refused(answer, method, list(scope["headers"]))
+        refused.keep_alive, refused.more_body = cycle.keep_alive, cycle.more_body
+        self._running = refused
+        if self.cycle is cycle:
+            self.cycle = refused  # type: ignore[assignment]
+        if refused.more_body:
+            refused.keep_alive = False
+            self._end(refused.written())
+        elif self._may_answer(refused):
+            self._write_refusal(refused)
+
+    def _refused(self, answer: Answer, method: bytes, headers: Headers) -> Refused:
+        more = b""
+        if answer.waits:  # the others are to cost as little as can be
+            named = (b"x-request-id", request_id_of(headers).encode())
+            more = lines_of([named, *self.server_state.default_headers])
+        return Refused(answer, more, is_to_head=method == b"HEAD")
 
     def _without_upgrade(self, rest: bytes) -> bytes:
         """Ignores the wish (RFC 9110 section 7.8), which Java's HTTP client sends unasked.
@@ -202,134 +235,26 @@ class Protocol(HttpToolsProtocol):
         self._heads_begun -= 1  # the same one begins again
         return b"\r\n".join([*lines, b"", rest])
 
-    def _check_head(self) -> None:
+    def _check_head(self, size: int) -> None:
         """Stops the parser at a head that it lets through and we do not."""
         version = self.parser.get_http_version()
         if version == "1.0":
             self.expect_100_continue = False  # RFC 9110 section 10.1.1
-        objection = objection_to(self.parser.get_method(), self.url, version, self.headers)
+        objection = objection_to(self.parser.get_method(), self.url, version, self.headers, size)
         if objection is not None:
-            self._object(*objection)
+            self._object(self._unreadable(*objection))
         if len(self.pipeline) >= PIPELINE_MAX:
-            self._objection = _TOO_BUSY_AND_CLOSE
-            raise ValueError
+            self._object(TOO_BUSY.written(closes=True))
 
-    def _object(self, refusal: Refusal, detail: str) -> None:
-        self._objection = self._refusal(refusal, detail)
+    def _object(self, answer: bytes) -> None:
+        self._objection = answer
         raise ValueError  # stops the parser; data_received then refuses
 
-    def _is_idle(self) -> bool:
-        return self._running is None or self._running.response_complete
 
-    def _give_up_running(self) -> None:
-        """Of several requests uvicorn itself tells only the last."""
-        self.pipeline.clear()
-        if self._running is not None:
-            self._running.disconnected = True
-            self._running.waiting_for_100_continue = False
-            self._running.message_event.set()
-
-    def _is_reading_body(self) -> bool:
-        return self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete
-
-    def _may_be_refused(self) -> bool:
-        # Answers have the order of their requests: behind one that is under way it has to wait.
-        return self._is_idle() and self.url.partition(b"?")[0] not in OPEN_PATHS
-
-    def _answer_too_busy(self, *, keep_alive: bool) -> None:
-        self._is_refusing = False
-        self._refusals.inc()
-        self._refusal_log.too_busy.add()
-        if self.transport.is_closing():
-            return
-        keep_alive = keep_alive and not self.flow.write_paused  # it does not even read the answers
-        answer = _TOO_BUSY if keep_alive else _TOO_BUSY_AND_CLOSE
-        if self.parser.get_method() == b"HEAD":
-            answer = answer[: answer.index(b"\r\n\r\n") + 4]
-        self.transport.write(answer)
-        if keep_alive:
-            self.on_response_complete()
-        else:
-            self._close()
-
-    def _watch_head(self) -> None:
-        """One timer from where a head is waited for until it is complete."""
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-        self._head_timer = (
-            self.loop.call_later(HEAD_TIMEOUT_S, self._end, b"") if self._in_head else None
-        )
-
-    def _watch_writing(self) -> None:
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-        self._unwritten = self.transport.get_write_buffer_size()
-        self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self._check_writing)
-
-    def _check_writing(self) -> None:
-        if self.transport.get_write_buffer_size() + WRITE_MIN <= self._unwritten:
-            self._watch_writing()  # slow, but it takes it
-        else:
-            self.transport.abort()
-
-    def _refusal(self, refusal: Refusal, detail: str) -> bytes:
-        status, code = refusal
-        self._refusal_log.unreadable.add()
-        body = problem(status, code, "The request cannot be read", detail)
-        head = (
-            f"HTTP/1.1 {status} Refused\r\ncontent-type: {MEDIA_TYPE}\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n"
-        )
-        date = b"".join(b"%s: %s\r\n" % header for header in self.server_state.default_headers)
-        return head.encode() + date + b"\r\n" + body
-
-    def _end(self, last_words: bytes) -> None:
-        """Reads nothing more, and closes the connection once what is under way was answered."""
-        if self.transport.is_closing() or self._last_words is not None:
-            return
-        self._last_words = last_words
-        self._in_head = False
-        self._watch_head()
-        if self._is_reading_body():
-            if self.pipeline:
-                self.pipeline.popleft()
-            else:
-                self._say_last_words()
-                return
-        if self._is_idle():
-            self._say_last_words()
-        elif not last_words:
-            latest = self.pipeline[0][0] if self.pipeline else self._running
-            assert latest is not None
-            latest.keep_alive = False
-
-    def _say_last_words(self) -> None:
-        if not self._last_words:
-            self._close()
-        elif not self.transport.is_closing():
-            # Closed with bytes unread, the connection would be reset, and the client might never
-            # see the answer: it is to close first (RFC 9112 section 9.6).
-            self._give_up_running()
-            self.transport.write(self._last_words)
-            self.transport.write_eof()
-            self._is_over = True
-            self._watch_writing()
-
-    def _close(self) -> None:
-        """Once everything was written, which a client that does not read may not hold up."""
-        self.transport.close()
-        self._is_over = True
-        self._watch_writing()
+def _leave(state: dict[str, Any]) -> None:
+    place: Place | None = state.pop(PLACE, None)
+    if place is not None:
+        place.leave()
 
 
-def _too_busy(connection: str) -> bytes:
-    error = TooBusy("More requests are under way than this service can take on. Send it again.")
-    status, body, extra = refused(error)
-    head = [f"HTTP/1.1 {status} Service Unavailable", f"content-type: {MEDIA_TYPE}"]
-    head += [f"{name.lower()}: {value}" for name, value in extra.items()]
-    head += [f"content-length: {len(body)}", f"connection: {connection}", "", ""]
-    return "\r\n".join(head).encode() + body
-
-
-_TOO_BUSY, _TOO_BUSY_AND_CLOSE = _too_busy("keep-alive"), _too_busy("close")
 _NOT_HTTP = "This is not an HTTP/1.1 request."

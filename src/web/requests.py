@@ -14,9 +14,9 @@ from payments.errors import FieldError, InvalidIdempotencyKey, InvalidRequest
 from payments.service import Service
 from web.auth import authenticate
 from web.bodies import check_json
+from web.heads import Headers
 
 Anyone = Request[Any, Any, State]
-Headers = list[tuple[bytes, bytes]]
 
 UUID_PATTERN = "^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
 KEY_MAX = 255
@@ -34,10 +34,13 @@ def headers_of(request: Anyone) -> Headers:
 
 
 def client_of(request: Anyone) -> str:
-    """The API client that sent the request; raises Unauthorized."""
-    client = authenticate(headers_of(request), service_of(request).settings.payments_api_keys)
-    log_with(request, client=client)
-    return client
+    """The API client that sent the request: the protocol has asked, or else it is asked here;
+    raises Unauthorized."""
+    state = request.scope["state"]
+    if "client" not in state:
+        keys = service_of(request).settings.payments_api_keys
+        log_with(request, client=authenticate(headers_of(request), keys))
+    return cast(str, state["client"])
 
 
 def check_sent_json(headers: Headers) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,15 +17,14 @@ from functools import partial
 
 import uvicorn
 import uvloop
-from litestar.types import ASGIApp
+from litestar import Litestar
 from loguru import logger
 
 from payments.database import DatabaseAddress
 from payments.gateways import Gateway
 from payments.service import Service, heads_dir
 from payments.settings import Settings
-from web.access_log import RefusalLog
-from web.app import create_app, create_operations_app
+from web.app import application, door, guarded, operations_application
 from web.listening import Server, allow_many_connections
 from web.protocol import Protocol
 
@@ -32,6 +32,9 @@ STOP_S = 9.0
 CHARGES_STOP_S = 6.5  # every charge is answered by then, PENDING if need be
 REQUESTS_STOP_S = 7  # then uvicorn cancels what is left
 KEEP_ALIVE_S = 30  # longer than the pauses of a busy client's connection pool
+# How long a thread that renders metrics may keep the event loop waiting, each time that it has to
+# do something. By default it would be 5 ms.
+SWITCH_S = 0.0002
 
 
 def run(
@@ -67,7 +70,7 @@ async def serve(
     if not service.settings.payments_api_keys:
         logger.warning("PAYMENTS_API_KEYS is not set: whoever reaches the port may charge")
     await service.start(work=work)
-    server = _server(service, create_app(service))
+    server = _server(service, application(service))
     stop_by = time.monotonic() + STOP_S
 
     def stop() -> None:
@@ -83,6 +86,7 @@ async def serve(
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop)
     _tame_garbage_collection()
+    sys.setswitchinterval(SWITCH_S)
     host, port = listener.getsockname()[:2]
     logger.bind(host=host, port=port).info("listening")
     try:
@@ -102,7 +106,7 @@ async def operations_port(service: Service, listener: socket.socket | None) -> A
     if listener is None:
         yield
         return
-    server = _server(service, create_operations_app(service))
+    server = _server(service, operations_application(service))
     port = listener.getsockname()[1]
     logger.bind(port=port).info("metrics have a port of their own")
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="metrics port")
@@ -113,11 +117,11 @@ async def operations_port(service: Service, listener: socket.socket | None) -> A
         await asyncio.wait({serving}, timeout=1)
 
 
-def _server(service: Service, app: ASGIApp) -> Server:
-    protocol = partial(Protocol, service.admission, service.telemetry, RefusalLog())
+def _server(service: Service, app: Litestar) -> Server:
+    protocol = partial(Protocol, door(app, service))
     return Server(
         uvicorn.Config(
-            app,
+            guarded(app, service),
             loop="uvloop",
             http=protocol,  # type: ignore[arg-type]
             ws="none",

@@ -1,4 +1,4 @@
-"""What is refused while the service is full, how, and what never is.
+"""What is refused while the places are taken, how, and what needs none.
 
 Two places only, and the store held by somebody: two charges wait for it and take both places.
 """
@@ -7,10 +7,10 @@ import re
 import resource
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import psycopg
@@ -19,7 +19,8 @@ import pytest
 from payments.database import DatabaseAddress
 from tests.edge.raw import Answer, Connection
 from tests.edge.requests import BODY
-from tests.events.test_appender import LOCK, UNLOCK
+from tests.events.test_appender import lock_held
+from tests.machine import within
 from tests.process import ServiceProcess, at
 
 
@@ -41,18 +42,24 @@ def service(address: DatabaseAddress, tmp_path: Path) -> Iterator[ServiceProcess
         yield running
 
 
+class Full(NamedTuple):
+    one: Connection
+    release: Callable[[], None]
+
+
 @pytest.fixture
-def full(
-    service: ServiceProcess, connection: psycopg.Connection[Any]
-) -> Iterator[list[Connection]]:
-    """The connections of the two charges that wait, for at most 2 s."""
-    connection.execute(LOCK)
-    with Connection(service.port) as one, Connection(service.port) as other:
+def full(service: ServiceProcess, connection: psycopg.Connection[Any]) -> Iterator[Full]:
+    """The connection of one of the two charges that wait, for at most 2 s, and what ends that."""
+    with (
+        Connection(service.port) as one,
+        Connection(service.port) as other,
+        ExitStack() as store,
+    ):
+        store.enter_context(lock_held(connection))
         one.send(charge("one") + BODY)
         other.send(charge("other") + BODY)
         probe_until(service, refused=True)
-        yield [one, other]
-    connection.execute(UNLOCK)
+        yield Full(one, store.close)
 
 
 def is_refused(answer: Answer | None) -> bool:
@@ -64,26 +71,22 @@ def probe_until(service: ServiceProcess, *, refused: bool) -> None:
     deadline = time.monotonic() + 5
     with Connection(service.port) as probe:
         while True:
-            probe.send(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+            probe.send(b"GET /v1/payments HTTP/1.1\r\nHost: x\r\n\r\n")
             if is_refused(probe.answer()) is refused:
                 return
             assert time.monotonic() < deadline
 
 
-@pytest.mark.usefixtures("full")
-def test_the_next_request_is_refused_at_once(
-    service: ServiceProcess, connection: psycopg.Connection[Any]
-) -> None:
+def test_the_next_request_is_refused_at_once(service: ServiceProcess, full: Full) -> None:
     with Connection(service.port) as client:
-        started = time.monotonic()
-        client.send(charge("next") + BODY)
-        answer = client.answer()
-        assert time.monotonic() - started < 0.5  # a place is free in 2 s
+        with within(0.5):  # a place is free in 2 s
+            client.send(charge("next") + BODY)
+            answer = client.answer()
         assert answer is not None
         assert is_refused(answer)
         assert answer.headers["content-type"] == "application/problem+json"
         assert answer.headers["retry-after"] == "1"
-        connection.execute(UNLOCK)
+        full.release()
         probe_until(service, refused=False)
         time.sleep(0.1)  # there is one place as yet, and the probe may still be leaving it
         client.send(charge("next") + BODY)  # the same connection and key
@@ -99,7 +102,7 @@ def test_the_next_request_is_refused_at_once(
 
 
 @pytest.mark.usefixtures("full")
-def test_operators_are_never_refused(service: ServiceProcess) -> None:
+def test_what_needs_no_key_needs_no_place(service: ServiceProcess) -> None:
     with Connection(service.port) as client:
         for path in ("/health", "/health?x=1", "/health/live", "/metrics"):
             for method in ("GET", "HEAD"):
@@ -134,13 +137,32 @@ def test_the_connection_of_a_refused_request(service: ServiceProcess) -> None:
         assert [is_refused(client.answer()) for _ in range(3)] == [True] * 3
 
 
-def test_a_request_behind_one_that_is_under_way_is_answered_after_it(
-    service: ServiceProcess, full: list[Connection], connection: psycopg.Connection[Any]
-) -> None:
-    full[0].send(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
-    connection.execute(UNLOCK)
-    answers = [full[0].answer() for _ in range(2)]
+def test_a_request_behind_one_that_is_under_way_is_answered_after_it(full: Full) -> None:
+    full.one.send(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+    full.release()
+    answers = [full.one.answer() for _ in range(2)]
     assert [answer and answer.status for answer in answers] == [201, 404]
+
+
+@pytest.mark.parametrize("body", [BODY, BODY[:20]])
+def test_a_request_behind_another_needs_a_place_of_its_own(
+    service: ServiceProcess, connection: psycopg.Connection[Any], body: bytes
+) -> None:
+    """The first one came in before that, and waited for its body without a place."""
+    with Connection(service.port) as client, ExitStack() as stack:
+        client.send(charge("first") + b"x")
+        time.sleep(0.2)
+        stack.enter_context(lock_held(connection))
+        for key in ("one", "other"):
+            stack.enter_context(Connection(service.port)).send(charge(key) + BODY)
+        probe_until(service, refused=True)
+        client.send(BODY[1:] + charge("behind") + body)
+        first, behind = client.answer(), client.answer()
+        assert first is not None
+        assert first.json()["code"] == "invalid_request"
+        assert is_refused(behind)
+        assert behind is not None
+        assert behind.is_last is (body is not BODY)
 
 
 def test_who_waits_for_somebody_else_holds_no_place(

@@ -6,7 +6,6 @@ the bounds that are promised.
 """
 
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,16 @@ from benchmarks.load import Load
 from benchmarks.open_loop import Report, drive
 from payments.database import DatabaseAddress
 from payments.deciding import payment_id_for
+from tests.machine import OTHERS_CORES, Machine, late, within
 from tests.process import ServiceProcess, at
+
+pytestmark = pytest.mark.alone
 
 TIMES = (0.5, 1, 1.5, 4)  # the capacity
 DEFAULT_S = 3.0
 RAMP_S = 0.5
 GROWTH_MAX_MB = 50  # up to 4,000 connections were open, which take about 12 KB each
-# A machine that did other things meanwhile: the load was sent late, or others took so many cores.
-LATE_MS = 20.0
-OTHERS_CORES = 0.5
+LATE_MS = 20.0  # a load that is sent later says more of the machine than of the service
 
 
 @pytest.fixture(scope="module")
@@ -38,34 +38,20 @@ def seconds(pytestconfig: pytest.Config) -> float | None:
 class Overload:
     """A load on the service, and who had the processors while it went on."""
 
-    def __init__(
-        self, service: ServiceProcess, rate: float, seconds: float, **options: Any
-    ) -> None:
-        began, everyone, ours = time.perf_counter(), busy_s(), service_and_database_s(service)
-        self.report = drive(service.port, rate, seconds, **options)
-        took = time.perf_counter() - began
-        ours = service_and_database_s(service) - ours + self.report.cpu_s
-        self.others_cores = (busy_s() - everyone - ours) / took
+    def __init__(self, service: ServiceProcess, rate: float, seconds: float, **more: Any) -> None:
+        machine = Machine()
+        self.report = drive(service.port, rate, seconds, **more)
+        self._others_cores = machine.others_cores()
 
-    @property
-    def is_disturbed(self) -> bool:
-        return self.report.lag_p99_ms > LATE_MS or self.others_cores > OTHERS_CORES
-
-
-def busy_s() -> float:
-    """What all processors have done for anyone."""
-    times = psutil.cpu_times()
-    return float(sum(times) - times.idle - getattr(times, "iowait", 0))
-
-
-def service_and_database_s(service: ServiceProcess) -> float:
-    total = 0.0
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.pid == service.process.pid or "postgres" in process.name():
-                times = process.cpu_times()
-                total += times.user + times.system
-    return total
+    def can_be_timed(self, *, strict: bool) -> bool:
+        """Whether times say something of the service; if not, the test is skipped at its end."""
+        lag_ms = self.report.lag_p99_ms
+        if strict or (lag_ms <= LATE_MS and self._others_cores <= OTHERS_CORES):
+            return True
+        late.append(
+            f"the load was sent {lag_ms} ms late, others used {self._others_cores:.1f} cores"
+        )
+        return False
 
 
 def resident_mb(service: ServiceProcess) -> float:
@@ -99,9 +85,8 @@ def check_times(load: Overload, peak_per_s: float, *, strict: bool) -> None:
 
 def check_normal(service: ServiceProcess, *, strict: bool) -> None:
     with httpx.Client(timeout=5) as client:
-        started = time.perf_counter()
-        assert service.charge(client, f"after-{started}").status_code == 201
-        assert time.perf_counter() - started < (0.2 if strict else 1)
+        with within(0.2 if strict else 1):
+            assert service.charge(client, f"after-{time.time()}").status_code == 201
         assert client.get(f"{service.url}/health").status_code == 200
 
 
@@ -128,7 +113,7 @@ def test_what_is_too_much_is_refused_at_once_and_the_rest_is_charged(
             check_normal(service, strict=strict)
             check_answers(report)
             peak_per_s = max(peak_per_s, report.goodput_per_s)
-            if strict or not load.is_disturbed:
+            if load.can_be_timed(strict=strict):
                 check_times(load, peak_per_s, strict=strict)
             answered = keys.read_text().split()
             assert len(answered) == report.statuses["201"]
@@ -143,8 +128,6 @@ def test_what_is_too_much_is_refused_at_once_and_the_rest_is_charged(
     )
     missing = accepted - {payment_id for (payment_id,) in charged}
     assert not missing, "charges that were answered are not stored"
-    if load.is_disturbed and not strict:
-        pytest.skip("all was answered; how fast was not looked at: the machine did other things")
 
 
 def test_a_storm_of_new_connections_is_answered(
@@ -156,12 +139,10 @@ def test_a_storm_of_new_connections_is_answered(
         load = Overload(service, 4 * capacity, 1)
         report = load.report
         check_answers(report)
-        if seconds is not None or not load.is_disturbed:
+        if load.can_be_timed(strict=seconds is not None):
             # A connection that is not accepted in time is tried again by its client after 1 s.
             assert max(report.accepted.p99_ms, report.refused.p99_ms) < 1000, report
         check_normal(service, strict=seconds is not None)
-    if load.is_disturbed and seconds is None:
-        pytest.skip("all was answered; how fast was not looked at: the machine did other things")
 
 
 def test_what_a_slow_provider_cannot_take_is_refused_before_anything_is_stored(
@@ -173,14 +154,18 @@ def test_what_a_slow_provider_cannot_take_is_refused_before_anything_is_stored(
     """50 calls of 0.5 s at a time are 100/s; four times as many come."""
     settings = {"GATEWAY_CONCURRENCY_MAX": 50, "SIMULATED_FAULTS": "delay=0.5"}
     with ServiceProcess(tmp_path, **settings, **at(address)) as service:
-        seconds = seconds or 2.0
-        report = drive(service.port, 400, seconds)
+        strict, seconds = seconds is not None, seconds or 2.0
+        load = Overload(service, 400, seconds)
+        report = load.report
         check_answers(report)
         assert service.terminate() == 0
     counted = connection.execute("SELECT topic, count(*) FROM payment_events GROUP BY 1")
     charges = report.statuses["201"]
     assert dict(counted.fetchall()) == {"PaymentInitiated": charges, "PaymentCharged": charges}
-    assert 75 * seconds <= charges <= 100 * seconds + 50
-    assert 500 <= report.accepted.p50_ms < 600
-    assert report.accepted.p99_ms < 1000
-    assert report.refused.p99_ms < 100
+    assert charges <= 100 * seconds + 50
+    assert report.accepted.p50_ms >= 500
+    if load.can_be_timed(strict=strict):
+        assert charges >= 75 * seconds
+        assert report.accepted.p50_ms < 600
+        assert report.accepted.p99_ms < 1000
+        assert report.refused.p99_ms < 100

@@ -17,6 +17,7 @@ from tests.edge.contents import CONTENTS
 from tests.edge.framings import FRAMINGS
 from tests.edge.raw import Answer, Connection, code_of
 from tests.edge.requests import BODY, charge, chunk, chunked, get
+from tests.machine import within
 from tests.process import ServiceProcess
 
 NEXT = get(more=b"Connection: close\r\n")
@@ -82,7 +83,7 @@ def test_a_request_that_never_ends(edge: ServiceProcess, store: psycopg.Connecti
     """All of them at once: each is cut, or refused and cut, after 5 s."""
     before = stored_events(store)
     started = time.monotonic()
-    with ExitStack() as stack:
+    with within(7.5), ExitStack() as stack:
         connections = {name: stack.enter_context(Connection(edge.port, 8)) for name in UNFINISHED}
         answered = stack.enter_context(Connection(edge.port, 8))
         answered.send(get())
@@ -96,6 +97,6 @@ def test_a_request_that_never_ends(edge: ServiceProcess, store: psycopg.Connecti
         }
         assert answered.answers() == []
     assert heard == {name: expected for name, (_, expected) in UNFINISHED.items()}
-    assert 4.5 < time.monotonic() - started < 7.5
+    assert time.monotonic() - started > 4.5
     charged = sum(answers.count("201") for answers in heard.values())
     assert stored_events(store) - before == EVENTS_OF_A_CHARGE * charged

@@ -12,7 +12,9 @@ import psutil
 
 from tests.edge.raw import Connection
 from tests.edge.requests import charge, get
+from tests.machine import Machine, bound, within
 from tests.process import ServiceProcess
+from tests.support import eventually
 
 SLOW = 300  # half of them with their heads, half with their bodies
 SILENT = 300
@@ -99,21 +101,21 @@ def test_slow_and_silent_clients_are_cut_and_hold_up_nobody(edge: ServiceProcess
     process = psutil.Process(edge.process.pid)
     assert edge.is_healthy()
     files, memory = process.num_fds(), process.memory_info().rss
+    machine = Machine()
     heads, bodies, silent, health, charging = asyncio.run(besiege(edge.port))
     assert {cut.received for cut in (*heads, *silent)} == {b""}
     assert {cut.received[:12] for cut in bodies} == {b"HTTP/1.1 408"}
-    for cut in (*heads, *bodies, *silent):
-        assert 4.5 < cut.after_s < CUT_AFTER_S
+    cuts = [cut.after_s for cut in (*heads, *bodies, *silent)]
+    assert min(cuts) > 4.5
+    bound(max(cuts), CUT_AFTER_S, machine)
     assert {status for status, _ in health.answers} == {200}
-    assert p99([seconds for _, seconds in health.answers]) < 1
+    bound(p99([seconds for _, seconds in health.answers]), 1, machine)
     charges = [answer for client in charging for answer in client.answers]
     assert len(charges) > 100
     assert {status for status, _ in charges} == {201}
-    assert p99([seconds for _, seconds in charges]) < 2
-    deadline = time.monotonic() + 5
-    while process.num_fds() > files + 8:  # its pool of database connections may have grown
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    bound(p99([seconds for _, seconds in charges]), 2, machine)
+    with within(5):  # its pool of database connections may have grown
+        eventually(lambda: process.num_fds() <= files + 8)
     assert process.memory_info().rss - memory < 30_000_000
 
 
@@ -140,11 +142,12 @@ def test_clients_that_never_read_are_cut(edge: ServiceProcess) -> None:
                     client.sendall(get(b"/v1/payments?limit=200") * 8)
             time.sleep(0.05)
         assert process.num_fds() >= files + DEAF
-        deadline = time.monotonic() + 9
-        while process.num_fds() > files + 8:
-            assert time.monotonic() < deadline, "a client that never reads is kept"
-            started = time.monotonic()
-            assert edge.is_healthy()
-            assert time.monotonic() - started < 1
-            time.sleep(0.1)
+
+        def are_cut() -> bool:
+            with within(1):
+                assert edge.is_healthy()
+            return process.num_fds() <= files + 8
+
+        with within(9):
+            eventually(are_cut)
     assert process.memory_info().rss - memory < 30_000_000

@@ -17,7 +17,7 @@ from payments.service import Service
 from payments.settings import ApiKey, Settings
 from tests.support import History, append, append_stored, stored_event
 from tests.web.test_api import problem
-from web.app import create_app
+from web import app
 
 pytestmark = pytest.mark.anyio
 
@@ -134,7 +134,7 @@ async def guarded(address: DatabaseAddress, settings: Settings) -> AsyncIterator
     )
     service = Service(msgspec.structs.replace(settings, payments_api_keys=keys), address)
     await service.start()
-    transport = httpx.ASGITransport(create_app(service))  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(app.guarded(app.application(service), service))  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=transport, base_url="http://payments") as opened:
         yield opened
     await service.stop(5)

@@ -1,12 +1,15 @@
 """Who a request comes from."""
 
 import hashlib
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from payments.errors import Unauthorized
 from payments.settings import DEFAULT_CLIENT, ApiKey
-from web.auth import STAFF, authenticate, may_read
+from web.auth import KEY_MAX, STAFF, authenticate, may_read
+from web.requests import client_of
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -132,6 +135,19 @@ def test_keys_that_begin_or_end_alike_are_two() -> None:
     keys = tuple(key(f"client-{number}", secret) for number, secret in enumerate(secrets))
     for number, secret in enumerate(secrets):
         assert authenticate(sent(b"Bearer " + secret), keys) == f"client-{number}"
+
+
+def test_what_is_longer_than_any_key_is_not_even_digested() -> None:
+    secret = b"k" * KEY_MAX
+    longest = secret[: KEY_MAX - len(b"Bearer ")]
+    assert authenticate(sent(b"Bearer " + longest), (key("shop", longest),)) == "shop"
+    with pytest.raises(Unauthorized):
+        authenticate(sent(b"Bearer " + secret), (key("shop", secret),))
+
+
+def test_whom_the_protocol_found_is_not_asked_for_again() -> None:
+    request: Any = SimpleNamespace(scope={"state": {"client": "shop"}, "headers": []})
+    assert client_of(request) == "shop"
 
 
 def test_a_key_may_hold_other_bytes_than_ascii() -> None:

@@ -130,7 +130,7 @@ async def test_health_is_degraded_and_not_down_while_nobody_takes_callbacks(
     async def well() -> bool:
         return bool((await client.get("/health")).json()["callbacks"] == "ok")
 
-    await until(well, 20)
+    await until(well)
     await until(lambda: len(orders.requests) >= 6)
 
 

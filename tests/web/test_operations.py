@@ -2,7 +2,12 @@
 
 import asyncio
 import re
+import threading
 import uuid
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -12,8 +17,10 @@ import pytest
 from payments.database import DatabaseAddress
 from payments.service import Service
 from payments.settings import Settings
+from payments.shared import Recent
 from tests.lost_log import accept_loss, lose_after
 from tests.support import History, append, until
+from web import operations
 
 pytestmark = pytest.mark.anyio
 
@@ -82,6 +89,49 @@ async def test_metrics_answer_without_a_database(
 ) -> None:
     await service.database.close()
     assert (await client.get("/metrics")).status_code == 200
+
+
+async def test_metrics_are_rendered_once_in_a_while_for_all_who_ask_and_beside_the_loop(
+    client: httpx.AsyncClient, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "METRICS_AGE_S", 60.0)
+    threads: list[threading.Thread] = []
+
+    def rendering(render: Callable[[], bytes]) -> Callable[[], bytes]:
+        def rendered() -> bytes:
+            threads.append(threading.current_thread())
+            return render()
+
+        return rendered
+
+    for name in ("exposition", "openmetrics"):
+        recent: Recent[bytes] = getattr(service, name)
+        render = rendering(getattr(service.telemetry, name))
+        monkeypatch.setattr(recent, "_work", partial(service._rendered, render))
+    for accept in ("text/plain", "application/openmetrics-text"):
+        asked = [client.get("/metrics", headers={"Accept": accept}) for _ in range(5)]
+        answers = [*await asyncio.gather(*asked), await client.get("/metrics")]
+        assert len({answer.text for answer in answers[:5]}) == 1
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
+    monkeypatch.setattr(operations, "METRICS_AGE_S", 0.0)
+    await client.get("/metrics")
+    assert len(threads) == 3
+
+
+async def test_what_is_rendered_beside_the_loop_iterates_over_nothing_that_it_changes(
+    client: httpx.AsyncClient, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Changing(deque[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("iterated over")
+
+    appender = service.appender
+    monkeypatch.setattr(appender, "_waiting", Changing([SimpleNamespace(submitted_at=0.0)]))
+    assert await gauge(client, "payments_append_backlog") == 1
+    assert await gauge(client, "payments_append_oldest_age_seconds") > 1
+    appender._waiting.clear()
+    assert await gauge(client, "payments_append_oldest_age_seconds") == 0
 
 
 async def test_health_of_a_database_that_refuses_to_write(

@@ -18,7 +18,7 @@ from tests.queries.conftest import FreezingProxy
 from tests.queries.rows import insert, view
 from tests.support import ORDER_ID, History, append, append_stored, stored_event, until
 from tests.web.test_api import charge, problem
-from web.app import create_app
+from web.app import application, guarded
 
 pytestmark = pytest.mark.anyio
 
@@ -154,7 +154,7 @@ async def test_reads_while_the_database_is_frozen(
     async with FreezingProxy(address) as proxy:
         service = Service(settings, proxy.address)
         await service.start(work=False)
-        transport = httpx.ASGITransport(create_app(service))  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(guarded(application(service), service))  # type: ignore[arg-type]
         async with httpx.AsyncClient(transport=transport, base_url="http://payments") as client:
             one = f"/v1/payments/{history.id}"
             assert (await client.get(one)).status_code == 200
@@ -170,7 +170,7 @@ async def test_reads_while_the_database_is_frozen(
             async def reads_again() -> bool:
                 return (await client.get(one)).status_code == 200
 
-            await until(reads_again, 5)
+            await until(reads_again)
         await service.stop(5)
 
 

@@ -4,18 +4,12 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
 import pytest
-import uvicorn
-from uvicorn.server import ServerState
 
-from payments.admission import Admission
-from payments.telemetry import Telemetry
-from web import protocol
-from web.access_log import RefusalLog
-from web.protocol import Protocol
+from tests.web.doors import door, listening, request
+from web import connection
 
 pytestmark = pytest.mark.anyio
 
@@ -34,23 +28,11 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 @pytest.fixture
 async def client(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[socket.socket]:
     """It has asked; what it does not read stays in the server, but for the kernel's buffers."""
-    monkeypatch.setattr(protocol, "WRITE_TIMEOUT_S", TIMEOUT_S)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none")
-    config.load()
-    make = partial(
-        Protocol, Admission(10, 10), Telemetry(), RefusalLog(), config, ServerState(), {}
-    )
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(make, "127.0.0.1", 0)
-    for listener in server.sockets:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
-    with socket.socket() as opened:
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
-        opened.setblocking(False)
-        await loop.sock_connect(opened, server.sockets[0].getsockname())
-        await loop.sock_sendall(opened, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        yield opened
-    server.close()
+    monkeypatch.setattr(connection, "WRITE_TIMEOUT_S", TIMEOUT_S)
+    async with listening(door(), app) as server:
+        with await server.connect(received_max=100_000) as opened:
+            await asyncio.get_running_loop().sock_sendall(opened, request(b"/open"))
+            yield opened
 
 
 async def received(client: socket.socket, pause_s: float) -> int:

@@ -17,7 +17,7 @@ from payments.settings import ApiKey, Settings
 from tests.doubles.gateway import ScriptedGateway, decline, no_answer
 from tests.support import ORDER_ID, until
 from tests.web.test_api import BODY, charge, problem
-from web.app import create_app
+from web.app import application, guarded
 
 pytestmark = pytest.mark.anyio
 
@@ -190,7 +190,7 @@ async def test_a_refund_that_the_provider_refuses_or_does_not_answer(
     gateway = ScriptedGateway(refund_script=[decline, no_answer])
     service = Service(Settings(), address, gateway=gateway)
     await service.start(work=False)
-    transport = httpx.ASGITransport(create_app(service))  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(guarded(application(service), service))  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=transport, base_url="http://payments") as client:
         payment_id = await charged(client)
         refused = await refund(client, payment_id, "r1", amount_cents=100)

@@ -11,11 +11,11 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Hashable
 from datetime import UTC, datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from loguru import logger
 
-from payments.admission import Admission
+from payments.admission import Admission, Client
 from payments.deciding import Cause, OutcomeMismatch
 from payments.errors import DatabaseUnavailable, PaymentsError, TooBusy
 from payments.gateways import OutcomeUnknown
@@ -33,10 +33,17 @@ INTENT_PATIENCE_S = 2.5
 A = TypeVar("A")
 
 
+class Request(Hashable, Protocol):
+    """What makes two requests equal, and who sent it."""
+
+    @property
+    def client(self) -> str: ...
+
+
 class Run(Generic[A]):
     """A request's work in this process, and everyone who waits for its answer."""
 
-    def __init__(self, deadline: float, admission: Admission) -> None:
+    def __init__(self, deadline: float, client: Client) -> None:
         self.deadline = deadline
         # When whoever waits gets an answer in any case: the deadline, or sooner.
         self.answer_by = deadline
@@ -50,7 +57,7 @@ class Run(Generic[A]):
         # The provider has answered; the event store has not yet.
         self.storing = False
         self.task: asyncio.Task[None] | None = None
-        self._admission = admission
+        self._client = client
         self._has_slot = False
         self._waiters: list[asyncio.Future[A]] = []
         self._without_place = 0  # how many of them
@@ -79,18 +86,18 @@ class Run(Generic[A]):
 
     def _leave_places(self, waiters: int) -> None:
         self._without_place += waiters
-        self._admission.waiting += waiters
+        self._client.leave(waiters)
 
     def take_slot(self) -> None:
         """Before the intent is written, and before each call of the provider; raises TooBusy."""
         if not self._has_slot:
-            self._admission.take_slot()
+            self._client.take_slot()
             self._has_slot = True
 
     def release_slot(self) -> None:
         """At the latest when the run ends."""
         if self._has_slot:
-            self._admission.release_slot()
+            self._client.release_slot()
             self._has_slot = False
 
     def finish(self, answer: A) -> None:
@@ -137,43 +144,42 @@ class Run(Generic[A]):
 class Runs:
     """All runs of one process: they are bounded, and stopped together."""
 
-    def __init__(self, admission: Admission, runs_max: int) -> None:
+    def __init__(self, admission: Admission) -> None:
         self._admission = admission
         # By the whole request: another request with the same key is another run, and the store's
         # version check decides between them.
-        self._runs: dict[Hashable, Run[Any]] = {}
-        self._runs_max = runs_max
+        self._runs: dict[Request, Run[Any]] = {}
         self._stop_by = math.inf
         self._tasks: set[asyncio.Task[None]] = set()
         self._watching: asyncio.TimerHandle | None = None
 
     async def answer(
-        self, request: Hashable, deadline_s: float, work: Callable[[Run[A]], Awaitable[None]]
+        self, request: Request, deadline_s: float, work: Callable[[Run[A]], Awaitable[None]]
     ) -> tuple[A, bool]:
         """The answer of `work`, or of the run of an equal request; and whether it was joined.
 
         Raises what the work failed with, or TooBusy.
         """
         deadline = time.monotonic() + deadline_s
-        run = self._runs.get(request)
+        run, client = self._runs.get(request), self._admission.client(request.client)
         while run is not None and run.answer is not None and run.task is not None:
             # Its requests were told PENDING, but it still goes on: this one waits for its end.
             left_s = min(deadline, self._stop_by) - time.monotonic()
             if run.storing:
                 left_s = min(left_s, OUTCOME_STORE_PATIENCE_S)
-            self._admission.waiting += 1
+            client.leave()
             try:
                 done, _ = await asyncio.wait({run.task}, timeout=max(0, left_s))
             finally:
-                self._admission.waiting -= 1
+                client.enter()
             if not done:
                 break
             run = self._runs.get(request)
         if run is not None:
             return await run.wait(joined=True), True
-        if len(self._runs) >= self._runs_max:
+        if not client.runs.take():
             raise TooBusy("Too many requests are under way.")
-        run = self._runs[request] = Run(deadline, self._admission)
+        run = self._runs[request] = Run(deadline, client)
         run.answer_by = min(run.answer_by, self._stop_by)
         run.task = asyncio.create_task(self._run(request, run, work), name="run")
         self._tasks.add(run.task)
@@ -183,7 +189,7 @@ class Runs:
         return await run.wait(), False
 
     async def _run(
-        self, request: Hashable, run: Run[A], work: Callable[[Run[A]], Awaitable[None]]
+        self, request: Request, run: Run[A], work: Callable[[Run[A]], Awaitable[None]]
     ) -> None:
         try:
             await work(run)
@@ -199,6 +205,7 @@ class Runs:
             # Whatever way the run ended, nobody waits for ever.
             run.fail(TooBusy("The request did not get its turn in time."))
             run.release_slot()
+            self._admission.client(request.client).runs.add(-1)
             del self._runs[request]
 
     def hurry(self, within_s: float) -> None:

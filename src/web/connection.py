@@ -1,0 +1,188 @@
+"""How a connection ends: uvicorn's HTTP/1.1 protocol with the limits that it lacks.
+
+A client that sends nothing, or only a part of a head, is cut, and so is one that does not take its
+answers. What cannot be read is answered after everything that could.
+"""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from web.answers import Refused, lines_of, unreadable
+from web.door import Door
+from web.heads import MALFORMED_REQUEST, Refusal
+from web.memory import Memory
+
+HEAD_TIMEOUT_S = 5.0  # also for a connection on which nothing comes at all
+WRITE_TIMEOUT_S = 5.0  # for a client that does not take its answers, or does not go away
+WRITE_MIN = 16 * 1024  # bytes that it has to take in this time, if so many are left
+
+Cycle = RequestResponseCycle | Refused
+
+
+class Connection(HttpToolsProtocol):
+    def __init__(self, door: Door, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._door = door
+        self._memory = Memory(door.strangers_memory())
+        self._in_head = True
+        self._head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._unwritten = 0  # bytes, when that timer was set
+        self._is_over = False  # nothing more is written
+        self._running: Cycle | None = None  # self.cycle is the one read last
+        self._last_words: bytes | None = None  # what ends the connection, after what is under way
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._in_head = False
+        self._watch_head()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+        self._door.forget(self)
+        self._give_up_running()
+        self._memory.let_go()
+        super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client will send no more; what it asked for is answered still."""
+        if self._is_over:
+            return False
+        is_cut_short = self._head_bytes > 0 if self._in_head else self._is_reading_body()
+        detail = "The request ended before it was complete."
+        self._end(self._unreadable(MALFORMED_REQUEST, detail) if is_cut_short else b"")
+        return not self.transport.is_closing()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_writing()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None and not self._is_over:
+            self._write_timer.cancel()
+
+    def on_response_complete(self) -> None:
+        self._memory.let_go_of_request()
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._close()
+        elif self._last_words is not None and self._is_idle() and not self._is_over:
+            self._say_last_words()
+
+    def on_turn(self) -> None:
+        """What waited may be answered (turns.py)."""
+        assert isinstance(self._running, Refused)
+        self.flow.resume_reading()
+        if self._running.more_body:
+            self._say_last_words()
+        else:
+            self._write_refusal(self._running)
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._close()
+
+    def _may_answer(self, refused: Refused) -> bool:
+        """Whether it is its turn already; if not, nothing is read until `on_turn`."""
+        if self._door.may_answer(refused.answer, self):
+            return True
+        self.flow.pause_reading()
+        return False
+
+    def _write_refusal(self, refused: Refused) -> None:
+        refused.response_complete = True
+        if self.transport.is_closing():
+            return
+        self.transport.write(refused.written())
+        if not refused.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    def _is_idle(self) -> bool:
+        return self._running is None or self._running.response_complete
+
+    def _is_reading_body(self) -> bool:
+        return self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete
+
+    def _give_up_running(self) -> None:
+        """Of several requests uvicorn itself tells only the last."""
+        self.pipeline.clear()
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.waiting_for_100_continue = False
+            self._running.message_event.set()
+
+    def _watch_head(self) -> None:
+        """One timer from where a head is waited for until it is complete."""
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        self._head_timer = (
+            self.loop.call_later(HEAD_TIMEOUT_S, self._end, b"") if self._in_head else None
+        )
+
+    def _watch_writing(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+        self._unwritten = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self._check_writing)
+
+    def _check_writing(self) -> None:
+        if self.transport.get_write_buffer_size() + WRITE_MIN <= self._unwritten:
+            self._watch_writing()  # slow, but it takes it
+        else:
+            self.transport.abort()
+
+    def _unreadable(self, refusal: Refusal, detail: str) -> bytes:
+        self._door.log.unreadable.add()
+        more = lines_of(self.server_state.default_headers)
+        return unreadable(refusal, detail).written(more, closes=True)
+
+    def _forget_head(self) -> None:
+        """It is not looked at again, and may be large."""
+        self.url, self.headers, self.scope = b"", [], {}  # type: ignore[typeddict-item]
+
+    def _end(self, last_words: bytes) -> None:
+        """Reads nothing more, and closes the connection once what is under way was answered."""
+        if self.transport.is_closing() or self._last_words is not None:
+            return
+        self._last_words = last_words
+        self._in_head = False
+        self._watch_head()
+        self._memory.let_go_of_head()
+        self._forget_head()
+        self.parser = None  # type: ignore[assignment] # it holds a part of the head as well
+        if self._is_reading_body():
+            if not self.pipeline:
+                if not isinstance(self._running, Refused) or self._may_answer(self._running):
+                    self._say_last_words()
+                return
+            self.pipeline.popleft()
+        if self._is_idle():
+            self._say_last_words()
+        elif not last_words:
+            latest = self.pipeline[0][0] if self.pipeline else self._running
+            assert latest is not None
+            latest.keep_alive = False
+
+    def _say_last_words(self) -> None:
+        if not self._last_words:
+            self._close()
+        elif not self.transport.is_closing():
+            # Closed with bytes unread, the connection would be reset, and the client might never
+            # see the answer: it is to close first (RFC 9112 section 9.6).
+            self._give_up_running()
+            self.transport.write(self._last_words)
+            self.transport.write_eof()
+            self._is_over = True
+            self._watch_writing()
+
+    def _close(self) -> None:
+        """Once everything was written, which a client that does not read may not hold up."""
+        self.transport.close()
+        self._is_over = True
+        self._watch_writing()

@@ -1,0 +1,156 @@
+"""What is decided about a request when its head was read: whether it may come in, and as whom.
+
+What is refused here never becomes a task and holds no place, and its body is not read. Requests
+that need no API key, and those that lack one, must not take from clients what these need: each open
+path has a bound of its own, and all that is answered here together has one as well (turns.py).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from prometheus_client import Counter
+
+from payments.admission import Admission, Client, Share
+from payments.errors import Unauthorized
+from payments.settings import ApiKey
+from payments.telemetry import Telemetry
+from web.access_log import RefusalLog
+from web.answers import NOT_FOUND, TOO_BUSY, TOO_BUSY_OPEN, UNAUTHORIZED, Answer
+from web.auth import authenticate
+from web.heads import METHODS, Headers
+from web.paths import Paths
+from web.turns import Bucket, Turns, Waiting
+
+OPEN_MAX = 16  # requests for one open path under way
+OPEN_PER_S = 25  # and in a second
+ALIVE_PER_S = 100  # answers of /health/live that wait for no turn
+
+_READS = (b"GET", b"HEAD")
+_METHODS = {method.encode(): method for method in METHODS} | {b"HEAD": "GET"}
+
+# What is known of a path without asking anybody; None: nothing.
+Known = Callable[[], Answer | None]
+
+
+class Place(Protocol):
+    """What a request holds that came in: a client's, or an open path's."""
+
+    name: str | None  # the client's
+    memory: Share | None  # None: its connection's own
+
+    def admit(self) -> bool:
+        """Whether one more may come in; if so, it is to `enter`."""
+
+    def enter(self) -> None: ...
+
+    def leave(self) -> None: ...
+
+
+class OpenPath:
+    """A path that needs no API key."""
+
+    name = memory = None
+
+    def __init__(self, template: str, known: Known | None) -> None:
+        self.template = template
+        self.known = known
+        self._bucket = Bucket(OPEN_PER_S)
+        self._under_way = 0
+
+    def admit(self) -> bool:
+        return self._under_way < OPEN_MAX and self._bucket.take()
+
+    def enter(self) -> None:
+        self._under_way += 1
+
+    def leave(self) -> None:
+        self._under_way -= 1
+
+
+class Door:
+    """One per port."""
+
+    def __init__(
+        self,
+        paths: Paths,
+        keys: tuple[ApiKey, ...],
+        admission: Admission,
+        telemetry: Telemetry,
+        *,
+        alive: Mapping[str, Answer],
+        known: Mapping[str, Known],
+    ) -> None:
+        """By path: what is always `alive`, with which answer; and what is `known`, which is told
+        to those that its bound refuses."""
+        self._paths = paths
+        self._keys = keys
+        self._admission = admission
+        self._telemetry = telemetry
+        self._alive = alive
+        self._open = {
+            path.template: OpenPath(path.template, known.get(path.template))
+            for path in paths.all
+            if not path.needs_key
+        }
+        self._turns = Turns()
+        self._alive_at_once = Bucket(ALIVE_PER_S)
+        self._counters: dict[tuple[bytes, str, int], Counter] = {}
+        self.log = RefusalLog()
+
+    def strangers_memory(self) -> Share:
+        """For one connection."""
+        return self._admission.strangers_memory.share()
+
+    def look(self, method: bytes, target: bytes, headers: Headers) -> "Client | OpenPath | Answer":
+        """As whom a request comes in, or its answer; ValueError for a target that is none at all.
+
+        A client may still be refused when it asks to be admitted.
+        """
+        path = self._paths.find(target)
+        if path is None:
+            self.log.not_found.add()
+            return self._counted(NOT_FOUND, method, "unmatched")
+        if not path.needs_key:
+            alive = self._alive.get(path.template)
+            if alive is not None and method in _READS:
+                return self._counted(alive, method, path.template)
+            return self._open[path.template]
+        try:
+            return self._admission.client(authenticate(headers, self._keys))
+        except Unauthorized:
+            self.log.unauthorized.add()
+            return self._counted(UNAUTHORIZED, method, path.template)
+
+    def refusal(self, place: Client | OpenPath | None, method: bytes) -> Answer:
+        """For a request that was not admitted; None: it is not known yet what for."""
+        if isinstance(place, Client):
+            self._telemetry.refusals.inc()
+            self.log.too_busy.add()
+            return TOO_BUSY
+        if place is not None and place.known is not None and method in _READS:
+            known = place.known()
+            if known is not None:
+                return self._counted(known, method, place.template)
+        self._telemetry.open_refusals.inc()
+        self.log.too_busy_open.add()
+        return TOO_BUSY_OPEN
+
+    def may_answer(self, answer: Answer, who: Waiting) -> bool:
+        """Whether this may be answered now; if not, `who` hears of its turn."""
+        if not answer.waits:
+            return True
+        if answer in self._alive.values() and self._alive_at_once.take():
+            return True
+        return self._turns.is_next(who)
+
+    def forget(self, who: Waiting) -> None:
+        self._turns.forget(who)
+
+    def _counted(self, answer: Answer, method: bytes, route: str) -> Answer:
+        key = (method, route, answer.status)
+        counter = self._counters.get(key)
+        if counter is None:
+            labels = (_METHODS.get(method, "other"), route, answer.status)
+            counter = self._counters[key] = self._telemetry.requests.labels(*labels)
+        counter.inc()
+        return answer

@@ -1,0 +1,65 @@
+"""Which paths there are, each in one spelling, and which of them need an API key.
+
+The framework takes `//metrics`, `/metrics/` and `/%6detrics` for `/metrics` as well, where a proxy
+with a rule for `/metrics` sees three other paths. Here they are not found.
+"""
+
+import re
+from typing import NamedTuple
+
+import httptools
+from litestar import Litestar
+from litestar.routes import HTTPRoute
+
+from payments.errors import Unauthorized
+
+# What stands for a parameter: no slash, an encoded one neither, and no name of a directory.
+_PARAMETER = r"(?!\.\.?(?:/|\Z))(?:[^/%]|%(?!2[fF]))+"
+
+
+class Path(NamedTuple):
+    template: str
+    needs_key: bool
+
+
+class Paths:
+    """Those of an application, and of what it has registered by now."""
+
+    def __init__(self, app: Litestar) -> None:
+        self.all = [_path(route) for route in app.routes if isinstance(route, HTTPRoute)]
+        self._fixed = {path.template.encode(): path for path in self.all}
+        self._with_parameters = [
+            (_pattern(path.template), path) for path in self.all if "{" in path.template
+        ]
+
+    def find(self, target: bytes) -> Path | None:
+        """The path that a request's target names; ValueError for a target that is none at all."""
+        path = target.partition(b"?")[0] if target.startswith(b"/") else _path_of_url(target)
+        found = self._fixed.get(path)
+        if found is None:
+            for pattern, one in self._with_parameters:
+                if pattern.fullmatch(path):
+                    return one
+        return found
+
+
+def _path(route: HTTPRoute) -> Path:
+    operations = [handler.opt.get("operation") for handler in route.route_handlers]
+    needs_key = any(each is not None and Unauthorized in each.problems for each in operations)
+    return Path(route.path_format, needs_key)
+
+
+def _pattern(template: str) -> re.Pattern[bytes]:
+    parts = re.split(r"\{\w+\}", template)
+    return re.compile(_PARAMETER.join(re.escape(part) for part in parts).encode())
+
+
+def _path_of_url(target: bytes) -> bytes:
+    """RFC 9112 section 3.2.2: the absolute form, which is meant for proxies, is taken as well."""
+    try:
+        path: bytes | None = httptools.parse_url(target).path
+    except httptools.HttpParserInvalidURLError as error:
+        raise ValueError(target) from error
+    if path is None:
+        raise ValueError(target)
+    return path

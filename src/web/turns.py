@@ -1,0 +1,73 @@
+"""How a flood of requests that need next to nothing is slowed down.
+
+Each of them is answered without a task, but whoever sends the next one upon the answer would get as
+many answers as the event loop can give, and nobody else any. So many a second are answered at once.
+Of what is beyond, the connection is not read meanwhile, and its answer waits for its turn: a closed
+loop of N connections gets N answers in HELD_S, and never more than GIVEN_MAX in TURN_S.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Protocol
+
+AT_ONCE_PER_S = 500
+HELD_S = 0.5
+TURN_S = 0.01
+GIVEN_MIN, GIVEN_MAX = 5, 20  # answers in one turn
+
+
+class Bucket:
+    """Lets so many a second through, and as many at once."""
+
+    def __init__(self, per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_s = self._left = per_s
+        self._clock = clock
+        self._looked_at = clock()
+
+    def take(self) -> bool:
+        now = self._clock()
+        self._left = min(self._per_s, self._left + (now - self._looked_at) * self._per_s)
+        self._looked_at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+class Waiting(Protocol):
+    """A connection whose answer waits."""
+
+    def on_turn(self) -> None:
+        """The answer may be given."""
+
+
+class Turns:
+    """One per port."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._at_once = Bucket(AT_ONCE_PER_S, clock)
+        self._waiting: OrderedDict[Waiting, None] = OrderedDict()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def is_next(self, who: Waiting) -> bool:
+        """Whether it may answer now; if not, it hears of its turn."""
+        if not self._waiting and self._at_once.take():
+            return True
+        self._waiting[who] = None
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(TURN_S, self._give)
+        return False
+
+    def forget(self, who: Waiting) -> None:
+        """It has gone."""
+        self._waiting.pop(who, None)
+
+    def _give(self) -> None:
+        due = int(len(self._waiting) * TURN_S / HELD_S)
+        for _ in range(min(GIVEN_MAX, max(GIVEN_MIN, due), len(self._waiting))):
+            who, _ = self._waiting.popitem(last=False)
+            who.on_turn()
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(TURN_S, self._give) if self._waiting else None
