@@ -1,13 +1,16 @@
-"""Connections: what is asked of the server holds, whatever its own defaults are."""
+"""Connections: what is asked of the server holds, whatever its defaults are or stands between."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg.sql import SQL, Identifier
 
-from payments.database import SESSION_OPTIONS, Database, DatabaseAddress, connect
+from payments.database import Database, DatabaseAddress, connect
 from payments.events.store import PaymentsDatastore
+from payments.session import SETTINGS
+from tests.pooler import Pooler
 
 pytestmark = pytest.mark.anyio
 
@@ -36,9 +39,16 @@ IN_FORCE = "SELECT name, current_setting(name) FROM unnest(%s::text[]) AS name"
 NAMES = list(WANTED)
 
 
-@pytest.fixture
-def contrary(address: DatabaseAddress, connection: psycopg.Connection[Any]) -> DatabaseAddress:
+@pytest.fixture(params=["directly", "through a pooler"])
+def contrary(
+    request: pytest.FixtureRequest,
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[DatabaseAddress]:
     """A database whose defaults are the opposite of what we want."""
+    # Nor does it count what other programs are told; and a pooler would refuse it.
+    monkeypatch.setenv("PGOPTIONS", "-c synchronous_commit=off")
     for name, value in TOLD.items():
         statement = SQL("ALTER DATABASE {} SET {} = {}")
         connection.execute(statement.format(Identifier(address.dbname), Identifier(name), value))
@@ -47,11 +57,15 @@ def contrary(address: DatabaseAddress, connection: psycopg.Connection[Any]) -> D
     ) as plain:
         there: dict[str, str] = dict(plain.execute(IN_FORCE, [NAMES]).fetchall())
     assert not there.items() & WANTED.items()
-    return address
+    if request.param == "directly":
+        yield address
+    else:
+        with Pooler(address, "session") as pooler:
+            yield pooler.address
 
 
 def test_every_option_is_looked_at() -> None:
-    assert WANTED.keys() == TOLD.keys() == SESSION_OPTIONS.keys()
+    assert WANTED.keys() == TOLD.keys() == SETTINGS.keys()
 
 
 async def test_the_pools_and_ones_own_connections(contrary: DatabaseAddress) -> None:

@@ -14,7 +14,7 @@ import pytest
 from payments import embedded_postgres
 from payments.database import DatabaseAddress, create_database_if_missing
 from tests.invariants.checker import check
-from tests.process import ROOT, ServiceProcess, at, run
+from tests.process import ROOT, ServiceProcess, at, invoke
 from tests.support import ORDER_ID
 
 Connection = psycopg.Connection[Any]
@@ -38,7 +38,7 @@ def roles(empty_database: DatabaseAddress) -> Iterator[dict[str, DatabaseAddress
     with psycopg.connect(empty_database.conninfo("tests"), autocommit=True) as connection:
         connection.execute(ours(create))
         owner = addresses["payments_owner"]
-        done = run("migrate", **at(owner))
+        done = invoke("migrate", **at(owner))
         assert done.returncode == 0, done.stderr
         with psycopg.connect(owner.conninfo("tests"), autocommit=True) as as_owner:
             as_owner.execute(ours(grant))
@@ -95,9 +95,9 @@ def test_the_service_works_under_its_role_and_cannot_alter_events(
         log = running.log.read_text()
         assert running.terminate() == 0
     assert "permission denied" not in log
-    done = run("rebuild", **given)
+    done = invoke("rebuild", **given)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "only the append function may write to the log" in run("doctor", **given).stdout
+    assert "only the append function may write to the log" in invoke("doctor", **given).stdout
 
 
 def test_an_auditor_reads_and_writes_nothing(
@@ -115,14 +115,14 @@ def test_an_auditor_reads_and_writes_nothing(
         ("audit", "verify"),
         ("rebuild", "--dry-run"),
     ):
-        done = run(*arguments, **auditor)
+        done = invoke(*arguments, **auditor)
         assert (done.returncode, done.stderr) == (0, ""), arguments
     with psycopg.connect(empty_database.conninfo("tests"), autocommit=True) as connection:
         connection.execute("UPDATE payments SET amount_cents = 1")
-        refused = run("rebuild", **auditor)
+        refused = invoke("rebuild", **auditor)
         assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
         assert refused.stderr.startswith("payments: the database: permission denied")
-        assert "this role may only read the log" in run("doctor", **auditor).stdout
+        assert "this role may only read the log" in invoke("doctor", **auditor).stdout
         with psycopg.connect(
             roles["payments_auditor"].conninfo("tests"), autocommit=True
         ) as as_auditor:
@@ -136,7 +136,7 @@ def test_an_auditor_reads_and_writes_nothing(
         connection.execute("REVOKE SELECT ON log_seals FROM PUBLIC")
         auditor_name = roles["payments_auditor"].user
         connection.execute(f"REVOKE SELECT ON log_seals FROM {auditor_name}".encode())
-        unable = run("audit", "verify", **auditor)
+        unable = invoke("audit", "verify", **auditor)
         assert (unable.returncode, unable.stderr.count("\n")) == (2, 1)
         assert "permission denied for table log_seals" in unable.stderr
 
@@ -168,7 +168,7 @@ def test_a_dump_is_restored_and_goes_on(
     try:
         create_database_if_missing(restored)
         call("pg_restore", f"--dbname={restored.dbname}", "--exit-on-error", str(dump))
-        verified = run("audit", "verify", **at(restored), LOG_LEVEL="WARNING")
+        verified = invoke("audit", "verify", **at(restored), LOG_LEVEL="WARNING")
         assert (verified.returncode, verified.stderr) == (0, ""), verified
         with (
             ServiceProcess(tmp_path, **at(restored), **ledger) as service,

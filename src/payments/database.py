@@ -1,49 +1,43 @@
 """Connections to Postgres: how they are opened, pooled and given up.
 
-Postgres 15 or newer, direct or session-mode connections: prepared statements, advisory locks and
-LISTEN do not survive transaction pooling. TLS is libpq's: set PGSSLMODE and PGSSLROOTCERT.
+Postgres 15 or newer, direct or through a session-mode pooler. Every connection is set up as
+payments/session.py says before anybody gets it. TLS is libpq's: set PGSSLMODE and PGSSLROOTCERT.
 """
 
 import asyncio
 import ipaddress
 import socket
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import Any, Self
 
 import msgspec
 import psycopg
+from loguru import logger
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import tuple_row
 from psycopg.sql import SQL, Identifier
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
+from payments import session
 from payments.errors import DatabaseUnavailable, StartError
 from payments.names import addresses_of
 from payments.settings import Settings
 
 CONNECT_TIMEOUT_S = 2  # libpq takes no less, and a healthy server answers in milliseconds
+POOLER_TIMEOUT_S = 5.0  # a pooler lets a connection wait while all of its own are taken
 RESOLVE_TIMEOUT_S = 2.0  # for the name of the host; the C library itself takes 10 s and more
 QUERY_TIMEOUT_S = 1.5  # with the wait for a connection, a request gets its 503 in under 3 s
 POOL_WAIT_S = 1.0
 SILENCE_S = 1.0  # without an answer for so long a connection was cut off, and others may have been
 READ_TIMEOUT_S = POOL_WAIT_S + QUERY_TIMEOUT_S
-
-# Sent with every connection. The server's timeouts stand behind ours: they free what a client that
-# was cut off or frozen still holds.
-SESSION_OPTIONS = {
-    "TimeZone": "UTC",
-    # append_payment_events must see what the previous holder of its lock committed.
-    "default_transaction_isolation": r"read\ committed",
-    "synchronous_commit": "on",
-    # A plan that was made while a table was small is kept while it grows, until its statistics are
-    # new: a scan that was right for ten rows would then read them all. Every query has its index.
-    "enable_seqscan": "off",
-    "jit": "off",  # compiling takes longer than any of our queries
-    "statement_timeout": "2s",
-    "lock_timeout": "1200ms",
-    "idle_in_transaction_session_timeout": "5s",
-}
+# A connection's prepared statements are not those of its session: a pooler gave it another one.
+OTHER_SESSION = (
+    psycopg.errors.InvalidSqlStatementName,
+    psycopg.errors.DuplicatePreparedStatement,
+)
 
 
 class DatabaseAddress(msgspec.Struct, frozen=True):
@@ -87,16 +81,77 @@ class DatabaseAddress(msgspec.Struct, frozen=True):
             tcp_user_timeout=3000,
             keepalives_idle=5,
             keepalives_interval=2,
-            options=" ".join(f"-c {name}={value}" for name, value in SESSION_OPTIONS.items()),
+            options="",  # nor what PGOPTIONS holds: a pooler refuses it
+            # Of several hosts only one takes events.
+            target_session_attrs="read-write" if "," in self.host else None,
         )
 
 
 def connect(address: DatabaseAddress, application_name: str) -> psycopg.Connection[Any]:
     """A blocking connection for start-up and the CLI; StartError says in one line why not."""
+    return _connect(address, application_name)[0]
+
+
+def refuse_pooling(address: DatabaseAddress) -> None:
+    """StartError unless two connections that are open at once have each its own session."""
+    with ExitStack() as opened:
+        both = []
+        for _ in range(2):
+            both.append(_connect(address, "payments start"))
+            opened.callback(both[-1][0].close)
+        try:
+            # Twice in a row each: a pooler may take its sessions in turn.
+            for connection, mark in (both[0], both[0], both[1], both[1], both[0]):
+                session.check(_ask(connection, session.LOOK), mark)
+        except psycopg.Error as error:
+            raise _unfit(address, error) from None
+
+
+def set_up(connection: psycopg.Connection[Any]) -> str:
+    """Sets a new session up, and looks whether it holds; its mark. Otherwise the connection is
+    closed; raises psycopg.Error."""
     try:
-        return psycopg.connect(address.conninfo(application_name), autocommit=True)
+        mark = session.mark_of_new(_ask(connection, session.SET_UP))
+        session.check(_ask(connection, session.LOOK), mark)
+    except BaseException:
+        connection.close()
+        raise
+    return mark
+
+
+def _connect(address: DatabaseAddress, name: str) -> tuple[psycopg.Connection[Any], str]:
+    """With the mark of its session."""
+    try:
+        connection = psycopg.connect(address.conninfo(name), autocommit=True)
     except psycopg.OperationalError as error:
         raise StartError(f"cannot connect to Postgres as {address!r}: {reason_of(error)}") from None
+    try:
+        return connection, set_up(connection)
+    except psycopg.Error as error:
+        raise _unfit(address, error) from None
+
+
+def _ask(connection: psycopg.Connection[Any], query: str) -> tuple[Any, ...]:
+    """The one row of a query, within POOLER_TIMEOUT_S; psycopg.Error."""
+    began = time.monotonic()
+    timer = threading.Timer(POOLER_TIMEOUT_S, cut, [connection])
+    timer.start()
+    try:
+        with connection.cursor(row_factory=tuple_row) as cursor:
+            ((*row,),) = cursor.execute(query.encode(), prepare=False).fetchall()
+    except psycopg.OperationalError as error:
+        if time.monotonic() - began < POOLER_TIMEOUT_S:
+            raise
+        raise psycopg.errors.ConnectionTimeout(
+            f"no answer for {POOLER_TIMEOUT_S:.0f} s; has the pooler a connection free?"
+        ) from error
+    finally:
+        timer.cancel()
+    return tuple(row)
+
+
+def _unfit(address: DatabaseAddress, error: psycopg.Error) -> StartError:
+    return StartError(f"cannot work with Postgres as {address!r}: {reason_of(error)}")
 
 
 def reason_of(error: psycopg.Error) -> str:
@@ -120,7 +175,7 @@ def create_database_if_missing(address: DatabaseAddress) -> None:
             raise StartError(f"cannot create {address.dbname}: {reason_of(error)}") from None
 
 
-def cut(connection: psycopg.AsyncConnection[Any]) -> None:
+def cut(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
     """Ends a connection whose server may be frozen.
 
     Closing it would ask the server first, and cancelling a query opens another connection to it.
@@ -156,11 +211,13 @@ def _is_a_name(host: str) -> bool:
 
 
 class _Connection(psycopg.AsyncConnection[Any]):
-    """Neither connecting nor giving up takes long, whatever the server does.
+    """Its session is set up. Neither connecting nor giving up takes long, whatever the server does.
 
     Cancelling whoever waits for a query cuts the connection: psycopg would open a second one to
     cancel the query, and wait up to 10 s for a server that may be frozen.
     """
+
+    _mark: str  # of the session
 
     @classmethod
     async def connect(cls, conninfo: str = "", **options: Any) -> Self:
@@ -169,10 +226,49 @@ class _Connection(psycopg.AsyncConnection[Any]):
             addresses = await _resolve(host)
             hosts = ",".join([host] * len(addresses))  # TLS checks the name
             conninfo = make_conninfo(conninfo, host=hosts, hostaddr=",".join(addresses))
-        return await super().connect(conninfo, **options)
+        connection = await super().connect(conninfo, **options)
+        async with connection._closed_if_unfit():
+            connection._mark = session.mark_of_new(await connection._ask(session.SET_UP))
+        return connection
+
+    async def check_session(self) -> None:
+        """SessionUnfit unless what was set up holds in another transaction."""
+        async with self._closed_if_unfit():
+            session.check(await self._ask(session.LOOK), self._mark)
+
+    @asynccontextmanager
+    async def _closed_if_unfit(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, session.SessionUnfit):
+                logger.bind(reason=str(error)).error("a database session cannot be used")
+            await self.close()
+            raise
+
+    async def _ask(self, query: str) -> tuple[Any, ...]:
+        with cut_after(self, CONNECT_TIMEOUT_S):
+            cursor = await self.execute(query.encode(), prepare=False)
+            ((*row,),) = await cursor.fetchall()
+        return tuple(row)
 
     async def _try_cancel(self, *, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - psycopg's
         cut(self)
+
+
+async def _fetch(
+    connection: psycopg.AsyncConnection[Any],
+    query: str,
+    params: Sequence[Any] | Mapping[str, Any],
+    prepare: bool | None,
+) -> list[tuple[Any, ...]]:
+    cursor = connection.cursor(binary=True)
+    try:
+        await cursor.execute(query.encode(), params, prepare=prepare)
+    except OTHER_SESSION:
+        await connection.close()  # else the pool would hand it out again
+        raise
+    return await cursor.fetchall()
 
 
 class cut_after:  # noqa: N801 - used like a function
@@ -258,10 +354,8 @@ class Database:
                 async with self._pool.connection(timeout=wait_s) as connection:
                     limit_s = min(left_s(), QUERY_TIMEOUT_S)
                     with cut_after(connection, limit_s) as cutting:
-                        cursor = connection.cursor(binary=True)
-                        await cursor.execute(query.encode(), params, prepare=prepare)
-                        return await cursor.fetchall()
-            except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+                        return await _fetch(connection, query, params, prepare)
+            except (psycopg.OperationalError, psycopg.InterfaceError, *OTHER_SESSION) as error:
                 if cutting is not None and cutting.has_cut and limit_s >= SILENCE_S:
                     # Those that idle may be as dead, each at the cost of another request.
                     await self._pool.drain()
@@ -271,5 +365,8 @@ class Database:
         raise AssertionError("the last try returns or raises")
 
     async def connect(self, application_name: str) -> psycopg.AsyncConnection[Any]:
-        """A connection of one's own, outside the pool, with the same options."""
-        return await _Connection.connect(self.address.conninfo(application_name), autocommit=True)
+        """A connection of one's own, outside the pool, set up in the same way, and checked."""
+        conninfo = self.address.conninfo(application_name)
+        connection = await _Connection.connect(conninfo, autocommit=True)
+        await connection.check_session()
+        return connection

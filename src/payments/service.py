@@ -2,8 +2,11 @@
 
 import asyncio
 import importlib
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,7 +22,13 @@ from payments.commands.refund import Refunding
 from payments.commands.runs import Runs
 from payments.commands.settle import Settler
 from payments.commands.settling import Settling
-from payments.database import Database, DatabaseAddress, create_database_if_missing
+from payments.database import (
+    Database,
+    DatabaseAddress,
+    create_database_if_missing,
+    refuse_pooling,
+)
+from payments.embedded_postgres.keeper import Keeper
 from payments.errors import DatabaseUnavailable, StartError
 from payments.events.appender import Appender
 from payments.events.notifier import Notifier
@@ -36,9 +45,9 @@ from payments.projections.seals import SealsProjection
 from payments.queries.callbacks import backlog, oldest_age_s
 from payments.queries.followers import follower_states, unsettled_payments
 from payments.queries.lookups import PaymentLookups
-from payments.queries.server import server_state
+from payments.queries.server import UNSAFE_MEANS, server_state, unsafe_settings
 from payments.settings import Settings
-from payments.shared import Shared
+from payments.shared import Recent, Shared
 from payments.telemetry import BREAKER_STATES, UNSETTLED_KINDS, Telemetry
 
 OBSERVE_TIMEOUT_S = 2.0  # a scrape is answered in under 3 s
@@ -79,6 +88,8 @@ class Service:
         self._operations_database = Database(address, 2)
         self.reach_database = Shared(self._reach_database)
         self.observe = Shared(self._observe)
+        self.exposition = Recent(partial(self._rendered, self.telemetry.exposition))
+        self.openmetrics = Recent(partial(self._rendered, self.telemetry.openmetrics))
         self.gateway = CountedGateway(gateway or build_gateway(settings), self.telemetry)
         self.watch = LogWatch(self.database, self.telemetry, data_dir)
         self.notifier = Notifier(self.database.connect, self.telemetry, self._wake_followers)
@@ -90,8 +101,9 @@ class Service:
             self.notifier.appended,
         )
         places, slots = settings.intent_queue_max, settings.gateway_concurrency_max
-        self.admission = Admission(places, slots)
-        self.runs = Runs(self.admission, places + slots)
+        clients = len({key.client for key in settings.payments_api_keys})
+        self.admission = Admission(places, slots, clients)
+        self.runs = Runs(self.admission)
         giving_back = GivingBack(self.gateway, self.database, self.watch)
         shared = (self.appender, self.database, self.gateway)
         self.charging = Charging(self.runs, *shared, self.telemetry, settings)
@@ -127,6 +139,7 @@ class Service:
             except DatabaseUnavailable as error:
                 await self.stop(1.0)
                 raise StartError(str(error)) from None
+        await self._warn_of_unsafe_settings()
         await self.watch.start()
         self.notifier.start()
         self.appender.start()
@@ -145,6 +158,11 @@ class Service:
         """Begins nothing of its own any more. Requests are still answered."""
         if self.dispatcher is not None:
             self.dispatcher.finish()
+
+    async def _warn_of_unsafe_settings(self) -> None:
+        with suppress(DatabaseUnavailable):
+            for name in await unsafe_settings(self.database):
+                logger.bind(setting=name).warning(f"a setting is off: {UNSAFE_MEANS}")
 
     async def _reach_database(self) -> Reached:
         """Within HEALTH_TIMEOUT_S, or DatabaseUnavailable."""
@@ -192,6 +210,13 @@ class Service:
             row = found.get(kind)
             self.telemetry.unsettled[kind].set(row.payments if row else 0)
             self.telemetry.unsettled_age[kind].set(row.oldest_age_s if row else 0)
+
+    async def _rendered(self, render: Callable[[], bytes]) -> bytes:
+        """All metrics as of now; without a database some have their last values."""
+        with suppress(DatabaseUnavailable):
+            await self.observe()
+        # In a thread: it takes tens of milliseconds, in which the loop would answer nobody.
+        return await asyncio.to_thread(render)
 
     async def stop(self, timeout_s: float) -> None:
         """Finishes what was begun, within about `timeout_s` seconds. No request may be open."""
@@ -312,16 +337,19 @@ def heads_dir(settings: Settings) -> Path | None:
 
 @contextmanager
 def open_database(
-    settings: Settings, *, to: Literal["migrate", "run", "read"]
+    settings: Settings, *, to: Literal["migrate", "run", "read"], lasting: bool = False
 ) -> Iterator[DatabaseAddress]:
     """The database that the settings name, up to date; the embedded one lives while this is open.
 
     `to` says what for: "migrate" brings the schema up to date, "run" checks that it is, and that
-    this version may write to it, and "read" does with one that is newer. Raises StartError.
+    this version may write to it, and "read" does with one that is newer. `lasting`: the embedded
+    one is started again whenever it ends; if it cannot be, this process gets a SIGTERM. Raises
+    StartError, in that case at the end of the block.
     """
     make_sure = {"migrate": migrate, "run": check_migrated, "read": check_readable}[to]
     if settings.database_host is not None:
         address = DatabaseAddress.from_settings(settings)
+        refuse_pooling(address)
         make_sure(address)
         yield address
         return
@@ -336,4 +364,12 @@ def open_database(
         )
         create_database_if_missing(address)
         make_sure(address)
-        yield address
+        if not lasting:
+            yield address
+            return
+        with Keeper(server, lambda: os.kill(os.getpid(), signal.SIGTERM)) as keeper:
+            try:
+                yield address
+            finally:
+                if keeper.lost is not None:
+                    raise StartError(keeper.lost)

@@ -67,6 +67,11 @@ class Telemetry:
             "Requests refused with 503 before they were read, since too many were under way",
             registry=registry,
         )
+        self.open_refusals = Counter(
+            "http_requests_refused_open",
+            "The same of those that need no API key, which have a bound of their own",
+            registry=registry,
+        )
         self.charges = self._labelled(
             Counter,
             "payments_charges",

@@ -10,6 +10,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -110,7 +111,7 @@ class Appender:
         self._expiry: asyncio.TimerHandle | None = None
         self._writer = _Writer(connect, telemetry, watch, appended)
         self._task: asyncio.Task[None] | None = None
-        telemetry.append_backlog.set_function(lambda: len(self._pending()))
+        telemetry.append_backlog.set_function(lambda: len(self._writer.batch) + len(self._waiting))
         telemetry.append_oldest_age.set_function(self.oldest_wait_s)
 
     def start(self) -> None:
@@ -156,9 +157,14 @@ class Appender:
         return self._submit(events, after, NEVER)
 
     def oldest_wait_s(self) -> float:
-        """How long the append that waits longest has waited; 0 if none does."""
-        pending = self._pending()
-        return time.monotonic() - pending[0].submitted_at if pending else 0.0
+        """How long the append that waits longest has waited; 0 if none does.
+
+        Metrics ask for it in a thread: it iterates over nothing that the event loop changes.
+        """
+        for appends in (self._writer.batch, self._waiting):
+            with suppress(IndexError):
+                return time.monotonic() - appends[0].submitted_at
+        return 0.0
 
     def _submit(
         self, events: Sequence[StoredEvent], after: StoredEvent | None, expires_at: float

@@ -8,7 +8,7 @@ library's own classes and for whatever runs without an event loop.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import groupby
@@ -29,7 +29,7 @@ from eventsourcing.persistence import (
 from eventsourcing.postgres import PostgresApplicationRecorder, PostgresDatastore
 from psycopg.conninfo import conninfo_to_dict
 
-from payments.database import Database, DatabaseAddress
+from payments.database import Database, DatabaseAddress, set_up
 from payments.errors import PaymentUnreadable
 from payments.events import facts
 from payments.events.arrays import BinaryArray, bigints, byteas, integers, texts, uuids
@@ -37,9 +37,12 @@ from payments.events.facts import Fact, PaymentInitiated, UndecodableEvent
 from payments.events.notifier import NOTIFY
 from payments.payment import Payment, Status, UnexpectedEvent, evolve, fold
 
+# Its commit waits for the disk whatever its session was set to since it was set up: a pooler whose
+# mode is changed meanwhile gives it the session of a follower, which does not wait.
 APPEND = """
 SELECT outcome, "position", first_state
-  FROM append_payment_events(%b::uuid[], %b::bigint[], %b::integer[],
+  FROM set_config('synchronous_commit', 'on', true),
+       append_payment_events(%b::uuid[], %b::bigint[], %b::integer[],
                              %b::integer[], %b::text[], %b::bytea[],
                              %b::bytea[], %b::timestamptz, true)
 """
@@ -78,14 +81,30 @@ SELECT notification_id, originator_id, originator_version, topic, state, recorde
  WHERE originator_id = %s AND notification_id BETWEEN %s AND %s ORDER BY originator_version
 """
 
-# Whole streams, or their beginnings up to a position, one after the other; of all, or of some. Here
-# and below: a NULL that somebody forced upon the table is as wrong as any other value.
+# Whole streams, or their beginnings up to a position, one after the other: those with ids from one
+# up to another, or some of them. Here and below: a NULL that somebody forced upon the table is as
+# wrong as any other value.
 READ_STREAMS_UNTIL = """
 SELECT notification_id, originator_id, originator_version, coalesce(topic, ''), coalesce(state, '')
   FROM payment_events
- WHERE notification_id <= %(until)s AND originator_id IS NOT NULL
+ WHERE notification_id <= %(until)s
+   AND originator_id >= %(first_id)s AND originator_id <= %(last_id)s
    AND (%(ids)s::uuid[] IS NULL OR originator_id = ANY (%(ids)s::uuid[]))
  ORDER BY originator_id, originator_version
+"""
+
+# The last of so many payments with ids from one on that no table has many more than 10,000 rows of
+# them; NULL: there are not so many.
+SLICE_END = """
+SELECT least((SELECT originator_id FROM payment_events WHERE originator_id >= %(first_id)s
+               ORDER BY originator_id OFFSET 9999 LIMIT 1),
+             (SELECT id FROM payments WHERE id >= %(first_id)s ORDER BY id OFFSET 9999 LIMIT 1),
+             (SELECT payment_id FROM refunds WHERE payment_id >= %(first_id)s
+               ORDER BY payment_id OFFSET 9999 LIMIT 1),
+             (SELECT payment_id FROM payment_clients WHERE payment_id >= %(first_id)s
+               ORDER BY payment_id OFFSET 9999 LIMIT 1),
+             (SELECT payment_id FROM unsettled_payments WHERE payment_id >= %(first_id)s
+               ORDER BY payment_id OFFSET 9999 LIMIT 1))
 """
 
 # Which streams have an event between two positions, the first excluded.
@@ -94,18 +113,37 @@ SELECT DISTINCT originator_id
   FROM payment_events WHERE notification_id > %(after)s AND notification_id <= %(until)s
 """
 
-# A part of the log in order, with the seals; NULL stands for everything. A topic is one of several;
-# `holding` are bytes that the state has somewhere. A time that Python does not have is left out.
+# Behind one position and up to another, in order and with the seals: so many, and what has the same
+# position as the last of them. A time that Python does not have is left out.
+READ_PART_EVENTS = 200
 READ_PART = """
-SELECT e.notification_id, e.originator_id, e.originator_version, e.topic, e.state,
+SELECT e.notification_id, e.originator_id, e.originator_version, coalesce(e.topic, ''),
+       coalesce(e.state, ''),
        CASE WHEN e.recorded_at >= '0001-01-01Z' AND e.recorded_at < '10000-01-01Z'
             THEN e.recorded_at END, s.hash
-  FROM payment_events e LEFT JOIN log_seals s ON s.position = e.notification_id
- WHERE e.notification_id BETWEEN %(first)s AND %(last)s
+  FROM payment_events e
+  LEFT JOIN log_seals s ON s.position = e.notification_id
+   AND s.position > %(after)s AND s.position <= %(last)s
+ WHERE e.notification_id > %(after)s AND e.notification_id <= %(last)s
+ ORDER BY e.notification_id FETCH FIRST 200 ROWS WITH TIES
+"""
+
+# The same of a part of them; NULL stands for everything. A topic is one of several; `holding` are
+# bytes that the state has somewhere.
+READ_MATCHING_EVENTS = 100
+READ_MATCHING = """
+SELECT e.notification_id, e.originator_id, e.originator_version, coalesce(e.topic, ''),
+       coalesce(e.state, ''),
+       CASE WHEN e.recorded_at >= '0001-01-01Z' AND e.recorded_at < '10000-01-01Z'
+            THEN e.recorded_at END, s.hash
+  FROM payment_events e
+  LEFT JOIN log_seals s ON s.position = e.notification_id
+   AND s.position > %(after)s AND s.position <= %(last)s
+ WHERE e.notification_id > %(after)s AND e.notification_id <= %(last)s
    AND (%(payment_id)s::uuid IS NULL OR e.originator_id = %(payment_id)s)
    AND (%(types)s::text[] IS NULL OR e.topic = ANY (%(types)s::text[]))
    AND (%(holding)s::bytea IS NULL OR position(%(holding)s::bytea in e.state) > 0)
- ORDER BY e.notification_id LIMIT %(limit)s
+ ORDER BY e.notification_id FETCH FIRST 100 ROWS WITH TIES
 """
 
 # The first event at a position or behind it, and when it was recorded.
@@ -135,20 +173,61 @@ SELECT version, topic, state FROM events
  ORDER BY version
 """
 
-# The whole log in order. A time that Python does not have is no time that was ever sealed.
-READ_WHOLE_LOG = """
-SELECT coalesce(notification_id, 0), originator_id, originator_version, topic, state,
-       CASE WHEN recorded_at >= '0001-01-01Z' AND recorded_at < '10000-01-01Z' THEN recorded_at END
-  FROM payment_events ORDER BY notification_id
+# Where the log and its seals end, and up to where the sealing follower says that it sealed.
+READ_ENDS = """
+SELECT (SELECT max(notification_id) FROM payment_events), (SELECT max(position) FROM log_seals),
+       (SELECT position FROM followers WHERE name = 'seals')
 """
 
-# Captures that a second payment names, with the payment that named them first. The index
-# payment_events_capture has them in order.
+# From one position up to another, in order: whether there is an event, the event, and its seal. A
+# time that Python does not have is no time that was ever sealed.
+READ_PLACES = """
+SELECT coalesce(e.notification_id, s.position), e.notification_id IS NOT NULL, e.originator_id,
+       e.originator_version, e.topic, e.state, e.recorded_at, s.hash
+  FROM (SELECT notification_id, originator_id, originator_version, topic, state,
+               CASE WHEN recorded_at >= '0001-01-01Z' AND recorded_at < '10000-01-01Z'
+                    THEN recorded_at END AS recorded_at
+          FROM payment_events
+         WHERE notification_id >= %(first)s AND notification_id <= %(last_event)s) e
+  FULL JOIN (SELECT position, hash FROM log_seals
+              WHERE position >= %(first)s AND position <= %(last_seal)s) s
+    ON s.position = e.notification_id
+ ORDER BY 1
+"""
+
+# What comes first at a position or behind it.
+READ_NEXT_PLACE = """
+SELECT least((SELECT notification_id FROM payment_events WHERE notification_id >= %(first)s
+               ORDER BY notification_id LIMIT 1),
+             (SELECT position FROM log_seals WHERE position >= %(first)s
+               ORDER BY position LIMIT 1))
+"""
+
+# Events that have no position.
+READ_PLACELESS = """
+SELECT 0, originator_id, originator_version, topic, state,
+       CASE WHEN recorded_at >= '0001-01-01Z' AND recorded_at < '10000-01-01Z' THEN recorded_at END
+  FROM payment_events WHERE notification_id IS NULL
+"""
+
+# Captures from one position up to another that an earlier one of another payment names as well, with
+# the payment that named them first. One look into the index payment_events_capture for each: a join
+# could be planned to read them all.
 SHARED_CAPTURES = """
-WITH shared AS (
-    SELECT captured_transaction(state) AS transaction
-      FROM payment_events WHERE topic IN ('PaymentCharged', 'LateCaptureFound')
-     GROUP BY captured_transaction(state) HAVING count(DISTINCT originator_id) > 1
+WITH part AS MATERIALIZED (
+    SELECT originator_id, notification_id, captured_transaction(state) AS transaction
+      FROM payment_events
+     WHERE notification_id >= %(first)s AND notification_id <= %(last)s
+       AND topic IN ('PaymentCharged', 'LateCaptureFound')
+), shared AS (
+    SELECT DISTINCT p.transaction
+      FROM part p
+     WHERE p.transaction <> ''
+       AND (SELECT true FROM payment_events o
+             WHERE captured_transaction(o.state) = p.transaction
+               AND o.topic IN ('PaymentCharged', 'LateCaptureFound')
+               AND o.originator_id <> p.originator_id AND o.notification_id < p.notification_id
+             LIMIT 1)
 ), named AS (
     SELECT c.originator_id AS payment_id, c.notification_id, s.transaction,
            (SELECT initiated_gateway(b.state) FROM payment_events b
@@ -156,15 +235,16 @@ WITH shared AS (
       FROM shared s
       JOIN payment_events c ON captured_transaction(c.state) = s.transaction
        AND c.topic IN ('PaymentCharged', 'LateCaptureFound')
-     WHERE s.transaction <> ''
 ), numbered AS (
-    SELECT payment_id, gateway, transaction,
+    SELECT payment_id, notification_id, gateway, transaction,
            first_value(payment_id) OVER (
                PARTITION BY gateway, transaction ORDER BY notification_id) AS first_id
       FROM named
 )
 SELECT payment_id, first_id, gateway, transaction
-  FROM numbered WHERE payment_id <> first_id ORDER BY transaction, payment_id
+  FROM numbered
+ WHERE payment_id <> first_id AND notification_id >= %(first)s AND notification_id <= %(last)s
+ ORDER BY notification_id
 """
 
 APPENDED, REPEATED, CONFLICT, CAPTURED = "appended", "repeated", "conflict", "captured"
@@ -237,7 +317,7 @@ def fact_at(stream: UUID, version: int, topic: str, state: bytes) -> Fact:
 
 
 class PaymentsDatastore(PostgresDatastore):
-    """The library's connection pool, with our connection options."""
+    """The library's connection pool, whose sessions are set up as all of ours."""
 
     def __init__(self, address: DatabaseAddress, pool_size: int = 1) -> None:
         super().__init__(
@@ -248,10 +328,16 @@ class PaymentsDatastore(PostgresDatastore):
             password=address.password or "",
             pool_size=pool_size,
             max_overflow=20,
-            idle_in_transaction_session_timeout=5,
         )
         assert isinstance(self.pool.kwargs, dict)
         self.pool.kwargs.update(conninfo_to_dict(address.conninfo("payments recorder")))
+
+    def after_connect_func(self) -> Callable[[psycopg.Connection[Any]], None]:
+        def after_connect(connection: psycopg.Connection[Any]) -> None:
+            connection.autocommit = True
+            set_up(connection)
+
+        return after_connect
 
 
 class PaymentsRecorder(PostgresApplicationRecorder):
