@@ -79,6 +79,21 @@ DELETE FROM unsettled_payments
 RETURNING payment_id
 """
 
+# Whether something of this level is to be logged of a payment: nothing of it, or of a higher one,
+# was in a while. A time in the future was written while the clock was ahead. What is not listed,
+# or not yet, is always told.
+TELL = """
+WITH told AS (
+    UPDATE unsettled_payments SET told_at = clock_timestamp(), told_level = %(level)s
+     WHERE payment_id = %(payment_id)s
+       AND (told_at IS NULL OR told_level < %(level)s OR told_at > clock_timestamp()
+            OR told_at < clock_timestamp() - make_interval(secs => %(again_s)s))
+    RETURNING payment_id
+)
+SELECT EXISTS (SELECT FROM told)
+    OR NOT EXISTS (SELECT FROM unsettled_payments WHERE payment_id = %(payment_id)s)
+"""
+
 
 class Claim(NamedTuple):
     """A payment that this process may ask about, for the `attempts`th time."""
@@ -128,3 +143,10 @@ async def forget(database: Database, claimed: Claim) -> bool:
     False: the row stays, since it is not one of a watched payment, or not the one that was claimed.
     """
     return bool(await database.fetch(FORGET, claimed._asdict()))
+
+
+async def may_tell(database: Database, payment_id: UUID, level: int, again_s: float) -> bool:
+    """Whether to log something of this level: see TELL. True is said once, to one process."""
+    params = {"payment_id": payment_id, "level": level, "again_s": again_s}
+    ((due,),) = await database.fetch(TELL, params)
+    return bool(due)

@@ -38,6 +38,7 @@ from tests.doubles.gateway import (
     no_answer,
 )
 from tests.events.test_appender import LOCK, UNLOCK, waits_for_lock
+from tests.machine import within
 from tests.support import ORDER_ID, charge_of, elapse, stored_event, until
 
 pytestmark = pytest.mark.anyio
@@ -204,8 +205,9 @@ async def test_no_outcome_within_the_deadline_is_pending_and_the_late_one_is_sto
     gateway = ScriptedGateway(after(answered))
     service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
     started = time.monotonic()
-    charged = await service.charging.charge(charge_of("k"))
-    assert 0.3 < time.monotonic() - started < 2
+    with within(2):
+        charged = await service.charging.charge(charge_of("k"))
+    assert time.monotonic() - started > 0.3
     assert first_answer(charged) == (Status.PENDING, False)
     answered.set()
     await until(
@@ -248,12 +250,15 @@ async def test_a_retry_before_the_run_is_over_waits_then_settles(make: Make) -> 
     gateway = ScriptedGateway(answer_lost)
     service = await make(gateway, charge_deadline_s=1.0, gateway_timeout_s=0.5)
     started = time.monotonic()
-    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, False)
-    assert time.monotonic() - started < 1.0
+    with within(1.0):
+        charged = await service.charging.charge(charge_of("k"))
+    assert first_answer(charged) == (Status.PENDING, False)
     gateway_was_asked = len(gateway.questions)
     await asyncio.sleep(0.3)
-    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
-    assert 1.0 < time.monotonic() - started < 3.0
+    with within(2.5):
+        charged = await service.charging.charge(charge_of("k"))
+    assert first_answer(charged) == (Status.SUCCESS, True)
+    assert time.monotonic() - started > 1.0
     assert len(gateway.questions) == gateway_was_asked + 1
 
 
@@ -432,10 +437,9 @@ async def test_an_outcome_that_cannot_be_stored_is_pending_and_stored_later(
         return approve(gateway, charge)
 
     service = await make(ScriptedGateway(then_stop))
-    started = time.monotonic()
-    charged = await service.charging.charge(charge_of("k"))
-    assert first_answer(charged) == (Status.PENDING, False)
-    assert time.monotonic() - started < 3
+    with within(3):
+        charged = await service.charging.charge(charge_of("k"))
+        assert first_answer(charged) == (Status.PENDING, False)
     connection.execute(UNLOCK)
     await until(
         lambda: topics(connection, payment_id_for("k")) == ["PaymentInitiated", "PaymentCharged"]
@@ -448,10 +452,8 @@ async def test_without_a_store_nothing_is_asked(
     gateway = ScriptedGateway()
     service = await make(gateway)
     connection.execute(LOCK)
-    started = time.monotonic()
-    with pytest.raises(DatabaseUnavailable):
+    with within(3), pytest.raises(DatabaseUnavailable):
         await service.charging.charge(charge_of("k"))
-    assert time.monotonic() - started < 3
     connection.execute(UNLOCK)
     assert gateway.charges == []
     await service.charging.charge(charge_of("l"))
@@ -483,10 +485,8 @@ async def test_without_a_free_slot_a_charge_is_refused_at_once_and_nothing_is_st
     service = await make(gateway, gateway_concurrency_max=1)
     first = asyncio.create_task(service.charging.charge(charge_of("a")))
     await until(lambda: gateway.charges)
-    started = time.monotonic()
-    with pytest.raises(TooBusy):
+    with within(1), pytest.raises(TooBusy):
         await service.charging.charge(charge_of("b"))
-    assert time.monotonic() - started < 1
     assert topics(connection, payment_id_for("b")) == []
     answered.set()
     await first
@@ -503,13 +503,13 @@ async def test_who_waits_for_another_run_takes_no_slot(make: Make) -> None:
     charges = [asyncio.create_task(elsewhere.charging.charge(charge_of("a")))]
     await until(lambda: asked.charges)
     charges += [asyncio.create_task(service.charging.charge(charge_of("a"))) for _ in range(3)]
-    await until(lambda: service.admission.waiting == 3)
-    assert service.admission.slots_taken == 0
+    await until(lambda: service.admission.places.taken == -3)
+    assert service.admission.slots.taken == 0
     await service.charging.charge(charge_of("b"))
     answered.set()
     assert {(await charge).payment.status for charge in charges} == {Status.SUCCESS}
     assert gateway.charges[0].payment_id == payment_id_for("b")
-    assert (service.admission.waiting, service.admission.slots_taken) == (0, 0)
+    assert (service.admission.places.taken, service.admission.slots.taken) == (0, 0)
 
 
 async def test_places_and_slots_are_free_again_however_a_run_ends(
@@ -533,7 +533,7 @@ async def test_places_and_slots_are_free_again_however_a_run_ends(
     await asyncio.sleep(0)
     request.cancel()
     await service.runs.drain(3)
-    assert (service.admission.waiting, service.admission.slots_taken) == (0, 0)
+    assert (service.admission.places.taken, service.admission.slots.taken) == (0, 0)
 
 
 async def test_an_outcome_found_by_another_process_first(
@@ -614,7 +614,8 @@ async def test_two_processes_begin_at_the_same_moment_and_nobody_waits_for_ever(
     charges = [asyncio.create_task(each.charging.charge(charge_of("k"))) for each in services]
     await asyncio.sleep(0.2)
     connection.execute(UNLOCK)
-    answers = await asyncio.wait_for(asyncio.gather(*charges), 2)
+    with within(2):
+        answers = await asyncio.gather(*charges)
     assert {answer.payment.status for answer in answers} <= {Status.PENDING, Status.SUCCESS}
 
 
@@ -673,9 +674,9 @@ async def test_the_deadline_holds_for_storing_the_outcome_too(
     service = await make(
         ScriptedGateway(late_then_stop), charge_deadline_s=0.6, gateway_timeout_s=0.5
     )
-    started = time.monotonic()
-    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, False)
-    assert time.monotonic() - started < 1.5  # the store alone would be waited for for 2 s
+    with within(1.5):  # the store alone would be waited for for 2 s
+        charged = await service.charging.charge(charge_of("k"))
+    assert first_answer(charged) == (Status.PENDING, False)
     connection.execute(UNLOCK)
 
 
@@ -686,7 +687,8 @@ async def test_stopping_answers_who_waits(make: Make) -> None:
     charge = asyncio.create_task(service.charging.charge(charge_of("k")))
     await until(lambda: gateway.charges)
     service.runs.hurry(0.1)
-    assert first_answer(await asyncio.wait_for(charge, 1)) == (Status.PENDING, False)
+    with within(1):
+        assert first_answer(await charge) == (Status.PENDING, False)
     answered.set()
 
 
@@ -699,7 +701,7 @@ async def test_no_more_than_so_many_wait_for_runs_of_other_processes(make: Make)
     await until(lambda: len(asked.charges) == 3)
     for waiting, key in enumerate("ab", 1):  # in turn: for a moment each needs the only slot
         charges.append(asyncio.create_task(service.charging.charge(charge_of(key))))
-        await until(lambda: service.admission.waiting == waiting)  # noqa: B023
+        await until(lambda: service.admission.places.taken == -waiting)  # noqa: B023
     with pytest.raises(TooBusy):
         await service.charging.charge(charge_of("c"))
     answered.set()
@@ -729,8 +731,9 @@ async def test_a_repetition_waits_no_longer_than_its_deadline(make: Make) -> Non
     )
     await service.charging.charge(charge_of("k"))
     started = time.monotonic()
-    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
-    assert 0.3 < time.monotonic() - started < 2
+    with within(2):
+        assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
+    assert time.monotonic() - started > 0.3
     answered.set()
 
 
@@ -745,10 +748,9 @@ async def test_a_repetition_while_the_outcome_waits_for_the_database(
 
     service = await make(ScriptedGateway(stop_the_store))
     for _ in range(2):
-        started = time.monotonic()
-        charged = await service.charging.charge(charge_of("k"))
-        assert charged.payment.status is Status.PENDING
-        assert time.monotonic() - started < 3
+        with within(3):
+            charged = await service.charging.charge(charge_of("k"))
+            assert charged.payment.status is Status.PENDING
     connection.execute(UNLOCK)
     await service.runs.drain(5)
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
@@ -772,6 +774,5 @@ async def test_a_provider_that_was_away_is_asked_at_once_after_the_time_that_was
         await service.charging.charge(charge_of("k"))
     assert refused.value.retry_after_s == 1
     await asyncio.sleep(refused.value.retry_after_s)
-    started = time.monotonic()
-    assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
-    assert time.monotonic() - started < 0.6
+    with within(0.6):
+        assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)

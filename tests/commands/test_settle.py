@@ -873,7 +873,7 @@ async def test_what_is_due_is_settled_as_fast_as_the_provider_answers(
     connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
     service.settling.start()
     charged = "SELECT count(*) FROM payment_events WHERE topic = 'PaymentCharged'"
-    await until(lambda: connection.execute(charged).fetchone() == (400,), timeout_s=20)
+    await until(lambda: connection.execute(charged).fetchone() == (400,))
 
 
 async def test_a_row_that_came_anew_is_not_taken_for_the_one_before(

@@ -37,8 +37,8 @@ ANSWER_BYTES_KEPT = 2048  # of the body, for people who look for a reason
 # Servers wait at least 2 s (gunicorn), most 5 s (Node, uvicorn) or longer: it is given up before.
 KEEPALIVE_EXPIRY_S = 1.0
 
-# Where plain http may go. Not link-local: nobody serves orders there, and it is where clouds hand
-# out their credentials (169.254.169.254).
+# Where plain http may go, but for METADATA. Not link-local: nobody serves orders there, and it is
+# where clouds hand out their credentials (169.254.169.254).
 NEAR = tuple(
     ipaddress.ip_network(block)
     for block in (
@@ -50,6 +50,21 @@ NEAR = tuple(
         "fc00::/7",  # unique local: RFC 4193
     )
 )
+
+# Where clouds hand them out among unique local addresses, as each documents. https may go there: it
+# sends nothing before a certificate is verified, and none of them has one.
+METADATA = tuple(
+    ipaddress.IPv6Network(block)
+    for block in (
+        "fd00:ec2::/32",  # AWS: ::254, for pods ::23
+        "fd20:ce::254",  # Google Cloud
+        "fd00:c1::a9fe:a9fe",  # Oracle Cloud
+        "fd00:100::100:200",  # Alibaba Cloud
+        "fd00:42::42",  # Scaleway
+        "fd00:a9fe:a9fe::1",  # Akamai, Linode
+    )
+)
+LINK_LOCAL = ipaddress.IPv4Network("169.254.0.0/16")  # RFC 3927
 
 
 class Exchange(NamedTuple):
@@ -70,7 +85,7 @@ class Exchange(NamedTuple):
 
 
 class ForbiddenAddress(OSError):
-    """Plain http would have gone to an address that is not in NEAR."""
+    """Plain http would have gone to an address that is not near."""
 
 
 class AnswerTooLong(aiohttp.ClientError):
@@ -81,8 +96,8 @@ class Endpoint:
     """Where callbacks go: exchanges with one URL, on at most `connections_max` connections.
 
     Without `secrets` (see signing.py) requests are not signed. `tls` replaces the default context.
-    Plain http goes to loopback and private addresses only: each address is looked at as it is
-    connected to, so that a name cannot mean another one by then.
+    Plain http goes to near addresses only (is_near): each address is looked at as it is connected
+    to, so that a name cannot mean another one by then.
     """
 
     def __init__(
@@ -297,9 +312,9 @@ class _Resolver(AbstractResolver):
 async def check_target(url: str) -> str | None:
     """Looks at the URL before the first callback; takes at most RESOLVE_TIMEOUT_S.
 
-    Raises StartError if it can never work: it is not valid, or plain http to a host that has none
-    of the addresses in NEAR. Returns a line to warn with if the host's name cannot be resolved yet,
-    else None.
+    Raises StartError if it can never work: it is not valid, or plain http to a host without a near
+    address (is_near). Returns a line to warn with if the host's name cannot be resolved yet, else
+    None.
     """
     try:
         target = _parse(url)
@@ -311,8 +326,8 @@ async def check_target(url: str) -> str | None:
         return f"{_host(target)} cannot be resolved yet: callbacks will wait until it can"
     if target.scheme == "http" and not any(is_near(address) for address in addresses):
         raise StartError(
-            f"ORDER_CALLBACK_URL: {_origin(target)} has no loopback or private address, and plain "
-            "http goes to those only; use https"
+            f"ORDER_CALLBACK_URL: {_origin(target)} has no loopback or private address, metadata "
+            "services of clouds aside, and plain http goes to those only; use https"
         )
     return None
 
@@ -324,11 +339,21 @@ def origin(url: str) -> str:
 
 
 def is_near(address: str) -> bool:
-    """Whether it is a loopback or a private address; an IPv4 address in IPv6's form counts as it
-    is."""
+    """Whether it is a loopback or a private address, and not one of a cloud's metadata service; an
+    IPv4 address in IPv6's form counts as it is."""
     parsed = ipaddress.ip_address(address)
-    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
-    return any((mapped or parsed) in block for block in NEAR)
+    if isinstance(parsed, ipaddress.IPv6Address):
+        parsed = parsed.ipv4_mapped or parsed
+    return any(parsed in block for block in NEAR) and not _is_metadata(parsed)
+
+
+def _is_metadata(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Of a private address. One that ends in a link-local IPv4 address may be that one, behind a
+    translator with a prefix of the house (RFC 6052 section 2.2)."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return False
+    last = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return last in LINK_LOCAL or any(address in block for block in METADATA)
 
 
 def _explain(failure: Exception) -> tuple[str, str]:
@@ -337,7 +362,10 @@ def _explain(failure: Exception) -> tuple[str, str]:
     causes = list(_causes(failure))
     name = type(causes[-1]).__name__
     if any(isinstance(cause, ForbiddenAddress) for cause in causes):
-        return "forbidden_address", "plain http to an address that is not loopback or private"
+        return (
+            "forbidden_address",
+            "plain http to a metadata service, or not to loopback or private",
+        )
     if any(isinstance(cause, TimeoutError) for cause in causes):
         return "timeout", "TimeoutError"
     if isinstance(causes[-1], ssl.SSLError):

@@ -16,6 +16,7 @@ from loguru import logger
 
 from payments.commands.recording import Recorder
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
+from payments.commands.telling import tell_mismatch, tell_other_gateway
 from payments.database import Database
 from payments.deciding import (
     Cause,
@@ -137,7 +138,7 @@ class Charging:
                 )
             except OutcomeMismatch as error:
                 self._telemetry.mismatches["charge"].inc()
-                logger.bind(reason=str(error)).critical("the provider's answer does not fit")
+                await tell_mismatch(self._database, payment.id, "charge", error)
                 raise
         run.finish(Charged(payment, begun.replayed))
 
@@ -192,7 +193,7 @@ class Charging:
         """The provider's outcome. Raises OutcomeUnknown, or Unavailable if it was not asked."""
         payment = begun.payment
         if payment.gateway != self._gateway.name:
-            logger.bind(gateway=payment.gateway).critical("begun with another provider")
+            await tell_other_gateway(self._database, payment, "charge")
             raise OutcomeUnknown("only the provider that was asked knows")
         run.take_slot()
         try:

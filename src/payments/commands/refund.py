@@ -17,6 +17,7 @@ from loguru import logger
 from payments.commands.giving_back import GivingBack
 from payments.commands.recording import Recorder
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
+from payments.commands.telling import tell_mismatch, tell_other_gateway
 from payments.database import Database
 from payments.deciding import (
     Cause,
@@ -128,7 +129,7 @@ class Refunding:
         # Its amount is reserved: whatever happens now, the refund goes on.
         run.fallback = Refunded(begun.payment, begun.refund, begun.age_s is not None)
         if begun.payment.gateway != self._gateway.name:
-            logger.bind(gateway=begun.payment.gateway).critical("begun with another provider")
+            await tell_other_gateway(self._database, begun.payment, "refund")
             raise OutcomeUnknown("only the provider that was asked knows")
         try:
             outcome = await self._ask(run, begun)
@@ -142,7 +143,7 @@ class Refunding:
             raise OutcomeUnknown("the provider cannot be reached") from error
         except OutcomeMismatch as error:
             self._telemetry.mismatches["refund"].inc()
-            logger.bind(reason=str(error)).critical("the provider's answer does not fit")
+            await tell_mismatch(self._database, begun.payment.id, "refund", error)
             raise
         _answer(run, payment, begun.refund, begun.age_s is not None)
 

@@ -15,6 +15,12 @@ from payments.commands.giving_back import GivingBack
 from payments.commands.recording import Recorder
 from payments.commands.refund import provider_refund
 from payments.commands.runs import cause
+from payments.commands.telling import (
+    tell,
+    tell_if_open_too_long,
+    tell_mismatch,
+    tell_other_gateway,
+)
 from payments.database import Database
 from payments.deciding import (
     Cause,
@@ -75,6 +81,7 @@ class Settler:
         settings: Settings,
     ) -> None:
         self._recorder = Recorder(appender, database, telemetry)
+        self._database = database
         self._gateway = gateway
         self._giving_back = giving_back
         self._telemetry = telemetry
@@ -117,26 +124,38 @@ class Settler:
         payment, log = loaded.payment, logger.bind(kind=kind)
         if payment.gateway != self._gateway.name:
             self._telemetry.settling[kind, "other_gateway"].inc()
-            log.bind(gateway=payment.gateway).critical("begun with another provider")
+            await tell_other_gateway(self._database, payment, kind)
             return Attempt(payment, finished=False)
-        attempt, outcome = Attempt(payment, finished=False), "unknown"
+        attempt, outcome, reason = Attempt(payment, finished=False), "unknown", ""
         try:
             attempt = await self._ask(loaded, attempts)
             outcome = "settled" if attempt.payment.unsettled is None else "open"
+            reason = "the provider does not know of it"
         except (OutcomeUnknown, NeverSent) as error:
-            log.bind(reason=str(error)).info("the provider's outcome is not known yet")
+            reason = str(error)
+            log.bind(reason=reason).info("the provider's outcome is not known yet")
         except LogRewound:
-            log.warning("nothing is given back until the loss of the log is accepted")
+            reason = "nothing is given back until the loss of the log is accepted"
+            await tell(self._database, payment.id, "WARNING", reason, kind=kind)
         except OutcomeMismatch as error:
             outcome = "mismatch"
             operation = "refund" if kind in ("refund", "late_capture") else "charge"
             self._telemetry.mismatches[operation].inc()
-            log.bind(reason=str(error)).critical("the provider's answer does not fit")
+            await tell_mismatch(self._database, payment.id, kind, error)
         self._telemetry.settling[kind, outcome].inc()
+        if outcome in ("unknown", "open"):
+            await self._tell_if_open_too_long(loaded, attempt.payment, reason)
         if attempt.payment.version > payment.version:
             settled = attempt.payment
             log.bind(status=settled.status, failure=settled.failure).info("settled")
         return attempt
+
+    async def _tell_if_open_too_long(
+        self, loaded: LoadedPayment, payment: Payment, reason: str
+    ) -> None:
+        if payment.unsettled is not None:
+            kind, open_s = payment.unsettled.kind, _age_at_most_s(loaded, _opened_by(payment))
+            await tell_if_open_too_long(self._database, payment.id, kind, open_s, reason)
 
     async def _ask(self, loaded: LoadedPayment, attempts: int) -> Attempt:
         give_up_at = time.monotonic() + self.attempt_s
@@ -154,6 +173,8 @@ class Settler:
             payment = await self._record_found(loaded, found)
         late = payment.late_capture
         if late is not None and late.provider_refund_id is None:
+            if attempts == 1 or loaded.payment.late_capture is None:
+                logger.warning("a late capture goes back")
             payment = await self._return_late_capture(loaded, payment, late, timeout_s)
         payment = await self._settle_refunds(loaded, payment, attempts, timeout_s)
         return Attempt(payment, finished)
@@ -218,7 +239,6 @@ class Settler:
         late: LateCapture,
         timeout_s: Callable[[], float],
     ) -> Payment:
-        logger.warning("a late capture goes back")
         order = ProviderRefund(
             late.refund_id,
             payment.id,
@@ -249,6 +269,14 @@ class Settler:
             loaded.events,
             lambda payment: record_refund(payment, refund, outcome, _cause(loaded)),
         )
+
+
+def _opened_by(payment: Payment) -> int:
+    """The version of the event that opened what is open, of several the first."""
+    if payment.late_capture is not None:
+        return payment.late_capture.version
+    refunds = (each.version for each in payment.refunds if each.status is Status.PENDING)
+    return next(refunds, 1)
 
 
 def _age_at_most_s(loaded: LoadedPayment, version: int) -> float:

@@ -6,10 +6,12 @@ one process at a time, and makes it due again after a pause that grows.
 
 import asyncio
 from contextlib import suppress
+from functools import partial
 
 from loguru import logger
 
 from payments.commands.settle import Settler
+from payments.commands.telling import tell
 from payments.database import Database
 from payments.errors import DatabaseUnavailable, PaymentUnreadable
 from payments.events.store import load_payment
@@ -110,14 +112,18 @@ class Settling:
     async def _settle(self, claimed: Claim) -> None:
         """One attempt; afterwards the row is due again, or gone if nothing can come any more."""
         log = logger.bind(payment_id=claimed.payment_id, attempts=claimed.attempts)
+        say = partial(tell, self._database, claimed.payment_id, attempts=claimed.attempts)
         wait_s: float | None = PAUSE_MAX_S
         try:
             wait_s = await self._attempt(claimed)
-        except (DatabaseUnavailable, PaymentUnreadable) as error:
+        except DatabaseUnavailable as error:
             wait_s = pause_s(claimed.attempts, "refund")
             log.bind(reason=error.code).warning("cannot be settled now")
-        except Exception:
-            log.exception("cannot be settled now")
+        except PaymentUnreadable as error:
+            wait_s = pause_s(claimed.attempts, "refund")
+            await say("WARNING", "cannot be settled now", reason=error.code)
+        except Exception as error:  # noqa: BLE001 - other payments are settled all the same
+            await say("ERROR", "cannot be settled now", exception=error)
         with suppress(DatabaseUnavailable):  # then it is due when its lease is over
             if wait_s is None and await forget(self._database, claimed):
                 return
@@ -131,8 +137,8 @@ class Settling:
         """
         loaded = await load_payment(self._database, claimed.payment_id)
         if loaded is None:
-            log = logger.bind(payment_id=claimed.payment_id)
-            log.error("to be settled, and not in the log: `payments audit verify`")
+            message = "to be settled, and not in the log: `payments audit verify`"
+            await tell(self._database, claimed.payment_id, "ERROR", message)
             return PAUSE_MAX_S
         attempt = await self._settler.settle(loaded, claimed.attempts)
         if attempt.finished:

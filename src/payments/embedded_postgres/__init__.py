@@ -5,7 +5,8 @@ the process, however that ends. A small supervisor in its own session runs Postg
 the exclusive lock: having it means that nobody uses the server any more, so it stops it and ends.
 `server.lock` is held from before a supervisor starts until it is gone, so there is one at most.
 
-Everything lives in `<data_dir>/postgres`.
+Everything lives in `<data_dir>/postgres`. A server that ends while it is used is started again at
+the same socket, by a process that lasts (keeper.py) or by whoever calls `start` next.
 """
 
 import fcntl
@@ -59,6 +60,23 @@ class EmbeddedPostgres:
     # A bare descriptor: a file object would close itself, and so stop the server, when collected.
     _users_fd: int | None = field(repr=False)
     _data_dir: Path = field(repr=False)
+    _options: Mapping[str, str] = field(repr=False)
+
+    def start_if_stopped(self, *, timeout_s: float) -> bool:
+        """Whether the server had ended, and was started again. Raises EmbeddedPostgresError."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            return _start_if_stopped(self._data_dir / "postgres", deadline, self._options)
+        except OSError as error:
+            raise EmbeddedPostgresError(f"embedded Postgres: {error}") from error
+
+    def is_ready(self) -> bool:
+        """False while it is away, or gets ready. Raises EmbeddedPostgresError if it is at another
+        socket by now."""
+        address = _address(self._data_dir / "postgres")
+        if address not in (None, self.socket_dir):
+            raise EmbeddedPostgresError(f"its socket is in {address} now, not in {self.socket_dir}")
+        return address is not None
 
     def release(self) -> None:
         """Stop using the server. It ends by itself once nobody uses it."""
@@ -120,7 +138,7 @@ def start(
             raise
     except OSError as error:
         raise EmbeddedPostgresError(f"embedded Postgres: {error}") from error
-    return EmbeddedPostgres(socket_dir, users_fd, data_dir.absolute())
+    return EmbeddedPostgres(socket_dir, users_fd, data_dir.absolute(), dict(options))
 
 
 def wait_until_stopped(data_dir: Path, *, timeout_s: float = 30) -> None:
@@ -132,23 +150,36 @@ def wait_until_stopped(data_dir: Path, *, timeout_s: float = 30) -> None:
 
 
 def _join_or_start(home: Path, deadline: float, options: dict[str, str]) -> Path:
-    address_file = home / "socket-directory"
     while True:
-        server_fd = open_lock(home / "server.lock")
-        try:
-            if try_lock(server_fd, fcntl.LOCK_EX):
-                # The lock now says that a server is there: who has just read the old one's address
-                # must not rely on it, and looks again below.
-                with suppress(FileNotFoundError):
-                    address_file.rename(home / "socket-directory.old")
-                _run_supervisor(_plan(home, options, server_fd), deadline)
-        finally:
-            os.close(server_fd)
-        with suppress(FileNotFoundError):
-            socket_dir = Path(address_file.read_text())
-            if _answers(socket_dir) and address_file.read_text() == str(socket_dir):
-                return socket_dir
+        _start_if_stopped(home, deadline, options)
+        socket_dir = _address(home)
+        if socket_dir is not None and _answers(socket_dir) and _address(home) == socket_dir:
+            return socket_dir
         _pause(deadline, f"Postgres in {home} is not ready (log: {home / 'server.log'})")
+
+
+def _start_if_stopped(home: Path, deadline: float, options: Mapping[str, str]) -> bool:
+    """Whether there was no supervisor, so that one was started, with its server."""
+    server_fd = open_lock(home / "server.lock")
+    try:
+        if not try_lock(server_fd, fcntl.LOCK_EX):
+            return False
+        # The lock now says that a server is there: who has just read the old one's address must
+        # not rely on it, and looks again.
+        with suppress(FileNotFoundError):
+            (home / "socket-directory").rename(home / "socket-directory.old")
+        _run_supervisor(_plan(home, dict(options), server_fd), deadline)
+    finally:
+        os.close(server_fd)
+    return True
+
+
+def _address(home: Path) -> Path | None:
+    """The socket's directory; None while there is no server, or it gets ready."""
+    try:
+        return Path((home / "socket-directory").read_text())
+    except FileNotFoundError:
+        return None
 
 
 def _run_supervisor(plan: Plan, deadline: float) -> None:
@@ -194,13 +225,22 @@ def _make_home(home: Path) -> None:
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
         if os.geteuid() == 0:  # with a umask of 077 the server's user could not get through
-            path.chmod(0o755)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            os.fchmod(fd, 0o755)
+            os.close(fd)
     owner = home.stat().st_uid
     if owner != os.geteuid():
         raise EmbeddedPostgresError(
             f"{home} belongs to user {owner}, this process runs as {os.geteuid()}: "
             "run it as that user or choose another PAYMENTS_DATA_DIR"
         )
+    server_uid, _ = _server_user()
+    for path in home.parents:
+        if path.stat().st_uid == server_uid:  # who could replace whatever we keep there
+            raise EmbeddedPostgresError(
+                f"{path} belongs to the user nobody, as whom Postgres runs: "
+                "give it to root or choose another PAYMENTS_DATA_DIR"
+            )
 
 
 def _pause(deadline: float, otherwise: str) -> None:

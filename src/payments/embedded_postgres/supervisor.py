@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -24,9 +25,17 @@ from typing import NoReturn
 
 PORT = 5432
 POLL_S = 0.02
+REAP_S = 1.0  # a process that is ending is one for less than a millisecond
 SOCKET_PATH_MAX_BYTES = 107  # sun_path of unix(7), less its final NUL
 SOCKET_NAME = ".s.PGSQL.5432"
-PR_SET_PDEATHSIG = 1  # prctl(2)
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
+FILE_BYTES_MAX = 4096  # PG_VERSION has 3, postmaster.pid some 100
+LOG_BYTES_MAX = 65536  # of the server's log, to find out why it does not start
+
+# How a server is stopped: signals, and for how many seconds each is waited for. Fast shutdown; then
+# immediate, which loses nothing but the next start has to recover. HEADLESS: without a postmaster.
+STOP = ((SIGINT, 30.0), (SIGQUIT, 10.0), (SIGKILL, 10.0))
+HEADLESS_STOP = ((SIGQUIT, 5.0), (SIGKILL, 10.0))
 
 
 class EmbeddedPostgresError(Exception):
@@ -77,12 +86,14 @@ def _supervise(plan: Plan) -> NoReturn:
         # Users decide when we stop. A handler, as exec would pass SIG_IGN on to Postgres.
         signal.signal(number, lambda *_: None)
     os.umask(0o077)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
         if plan.uid is not None:
             os.setgroups([])
         users_fd = open_lock(Path(plan.home) / "users.lock")
         server, socket_dir = _start_server(plan, users_fd)
     except _UnusedError:
+        _remove_left_socket_dirs(plan)
         os._exit(0)
     except Exception as error:  # noqa: BLE001 whatever it is, the one who asked must hear it
         with suppress(OSError):
@@ -91,8 +102,14 @@ def _supervise(plan: Plan) -> NoReturn:
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # end of report: ready
     threading.Thread(target=_stop_when_unused, args=(server, users_fd), daemon=True).start()
     server.wait()
-    _remove_socket_dir(socket_dir)
-    (Path(plan.home) / "socket-directory").unlink(missing_ok=True)
+    with suppress(EmbeddedPostgresError):  # the next one will say so
+        _end_backends(plan)
+    if try_lock(users_fd, fcntl.LOCK_EX):
+        _remove_socket_dir(plan, socket_dir)
+        (Path(plan.home) / "socket-directory").unlink(missing_ok=True)
+    else:  # it was not us who stopped it: its users start another one, where they expect it
+        with suppress(OSError):
+            os.write(2, b"Postgres ended while it was used: exit code %d\n" % server.returncode)
     os._exit(0)  # which drops both locks
 
 
@@ -101,9 +118,20 @@ def _stop_when_unused(server: "subprocess.Popen[bytes]", users_fd: int) -> None:
     _stop(server)
 
 
+def _end_backends(plan: Plan) -> None:
+    """Of a Postgres that was killed. They are our children now: as those of a container's first
+    process, which waits for nobody, they would stay for ever as zombies."""
+    previous = _PreviousServer(plan, Path(plan.home) / "cluster")
+    while not previous.is_gone():
+        time.sleep(POLL_S)
+    give_up_at = time.monotonic() + REAP_S
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0] or time.monotonic() < give_up_at:
+            time.sleep(POLL_S / 10)
+
+
 def _stop(server: "subprocess.Popen[bytes]") -> None:
-    # Fast shutdown; then immediate, which loses nothing but the next start has to recover.
-    for number, wait_s in ((SIGINT, 30), (SIGQUIT, 10), (SIGKILL, 10)):
+    for number, wait_s in STOP:
         server.send_signal(number)
         with suppress(subprocess.TimeoutExpired):
             server.wait(wait_s)
@@ -117,18 +145,14 @@ def _start_server(plan: Plan, users_fd: int) -> tuple["subprocess.Popen[bytes]",
     _check_version(plan, cluster)
     _check_reachable(plan, home)
     programs = usable_programs(plan, home)
-    _wait(users_fd, lambda: _previous_server_gone(plan, cluster))
-    partial = home / "socket-directory.new"
-    for record in (partial, home / "socket-directory.old"):  # of a killed supervisor
-        if record.exists():
-            _remove_socket_dir(Path(record.read_text()))
-            record.unlink()
+    _wait(users_fd, _PreviousServer(plan, cluster).is_gone)
     if not cluster.exists():
         _create_cluster(plan, programs, cluster, users_fd)
-    _drop_misleading_pid_file(cluster)
+    _drop_misleading_pid_file(plan, cluster)
     # Of a server that was killed. In a container the next one often has the same pid.
-    left = _pid_file(cluster)
-    socket_dir = _make_socket_dir(plan)
+    left = _pid_file(plan, cluster)
+    known, partial = _left_records(plan)
+    socket_dir = _known_socket_dir(plan, known, partial) or _make_socket_dir(plan)
     settings = plan.options | {
         "listen_addresses": "",
         "port": str(PORT),
@@ -140,14 +164,16 @@ def _start_server(plan: Plan, users_fd: int) -> tuple["subprocess.Popen[bytes]",
         partial.write_text(str(socket_dir))
         server = _spawn(plan, programs / "postgres", "-D", cluster, *arguments, dying=SIGINT)
         try:
-            _wait(users_fd, lambda: _ended(server) or _is_ready(cluster, server.pid, left))
+            _wait(users_fd, lambda: _ended(server) or _is_ready(plan, server.pid, left))
             _require(server.returncode is None, "Postgres does not start", home, log_offset)
             partial.rename(home / "socket-directory")
+            known.unlink(missing_ok=True)
         except BaseException:
             _stop(server)
             raise
     except BaseException:
-        _remove_socket_dir(socket_dir)
+        if not known.exists():  # else it is tried again
+            _remove_socket_dir(plan, socket_dir)
         partial.unlink(missing_ok=True)
         raise
     return server, socket_dir
@@ -196,12 +222,11 @@ def _check_version(plan: Plan, cluster: Path) -> None:
     if not cluster.exists():
         return
     ours = plan.version.split(".")[0]
-    try:
-        theirs = (cluster / "PG_VERSION").read_text().strip()
-    except FileNotFoundError:
+    theirs = _read(plan, cluster / "PG_VERSION").strip()
+    if not re.fullmatch("[0-9]{1,3}", theirs):
         raise EmbeddedPostgresError(
             f"{cluster} is not a Postgres cluster: move it away or choose another PAYMENTS_DATA_DIR"
-        ) from None
+        )
     if theirs != ours:
         raise EmbeddedPostgresError(
             f"{cluster} was made by Postgres {theirs}, this is Postgres {ours}: install "
@@ -215,13 +240,30 @@ def _as_server_user(plan: Plan) -> Iterator[None]:
     if plan.uid is None or plan.gid is None:
         yield
         return
+    uid, gid = os.geteuid(), os.getegid()
     os.setegid(plan.gid)
     os.seteuid(plan.uid)
     try:
         yield
     finally:
-        os.seteuid(0)
-        os.setegid(0)
+        os.seteuid(uid)
+        os.setegid(gid)
+
+
+def _read(plan: Plan, path: Path) -> str:
+    """The beginning of a file in a directory of the server's user; "" if there is no such file.
+
+    That user may put anything there, a link to a file that only we may read, or a pipe: it is read
+    with that user's rights, and is not to be shown.
+    """
+    with _as_server_user(plan), suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                return os.read(fd, FILE_BYTES_MAX).decode(errors="replace")
+        finally:
+            os.close(fd)
+    return ""
 
 
 def _check_reachable(plan: Plan, home: Path) -> None:
@@ -268,23 +310,50 @@ def _runs(plan: Plan, programs: Path) -> bool:
         return False
 
 
-def _previous_server_gone(plan: Plan, cluster: Path) -> bool:
-    """Postgres outlives a killed supervisor, and its backends a killed Postgres, for a moment."""
-    with _as_server_user(plan):  # in a container even root may not look into others' processes
+class _PreviousServer:
+    """Postgres outlives a killed supervisor, and its backends a killed Postgres, for a moment: the
+    memory that they share must be free before another one starts."""
+
+    def __init__(self, plan: Plan, cluster: Path) -> None:
+        self._plan = plan
+        self._cluster = cluster
+        self._headless = False  # its postmaster is gone
+        self._since = time.monotonic()
+
+    def is_gone(self) -> bool:
+        """Ends what is left of it; EmbeddedPostgresError if that does not end."""
+        with _as_server_user(self._plan):  # in a container root may not look into others' processes
+            pids = self._processes()
+            postmaster = _postmaster_pid(self._plan, self._cluster)
+            if postmaster not in pids and not self._headless:
+                self._headless, self._since = True, time.monotonic()
+            for pid in pids:
+                if self._headless or pid == postmaster:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, self._next_signal(pids))
+        return not pids
+
+    def _next_signal(self, pids: set[int]) -> signal.Signals:
+        waited_s = time.monotonic() - self._since
+        for number, for_s in HEADLESS_STOP if self._headless else STOP:
+            if waited_s < for_s:
+                return number
+            waited_s -= for_s
+        left = ", ".join(str(pid) for pid in sorted(pids))
+        raise EmbeddedPostgresError(f"processes of the previous server do not end: {left}")
+
+    def _processes(self) -> set[int]:
         pids = {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()}
-        pids = {pid for pid in pids if _program(pid) == "postgres" and _cwd(pid) == str(cluster)}
-    postmaster = _postmaster_pid(cluster)
-    for pid in [postmaster] if postmaster in pids else pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, SIGINT if pid == postmaster else SIGQUIT)
-    return not pids
+        cluster = str(self._cluster)
+        return {pid for pid in pids if _program(pid) == "postgres" and _cwd(pid) == cluster}
 
 
-def _drop_misleading_pid_file(cluster: Path) -> None:
+def _drop_misleading_pid_file(plan: Plan, cluster: Path) -> None:
     """Postgres refuses to start if the pid in it is now, say, the user's editor, or a zombie."""
-    pid = _postmaster_pid(cluster)
+    pid = _postmaster_pid(plan, cluster)
     if pid is not None and _program(pid) not in (None, "postgres"):
-        (cluster / "postmaster.pid").unlink()
+        with _as_server_user(plan):
+            (cluster / "postmaster.pid").unlink()
 
 
 def _program(pid: int) -> str | None:
@@ -304,21 +373,22 @@ def _cwd(pid: int) -> str | None:
         return None
 
 
-def _pid_file(cluster: Path) -> list[str]:
-    try:
-        return (cluster / "postmaster.pid").read_text().splitlines()
-    except FileNotFoundError:
-        return []
+def _pid_file(plan: Plan, cluster: Path) -> list[str]:
+    return _read(plan, cluster / "postmaster.pid").splitlines()
 
 
-def _postmaster_pid(cluster: Path) -> int | None:
-    match = re.fullmatch(r"-?(\d+)", "".join(_pid_file(cluster)[:1]))  # -: single-user mode
+def _postmaster_pid(plan: Plan, cluster: Path) -> int | None:
+    first = "".join(_pid_file(plan, cluster)[:1])
+    match = re.fullmatch("-?([0-9]{1,10})", first)  # -: single-user mode
     return int(match[1]) if match else None
 
 
-def _is_ready(cluster: Path, pid: int, left: list[str]) -> bool:
-    lines = _pid_file(cluster)  # the eighth: the state (src/include/utils/pidfile.h of Postgres)
-    return lines != left and _postmaster_pid(cluster) == pid and lines[7:8] == ["ready   "]
+def _is_ready(plan: Plan, pid: int, left: list[str]) -> bool:
+    cluster = Path(plan.home) / "cluster"
+    lines = _pid_file(plan, cluster)
+    # The eighth: the state (src/include/utils/pidfile.h of Postgres).
+    is_its = lines != left and _postmaster_pid(plan, cluster) == pid
+    return is_its and lines[7:8] == ["ready   "]
 
 
 def _create_cluster(plan: Plan, programs: Path, cluster: Path, users_fd: int) -> None:
@@ -352,12 +422,56 @@ def _require(good: bool, otherwise: str, home: Path, log_offset: int) -> None:
         return
     log = home / "server.log"
     with log.open("rb") as file:
-        file.seek(log_offset)
+        file.seek(max(log_offset, file.seek(0, os.SEEK_END) - LOG_BYTES_MAX))
         lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     fatal = [line for line in lines if re.search("FATAL:|PANIC:|error:", line)]
     line = (fatal or lines or ["it says nothing"])[-1]
     reason = re.sub("^.*?(?=FATAL:|PANIC:)", "", line)
     raise EmbeddedPostgresError(f"{otherwise}: {reason} (log: {log})")
+
+
+def _left_records(plan: Plan) -> tuple[Path, Path]:
+    """Files in which killed supervisors leave the socket directory that users know, and one that no
+    user knows yet."""
+    home = Path(plan.home)
+    return home / "socket-directory.old", home / "socket-directory.new"
+
+
+def _remove_left_socket_dirs(plan: Plan) -> None:
+    for record in _left_records(plan):
+        if record.exists():
+            _remove_socket_dir(plan, Path(record.read_text()))
+            record.unlink()
+
+
+def _known_socket_dir(plan: Plan, known: Path, partial: Path) -> Path | None:
+    """Where users of a killed server expect the next one; None if there are none, or it is somebody
+    else's by now."""
+    kept = Path(known.read_text()) if known.exists() else None
+    if partial.exists():
+        left = Path(partial.read_text())
+        if left != kept:
+            _remove_socket_dir(plan, left)
+        partial.unlink()
+    if kept is not None and not _take_over(plan, kept):
+        known.unlink()
+        return None
+    return kept
+
+
+def _take_over(plan: Plan, socket_dir: Path) -> bool:
+    """Whether it is, or could be made, a directory of the server's user alone; empties it."""
+    with suppress(OSError):
+        with suppress(FileExistsError):
+            socket_dir.mkdir(mode=0o700)
+            _give(plan, socket_dir)
+        with _as_server_user(plan):
+            status = socket_dir.lstat()
+            private = stat.S_ISDIR(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o700
+            if private and status.st_uid == os.geteuid():
+                _remove_sockets(socket_dir)
+                return True
+    return False
 
 
 def _make_socket_dir(plan: Plan) -> Path:
@@ -376,15 +490,26 @@ def _make_socket_dir(plan: Plan) -> Path:
 
 
 def _give(plan: Plan, path: Path) -> None:
-    if plan.uid is not None and plan.gid is not None:
-        os.chown(path, plan.uid, plan.gid)
+    """Makes the server's user the owner of a directory that was just made."""
+    if plan.uid is None or plan.gid is None:
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        os.fchown(fd, plan.uid, plan.gid)
+    finally:
+        os.close(fd)
 
 
-def _remove_socket_dir(socket_dir: Path) -> None:
+def _remove_socket_dir(plan: Plan, socket_dir: Path) -> None:
     with suppress(OSError):
-        for name in (SOCKET_NAME, f"{SOCKET_NAME}.lock"):
-            (socket_dir / name).unlink(missing_ok=True)
+        with _as_server_user(plan):  # whose it is: a link in its place leads to no one else's
+            _remove_sockets(socket_dir)
         socket_dir.rmdir()
+
+
+def _remove_sockets(socket_dir: Path) -> None:
+    for name in (SOCKET_NAME, f"{SOCKET_NAME}.lock"):
+        (socket_dir / name).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
