@@ -20,7 +20,7 @@
     snapshot.py        the database as of one moment, for audits and rebuilds
     unsettled.py       the list of what the provider must be asked about again
     sendings.py        which refunds were sent, and since when
-    database.py        connections;  migrations/ the schema
+    database.py        connections;  session.py what each is set to;  migrations/ the schema
     admission.py       how much one process takes on, and when it refuses
     shared.py          one answer for all who ask at the same time
     telemetry.py       every metric;  logs.py the log lines;  tracing.py spans

@@ -11,7 +11,7 @@ from payments.projections.callbacks import CallbacksProjection, begin_at_the_end
 from payments.projections.follower import Follower
 from payments.projections.parked import needlessly_parked
 from payments.projections.payments import PaymentsProjection
-from payments.snapshot import Snapshot
+from payments.snapshot import Reader
 from payments.telemetry import Telemetry
 from tests.support import History, append, append_stored, follow, stored_event
 
@@ -22,8 +22,8 @@ RETRY = "`payments parked retry {}`"
 
 
 def found(address: DatabaseAddress) -> list[str]:
-    with Snapshot(address, "tests") as snapshot:
-        return [str(each) for each in needlessly_parked(snapshot)]
+    with Reader(address, "tests") as reader:
+        return [str(each) for each in needlessly_parked(reader)]
 
 
 def park(connection: Connection, follower: str, payment_id: uuid.UUID, position: int) -> None:

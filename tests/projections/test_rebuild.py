@@ -17,7 +17,7 @@ from payments.projections.comparison import Difference, Unreadable
 from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection
 from payments.projections.rebuild import Rebuilt, check, rebuild
-from payments.snapshot import Snapshot
+from payments.snapshot import Reader, Snapshot
 from payments.telemetry import Telemetry
 from tests.invariants.checker import TABLES
 from tests.invariants.checker import check as check_invariants
@@ -507,8 +507,14 @@ def test_nobody_waits_for_it(
 def test_rows_of_a_snapshot_are_those_of_one_moment(
     known: dict[str, History], address: DatabaseAddress, connection: Connection
 ) -> None:
-    with Snapshot(address, "tests") as snapshot:
-        first = snapshot.fetch("SELECT count(*) FROM payments")
+    query = "SELECT count(*) FROM payments"
+
+    def read(snapshot: Snapshot) -> list[list[tuple[Any, ...]]]:
+        first = snapshot.fetch(query)
         connection.execute("DELETE FROM payments")
-        assert list(snapshot.stream("SELECT count(*) FROM payments")) == first
-        assert snapshot.fetch("SELECT count(*) FROM payments") == first
+        return [first, snapshot.fetch(query)]
+
+    with Reader(address, "tests") as reader:
+        first, second = reader.at_one_moment(read)
+        assert first == second == [(len(known),)]
+        assert reader.fetch(query) == [(0,)]

@@ -94,7 +94,7 @@ async def test_a_service_seals_within_about_a_second(
 ) -> None:
     await service.charging.charge(charge_of("k1"))
     sealed = "SELECT FROM log_seals WHERE position = 2"
-    await until(lambda: connection.execute(sealed).fetchall(), timeout_s=5)
+    await until(lambda: connection.execute(sealed).fetchall())
     assert check_seals(connection) == 2
 
 
@@ -125,7 +125,7 @@ async def test_it_does_not_listen(database: Database, connection: Connection) ->
     follower.start()
     try:
         append(connection, History("k").facts)
-        await until(lambda: connection.execute("SELECT FROM log_seals").fetchall(), timeout_s=5)
+        await until(lambda: connection.execute("SELECT FROM log_seals").fetchall())
         listening = connection.execute(
             "SELECT query FROM pg_stat_activity WHERE application_name = 'payments follower seals'"
             "   AND datname = current_database() AND query LIKE '%LISTEN%'"

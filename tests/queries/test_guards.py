@@ -8,7 +8,7 @@ from psycopg import sql
 
 from payments.database import DatabaseAddress
 from payments.queries.guards import CONSTRAINTS, NEVER_NULL, TRIGGERS, broken_guards
-from payments.snapshot import Snapshot
+from payments.snapshot import Reader
 from tests.support import History, append
 
 Connection = psycopg.Connection[Any]
@@ -25,8 +25,8 @@ LET_THROUGH = " RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
 
 
 def found(address: DatabaseAddress) -> list[str]:
-    with Snapshot(address, "tests") as snapshot:
-        return [str(each) for each in broken_guards(snapshot)]
+    with Reader(address, "tests") as reader:
+        return [str(each) for each in broken_guards(reader)]
 
 
 def test_all_are_in_place(address: DatabaseAddress, connection: Connection) -> None:

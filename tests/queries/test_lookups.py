@@ -17,8 +17,9 @@ from payments.payment import Payment
 from payments.queries.lookups import BATCH_MAX, PaymentLookups
 from payments.queries.payments import get_payment
 from payments.telemetry import Telemetry
+from tests.machine import Machine, bound, within
 from tests.queries.conftest import FreezingProxy, WatchedDatabase
-from tests.support import History, append, append_stored, histories, stored_event
+from tests.support import History, append, append_stored, histories, stored_event, until
 
 pytestmark = pytest.mark.anyio
 
@@ -248,10 +249,13 @@ async def timed(lookups: PaymentLookups, id: uuid.UUID, delay_s: float) -> tuple
 async def test_a_database_that_freezes(address: DatabaseAddress, connection: Connection) -> None:
     """Lookups of three seconds, each answered in time; and all is well when it goes on."""
     begun = charged(connection, 300)
-    await asyncio.gather(*(_freeze(address, pool_max, begun) for pool_max in (1, 4)))
+    machine = Machine()
+    await asyncio.gather(*(_freeze(address, pool_max, begun, machine) for pool_max in (1, 4)))
 
 
-async def _freeze(address: DatabaseAddress, pool_max: int, begun: list[History]) -> None:
+async def _freeze(
+    address: DatabaseAddress, pool_max: int, begun: list[History], machine: Machine
+) -> None:
     async with FreezingProxy(address) as proxy:
         database = Database(proxy.address, pool_max)
         await database.open()
@@ -262,21 +266,25 @@ async def _freeze(address: DatabaseAddress, pool_max: int, begun: list[History])
             *(timed(lookups, history.id, number / 100) for number, history in enumerate(begun))
         )
         assert {type(found) for _, found in answers} == {DatabaseUnavailable}
-        assert max(took for took, _ in answers) < ANSWER_S
+        bound(max(took for took, _ in answers), ANSWER_S, machine)
         proxy.running.set()
-        deadline = time.monotonic() + 5
-        while (await timed(lookups, begun[0].id, 0.05))[1] != begun[0].payment:
-            assert time.monotonic() < deadline
+
+        async def goes_on() -> bool:
+            _, found = await timed(lookups, begun[0].id, 0.05)
+            return bool(found == begun[0].payment)
+
+        with within(5):
+            await until(goes_on)
         await database.close()
 
 
-async def test_a_database_that_is_not_there(address: DatabaseAddress) -> None:
+async def test_a_database_that_is_not_there(address: DatabaseAddress, machine: Machine) -> None:
     database = Database(msgspec.structs.replace(address, host="/nowhere"), 2)
     await database.open()
     lookups = PaymentLookups(database)
     answers = await asyncio.gather(*(timed(lookups, uuid.uuid4(), n / 100) for n in range(90)))
     assert {type(found) for _, found in answers} == {DatabaseUnavailable}
-    assert max(took for took, _ in answers) < ANSWER_S
+    bound(max(took for took, _ in answers), ANSWER_S, machine)
     await database.close()
 
 

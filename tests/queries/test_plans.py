@@ -265,3 +265,14 @@ def test_claiming_what_is_due_reads_no_more_than_it_claims(
         assert "unsettled_payments_due" in plan.indexes
         assert plan.scanned == set()
         assert plan.looked_at <= 200
+
+
+def test_telling_of_a_payment_looks_at_one_row(on_big: psycopg.Connection[Any]) -> None:
+    with on_big.transaction(force_rollback=True):
+        row = on_big.execute("SELECT payment_id FROM unsettled_payments LIMIT 1").fetchone()
+        assert row is not None
+        params = {"payment_id": row[0], "level": 50, "again_s": 60}
+        plan = Plan(on_big, unsettled.TELL, params)
+        assert plan.indexes == {"unsettled_payments_pkey"}
+        assert plan.scanned == set()
+        assert plan.looked_at <= 4

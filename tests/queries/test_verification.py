@@ -18,11 +18,12 @@ from payments.queries.verification import (
     NoExport,
     Place,
     Verification,
+    ends_of,
     missing_seals,
     places_in,
     places_of,
 )
-from payments.snapshot import Snapshot
+from payments.snapshot import Reader
 from tests.support import History, append, follow, seal_log
 
 Connection = psycopg.Connection[Any]
@@ -61,9 +62,10 @@ def heads_of(connection: Connection, *positions: int) -> dict[int, bytes]:
 
 def findings(address: DatabaseAddress, heads: dict[int, bytes] | None = None) -> list[Finding]:
     verification = Verification(heads or {})
-    with Snapshot(address, "tests") as snapshot:
-        found = list(verification.findings(places_of(snapshot)))
-        return found + list(missing_seals(snapshot, verification.head))
+    with Reader(address, "tests") as reader:
+        ends = ends_of(reader)
+        found = list(verification.findings(places_of(reader, ends)))
+        return found + list(missing_seals(ends, verification.head))
 
 
 def at(found: list[Finding]) -> list[int]:
@@ -350,9 +352,9 @@ def test_what_is_no_finding(
     heads = heads_of(tampered, EVENTS)
     append(connection, History("late").charged().refunded().facts)
     assert findings(address, heads) == []
-    with Snapshot(address, "tests") as snapshot:
-        comparison = Comparison(snapshot)
-        assert list(comparison.differences()) == []
+    with Reader(address, "tests") as reader:
+        comparison = Comparison(reader)
+        assert list(comparison.of_all()) == []
         assert (comparison.position, comparison.payments) == (EVENTS, EVENTS // 2)
 
 

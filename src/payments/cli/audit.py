@@ -26,6 +26,7 @@ from payments.queries.verification import (
     Verification,
     accepted_losses,
     another_log,
+    ends_of,
     log_id_in,
     missing_seals,
     newest_head,
@@ -35,7 +36,7 @@ from payments.queries.verification import (
     shared_captures,
 )
 from payments.service import open_database
-from payments.snapshot import Snapshot
+from payments.snapshot import Reader
 
 SHOWN_MAX = 100  # findings of each kind; all are counted
 PROGRESS_EVERY = 10_000  # events
@@ -124,27 +125,24 @@ def verify(heads: dict[int, bytes], log: UUID | None, export: BinaryIO | None) -
 
 
 def _verify_database(heads: dict[int, bytes], log: UUID | None) -> int:
-    with (
-        open_database(begin(), to="read") as address,
-        Snapshot(address, NAME) as snapshot,
-    ):
-        losses = accepted_losses(snapshot)
-        verification, comparison = Verification(heads, losses), Comparison(snapshot)
+    with open_database(begin(), to="read") as address, Reader(address, NAME) as reader:
+        losses, ends = accepted_losses(reader), ends_of(reader)
+        verification, comparison = Verification(heads, losses), Comparison(reader)
         with Progress() as progress:
-            places = _with_progress(places_of(snapshot), progress, comparison.position)
+            places = _with_progress(places_of(reader, ends), progress, ends.log)
             found = _show(verification.findings(places))
-            found += _show(open_losses(snapshot))
-            found += _show(missing_seals(snapshot, verification.head))
-            id = log_id_in(snapshot)
+            found += _show(open_losses(reader))
+            found += _show(missing_seals(ends, verification.head))
+            id = log_id_in(reader)
             found += _show(another_log(id, log, verification.events))
-            found += _show(broken_guards(snapshot))
-            found += _show(shared_captures(snapshot))
+            found += _show(broken_guards(reader))
+            found += _show(shared_captures(reader, ends))
             _tell(verification, f", id {id}" if id is not None else "")
             for loss in losses:
                 click.echo(one_line(f"loss: {loss}"))
             comparison.progress = lambda done: progress("compare", done, comparison.position)
-            found += _show(each for each in comparison.differences() if not _may_be(each))
-            found += _show(needlessly_parked(snapshot))
+            found += _show(each for each in comparison.of_all() if not _may_be(each))
+            found += _show(needlessly_parked(reader))
     click.echo(
         f"tables: {comparison.payments:,} payments compared with the log up to position "
         f"{comparison.position}"

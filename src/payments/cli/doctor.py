@@ -5,7 +5,7 @@ import ssl
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import click
@@ -20,9 +20,17 @@ from payments.events.losses import log_id, open_loss
 from payments.migrations import schema_of
 from payments.queries.callbacks import backlog
 from payments.queries.followers import follower_states, unsettled_payments
-from payments.queries.server import Role, Server, role_of, server_state
+from payments.queries.server import (
+    UNSAFE_MEANS,
+    Role,
+    Server,
+    role_of,
+    server_state,
+    unsafe_settings,
+)
 from payments.queries.verification import newest_head
 from payments.service import build_gateway, open_database
+from payments.session import settings_in_force
 from payments.settings import Settings
 
 POSTGRES_MIN = 15
@@ -92,7 +100,7 @@ def _checks() -> Iterator[Check]:
 
 
 def _database(address: DatabaseAddress) -> Iterator[Check]:
-    """The server, its schema, which is not behind or it had not been opened, and its clock."""
+    """The server, its schema, which is not behind or it had not been opened, and the session."""
     with connect(address, "payments doctor") as connection:
         version = connection.info.server_version // 10_000
         schema = schema_of(connection)
@@ -101,6 +109,16 @@ def _database(address: DatabaseAddress) -> Iterator[Check]:
             text = f"schema newer than this version, which may run on it: {schema.newer[-1]}"
         bad = version < POSTGRES_MIN or schema.refusal is not None
         yield _failing("database", bad, f"Postgres {version}, {text}")
+        # Opening the connection has compared them.
+        text = ", ".join(f"{name} {value}" for name, value in settings_in_force(connection).items())
+        yield Check("ok", "session", f"{text}{_between(connection)}")
+
+
+def _between(connection: psycopg.Connection[Any]) -> str:
+    """A pooler gives out process ids of its own."""
+    row = connection.execute("SELECT pg_backend_pid()").fetchone()
+    is_direct = row == (connection.info.backend_pid,)
+    return "" if is_direct else "; through a pooler, which keeps sessions apart"
 
 
 async def _server(database: Database) -> list[Check]:
@@ -115,6 +133,7 @@ async def _server(database: Database) -> list[Check]:
     checks = [
         _failing("clock", skew_s > SKEW_MAX_S, f"this machine's and the database's: {where}"),
         _standbys(server),
+        _durability(await unsafe_settings(database)),
     ]
     if server.read_only:
         text = "it refuses to write: it is a standby, or read-only"
@@ -142,6 +161,13 @@ def _standbys(server: Server) -> Check:
     if server.may_lose:
         text += ": a failover may lose what was answered; set synchronous_standby_names"
     return _failing("standbys", server.may_lose, text)
+
+
+def _durability(unsafe: list[str]) -> Check:
+    """Of what the server has committed."""
+    if not unsafe:
+        return Check("ok", "durability", "fsync and full_page_writes are on")
+    return Check("FAIL", "durability", f"off: {' and '.join(unsafe)}; {UNSAFE_MEANS}")
 
 
 async def _state(database: Database) -> list[Check]:

@@ -4,6 +4,8 @@ Values are printed as they are, but for what is not printable: nobody's data beg
 own or speaks to the terminal.
 """
 
+import csv
+import io
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,6 +15,9 @@ import msgspec
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+
+# With these a spreadsheet begins a formula, some of them in full width (OWASP: CSV Injection).
+FORMULA_BEGINS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 UNWRAPPED = 10_000_000  # columns; an environment variable, the longest of values, has 131,072
 
@@ -42,6 +47,18 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str)
     with console.capture() as shown:
         console.print(table)
     click.echo(shown.get(), nl=False)
+
+
+def csv_line(cells: Iterable[object]) -> bytes:
+    """A line as RFC 4180 has it. Texts are from outside, and whoever opens them must not run them:
+    what could be a formula gets an apostrophe before it. Numbers stay numbers."""
+    line = io.StringIO()
+    csv.writer(line).writerow(_no_formula(cell) for cell in cells)
+    return line.getvalue().encode()
+
+
+def _no_formula(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_BEGINS) else cell
 
 
 def print_json(value: Any) -> None:

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import click
 import uvloop
@@ -64,10 +64,8 @@ def serve(api_only: bool) -> None:
     listening = importlib.import_module("web.listening")
     listener, metrics = listening.bind(settings), listening.bind_metrics(settings)
     gateway = build_gateway(settings)
-    with (
-        traces(os.environ),
-        open_database(settings, to="migrate" if settings.migrate_on_start else "run") as address,
-    ):
+    to: Literal["migrate", "run"] = "migrate" if settings.migrate_on_start else "run"
+    with traces(os.environ), open_database(settings, to=to, lasting=True) as address:
         server.run(settings, address, gateway, listener, metrics, work=not api_only)
 
 
@@ -86,10 +84,8 @@ def work() -> None:
         service = Service(settings, address, gateway=gateway, data_dir=heads_dir(settings))
         await _work(service, metrics)
 
-    with (
-        traces(os.environ),
-        open_database(settings, to="migrate" if settings.migrate_on_start else "run") as address,
-    ):
+    to: Literal["migrate", "run"] = "migrate" if settings.migrate_on_start else "run"
+    with traces(os.environ), open_database(settings, to=to, lasting=True) as address:
         uvloop.run(run())
 
 

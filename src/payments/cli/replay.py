@@ -1,12 +1,10 @@
 """`payments replay`: the log, and what a payment was at a moment."""
 
 import base64
-import csv
-import io
 import signal
 import sys
-from collections.abc import Callable, Iterable
-from typing import IO
+from collections.abc import Callable
+from itertools import chain
 from uuid import UUID
 
 import click
@@ -14,7 +12,7 @@ import msgspec
 
 from payments.cli.exits import discard
 from payments.cli.moments import MOMENT
-from payments.cli.output import one_line, print_rows
+from payments.cli.output import csv_line, one_line, print_rows
 from payments.cli.processes import begin, with_database
 from payments.database import Database, DatabaseAddress
 from payments.errors import PaymentNotFound, StartError
@@ -23,20 +21,9 @@ from payments.events.facts import FACTS
 from payments.queries.as_of import get_payment_as_of
 from payments.queries.explain import summary, time_text
 from payments.queries.payments import PaymentView
-from payments.queries.replay import (
-    LAST,
-    NAME,
-    Moment,
-    Sealed,
-    Wanted,
-    follow,
-    head_of,
-    replay,
-)
+from payments.queries.replay import LAST, Moment, Replay, Sealed, Wanted
 from payments.service import open_database
-from payments.snapshot import Snapshot
 
-FLUSH_EVENTS = 500
 FIELDS = PaymentView.__struct_fields__
 CSV_COLUMNS = (
     *("position", "payment_id", "version", "type", "recorded_at", "data", "state_base64", "hash"),
@@ -58,7 +45,8 @@ CSV_COLUMNS = (
     type=click.Choice(["jsonl", "table", "csv"]),
     default="jsonl",
     show_default=True,
-    help="jsonl is the exact log, to be kept or verified; table is for people.",
+    help="jsonl is the exact log, to be kept or verified; csv, for spreadsheets, and table are for "
+    "people.",
 )
 @click.option("--follow", "following", is_flag=True, help="Go on with new events, until Ctrl-C.")
 @click.option(
@@ -103,17 +91,14 @@ def replay_log(
 
 
 def _print_events(address: DatabaseAddress, wanted: Wanted, form: str, following: bool) -> None:
-    write, count = _writer(form), 0
+    out, line_of, count = sys.stdout.buffer, _writer(form), 0
     try:
-        with Snapshot(address, NAME) as snapshot:
-            for found in replay(snapshot, wanted):
-                write(found)
-                count += 1
-                if count % FLUSH_EVENTS == 0:
-                    sys.stdout.buffer.flush()
-            if following:
-                _follow(address, wanted, snapshot, write, count)
-        sys.stdout.buffer.flush()
+        with Replay(address, wanted) as log:
+            for part in chain(log.parts(), log.follow() if following else ()):
+                out.write(b"".join(map(line_of, part)))
+                out.flush()
+                count += len(part)
+        out.flush()
     except BrokenPipeError:  # whoever reads has seen enough
         discard(sys.stdout)
     except KeyboardInterrupt:
@@ -129,8 +114,8 @@ def _states(
     ids = [payment] if payment is not None else []
     if order is not None:
         began = Wanted(order_id=order, types=["PaymentInitiated"])
-        with Snapshot(address, NAME) as snapshot:
-            ids = [found.event.payment_id for found in replay(snapshot, began)]
+        with Replay(address, began) as log:
+            ids = [found.event.payment_id for part in log.parts() for found in part]
 
     async def read(database: Database) -> list[PaymentView]:
         found, missing = [], None
@@ -156,9 +141,9 @@ def _print_states(states: list[PaymentView], form: str) -> None:
         return
     fields = [msgspec.to_builtins(state) for state in states]
     if form == "csv":
-        writer = csv.DictWriter(sys.stdout, FIELDS)
-        writer.writeheader()
-        writer.writerows(fields)
+        click.echo(csv_line(FIELDS), nl=False)
+        for state in fields:
+            click.echo(csv_line(state[field] for field in FIELDS), nl=False)
         return
     for number, state in enumerate(fields):
         if number:
@@ -166,49 +151,16 @@ def _print_states(states: list[PaymentView], form: str) -> None:
         print_rows(("field", "value"), [(field, state[field]) for field in FIELDS], "table")
 
 
-def _follow(
-    address: DatabaseAddress,
-    wanted: Wanted,
-    snapshot: Snapshot,
-    write: Callable[[Sealed], None],
-    count: int,
-) -> None:
-    """Goes on behind what the snapshot held."""
-    after = head_of(snapshot)
-    sys.stdout.buffer.flush()
-    if wanted.limit is not None and count >= wanted.limit:
-        return
-    for found in follow(address, wanted, after):
-        if found is None:
-            sys.stdout.buffer.flush()
-            continue
-        write(found)
-        count += 1
-        if count == wanted.limit:
-            return
-
-
-def _writer(form: str) -> Callable[[Sealed], None]:
-    """What prints an event; tables and CSV begin with a line of names."""
+def _writer(form: str) -> Callable[[Sealed], bytes]:
+    """What makes a line of an event; tables and CSV begin with a line of names."""
     out = sys.stdout.buffer
     if form == "jsonl":
-        return lambda found: _write(out, write_line(found.event, found.hash) + b"\n")
+        return lambda found: write_line(found.event, found.hash) + b"\n"
     if form == "csv":
-        _write(out, _csv(CSV_COLUMNS))
-        return lambda found: _write(out, _csv(_cells(found)))
-    _write(out, _TABLE.format(*_TABLE_COLUMNS).rstrip().encode() + b"\n")
-    return lambda found: _write(out, _table_line(found.event))
-
-
-def _write(out: IO[bytes], text: bytes) -> None:
-    out.write(text)
-
-
-def _csv(cells: Iterable[object]) -> bytes:
-    """A line as RFC 4180 has it."""
-    line = io.StringIO()
-    csv.writer(line).writerow(cells)
-    return line.getvalue().encode()
+        out.write(csv_line(CSV_COLUMNS))
+        return lambda found: csv_line(_cells(found))
+    out.write(_TABLE.format(*_TABLE_COLUMNS).rstrip().encode() + b"\n")
+    return lambda found: _table_line(found.event)
 
 
 def _cells(found: Sealed) -> list[object]:

@@ -30,6 +30,7 @@ _HEAD = struct.Struct(">q16sqqi")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _encoder = msgspec.json.Encoder()
+_text = msgspec.json.Decoder(msgspec.Raw)  # only looks whether it is JSON
 
 
 class LogEntry(NamedTuple):
@@ -119,7 +120,7 @@ def _is_one_line_of_json(state: bytes) -> bool:
     if b"\n" in state or b"\r" in state or state != state.strip():
         return False
     try:
-        msgspec.json.decode(state)
+        _text.decode(state)
         state.decode()
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return False

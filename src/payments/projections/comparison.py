@@ -1,8 +1,9 @@
-"""Compares the payments read model with what the log says, row by row and as of one moment.
+"""Compares the payments read model with what the log says, row by row.
 
-In one snapshot the follower's position fits its rows, so nothing is locked and nobody waits,
-however long it takes. Log and tables are read side by side in the order of payment ids, in constant
-memory.
+In one snapshot the follower's position fits its rows, so nothing is locked and nobody waits. Each
+has some payments, in the order of their ids, and has ended when they are compared: memory is
+constant, and vacuum is held up for milliseconds, however long it all takes. So each payment is
+compared as of a moment of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from payments.events.facts import UndecodableEvent
-from payments.events.store import READ_STREAMS_UNTIL, fact_at
+from payments.events.store import CHANGED_STREAMS, READ_STREAMS_UNTIL, SLICE_END, fact_at
 from payments.payment import ABANDONED, DECLINED, Payment, UnexpectedEvent, evolve
 from payments.projections.payments import (
     CLIENT_COLUMNS,
@@ -21,15 +22,18 @@ from payments.projections.payments import (
     refund_row,
 )
 from payments.settings import DEFAULT_CLIENT
-from payments.snapshot import Snapshot
+from payments.snapshot import Reader, Rows, Snapshot, Source
 
 PROGRESS_EVERY = 5000  # payments
 END = 1 << 128  # after every id
-NO_ROWS: list[tuple[Any, ...]] = []
+FIRST_ID, LAST_ID = UUID(int=0), UUID(int=END - 1)
+LAST = 2**63 - 1  # position
+NO_ROWS: Rows = []
 Row = tuple[Any, ...]
 
-# As in events/store.py: of all payments, or of some; in the order of their ids. A time that Python
-# does not have (infinity, a year of five digits) is as wrong as none.
+# As in events/store.py: of the payments with ids from one up to another, or of some of them, in the
+# order of their ids. A time that Python does not have (infinity, a year of five digits) is as wrong
+# as none.
 PAYMENTS = """
 SELECT id, merchant_order_id, idempotency_key, amount_cents, currency, status, provider_txn_id,
        CASE WHEN created_at >= '0001-01-01' AND created_at < '10000-01-01'
@@ -37,7 +41,9 @@ SELECT id, merchant_order_id, idempotency_key, amount_cents, currency, status, p
        CASE WHEN updated_at >= '0001-01-01' AND updated_at < '10000-01-01'
             THEN updated_at AT TIME ZONE 'UTC' END
   FROM payments
- WHERE %(ids)s::uuid[] IS NULL OR id = ANY (%(ids)s::uuid[]) ORDER BY id
+ WHERE id >= %(first_id)s AND id <= %(last_id)s
+   AND (%(ids)s::uuid[] IS NULL OR id = ANY (%(ids)s::uuid[]))
+ ORDER BY id
 """
 
 REFUNDS = """
@@ -48,7 +54,9 @@ SELECT id, payment_id, idempotency_key, amount_cents, currency, status, provider
        CASE WHEN updated_at >= '0001-01-01' AND updated_at < '10000-01-01'
             THEN updated_at AT TIME ZONE 'UTC' END
   FROM refunds
- WHERE %(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]) ORDER BY payment_id, id
+ WHERE payment_id >= %(first_id)s AND payment_id <= %(last_id)s
+   AND (%(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]))
+ ORDER BY payment_id, id
 """
 
 CLIENTS = """
@@ -56,14 +64,18 @@ SELECT payment_id, client, status, currency,
        CASE WHEN created_at >= '0001-01-01' AND created_at < '10000-01-01'
             THEN created_at AT TIME ZONE 'UTC' END
   FROM payment_clients
- WHERE %(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]) ORDER BY payment_id
+ WHERE payment_id >= %(first_id)s AND payment_id <= %(last_id)s
+   AND (%(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]))
+ ORDER BY payment_id
 """
 
 UNSETTLED = """
 SELECT payment_id, kind,
        CASE WHEN since >= '0001-01-01' AND since < '10000-01-01' THEN since END
   FROM unsettled_payments
- WHERE %(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]) ORDER BY payment_id
+ WHERE payment_id >= %(first_id)s AND payment_id <= %(last_id)s
+   AND (%(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]))
+ ORDER BY payment_id
 """
 
 POSITION = """
@@ -71,7 +83,8 @@ SELECT position FROM followers WHERE name = 'payments'
 """
 
 PARKED = """
-SELECT payment_id, position FROM parked_streams WHERE follower = 'payments'
+SELECT payment_id, position FROM parked_streams
+ WHERE follower = 'payments' AND payment_id >= %(first_id)s AND payment_id <= %(last_id)s
 """
 
 # How many payments and refunds there are of each status and currency, and for how much.
@@ -222,32 +235,105 @@ class Totals(dict[tuple[str, str, str], tuple[int, int]]):
             self.pop(kind, None)
 
 
-class Comparison:
-    """One pass over the log up to where the follower stands, and over its tables.
+class Slice(NamedTuple):
+    """What log and tables had of some payments when the follower stood at `position`.
 
-    Use `differences` once; the rest is complete when it is exhausted.
+    `events` are READ_STREAMS_UNTIL's rows, `tables` the rows of each of TABLES, and `parked` where
+    streams were parked.
     """
 
-    def __init__(self, snapshot: Snapshot, payment_ids: list[UUID] | None = None) -> None:
-        """`payment_ids`: only these."""
-        self._snapshot = snapshot
-        self._ids = payment_ids
+    position: int
+    parked: dict[UUID, int]
+    events: Rows
+    tables: list[Rows]
+
+
+def slices(reader: Reader) -> Iterator[Slice]:
+    """All payments, each slice as of its own moment."""
+    first_id: UUID | None = FIRST_ID
+    while first_id is not None:
+        part, first_id = reader.at_one_moment(
+            lambda snapshot, first=first_id: _next_slice(snapshot, first)  # type: ignore[misc]
+        )
+        yield part
+
+
+def slice_of(snapshot: Snapshot, payment_ids: list[UUID]) -> Slice:
+    """These payments; `parked` are all that there are."""
+    return _slice(snapshot, {"ids": payment_ids, "first_id": FIRST_ID, "last_id": LAST_ID})
+
+
+def _next_slice(snapshot: Snapshot, first_id: UUID) -> tuple[Slice, UUID | None]:
+    """The payments from an id on, and the id that comes behind them; None: there is none."""
+    ((last_id,),) = snapshot.fetch(SLICE_END, {"first_id": first_id})
+    params = {"ids": None, "first_id": first_id, "last_id": last_id or LAST_ID}
+    part = _slice(snapshot, params)
+    return part, UUID(int=last_id.int + 1) if last_id not in (None, LAST_ID) else None
+
+
+def _slice(snapshot: Snapshot, params: dict[str, Any]) -> Slice:
+    position = position_of(snapshot)
+    return Slice(
+        position,
+        dict(snapshot.fetch(PARKED, params)),
+        snapshot.fetch(READ_STREAMS_UNTIL, {"until": position, **params}),
+        [snapshot.fetch(table.select, params) for table in TABLES],
+    )
+
+
+def parked_in(source: Source) -> dict[UUID, int]:
+    """Where streams are parked."""
+    return dict(source.fetch(PARKED, {"first_id": FIRST_ID, "last_id": LAST_ID}))
+
+
+def position_of(source: Source) -> int:
+    """Where the follower stands."""
+    rows = source.fetch(POSITION)
+    return rows[0][0] if rows else 0
+
+
+class Comparison:
+    """Log and tables side by side. `totals` is what the payments amounted to when the follower
+    stood at `position`, though they may be compared as of later; parked ones as they were before.
+
+    Whoever takes differences takes them all.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
         # Is told now and then how many events were read.
         self.progress: Callable[[int], None] = lambda _: None
-        rows = snapshot.fetch(POSITION)
-        self.position: int = rows[0][0] if rows else 0
-        self.parked: dict[UUID, int] = dict(snapshot.fetch(PARKED))
+        self.position = position_of(reader)
+        self.parked: dict[UUID, int] = {}
         self.events = self.payments = 0
         self.totals = Totals()
 
-    def differences(self) -> Iterator[Difference | Unreadable]:
-        sides = [
-            _Side(table, self._snapshot.stream(table.select, {"ids": self._ids}))
-            for table in TABLES
-        ]
-        params = {"until": self.position, "ids": self._ids}
-        rows = self._snapshot.stream(READ_STREAMS_UNTIL, params)
-        for payment_id, payment in payments_of(rows, self.parked):
+    def of_all(self) -> Iterator[Difference | Unreadable]:
+        """What differs, of all payments. To be called once."""
+        for part in self._reader.ahead(slices(self._reader)):
+            yield from self._of(part)
+
+    def changed(self, snapshot: Snapshot) -> tuple[Slice, list[UUID]]:
+        """The payments that changed since `position`, and their ids."""
+        bounds = {"after": self.position, "until": position_of(snapshot)}
+        ids = {row[0] for row in snapshot.fetch(CHANGED_STREAMS, bounds)}
+        # The follower may have caught up with parked ones, or parked them again elsewhere.
+        ids |= self.parked.keys() | parked_in(snapshot).keys()
+        return slice_of(snapshot, sorted(ids)), sorted(ids)
+
+    def again(self, part: Slice) -> Iterator[Difference | Unreadable]:
+        """What differs of the payments that changed; `position` is then that of the slice."""
+        counted = self.events, self.payments
+        before = totals_of(part.events, self.parked, self.position)
+        self.totals.replace(before, Totals())
+        self.position, self.parked = part.position, {}
+        yield from self._of(part)
+        self.events, self.payments = counted
+
+    def _of(self, part: Slice) -> Iterator[Difference | Unreadable]:
+        self.parked |= part.parked
+        sides = [_Side(table, iter(rows)) for table, rows in zip(TABLES, part.tables, strict=True)]
+        for payment_id, payment, before in payments_of(part.events, part.parked, self.position):
             if isinstance(payment, Exception):
                 yield Unreadable(payment_id, str(payment))
             elif payment is not None:
@@ -255,7 +341,8 @@ class Comparison:
                 self.events += payment.version
                 if self.payments % PROGRESS_EVERY == 0:
                     self.progress(self.events)
-                self.totals.add(payment)
+            if isinstance(before, Payment):
+                self.totals.add(before)
             place = payment_id.int  # in the order of ids
             for side in sides:
                 if side.upcoming < place:
@@ -270,51 +357,56 @@ class Comparison:
             yield from side.before(END)
 
 
+Folded = Payment | Exception | None
+
+
 def payments_of(
-    rows: Iterable[Row], parked: Mapping[UUID, int]
-) -> Iterator[tuple[UUID, Payment | Exception | None]]:
-    """Each payment that READ_STREAMS_UNTIL's rows make, or why they do not make one.
+    rows: Iterable[Row], parked: Mapping[UUID, int], then: int = LAST
+) -> Iterator[tuple[UUID, Folded, Folded]]:
+    """Each payment that READ_STREAMS_UNTIL's rows make, or why they do not make one; and the same
+    as it was at the position `then`.
 
     A parked stream stands where it was when it was parked; None: at its beginning.
     """
     current: UUID | None = None
     payment: Payment | None = None
     failed: Exception | None = None
+    before: Folded = None
+    is_later = False
     until: int | None = None
     place = END
     for position, stream, version, topic, state in rows:
         if stream.int != place:
             place = stream.int
             if current is not None:
-                yield current, failed or payment
-            current, payment, failed = stream, None, None
+                yield current, failed or payment, before if is_later else failed or payment
+            current, payment, failed, is_later = stream, None, None, False
             until = parked.get(stream)
         if failed is None and (until is None or position < until):
+            if position > then and not is_later:
+                before, is_later = payment, True
             try:
                 payment = evolve(payment, fact_at(stream, version, topic, state))
             except (UndecodableEvent, UnexpectedEvent) as error:
                 failed = error
     if current is not None:
-        yield current, failed or payment
+        yield current, failed or payment, before if is_later else failed or payment
 
 
-def totals_of(
-    snapshot: Snapshot, until: int, payment_ids: list[UUID], parked: Mapping[UUID, int]
-) -> Totals:
-    """What these payments amounted to when the follower stood at `until`."""
+def totals_of(rows: Iterable[Row], parked: Mapping[UUID, int], then: int) -> Totals:
+    """What the payments of READ_STREAMS_UNTIL's rows amounted to at the position `then`."""
     totals = Totals()
-    rows = snapshot.fetch(READ_STREAMS_UNTIL, {"until": until, "ids": payment_ids})
-    for _, payment in payments_of(rows, parked):
+    for _, _, payment in payments_of(rows, parked, then):
         if isinstance(payment, Payment):
             totals.add(payment)
     return totals
 
 
-def table_totals(snapshot: Snapshot) -> Totals:
+def table_totals(source: Source) -> Totals:
     """The same, as the tables have it."""
     return Totals(
         ((table, str(status), str(currency)), (count, cents or 0))
-        for table, status, currency, count, cents in snapshot.fetch(TOTALS)
+        for table, status, currency, count, cents in source.fetch(TOTALS)
     )
 
 

@@ -7,9 +7,11 @@ from typing import NamedTuple
 from uuid import UUID
 
 from payments.events.store import READ_STREAMS_UNTIL
-from payments.projections.comparison import payments_of
+from payments.projections.comparison import Folded, payments_of
 from payments.projections.seals import SealsProjection
-from payments.snapshot import Snapshot
+from payments.snapshot import Source
+
+PART_PAYMENTS = 500  # read at once
 
 # With the position up to which the follower has looked: what comes later has parked nothing yet.
 PARKED = """
@@ -27,18 +29,17 @@ class NeedlesslyParked(NamedTuple):
         return f"payment {self.payment_id}: parked by {self.follower} {self.why}"
 
 
-def needlessly_parked(snapshot: Snapshot) -> Iterator[NeedlesslyParked]:
+def needlessly_parked(source: Source) -> Iterator[NeedlesslyParked]:
     """What this version can read, up to where its follower stands."""
     parked: dict[tuple[str, int], set[UUID]] = defaultdict(set)
-    for follower, position, payment_id in snapshot.fetch(PARKED):
+    for follower, position, payment_id in source.fetch(PARKED):
         parked[follower, position].add(payment_id)
     for (follower, position), ids in sorted(parked.items()):
         if follower == SealsProjection.name:
             for payment_id in sorted(ids):
                 yield NeedlesslyParked(follower, payment_id, "although that parks nothing")
             continue
-        params = {"until": position, "ids": sorted(ids)}
-        for payment_id, payment in payments_of(snapshot.stream(READ_STREAMS_UNTIL, params), {}):
+        for payment_id, payment in _read(source, position, sorted(ids)):
             ids.discard(payment_id)
             if not isinstance(payment, Exception):
                 why = f"although its events can be read: `payments parked retry {payment_id}`"
@@ -46,3 +47,11 @@ def needlessly_parked(snapshot: Snapshot) -> Iterator[NeedlesslyParked]:
         for payment_id in sorted(ids):
             why = f"although it has no events: `payments parked retry {payment_id}`"
             yield NeedlesslyParked(follower, payment_id, why)
+
+
+def _read(source: Source, until: int, ids: list[UUID]) -> Iterator[tuple[UUID, Folded]]:
+    for start in range(0, len(ids), PART_PAYMENTS):
+        part = ids[start : start + PART_PAYMENTS]
+        params = {"until": until, "ids": part, "first_id": part[0], "last_id": part[-1]}
+        for payment_id, payment, _ in payments_of(source.fetch(READ_STREAMS_UNTIL, params), {}):
+            yield payment_id, payment

@@ -1,8 +1,8 @@
 """`payments rebuild`: makes the payments read model what the log says, while the service runs.
 
-1. Compare, in a snapshot: nobody waits. What differs is staged in temporary tables, which go with
+1. Compare, slice by slice: nobody waits. What differs is staged in temporary tables, which go with
    the connection however this ends.
-2. Catch up: payments that got events meanwhile are compared again, until few are left.
+2. Catch up: payments that got events since it began are compared again, until few are left.
 3. Hold the follower's row, so that tables and log stand at one position; compare the last few; in
    the same transaction write the rows that differ, and keep those that they replace.
 
@@ -13,7 +13,7 @@ before and after. Nothing here calls back or calls a gateway.
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -25,20 +25,17 @@ from payments import unsettled
 from payments.database import DatabaseAddress
 from payments.errors import StartError
 from payments.events.arrays import uuids
-from payments.events.store import CHANGED_STREAMS
 from payments.projections.comparison import (
-    PARKED,
-    POSITION,
     TABLES,
     Comparison,
     Difference,
     Row,
     Totals,
     Unreadable,
+    position_of,
     table_totals,
-    totals_of,
 )
-from payments.snapshot import Snapshot, unhurried
+from payments.snapshot import Reader, unhurried
 
 LOCK_KEYS = (7165010, 3)  # 2: migrations/__init__.py
 NAME = "payments rebuild"
@@ -51,6 +48,12 @@ POSITION_WAIT_S = 60
 # An abandoned payment may be captured late; what was abandoned longer ago is not watched again.
 # Gateways declare days at most, and asking once too often harms nobody.
 WATCHED_FOR = timedelta(days=30)
+
+# While the follower waits, the last payments are compared in between.
+BEGIN_WRITING = f"""
+SET LOCAL lock_timeout = '{POSITION_WAIT_S}s';
+SET LOCAL idle_in_transaction_session_timeout = '{POSITION_WAIT_S}s'
+"""
 
 TRY_LOCK = """
 SELECT pg_try_advisory_lock(%s, %s)
@@ -102,7 +105,6 @@ TYPES = {
     "surplus_rows": ["text", "uuid", "uuid"],
 }
 
-# What was found of these payments before is not true any more.
 UNSTAGE = (
     "DELETE FROM rebuilt_payments WHERE payment_id = ANY (%b::uuid[])",
     "DELETE FROM rebuilt_refunds WHERE payment_id = ANY (%b::uuid[])",
@@ -243,9 +245,9 @@ def check(
     """Only compares; `found` is told of each row that differs. Raises StartError, psycopg.Error."""
     differing = dict.fromkeys((table.name for table in TABLES), 0)
     unreadable = []
-    with Snapshot(address, NAME) as snapshot:
-        comparison = _comparison(snapshot, progress)
-        for difference in comparison.differences():
+    with Reader(address, NAME) as reader:
+        comparison = _comparison(reader, progress)
+        for difference in comparison.of_all():
             if isinstance(difference, Unreadable):
                 unreadable.append(difference)
             elif difference.may_be:
@@ -253,18 +255,19 @@ def check(
             else:
                 differing[difference.table.name] += 1
             found(difference)
-        return Rebuilt(
-            comparison.position,
-            comparison.events,
-            comparison.payments,
-            differing,
-            0,
-            unreadable,
-            len(comparison.parked),
-            comparison.totals,
-            table_totals(snapshot),
-            0.0,
-        )
+        tables = _end(comparison, reader)
+    return Rebuilt(
+        comparison.position,
+        comparison.events,
+        comparison.payments,
+        differing,
+        0,
+        unreadable,
+        len(comparison.parked),
+        comparison.totals,
+        tables,
+        0.0,
+    )
 
 
 def rebuild(
@@ -279,14 +282,24 @@ def rebuild(
     is running, or psycopg.Error; then nothing was changed.
     """
     writer = unhurried(address, f"{NAME} {os.getpid()}@{socket.gethostname()}"[:63])
-    with writer, _the_only_one(writer):
-        return _Rebuild(address, writer, settle_after_s, found, progress).run()
+    with writer, _the_only_one(writer), Reader(address, NAME) as reader:
+        return _Rebuild(reader, writer, settle_after_s, found, progress).run()
 
 
-def _comparison(snapshot: Snapshot, progress: Progress) -> Comparison:
-    comparison = Comparison(snapshot)
+def _comparison(reader: Reader, progress: Progress) -> Comparison:
+    comparison = Comparison(reader)
     comparison.progress = lambda events: progress("compare", events, comparison.position)
     return comparison
+
+
+def _end(comparison: Comparison, reader: Reader) -> Totals:
+    """Takes into account what changed; what the tables amount to at that moment."""
+    (part, _), tables = reader.at_one_moment(
+        lambda snapshot: (comparison.changed(snapshot), table_totals(snapshot))
+    )
+    for _ in comparison.again(part):
+        pass
+    return tables
 
 
 @contextmanager
@@ -303,33 +316,29 @@ def _the_only_one(connection: psycopg.Connection[Any]) -> Iterator[None]:
 
 
 class _Rebuild:
-    """One rebuild. `position` is how far the log is taken into account, `log` the totals there."""
+    """One rebuild."""
 
     def __init__(
         self,
-        address: DatabaseAddress,
+        reader: Reader,
         writer: psycopg.Connection[Any],
         settle_after_s: float,
         found: Found,
         progress: Progress,
     ) -> None:
-        self._address = address
+        self._reader = reader
+        self._comparison = _comparison(reader, progress)
         self._writer = writer
         self._settle_after_s = settle_after_s
         self._found = found
         self._progress = progress
-        self._position = 0
-        self._log = Totals()
-        self._parked: dict[UUID, int] = {}
         self._unreadable: dict[UUID, Unreadable] = {}
         self._may_be: set[UUID] = set()
 
     def run(self) -> Rebuilt:
         self._writer.execute(STAGING)
-        with Snapshot(self._address, NAME) as snapshot:
-            comparison = _comparison(snapshot, self._progress)
-            self._stage(comparison, self._found)
-        self._take(comparison, Totals())
+        comparison = self._comparison
+        self._stage(comparison.of_all(), self._found)
         for _ in range(CATCH_UPS_MAX):
             if not self._catch_up(CATCH_UP_EVENTS):
                 break
@@ -337,64 +346,43 @@ class _Rebuild:
         differing, held_s, replaced = self._differing(), 0.0, 0
         if any(differing.values()) or self._may_be:
             differing, replaced, held_s = self._write()
-        with Snapshot(self._address, NAME) as snapshot:
-            self._catch_up_in(snapshot, stage=False)
-            tables = table_totals(snapshot)
+        tables = _end(comparison, self._reader)
         return Rebuilt(
-            self._position,
+            comparison.position,
             comparison.events,
             comparison.payments,
             differing,
             replaced,
             list(self._unreadable.values()),
-            len(self._parked),
-            self._log,
+            len(comparison.parked),
+            comparison.totals,
             tables,
             held_s,
         )
 
-    def _take(self, comparison: Comparison, before: Totals) -> None:
-        self._position = comparison.position
-        self._parked = comparison.parked
-        self._log.replace(before, comparison.totals)
-
     def _catch_up(self, few: int) -> bool:
         """Compares what changed meanwhile; False if only a few events are left."""
-        with Snapshot(self._address, NAME) as snapshot:
-            ((position,),) = snapshot.fetch(POSITION)
-            if position - self._position <= few:
-                return False
-            self._progress("catch up", self._position, position)
-            self._catch_up_in(snapshot)
-            return True
+        position = position_of(self._reader)
+        if position - self._comparison.position <= few:
+            return False
+        self._progress("catch up", self._comparison.position, position)
+        self._stage_changed()
+        return True
 
-    def _catch_up_in(self, snapshot: Snapshot, *, stage: bool = True) -> None:
-        """Takes the payments into account that changed since, as they are in this snapshot."""
-        ((position,),) = snapshot.fetch(POSITION)
-        bounds = {"after": self._position, "until": position}
-        changed = {row[0] for row in snapshot.fetch(CHANGED_STREAMS, bounds)}
-        # The follower may have caught up with them, or parked them again elsewhere.
-        changed |= self._parked.keys()
-        changed |= {row[0] for row in snapshot.fetch(PARKED)}
-        ids = sorted(changed)
-        before = totals_of(snapshot, self._position, ids, self._parked)
-        comparison = Comparison(snapshot, ids)
-        if stage:
-            for query in UNSTAGE:
-                self._writer.execute(query, [uuids(ids)])
-            self._may_be -= changed
-            for payment_id in changed:
-                self._unreadable.pop(payment_id, None)
-            self._stage(comparison, lambda _: None)
-        else:
-            for _ in comparison.differences():
-                pass
-        self._take(comparison, before)
+    def _stage_changed(self) -> None:
+        """What was found of the payments that changed is not true any more."""
+        part, ids = self._reader.at_one_moment(self._comparison.changed)
+        for query in UNSTAGE:
+            self._writer.execute(query, [uuids(ids)])
+        self._may_be.difference_update(ids)
+        for payment_id in ids:
+            self._unreadable.pop(payment_id, None)
+        self._stage(self._comparison.again(part), lambda _: None)
 
-    def _stage(self, comparison: Comparison, found: Found) -> None:
+    def _stage(self, differences: Iterable[Difference | Unreadable], found: Found) -> None:
         staged = _Staged(self._writer)
         watched_since = datetime.now(UTC) - WATCHED_FOR
-        for difference in comparison.differences():
+        for difference in differences:
             if isinstance(difference, Unreadable):
                 self._unreadable[difference.payment_id] = difference
             elif difference.may_be:
@@ -419,11 +407,10 @@ class _Rebuild:
     def _write(self) -> tuple[dict[str, int], int, float]:
         """Returns how many rows differed by table, how many were replaced, and the time it took."""
         with self._writer.transaction():
-            self._writer.execute(f"SET LOCAL lock_timeout = '{POSITION_WAIT_S}s'")
+            self._writer.execute(BEGIN_WRITING)
             self._writer.execute(HOLD_POSITION)
             held = time.monotonic()
-            with Snapshot(self._address, NAME) as snapshot:
-                self._catch_up_in(snapshot)
+            self._stage_changed()
             differing = self._differing()
             self._progress("write", 0, sum(differing.values()))
             replaced = self._writer.execute(KEEP).rowcount

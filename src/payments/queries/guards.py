@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from payments.migrations import known_migrations
-from payments.snapshot import Snapshot
+from payments.snapshot import Source
 
 
 class Trigger(NamedTuple):
@@ -96,15 +96,15 @@ _FUNCTION = re.compile(
 )
 
 
-def broken_guards(snapshot: Snapshot) -> Iterator[Broken]:
-    yield from _triggers(snapshot)
-    yield from _constraints(snapshot)
-    for (column,) in snapshot.fetch(FIND_NULLABLE, {"columns": list(NEVER_NULL)}):
+def broken_guards(source: Source) -> Iterator[Broken]:
+    yield from _triggers(source)
+    yield from _constraints(source)
+    for (column,) in source.fetch(FIND_NULLABLE, {"columns": list(NEVER_NULL)}):
         yield Broken(f"the column {column} of payment_events", "takes NULL")
 
 
-def _triggers(snapshot: Snapshot) -> Iterator[Broken]:
-    rows = snapshot.fetch(FIND_TRIGGERS, {"tables": TABLES})
+def _triggers(source: Source) -> Iterator[Broken]:
+    rows = source.fetch(FIND_TRIGGERS, {"tables": TABLES})
     found = {(table, name): rest for table, name, *rest in rows}
     bodies = _bodies()
     for trigger in TRIGGERS:
@@ -123,8 +123,8 @@ def _triggers(snapshot: Snapshot) -> Iterator[Broken]:
             yield Broken(f"the function {function}", "is not the one that the migrations made")
 
 
-def _constraints(snapshot: Snapshot) -> Iterator[Broken]:
-    rows = snapshot.fetch(FIND_CONSTRAINTS, {"tables": TABLES})
+def _constraints(source: Source) -> Iterator[Broken]:
+    rows = source.fetch(FIND_CONSTRAINTS, {"tables": TABLES})
     found = {(table, name): (set(columns), holds) for table, name, columns, holds in rows}
     for constraint in CONSTRAINTS:
         guard = f"the constraint {constraint.name} on {constraint.table}"

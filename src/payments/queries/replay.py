@@ -1,32 +1,53 @@
-"""Reading the log in order, as a whole or in part, without holding more than a little of it."""
+"""Reading the log in order, as a whole or in part, and following it.
+
+By position, in parts of one short statement each: the log is append-only and positions are given
+out in the order of commits, so the events up to a position are the same whenever they are read.
+Between two parts nothing is held. A part fits into what sockets hold, so the server is done with it
+even if whoever asked for it is stopped that moment.
+"""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from itertools import islice
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self, TypeVar
 from uuid import UUID
 
 import msgspec
 import psycopg
 
-from payments.database import DatabaseAddress
+from payments.database import DatabaseAddress, reason_of
 from payments.errors import StartError
 from payments.events.chain import LogEntry
-from payments.events.store import HEAD_POSITION, READ_NEXT_TIME, READ_PART
-from payments.snapshot import Snapshot, unhurried
+from payments.events.store import (
+    HEAD_POSITION,
+    READ_MATCHING,
+    READ_MATCHING_EVENTS,
+    READ_NEXT_TIME,
+    READ_PART,
+    READ_PART_EVENTS,
+)
+from payments.snapshot import Reader, Source
+
+T = TypeVar("T")
 
 NAME = "payments replay"
 LAST = 2**63 - 1
-FOLLOW_EVENTS = 1000  # read at once
-POLL_S = 1.0  # a NOTIFY is a hint that may be lost
+# Linux holds 170 KB for a Unix socket that nobody reads from, and more for TCP.
+PART_BYTES = 120_000
+ROW_BYTES = 120  # besides what is stored of an event
+# So many are looked at by a statement that searches, in some 20 ms.
+SEARCHED_EVENTS = 20_000
+# Not LISTEN: what a listener does not read the server must keep, and in time it can keep no more.
+POLL_S = 0.2
 RETRY_MIN_S, RETRY_MAX_S = 0.1, 5.0
+RETRY_FOR_S = 60.0  # a failover, a restart
 
 Moment = int | datetime  # a position, or a time
 
 
 class Sealed(NamedTuple):
-    """An event of the log and its seal; None: it is not sealed yet."""
+    """An event of the log and its seal; None: it was not sealed yet."""
 
     event: LogEntry
     hash: bytes | None
@@ -43,41 +64,149 @@ class Wanted(NamedTuple):
     last: Moment = LAST
     limit: int | None = None
 
+    @property
+    def all(self) -> bool:
+        """Whether every event is wanted that stands between `first` and `last`."""
+        return self.payment_id is None and self.order_id is None and self.types is None
+
 
 class _MerchantOrder(msgspec.Struct):
     merchant_order_id: UUID
 
 
-def replay(snapshot: Snapshot, wanted: Wanted) -> Iterator[Sealed]:
-    """The events that are wanted, in order."""
-    first = wanted.first
-    last = wanted.last
-    if isinstance(first, datetime):
-        first = position_at(snapshot, first)
-    if isinstance(last, datetime):
-        last = position_at(snapshot, last) - 1
-    # What the order's id stands in is looked at once more here: then the limit counts.
-    limit = wanted.limit if wanted.order_id is None else None
-    rows = snapshot.stream(READ_PART, _params(wanted, first, last, limit))
-    found = (Sealed(LogEntry(*row[:6]), row[6]) for row in rows)
-    yield from islice((each for each in found if _fits(each.event, wanted)), wanted.limit)
+class Replay:
+    """One reading of the log: what was there when it began, and then what comes.
+
+    A lost connection is opened again; nothing comes twice, and nothing is left out.
+    """
+
+    def __init__(self, address: DatabaseAddress, wanted: Wanted) -> None:
+        """StartError."""
+        self._address = address
+        self._wanted = wanted
+        self._left = wanted.limit
+        self._rows = READ_PART_EVENTS
+        self._reader: Reader | None = Reader(address, NAME)
+        self._head = 0
+        self._head = self._ask(head_of)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def parts(self) -> Iterator[list[Sealed]]:
+        """The events that are wanted, up to where the log ended when this began.
+
+        StartError if the database is away for RETRY_FOR_S, or lacks what it had.
+        """
+        first, last = self._position(self._wanted.first), self._position(self._wanted.last)
+        if isinstance(self._wanted.last, datetime):
+            last -= 1
+        yield from self._between(first - 1, min(last, self._head))
+
+    def follow(self) -> Iterator[list[Sealed]]:
+        """Those behind it as they come, for ever, however long the database is away."""
+        after = max(self._head, self._position(self._wanted.first) - 1)
+        while self._left != 0:
+            head = self._ask(head_of, for_ever=True)
+            yield from self._between(after, head, for_ever=True)
+            after = max(after, head)
+            time.sleep(POLL_S)
+
+    def _between(self, after: int, last: int, *, for_ever: bool = False) -> Iterator[list[Sealed]]:
+        """Behind one position and up to another, as many as are left."""
+        while after < last and self._left != 0:
+            found, after = self._ask(
+                lambda source, after=after: self._part(source, after, last),  # type: ignore[misc]
+                for_ever=for_ever,
+            )
+            if self._left is not None:
+                found = found[: self._left]
+                self._left -= len(found)
+            if found:
+                yield found
+
+    def _part(self, source: Source, after: int, last: int) -> tuple[list[Sealed], int]:
+        """What is wanted of the next events, and up to which position was looked."""
+        wanted = self._wanted
+        if wanted.all:
+            most, until = READ_PART_EVENTS, min(last, after + self._rows)
+            rows = source.fetch(READ_PART, {"after": after, "last": until})
+            if rows:
+                size = sum(len(row[4]) + ROW_BYTES for row in rows)
+                self._rows = max(1, min(most, PART_BYTES * len(rows) // size))
+        else:
+            most = READ_MATCHING_EVENTS
+            # A payment's events have an index, and are few.
+            until = last if wanted.payment_id is not None else min(last, after + SEARCHED_EVENTS)
+            rows = source.fetch(READ_MATCHING, _params(wanted, after, until))
+        if len(rows) >= most:
+            until = int(rows[-1][0])
+        elif not rows:
+            until = max(until, _next_position(source, until + 1, last) - 1)
+        found = (Sealed(LogEntry(*row[:6]), row[6]) for row in rows)
+        if wanted.order_id is None:
+            return list(found), until
+        return [each for each in found if _is_of(wanted.order_id, each.event)], until
+
+    def _position(self, moment: Moment) -> int:
+        if isinstance(moment, int):
+            return moment
+        return self._ask(lambda source: position_at(source, moment, self._head))
+
+    def _ask(self, read: Callable[[Source], T], *, for_ever: bool = False) -> T:
+        """What `read` makes of the database, as soon as that answers."""
+        pause_s, give_up_at = RETRY_MIN_S, time.monotonic() + RETRY_FOR_S
+        while True:
+            try:
+                return read(self._connected(for_ever))
+            except (psycopg.OperationalError, StartError) as error:
+                self._close()
+                if not for_ever and time.monotonic() > give_up_at:
+                    if isinstance(error, StartError):
+                        raise
+                    raise StartError(f"the database: {reason_of(error)}") from error
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 2, RETRY_MAX_S)
+
+    def _connected(self, for_ever: bool) -> Reader:
+        if self._reader is None:
+            reader = Reader(self._address, NAME)
+            # It may be another server than before.
+            if not for_ever and (head := head_of(reader)) < self._head:
+                reader.close()
+                raise StartError(
+                    f"the log ends at position {head} now; when this began, at {self._head}"
+                )
+            self._reader = reader
+        return self._reader
+
+    def _close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
 
-def head_of(snapshot: Snapshot) -> int:
+def head_of(source: Source) -> int:
     """The last position, 0 for an empty log."""
-    ((head,),) = snapshot.fetch(HEAD_POSITION)
+    ((head,),) = source.fetch(HEAD_POSITION)
     return int(head)
 
 
-def position_at(snapshot: Snapshot, moment: datetime) -> int:
-    """The first position that was recorded then or later; one behind the end if there is none.
+def position_at(source: Source, moment: datetime, head: int) -> int:
+    """The first position up to `head` that was recorded then or later; the one behind it if there
+    is none.
 
     Times never decrease along the log, so a few dozen rows are looked at, however many there are.
     """
-    low, high = 1, head_of(snapshot) + 1
+    low, high = 1, head + 1
     while low < high:
         middle = (low + high) // 2
-        rows = snapshot.fetch(READ_NEXT_TIME, {"position": middle})
+        rows = source.fetch(READ_NEXT_TIME, {"position": middle})
         if not rows or rows[0][1] >= moment:
             high = middle
         else:
@@ -85,65 +214,26 @@ def position_at(snapshot: Snapshot, moment: datetime) -> int:
     return low
 
 
-def follow(address: DatabaseAddress, wanted: Wanted, after: int) -> Iterator[Sealed | None]:
-    """The events behind a position as they come, for ever; None whenever there is none for now.
-
-    Goes on after a lost connection, with nothing twice and nothing left out.
-    """
-    pause_s = RETRY_MIN_S
-    while True:
-        try:
-            with unhurried(address, NAME) as connection:
-                connection.execute("LISTEN payment_events")
-                while True:
-                    for last in _parts(connection, after):
-                        for found in _part(connection, wanted, after + 1, last):
-                            if _fits(found.event, wanted):
-                                yield found
-                        after, pause_s = last, RETRY_MIN_S
-                    yield None
-                    for _ in connection.notifies(timeout=POLL_S, stop_after=1):
-                        pass
-        except (psycopg.OperationalError, StartError):
-            time.sleep(pause_s)
-            pause_s = min(pause_s * 2, RETRY_MAX_S)
+def _next_position(source: Source, first: int, last: int) -> int:
+    """The first one that is taken, or the one behind `last`: damage may leave wide gaps."""
+    rows = source.fetch(READ_NEXT_TIME, {"position": first}) if first <= last else []
+    return min(int(rows[0][0]), last + 1) if rows else last + 1
 
 
-def _parts(connection: psycopg.Connection[Any], after: int) -> Iterator[int]:
-    """The last position of each part of what there is by now behind a position."""
-    row = connection.execute(HEAD_POSITION).fetchone()
-    head = row[0] if row else 0
-    yield from range(after + FOLLOW_EVENTS, head, FOLLOW_EVENTS)
-    if head > after:
-        yield head
-
-
-def _part(
-    connection: psycopg.Connection[Any], wanted: Wanted, first: int, last: int
-) -> list[Sealed]:
-    with connection.cursor(binary=True) as cursor:
-        cursor.execute(READ_PART.encode(), _params(wanted, first, last, None))
-        return [Sealed(LogEntry(*row[:6]), row[6]) for row in cursor.fetchall()]
-
-
-def _params(wanted: Wanted, first: int, last: int, limit: int | None) -> dict[str, object]:
-    holding = None if wanted.order_id is None else str(wanted.order_id).encode()
+def _params(wanted: Wanted, after: int, last: int) -> dict[str, object]:
     return {
-        "first": first,
+        "after": after,
         "last": last,
         "payment_id": wanted.payment_id,
         "types": None if wanted.types is None else list(wanted.types),
-        "holding": holding,
-        "limit": limit,
+        "holding": None if wanted.order_id is None else str(wanted.order_id).encode(),
     }
 
 
-def _fits(event: LogEntry, wanted: Wanted) -> bool:
+def _is_of(order_id: UUID, event: LogEntry) -> bool:
     """Whether an event that holds the order's id is the order's; one that cannot be read may be."""
-    if wanted.order_id is None:
-        return True
     try:
         read = msgspec.json.decode(event.state, type=_MerchantOrder)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return True
-    return read.merchant_order_id == wanted.order_id
+    return read.merchant_order_id == order_id

@@ -1,4 +1,5 @@
-"""What the database server is to this service: its standbys, its clock, whether it is writable."""
+"""What the database server is to this service: its standbys, its clock, whether it is writable, and
+whether it keeps what it was given."""
 
 import time
 from typing import Literal, NamedTuple
@@ -54,6 +55,22 @@ async def server_state(database: Database) -> Server:
     ((synchronous, asynchronous, now, log_ahead_s, read_only),) = rows
     skew_s = now - began if now < began else max(0.0, now - ended)
     return Server(synchronous, asynchronous, skew_s, log_ahead_s, read_only)
+
+
+# What no session can set for itself.
+UNSAFE = """
+SELECT name FROM pg_settings
+ WHERE name IN ('fsync', 'full_page_writes') AND setting <> 'on' ORDER BY name
+"""
+
+
+UNSAFE_MEANS = "a crash of the database's machine may lose or damage what was answered"
+
+
+async def unsafe_settings(database: Database) -> list[str]:
+    """The server's settings with which a crash of its machine may lose, or damage, what it had
+    committed. Raises DatabaseUnavailable."""
+    return [name for (name,) in await database.fetch(UNSAFE)]
 
 
 # owner: it may do everything to the log, a superuser as well; inserts: it may insert directly;

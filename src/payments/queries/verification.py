@@ -15,20 +15,20 @@ from payments.database import Database
 from payments.errors import StartError
 from payments.events.chain import GENESIS, LogEntry, read_line, seal
 from payments.events.losses import ACCEPTED_LOSSES, LOG_ID, OPEN_LOSS, AcceptedLoss, OpenLoss
-from payments.events.store import READ_WHOLE_LOG, SHARED_CAPTURES
-from payments.snapshot import Snapshot
-
-SEALS = """
-SELECT position, hash FROM log_seals ORDER BY position
-"""
+from payments.events.store import (
+    READ_ENDS,
+    READ_PLACELESS,
+    READ_PLACES,
+    SHARED_CAPTURES,
+)
+from payments.snapshot import Reader, Rows, Source, windows
 
 HEAD = """
 SELECT position, hash FROM log_seals ORDER BY position DESC LIMIT 1
 """
 
-FOLLOWER = """
-SELECT position FROM followers WHERE name = 'seals'
-"""
+PART_POSITIONS = 2000  # looked at by one statement
+CAPTURES_POSITIONS = 10_000
 
 
 class Head(NamedTuple):
@@ -249,32 +249,51 @@ def _unsealed(first: int, last: int) -> Finding:
     return Finding(first, f"the seals up to position {last} are missing, though later ones are not")
 
 
-def places_of(snapshot: Snapshot) -> Iterator[Place]:
-    """The log and its seals side by side."""
-    seals = snapshot.stream(SEALS)
-    row = next(seals, None)
-    for event in map(LogEntry._make, snapshot.stream(READ_WHOLE_LOG)):
-        while row is not None and row[0] < event.position:
-            yield Place(row[0], None, row[1])
-            row = next(seals, None)
-        if row is not None and row[0] == event.position:
-            yield Place(event.position, event, row[1])
-            row = next(seals, None)
-        else:
-            yield Place(event.position, event, None)
-    while row is not None:
-        yield Place(row[0], None, row[1])
-        row = next(seals, None)
+class Ends(NamedTuple):
+    """The last position of the log and of its seals, 0 for none, and up to where the sealing
+    follower says that it sealed; None: there is no such follower."""
+
+    log: int
+    seals: int
+    sealed: int | None
 
 
-def accepted_losses(snapshot: Snapshot) -> list[AcceptedLoss]:
+def ends_of(source: Source) -> Ends:
+    """All as of one moment."""
+    ((log, seals, sealed),) = source.fetch(READ_ENDS)
+    return Ends(log or 0, seals or 0, sealed)
+
+
+def places_of(reader: Reader, ends: Ends) -> Iterator[Place]:
+    """The log and its seals side by side, as they were when they ended there.
+
+    Read in parts, since neither changes: what is appended and sealed meanwhile is left out.
+    """
+    for part in reader.ahead(_parts(reader, ends)):
+        for position, there, *event, hash in part:
+            yield Place(position, LogEntry(position, *event) if there else None, hash)
+    for row in reader.fetch(READ_PLACELESS):
+        yield Place(0, LogEntry(*row), None)
+
+
+def _parts(reader: Reader, ends: Ends) -> Iterator[Rows]:
+    for first, last in windows(reader, max(ends.log, ends.seals), PART_POSITIONS):
+        bounds = {
+            "first": first,
+            "last_event": min(last, ends.log),
+            "last_seal": min(last, ends.seals),
+        }
+        yield reader.fetch(READ_PLACES, bounds)
+
+
+def accepted_losses(source: Source) -> list[AcceptedLoss]:
     """What the log lost, and somebody has accepted, oldest first."""
-    return [AcceptedLoss(*row) for row in snapshot.fetch(ACCEPTED_LOSSES)]
+    return [AcceptedLoss(*row) for row in source.fetch(ACCEPTED_LOSSES)]
 
 
-def open_losses(snapshot: Snapshot) -> Iterator[Finding]:
+def open_losses(source: Source) -> Iterator[Finding]:
     """What the log lost, and nobody has accepted."""
-    for loss in map(OpenLoss._make, snapshot.fetch(OPEN_LOSS)):
+    for loss in map(OpenLoss._make, source.fetch(OPEN_LOSS)):
         yield Finding(
             loss.kept_position + 1,
             f"the log lacks what it had acknowledged, up to position {loss.lost_position} "
@@ -282,21 +301,22 @@ def open_losses(snapshot: Snapshot) -> Iterator[Finding]:
         )
 
 
-def missing_seals(snapshot: Snapshot, head: Head | None) -> Iterator[Finding]:
+def missing_seals(ends: Ends, head: Head | None) -> Iterator[Finding]:
     """What the sealing follower says that it sealed, and is not there."""
     last = head.position if head is not None else 0
-    for (position,) in snapshot.fetch(FOLLOWER):
-        if position > last:
-            text = f"the seals end here, but were written up to position {position}"
-            yield Finding(last + 1, text)
-        elif position < last:
-            text = f"was sealed, but not by the follower, which stands at position {position}"
-            yield Finding(position + 1, text)
+    if ends.sealed is None or ends.sealed == last:
+        return
+    if ends.sealed > last:
+        text = f"the seals end here, but were written up to position {ends.sealed}"
+        yield Finding(last + 1, text)
+    else:
+        text = f"was sealed, but not by the follower, which stands at position {ends.sealed}"
+        yield Finding(ends.sealed + 1, text)
 
 
-def log_id_in(snapshot: Snapshot) -> UUID | None:
+def log_id_in(source: Source) -> UUID | None:
     """As `log_id`."""
-    rows = snapshot.fetch(LOG_ID)
+    rows = source.fetch(LOG_ID)
     return rows[0][0] if rows else None
 
 
@@ -310,9 +330,11 @@ def another_log(id: UUID | None, wanted: UUID | None, events: int) -> Iterator[s
         yield str(Finding(1, "the log is empty: is this the right database?"))
 
 
-def shared_captures(snapshot: Snapshot) -> Iterator[SharedCapture]:
-    """Damaged events that name none share nothing."""
-    return map(SharedCapture._make, snapshot.stream(SHARED_CAPTURES))
+def shared_captures(source: Source, ends: Ends) -> Iterator[SharedCapture]:
+    """Read in parts. Damaged events that name none share nothing."""
+    for first, last in windows(source, ends.log, CAPTURES_POSITIONS):
+        for row in source.fetch(SHARED_CAPTURES, {"first": first, "last": last}):
+            yield SharedCapture(*row)
 
 
 class NoExport(StartError):
