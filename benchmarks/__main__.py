@@ -1,10 +1,11 @@
 """`python -m benchmarks`: see the package's docstring."""
 
+import signal
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -12,9 +13,12 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.appenders import AppendSlowCommit, AppendTwoSlowCommit
 from benchmarks.audit import AUDIT_PARTS
 from benchmarks.callbacks import CallbackDelay, Callbacks
 from benchmarks.client_limit import ClientLimit
+from benchmarks.flood import FLOOD_PARTS
+from benchmarks.harness import WARM_UP_S, Harness
 from benchmarks.load import Figures
 from benchmarks.overload import Overload
 from benchmarks.parts import PARTS, Part
@@ -22,7 +26,16 @@ from payments import embedded_postgres
 from payments.database import DatabaseAddress
 from payments.logs import set_up_logs
 
-MORE: tuple[type[Part], ...] = (Callbacks, ClientLimit, CallbackDelay, Overload, *AUDIT_PARTS)
+MORE: tuple[type[Part], ...] = (
+    AppendSlowCommit,
+    AppendTwoSlowCommit,
+    Callbacks,
+    ClientLimit,
+    CallbackDelay,
+    Overload,
+    *FLOOD_PARTS,
+    *AUDIT_PARTS,
+)
 ALL: dict[str, type[Part]] = {**PARTS, **{part.name: part for part in MORE}}
 
 RATIOS = (
@@ -32,37 +45,30 @@ RATIOS = (
     ("charge", "library"),
     ("charge", "charge_bare"),
     ("charge", "charge_blind"),
+    ("append_two_slow_commit", "append_slow_commit"),
     ("callbacks", "client_limit"),
     ("rebuild", "raw_read"),
     ("rebuild", "raw_read_events"),
     ("verify", "raw_read"),
 )
 
+OPTIONS = {"max_connections": "1000"}
+
 
 @contextmanager
 def server() -> Iterator[DatabaseAddress]:
-    """An embedded Postgres of this run alone, with its default settings."""
+    """An embedded Postgres of this run alone, with its default settings but for connections: every
+    part keeps its own open."""
     with tempfile.TemporaryDirectory(prefix="payments-benchmarks-") as name:
         directory = Path(name)
         directory.chmod(0o755)  # the server's user must get in
-        with embedded_postgres.start(directory) as running:
-            yield DatabaseAddress(
-                str(running.socket_dir), running.port, running.user, None, "postgres"
-            )
-        embedded_postgres.wait_until_stopped(directory)
-
-
-def measure(parts: list[Part], rounds: int, seconds: float) -> dict[str, list[Figures]]:
-    """The figures of each part, one per round; within a round the parts take turns."""
-    results: dict[str, list[Figures]] = {part.name: [] for part in parts}
-    for number in range(rounds + 1):
-        for part in parts:
-            warm_up = number == 0
-            click.echo(f"  {'warm-up' if warm_up else f'round {number}'}: {part.name}", err=True)
-            figures = part.run(1.0 if warm_up else seconds)
-            if not warm_up:
-                results[part.name].append(figures)
-    return results
+        try:
+            with embedded_postgres.start(directory, options=OPTIONS) as running:
+                yield DatabaseAddress(
+                    str(running.socket_dir), running.port, running.user, None, "postgres"
+                )
+        finally:
+            embedded_postgres.wait_until_stopped(directory)
 
 
 def summary(results: dict[str, list[Figures]]) -> dict[str, dict[str, float]]:
@@ -109,25 +115,40 @@ def show_details(name: str, rows: dict[str, dict[str, float]]) -> None:
 @click.argument("names", nargs=-1, type=click.Choice(list(ALL)))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone to stdout.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50))
-@click.option("--seconds", default=5.0, show_default=True, help="Per part and round.")
-def main(names: tuple[str, ...], as_json: bool, rounds: int, seconds: float) -> None:
-    """Measure the named parts, or all of them."""
+@click.option(
+    "--seconds",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(WARM_UP_S, min_open=True),
+    help="Per part and round.",
+)
+@click.option(
+    "--patience",
+    default=600.0,
+    show_default=True,
+    help="Seconds after which a step of a part is given up. Filling a log takes the longest.",
+)
+def main(
+    names: tuple[str, ...], as_json: bool, rounds: int, seconds: float, patience: float
+) -> None:
+    """Measure the named parts, or all of them. Exit code 1: some failed, and the others' figures
+    are shown."""
     set_up_logs("auto", "WARNING")
-    with ExitStack() as stack:
-        address = stack.enter_context(server())
-        parts = [stack.enter_context(ALL[name](address)) for name in names or ALL]
-        results = measure(parts, rounds, seconds)
-        for part in parts:
-            for line in part.remarks():
-                click.echo(f"  {part.name}: {line}", err=True)
-        details = {part.name: rows for part in parts if (rows := part.rows())}
-    table = summary(results)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with server() as address:
+        harness = Harness([ALL[name](address) for name in dict.fromkeys(names) or ALL], patience)
+        harness.run(rounds, seconds)
+    table = summary(harness.figures)
     if as_json:
-        sys.stdout.write(msgspec.json.encode({**table, "details": details}).decode() + "\n")
+        more = {"details": harness.details, "failed": harness.failed}
+        sys.stdout.write(msgspec.json.encode({**table, **more}).decode() + "\n")
     else:
         show(table)
-        for name, rows in details.items():
+        for name, rows in harness.details.items():
             show_details(name, rows)
+    if harness.failed:
+        click.echo(f"failed: {', '.join(harness.failed)}", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ its largest resident memory.
 """
 
 import asyncio
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,15 +14,15 @@ from typing import ClassVar
 import msgspec
 import psycopg
 
+from benchmarks.child import output_of
 from benchmarks.load import Figures
 from benchmarks.log import fill_log, project, seal_log
 from benchmarks.parts import Part
 from payments.database import DatabaseAddress
-from payments.events.store import READ_STREAMS_UNTIL
-from payments.projections.comparison import TABLES
+from payments.projections.comparison import slices
 from payments.projections.rebuild import check, rebuild
-from payments.queries.verification import Verification, missing_seals, places_of
-from payments.snapshot import Snapshot
+from payments.queries.verification import Verification, ends_of, missing_seals, places_of
+from payments.snapshot import Reader
 
 PAYMENTS = 490_200
 NAME = "payments benchmarks"
@@ -39,24 +38,19 @@ class Took(msgspec.Struct):
 
 
 def raw_read_events(address: DatabaseAddress) -> Took:
-    """The events that a rebuild folds, in the same order by the same driver; nothing is done."""
-    count = 0
-    with Snapshot(address, NAME) as snapshot:
+    """The log in order, by the same driver; nothing is done."""
+    with Reader(address, NAME) as reader:
         started = time.perf_counter()
-        for _ in snapshot.stream(READ_STREAMS_UNTIL, {"until": 1 << 62, "ids": None}):
-            count += 1
+        count = sum(1 for _ in places_of(reader, ends_of(reader)))
         return Took(count, time.perf_counter() - started)
 
 
 def raw_read(address: DatabaseAddress) -> Took:
-    """The same, and the rows of the tables that they are compared with."""
-    took = raw_read_events(address)
-    with Snapshot(address, NAME) as snapshot:
+    """The events and rows that a rebuild compares, in the same order by the same driver."""
+    with Reader(address, NAME) as reader:
         started = time.perf_counter()
-        for table in TABLES:
-            for _ in snapshot.stream(table.select, {"ids": None}):
-                pass
-        return Took(took.events, took.seconds + time.perf_counter() - started)
+        count = sum(len(part.events) for part in slices(reader))
+        return Took(count, time.perf_counter() - started)
 
 
 def run_rebuild(address: DatabaseAddress) -> Took:
@@ -70,9 +64,10 @@ def run_verify(address: DatabaseAddress) -> Took:
     """All that `payments audit verify` does."""
     started = time.perf_counter()
     verification = Verification({})
-    with Snapshot(address, NAME) as snapshot:
-        assert not list(verification.findings(places_of(snapshot)))
-        assert not list(missing_seals(snapshot, verification.head))
+    with Reader(address, NAME) as reader:
+        ends = ends_of(reader)
+        assert not list(verification.findings(places_of(reader, ends)))
+        assert not list(missing_seals(ends, verification.head))
     assert verification.sealed == verification.events
     compared = check(address)
     assert not any(compared.differing.values())
@@ -97,14 +92,12 @@ class _WholeLog(Part):
             asyncio.run(seal_log(self.address))
 
     def run(self, seconds: float) -> Figures:
-        done = subprocess.run(
+        told = output_of(
             [sys.executable, "-m", "benchmarks.audit", self.name],
-            input=msgspec.json.encode(self.address),
-            stdout=subprocess.PIPE,
-            check=True,
-            timeout=300,
+            stdin=msgspec.json.encode(self.address).decode(),
+            timeout_s=300,
         )
-        took = msgspec.json.decode(done.stdout, type=Took)
+        took = msgspec.json.decode(told, type=Took)
         self._took.append(took)
         figures = Figures.of([took.seconds] * 2, took.seconds)
         return msgspec.structs.replace(

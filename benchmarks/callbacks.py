@@ -132,8 +132,13 @@ class CallbackDelay(Part):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.stop()
-        self._runner.close()
+        try:
+            self._server.stop()
+        finally:
+            self._runner.close()
+
+    def said(self) -> str:
+        return self._server.said()
 
     def run(self, seconds: float) -> Figures:
         return self._runner.run(self._run(seconds))

@@ -31,15 +31,21 @@ class SinkProcess:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "benchmarks.client_limit"]
-        # Its stdin is a pipe that ends with this process, however that ends.
+        # Its stdin is a pipe that ends with this process, however that ends; Ctrl-C is for us.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         assert self._process.stdout is not None
-        self.url = f"http://127.0.0.1:{int(self._process.stdout.readline())}/v1/payments/callback"
+        port = self._process.stdout.readline().strip()
+        assert port, "the sink does not start"
+        self.url = f"http://127.0.0.1:{port}/v1/payments/callback"
 
     def stop(self) -> None:
-        self._process.terminate()
+        self._process.kill()  # it has nothing to finish
         self._process.communicate(timeout=15)
 
 

@@ -5,7 +5,6 @@ import asyncio
 import re
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 import uuid
@@ -14,6 +13,8 @@ from typing import Self, cast
 
 import msgspec
 import uvloop
+
+from benchmarks.child import output_of
 
 BODY = (
     '{"merchant_order_id": "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9", '
@@ -63,6 +64,8 @@ class Figures(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, latencies_s: list[float], took_s: float, errors: int = 0) -> Self:
+        if len(latencies_s) < 2:
+            raise ValueError(f"{len(latencies_s)} answers and {errors} errors give no figures")
         cuts = statistics.quantiles(latencies_s, n=100)
         count = len(latencies_s)
         return cls(count / took_s, cuts[49] * 1000, cuts[98] * 1000, count, errors)
@@ -93,7 +96,7 @@ class Load:
             else:
                 script.write(_WRK_CHARGES % (BODY, self._prefix) + _WRK_DONE)
             script.flush()
-            done = subprocess.run(
+            told = output_of(
                 [
                     *("wrk", "--threads=1", "--timeout=10s"),
                     *("--connections", str(self._connections)),
@@ -101,13 +104,10 @@ class Load:
                     *("--script", script.name),
                     f"http://127.0.0.1:{self._port}/v1/charge",
                 ],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=seconds + 60,
+                timeout_s=seconds + 60,
             )
-        match = re.search(r"RESULT (\d+) (\d+) (\d+) ([0-9.]+) ([0-9.]+)", done.stdout)
-        assert match, done.stdout
+        match = re.search(r"RESULT (\d+) (\d+) (\d+) ([0-9.]+) ([0-9.]+)", told)
+        assert match, told
         requests, microseconds, errors = (int(match[number]) for number in (1, 2, 3))
         answers = requests - errors
         return Figures(
@@ -140,6 +140,7 @@ class _Client(asyncio.Protocol):
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._prefix, self._until, self._paths = prefix, until, paths
         self._received = b""
+        self._waits = False  # for an answer
 
     def itself(self) -> Self:
         """A protocol factory."""
@@ -151,6 +152,7 @@ class _Client(asyncio.Protocol):
 
     def _send(self) -> None:
         self._sent_at = time.perf_counter()
+        self._waits = True
         number = len(self.latencies) + self.errors
         if self._paths:
             path = self._paths[number % len(self._paths)]
@@ -169,6 +171,7 @@ class _Client(asyncio.Protocol):
         match = re.search(rb"content-length: (\d+)", head)
         if not separator or match is None or len(body) < int(match[1]):
             return
+        self._waits = False
         if head.startswith(b"HTTP/1.1 2"):
             self.latencies.append(time.perf_counter() - self._sent_at)
         else:
@@ -180,5 +183,6 @@ class _Client(asyncio.Protocol):
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.errors += self._waits
         if not self.ended.done():
             self.ended.set_result(None)

@@ -23,7 +23,6 @@ import random
 import resource
 import select
 import socket
-import subprocess
 import sys
 import time
 import uuid
@@ -35,6 +34,7 @@ from typing import Self
 import click
 import msgspec
 
+from benchmarks.child import output_of
 from benchmarks.load import BODY
 
 SLICE_S = 0.001
@@ -115,14 +115,8 @@ def drive(
     command += ["--rate", str(rate), "--seconds", str(seconds), "--ramp", str(ramp_s)]
     command += ["--probes"] * probes
     command += ["--keys", str(keys)] if keys else []
-    done = subprocess.run(
-        command,
-        cwd=Path(__file__).parent.parent,
-        stdout=subprocess.PIPE,
-        check=True,
-        timeout=ramp_s + seconds + PATIENCE_S + 30,
-    )
-    return msgspec.json.decode(done.stdout, type=Report)
+    told = output_of(command, timeout_s=ramp_s + seconds + PATIENCE_S + 30)
+    return msgspec.json.decode(told, type=Report)
 
 
 class _Requests:

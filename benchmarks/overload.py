@@ -120,6 +120,7 @@ class Overload(HttpPart):
         }
         peak = max(capacity, *goodputs.values())
         remarks = [
+            *super().remarks(),
             f"capacity in a closed loop: {capacity:,.0f}/s; goodput at {TIMES[-1]:g} x is "
             f"{goodputs[TIMES[-1]] / peak:.0%} of the peak",
         ]

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import subprocess
 import tempfile
 import time
 import uuid
@@ -18,14 +17,15 @@ import psycopg
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.child import output_of
 from benchmarks.load import Figures, Load
 from benchmarks.log import fill_log, project
 from benchmarks.process import ServerProcess
 from payments import embedded_postgres
-from payments.commands.charge import ChargePayment
 from payments.database import Database, DatabaseAddress, create_database_if_missing
 from payments.deciding import Cause, ChargeRequest, initiate
 from payments.events.appender import Appender
+from payments.events.notifier import Notifier
 from payments.events.store import to_stored_event
 from payments.migrations import migrate
 from payments.telemetry import Telemetry
@@ -69,6 +69,10 @@ class Part:
         """A table of the part's own, for what does not fit into Figures."""
         return {}
 
+    def said(self) -> str:
+        """What the part's own processes wrote last; shown when the part fails."""
+        return ""
+
     def count(self, query: str) -> int:
         with psycopg.connect(self.address.conninfo("benchmarks")) as connection:
             connection.execute("SET statement_timeout = 0")
@@ -100,6 +104,12 @@ class HttpPart(Part):
         self.refused += figures.errors
         self.runs += 1
         return figures
+
+    def remarks(self) -> list[str]:
+        return [f"{self.refused:,} requests were not answered 2xx"] if self.refused else []
+
+    def said(self) -> str:
+        return self._server.said()
 
 
 class FloorPost(HttpPart):
@@ -137,8 +147,8 @@ class Charge(HttpPart):
         assert self.answered <= stored <= most, (self.answered, stored)
         lag, took_s = max(self._lags, key=lambda pair: pair[1])
         return [
-            f"{self.answered:,} charges answered 2xx, {stored:,} stored as PaymentCharged, "
-            f"{self.refused:,} refused",
+            *super().remarks(),
+            f"{self.answered:,} charges answered 2xx, {stored:,} stored as PaymentCharged",
             f"read model at the end of a burst: at most {lag:,} events behind, "
             f"level after at most {took_s:.2f} s",
             f"resident memory: {self._resident_mb[0]:.1f} MB after the warm-up, "
@@ -178,7 +188,7 @@ class Scrape(HttpPart):
             return Figures.of(latencies, time.perf_counter() - began)
 
     def remarks(self) -> list[str]:
-        return [f"meanwhile {self._charges.per_s:,.0f} charges/s"]
+        return [*super().remarks(), f"meanwhile {self._charges.per_s:,.0f} charges/s"]
 
 
 class ChargeSlowProvider(Charge):
@@ -199,7 +209,10 @@ class Library(HttpPart):
 
     def remarks(self) -> list[str]:
         stored = self.count("SELECT count(*) FROM librarypayments_events")
-        return [f"{self.answered:,} charges answered, {stored:,} events stored"]
+        return [
+            *super().remarks(),
+            f"{self.answered:,} charges answered, {stored:,} events stored",
+        ]
 
 
 class Reads(HttpPart):
@@ -282,27 +295,31 @@ class Append(Part):
     name = "append"
 
     def run(self, seconds: float) -> Figures:
-        return uvloop.run(self._run(seconds))
+        return uvloop.run(append_for(self.address, seconds))
 
-    async def _run(self, seconds: float) -> Figures:
-        database = Database(self.address, 1)
-        appender = Appender(database.connect, Telemetry(), intent_queue_max=1)
-        appender.start()
-        cause = Cause(uuid.uuid4(), _now(), "default", "benchmark")
-        latencies: list[float] = []
-        started = time.perf_counter()
 
-        async def caller() -> None:
-            while (began := time.perf_counter()) - started < seconds:
-                request = ChargeRequest(str(uuid.uuid4()), uuid.uuid4(), 1500, "INR", "default")
-                command = ChargePayment(request)
-                await appender.append([to_stored_event(initiate(command.request, "x", cause))])
-                latencies.append(time.perf_counter() - began)
+async def append_for(address: DatabaseAddress, seconds: float) -> Figures:
+    """32 callers append one event after the other; whoever follows is notified, as always."""
+    database, telemetry = Database(address, 1), Telemetry()
+    notifier = Notifier(database.connect, telemetry)
+    appender = Appender(database.connect, telemetry, intent_queue_max=1, appended=notifier.appended)
+    notifier.start()
+    appender.start()
+    cause = Cause(uuid.uuid4(), _now(), "default", "benchmark")
+    latencies: list[float] = []
+    started = time.perf_counter()
 
-        await asyncio.gather(*(caller() for _ in range(CONNECTIONS)))
-        took = time.perf_counter() - started
-        await appender.stop(5)
-        return Figures.of(latencies, took)
+    async def caller() -> None:
+        while (began := time.perf_counter()) - started < seconds:
+            request = ChargeRequest(str(uuid.uuid4()), uuid.uuid4(), 1500, "INR", "default")
+            await appender.append([to_stored_event(initiate(request, "x", cause))])
+            latencies.append(time.perf_counter() - began)
+
+    await asyncio.gather(*(caller() for _ in range(CONNECTIONS)))
+    took = time.perf_counter() - started
+    await appender.stop(5)
+    await notifier.stop()
+    return Figures.of(latencies, took)
 
 
 class PgCommit(Part):
@@ -338,7 +355,7 @@ class PgCommit(Part):
         with tempfile.TemporaryDirectory() as directory:
             script = Path(directory) / "charge.sql"
             script.write_text("\n".join(self.SCRIPT))
-            done = subprocess.run(
+            told = output_of(
                 [
                     str(embedded_postgres.binary("pgbench")),
                     *("--no-vacuum", "--protocol=prepared", f"--file={script}"),
@@ -347,10 +364,7 @@ class PgCommit(Part):
                     *("-h", self.address.host, "-p", str(self.address.port)),
                     *("-U", self.address.user, self.address.dbname),
                 ],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=seconds + 60,
+                timeout_s=seconds + 60,
             )
             # client, transaction number, microseconds, …
             latencies = [
@@ -358,8 +372,8 @@ class PgCommit(Part):
                 for log in Path(directory).glob("log*")
                 for line in log.read_text().splitlines()
             ]
-        match = re.search(r"tps = ([0-9.]+)", done.stdout)
-        assert match, done.stdout
+        match = re.search(r"tps = ([0-9.]+)", told)
+        assert match, told
         return Figures.of(latencies, len(latencies) / float(match[1]))
 
     def remarks(self) -> list[str]:

@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,7 @@ from loguru import logger
 from prometheus_client import Counter, Gauge, Histogram
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from benchmarks.child import ROOT, ChildError
 from payments.admission import Admission
 from payments.commands import recording
 from payments.commands.charge import Charged, ChargePayment
@@ -37,6 +40,10 @@ from payments.settings import Settings, read_settings
 from payments.telemetry import Telemetry
 from web import app, listening, server
 from web.guard import Guard
+
+START_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 15
+LOG_LINES = 30
 
 
 class ServerProcess:
@@ -55,26 +62,54 @@ class ServerProcess:
         target = msgspec.json.encode(self._address).decode()
         self._log = Path(self._data_dir.name) / "log"
         with self._log.open("ab") as log:
+            # Its stdin is a pipe that ends with this process, however that ends; Ctrl-C is for us.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.process", self._kind, target],
+                cwd=ROOT,
                 env=environment,
+                stdin=subprocess.PIPE,
                 stderr=log,
+                start_new_session=True,
             )
-        deadline = time.monotonic() + 30
+        try:
+            self._wait_until_it_answers()
+        except BaseException:
+            self._end(signal.SIGKILL)
+            raise
+
+    def _wait_until_it_answers(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
         while True:
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise ChildError(f"the server of {self._kind} does not start", self.said())
             try:
                 httpx.get(f"http://127.0.0.1:{self.port}/health/live")
             except httpx.TransportError:
-                assert self._process.poll() is None, self._log.read_text()
-                assert time.monotonic() < deadline
                 time.sleep(0.05)
             else:
                 return
 
     def stop(self) -> None:
-        self._process.terminate()
-        self._process.wait(timeout=15)
-        self._data_dir.cleanup()
+        """ChildError if it has ended by itself, or not well."""
+        try:
+            self._end(signal.SIGTERM)
+            if self._process.returncode:
+                what = f"the server of {self._kind} ended with {self._process.returncode}"
+                raise ChildError(what, self.said())
+        finally:
+            self._data_dir.cleanup()
+
+    def _end(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+        try:
+            self._process.communicate(timeout=STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+
+    def said(self) -> str:
+        """The last lines of its log."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES:])
 
     def cpu_s(self) -> float:
         """What it has used since its start."""
@@ -200,7 +235,7 @@ class _OnlyReads:
         await self._app(scope, receive, send)
 
 
-def _unguarded_protocol(_: Admission, __: Telemetry, ___: object, *args: Any, **kwargs: Any) -> Any:
+def _unguarded_protocol(_: object, *args: Any, **kwargs: Any) -> Any:
     return HttpToolsProtocol(*args, **kwargs)
 
 
@@ -232,7 +267,18 @@ def build(kind: str, settings: Settings, address: DatabaseAddress) -> Any:
     return Service(settings, address, gateway=build_gateway(settings))
 
 
+def end_with_parent() -> None:
+    """Stops this process as soon as whoever started it is gone."""
+
+    def watch() -> None:
+        os.read(sys.stdin.fileno(), 1)  # nothing is ever written
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="watch of the parent", daemon=True).start()
+
+
 def main(kind: str, target: str) -> None:
+    end_with_parent()
     settings = read_settings(os.environ)
     set_up_logs(settings.log_format, settings.log_level)  # type: ignore[arg-type]
     listener = listening.bind(settings)

@@ -6,7 +6,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import psycopg
@@ -17,10 +17,11 @@ from psycopg.sql import SQL, Identifier
 
 from payments import embedded_postgres
 from payments.cli import main
-from payments.database import Database, DatabaseAddress, create_database_if_missing
+from payments.database import Database, DatabaseAddress, connect, create_database_if_missing
 from payments.migrations import migrate
 from payments.service import Service
 from payments.settings import Settings
+from tests.machine import Machine, late
 from tests.process import at, open_directory
 
 
@@ -33,6 +34,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outages", type=int, default=3, help="of Postgres, one after another")
     parser.addoption("--mutations", type=int, default=600, help="of requests, byte by byte")
     parser.addoption("--update-openapi", action="store_true", help="rewrite openapi.json")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """What was late on a busy machine is said once all else was looked at."""
+    late.clear()
+    yield
+    if late:
+        pytest.skip(f"all but times was looked at: {'; '.join(late)}")
+
+
+@pytest.fixture
+def machine() -> Machine:
+    """Who has the processors during this test, for `bound` of tests.machine."""
+    return Machine()
 
 
 @pytest.fixture(scope="session")
@@ -78,18 +94,29 @@ def server(state_dir: Path) -> Iterator[DatabaseAddress]:
         address = DatabaseAddress(
             str(running.socket_dir), running.port, running.user, None, "postgres"
         )
-        _do_not_wait_for_the_disk(address)
+        _wait_for_the_disk(address, "off")
         yield address
     embedded_postgres.wait_until_stopped(state_dir)
 
 
-def _do_not_wait_for_the_disk(server: DatabaseAddress) -> None:
+def _wait_for_the_disk(server: DatabaseAddress, whether: Literal["on", "off"]) -> None:
     """A database for each test is made and dropped; nobody misses one after a power cut. Tests that
     kill their server have one of their own."""
-    with psycopg.connect(server.conninfo("tests"), autocommit=True) as connection:
+    with connect(server, "tests") as connection:
         for name in ("fsync", "full_page_writes"):
-            connection.execute(SQL("ALTER SYSTEM SET {} = off").format(Identifier(name)))
+            setting = SQL("ALTER SYSTEM SET {} = {}").format(Identifier(name), whether)
+            connection.execute(setting)
         connection.execute("SELECT pg_reload_conf()")
+        while connection.execute("SHOW full_page_writes").fetchall() != [(whether,)]:
+            connection.execute("SELECT pg_sleep(0.01)")
+
+
+@pytest.fixture
+def durable(server: DatabaseAddress) -> Iterator[None]:
+    """The server waits for the disk, as `payments doctor` demands of one."""
+    _wait_for_the_disk(server, "on")
+    yield
+    _wait_for_the_disk(server, "off")
 
 
 @pytest.fixture(scope="session")
@@ -175,7 +202,7 @@ def address(clones: Clones) -> Iterator[DatabaseAddress]:
 @pytest.fixture
 def connection(address: DatabaseAddress) -> Iterator[psycopg.Connection[Any]]:
     """A plain connection to this test's database, for looking at what is stored."""
-    with psycopg.connect(address.conninfo("tests"), autocommit=True) as opened:
+    with connect(address, "tests") as opened:
         yield opened
 
 

@@ -16,6 +16,8 @@ from typing import Any, Self
 
 import httpx
 import psutil
+from click.testing import CliRunner
+from loguru import logger
 
 from payments.database import DatabaseAddress
 
@@ -48,6 +50,25 @@ def run(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]
         timeout=60,
         check=False,
     )
+
+
+def invoke(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
+    """The same within this process, for where a process of its own is not what is tested: most of
+    the time goes into starting one."""
+    from payments.cli import main
+    from payments.settings import VARIABLES
+
+    given: dict[str, str | None] = {variable.name: None for variable in VARIABLES}
+    given |= {name: str(value) for name, value in settings.items()}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    logger.remove()  # as at the start of a process
+    try:
+        done = CliRunner().invoke(main, arguments, env=given)
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
+    if done.exc_info is not None and not isinstance(done.exception, SystemExit | None):
+        raise done.exception
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 _PEAK = (

@@ -31,6 +31,8 @@ from payments.projections.payments import PaymentsProjection
 from payments.projections.seals import SealsProjection
 from payments.telemetry import Telemetry
 
+PATIENCE_S = 30  # with what must happen, and may take its time on a busy machine
+
 ORDER_ID = uuid.UUID("f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9")
 
 
@@ -59,9 +61,12 @@ def stored_event(
 
 
 async def until(
-    holds: Callable[[], Any] | Callable[[], Awaitable[Any]], timeout_s: float = 10
+    holds: Callable[[], Any] | Callable[[], Awaitable[Any]], timeout_s: float = PATIENCE_S
 ) -> Any:
-    """Polls a condition until it holds and returns what it returned; fails after `timeout_s`."""
+    """Polls a condition until it holds and returns what it returned; fails after `timeout_s`.
+
+    How soon it has to hold is for `within` of tests.machine.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         found = holds()
@@ -71,6 +76,15 @@ async def until(
             return found
         assert time.monotonic() < deadline, "the condition did not come to hold"
         await asyncio.sleep(0.01)
+
+
+def eventually(holds: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
+    """The same where there is no event loop."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := holds()):
+        assert time.monotonic() < deadline, "the condition did not come to hold"
+        time.sleep(0.02)
+    return found
 
 
 async def elapse(seconds: float, *, frozen: bool) -> None:

@@ -24,6 +24,7 @@ LAYERS = (
     ("payments.events.facts",),
     ("payments.payment",),
     ("payments.deciding",),
+    ("payments.session",),
     ("payments.database",),
     (
         *("payments.migrations", "payments.events", "payments.gateways"),
@@ -136,6 +137,18 @@ def test_there_is_one_http_client_for_money_and_one_for_callbacks() -> None:
     assert importers_of("aiohttp") == {"payments.callbacks.endpoint"}
     assert importers_of("httpx_aiohttp") == {"payments.callbacks.endpoint"}
     assert importers_of("httpx") == {"payments.callbacks.endpoint", "payments.gateways.http"}
+
+
+def test_every_connection_to_the_database_is_opened_in_one_place() -> None:
+    """There its session is set up; the library's pool is told to do the same."""
+    opening = re.compile(r"\b(psycopg|Connection|_Connection)\.connect\(|\bConnectionPool\(")
+    found = {name for name, path in MODULES.items() if opening.search(path.read_text("utf-8"))}
+    assert found == {"payments.database"}
+    assert importers_of("psycopg_pool") == {"payments.database"}
+    datastores = {
+        name for name in MODULES if "PostgresDatastore" in MODULES[name].read_text("utf-8")
+    }
+    assert datastores == {"payments.events.store"}
 
 
 def test_who_does_not_trace_needs_no_opentelemetry() -> None:

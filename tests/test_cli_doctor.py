@@ -11,13 +11,17 @@ import psycopg
 import pytest
 from click.testing import Result
 
+from payments import session
 from payments.cli.doctor import ROLES
-from payments.database import DatabaseAddress
+from payments.database import DatabaseAddress, connect
+from payments.session import SETTINGS
 from tests.process import ROOT
 from tests.support import History, append
 
 Connection = psycopg.Connection[Any]
 Operator = Callable[..., Result]
+
+pytestmark = pytest.mark.usefixtures("durable")
 
 
 def lines(done: Result) -> dict[str, list[tuple[str, str]]]:
@@ -242,6 +246,47 @@ def test_a_server_that_refuses_to_write(
     )
     states = dict(lines(operator("doctor"))["database"])
     assert "refuses to write" in states["FAIL"]
+
+
+def test_the_session_that_the_service_asks_for(
+    operator: Operator, connection: Connection, address: DatabaseAddress
+) -> None:
+    contrary = f'ALTER DATABASE "{address.dbname}" SET synchronous_commit = off'
+    connection.execute(contrary.encode())
+    state, text = only(operator("doctor"), "session")
+    assert (state, text.split(", ")) == ("ok", [f"{name} {SETTINGS[name]}" for name in SETTINGS])
+
+
+def test_a_session_that_is_not_set_as_it_was_asked_to_be(
+    operator: Operator,
+    connection: Connection,
+    address: DatabaseAddress,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    contrary = f'ALTER DATABASE "{address.dbname}" SET synchronous_commit = off'
+    connection.execute(contrary.encode())
+    monkeypatch.setattr(session, "SET_UP", session.LOOK.replace("true),", "true), 'a mark',"))
+    done = operator("doctor")
+    assert done.exit_code == 1
+    state, text = only(done, "database")
+    assert state == "FAIL"
+    assert "synchronous_commit is 'off' instead of 'on'" in text
+
+
+@pytest.mark.parametrize("name", ["fsync", "full_page_writes"])
+def test_a_server_that_does_not_wait_for_the_disk(
+    operator: Operator, server: DatabaseAddress, name: str
+) -> None:
+    assert only(operator("doctor"), "durability")[0] == "ok"
+    with connect(server, "tests") as connection:
+        connection.execute(f"ALTER SYSTEM SET {name} = off".encode())
+        connection.execute("SELECT pg_reload_conf()")
+        while connection.execute(f"SHOW {name}".encode()).fetchall() != [("off",)]:
+            connection.execute("SELECT pg_sleep(0.01)")
+    done = operator("doctor")
+    assert done.exit_code == 1
+    words = f"off: {name}; a crash of the database's machine may lose or damage what was answered"
+    assert only(done, "durability") == ("FAIL", words)
 
 
 def test_no_standbys_and_one_role(operator: Operator) -> None:

@@ -17,8 +17,7 @@ from payments.cli.exits import OutputError, _Stderr, _Stdout
 from payments.cli.output import print_rows
 from payments.database import DatabaseAddress
 from tests.process import PAYMENTS, at, environment, run
-from tests.support import ORDER_ID, History, append
-from tests.test_cli import eventually
+from tests.support import ORDER_ID, History, append, eventually
 from tests.test_cli_audit import catch_up
 
 Connection = psycopg.Connection[Any]

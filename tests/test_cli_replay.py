@@ -8,7 +8,6 @@ import json
 import re
 import signal
 import subprocess
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -21,6 +20,7 @@ from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 
+from payments.cli.output import csv_line
 from payments.database import Database, DatabaseAddress
 from payments.events.chain import GENESIS, LogEntry, read_line, seal, write_line
 from tests.process import PAYMENTS, ROOT, at, environment, peak_mb
@@ -198,9 +198,52 @@ def test_csv(operator: Operator, connection: Connection) -> None:
         "hash",
     ]
     for row, state in zip(rows, BYTES, strict=True):
-        stored = base64.b64decode(row["state_base64"]) or row["data"].encode()
+        data = row["data"].removeprefix("'") if state.startswith(b"=") else row["data"]
+        stored = base64.b64decode(row["state_base64"]) or data.encode()
         assert stored == state
         assert row["recorded_at"].endswith("Z")
+
+
+FORMULAS = [
+    *("=HYPERLINK(1)", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", "\n=1"),
+    *("＝1+1", "＋1", "－1", "＠SUM(1)"),
+]
+
+
+@pytest.mark.parametrize("key", [key for key in FORMULAS if key.isascii() and key.isprintable()])
+def test_a_spreadsheet_computes_nothing_of_a_payment(
+    operator: Operator, connection: Connection, key: str
+) -> None:
+    history = History(key).charged()
+    append(connection, history.facts)
+    for arguments in (("--payment", history.id), ("--order", ORDER_ID)):
+        done = operator("replay", *arguments, "--as-of", 2, "--format", "csv")
+        (row,) = csv.DictReader(io.StringIO(done.stdout))
+        assert row["idempotency_key"] == f"'{key}"
+        assert (row["amount_cents"], row["refunded_cents"]) == ("1500", "0")
+        (state,) = lines(operator("replay", *arguments, "--as-of", 2))
+        assert state["idempotency_key"] == key
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_a_spreadsheet_computes_nothing_of_the_log(
+    operator: Operator, connection: Connection, text: str
+) -> None:
+    """Neither of a type nor of data that only damage, or whoever writes to the table, can bring."""
+    append_stored(connection, [stored_event(topic=text, state=text.encode())])
+    append_stored(connection, [stored_event(state=b"\xf8")])  # in base64: +A==
+    done = operator("replay", "--format", "csv")
+    rows = list(csv.reader(io.StringIO(done.stdout_bytes.decode(), newline="")))
+    assert [rows[1][3], rows[1][5]] == [f"'{text}"] * 2
+    assert rows[2][6] == "'+A=="
+    assert [row[0] for row in rows[1:]] == ["1", "2"]
+    assert not any(cell.startswith(tuple("=+-@\t\r\n＝＋－＠")) for row in rows for cell in row)
+    exact = [read_line(line).entry for line in operator("replay").stdout_bytes.splitlines()]
+    assert (exact[0].topic, exact[0].state) == (text, text.encode())
+
+
+def test_numbers_of_a_line_stay_numbers() -> None:
+    assert csv_line([-1, 0, -1.5, None, "-1", "", "'=1", "a=1"]) == b"-1,0,-1.5,,'-1,,'=1,a=1\r\n"
 
 
 def test_jsonl_of_any_bytes_is_a_line_each(operator: Operator, connection: Connection) -> None:
@@ -306,14 +349,6 @@ def following(address: DatabaseAddress) -> Iterator[subprocess.Popen[bytes]]:
     if process.poll() is None:
         process.kill()
     process.communicate(timeout=10)
-
-
-def eventually(holds: Callable[[], Any], timeout_s: float = 15) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (found := holds()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -30,7 +30,7 @@ from payments.errors import PaymentsError
 from payments.queries.callbacks import CallbackView
 from payments.settings import VARIABLES
 from payments.telemetry import CALLBACK_OUTCOMES, Telemetry
-from tests.process import ROOT, ServiceProcess, at, run
+from tests.process import ROOT, ServiceProcess, at, invoke
 from tests.support import ORDER_ID
 from web.heads import PROTOCOL_PROBLEMS
 from web.problems import FRAMEWORK_PROBLEMS
@@ -378,7 +378,7 @@ def test_the_receiver_takes_what_the_service_sends(
         assert receiver.orders == {str(ORDER_ID): "CONFIRMED"}
 
         for event_id, code in ((success, 0), (failed, 1)):
-            assert run("callbacks", "redrive", event_id, **database).returncode == code
+            assert invoke("callbacks", "redrive", event_id, **database).returncode == code
         assert callback(charged, "delivered", attempts=2) == success
         assert callback(declined, "delivered", attempts=2) == failed
     assert receiver.orders == {str(ORDER_ID): "CONFIRMED"}

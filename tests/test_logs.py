@@ -540,8 +540,8 @@ def test_a_pipelined_request_does_not_inherit_the_trace_of_the_one_before(
 def test_what_is_refused_at_the_door_is_counted(tmp_path: Path, address: DatabaseAddress) -> None:
     limits = {"INTENT_QUEUE_MAX": 1, "GATEWAY_CONCURRENCY_MAX": 1}
     with ServiceProcess(tmp_path, **at(address), **limits) as service:
-        with ThreadPoolExecutor(32) as threads:
-            asked = threads.map(lambda _: httpx.get(f"{service.url}/v1/payments"), range(320))
+        with ThreadPoolExecutor(32) as threads, httpx.Client(timeout=20) as client:
+            asked = threads.map(lambda _: client.get(f"{service.url}/v1/payments"), range(320))
             statuses = Counter(answer.status_code for answer in asked)
         time.sleep(1.2)
         text = httpx.get(f"{service.url}/metrics").text

@@ -187,7 +187,7 @@ async def test_what_only_works_has_metrics_as_well(address: DatabaseAddress, tmp
                 except httpx.TransportError:
                     return None
 
-            found = await until(answers, timeout_s=20)
+            found = await until(answers)
             assert "payments_follower_lag_seconds" in found.text
         process.terminate()
         assert process.wait(timeout=10) == 0

@@ -22,7 +22,7 @@ Operator = Callable[..., Result]
 
 KNOWN = known_migrations()[-1].number
 HISTORY = History("k").charged().refunded("r1", 500)
-EVENT_ID = uuid.uuid4()
+EVENT_ID = uuid.UUID("7a8e6f3e-58f5-4a53-9c1c-3d1a3c8f6f0b")
 
 READING: list[tuple[str, ...]] = [
     ("audit", "verify"),
@@ -133,6 +133,7 @@ def test_the_service_works_where_it_may(
     assert warned == [f"{KNOWN + 1:04}_future"]
 
 
+@pytest.mark.usefixtures("durable")
 @pytest.mark.parametrize(
     ("oldest", "state", "text"),
     [

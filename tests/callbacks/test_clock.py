@@ -121,7 +121,7 @@ async def test_after_the_clock_was_set_back_all_is_sent_and_counted(
     set_ahead(outbox, "1 year", failing=failing)
     endpoint.answer = lambda body: answered(400 if body["order_id"] == str(A) else 200)
     async with dispatching_to(endpoint, outbox, rng=lambda: 0.999):
-        await until(lambda: outbox.states().count("delivered") == len(orders), 5)
+        await until(lambda: outbox.states().count("delivered") == len(orders))
         await until(lambda: len(outbox.attempts()) > len(orders))
         assert len(endpoint.told(A)) == 1
     assert outbox.rows("attempts") == [(1,)] * (len(orders) + 1)
@@ -148,7 +148,7 @@ async def test_probes_go_round_whatever_the_clock_said_at_the_last_ones(
 
     endpoint.answer = answer
     async with dispatching_to(endpoint, outbox, breaker=opened(0.005), rng=lambda: 0.999):
-        await until(lambda: "delivered" in outbox.states(), 5)
+        await until(lambda: "delivered" in outbox.states())
     assert len(endpoint.bodies) >= len(orders)
 
 

@@ -15,6 +15,7 @@ from payments.database import Database
 from tests.callbacks.conftest import PlayedEndpoint, dispatching_to
 from tests.callbacks.outbox import Outbox, charges, claim_some, result_of
 from tests.callbacks.test_long_queue import DELIVERIES
+from tests.machine import Machine, bound
 from tests.support import until
 
 pytestmark = pytest.mark.anyio
@@ -51,7 +52,7 @@ SELECT md5('x' || n)::uuid, %(order)s, 'FAILED' FROM generate_series(1, %(cards)
 
 @pytest.mark.parametrize("paid", [False, True])
 async def test_an_order_with_thousands_of_declined_cards_holds_nobody_up(
-    database: Database, connection: psycopg.Connection[Any], paid: bool
+    database: Database, connection: psycopg.Connection[Any], paid: bool, machine: Machine
 ) -> None:
     """All that is claimed and recorded together with it would wait."""
     connection.execute("SET statement_timeout = 0")
@@ -74,7 +75,7 @@ async def test_an_order_with_thousands_of_declined_cards_holds_nobody_up(
         recorded_s = time.perf_counter() - began
     due = connection.execute("SELECT count(*) FROM callback_deliveries WHERE state = 'due'")
     assert due.fetchone() == (0 if paid else CARDS - 1,)
-    assert max(claimed_s, recorded_s) < MOST_S, (claimed_s, recorded_s)
+    bound(max(claimed_s, recorded_s), MOST_S, machine)
 
 
 READ = """
@@ -85,7 +86,7 @@ SELECT sum(seq_tup_read)::bigint, sum(idx_tup_fetch)::bigint FROM pg_stat_xact_u
 
 @pytest.mark.parametrize("stands", [False, True])
 async def test_an_order_that_was_paid_and_refunded_thousands_of_times_is_judged_at_once(
-    database: Database, connection: psycopg.Connection[Any], stands: bool
+    database: Database, connection: psycopg.Connection[Any], stands: bool, machine: Machine
 ) -> None:
     """Its payments are read once, and nobody else's."""
     connection.execute("SET statement_timeout = 0")
@@ -108,7 +109,7 @@ async def test_an_order_that_was_paid_and_refunded_thousands_of_times_is_judged_
         assert await cursor.fetchone() == ([ORDER] if stands else [],)
         cursor = await own.execute(READ)
         ((scanned, fetched),) = await cursor.fetchall()
-    assert took_s < MOST_S
+    bound(took_s, MOST_S, machine)
     assert scanned == 0
     assert fetched <= 3 * CARDS + 100
 
@@ -129,13 +130,13 @@ async def test_as_many_as_may_be_are_claimed_in_parts_without_a_wait_and_never_m
     endpoint.held = asyncio.Event()
     await outbox.log(*charges(uuid.uuid4() for _ in range(100)))
     async with dispatching_to(endpoint, outbox) as dispatcher:
-        await until(lambda: len(endpoint.under_way) == dispatching.CONCURRENCY_MAX, 5)
+        await until(lambda: len(endpoint.under_way) == dispatching.CONCURRENCY_MAX)
         for _ in range(5):
             dispatcher.wake()
             await asyncio.sleep(0.02)
         assert len(endpoint.under_way) == dispatching.CONCURRENCY_MAX
         endpoint.held.set()
-        await until(lambda: set(outbox.states()) == {"delivered"}, 5)
+        await until(lambda: set(outbox.states()) == {"delivered"})
     assert max(asked) == dispatching.CLAIM_MAX < dispatching.CONCURRENCY_MAX
 
 
@@ -150,4 +151,4 @@ async def test_it_prunes_on_while_there_is_more(
     monkeypatch.setattr(dispatching, "PRUNE_EVERY_S", 0.0)
     async with dispatching_to(endpoint, outbox, retention_days=1):
         monkeypatch.setattr(dispatching, "PRUNE_EVERY_S", 60.0)
-        await until(lambda: outbox.states() == [], 5)
+        await until(lambda: outbox.states() == [])

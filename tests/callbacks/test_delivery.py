@@ -31,6 +31,7 @@ from tests.callbacks.raw_server import Server, serving
 from tests.doubles.order_faults import FaultKind
 from tests.doubles.order_service import Fault, Options, OrderServiceProcess, Request
 from tests.invariants.callbacks import check_callbacks, is_followed, nothing_due
+from tests.machine import Machine, bound
 from tests.process import ServiceProcess, at, run, working
 from tests.support import History, append, until
 
@@ -202,6 +203,7 @@ async def test_orders_in_trouble_delay_nobody(
     database: Database,
     connection: psycopg.Connection[Any],
     kind: FaultKind,
+    machine: Machine,
 ) -> None:
     """One, or a hundred: once they were tried, others wait at most twice as long as without them.
 
@@ -220,7 +222,7 @@ async def test_orders_in_trouble_delay_nobody(
     usual_s, *delayed_s = p99s_s
     shown = ", ".join(f"{seconds * 1000:.0f}" for seconds in p99s_s)
     sys.stdout.write(f"p99 in ms with 0, 1 and 100 orders in trouble: {shown}\n")
-    assert max(delayed_s) <= max(2 * usual_s, 0.25)
+    bound(max(delayed_s), max(2 * usual_s, 0.25), machine)
     check_callbacks(connection, settled=False)
 
 
@@ -272,7 +274,7 @@ async def test_after_an_outage_all_comes_at_once_but_not_all_at_the_same_time(
         orders.script(Fault("slow", count=None, seconds=0.05))
         orders.listen()
         began = time.monotonic()
-        await until(lambda: nothing_due(connection), 30)
+        await until(lambda: nothing_due(connection))
         took_s = time.monotonic() - began
         assert dispatcher.state == "closed"
     received = orders.requests

@@ -20,6 +20,7 @@ from tests.callbacks.conftest import (
     failed,
 )
 from tests.callbacks.outbox import Outbox, claim_some, of, result_of
+from tests.machine import within
 from tests.support import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("looks_often")]
@@ -64,7 +65,7 @@ async def test_what_comes_while_it_runs_is_sent_at_once(
         await asyncio.sleep(0.1)
         await outbox.log(*of(A, "k").charged().facts)
         dispatcher.wake()
-        await until(lambda: outbox.states() == ["delivered"], 5)
+        await until(lambda: outbox.states() == ["delivered"])
 
 
 async def test_an_order_is_told_in_order_and_one_at_a_time(
@@ -184,7 +185,7 @@ async def test_an_order_in_trouble_delays_nobody(outbox: Outbox, endpoint: Playe
         await until(lambda: len(endpoint.under_way) >= dispatching.FAILING_MAX)
         endpoint.answer = lambda body: answered(200)
         await outbox.log(*of(A, "good").charged().facts)
-        await until(lambda: str(A) in endpoint.under_way, 5)
+        await until(lambda: str(A) in endpoint.under_way)
         assert len(endpoint.under_way) == dispatching.FAILING_MAX + 1
         endpoint.held.set()
 
@@ -199,7 +200,8 @@ async def test_a_failed_payment_that_waits_is_superseded_by_a_success(
         outbox.connection.execute("UPDATE callback_lanes SET next_at = now() + interval '1 h'")
         await outbox.log(*of(A, "b").charged().facts)
         dispatcher.wake()
-        await until(lambda: outbox.states() == ["superseded", "delivered"], 1.5)
+        with within(1.5):
+            await until(lambda: outbox.states() == ["superseded", "delivered"])
 
 
 async def test_a_success_that_comes_while_a_failed_is_in_flight_is_not_kept_waiting(
@@ -338,7 +340,7 @@ async def test_it_outlives_its_database(outbox: Outbox, endpoint: PlayedEndpoint
             dispatcher.wake()
             if number % 10 == 0:
                 outbox.connection.execute(kill)
-        await until(lambda: set(outbox.states()) == {"delivered"}, 20)
+        await until(lambda: set(outbox.states()) == {"delivered"})
     assert {body["order_id"] for body in endpoint.bodies} == set(map(str, orders))
 
 

@@ -38,6 +38,7 @@ from tests.callbacks.raw_server import (
     serving,
     then_close,
 )
+from tests.machine import Machine, bound, within
 from tests.process import free_port
 from tests.support import until
 
@@ -185,30 +186,31 @@ class TestAnswers:
         ],
     )
     async def test_a_head_is_an_answer_whatever_becomes_of_the_body(
-        self, parts: list[bytes], body: bytes
+        self, parts: list[bytes], body: bytes, machine: Machine
     ) -> None:
         done = await exchange(then_close(*parts))
         assert done[:2] == (200, None)
         assert done.answer == body
-        assert done.seconds < WAIT_S / 2
+        bound(done.seconds, WAIT_S / 2, machine)
 
     async def test_no_content_with_a_content(self) -> None:
         """A common mistake of servers; what they mean is plain."""
         done = await exchange(b"HTTP/1.1 204 No Content\r\nContent-Length: 2\r\n\r\nOK")
         assert done[:2] == (204, None)
 
-    async def test_a_body_that_drips_beyond_the_deadline(self) -> None:
+    async def test_a_body_that_drips_beyond_the_deadline(self, machine: Machine) -> None:
         done = await exchange(endless(HEAD + b"\r\n", b"x", 0.01), TIMEOUT_S)
         assert done[:2] == (200, None)
         assert done.answer.startswith(b"xx")
-        assert TIMEOUT_S - 0.02 < done.seconds < TIMEOUT_S + LATE_S
+        assert done.seconds > TIMEOUT_S - 0.02
+        bound(done.seconds, TIMEOUT_S + LATE_S, machine)
 
-    async def test_a_server_that_switches_protocols(self) -> None:
+    async def test_a_server_that_switches_protocols(self, machine: Machine) -> None:
         """101 is what it says, and nobody listens to what it says then."""
         switched = b"HTTP/1.1 101 X\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"
         done = await exchange(endless(switched, b"x" * 65536))
         assert done[:2] == (101, None)
-        assert done.seconds < WAIT_S / 2
+        bound(done.seconds, WAIT_S / 2, machine)
 
 
 class TestFailures:
@@ -243,11 +245,11 @@ class TestFailures:
             HEAD + b"X-Header: " + b"y" * 20_000 + b"\r\n\r\n",
         ],
     )
-    async def test_what_is_no_answer(self, answer: bytes) -> None:
+    async def test_what_is_no_answer(self, answer: bytes, machine: Machine) -> None:
         done = await exchange(answer)
         assert done[:2] == (None, "protocol")
         assert done.reason
-        assert done.seconds < WAIT_S / 2
+        bound(done.seconds, WAIT_S / 2, machine)
 
     async def test_what_cannot_be_sent(self) -> None:
         async with serving(OK) as server, endpoint_of(server.url, SECRET) as endpoint:
@@ -280,13 +282,14 @@ class TestDeadline:
         ],
         ids=["silent", "status line", "header lines", "continue", "empty lines"],
     )
-    async def test_a_head_in_drops(self, answer: Writing | None) -> None:
+    async def test_a_head_in_drops(self, answer: Writing | None, machine: Machine) -> None:
         done = await exchange(answer, TIMEOUT_S)
         assert done[:3] == (None, "timeout", "TimeoutError")
-        assert TIMEOUT_S - 0.02 < done.seconds < TIMEOUT_S + LATE_S
+        assert done.seconds > TIMEOUT_S - 0.02
+        bound(done.seconds, TIMEOUT_S + LATE_S, machine)
 
     @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
-    async def test_a_server_that_takes_nothing(self) -> None:
+    async def test_a_server_that_takes_nothing(self, machine: Machine) -> None:
         """The body of a callback fits into the kernel's buffers; this one does not."""
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -299,9 +302,9 @@ class TestDeadline:
         ):
             done = await post(endpoint, b"x" * 50_000_000)
         assert done[:2] == (None, "timeout")
-        assert done.seconds < TIMEOUT_S + LATE_S
+        bound(done.seconds, TIMEOUT_S + LATE_S, machine)
 
-    async def test_a_tls_handshake_that_hangs(self) -> None:
+    async def test_a_tls_handshake_that_hangs(self, machine: Machine) -> None:
         ended = asyncio.Event()
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -315,10 +318,10 @@ class TestDeadline:
         ):
             done = await post(endpoint)
             assert done[:2] == (None, "timeout")
-            assert done.seconds < TIMEOUT_S + LATE_S
+            bound(done.seconds, TIMEOUT_S + LATE_S, machine)
             await asyncio.wait_for(ended.wait(), WAIT_S)
 
-    async def test_the_wait_for_a_connection(self) -> None:
+    async def test_the_wait_for_a_connection(self, machine: Machine) -> None:
         async with (
             serving(None) as server,
             endpoint_of(server.url, timeout_s=TIMEOUT_S, connections_max=1) as endpoint,
@@ -326,10 +329,12 @@ class TestDeadline:
             exchanges = await many(endpoint, 8)
         for done in exchanges:
             assert done[:2] == (None, "timeout")
-            assert done.seconds < TIMEOUT_S + LATE_S
+            bound(done.seconds, TIMEOUT_S + LATE_S, machine)
         assert server.connections < 8
 
-    async def test_a_name_server_that_hangs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_a_name_server_that_hangs(
+        self, monkeypatch: pytest.MonkeyPatch, machine: Machine
+    ) -> None:
         """Nor does it stop the event loop, or the end of the process."""
         answering = threading.Event()
 
@@ -347,7 +352,7 @@ class TestDeadline:
                     ticks += 1
                 for done in await asked:
                     assert done[:2] == (None, "timeout")
-                    assert done.seconds < TIMEOUT_S + LATE_S
+                    bound(done.seconds, TIMEOUT_S + LATE_S, machine)
                 assert ticks > TIMEOUT_S / 0.01 / 4
                 looking = [each for each in threading.enumerate() if each.name == "resolve"]
                 assert 1 <= len(looking) <= 2
@@ -386,10 +391,10 @@ class TestLimits:
             serving(endless(beginning, rest)) as server,
             endpoint_of(server.url) as endpoint,
         ):
-            done = await post(endpoint)
+            with within(1):
+                done = await post(endpoint)
             await until(lambda: not server.open)
         assert (done.status, done.error) == (status, None if status else "protocol")
-        assert done.seconds < 1
         assert server.written < 10_000_000  # what the kernel's buffers hold
         assert resident_bytes() - before < 10_000_000
 

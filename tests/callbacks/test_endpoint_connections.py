@@ -18,6 +18,7 @@ from tests.callbacks.raw_server import (
     serving,
     then_close,
 )
+from tests.machine import within
 from tests.support import until
 
 pytestmark = pytest.mark.anyio
@@ -39,7 +40,8 @@ class TestConnections:
         monkeypatch.setattr(endpoints, "KEEPALIVE_EXPIRY_S", 0.02)
         async with serving(OK) as server, endpoint_of(server.url) as endpoint:
             assert (await post(endpoint)).status == 200
-            await until(lambda: not server.open, 1)
+            with within(1):
+                await until(lambda: not server.open)
             assert (await post(endpoint)).status == 200
         assert server.connections == 2
 
@@ -107,7 +109,8 @@ class TestConnections:
             running = asyncio.create_task(post(endpoint))
             await until(lambda: server.requests)
             await endpoint.close()
-            assert (await asyncio.wait_for(running, 1))[:2] == (None, "unreachable")
+            with within(1):
+                assert (await running)[:2] == (None, "unreachable")
             await until(lambda: not server.open)
 
     @pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 25])

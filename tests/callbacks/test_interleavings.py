@@ -16,6 +16,7 @@ from tests.callbacks.conftest import (
     dispatching_to,
 )
 from tests.callbacks.outbox import Outbox, of
+from tests.machine import within
 from tests.support import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("looks_often")]
@@ -47,7 +48,7 @@ async def test_a_result_that_comes_while_others_are_recorded_is_not_lost(
     monkeypatch.setattr(endpoint, "post", post)
     await outbox.log(*of(A, "a").charged().facts, *of(B, "b").charged().facts)
     async with dispatching_to(endpoint, outbox):
-        await until(lambda: set(outbox.states()) == {"delivered"}, 5)
+        await until(lambda: set(outbox.states()) == {"delivered"})
 
 
 async def test_results_outlive_the_loss_of_the_database(
@@ -65,7 +66,7 @@ async def test_results_outlive_the_loss_of_the_database(
     monkeypatch.setattr(statements, "record", losing)
     await outbox.log(*of(A, "a").charged().facts)
     async with dispatching_to(endpoint, outbox):
-        await until(lambda: outbox.states() == ["delivered"], 5)
+        await until(lambda: outbox.states() == ["delivered"])
     assert len(endpoint.bodies) == 1
 
 
@@ -84,7 +85,7 @@ async def test_a_result_that_cannot_be_recorded_does_not_stop_the_others(
         await outbox.log(*of(A, "a").charged().facts)
         await until(lambda: endpoint.told(A))
         await outbox.log(*of(B, "b").charged().facts)
-        await until(lambda: outbox.states() == ["due", "delivered"], 5)
+        await until(lambda: outbox.states() == ["due", "delivered"])
 
 
 async def test_a_database_that_does_not_answer_is_given_up(
@@ -103,7 +104,8 @@ async def test_a_database_that_does_not_answer_is_given_up(
     monkeypatch.setattr(statements, "claim", frozen_once)
     await outbox.log(*of(A, "a").charged().facts)
     async with dispatching_to(endpoint, outbox):
-        await until(lambda: outbox.states() == ["delivered"], 1.2)
+        with within(1.2):
+            await until(lambda: outbox.states() == ["delivered"])
 
 
 async def test_an_endpoint_that_refuses_all_is_told_once(

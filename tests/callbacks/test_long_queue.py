@@ -11,6 +11,7 @@ import pytest
 
 from payments.callbacks.outbox import Claimed, Result, claim, make_due, record
 from payments.database import Database
+from tests.machine import Machine, bound
 
 pytestmark = pytest.mark.anyio
 
@@ -44,6 +45,7 @@ def queue(connection: psycopg.Connection[Any]) -> psycopg.Connection[Any]:
 @pytest.mark.usefixtures("queue")
 async def test_claiming_recording_and_ending_pauses_read_only_what_they_need(
     database: Database,
+    machine: Machine,
 ) -> None:
     took: dict[str, list[float]] = {"claim": [], "record": [], "make_due": []}
     async with await database.connect("queue") as own:
@@ -60,7 +62,7 @@ async def test_claiming_recording_and_ending_pauses_read_only_what_they_need(
             assert await make_due(own, 100) == 100
             took["make_due"].append(time.perf_counter() - began)
     best = {step: min(times) for step, times in took.items()}
-    assert max(best.values()) < BEST_S, best
+    bound(max(best.values()), BEST_S, machine)
 
 
 def _result(claimed: Claimed, *, sent: bool) -> Result:

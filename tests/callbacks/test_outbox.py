@@ -245,7 +245,7 @@ async def test_what_is_backfilled_or_redriven_keeps_nothing_new_waiting(
         await outbox.log(*of(A, "new").charged().facts)
         await until(lambda: str(A) in endpoint.under_way)
         endpoint.held.set()
-        await until(lambda: set(outbox.states()) == {"delivered"}, 10)
+        await until(lambda: set(outbox.states()) == {"delivered"})
 
 
 @pytest.mark.parametrize("state", ["dead", "delivered"])

@@ -18,18 +18,17 @@ from uuid import UUID
 import httpx
 import psycopg
 import pytest
-from click.testing import CliRunner
 
 from payments.callbacks.dispatcher import CONCURRENCY_MAX, LEASE_S
-from payments.cli import main
 from payments.database import DatabaseAddress
-from tests.crash.test_money import eventually, nothing_open
+from tests.crash.test_money import nothing_open
 from tests.doubles.order_service import Fault, Options, OrderServiceProcess, Request
 from tests.invariants.callbacks import CallbackReport, check_callbacks, is_followed, nothing_due
 from tests.invariants.checker import ChargeAnswer, check
+from tests.machine import Machine, bound, within
 from tests.outside_postgres import OutsidePostgres
-from tests.process import ServiceProcess, at, environment, run, working
-from tests.support import History, append
+from tests.process import ServiceProcess, at, invoke, working
+from tests.support import History, append, eventually
 
 SEED = 22
 FAST = {"CHARGE_DEADLINE_S": 1, "GATEWAY_TIMEOUT_S": 0.8, "PENDING_ABANDON_AFTER_S": 3}
@@ -146,7 +145,7 @@ def test_of_two_processes_one_takes_over_what_the_other_had_begun(
     tmp_path: Path,
 ) -> None:
     settings = calling(address, orders)
-    service = ServiceProcess(tmp_path, **settings).start()
+    service, machine = ServiceProcess(tmp_path, **settings).start(), Machine()
     with working(**settings):
         # Each takes as many as it may have under way.
         orders.script(Fault("slow", count=2 * CONCURRENCY_MAX, seconds=3))
@@ -165,7 +164,7 @@ def test_of_two_processes_one_takes_over_what_the_other_had_begun(
     waits = list(between_repetitions_s(orders.requests))
     assert len(waits) == CONCURRENCY_MAX
     assert min(waits) > LEASE_S - 0.5, "taken over before the lease was over"
-    assert max(waits) < LEASE_S + 3
+    bound(max(waits), LEASE_S + 3, machine)
 
 
 def between_repetitions_s(received: Sequence[Request]) -> Iterator[float]:
@@ -193,8 +192,9 @@ def test_sigterm_waits_for_what_is_under_way_and_begins_nothing_more(
     orders.wait_for(1, "arrived")
     eventually(lambda: is_followed(connection))
     stopped = time.monotonic()
-    assert service.terminate() == 0
-    assert 0.5 < time.monotonic() - stopped < 9
+    with within(9):
+        assert service.terminate() == 0
+    assert time.monotonic() - stopped > 0.5
     assert orders.counts == {"arrived": 1, "finished": 1, "accepted": 1}
     assert check_callbacks(connection, settled=False) == ({"delivered": 1, "due": 1}, 1)
     with service:
@@ -253,7 +253,7 @@ def test_callbacks_begin_with_the_first_start_that_has_an_address(
         report = check_callbacks(connection, first_position=before + 1, received=orders.requests)
         assert report.states == {"delivered": 1}
         for enqueued in (3, 0):
-            done = run("callbacks", "backfill", "--from", "1", **with_it)
+            done = invoke("callbacks", "backfill", "--from", "1", **with_it)
             assert (done.returncode, done.stdout) == (0, f"enqueued: {enqueued}\n")
         eventually(lambda: nothing_due(connection))
         assert check_callbacks(connection).states == {"delivered": 4}
@@ -295,7 +295,7 @@ def test_a_dead_letter_is_seen_and_sent_again(
 
     def told(*arguments: str) -> tuple[str, str]:
         """By `payments callbacks`, on stdout and stderr."""
-        done = run("callbacks", *arguments, **settings)
+        done = invoke("callbacks", *arguments, **settings)
         assert done.returncode == 0, done.stderr
         return done.stdout, done.stderr
 
@@ -353,19 +353,12 @@ REFUSED = {
 }
 
 
-def test_the_commands_say_in_a_line_what_they_cannot_do(
-    address: DatabaseAddress, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commands_say_in_a_line_what_they_cannot_do(address: DatabaseAddress) -> None:
     """Exit code 2 for wrong arguments, 1 for what cannot be done."""
-    for name, value in environment(**at(address)).items():
-        monkeypatch.setenv(name, value)
     for arguments, code in REFUSED.items():
-        done = CliRunner().invoke(main, ["callbacks", *arguments])
-        assert (done.exit_code, done.stdout) == (code, ""), arguments
+        done = invoke("callbacks", *arguments, **at(address))
+        assert (done.returncode, done.stdout) == (code, ""), arguments
         assert code == 2 or done.stderr.count("\n") == 1, done.stderr
-    arguments = ("callbacks", "show", str(uuid.uuid4()))
-    assert run(*arguments, **at(address)).returncode == 1
-    assert run(*arguments[:2], **at(address)).returncode == 2
 
 
 def freeze(server: OutsidePostgres) -> None:

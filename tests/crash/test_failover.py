@@ -1,8 +1,7 @@
 """A failover to a standby that lagged takes back what was answered: it is noticed, and told."""
 
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,8 @@ import httpx
 import pytest
 
 from tests.outside_postgres import OutsidePostgres, Standby
-from tests.process import ServiceProcess, open_directory, run
-
-WAIT_S = 20
-
-
-def wait_for(holds: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + WAIT_S
-    while not (found := holds()):
-        assert time.monotonic() < deadline, "the condition did not come to hold"
-        time.sleep(0.05)
-    return found
+from tests.process import ServiceProcess, invoke, open_directory
+from tests.support import eventually
 
 
 @pytest.fixture
@@ -64,7 +54,7 @@ def test_a_standby_that_nothing_waits_for_is_reported(
     given = {**primary.settings, "PAYMENTS_DATA_DIR": tmp_path}
     with httpx.Client(base_url=service.url, timeout=10) as client:
         assert gauge(client, 'payments_database_standbys{kind="asynchronous"}') == 1
-        told = run("doctor", **given)
+        told = invoke("doctor", **given)
         assert told.returncode == 1
         assert re.search(
             "FAIL +standbys +0 synchronous, 1 asynchronous: a failover may", told.stdout
@@ -73,9 +63,9 @@ def test_a_standby_that_nothing_waits_for_is_reported(
             connection.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
             connection.execute("SELECT pg_reload_conf()")
         series = 'payments_database_standbys{kind="synchronous"}'
-        wait_for(lambda: gauge(client, series) == 1)
+        eventually(lambda: gauge(client, series) == 1)
         assert service.charge(client, "k").status_code == 201
-        assert re.search("ok +standbys +1 synchronous, 0 async", run("doctor", **given).stdout)
+        assert re.search("ok +standbys +1 synchronous, 0 async", invoke("doctor", **given).stdout)
 
 
 def test_a_failover_that_loses_is_noticed_and_accepted(
@@ -86,18 +76,18 @@ def test_a_failover_that_loses_is_noticed_and_accepted(
     given = {**primary.settings, "PAYMENTS_DATA_DIR": tmp_path, "LOG_LEVEL": "ERROR"}
     with httpx.Client(base_url=service.url, timeout=10) as client:
         a = service.charge(client, "a").json()["id"]
-        wait_for(lambda: caught_up(primary))
+        eventually(lambda: caught_up(primary))
         standby.freeze()
         b = service.charge(client, "b").json()["id"]
         refund = {"payment_id": a, "amount_cents": 500}
         keyed = {"Idempotency-Key": "r1"}
         assert client.post("/v1/refund", json=refund, headers=keyed).status_code == 201
-        head = wait_for(lambda: _head(given, 6))
+        head = eventually(lambda: _head(given, 6))
 
         primary.kill()
         standby.promote_at(port)
 
-        health = wait_for(lambda: _rewound(client))
+        health = eventually(lambda: _rewound(client))
         assert health.status_code == 200
         assert gauge(client, "payments_log_rewound") == 1
         assert client.get(f"/v1/payments/{b}").status_code == 404
@@ -108,18 +98,18 @@ def test_a_failover_that_loses_is_noticed_and_accepted(
         again = service.charge(client, "b")  # the provider has it, and answers the same
         assert (again.status_code, again.json()["id"]) == (201, b)
         assert "the log went back" in service.log.read_text()
-        assert re.search("FAIL +log +.* it went back", run("doctor", **given).stdout)
-        found = run("audit", "verify", "--head", head, **given)
+        assert re.search("FAIL +log +.* it went back", invoke("doctor", **given).stdout)
+        found = invoke("audit", "verify", "--head", head, **given)
         assert found.returncode == 1
         assert "the log lacks what it had acknowledged" in found.stdout
 
-        accepted = run("log", "accept-loss", "--by", "Ada", "--reason", "failover", **given)
+        accepted = invoke("log", "accept-loss", "--by", "Ada", "--reason", "failover", **given)
         assert accepted.returncode == 0, accepted.stderr
-        wait_for(lambda: not _rewound(client))
+        eventually(lambda: not _rewound(client))
         made = client.post("/v1/refund", json=refund, headers=keyed)
         assert (made.status_code, made.json()["refunded_cents"]) == (201, 500)
         assert given_back(tmp_path / "simulated-ledger.jsonl") == 1
-        wait_for(lambda: run("audit", "verify", "--head", head, **given).returncode == 0)
+        eventually(lambda: invoke("audit", "verify", "--head", head, **given).returncode == 0)
 
     service.terminate()
     service.start()
@@ -134,18 +124,18 @@ def test_a_restart_notices_it_as_well(
     primary, standby = servers
     with httpx.Client(base_url=service.url, timeout=10) as client:
         service.charge(client, "a")
-        wait_for(lambda: caught_up(primary))
+        eventually(lambda: caught_up(primary))
         standby.freeze()
         service.charge(client, "b")
-        kept = wait_for(lambda: list(service.data_dir.glob("log-head-*.json")))[0]
-        wait_for(lambda: b'"position":4' in kept.read_bytes())
+        kept = eventually(lambda: list(service.data_dir.glob("log-head-*.json")))[0]
+        eventually(lambda: b'"position":4' in kept.read_bytes())
         service.kill()
         port = primary.address.port
         primary.kill()
         standby.promote_at(port)
     service.start()
     with httpx.Client(base_url=service.url, timeout=10) as client:
-        wait_for(lambda: _rewound(client))
+        eventually(lambda: _rewound(client))
 
 
 def _rewound(client: httpx.Client) -> httpx.Response | None:
@@ -154,5 +144,5 @@ def _rewound(client: httpx.Client) -> httpx.Response | None:
 
 
 def _head(given: dict[str, Any], position: int) -> str | None:
-    head = run("audit", "head", **given).stdout.strip()
+    head = invoke("audit", "head", **given).stdout.strip()
     return head if head.startswith(f"{position}:") else None

@@ -30,6 +30,7 @@ from tests.crash.mixed_load import PROBE, MixedLoad, Sample
 from tests.crash.test_money import records, settings, settled
 from tests.doubles.provider import ProviderProcess
 from tests.invariants.checker import check
+from tests.machine import within
 from tests.outside_postgres import OutsidePostgres
 from tests.process import ServiceProcess
 from tests.silent_network import SilentNetwork
@@ -86,7 +87,7 @@ def test_every_request_is_answered_in_time_whatever_postgres_does(
             load = MixedLoad(service.port, random.Random(SEED))
             asyncio.run(go_through(load, outside, kinds, dice))
             with outside.connect() as connection:
-                settled(connection, 15)
+                settled(connection)
                 assert service.terminate() == 0
                 check(connection, records(provider), load.charges, load.refunds, settled=True)
         assert "unhandled error" not in service.log.read_text()
@@ -170,12 +171,11 @@ async def test_of_pooled_connections_that_died_in_silence_one_is_noticed_and_all
             network.speak()
             refused = 0
             for _ in range(4):
-                started = time.monotonic()
                 try:
-                    await database.fetch("SELECT 1")
+                    with within(ANSWER_S):
+                        await database.fetch("SELECT 1")
                 except DatabaseUnavailable:
                     refused += 1
-                assert time.monotonic() - started < ANSWER_S
             assert refused == 1
         finally:
             await database.close()
@@ -196,15 +196,13 @@ async def test_a_name_that_cannot_be_resolved_in_time_does_not_hold_up_the_next_
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     database = Database(msgspec.structs.replace(address, host="db.test", port=1), pool_max=1)
     try:
-        started = time.monotonic()
-        late = await asyncio.gather(
-            *(database.connect("tests") for _ in range(5)), return_exceptions=True
-        )
-        assert {type(error) for error in late} == {psycopg.errors.ConnectionTimeout}
-        assert time.monotonic() - started < ANSWER_S
-        with pytest.raises(psycopg.OperationalError, match="refused"):  # it got to 127.0.0.1
-            await database.connect("tests")
-        assert time.monotonic() - started < ANSWER_S
+        with within(ANSWER_S):
+            late = await asyncio.gather(
+                *(database.connect("tests") for _ in range(5)), return_exceptions=True
+            )
+            assert {type(error) for error in late} == {psycopg.errors.ConnectionTimeout}
+            with pytest.raises(psycopg.OperationalError, match="refused"):  # it got to 127.0.0.1
+                await database.connect("tests")
     finally:
         let_go.set()
 
@@ -217,10 +215,10 @@ async def test_the_waits_of_a_refund_do_not_add_up(
     request = RefundRequest(payment_id_for("k"), 100, "r", "default")
     async with blocked(address, ("ACCESS EXCLUSIVE", 1.15), ("EXCLUSIVE", 3)):
         started = time.monotonic()
-        with pytest.raises(DatabaseUnavailable):
+        with pytest.raises(DatabaseUnavailable), within(ANSWER_S):
             await service.refunding.refund(RefundPayment(request))
         took_s = time.monotonic() - started
-    assert 2 < took_s < ANSWER_S
+    assert took_s > 2
 
 
 async def test_the_waits_of_a_repeated_charge_do_not_add_up(
@@ -230,9 +228,10 @@ async def test_the_waits_of_a_repeated_charge_do_not_add_up(
     await service.charging.charge(charge_of("k"))
     async with blocked(address, ("EXCLUSIVE", 1.9), ("ACCESS EXCLUSIVE", 3)):
         started = time.monotonic()
-        again = await service.charging.charge(charge_of("k"))
+        with within(ANSWER_S):
+            again = await service.charging.charge(charge_of("k"))
         took_s = time.monotonic() - started
-    assert 2 < took_s < ANSWER_S
+    assert took_s > 2
     assert again.replayed  # as PENDING: what came of it could not be looked up
 
 

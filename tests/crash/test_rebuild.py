@@ -16,8 +16,9 @@ import pytest
 from payments.database import Database, DatabaseAddress
 from tests.crash.mixed_load import MixedLoad
 from tests.invariants.checker import check
+from tests.machine import Machine, bound
 from tests.process import PAYMENTS, ROOT, ServiceProcess, at, environment, run
-from tests.support import History, append, follow
+from tests.support import History, append, eventually, follow
 
 Connection = psycopg.Connection[Any]
 PAYMENTS_KILLED = 3000
@@ -37,13 +38,6 @@ def count(connection: Connection, query: str) -> int:
     row = connection.execute(query.encode()).fetchone()
     assert row is not None
     return int(row[0])
-
-
-def eventually(holds: Any, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def rebuilding(address: DatabaseAddress) -> subprocess.Popen[bytes]:
@@ -74,7 +68,7 @@ def test_killed_at_any_point(
     took_s = time.monotonic() - began
     assert count(connection, WRONG) == 0
     outcomes = set()
-    kills = max(20, request.config.getoption("--kills"))
+    kills = max(10, request.config.getoption("--kills"))
     for number in range(kills):
         vandalise()
         process = rebuilding(address)
@@ -187,15 +181,15 @@ def test_while_the_service_works(
     append(connection, [fact for n in range(old) for fact in History(f"old {n}").charged().facts])
     ledger = tmp_path / "ledger.jsonl"
     given = {**at(address), "SIMULATED_LEDGER": ledger, "LOG_LEVEL": "WARNING"}
-    rounds = 20 if long_run else 4
-    readers = Readers(address)
+    rounds = 20 if long_run else 2
+    readers, machine = Readers(address), Machine()
     with ServiceProcess(tmp_path, **given) as service:
         eventually(lambda: count(connection, "SELECT count(*) FROM payments") == old)
         load = MixedLoad(service.port, random.Random(SEED))
 
         def disturb() -> None:
             for number in range(rounds):
-                if number % 4 == 3:
+                if number % 2:
                     connection.execute("TRUNCATE payments, refunds, payment_clients")
                 else:
                     vandal = "UPDATE payments SET amount_cents = 1"
@@ -220,7 +214,7 @@ def test_while_the_service_works(
     assert len(load.charges) > 50
     assert readers.looks > 50
     assert not readers.torn
-    assert readers.slowest_s < 2
+    bound(readers.slowest_s, 2, machine)
 
 
 def settled(connection: Connection) -> bool:

@@ -15,6 +15,7 @@ import pytest
 
 from payments.gateways import NeverSent, OutcomeUnknown, http
 from payments.gateways.http import ANSWER_BYTES_MAX, Answer, ProviderHttp
+from tests.machine import within
 from tests.process import free_port
 
 pytestmark = pytest.mark.anyio
@@ -163,10 +164,8 @@ class TestConnecting:
 
     async def test_a_tls_handshake_that_hangs(self) -> None:
         async with tls_less(None) as url, client_of(url) as client:
-            started = time.monotonic()
-            with pytest.raises(NeverSent):
+            with within(TIMEOUT_S), pytest.raises(NeverSent):
                 await get(client, TIMEOUT_S)
-            assert time.monotonic() - started < TIMEOUT_S
 
     async def test_no_certificate_is_trusted_but_by_the_context(
         self, monkeypatch: pytest.MonkeyPatch
@@ -286,9 +285,9 @@ class TestAnswers:
 
         async with serving(write) as server, client_of(server.url) as client:
             started = time.monotonic()
-            with pytest.raises(OutcomeUnknown):
+            with within(TIMEOUT_S + LATE_S), pytest.raises(OutcomeUnknown):
                 await get(client, TIMEOUT_S)
-            assert TIMEOUT_S <= time.monotonic() - started < TIMEOUT_S + LATE_S
+            assert time.monotonic() - started >= TIMEOUT_S
 
     @pytest.mark.parametrize("body", [b"", b"{", b'{"n": "1"}', b"\xff", b'{"a":' + b"[" * 60_000])
     def test_a_body_without_sense_leaves_the_outcome_unknown(self, body: bytes) -> None:

@@ -1,0 +1,85 @@
+"""Whether something was done in time, on a machine that may have had other things to do.
+
+    with within(3):
+        ...
+
+A bound that is missed fails the test, unless others had the processors meanwhile: then the rest of
+the test is looked at, and it ends as skipped, with the reason.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+OTHERS_CORES = 0.5  # so many cores' work of others, and what takes how long says little of us
+
+late: list[str] = []  # what the running test missed for that reason
+
+
+class Machine:
+    """What others have done since this was made."""
+
+    def __init__(self) -> None:
+        self._began, self._everyone, self._ours = time.perf_counter(), _busy_s(), _ours_s()
+
+    def others_cores(self) -> float:
+        """CPU seconds per second of all but this process, what it started, and any Postgres."""
+        took = time.perf_counter() - self._began
+        ours = sum(now - self._ours.get(pid, 0) for pid, now in _ours_s().items())
+        return (_busy_s() - self._everyone - ours) / took
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """What is inside takes less than so long, also if it raises."""
+    machine, began = Machine(), time.monotonic()
+    try:
+        yield
+    finally:
+        bound(time.monotonic() - began, seconds, machine)
+
+
+def bound(took_s: float, seconds: float, machine: Machine) -> None:
+    """The same for what was timed otherwise, since the machine was looked at."""
+    if took_s < seconds:
+        return
+    cores = machine.others_cores()
+    what = f"it took {took_s:.2f} s, not less than {seconds:g} s"
+    assert cores > OTHERS_CORES, f"{what}, and others used {cores:.1f} cores"
+    late.append(f"{what}, while others used {cores:.1f} cores")
+
+
+def _busy_s() -> float:
+    """What all processors have done for anyone."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0))
+
+
+def _ours_s() -> dict[str, float]:
+    """What each process has done that is ours, with its children that have ended; by its pid.
+
+    Read at once: psutil takes five times as long, and this stands in many a short test.
+    """
+    parents, names, ticks = {}, {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
+            pid, fields = stat.parent.name, rest.split()
+            names[pid], parents[pid] = name, fields[1]
+            ticks[pid] = sum(map(int, fields[11:15]))
+    return {
+        pid: took / os.sysconf("SC_CLK_TCK")
+        for pid, took in ticks.items()
+        if names[pid] == "postgres" or _is_ours(pid, parents)
+    }
+
+
+def _is_ours(pid: str, parents: Mapping[str, str]) -> bool:
+    us = str(os.getpid())
+    while pid in parents and pid != us:
+        pid = parents[pid]
+    return pid == us

@@ -1,0 +1,73 @@
+"""A bound that is missed fails a test, unless the machine did other things."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests import conftest, machine
+from tests.machine import Machine, within
+
+# Its parent ends at once.
+STRANGER = """
+import os, time
+if pid := os.fork():
+    print(pid)
+else:
+    os.close(1)
+    while time.process_time() < 20:
+        pass
+"""
+
+
+@pytest.fixture
+def cores(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What others use."""
+    used = [0.0]
+    monkeypatch.setattr(Machine, "others_cores", lambda _: used[0])
+    return used
+
+
+def test_what_is_in_time_is_in_time(cores: list[float]) -> None:
+    cores[0] = 2
+    with within(10):
+        pass
+    assert machine.late == []
+
+
+def test_what_is_late_fails(cores: list[float]) -> None:
+    with (
+        pytest.raises(AssertionError, match=r"not less than 0\.01 s, and others used 0\.0 cores"),
+        within(0.01),
+    ):
+        time.sleep(0.02)
+
+
+def test_what_is_late_on_a_busy_machine_makes_it_skipped(cores: list[float]) -> None:
+    cores[0] = 1.5
+    running = conftest.pytest_runtest_call()
+    next(running)
+    with within(0.01):
+        time.sleep(0.02)
+    told = r"it took 0\.\d+ s, not less than 0\.01 s, while others used 1\.5 cores"
+    with pytest.raises(pytest.skip.Exception, match=re.compile(told)):
+        next(running)
+    machine.late.clear()
+
+
+def test_others_are_whom_we_have_not_started() -> None:
+    started = subprocess.run(
+        [sys.executable, "-c", STRANGER], stdout=subprocess.PIPE, text=True, check=True, timeout=20
+    )
+    stranger = int(started.stdout)
+    try:
+        watched = Machine()
+        time.sleep(0.5)
+        # It shares the processors with whoever else is there, who are others too.
+        assert watched.others_cores() > 0.3
+    finally:
+        os.kill(stranger, signal.SIGKILL)
