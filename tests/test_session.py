@@ -257,7 +257,7 @@ async def test_a_commit_waits_whatever_its_session_was_set_to_since(
     ],
 )
 async def test_a_pooled_connection_that_was_given_another_session(
-    database: Database, connection: Connection, happens: str, query: str
+    address: DatabaseAddress, connection: Connection, happens: str, query: str
 ) -> None:
     """Its prepared statements are gone, or others have their names: then it is not used again."""
     # In a function psycopg does not see it.
@@ -265,11 +265,16 @@ async def test_a_pooled_connection_that_was_given_another_session(
         "CREATE FUNCTION happens() RETURNS void LANGUAGE plpgsql"
         f" AS $$ BEGIN EXECUTE '{happens}'; END $$".encode()
     )
-    before = await database.fetch("SELECT pg_backend_pid()", prepare=True)
-    await database.fetch("SELECT happens()", prepare=False)
-    after = await database.fetch(query, prepare=True)
-    assert before != after
-    assert await database.fetch(query, prepare=True) == after
+    database = Database(address, 1)
+    await database.open()
+    try:
+        before = await database.fetch("SELECT pg_backend_pid()", prepare=True)
+        await database.fetch("SELECT happens()", prepare=False)
+        after = await database.fetch(query, prepare=True)
+        assert before != after
+        assert await database.fetch(query, prepare=True) == after
+    finally:
+        await database.close()
 
 
 async def test_a_server_that_does_not_answer_keeps_nobody(
