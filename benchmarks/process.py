@@ -43,7 +43,7 @@ from web.guard import Guard
 
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 15
-LOG_LINES = 30
+LOG_LINES = 10
 
 
 class ServerProcess:
@@ -137,7 +137,7 @@ class _WithoutStore(Service):
     async def start(self, *, work: bool = True) -> None:
         pass
 
-    async def find(self, payment_id: uuid.UUID) -> Payment:
+    async def find(self, payment_id: uuid.UUID, client: str | None = None) -> Payment:
         return msgspec.structs.replace(self._found, id=payment_id)
 
     async def stop(self, timeout_s: float) -> None:

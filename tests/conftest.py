@@ -37,12 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call() -> Iterator[None]:
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """What was late on a busy machine is said once all else was looked at."""
     late.clear()
     yield
     if late:
-        pytest.skip(f"all but times was looked at: {'; '.join(late)}")
+        pytest.skip(f"all but times was looked at in {item.nodeid}: {'; '.join(late)}")
 
 
 @pytest.fixture

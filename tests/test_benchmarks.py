@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -83,4 +84,8 @@ def test_a_server_does_not_outlive_the_benchmark(tmp_path: Path) -> None:
         assert benchmark.stdout.readline() == b"started\n"
         (served,) = psutil.Process(benchmark.pid).children()
         benchmark.kill()
-    served.wait(timeout=30)
+    try:
+        served.wait(timeout=30)
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            served.kill()

@@ -5,18 +5,25 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 from click.testing import Result
 
 from payments import session
-from payments.cli.doctor import ROLES
+from payments.cli import checks
+from payments.cli.checks import ALERTS, ROLES, Told
 from payments.database import DatabaseAddress, connect
+from payments.queries.server import Server
 from payments.session import SETTINGS
-from tests.process import ROOT
-from tests.support import History, append
+from tests.process import ROOT, ServiceProcess, at
+from tests.support import History, append, eventually
+from tests.test_monitoring import ALERTS as RULES
 
 Connection = psycopg.Connection[Any]
 Operator = Callable[..., Result]
@@ -293,3 +300,200 @@ def test_no_standbys_and_one_role(operator: Operator) -> None:
     done = operator("doctor")
     assert only(done, "standbys")[0] == "off"
     assert only(done, "role") == ("ok", ROLES["owner"])
+
+
+def test_every_alert_has_a_line_or_a_reason() -> None:
+    """And the line fails where the alert fires."""
+    assert list(ALERTS) == [rule["alert"] for rule in RULES]
+    for rule in RULES:
+        told = ALERTS[rule["alert"]]
+        if isinstance(told, Told):
+            assert f"> {told.limit:g}" in rule["expr"] or told.limit == 0, rule
+        else:
+            assert told.startswith(("each process ", "whether a process ")), rule
+
+
+class Incident:
+    """What makes an alert fire, as far as the database knows of it."""
+
+    def __init__(
+        self, connection: Connection, holder: Connection, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`holder`: somebody else's session."""
+        self._connection = connection
+        self._holder = holder
+        self._patch = monkeypatch
+
+    def _open(self, kind: str, told_level: int | None = None) -> None:
+        self._connection.execute(
+            "INSERT INTO unsettled_payments (payment_id, kind, since, due_at, told_at, told_level)"
+            " VALUES (gen_random_uuid(), %s, now() - interval '2 hours', now(), now(), %s)",
+            [kind, told_level],
+        )
+
+    def _callback(self, state: str) -> None:
+        self._connection.execute(
+            "INSERT INTO callback_deliveries (event_id, position, order_id, payment_id, sequence,"
+            " status, amount_cents, currency, occurred_at, state, due_since)"
+            " VALUES (gen_random_uuid(), 1, gen_random_uuid(), gen_random_uuid(), 2, 'SUCCESS', 1,"
+            " 'INR', now(), %s, now() - interval '1 hour')",
+            [state],
+        )
+
+    def payments_pending_too_long(self) -> None:
+        self._open("charge")
+
+    def payments_refund_open_too_long(self) -> None:
+        self._open("late_capture")
+
+    def payments_provider_contradicts(self) -> None:
+        self._open("abandoned", told_level=50)
+
+    def payments_callbacks_old(self) -> None:
+        self._callback("due")
+
+    def payments_callbacks_dead(self) -> None:
+        self._callback("dead")
+
+    def payments_follower_lag(self) -> None:
+        append(self._connection, History("k").facts)
+        age_events(self._connection)
+
+    def payments_parked_streams(self) -> None:
+        self._connection.execute(
+            "INSERT INTO parked_streams VALUES ('payments', gen_random_uuid(), 1, '')"
+        )
+
+    def payments_log_rewound(self) -> None:
+        self._connection.execute(
+            "INSERT INTO log_losses (kind, by, reason, kept_position, lost_position,"
+            " head_position) VALUES ('found', 'api-1:7', 'lacks', 2, 9, 4)"
+        )
+
+    def payments_failover_would_lose(self) -> None:
+        async def lagging(_: object) -> Server:
+            return Server(0, 2, 0.0, 0.0, False)
+
+        self._patch.setattr(checks, "server_state", lagging)
+
+    def payments_clock_skew(self) -> None:
+        real = time.time
+        self._patch.setattr("payments.queries.server.time.time", lambda: real() - 61)
+
+    def payments_vacuum_held(self) -> None:
+        self._patch.setattr(checks, "HORIZON_MAX_S", 0.01)
+        self._holder.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
+        self._connection.execute("CREATE TABLE busy ()")
+        time.sleep(0.02)
+
+    def payments_notifications_unread(self) -> None:
+        async def full(_: object) -> float:
+            return 0.11
+
+        self._patch.setattr(checks, "unread_notifications", full)
+
+    def payments_appends_wait(self) -> None:
+        async def held(_: object) -> dict[str, float]:
+            return {"session 7 (psql)": 0.6}
+
+        self._patch.setattr(checks, "waiting_appends", held)
+
+
+def snake(alert: str) -> str:
+    return "".join(f"_{each.lower()}" if each.isupper() else each for each in alert)[1:]
+
+
+@pytest.mark.parametrize("alert", [name for name, told in ALERTS.items() if type(told) is Told])
+def test_what_raises_an_alert_fails_its_line(
+    operator: Operator,
+    connection: Connection,
+    address: DatabaseAddress,
+    monkeypatch: pytest.MonkeyPatch,
+    alert: str,
+) -> None:
+    assert operator("doctor").exit_code == 0
+    with connect(address, "a report") as holder:
+        getattr(Incident(connection, holder, monkeypatch), snake(alert))()
+        done = operator("doctor")
+    assert done.exit_code == 1
+    failed = {
+        name for name, found in lines(done).items() if "FAIL" in [state for state, _ in found]
+    }
+    told = ALERTS[alert]
+    assert isinstance(told, Told)
+    assert failed == {told.check}
+
+
+def test_payments_that_were_begun_with_another_provider(
+    operator: Operator, connection: Connection
+) -> None:
+    """Before the service that is started with this one's settings finds out."""
+    history = History("k")
+    append(connection, history.facts)
+    connection.execute(
+        "INSERT INTO unsettled_payments (payment_id, kind, since, due_at)"
+        " VALUES (%s, 'charge', now(), now())",
+        [history.id],
+    )
+    assert only(operator("doctor"), "provider")[0] == "ok"
+    connection.execute("ALTER TABLE payment_events DISABLE TRIGGER ALL")
+    connection.execute(
+        "UPDATE payment_events SET state ="
+        " convert_to(replace(convert_from(state, 'UTF8'), '\"simulated\"', '\"before\"'), 'UTF8')"
+    )
+    words = "open payments: 1 begun with before: docs/stuck.md"
+    assert only(operator("doctor"), "provider") == ("FAIL", words)
+
+
+def test_who_holds_the_horizon_is_named(
+    operator: Operator,
+    connection: Connection,
+    address: DatabaseAddress,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with connect(address, "a report") as holder:
+        holder.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
+        holder.execute("SET idle_in_transaction_session_timeout = 0")
+        connection.execute("CREATE TABLE busy ()")
+        assert only(operator("doctor"), "vacuum")[0] == "ok"  # for a moment that is nothing
+        monkeypatch.setattr(checks, "HORIZON_MAX_TRANSACTIONS", 0)
+        name = f"by session {holder.info.backend_pid} (a report)"
+        # A database for another test may be made at this moment, in an older transaction.
+        eventually(lambda: only(operator("doctor"), "vacuum")[1].endswith(name))
+        assert operator("doctor").exit_code == 1
+
+
+@contextmanager
+def held_append_lock(address: DatabaseAddress) -> Iterator[None]:
+    with connect(address, "somebody") as holder:
+        holder.execute("BEGIN; LOCK TABLE append_lock IN SHARE UPDATE EXCLUSIVE MODE")
+        holder.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+        yield
+
+
+def test_appends_that_wait(operator: Operator, address: DatabaseAddress, tmp_path: Path) -> None:
+    """Those of a service: it waits for a second, gives up, and tries again."""
+    assert only(operator("doctor"), "appends") == ("ok", "none waits for long")
+    with ServiceProcess(tmp_path, **at(address)) as service, httpx.Client(timeout=30) as client:
+        service.charge(client, "k1")
+        assert only(operator("doctor"), "appends")[0] == "ok"
+        with held_append_lock(address), ThreadPoolExecutor(1) as pool:
+            stopped = threading.Event()
+
+            def charge() -> None:
+                for number in range(1000):
+                    if stopped.is_set():
+                        return
+                    service.charge(client, f"waits {number}")
+
+            charging = pool.submit(charge)
+            try:
+                state, text = eventually(
+                    lambda: (found := only(operator("doctor"), "appends"))[0] == "FAIL" and found
+                )
+            finally:
+                stopped.set()
+        charging.result()
+    assert state == "FAIL"
+    assert text.startswith("they wait for session ")
+    assert text.endswith(" (somebody)")

@@ -229,6 +229,33 @@ def test_a_query_that_fails(
     assert done.stderr == f"payments: could not check: {words}\n"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "rebuild",
+        f"parked retry {PAYMENT.id}",
+        f"callbacks redrive {PAYMENT.facts[1].event_id}",
+        "callbacks backfill --from 1",
+        "log accept-loss --by Ada --reason test",
+    ],
+    ids=["rebuild", "parked", "redrive", "backfill", "log"],
+)
+def test_a_database_that_refuses_to_write(
+    log: DatabaseAddress, connection: Connection, command: str
+) -> None:
+    connection.execute(
+        "INSERT INTO log_losses (kind, by, reason, kept_position, lost_position,"
+        " head_position) VALUES ('found', 'tests', 'lacks', 2, 9, 4)"
+    )
+    connection.execute("INSERT INTO parked_streams VALUES ('payments', %s, 1, '')", [PAYMENT.id])
+    read_only = f"ALTER DATABASE {log.dbname} SET default_transaction_read_only = on"
+    connection.execute(read_only.encode())
+    url = "http://127.0.0.1:1/callback"
+    done = run(*command.split(), **at(log), LOG_LEVEL="ERROR", ORDER_CALLBACK_URL=url)
+    assert done.returncode == 1, done
+    one_line(done, "the database refuses to write: it is a standby, or read-only")
+
+
 @pytest.mark.parametrize("command", CHECKS)
 def test_settings_that_are_wrong(command: str) -> None:
     done = run(*command.split(), PORT="many")

@@ -6,7 +6,6 @@ import re
 import secrets
 import sqlite3
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ from payments.queries.callbacks import CallbackView
 from payments.settings import VARIABLES
 from payments.telemetry import CALLBACK_OUTCOMES, Telemetry
 from tests.process import ROOT, ServiceProcess, at, invoke
-from tests.support import ORDER_ID
+from tests.support import ORDER_ID, eventually
 from web.heads import PROTOCOL_PROBLEMS
 from web.problems import FRAMEWORK_PROBLEMS
 
@@ -359,13 +358,13 @@ def test_the_receiver_takes_what_the_service_sends(
         def callback(payment: httpx.Response, state: str, attempts: int = 1) -> str:
             """The event_id of its only callback, when that is in this state."""
             path = f"/v1/payments/{payment.json()['id']}/callbacks"
-            deadline = time.monotonic() + 15
-            while True:
-                (found,) = client.get(path).json()["callbacks"] or [{"state": "", "attempts": []}]
-                if found["state"] == state and len(found["attempts"]) >= attempts:
-                    return str(found["event_id"])
-                assert time.monotonic() < deadline, found
-                time.sleep(0.02)
+
+            def found() -> str | None:
+                (it,) = client.get(path).json()["callbacks"] or [{"state": "", "attempts": []}]
+                is_there = it["state"] == state and len(it["attempts"]) >= attempts
+                return str(it["event_id"]) if is_there else None
+
+            return str(eventually(found))
 
         declined = service.charge(client, "a", amount_cents=1507)
         failed = callback(declined, "due")

@@ -28,6 +28,7 @@ else:
 def cores(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What others use."""
     used = [0.0]
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.setattr(Machine, "others_cores", lambda _: used[0])
     return used
 
@@ -47,9 +48,22 @@ def test_what_is_late_fails(cores: list[float]) -> None:
         time.sleep(0.02)
 
 
-def test_what_is_late_on_a_busy_machine_makes_it_skipped(cores: list[float]) -> None:
+def test_beside_another_worker_only_what_is_very_late_fails(
+    cores: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    with within(0.1):
+        time.sleep(0.11)
+    assert "another worker ran" in machine.late.pop()
+    with pytest.raises(AssertionError), within(0.001):
+        time.sleep(0.02)
+
+
+def test_what_is_late_on_a_busy_machine_makes_it_skipped(
+    cores: list[float], request: pytest.FixtureRequest
+) -> None:
     cores[0] = 1.5
-    running = conftest.pytest_runtest_call()
+    running = conftest.pytest_runtest_call(request.node)
     next(running)
     with within(0.01):
         time.sleep(0.02)

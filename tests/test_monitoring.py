@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -94,6 +95,20 @@ def test_every_alert_is_explained() -> None:
         assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
         assert rule["annotations"]["summary"]
         assert rule["labels"]["severity"] in ("page", "ticket")
+
+
+RULES_TEST = "tests/alerts_test.yml"
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not on PATH")
+@pytest.mark.parametrize(
+    "command", [("check", "rules", "deploy/prometheus/alerts.yml"), ("test", "rules", RULES_TEST)]
+)
+def test_alerts_fire_when_they_should(command: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        ["promtool", *command], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.anyio

@@ -1,6 +1,7 @@
 """One run for all who ask at the same time, or shortly afterwards."""
 
 import asyncio
+from collections.abc import Iterator
 
 import pytest
 
@@ -91,7 +92,7 @@ async def test_the_last_result_is_there_at_once_and_is_renewed() -> None:
 
 
 async def test_a_run_that_fails_leaves_the_last_result() -> None:
-    outcomes = iter([1, ValueError("once"), 2])
+    outcomes: Iterator[int | Exception] = iter([1, ValueError("once"), 2])
 
     async def work() -> int:
         outcome = next(outcomes)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +22,7 @@ from payments.errors import StartError
 from payments.service import Service
 from tests.machine import within
 from tests.process import ServiceProcess, at, free_port, run
+from tests.support import eventually
 from web.app import application, guarded
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -66,10 +66,7 @@ class Listener:
                 self.spans += scope.spans
 
     def wait_for(self, callbacks: int) -> None:
-        deadline = time.monotonic() + 10
-        while len(self.callbacks) < callbacks:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        eventually(lambda: len(self.callbacks) >= callbacks)
 
     def close(self) -> None:
         self._server.shutdown()

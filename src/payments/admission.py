@@ -24,7 +24,8 @@ CROWDED_PART = 4  # of the places, one in so many is there while requests are be
 CALM_S = 1.0  # without a refusal for so long, all places are there again
 CLIENT_TIMES = 7  # of several clients, each may have so many times what is left for the others
 
-# Memory: a request counts by the bytes that came of it, and by these for the objects around them.
+# Memory: a request counts by the bytes that came of it, and by these for the objects around them, a
+# small body included.
 REQUEST_BYTES = 6 * 1024
 MEMORY_MIN = 14 * 1024 * 1024
 MEMORY_OF_A_RUN = 9 * 1024  # enough for each that may have a place or a slot
@@ -40,7 +41,6 @@ class Bound:
         self.total = total
         self.times = times
         self.taken = 0
-        self.holders = 0  # that have some
 
     def share(self) -> "Share":
         """A new holder, which has nothing yet."""
@@ -56,24 +56,25 @@ class Share:
         self.bound = bound
         self.held = 0
 
-    def fits(self, count: int = 1) -> bool:
-        """Whether it may take so many more."""
+    def fits(self) -> bool:
+        """Whether it may take one more."""
         left = self.bound.total - self.bound.taken
-        return count <= left and self.held + count <= self.bound.times * left
+        return left > 0 and self.held < self.bound.times * left
 
     def take(self, count: int = 1) -> bool:
         """Takes so many more, or nothing: then it is False."""
-        if not self.fits(count):
+        bound = self.bound
+        left = bound.total - bound.taken
+        if count > left or self.held + count > bound.times * left:
             return False
-        self.add(count)
+        self.held += count
+        bound.taken += count
         return True
 
     def add(self, count: int) -> None:
         """Without a look at the bound; negative to give back."""
-        had_some = self.held > 0
         self.held += count
         self.bound.taken += count
-        self.bound.holders += (self.held > 0) - had_some
 
 
 class Client:
@@ -125,7 +126,8 @@ class Admission:
         self.runs = Bound(places + slots, times)
         self.memory = Bound(max(MEMORY_MIN, (places + slots) * MEMORY_OF_A_RUN), times)
         self.strangers_memory = Bound(STRANGERS_MEMORY, STRANGER_TIMES)
-        self._places_when_crowded = max(1, places // CROWDED_PART)
+        self._places_when_crowded = places // CROWDED_PART
+        self._least_share = max(1, self._places_when_crowded // max(1, clients))
         self._crowded_until = 0.0
         self._clock = clock
         self._clients: dict[str, Client] = {}
@@ -138,9 +140,16 @@ class Admission:
 
     def admits(self, places: Share) -> bool:
         """Whether whoever has these places may take one more; if not, it is crowded from now on."""
-        clients = self.places.holders + (places.held <= 0)
-        share = max(1, self._places_when_crowded // clients)
-        if places.fits() and (places.held < share or self._clock() >= self._crowded_until):
+        if places.fits() and (
+            places.held < self._least_share
+            or self._clock() >= self._crowded_until
+            or places.held < self._share_of(places)
+        ):
             return True
         self._crowded_until = self._clock() + CALM_S
         return False
+
+    def _share_of(self, places: Share) -> int:
+        """While it is crowded: an equal one for each that has any places, and for this one."""
+        holders = sum(client.places.held > 0 for client in self._clients.values())
+        return self._places_when_crowded // (holders + (places.held <= 0))

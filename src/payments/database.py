@@ -9,9 +9,9 @@ import ipaddress
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 import psycopg
@@ -38,6 +38,13 @@ OTHER_SESSION = (
     psycopg.errors.InvalidSqlStatementName,
     psycopg.errors.DuplicatePreparedStatement,
 )
+# A standby cancels, or cuts off, who sees rows that the primary has removed since; if told to wait
+# for nobody, whoever reads at that moment.
+CONFLICTS = (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected)
+CONFLICT_PAUSE_S = 0.1
+CONFLICT_FOR_S = 30.0
+
+T = TypeVar("T")
 
 
 class DatabaseAddress(msgspec.Struct, frozen=True):
@@ -89,7 +96,19 @@ class DatabaseAddress(msgspec.Struct, frozen=True):
 
 def connect(address: DatabaseAddress, application_name: str) -> psycopg.Connection[Any]:
     """A blocking connection for start-up and the CLI; StartError says in one line why not."""
-    return _connect(address, application_name)[0]
+    return again_on_conflict(lambda: _connect(address, application_name))[0]
+
+
+def again_on_conflict(read: Callable[[], T]) -> T:
+    """Tries again while a standby cancels it, for CONFLICT_FOR_S."""
+    give_up_at = time.monotonic() + CONFLICT_FOR_S
+    while True:
+        try:
+            return read()
+        except CONFLICTS:
+            if time.monotonic() > give_up_at:
+                raise
+            time.sleep(CONFLICT_PAUSE_S)
 
 
 def refuse_pooling(address: DatabaseAddress) -> None:
@@ -127,6 +146,8 @@ def _connect(address: DatabaseAddress, name: str) -> tuple[psycopg.Connection[An
         raise StartError(f"cannot connect to Postgres as {address!r}: {reason_of(error)}") from None
     try:
         return connection, set_up(connection)
+    except CONFLICTS:
+        raise
     except psycopg.Error as error:
         raise _unfit(address, error) from None
 
@@ -347,7 +368,8 @@ class Database:
         def left_s() -> float:
             return max(0.01, deadline - time.monotonic())
 
-        for tries_left in range(self._pool.max_size, -1, -1):
+        tries_left = self._pool.max_size
+        while True:
             cutting = None
             try:
                 wait_s = min(left_s(), POOL_WAIT_S)
@@ -362,7 +384,7 @@ class Database:
                 late = time.monotonic() > deadline - min(timeout_s / 2, POOL_WAIT_S)
                 if late or not tries_left or isinstance(error, PoolTimeout):
                     raise DatabaseUnavailable("The database does not answer.") from error
-        raise AssertionError("the last try returns or raises")
+                tries_left -= not isinstance(error, CONFLICTS)
 
     async def connect(self, application_name: str) -> psycopg.AsyncConnection[Any]:
         """A connection of one's own, outside the pool, set up in the same way, and checked."""

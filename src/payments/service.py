@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -45,7 +46,14 @@ from payments.projections.seals import SealsProjection
 from payments.queries.callbacks import backlog, oldest_age_s
 from payments.queries.followers import follower_states, unsettled_payments
 from payments.queries.lookups import PaymentLookups
-from payments.queries.server import UNSAFE_MEANS, server_state, unsafe_settings
+from payments.queries.server import (
+    UNSAFE_MEANS,
+    HorizonAge,
+    horizon,
+    server_state,
+    unread_notifications,
+    unsafe_settings,
+)
 from payments.settings import Settings
 from payments.shared import Recent, Shared
 from payments.telemetry import BREAKER_STATES, UNSETTLED_KINDS, Telemetry
@@ -86,6 +94,7 @@ class Service:
         # Health and metrics never wait behind requests for a connection, nor behind one another:
         # however many ask, the database is asked one thing of each kind at a time.
         self._operations_database = Database(address, 2)
+        self._horizon_age = HorizonAge()
         self.reach_database = Shared(self._reach_database)
         self.observe = Shared(self._observe)
         self.exposition = Recent(partial(self._rendered, self.telemetry.exposition))
@@ -186,6 +195,8 @@ class Service:
                 unsettled = await unsettled_payments(self._operations_database)
                 callbacks = await backlog(self._operations_database)
                 server = await server_state(self._operations_database)
+                held = await horizon(self._operations_database)
+                unread = await unread_notifications(self._operations_database)
         except TimeoutError:
             raise DatabaseUnavailable("The database does not answer.") from None
         # Callbacks that were switched off are not behind.
@@ -199,6 +210,8 @@ class Service:
         self.telemetry.standbys["asynchronous"].set(server.asynchronous)
         self.telemetry.clock_skew.set(server.skew_s)
         self.telemetry.log_ahead.set(server.log_ahead_s)
+        self.telemetry.horizon_age.set(self._horizon_age.seconds(held, time.monotonic()))
+        self.telemetry.notification_queue.set(unread)
         self.telemetry.callbacks_due.set(callbacks.due)
         self.telemetry.callbacks_dead.set(callbacks.dead)
         self.telemetry.callbacks_oldest_age.set(callbacks.oldest_age_s)

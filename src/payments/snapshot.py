@@ -7,27 +7,26 @@ whoever reads is paused. docs/decisions/exports.md says why nothing else is need
 Blocking, on connections of its own: it is used by commands, never while requests are served.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 import psycopg
 
-from payments.database import DatabaseAddress, connect, cut
-from payments.events.store import READ_NEXT_PLACE
+from payments.database import CONFLICTS, DatabaseAddress, again_on_conflict, connect, cut
+from payments.errors import StartError
+from payments.events.store import HEAD_POSITION, READ_NEXT_PLACE
 
 T = TypeVar("T")
 Rows = list[tuple[Any, ...]]
 
-# A read of everything takes as long as it takes, and may sort or scan where requests may not. A
-# plan for any values would not know which of them are given. A server that cannot reach its client
-# any more ends what it does for it.
+# A read of everything takes as long as it takes, and may sort or scan where requests may not.
+# A server that cannot reach its client any more ends what it does for it.
 UNHURRIED = """
 SET statement_timeout = 0;
 SET enable_seqscan = on;
-SET plan_cache_mode = force_custom_plan;
 SET work_mem = '64MB';
 SET client_connection_check_interval = '1s'
 """
@@ -35,12 +34,6 @@ SET client_connection_check_interval = '1s'
 BEGIN = """
 BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY
 """
-
-# A standby that falls behind cancels what reads rows which the primary has removed since. It does
-# so to what runs for long; a short statement has another try.
-CONFLICTS = (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected)
-CONFLICT_PAUSE_S = 0.1
-CONFLICT_FOR_S = 30.0
 
 POSITION_MIN = -(2**63)  # no row has one below it, whatever was done to it
 
@@ -71,11 +64,15 @@ class Snapshot:
 
 
 class Reader:
-    """Statements that see the database as it is then, each by itself, on one connection."""
+    """Statements that see the database as it is then, each by itself, on one connection. What a
+    standby cancels is read again."""
 
     def __init__(self, address: DatabaseAddress, application_name: str) -> None:
         """StartError."""
+        self._address = address
+        self._name = application_name
         self._connection = unhurried(address, application_name)
+        ((self._head,),) = self.fetch(HEAD_POSITION)
 
     def __enter__(self) -> Self:
         return self
@@ -88,12 +85,15 @@ class Reader:
     def close(self) -> None:
         self._connection.close()
 
-    def fetch(self, query: str, params: Mapping[str, Any] | None = None) -> Rows:
-        return again_on_conflict(lambda: _fetch(self._connection, query, params))
+    def fetch(
+        self, query: str, params: Mapping[str, Any] | None = None, *, prepare: bool = False
+    ) -> Rows:
+        """`prepare`: it comes often, and one plan is good for all values."""
+        return self._again(lambda connection: _fetch(connection, query, params, prepare))
 
     def at_one_moment(self, read: Callable[[Snapshot], T]) -> T:
         """What `read` makes of a snapshot; it must not take long, and may be called again."""
-        return again_on_conflict(lambda: self._at_one_moment(read))
+        return self._again(lambda connection: _at_one_moment(connection, read))
 
     def ahead(self, parts: Iterable[T]) -> Iterator[T]:
         """Parts that this reader makes, none of which is None: whoever takes one works on it while
@@ -109,25 +109,34 @@ class Reader:
                 cut(self._connection)  # or a server that does not answer would be waited for
                 raise
 
-    def _at_one_moment(self, read: Callable[[Snapshot], T]) -> T:
-        self._connection.execute(BEGIN)
-        try:
-            return read(Snapshot(self._connection))
-        finally:
-            if not self._connection.closed:
-                self._connection.rollback()
-
-
-def again_on_conflict(read: Callable[[], T]) -> T:
-    """Tries again while a standby cancels it, for CONFLICT_FOR_S."""
-    give_up_at = time.monotonic() + CONFLICT_FOR_S
-    while True:
-        try:
-            return read()
-        except CONFLICTS:
-            if time.monotonic() > give_up_at:
+    def _again(self, read: Callable[[psycopg.Connection[Any]], T]) -> T:
+        def once() -> T:
+            try:
+                return read(self._connection)
+            except CONFLICTS:
+                if self._connection.closed:
+                    self._connection = self._opened_again()
                 raise
-            time.sleep(CONFLICT_PAUSE_S)
+
+        return again_on_conflict(once)
+
+    def _opened_again(self) -> psycopg.Connection[Any]:
+        """It may be another server than before, and that one behind; StartError."""
+        connection = unhurried(self._address, self._name)
+        ((head,),) = _fetch(connection, HEAD_POSITION, None)
+        if head < self._head:
+            connection.close()
+            raise StartError(f"the log ends at position {head} now; before, at {self._head}")
+        return connection
+
+
+def _at_one_moment(connection: psycopg.Connection[Any], read: Callable[[Snapshot], T]) -> T:
+    connection.execute(BEGIN)
+    try:
+        return read(Snapshot(connection))
+    finally:
+        with suppress(psycopg.OperationalError):  # what it failed for is told
+            connection.rollback()
 
 
 def windows(source: Source, last: int, size: int) -> Iterator[tuple[int, int]]:
@@ -146,7 +155,10 @@ def _next_place(source: Source, first: int) -> int | None:
 
 
 def _fetch(
-    connection: psycopg.Connection[Any], query: str, params: Mapping[str, Any] | None
+    connection: psycopg.Connection[Any],
+    query: str,
+    params: Mapping[str, Any] | None,
+    prepare: bool = False,
 ) -> Rows:
     with connection.cursor(binary=True) as cursor:
-        return cursor.execute(query.encode(), params).fetchall()
+        return cursor.execute(query.encode(), params, prepare=prepare).fetchall()

@@ -210,6 +210,16 @@ class Telemetry:
             "How far ahead of the database's clock the log's last event is, 0 if it is not",
             registry=registry,
         )
+        self.horizon_age = Gauge(
+            "payments_database_horizon_age_seconds",
+            "For how long, at the least, somebody has kept vacuum from removing dead rows",
+            registry=registry,
+        )
+        self.notification_queue = Gauge(
+            "payments_database_notification_queue_ratio",
+            "How full the server's queue is of notifications that a listener has not read, 0 to 1",
+            registry=registry,
+        )
 
     def _add_callback_metrics(self, registry: CollectorRegistry) -> None:
         self.callback_attempts = self._labelled(

@@ -21,8 +21,8 @@ from web.heads import METHODS, Headers
 from web.paths import Paths
 from web.turns import Bucket, Turns, Waiting
 
-OPEN_MAX = 16  # requests for one open path under way
-OPEN_PER_S = 25  # and in a second
+OPEN_MAX = 64  # requests for one open path under way: with a database that is silent they wait
+OPEN_PER_S = 50  # and in a second
 ALIVE_PER_S = 100  # answers of /health/live that wait for no turn
 
 _READS = (b"GET", b"HEAD")

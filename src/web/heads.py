@@ -6,6 +6,7 @@ a proxy in front that reads them otherwise.
 
 import os
 import re
+from itertools import chain
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 Headers = list[tuple[bytes, bytes]]  # names in lower case
@@ -39,7 +40,7 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 def size_of(target: bytes, headers: Headers) -> int:
     """Bytes, about as many as were sent."""
-    return len(target) + sum([len(name) + len(value) + 4 for name, value in headers])
+    return len(target) + sum(map(len, chain.from_iterable(headers))) + 4 * len(headers)
 
 
 def request_id_of(headers: Headers) -> str:

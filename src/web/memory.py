@@ -9,6 +9,7 @@ from payments.admission import REQUEST_BYTES, Share
 from web.guard import BODY_MAX
 
 HEADER_BYTES = 128  # what a header takes besides its own bytes
+BODY_FREE = 1024  # bytes that the body of a request may have without being counted
 BODY_HELD_MAX = HIGH_WATER_LIMIT + BODY_MAX  # of one request: in the protocol and in the guard
 
 
@@ -25,9 +26,6 @@ class Memory:
         self._read = self._head = self._body = 0
         self._requests: deque[tuple[Share, int]] = deque()
 
-    def begin_head(self) -> None:
-        self._read = 0
-
     def hold_head(self, read: int, headers: int) -> bool:
         """So many more bytes were read, and it is not complete; so many headers are."""
         self._read += read
@@ -37,8 +35,9 @@ class Memory:
         return taken
 
     def let_go_of_head(self) -> None:
-        self.own.add(-self._head)
-        self._head = 0
+        if self._read:
+            self.own.add(-self._head)
+            self._head = self._read = 0
 
     def hold_request(self, share: Share, size: int, headers: int) -> bool:
         """Its head has so many bytes."""
@@ -55,11 +54,13 @@ class Memory:
 
     def hold_body(self, read: int) -> bool:
         """So many more bytes of the last request's body."""
+        before, self._body = self._body, min(self._body + read, BODY_HELD_MAX)
+        if self._body <= BODY_FREE:
+            return True
         share, held = self._requests[-1]
-        more = min(read, BODY_HELD_MAX - self._body)
+        more = self._body - before
         if not share.take(more):
             return False
-        self._body += more
         self._requests[-1] = share, held + more
         return True
 

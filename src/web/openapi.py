@@ -15,10 +15,9 @@ from litestar import Litestar
 from litestar.routes import HTTPRoute
 
 from payments.errors import PaymentsError, TooBusy, Unauthorized
-from web.access_log import PROBES
 from web.description import Answer, Operation, Parameter
 from web.guard import BODY_MAX, BODY_TIMEOUT_S, BodyTooLarge, BodyTooSlow
-from web.heads import HEAD_MAX, PROTOCOL_PROBLEMS
+from web.heads import HEAD_MAX, HEADERS_MAX, PROTOCOL_PROBLEMS
 from web.problems import FRAMEWORK_PROBLEMS, MEDIA_TYPE, Problem
 
 VERSION = importlib.metadata.version("payment-service")
@@ -48,8 +47,8 @@ Captures money exactly once per `Idempotency-Key`, and gives it back.
 Every error is a problem document (RFC 9457); programs decide by its `code`, which is stable. Before
 there is a request to one of the endpoints: `404 not_found`, `405 method_not_allowed`,
 `400 malformed_request` (not HTTP/1.1), `414 target_too_long`, `431 head_too_large` (over
-{HEAD_MAX // 1024} KiB), `501 not_implemented` and `505 version_not_supported`. Bodies may have
-{BODY_MAX // 1024} KiB and take {BODY_TIMEOUT_S:g} s.
+{HEAD_MAX // 1024} KiB or {HEADERS_MAX} fields), `501 not_implemented` and
+`505 version_not_supported`. Bodies may have {BODY_MAX // 1024} KiB and take {BODY_TIMEOUT_S:g} s.
 """
 
 TAGS = [
@@ -59,6 +58,8 @@ TAGS = [
 
 # What can become of any request, whatever it is for.
 _EVERYWHERE = (BodyTooSlow, BodyTooLarge, PaymentsError)
+
+_NEVER_BUSY = ("/health", "/health/live")
 
 _REQUEST_HEADERS = (
     Parameter(
@@ -154,7 +155,7 @@ def operations(app: Litestar) -> Iterator[tuple[str, str, Operation]]:
 
 def _operation(path: str, operation: Operation) -> dict[str, Any]:
     problems = operation.problems + _EVERYWHERE
-    if path not in PROBES and TooBusy not in problems:
+    if path not in _NEVER_BUSY and TooBusy not in problems:
         problems += (TooBusy,)
     responses = {
         str(status): _answer(answer) for status, answer in operation.answers.items()

@@ -87,7 +87,6 @@ class Protocol(Connection):
 
     def on_message_begin(self) -> None:
         self._in_head, self._head_bytes, self._is_upgrade = True, 0, False
-        self._memory.begin_head()
         self._heads_begun += 1
         super().on_message_begin()
 

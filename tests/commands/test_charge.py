@@ -615,8 +615,13 @@ async def test_two_processes_begin_at_the_same_moment_and_nobody_waits_for_ever(
     await asyncio.sleep(0.2)
     connection.execute(UNLOCK)
     with within(2):
-        answers = await asyncio.gather(*charges)
-    assert {answer.payment.status for answer in answers} <= {Status.PENDING, Status.SUCCESS}
+        answers = await asyncio.gather(*charges, return_exceptions=True)
+    for answer in answers:
+        # On a busy machine the intent is not even stored in time.
+        assert isinstance(answer, TooBusy) or (
+            isinstance(answer, Charged)
+            and answer.payment.status in (Status.PENDING, Status.SUCCESS)
+        ), answer
 
 
 async def test_dead_pooled_connections_are_nobodys_problem(

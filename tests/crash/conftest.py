@@ -1,11 +1,12 @@
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.machine import within
 from tests.process import database_processes
+from tests.support import eventually
 
 
 @pytest.fixture
@@ -14,7 +15,5 @@ def data_dir(state_dir: Path) -> Iterator[Path]:
     path = state_dir / uuid.uuid4().hex[:8]
     path.mkdir()
     yield path
-    deadline = time.monotonic() + 6
-    while left := database_processes(path):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
+    with within(6):
+        eventually(lambda: not database_processes(path))

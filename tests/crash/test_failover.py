@@ -9,16 +9,15 @@ import httpx
 import pytest
 
 from tests.outside_postgres import OutsidePostgres, Standby
-from tests.process import ServiceProcess, invoke, open_directory
+from tests.process import ServiceProcess, invoke
 from tests.support import eventually
 
 
 @pytest.fixture
-def servers() -> Iterator[tuple[OutsidePostgres, Standby]]:
-    home = open_directory("payments-failover-")
+def servers(data_dir: Path) -> Iterator[tuple[OutsidePostgres, Standby]]:
     with (
-        OutsidePostgres(home / "primary") as primary,
-        Standby(home / "standby", primary) as standby,
+        OutsidePostgres(data_dir / "primary") as primary,
+        Standby(data_dir / "standby", primary) as standby,
     ):
         yield primary, standby
 

@@ -20,6 +20,7 @@ from payments.deciding import payment_id_for
 from tests.machine import within
 from tests.outside_postgres import OutsidePostgres
 from tests.process import ServiceProcess
+from tests.support import eventually
 
 
 class Load:
@@ -60,10 +61,7 @@ class Load:
 
     def wait_for(self, count: int) -> None:
         """Until so many charges were captured."""
-        deadline = time.monotonic() + 20
-        while sum(status == 201 for _, status, _, _ in list(self.answers)) < count:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        eventually(lambda: [status for _, status, *_ in list(self.answers)].count(201) >= count)
 
 
 def events_of(data_dir: Path) -> dict[uuid.UUID, list[str]]:

@@ -1,7 +1,6 @@
 """How connections end: half closed, idle, never read, gone."""
 
 import http.client
-import time
 from collections.abc import Callable
 
 import psutil
@@ -12,6 +11,7 @@ from tests.edge.requests import BODY, LAST_CHUNK, charge, chunk, chunked, get
 from tests.edge.test_raw_bytes import said
 from tests.machine import within
 from tests.process import ServiceProcess
+from tests.support import eventually
 
 CUT_SHORT = "400 malformed_request"
 
@@ -52,10 +52,8 @@ def test_clients_that_are_gone_leave_nothing_behind(edge: ServiceProcess) -> Non
         connection = Connection(edge.port)
         connection.send(sent)
         connection.reset()
-    deadline = time.monotonic() + 5
-    while process.num_fds() > before + 8:  # its pool of database connections may have grown
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    with within(5):  # its pool of database connections may have grown
+        eventually(lambda: process.num_fds() <= before + 8)
 
 
 def test_a_client_that_sends_far_too_much_sees_why_it_is_refused(edge: ServiceProcess) -> None:

@@ -22,7 +22,6 @@ from payments.events.store import APPEND, SHARED_CAPTURES, append_params, to_sto
 from payments.migrations import migrate
 from payments.telemetry import Telemetry
 from tests.outside_postgres import OutsidePostgres
-from tests.process import open_directory
 from tests.support import History, append, stored_event, until
 
 pytestmark = pytest.mark.anyio
@@ -416,7 +415,7 @@ def test_roles_of_the_version_before_may_go_on(
 
 @pytest.mark.parametrize("again", ["repeated", "conflict"])
 def test_what_is_answered_from_the_log_waits_for_the_standby_too(
-    tmp_path: Path, again: str
+    state_dir: Path, again: str
 ) -> None:
     """An event may stand there that the standby never confirmed: the server crashed between.
 
@@ -426,8 +425,7 @@ def test_what_is_answered_from_the_log_waits_for_the_standby_too(
     facts = History("k").facts
     events = [[to_stored_event(facts[0])], [to_stored_event(History("k").facts[0])]]
     event = events[0 if again == "repeated" else 1]
-    home = open_directory("payments-standby-") / "server"
-    with OutsidePostgres(home) as server, server.connect() as connection:
+    with OutsidePostgres(state_dir / f"standby-{again}") as server, server.connect() as connection:
         migrate(server.address)
         connection.execute("SET statement_timeout = 0")
         append(connection, facts)

@@ -12,6 +12,8 @@ import pytest
 from payments.commands.settle import LATE_CAPTURE_S
 from payments.database import Database, DatabaseAddress
 from payments.errors import StartError
+from payments.events.store import SLICE_END
+from payments.projections import comparison
 from payments.projections import rebuild as module
 from payments.projections.comparison import Difference, Unreadable
 from payments.projections.follower import Follower
@@ -346,6 +348,106 @@ def test_what_happens_meanwhile_is_taken_into_account(
     check_invariants(connection)
 
 
+def retry_parked(address: DatabaseAddress) -> None:
+    """All that is parked can be read by now."""
+
+    async def run() -> None:
+        database = Database(address, 1)
+        follower = Follower(database.connect, PaymentsProjection(7.0), Telemetry())
+        assert await follower.retry_parked() == []
+        await follower.close()
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some payments each, of which two of a kind have many events."""
+    small = SLICE_END.replace("OFFSET 9999", "OFFSET 4")
+    assert small != SLICE_END
+    monkeypatch.setattr(comparison, "SLICE_END", small)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5, 9])
+@pytest.mark.parametrize("repairs", [False, True])
+def test_what_happens_between_two_slices_is_no_difference(
+    known: dict[str, History],
+    address: DatabaseAddress,
+    connection: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    small_slices: None,
+    number: int,
+    repairs: bool,
+) -> None:
+    """Every payment goes on, is parked or taken up, whether its slice was compared or not; the
+    totals are those of one moment all the same."""
+    real, slices = comparison._next_slice, []
+    parked = known["partly refunded"].refund_begun().refund_succeeded()
+    position = append(connection, parked.facts[-2:]) - 1
+    connection.execute(
+        "INSERT INTO parked_streams VALUES ('payments', %s, %s, 'a test')", [parked.id, position]
+    )
+    catch_up(address)
+
+    def happens() -> None:
+        retry_parked(address)
+        for history in known.values():
+            first = len(history.facts)
+            if history.payment.status == "PENDING":
+                history.charged()
+            elif history.payment.status == "SUCCESS" and history.payment.remaining_cents > 1:
+                history.refunded(f"late {number}", 1)
+            if facts := history.facts[first:]:
+                append(connection, facts)
+        append(connection, [f for n in range(9) for f in History(f"new {n}").charged().facts])
+        damaged = known["refunded"]
+        event = stored_event(damaged.id, len(damaged.facts) + 1, b"{", "PaymentRefunded")
+        append_stored(connection, [event])
+        catch_up(address)
+        connection.execute("DELETE FROM unsettled_payments WHERE kind = 'abandoned'")
+
+    def disturbed(snapshot: Snapshot, first_id: uuid.UUID) -> Any:
+        slices.append(first_id)
+        if len(slices) == number:
+            happens()
+        return real(snapshot, first_id)
+
+    monkeypatch.setattr(comparison, "_next_slice", disturbed)
+    done = rebuilt(address)[0] if repairs else check(address)
+    assert len(slices) > 9
+    assert (done.differing, done.unreadable) == (dict.fromkeys(done.differing, 0), [])
+    assert done.log == done.tables
+    assert done.position == position_of_follower(connection)
+
+
+def position_of_follower(connection: Connection) -> int:
+    row = connection.execute("SELECT position FROM followers WHERE name = 'payments'").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def test_a_slice_has_whole_payments_and_no_payment_twice(
+    known: dict[str, History], address: DatabaseAddress, small_slices: None
+) -> None:
+    """However many rows a payment has; rows without events, and the first and the last id, too."""
+    with Reader(address, "tests") as reader:
+        parts = list(comparison.slices(reader))
+    assert len(parts) > 9
+    streams = [{row[1] for row in part.events} for part in parts]
+    assert sum(len(ids) for ids in streams) == len(set().union(*streams)) == len(known)
+    found = [row[0] for part in parts for row in part.tables[0]]
+    assert sorted(found) == sorted(history.id for history in known.values())
+
+
+@pytest.mark.parametrize("place", [0, (1 << 128) - 1])
+def test_rows_of_the_first_and_the_last_id(
+    known: dict[str, History], address: DatabaseAddress, connection: Connection, place: int
+) -> None:
+    connection.execute("INSERT INTO payments (id) VALUES (%s)", [uuid.UUID(int=place)])
+    done = repaired(address, connection)
+    assert done.differing["payments"] == 1
+
+
 def test_a_parked_payment_that_is_retried_meanwhile_is_not_put_back(
     known: dict[str, History],
     address: DatabaseAddress,
@@ -362,16 +464,7 @@ def test_a_parked_payment_that_is_retried_meanwhile_is_not_put_back(
     )
     catch_up(address)
 
-    def happens() -> None:
-        async def retry() -> None:
-            database = Database(address, 1)
-            follower = Follower(database.connect, PaymentsProjection(7.0), Telemetry())
-            assert await follower.retry_parked() == []
-            await follower.close()
-
-        asyncio.run(retry())
-
-    between(monkeypatch, happens)
+    between(monkeypatch, lambda: retry_parked(address))
     connection.execute("UPDATE payments SET amount_cents = 1")
     done, _ = rebuilt(address)
     assert done.parked == 0

@@ -13,6 +13,7 @@ import pytest
 from payments.database import Database, DatabaseAddress
 from payments.events.chain import GENESIS, LogEntry, read_line, seal, write_line
 from payments.projections.comparison import Comparison
+from payments.queries import verification as module
 from payments.queries.verification import (
     Finding,
     NoExport,
@@ -356,6 +357,56 @@ def test_what_is_no_finding(
         comparison = Comparison(reader)
         assert list(comparison.of_all()) == []
         assert (comparison.position, comparison.payments) == (EVENTS, EVENTS // 2)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_what_comes_while_it_is_read_is_no_finding(
+    tampered: Connection,
+    address: DatabaseAddress,
+    connection: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    sealed: bool,
+) -> None:
+    """Events, and the seals of those that were not sealed when it began; some are read as they were
+    before, some as they were after that."""
+    monkeypatch.setattr(module, "PART_POSITIONS", 6)
+    last = append(connection, [fact for n in range(5) for fact in History(f"l{n}").charged().facts])
+
+    def seal() -> None:
+        async def run() -> None:
+            database = Database(address, 1)
+            await seal_log(database)
+
+        asyncio.run(run())
+
+    if sealed:
+        seal()
+
+    def disturbed(places: Iterator[Place]) -> Iterator[Place]:
+        for number, place in enumerate(places):
+            if number == EVENTS:
+                append(connection, History("later").charged().refunded().facts)
+                seal()
+            yield place
+
+    verification = Verification({})
+    with Reader(address, "tests") as reader:
+        ends = ends_of(reader)
+        assert list(verification.findings(disturbed(places_of(reader, ends)))) == []
+        assert list(missing_seals(ends, verification.head)) == []
+    assert (verification.events, verification.last) == (last, last)
+    assert verification.sealed == (last if sealed else EVENTS)
+
+
+def test_events_that_stand_far_away(tampered: Connection, address: DatabaseAddress) -> None:
+    """A gap is one finding, and nobody looks for each position in it."""
+    tampered.execute("DELETE FROM log_seals WHERE position IN (1, 40)")
+    for position, place in ((1, -(2**63)), (40, 2**63 - 1)):
+        tampered.execute(
+            "UPDATE payment_events SET notification_id = %s WHERE notification_id = %s",
+            [place, position],
+        )
+    assert at(findings(address)) == [-(2**63), 1, 40, 40]
 
 
 def test_a_tail_that_is_not_sealed_must_be_whole(

@@ -72,7 +72,8 @@ async def answer_client(scope: Any, receive: Any, send: Any) -> None:
 
 
 class Listening:
-    def __init__(self, port: int, state: ServerState) -> None:
+    def __init__(self, door: Door, port: int, state: ServerState) -> None:
+        self.door, self.admission = door, door._admission
         self.port = port
         self.clients: list[socket.socket] = []
         self.connections: set[Protocol] = state.connections  # type: ignore[assignment]
@@ -100,7 +101,7 @@ async def listening(door: Door, app: App = answer_client) -> AsyncIterator[Liste
     )
     for listener in server.sockets:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
-    opened = Listening(server.sockets[0].getsockname()[1], state)
+    opened = Listening(door, server.sockets[0].getsockname()[1], state)
     try:
         yield opened
     finally:

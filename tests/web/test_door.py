@@ -201,6 +201,16 @@ async def test_what_waits_keeps_the_order_of_a_connection(flooded: Listening) ->
         assert 2 * TURN_S <= time.monotonic() - started < 4 * TURN_S
 
 
+async def test_a_request_hands_its_place_to_the_one_behind_it() -> None:
+    admission = Admission(1, 1)
+    async with listening(door(admission=admission)) as server:
+        with await server.connect() as client:
+            await send(client, request(key=KEY) * 5)
+            client.shutdown(1)
+            assert statuses(await received(client)) == [200] * 5
+    assert admission.places.taken == 0
+
+
 async def test_who_has_a_key_does_not_wait(flooded: Listening) -> None:
     crowd = [await flooded.connect() for _ in range(20)]
     for one in crowd:
@@ -213,6 +223,24 @@ async def test_who_has_a_key_does_not_wait(flooded: Listening) -> None:
             await send(client, request(b"/alive"))  # nor does who asks whether it lives
             await received(client, b"alive")
             assert time.monotonic() - started < TURN_S / 2
+
+
+async def test_a_client_that_is_refused_does_not_wait(flooded: Listening) -> None:
+    flooded.admission.places.share().add(flooded.admission.places.total)
+    crowd = await flooded.connect()
+    await send(crowd, request())
+    with await flooded.connect() as client:
+        for _ in range(3):
+            started = time.monotonic()
+            assert statuses(await ask(client, request(key=KEY))) == [503]
+            assert time.monotonic() - started < TURN_S / 2
+
+
+async def test_an_answer_that_ends_the_connection_waits_as_well(flooded: Listening) -> None:
+    with await flooded.connect() as client:
+        await send(client, request(method=b"POST", more=b"Content-Length: 9\r\n") + b"x")
+        assert await nothing_comes(client, TURN_S / 2)
+        assert statuses(await received(client)) == [401]
 
 
 async def test_while_it_waits_a_connection_is_not_read(flooded: Listening) -> None:
@@ -255,7 +283,12 @@ async def test_who_goes_away_meanwhile_leaves_nothing(flooded: Listening) -> Non
         await send(client, request())
         assert statuses(await received(client, b'"unauthorized"}')) == [401]
         await asyncio.sleep(3 * TURN_S)
-        assert len(flooded.connections) == 1
+        (connection,) = flooded.connections
+        await send(client, request())
+        await asyncio.sleep(TURN_S / 3)
+        connection.transport.abort()
+        await asyncio.sleep(0)
+        assert not flooded.door._turns._waiting
 
 
 async def test_the_server_that_stops_answers_what_waits(flooded: Listening) -> None:

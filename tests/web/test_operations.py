@@ -14,7 +14,7 @@ import httpx
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database import DatabaseAddress, connect
 from payments.service import Service
 from payments.settings import Settings
 from payments.shared import Recent
@@ -202,3 +202,14 @@ async def test_clocks_and_standbys(
     await until(lambda: connection.execute("SELECT FROM unsettled_payments").fetchall())
     connection.execute("UPDATE unsettled_payments SET since = now() + interval '1 hour'")
     assert await gauge(client, unsettled) == 0
+
+
+async def test_what_holds_the_database_up(
+    client: httpx.AsyncClient, connection: psycopg.Connection[Any], address: DatabaseAddress
+) -> None:
+    assert await gauge(client, "payments_database_notification_queue_ratio") == 0
+    assert await gauge(client, "payments_database_horizon_age_seconds") < 1
+    with connect(address, "somebody") as holder:
+        holder.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
+        await asyncio.sleep(1.1)  # a rendering is shared for a second
+        assert await gauge(client, "payments_database_horizon_age_seconds") > 1

@@ -89,6 +89,8 @@ def _reason(error: BaseException, checks: bool) -> str | None:
             reason = str(error)
         case psycopg.OperationalError():  # a lock that is held, a server that is gone
             reason = f"the database: {reason_of(error)}: try again later"
+        case psycopg.errors.ReadOnlySqlTransaction():
+            reason = "the database refuses to write: it is a standby, or read-only"
         case psycopg.errors.InsufficientPrivilege():
             reason = f"the database: {reason_of(error)}"
         case psycopg.Error() if isinstance(error, _OTHER_SCHEMA):

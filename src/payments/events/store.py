@@ -210,9 +210,9 @@ SELECT 0, originator_id, originator_version, topic, state,
   FROM payment_events WHERE notification_id IS NULL
 """
 
-# Captures from one position up to another that an earlier one of another payment names as well, with
-# the payment that named them first. One look into the index payment_events_capture for each: a join
-# could be planned to read them all.
+# Captures from one position up to another that an earlier one of another payment names as well,
+# with the payment that named them first. One look into the index payment_events_capture for each:
+# a join could be planned to read them all.
 SHARED_CAPTURES = """
 WITH part AS MATERIALIZED (
     SELECT originator_id, notification_id, captured_transaction(state) AS transaction

@@ -28,7 +28,7 @@ import psycopg
 from loguru import logger
 from psycopg.sql import SQL, Identifier
 
-from payments.database import DatabaseAddress, connect, reason_of
+from payments.database import DatabaseAddress, again_on_conflict, connect, reason_of
 from payments.errors import StartError
 
 LOCK_KEYS = (7165010, 2)  # 1 was the lock of the appends, until 0012_append_alone.sql
@@ -186,8 +186,12 @@ def check_readable(address: DatabaseAddress) -> None:
 
     The worst that can come of it is a query that fails.
     """
-    with connect(address, "payments migrate") as connection:
-        schema = schema_of(connection)
+
+    def read() -> Schema:
+        with connect(address, "payments migrate") as connection:
+            return schema_of(connection)
+
+    schema = again_on_conflict(read)
     _demand(schema)
     if schema.newer:
         logger.bind(migration=str(schema.newer[-1])).warning(

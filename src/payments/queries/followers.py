@@ -29,6 +29,21 @@ SELECT kind, count(*), greatest(0, extract(epoch FROM clock_timestamp() - min(si
 """
 
 
+# Those of which somebody was told that the provider's answer does not fit, or that they belong to
+# another provider: settling says so as CRITICAL, and again every day while it is so.
+CONTRADICTED = """
+SELECT count(*) FROM unsettled_payments WHERE told_level >= 50
+"""
+
+# The providers that open payments were begun with, not those that are only watched.
+OPEN_GATEWAYS = """
+SELECT initiated_gateway(e.state), count(*)
+  FROM unsettled_payments u
+  JOIN payment_events e ON e.originator_id = u.payment_id AND e.originator_version = 1
+ WHERE u.kind IN ('charge', 'refund', 'late_capture') GROUP BY 1
+"""
+
+
 class FollowerState(NamedTuple):
     """`lag_events` is how many events its read model lacks, `lag_s` the oldest one's age."""
 
@@ -68,3 +83,14 @@ async def parked_streams(database: Database) -> list[ParkedStream]:
 
 async def unsettled_payments(database: Database) -> list[UnsettledPayments]:
     return [UnsettledPayments(*row) for row in await database.fetch(UNSETTLED)]
+
+
+async def contradicted_payments(database: Database) -> int:
+    """How many open payments a person has to compare with the provider's records."""
+    ((count,),) = await database.fetch(CONTRADICTED)
+    return int(count)
+
+
+async def open_gateways(database: Database) -> dict[str, int]:
+    """How many open payments were begun with each provider, by its name."""
+    return dict(await database.fetch(OPEN_GATEWAYS))

@@ -34,7 +34,7 @@ T = TypeVar("T")
 NAME = "payments replay"
 LAST = 2**63 - 1
 # Linux holds 170 KB for a Unix socket that nobody reads from, and more for TCP.
-PART_BYTES = 120_000
+PART_BYTES = 140_000
 ROW_BYTES = 120  # besides what is stored of an event
 # So many are looked at by a statement that searches, in some 20 ms.
 SEARCHED_EVENTS = 20_000
@@ -121,7 +121,7 @@ class Replay:
         """Behind one position and up to another, as many as are left."""
         while after < last and self._left != 0:
             found, after = self._ask(
-                lambda source, after=after: self._part(source, after, last),  # type: ignore[misc]
+                lambda reader, after=after: self._part(reader, after, last),  # type: ignore[misc]
                 for_ever=for_ever,
             )
             if self._left is not None:
@@ -130,24 +130,23 @@ class Replay:
             if found:
                 yield found
 
-    def _part(self, source: Source, after: int, last: int) -> tuple[list[Sealed], int]:
+    def _part(self, reader: Reader, after: int, last: int) -> tuple[list[Sealed], int]:
         """What is wanted of the next events, and up to which position was looked."""
         wanted = self._wanted
         if wanted.all:
             most, until = READ_PART_EVENTS, min(last, after + self._rows)
-            rows = source.fetch(READ_PART, {"after": after, "last": until})
-            if rows:
-                size = sum(len(row[4]) + ROW_BYTES for row in rows)
-                self._rows = max(1, min(most, PART_BYTES * len(rows) // size))
+            rows = reader.fetch(READ_PART, {"after": after, "last": until}, prepare=True)
+            largest = max((len(row[4]) for row in rows), default=0)
+            self._rows = max(1, min(most, PART_BYTES // (largest + ROW_BYTES)))
         else:
             most = READ_MATCHING_EVENTS
             # A payment's events have an index, and are few.
             until = last if wanted.payment_id is not None else min(last, after + SEARCHED_EVENTS)
-            rows = source.fetch(READ_MATCHING, _params(wanted, after, until))
+            rows = reader.fetch(READ_MATCHING, _params(wanted, after, until))
         if len(rows) >= most:
             until = int(rows[-1][0])
         elif not rows:
-            until = max(until, _next_position(source, until + 1, last) - 1)
+            until = max(until, _next_position(reader, until + 1, last) - 1)
         found = (Sealed(LogEntry(*row[:6]), row[6]) for row in rows)
         if wanted.order_id is None:
             return list(found), until
@@ -158,7 +157,7 @@ class Replay:
             return moment
         return self._ask(lambda source: position_at(source, moment, self._head))
 
-    def _ask(self, read: Callable[[Source], T], *, for_ever: bool = False) -> T:
+    def _ask(self, read: Callable[[Reader], T], *, for_ever: bool = False) -> T:
         """What `read` makes of the database, as soon as that answers."""
         pause_s, give_up_at = RETRY_MIN_S, time.monotonic() + RETRY_FOR_S
         while True:

@@ -1,7 +1,8 @@
-"""What the database server is to this service: its standbys, its clock, whether it is writable, and
-whether it keeps what it was given."""
+"""What the database server is to this service: its standbys, its clock, whether it is writable,
+whether it keeps what it was given, and what keeps it from clearing up."""
 
 import time
+from bisect import bisect_right
 from typing import Literal, NamedTuple
 
 from payments.database import Database
@@ -71,6 +72,117 @@ async def unsafe_settings(database: Database) -> list[str]:
     """The server's settings with which a crash of its machine may lose, or damage, what it had
     committed. Raises DatabaseUnavailable."""
     return [name for (name,) in await database.fetch(UNSAFE)]
+
+
+# What the oldest of these may still see, vacuum must not remove from any table. Since when sessions
+# of other roles do so is told to pg_read_all_stats alone; who they are and what they hold, to all.
+# VACUUM itself holds nothing. A session of another database counts if it writes: while it does, no
+# snapshot is newer.
+HORIZON = """
+WITH holders AS (
+    SELECT format('session %%s (%%s)', a.pid, coalesce(nullif(a.application_name, ''), a.usename)),
+           held.xid, a.xact_start
+      FROM pg_stat_activity a
+     CROSS JOIN LATERAL (VALUES (a.backend_xid),
+                                (CASE WHEN a.datname IS NULL OR a.datname = current_database()
+                                      THEN a.backend_xmin END)) AS held (xid)
+     WHERE held.xid IS NOT NULL AND a.pid <> pg_backend_pid()
+       AND NOT EXISTS (SELECT FROM pg_stat_progress_vacuum v WHERE v.pid = a.pid)
+     UNION ALL
+    SELECT format('prepared transaction %%s', p.gid), p.transaction, p.prepared
+      FROM pg_prepared_xacts p
+     UNION ALL
+    SELECT format('replication slot %%s', s.slot_name), held.xid, NULL
+      FROM pg_replication_slots s
+     CROSS JOIN LATERAL (VALUES (s.xmin), (s.catalog_xmin)) AS held (xid)
+     WHERE held.xid IS NOT NULL
+), oldest (who, xid, since) AS (
+    SELECT * FROM holders h (who, xid, since) ORDER BY age(xid) DESC, since LIMIT 1
+)
+SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint, o.who, coalesce(age(o.xid), 0),
+       coalesce(extract(epoch FROM clock_timestamp() - o.since), 0)::float8
+  FROM (SELECT) AS always LEFT JOIN oldest o ON true
+"""
+
+
+class Horizon(NamedTuple):
+    """The oldest that vacuum must not remove. `next_transaction` is the number of the next one that
+    writes; `held_by`, if anybody, is who began when the one `transactions` before it was the next
+    or still open, `held_s` ago if this role may see that.
+    """
+
+    next_transaction: int
+    held_by: str | None
+    transactions: int
+    held_s: float
+
+
+async def horizon(database: Database) -> Horizon:
+    """Raises DatabaseUnavailable."""
+    ((next_transaction, held_by, transactions, held_s),) = await database.fetch(HORIZON)
+    return Horizon(next_transaction, held_by, transactions, max(0.0, held_s))
+
+
+class HorizonAge:
+    """For how long the horizon has been held at the least, also by what tells no time: as far as
+    this process remembers which transactions there were by when."""
+
+    KEPT = 10_000
+    EVERY_S = 10.0
+
+    def __init__(self) -> None:
+        self._next: list[int] = []  # ascending, with the time at which each was the next one
+        self._times: list[float] = []
+
+    def seconds(self, found: Horizon, now: float) -> float:
+        """`now` by a clock that is never set back."""
+        if not self._times or now - self._times[-1] >= self.EVERY_S:
+            self._next.append(found.next_transaction)
+            self._times.append(now)
+            del self._next[: -self.KEPT], self._times[: -self.KEPT]
+        # By then the one that is held had been given out.
+        known = bisect_right(self._next, found.next_transaction - found.transactions)
+        since = self._times[known] if known < len(self._times) else now
+        return max(found.held_s, now - since)
+
+
+# The appends that wait at this moment: for which sessions, or for a standby, and for how long.
+WAITING_APPENDS = """
+SELECT format('session %%s (%%s)', b.pid, coalesce(nullif(b.application_name, ''), b.usename)),
+       coalesce(extract(epoch FROM clock_timestamp() - l.waitstart), 0)::float8
+  FROM pg_stat_activity a
+  JOIN pg_locks l ON l.pid = a.pid AND NOT l.granted
+ CROSS JOIN LATERAL unnest(pg_blocking_pids(a.pid)) AS blocking (pid)
+  JOIN pg_stat_activity b ON b.pid = blocking.pid
+ WHERE a.datname = current_database() AND a.application_name = 'payments appender'
+ UNION ALL
+SELECT 'a synchronous standby',
+       coalesce(extract(epoch FROM clock_timestamp() - a.query_start), 0)::float8
+  FROM pg_stat_activity a
+ WHERE a.datname = current_database() AND a.application_name = 'payments appender'
+   AND a.wait_event = 'SyncRep'
+"""
+
+
+async def waiting_appends(database: Database) -> dict[str, float]:
+    """Whom they wait for at this moment, and for how many seconds. Under load each waits for the
+    one before it, and gives up and tries again about once a second. Raises DatabaseUnavailable."""
+    found: dict[str, float] = {}
+    for who, waits_s in await database.fetch(WAITING_APPENDS):
+        found[who] = max(waits_s, found.get(who, 0.0))
+    return found
+
+
+NOTIFICATIONS = """
+SELECT pg_notification_queue_usage()::float8
+"""
+
+
+async def unread_notifications(database: Database) -> float:
+    """How full the server's queue of them is, 0 to 1: it keeps what a listener has not read.
+    Raises DatabaseUnavailable."""
+    ((usage,),) = await database.fetch(NOTIFICATIONS)
+    return float(usage)
 
 
 # owner: it may do everything to the log, a superuser as well; inserts: it may insert directly;
