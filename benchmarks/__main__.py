@@ -17,6 +17,7 @@ from benchmarks.appenders import AppendSlowCommit, AppendTwoSlowCommit
 from benchmarks.audit import AUDIT_PARTS
 from benchmarks.callbacks import CallbackDelay, Callbacks
 from benchmarks.client_limit import ClientLimit
+from benchmarks.exports import Exports
 from benchmarks.flood import FLOOD_PARTS
 from benchmarks.harness import WARM_UP_S, Harness
 from benchmarks.load import Figures
@@ -32,6 +33,7 @@ MORE: tuple[type[Part], ...] = (
     Callbacks,
     ClientLimit,
     CallbackDelay,
+    Exports,
     Overload,
     *FLOOD_PARTS,
     *AUDIT_PARTS,

@@ -17,7 +17,7 @@
     deciding.py        which event may come next: pure, no I/O, no clock
     payment.py         what a payment's events amount to: as pure
     gateways/          payment providers behind one protocol
-    snapshot.py        the database as of one moment, for audits and rebuilds
+    snapshot.py        reading much and holding nothing, for exports, audits and rebuilds
     unsettled.py       the list of what the provider must be asked about again
     sendings.py        which refunds were sent, and since when
     database.py        connections;  session.py what each is set to;  migrations/ the schema

@@ -158,7 +158,7 @@ def test_what_a_standby_and_a_forgotten_transaction_hold() -> None:
                 for _ in range(20):
                     connection.execute("UPDATE followers SET updated_at = now()")
                 found = eventually(lambda: (now := horizon_of(primary)).transactions >= 20 and now)
-                assert found.held_by.endswith("(walreceiver)")
+                assert found.held_by.endswith(" (standby)")
             eventually(lambda: horizon_of(primary).transactions < 10)
         with primary.connect() as connection:
             connection.execute("BEGIN; UPDATE followers SET updated_at = now()")
