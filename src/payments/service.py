@@ -16,7 +16,6 @@ from loguru import logger
 from payments import embedded_postgres
 from payments.admission import Admission
 from payments.callbacks.dispatcher import CONCURRENCY_MAX, Dispatcher
-from payments.callbacks.endpoint import Endpoint, check_target, origin
 from payments.commands.charge import Charging
 from payments.commands.giving_back import GivingBack
 from payments.commands.refund import Refunding
@@ -135,6 +134,8 @@ class Service:
         if url is None:
             logger.info("nobody is called back: ORDER_CALLBACK_URL is not set")
         else:
+            from payments.callbacks.endpoint import check_target, origin
+
             if (warning := await check_target(url)) is not None:
                 logger.warning(warning)
             signed = "signed" if self.settings.order_callback_secret else "not signed"
@@ -285,6 +286,8 @@ def build_dispatcher(
     """What sends callbacks, not started; None without ORDER_CALLBACK_URL. Raises StartError."""
     if settings.order_callback_url is None:
         return None
+    from payments.callbacks.endpoint import Endpoint
+
     try:
         endpoint = Endpoint(
             settings.order_callback_url,

@@ -5,4 +5,9 @@ loop: it claims due deliveries from outbox.py (SQL: claim, record, release), sen
 endpoint.py (one bounded exchange), signed by signing.py (Standard Webhooks), and records what came
 of it. retry.py says whether and when to try again, breaker.py whether to send at all; both are
 pure.
+
+endpoint.py is imported where an address is set: its HTTP client takes a third of the time in which
+a command starts.
 """
+
+EXCHANGE_TIMEOUT_S = 5.0  # Order Service answers in milliseconds; 5 s is a hang

@@ -14,22 +14,24 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
 import msgspec
 import psycopg
 from loguru import logger
 
-from payments.callbacks import outbox
+from payments.callbacks import EXCHANGE_TIMEOUT_S, outbox
 from payments.callbacks.breaker import Breaker, Permit
-from payments.callbacks.endpoint import EXCHANGE_TIMEOUT_S, Endpoint, Exchange
 from payments.callbacks.outbox import Claimed, Result
 from payments.callbacks.retry import jittered, judge
 from payments.database import cut_after
 from payments.logs import trace_field
 from payments.telemetry import Telemetry
 from payments.tracing import current_traceparent, span
+
+if TYPE_CHECKING:
+    from payments.callbacks.endpoint import Endpoint, Exchange
 
 CONCURRENCY_MAX = 64  # exchanges at once, by one process
 # Of them with orders whose last exchange failed: however many of those there are, the others go on.
@@ -66,7 +68,7 @@ class Dispatcher:
     def __init__(
         self,
         connect: Callable[[str], Awaitable[psycopg.AsyncConnection[Any]]],
-        endpoint: Endpoint,
+        endpoint: "Endpoint",
         telemetry: Telemetry,
         retention_days: int,
         *,
@@ -206,7 +208,7 @@ class Dispatcher:
         finally:
             self._breaker.released(permit)  # a cut exchange says nothing about the endpoint
 
-    async def _send(self, claimed: Claimed, body: bytes) -> Exchange:
+    async def _send(self, claimed: Claimed, body: bytes) -> "Exchange":
         with span(
             "callback",
             kind="client",
@@ -219,7 +221,7 @@ class Dispatcher:
                 str(claimed.event_id), body, int(time.time()), traceparent
             )
 
-    def _judged(self, claimed: Claimed, exchange: Exchange, permit: Permit) -> Result:
+    def _judged(self, claimed: Claimed, exchange: "Exchange", permit: Permit) -> Result:
         # A probe that came before its time takes nothing away from the delivery that it was.
         counts = claimed.due_in_s <= 0
         attempt = claimed.attempt if counts else max(1, claimed.attempt - 1)
@@ -317,7 +319,7 @@ def _prepare(claimed: Claimed) -> bytes:
     )
 
 
-def _reason(exchange: Exchange) -> str:
+def _reason(exchange: "Exchange") -> str:
     return exchange.reason or str(exchange.status)
 
 

@@ -24,11 +24,11 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from httpx_aiohttp import AiohttpTransport
 
+from payments.callbacks import EXCHANGE_TIMEOUT_S
 from payments.callbacks.signing import parse_secrets, signature_headers
 from payments.errors import StartError
 from payments.names import addresses_of
 
-EXCHANGE_TIMEOUT_S = 5.0  # Order Service answers in milliseconds; 5 s is a hang
 RESOLVE_TIMEOUT_S = 2.0  # at the start, which a slow name server must not hold up
 ANSWER_BYTES_MAX = 64 * 1024  # as received: head, body and everything between them
 ANSWER_BYTES_KEPT = 2048  # of the body, for people who look for a reason

@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 import click
 import psycopg
 
-from payments.callbacks.endpoint import check_target, origin
 from payments.cli.checks import Check, database_checks, failing
 from payments.cli.output import one_line
 from payments.cli.processes import begin, with_database
@@ -93,6 +92,8 @@ async def _callback_target(settings: Settings) -> Check:
     url = settings.order_callback_url
     if url is None:
         return Check("off", "endpoint", "nobody is called back: ORDER_CALLBACK_URL is not set")
+    from payments.callbacks.endpoint import check_target, origin
+
     parts = urlsplit(url)
     context = ssl.create_default_context() if parts.scheme == "https" else None
     port = parts.port or (443 if context else 80)
