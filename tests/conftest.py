@@ -36,6 +36,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-openapi", action="store_true", help="rewrite openapi.json")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first: else one of two workers waits for it in the end."""
+    items.sort(key=lambda item: item.path.name != "test_schemathesis.py")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """What was late on a busy machine is said once all else was looked at."""
@@ -75,6 +80,7 @@ def nothing_blocks_the_event_loop() -> Iterator[None]:
                 "payments/telemetry.py", {"__init__", "exposition", "openmetrics", "documented"}
             )
             function.can_block_in("payments/gateways/simulated_ledger.py", {"__init__"})
+            function.can_block_in("payments/service.py", {"build_dispatcher"})
             function.can_block_in("payments/logs.py", {"_write_some"})
         yield
 

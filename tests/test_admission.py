@@ -3,11 +3,11 @@
 import pytest
 
 from payments.admission import (
+    ANONYMOUS_TIMES,
     CALM_S,
     CLIENT_TIMES,
     MEMORY_MIN,
     MEMORY_OF_A_RUN,
-    STRANGER_TIMES,
     Admission,
     Bound,
     Client,
@@ -155,7 +155,7 @@ class TestBound:
 
     def test_the_fuller_it_is_the_less_each_may_have(self) -> None:
         """Many that hold as much as they may do not keep one out that wants little."""
-        bound = Bound(8_000_000, STRANGER_TIMES)
+        bound = Bound(8_000_000, ANONYMOUS_TIMES)
         for _ in range(60):
             share = bound.share()
             while share.take(1000):

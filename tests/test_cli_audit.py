@@ -19,6 +19,7 @@ from payments.cli import progress
 from payments.cli.audit import SHOWN_MAX
 from payments.database import Database, DatabaseAddress
 from payments.events.facts import encode
+from payments.queries import verification
 from tests.process import PAYMENTS, ROOT, at, environment, peak_mb
 from tests.support import History, append, append_stored, follow, seal_log, stored_event
 
@@ -132,10 +133,18 @@ def test_an_empty_log_is_a_finding(operator: Operator) -> None:
     )
 
 
+@pytest.mark.parametrize("positions", [1, 3, 10_000])
 def test_two_payments_of_one_capture_are_a_finding(
-    operator: Operator, payment: History, address: DatabaseAddress, connection: Connection
+    operator: Operator,
+    payment: History,
+    address: DatabaseAddress,
+    connection: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    positions: int,
 ) -> None:
-    """One of them is not what was paid. Nobody appends it any more; here software from before."""
+    """One of them is not what was paid, however many positions are looked at at once. Nobody
+    appends it any more; here software from before."""
+    monkeypatch.setattr(verification, "CAPTURES_POSITIONS", positions)
     other = History("other").charged()
     named = f"txn-{payment.id}"
     state = encode(other.facts[1]).replace(f"txn-{other.id}".encode(), named.encode())

@@ -17,6 +17,7 @@ Why, and what was measured: docs/decisions/admission.md.
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 from payments.errors import TooBusy
 
@@ -30,8 +31,8 @@ REQUEST_BYTES = 6 * 1024
 MEMORY_MIN = 14 * 1024 * 1024
 MEMORY_OF_A_RUN = 9 * 1024  # enough for each that may have a place or a slot
 # For heads of which only a part came yet, and requests without a client; of a connection each.
-STRANGERS_MEMORY = 8 * 1024 * 1024
-STRANGER_TIMES = 1 / 16
+ANONYMOUS_MEMORY = 8 * 1024 * 1024
+ANONYMOUS_TIMES = 1 / 16
 
 
 class Bound:
@@ -56,11 +57,6 @@ class Share:
         self.bound = bound
         self.held = 0
 
-    def fits(self) -> bool:
-        """Whether it may take one more."""
-        left = self.bound.total - self.bound.taken
-        return left > 0 and self.held < self.bound.times * left
-
     def take(self, count: int = 1) -> bool:
         """Takes so many more, or nothing: then it is False."""
         bound = self.bound
@@ -82,15 +78,12 @@ class Client:
 
     def __init__(self, name: str, admission: "Admission") -> None:
         self.name = name
-        self._admission = admission
         self.places = admission.places.share()
         self.slots = admission.slots.share()
         self.runs = admission.runs.share()
         self.memory = admission.memory.share()
-
-    def admit(self) -> bool:
-        """Whether to take on one more request; if so, it is to `enter`."""
-        return self._admission.admits(self.places)
+        # Whether to take on one more request; if so, it is to `enter`.
+        self.admit: Callable[[], bool] = partial(admission.admits, self.places)
 
     def enter(self) -> None:
         """A request takes a place: a new one, or one that waited for somebody else."""
@@ -125,7 +118,7 @@ class Admission:
         self.slots = Bound(slots, times)
         self.runs = Bound(places + slots, times)
         self.memory = Bound(max(MEMORY_MIN, (places + slots) * MEMORY_OF_A_RUN), times)
-        self.strangers_memory = Bound(STRANGERS_MEMORY, STRANGER_TIMES)
+        self.anonymous_memory = Bound(ANONYMOUS_MEMORY, ANONYMOUS_TIMES)
         self._places_when_crowded = places // CROWDED_PART
         self._least_share = max(1, self._places_when_crowded // max(1, clients))
         self._crowded_until = 0.0
@@ -140,12 +133,13 @@ class Admission:
 
     def admits(self, places: Share) -> bool:
         """Whether whoever has these places may take one more; if not, it is crowded from now on."""
-        if places.fits() and (
-            places.held < self._least_share
-            or self._clock() >= self._crowded_until
-            or places.held < self._share_of(places)
-        ):
-            return True
+        bound = self.places
+        left = bound.total - bound.taken
+        if left > 0 and places.held < bound.times * left:
+            if places.held < self._least_share or self._clock() >= self._crowded_until:
+                return True
+            if places.held < self._share_of(places):
+                return True
         self._crowded_until = self._clock() + CALM_S
         return False
 

@@ -13,6 +13,6 @@ problems.py    every error as application/problem+json
 protocol.py    reads requests: those that come in become tasks (connection.py: how it ends;
                heads.py: what a head may be; memory.py: what all that holds)
 door.py        whether a request comes in, and as whom (paths.py: what there is; answers.py: to
-               those that do not; turns.py: how late in a flood)
+               those that do not; throttle.py: how late in a flood)
 server.py      uvicorn inside our own process, and the ordered shutdown
 """

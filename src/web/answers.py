@@ -11,7 +11,7 @@ from web.problems import FRAMEWORK_PROBLEMS, MEDIA_TYPE, problem, refused
 
 
 class Answer:
-    """One of a few, made in advance. `waits`: in a flood it is given late (see turns.py)."""
+    """One of a few, made in advance. `waits`: in a flood it is given late (see throttle.py)."""
 
     __slots__ = ("_head", "body", "status", "waits")
 

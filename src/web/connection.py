@@ -25,7 +25,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, door: Door, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._door = door
-        self._memory = Memory(door.strangers_memory())
+        self._memory = Memory(door.anonymous_memory())
         self._in_head = True
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
@@ -76,7 +76,7 @@ class Connection(HttpToolsProtocol):
             self._say_last_words()
 
     def on_turn(self) -> None:
-        """What waited may be answered (turns.py)."""
+        """What waited may be answered (throttle.py)."""
         assert isinstance(self._running, Refused)
         self.flow.resume_reading()
         if self._running.more_body:

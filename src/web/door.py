@@ -2,7 +2,7 @@
 
 What is refused here never becomes a task and holds no place, and its body is not read. Requests
 that need no API key, and those that lack one, must not take from clients what these need: each open
-path has a bound of its own, and all that is answered here together has one as well (turns.py).
+path has a bound of its own, and all that is answered here together has one as well (throttle.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from web.answers import NOT_FOUND, TOO_BUSY, TOO_BUSY_OPEN, UNAUTHORIZED, Answer
 from web.auth import authenticate
 from web.heads import METHODS, Headers
 from web.paths import Paths
-from web.turns import Bucket, Turns, Waiting
+from web.throttle import Bucket, Throttle, Waiting
 
 OPEN_MAX = 64  # requests for one open path under way: with a database that is silent they wait
 OPEN_PER_S = 50  # and in a second
@@ -92,21 +92,21 @@ class Door:
             for path in paths.all
             if not path.needs_key
         }
-        self._turns = Turns()
+        self._throttle = Throttle()
         self._alive_at_once = Bucket(ALIVE_PER_S)
         self._counters: dict[tuple[bytes, str, int], Counter] = {}
         self.log = RefusalLog()
 
-    def strangers_memory(self) -> Share:
+    def anonymous_memory(self) -> Share:
         """For one connection."""
-        return self._admission.strangers_memory.share()
+        return self._admission.anonymous_memory.share()
 
     def look(self, method: bytes, target: bytes, headers: Headers) -> "Client | OpenPath | Answer":
         """As whom a request comes in, or its answer; ValueError for a target that is none at all.
 
         A client may still be refused when it asks to be admitted.
         """
-        path = self._paths.find(target)
+        path = self._paths.fixed.get(target) or self._paths.find(target)
         if path is None:
             self.log.not_found.add()
             return self._counted(NOT_FOUND, method, "unmatched")
@@ -141,10 +141,10 @@ class Door:
             return True
         if answer in self._alive.values() and self._alive_at_once.take():
             return True
-        return self._turns.is_next(who)
+        return self._throttle.is_next(who)
 
     def forget(self, who: Waiting) -> None:
-        self._turns.forget(who)
+        self._throttle.forget(who)
 
     def _counted(self, answer: Answer, method: bytes, route: str) -> Answer:
         key = (method, route, answer.status)

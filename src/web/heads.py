@@ -6,7 +6,6 @@ a proxy in front that reads them otherwise.
 
 import os
 import re
-from itertools import chain
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 Headers = list[tuple[bytes, bytes]]  # names in lower case
@@ -36,11 +35,6 @@ TARGET_DETAIL = f"Send at most {TARGET_MAX} bytes of path and query."
 # RFC 3986 section 3.2.2 and 3.2.3: a name or IPv4 address, or an IP literal; and a port.
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-
-
-def size_of(target: bytes, headers: Headers) -> int:
-    """Bytes, about as many as were sent."""
-    return len(target) + sum(map(len, chain.from_iterable(headers))) + 4 * len(headers)
 
 
 def request_id_of(headers: Headers) -> str:

@@ -35,7 +35,7 @@ class Memory:
         return taken
 
     def let_go_of_head(self) -> None:
-        if self._read:
+        if self._read:  # most come as a whole
             self.own.add(-self._head)
             self._head = self._read = 0
 

@@ -27,7 +27,7 @@ class Paths:
 
     def __init__(self, app: Litestar) -> None:
         self.all = [_path(route) for route in app.routes if isinstance(route, HTTPRoute)]
-        self._fixed = {path.template.encode(): path for path in self.all}
+        self.fixed = {path.template.encode(): path for path in self.all}
         self._with_parameters = [
             (_pattern(path.template), path) for path in self.all if "{" in path.template
         ]
@@ -35,7 +35,7 @@ class Paths:
     def find(self, target: bytes) -> Path | None:
         """The path that a request's target names; ValueError for a target that is none at all."""
         path = target.partition(b"?")[0] if target.startswith(b"/") else _path_of_url(target)
-        found = self._fixed.get(path)
+        found = self.fixed.get(path)
         if found is None:
             for pattern, one in self._with_parameters:
                 if pattern.fullmatch(path):

@@ -30,7 +30,6 @@ from web.heads import (
     Headers,
     objection_to,
     request_id_of,
-    size_of,
 )
 
 PIPELINE_MAX = 16  # requests of one connection that wait behind the one under way
@@ -40,6 +39,7 @@ class Protocol(Connection):
     def __init__(self, door: Door, *args: Any, **kwargs: Any) -> None:
         super().__init__(door, *args, **kwargs)
         self._heads_begun = 0  # in the data that is being read
+        self._head_size = 0  # bytes of the headers that were read
         self._is_upgrade = False  # the request that is being read asks for another protocol
         self._is_admitted = False  # the request that is about to start
         self._objection: bytes | None = None  # what to answer when the parser stops
@@ -86,7 +86,8 @@ class Protocol(Connection):
             self._start_asgi_task(*held_back)
 
     def on_message_begin(self) -> None:
-        self._in_head, self._head_bytes, self._is_upgrade = True, 0, False
+        self._in_head, self._is_upgrade = True, False
+        self._head_bytes = self._head_size = 0
         self._heads_begun += 1
         super().on_message_begin()
 
@@ -100,17 +101,17 @@ class Protocol(Connection):
         if self._in_head:
             if len(self.headers) == HEADERS_MAX:
                 self._object(self._unreadable(HEAD_TOO_LARGE, HEADERS_DETAIL))
+            self._head_size += len(name) + len(value) + 4
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        size = size_of(self.url, self.headers)
-        self._check_head(size)
+        method, size = self.parser.get_method(), len(self.url) + self._head_size
+        self._check_head(method, size)
         self._is_upgrade = self.parser.should_upgrade()
         if self._is_upgrade:
             return  # the parser stops here; data_received goes on
         self._in_head = False
         self._memory.let_go_of_head()
-        method = self.parser.get_method()
         place = self._door.look(method, self.url, self.headers)
         if isinstance(place, Answer):
             self._refuse(place, method)
@@ -234,12 +235,12 @@ class Protocol(Connection):
         self._heads_begun -= 1  # the same one begins again
         return b"\r\n".join([*lines, b"", rest])
 
-    def _check_head(self, size: int) -> None:
+    def _check_head(self, method: bytes, size: int) -> None:
         """Stops the parser at a head that it lets through and we do not."""
         version = self.parser.get_http_version()
         if version == "1.0":
             self.expect_100_continue = False  # RFC 9110 section 10.1.1
-        objection = objection_to(self.parser.get_method(), self.url, version, self.headers, size)
+        objection = objection_to(method, self.url, version, self.headers, size)
         if objection is not None:
             self._object(self._unreadable(*objection))
         if len(self.pipeline) >= PIPELINE_MAX:

@@ -9,7 +9,6 @@ import asyncio
 import gc
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -32,9 +31,6 @@ STOP_S = 9.0
 CHARGES_STOP_S = 6.5  # every charge is answered by then, PENDING if need be
 REQUESTS_STOP_S = 7  # then uvicorn cancels what is left
 KEEP_ALIVE_S = 30  # longer than the pauses of a busy client's connection pool
-# How long a thread that renders metrics may keep the event loop waiting, each time that it has to
-# do something. By default it would be 5 ms.
-SWITCH_S = 0.0002
 
 
 def run(
@@ -86,7 +82,6 @@ async def serve(
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop)
     _tame_garbage_collection()
-    sys.setswitchinterval(SWITCH_S)
     host, port = listener.getsockname()[:2]
     logger.bind(host=host, port=port).info("listening")
     try:

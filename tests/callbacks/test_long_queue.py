@@ -3,6 +3,7 @@
 The best of a few runs is compared with a bound that reading the queue once per row is far beyond.
 """
 
+import asyncio
 import time
 from typing import Any, Literal
 
@@ -23,23 +24,27 @@ INSERT INTO callback_deliveries (event_id, position, order_id, payment_id, seque
                                  amount_cents, currency, occurred_at, state)
 SELECT md5('e' || n)::uuid, n, md5('o' || n)::uuid, md5('p' || n)::uuid, 2,
        CASE WHEN n %% 20 = 0 THEN 'FAILED' ELSE 'SUCCESS' END, 1500, 'INR', now(), 'due'
-  FROM generate_series(1, %(orders)s) n
+  FROM generate_series(%(first)s::integer, %(last)s::integer) n
 """
 
 LANES = """
 INSERT INTO callback_lanes (order_id, next_at, failing)
 SELECT md5('o' || n)::uuid, now() + CASE WHEN n %% 3 = 0 THEN interval '1 h' ELSE '0 s' END,
        n %% 3 = 0
-  FROM generate_series(1, %(orders)s) n
+  FROM generate_series(%(first)s::integer, %(last)s::integer) n
 """
 
 
 @pytest.fixture
 def queue(connection: psycopg.Connection[Any]) -> psycopg.Connection[Any]:
-    connection.execute("SET statement_timeout = 0")
-    for fill in (DELIVERIES, LANES):
-        connection.execute(fill.encode(), {"orders": ORDERS})
+    fill(connection, 1, ORDERS)
     return connection
+
+
+def fill(connection: psycopg.Connection[Any], first: int, last: int) -> None:
+    connection.execute("SET statement_timeout = 0")
+    for query in (DELIVERIES, LANES):
+        connection.execute(query.encode(), {"first": first, "last": last})
 
 
 @pytest.mark.usefixtures("queue")
@@ -63,6 +68,39 @@ async def test_claiming_recording_and_ending_pauses_read_only_what_they_need(
             took["make_due"].append(time.perf_counter() - began)
     best = {step: min(times) for step, times in took.items()}
     bound(max(best.values()), BEST_S, machine)
+
+
+# Entries of the queue's indexes that were read.
+READ = """
+SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes
+ WHERE relname IN ('callback_deliveries', 'callback_lanes')
+"""
+
+
+async def test_plans_that_were_made_while_the_queue_was_empty_stay_right(
+    database: Database, connection: psycopg.Connection[Any]
+) -> None:
+    """They are kept until the tables' statistics are new: in a minute, or when vacuum comes by."""
+    for table in ("callback_deliveries", "callback_lanes"):
+        connection.execute(f"ALTER TABLE {table} SET (autovacuum_enabled = off)".encode())
+    async with await database.connect("queue") as own:
+
+        async def take(most: int) -> None:
+            claims = await claim(own, most=most, failing_max=most // 2, lease_s=10)
+            assert len(claims) == most
+            await record(own, [_result(claimed, sent=True) for claimed in claims])
+            await own.execute("SELECT pg_stat_force_next_flush()")
+
+        def read() -> int:
+            ((entries,),) = connection.execute(READ).fetchall()
+            return int(entries)
+
+        fill(connection, 1, 2)
+        await take(2)
+        await asyncio.to_thread(fill, connection, 3, 20_000)
+        before = read()
+        await take(64)
+        assert read() - before < 64 * 30
 
 
 def _result(claimed: Claimed, *, sent: bool) -> Result:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from payments.database import DatabaseAddress
-from payments.gateways import Gateway
+from payments.gateways import Gateway, counted
 from payments.service import Service
 from payments.settings import Settings
 
@@ -13,11 +13,13 @@ Make = Callable[..., Awaitable[Service]]
 
 
 @pytest.fixture
-async def make(address: DatabaseAddress) -> AsyncIterator[Make]:
+async def make(address: DatabaseAddress, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     """Starts services on one database; several of them stand for several processes.
 
-    They follow and settle only if told to: `work=True`.
+    They follow and settle only if told to: `work=True`. A scripted provider that waits is waited
+    for, however long the machine takes.
     """
+    monkeypatch.setattr(counted, "GRACE_S", 60.0)
     async with AsyncExitStack() as stack:
 
         async def start(gateway: Gateway, *, work: bool = False, **changed: Any) -> Service:

@@ -22,7 +22,7 @@ import pytest
 from payments.database import DatabaseAddress
 from tests.process import ROOT, ServiceProcess, at, free_port
 from web.door import OPEN_PER_S
-from web.turns import AT_ONCE_PER_S, GIVEN_MAX, TURN_S
+from web.throttle import AT_ONCE_PER_S, GIVEN_MAX, TURN_S
 
 CONNECTIONS = 600
 FLOOD_S = 2.0

@@ -368,7 +368,7 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "SLICE_END", small)
 
 
-@pytest.mark.parametrize("number", [1, 2, 5, 9])
+@pytest.mark.parametrize(("number", "few"), [(1, 500), (2, 0), (5, 0), (9, 500), (9, 0)])
 @pytest.mark.parametrize("repairs", [False, True])
 def test_what_happens_between_two_slices_is_no_difference(
     known: dict[str, History],
@@ -377,11 +377,15 @@ def test_what_happens_between_two_slices_is_no_difference(
     monkeypatch: pytest.MonkeyPatch,
     small_slices: None,
     number: int,
+    few: int,
     repairs: bool,
 ) -> None:
-    """Every payment goes on, is parked or taken up, whether its slice was compared or not; the
-    totals are those of one moment all the same."""
+    """Every payment goes on, is parked or taken up, whether its slice was compared or not, and some
+    while what changed is compared again; the totals are those of one moment all the same."""
+    monkeypatch.setattr(module, "CATCH_UP_EVENTS", few)
+    monkeypatch.setattr(comparison, "CHANGED_PAYMENTS", 3)
     real, slices = comparison._next_slice, []
+    real_again, again = comparison.slice_of, []
     parked = known["partly refunded"].refund_begun().refund_succeeded()
     position = append(connection, parked.facts[-2:]) - 1
     connection.execute(
@@ -412,9 +416,20 @@ def test_what_happens_between_two_slices_is_no_difference(
             happens()
         return real(snapshot, first_id)
 
+    def disturbed_again(snapshot: Snapshot, ids: list[uuid.UUID]) -> Any:
+        again.append(ids)
+        if len(again) == 2:
+            charged = known["charged"].refunded("again", 1)
+            append(connection, charged.facts[-2:])
+            append(connection, History("newest").charged().facts)
+            catch_up(address)
+        return real_again(snapshot, ids)
+
     monkeypatch.setattr(comparison, "_next_slice", disturbed)
+    monkeypatch.setattr(comparison, "slice_of", disturbed_again)
     done = rebuilt(address)[0] if repairs else check(address)
     assert len(slices) > 9
+    assert len(again) > (5 if few == 0 else 0)
     assert (done.differing, done.unreadable) == (dict.fromkeys(done.differing, 0), [])
     assert done.log == done.tables
     assert done.position == position_of_follower(connection)

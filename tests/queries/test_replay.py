@@ -136,13 +136,13 @@ def test_damage_is_shown_and_does_not_hold_it_up(
     damaged: Connection, address: DatabaseAddress, wanted: Wanted
 ) -> None:
     """Several events at one position at the end of a part; gaps; one far away from all others."""
-    for end in (READ_MATCHING_EVENTS, READ_PART_EVENTS):
-        damaged.execute(
-            "INSERT INTO payment_events SELECT notification_id, gen_random_uuid(), n, topic, state,"
-            "  recorded_at FROM payment_events, generate_series(1, 3) n"
-            " WHERE notification_id = %s",
-            [end],
-        )
+    last_but_one = (READ_PART_EVENTS if wanted.all else READ_MATCHING_EVENTS) - 1
+    damaged.execute(
+        "INSERT INTO payment_events SELECT notification_id, gen_random_uuid(), n, topic, state,"
+        "  recorded_at FROM payment_events, generate_series(1, 3) n"
+        " WHERE notification_id = %s",
+        [last_but_one],
+    )
     damaged.execute("DELETE FROM payment_events WHERE notification_id BETWEEN 301 AND 700")
     damaged.execute(
         "UPDATE payment_events SET notification_id = %s WHERE notification_id = %s",
@@ -151,7 +151,7 @@ def test_damage_is_shown_and_does_not_hold_it_up(
     with Replay(address, wanted) as log:
         found = positions(log.parts())
     assert found == wanted_of(damaged, "true")
-    assert found.count(READ_PART_EVENTS) == 4
+    assert found.count(last_but_one) == 4
     assert found[-1] == 2**62
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from payments.admission import MEMORY_MIN, STRANGERS_MEMORY, Admission
+from payments.admission import ANONYMOUS_MEMORY, MEMORY_MIN, Admission
 from payments.telemetry import Telemetry
 from tests.web.doors import (
     KEY,
@@ -22,7 +22,7 @@ from tests.web.doors import (
     received,
     request,
 )
-from web import turns
+from web import throttle
 from web.answers import Answer
 from web.door import OPEN_PER_S
 
@@ -50,10 +50,10 @@ async def server(telemetry: Telemetry, admission: Admission) -> AsyncIterator[Li
 @pytest.fixture
 async def flooded(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Listening]:
     """Nothing that waits for its turn is answered at once, and one thing in TURN_S."""
-    monkeypatch.setattr(turns, "AT_ONCE_PER_S", 0)
-    monkeypatch.setattr(turns, "TURN_S", TURN_S)
-    monkeypatch.setattr(turns, "HELD_S", 1000)
-    monkeypatch.setattr(turns, "GIVEN_MIN", 1)
+    monkeypatch.setattr(throttle, "AT_ONCE_PER_S", 0)
+    monkeypatch.setattr(throttle, "TURN_S", TURN_S)
+    monkeypatch.setattr(throttle, "HELD_S", 1000)
+    monkeypatch.setattr(throttle, "GIVEN_MIN", 1)
     async with listening(door()) as opened:
         yield opened
 
@@ -288,7 +288,7 @@ async def test_who_goes_away_meanwhile_leaves_nothing(flooded: Listening) -> Non
         await asyncio.sleep(TURN_S / 3)
         connection.transport.abort()
         await asyncio.sleep(0)
-        assert not flooded.door._turns._waiting
+        assert not flooded.door._throttle._waiting
 
 
 async def test_the_server_that_stops_answers_what_waits(flooded: Listening) -> None:
@@ -324,7 +324,7 @@ async def test_heads_count_by_their_bytes(server: Listening, admission: Admissio
         client.close()
     await asyncio.sleep(0.2)
     assert admission.memory.taken == admission.places.taken == 0
-    assert admission.strangers_memory.taken == 0
+    assert admission.anonymous_memory.taken == 0
 
 
 async def test_what_memory_has_no_room_for_is_refused(
@@ -349,7 +349,7 @@ async def test_half_heads_count_by_their_bytes(server: Listening, admission: Adm
     for number, client in enumerate(clients):
         await send(client, half if number % 2 else request(key=KEY) + half)
     await asyncio.sleep(0.3)
-    assert STRANGERS_MEMORY / 2 < admission.strangers_memory.taken < STRANGERS_MEMORY
+    assert ANONYMOUS_MEMORY / 2 < admission.anonymous_memory.taken < ANONYMOUS_MEMORY
     with await server.connect() as client:
         await send(client, request(key=KEY)[:-2])
         await asyncio.sleep(0.1)
@@ -358,7 +358,7 @@ async def test_half_heads_count_by_their_bytes(server: Listening, admission: Adm
     for client in clients:
         client.close()
     await asyncio.sleep(0.3)
-    assert admission.strangers_memory.taken == admission.memory.taken == 0
+    assert admission.anonymous_memory.taken == admission.memory.taken == 0
 
 
 async def test_of_too_many_headers_none_is_kept(server: Listening) -> None:

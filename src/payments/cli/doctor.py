@@ -62,7 +62,7 @@ def _checks() -> Iterator[Check]:
     except (psycopg.Error, DatabaseUnavailable) as error:
         reason = reason_of(error) if isinstance(error, psycopg.Error) else str(error)
         yield Check("FAIL", "database", reason)
-    yield asyncio.run(_callback_target(settings))
+    yield _callback_target(settings)
 
 
 def _database(address: DatabaseAddress) -> Iterator[Check]:
@@ -87,7 +87,7 @@ def _between(connection: psycopg.Connection[Any]) -> str:
     return "" if is_direct else "; through a pooler, which keeps sessions apart"
 
 
-async def _callback_target(settings: Settings) -> Check:
+def _callback_target(settings: Settings) -> Check:
     """Whether Order Service can be connected to; nothing is sent."""
     url = settings.order_callback_url
     if url is None:
@@ -98,10 +98,9 @@ async def _callback_target(settings: Settings) -> Check:
     context = ssl.create_default_context() if parts.scheme == "https" else None
     port = parts.port or (443 if context else 80)
     try:
-        if (warning := await check_target(url)) is not None:
+        if (warning := asyncio.run(check_target(url))) is not None:
             return Check("FAIL", "endpoint", warning)
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            _, writer = await asyncio.open_connection(parts.hostname, port, ssl=context)
+        certificate = asyncio.run(_certificate(parts.hostname, port, context))
     except StartError as error:
         return Check("FAIL", "endpoint", str(error))
     except TimeoutError:
@@ -111,8 +110,6 @@ async def _callback_target(settings: Settings) -> Check:
     except OSError as error:
         reason = error.strerror or str(error)
         return Check("FAIL", "endpoint", f"{origin(url)} cannot be reached: {reason}")
-    certificate = writer.get_extra_info("peercert")
-    writer.transport.abort()
     signed = "signed" if settings.order_callback_secret else "not signed"
     text = f"{origin(url)} can be reached; callbacks are {signed}"
     if certificate:
@@ -121,3 +118,12 @@ async def _callback_target(settings: Settings) -> Check:
         text += f"; its certificate ends in {days} days"
         return failing("endpoint", days < CERTIFICATE_MIN_DAYS, text)
     return Check("ok", "endpoint", text)
+
+
+async def _certificate(host: str | None, port: int, context: ssl.SSLContext | None) -> Any:
+    """Connects, and returns what the other side showed for it."""
+    async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        _, writer = await asyncio.open_connection(host, port, ssl=context)
+    certificate = writer.get_extra_info("peercert")
+    writer.transport.abort()
+    return certificate

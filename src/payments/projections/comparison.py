@@ -7,7 +7,7 @@ compared as of a moment of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 from payments.events.facts import UndecodableEvent
@@ -25,11 +25,13 @@ from payments.settings import DEFAULT_CLIENT
 from payments.snapshot import Reader, Rows, Snapshot, Source
 
 PROGRESS_EVERY = 5000  # payments
+CHANGED_PAYMENTS = 5000  # that are compared again at once
 END = 1 << 128  # after every id
 FIRST_ID, LAST_ID = UUID(int=0), UUID(int=END - 1)
 LAST = 2**63 - 1  # position
 NO_ROWS: Rows = []
 Row = tuple[Any, ...]
+T = TypeVar("T")
 
 # As in events/store.py: of the payments with ids from one up to another, or of some of them, in the
 # order of their ids. A time that Python does not have (infinity, a year of five digits) is as wrong
@@ -85,6 +87,11 @@ SELECT position FROM followers WHERE name = 'payments'
 PARKED = """
 SELECT payment_id, position FROM parked_streams
  WHERE follower = 'payments' AND payment_id >= %(first_id)s AND payment_id <= %(last_id)s
+   AND (%(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]))
+"""
+
+ALL_PARKED = """
+SELECT payment_id FROM parked_streams WHERE follower = 'payments'
 """
 
 # How many payments and refunds there are of each status and currency, and for how much.
@@ -238,10 +245,11 @@ class Totals(dict[tuple[str, str, str], tuple[int, int]]):
 class Slice(NamedTuple):
     """What log and tables had of some payments when the follower stood at `position`.
 
-    `events` are READ_STREAMS_UNTIL's rows, `tables` the rows of each of TABLES, and `parked` where
-    streams were parked.
+    `ids` names them, where they do not just follow one another. `events` are READ_STREAMS_UNTIL's
+    rows, `tables` the rows of each of TABLES, and `parked` where streams of them were parked.
     """
 
+    ids: list[UUID] | None
     position: int
     parked: dict[UUID, int]
     events: Rows
@@ -259,7 +267,7 @@ def slices(reader: Reader) -> Iterator[Slice]:
 
 
 def slice_of(snapshot: Snapshot, payment_ids: list[UUID]) -> Slice:
-    """These payments; `parked` are all that there are."""
+    """These payments."""
     return _slice(snapshot, {"ids": payment_ids, "first_id": FIRST_ID, "last_id": LAST_ID})
 
 
@@ -274,6 +282,7 @@ def _next_slice(snapshot: Snapshot, first_id: UUID) -> tuple[Slice, UUID | None]
 def _slice(snapshot: Snapshot, params: dict[str, Any]) -> Slice:
     position = position_of(snapshot)
     return Slice(
+        params["ids"],
         position,
         dict(snapshot.fetch(PARKED, params)),
         snapshot.fetch(READ_STREAMS_UNTIL, {"until": position, **params}),
@@ -281,15 +290,13 @@ def _slice(snapshot: Snapshot, params: dict[str, Any]) -> Slice:
     )
 
 
-def parked_in(source: Source) -> dict[UUID, int]:
-    """Where streams are parked."""
-    return dict(source.fetch(PARKED, {"first_id": FIRST_ID, "last_id": LAST_ID}))
-
-
 def position_of(source: Source) -> int:
     """Where the follower stands."""
     rows = source.fetch(POSITION)
     return rows[0][0] if rows else 0
+
+
+Take = Callable[[Slice, Iterator[Difference | Unreadable]], None]
 
 
 class Comparison:
@@ -313,21 +320,44 @@ class Comparison:
         for part in self._reader.ahead(slices(self._reader)):
             yield from self._of(part)
 
-    def changed(self, snapshot: Snapshot) -> tuple[Slice, list[UUID]]:
-        """The payments that changed since `position`, and their ids."""
-        bounds = {"after": self.position, "until": position_of(snapshot)}
-        ids = {row[0] for row in snapshot.fetch(CHANGED_STREAMS, bounds)}
-        # The follower may have caught up with parked ones, or parked them again elsewhere.
-        ids |= self.parked.keys() | parked_in(snapshot).keys()
-        return slice_of(snapshot, sorted(ids)), sorted(ids)
+    def catch_up(self, take: Take) -> None:
+        """Compares again what changed since, some payments at a time; `take` takes what differs of
+        each slice. `position` is then where the follower stood when this began."""
+        until = position_of(self._reader)
+        ids = self._changed(self._reader, until)
+        parts = (
+            self._reader.at_one_moment(lambda snapshot, some=some: slice_of(snapshot, some))  # type: ignore[misc]
+            for some in (
+                ids[start : start + CHANGED_PAYMENTS]
+                for start in range(0, len(ids), CHANGED_PAYMENTS)
+            )
+        )
+        self._again(parts, until, take)
 
-    def again(self, part: Slice) -> Iterator[Difference | Unreadable]:
-        """What differs of the payments that changed; `position` is then that of the slice."""
-        counted = self.events, self.payments
-        before = totals_of(part.events, self.parked, self.position)
-        self.totals.replace(before, Totals())
-        self.position, self.parked = part.position, {}
-        yield from self._of(part)
+    def end(self, take: Take, read: Callable[[Snapshot], T]) -> T:
+        """The same as of one moment, when little has changed, and what `read` finds then."""
+
+        def read_all(snapshot: Snapshot) -> tuple[Slice, T]:
+            ids = self._changed(snapshot, position_of(snapshot))
+            return slice_of(snapshot, ids), read(snapshot)
+
+        part, found = self._reader.at_one_moment(read_all)
+        self._again([part], part.position, take)
+        return found
+
+    def _changed(self, source: Source, until: int) -> list[UUID]:
+        bounds = {"after": self.position, "until": until}
+        ids = {row[0] for row in source.fetch(CHANGED_STREAMS, bounds)}
+        # The follower may have caught up with parked ones, or parked them again elsewhere.
+        ids |= self.parked.keys() | {row[0] for row in source.fetch(ALL_PARKED)}
+        return sorted(ids)
+
+    def _again(self, parts: Iterable[Slice], until: int, take: Take) -> None:
+        counted, since, parked = (self.events, self.payments), self.position, self.parked
+        self.position, self.parked = until, {}
+        for part in parts:
+            self.totals.replace(totals_of(part.events, parked, since), Totals())
+            take(part, self._of(part))
         self.events, self.payments = counted
 
     def _of(self, part: Slice) -> Iterator[Difference | Unreadable]:

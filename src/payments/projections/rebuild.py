@@ -13,6 +13,7 @@ before and after. Nothing here calls back or calls a gateway.
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -30,6 +31,7 @@ from payments.projections.comparison import (
     Comparison,
     Difference,
     Row,
+    Slice,
     Totals,
     Unreadable,
     position_of,
@@ -255,7 +257,11 @@ def check(
             else:
                 differing[difference.table.name] += 1
             found(difference)
-        tables = _end(comparison, reader)
+        for _ in range(CATCH_UPS_MAX):
+            if position_of(reader) - comparison.position <= CATCH_UP_EVENTS:
+                break
+            comparison.catch_up(_nothing)
+        tables = comparison.end(_nothing, table_totals)
     return Rebuilt(
         comparison.position,
         comparison.events,
@@ -292,14 +298,9 @@ def _comparison(reader: Reader, progress: Progress) -> Comparison:
     return comparison
 
 
-def _end(comparison: Comparison, reader: Reader) -> Totals:
-    """Takes into account what changed; what the tables amount to at that moment."""
-    (part, _), tables = reader.at_one_moment(
-        lambda snapshot: (comparison.changed(snapshot), table_totals(snapshot))
-    )
-    for _ in comparison.again(part):
-        pass
-    return tables
+def _nothing(_: Slice, differences: Iterator[Difference | Unreadable]) -> None:
+    """What differs was told before: only the totals are of interest."""
+    deque(differences, maxlen=0)
 
 
 @contextmanager
@@ -346,7 +347,7 @@ class _Rebuild:
         differing, held_s, replaced = self._differing(), 0.0, 0
         if any(differing.values()) or self._may_be:
             differing, replaced, held_s = self._write()
-        tables = _end(comparison, self._reader)
+        tables = comparison.end(_nothing, table_totals)
         return Rebuilt(
             comparison.position,
             comparison.events,
@@ -366,18 +367,18 @@ class _Rebuild:
         if position - self._comparison.position <= few:
             return False
         self._progress("catch up", self._comparison.position, position)
-        self._stage_changed()
+        self._comparison.catch_up(self._stage_again)
         return True
 
-    def _stage_changed(self) -> None:
-        """What was found of the payments that changed is not true any more."""
-        part, ids = self._reader.at_one_moment(self._comparison.changed)
+    def _stage_again(self, part: Slice, differences: Iterator[Difference | Unreadable]) -> None:
+        """What was found of these payments before is not true any more."""
+        ids = part.ids or []
         for query in UNSTAGE:
             self._writer.execute(query, [uuids(ids)])
         self._may_be.difference_update(ids)
         for payment_id in ids:
             self._unreadable.pop(payment_id, None)
-        self._stage(self._comparison.again(part), lambda _: None)
+        self._stage(differences, lambda _: None)
 
     def _stage(self, differences: Iterable[Difference | Unreadable], found: Found) -> None:
         staged = _Staged(self._writer)
@@ -410,7 +411,7 @@ class _Rebuild:
             self._writer.execute(BEGIN_WRITING)
             self._writer.execute(HOLD_POSITION)
             held = time.monotonic()
-            self._stage_changed()
+            self._comparison.end(self._stage_again, lambda _: None)
             differing = self._differing()
             self._progress("write", 0, sum(differing.values()))
             replaced = self._writer.execute(KEEP).rowcount

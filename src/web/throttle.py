@@ -43,7 +43,7 @@ class Waiting(Protocol):
         """The answer may be given."""
 
 
-class Turns:
+class Throttle:
     """One per port."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from web.turns import AT_ONCE_PER_S, GIVEN_MAX, GIVEN_MIN, HELD_S, TURN_S, Bucket, Turns
+from web.throttle import AT_ONCE_PER_S, GIVEN_MAX, GIVEN_MIN, HELD_S, TURN_S, Bucket, Throttle
 
 
 class Loop:
@@ -35,16 +35,16 @@ class Loop:
 class Caller:
     """Asks again as soon as it is answered."""
 
-    def __init__(self, turns: Turns, loop: Loop) -> None:
+    def __init__(self, throttle: Throttle, loop: Loop) -> None:
         self.answers = 0
         self.waited_s = 0.0
-        self._turns, self._loop = turns, loop
+        self._throttle, self._loop = throttle, loop
         self._asked_at = loop.now
 
     def ask(self) -> None:
         """Once; the loop of a real one would not come back before all others had their turn."""
         self._asked_at = self._loop.now
-        if self._turns.is_next(self):
+        if self._throttle.is_next(self):
             self.answers += 1
 
     def on_turn(self) -> None:
@@ -59,21 +59,21 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
 
 
 @pytest.fixture
-def turns(loop: Loop) -> Turns:
-    return Turns(lambda: loop.now)
+def throttle(loop: Loop) -> Throttle:
+    return Throttle(lambda: loop.now)
 
 
-def use_up(turns: Turns, loop: Loop) -> None:
+def use_up(throttle: Throttle, loop: Loop) -> None:
     """What may be answered at once."""
-    while turns.is_next(last := Caller(turns, loop)):
+    while throttle.is_next(last := Caller(throttle, loop)):
         pass
-    turns.forget(last)
+    throttle.forget(last)
 
 
-def flood(turns: Turns, loop: Loop, callers: int) -> list[Caller]:
+def flood(throttle: Throttle, loop: Loop, callers: int) -> list[Caller]:
     """It has gone on for a while."""
-    use_up(turns, loop)
-    found = [Caller(turns, loop) for _ in range(callers)]
+    use_up(throttle, loop)
+    found = [Caller(throttle, loop) for _ in range(callers)]
     for caller in found:
         caller.ask()
     loop.run(2)
@@ -91,15 +91,17 @@ def test_a_bucket_lets_so_many_through_in_a_second(loop: Loop) -> None:
     assert [bucket.take() for _ in range(12)].count(True) == 10
 
 
-def test_so_many_are_answered_at_once(turns: Turns, loop: Loop) -> None:
-    callers = [Caller(turns, loop) for _ in range(AT_ONCE_PER_S + 3)]
+def test_so_many_are_answered_at_once(throttle: Throttle, loop: Loop) -> None:
+    callers = [Caller(throttle, loop) for _ in range(AT_ONCE_PER_S + 3)]
     for caller in callers:
         caller.ask()
     assert [caller.answers for caller in callers] == [1] * AT_ONCE_PER_S + [0] * 3
 
 
-def test_who_waits_is_answered_in_order_and_then_nobody_is_timed(turns: Turns, loop: Loop) -> None:
-    use_up(turns, loop)
+def test_who_waits_is_answered_in_order_then_nobody_is_timed(
+    throttle: Throttle, loop: Loop
+) -> None:
+    use_up(throttle, loop)
     order: list[int] = []
 
     class Number:
@@ -110,7 +112,7 @@ def test_who_waits_is_answered_in_order_and_then_nobody_is_timed(turns: Turns, l
             order.append(self.number)
 
     for number in range(3 * GIVEN_MIN):
-        assert not turns.is_next(Number(number))
+        assert not throttle.is_next(Number(number))
     loop.run(TURN_S)
     assert order == list(range(GIVEN_MIN))
     loop.run(1)
@@ -127,9 +129,9 @@ def test_who_waits_is_answered_in_order_and_then_nobody_is_timed(turns: Turns, l
     ],
 )
 def test_a_closed_loop_gets_its_rate(
-    turns: Turns, loop: Loop, callers: int, per_s: float, wait_s: float
+    throttle: Throttle, loop: Loop, callers: int, per_s: float, wait_s: float
 ) -> None:
-    found = flood(turns, loop, callers)
+    found = flood(throttle, loop, callers)
     loop.run(10)
     answers = [caller.answers for caller in found]
     assert sum(answers) == pytest.approx(10 * per_s, rel=0.15)
@@ -137,14 +139,14 @@ def test_a_closed_loop_gets_its_rate(
     assert max(caller.waited_s for caller in found) == pytest.approx(wait_s, rel=0.15)
 
 
-def test_who_has_gone_takes_no_turn(turns: Turns, loop: Loop) -> None:
-    use_up(turns, loop)
-    gone = [Caller(turns, loop) for _ in range(1000)]
+def test_who_has_gone_takes_no_turn(throttle: Throttle, loop: Loop) -> None:
+    use_up(throttle, loop)
+    gone = [Caller(throttle, loop) for _ in range(1000)]
     for caller in gone:
         caller.ask()
-        turns.forget(caller)
-    left = Caller(turns, loop)
-    turns.is_next(left)
+        throttle.forget(caller)
+    left = Caller(throttle, loop)
+    throttle.is_next(left)
     loop.run(TURN_S)
     assert left.answers >= 1
     assert not any(caller.answers for caller in gone)
