@@ -16,7 +16,7 @@ from payments.database import Database
 from payments.queries.callbacks import backlog, oldest_age_s
 from tests.callbacks.conftest import PlayedEndpoint, answered, dispatching_to, failed, opened
 from tests.callbacks.outbox import Outbox, charges, claim_some, of
-from tests.callbacks.test_long_queue import DELIVERIES, LANES, ORDERS
+from tests.callbacks.test_long_queue import ORDERS, fill
 from tests.support import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("looks_often")]
@@ -232,8 +232,7 @@ SELECT relname, seq_tup_read, idx_tup_fetch FROM pg_stat_xact_user_tables
 def long_queue(connection: psycopg.Connection[Any]) -> psycopg.Connection[Any]:
     """All in it wait for their time."""
     connection.execute("SET statement_timeout = 0")
-    for fill in (DELIVERIES, LANES):
-        connection.execute(fill.encode(), {"orders": ORDERS})
+    fill(connection, 1, ORDERS)
     connection.execute("UPDATE callback_lanes SET next_at = now() + interval '1 h'")
     connection.execute("ANALYZE callback_lanes, callback_deliveries")
     return connection
