@@ -2,6 +2,7 @@
 
 import queue
 import shutil
+import signal
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -34,6 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outages", type=int, default=3, help="of Postgres, one after another")
     parser.addoption("--mutations", type=int, default=600, help="of requests, byte by byte")
     parser.addoption("--update-openapi", action="store_true", help="rewrite openapi.json")
+
+
+def pytest_configure() -> None:
+    """A shell that starts this in the background has Ctrl-C ignored, by all that we start too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -101,7 +101,7 @@ class TestConnections:
         async with serving(answer) as server, endpoint_of(server.url) as endpoint:
             for _ in range(3):
                 assert (await post(endpoint)).status == 200
-                await asyncio.sleep(0.03)
+                await until(lambda: not server.open)  # what came behind the answer ended it
         assert server.connections == 3
 
     async def test_close_ends_what_is_under_way(self) -> None:

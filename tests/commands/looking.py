@@ -1,4 +1,4 @@
-"""What the tests of commands look at: what is stored, and what the provider was asked."""
+"""What the tests of commands begin with, and look at: what is stored, what the provider got."""
 
 from typing import Any
 from uuid import UUID
@@ -7,6 +7,7 @@ import psycopg
 
 from payments.service import Service
 from tests.doubles.gateway import ScriptedGateway
+from tests.support import charge_of
 
 
 def topics(connection: psycopg.Connection[Any], payment_id: UUID) -> list[str]:
@@ -22,3 +23,9 @@ def gateway_of(service: Service) -> ScriptedGateway:
     gateway = service.gateway._gateway
     assert isinstance(gateway, ScriptedGateway)
     return gateway
+
+
+async def capture(service: Service, amount_cents: int = 1500) -> None:
+    """Charges `k`; the outcome is stored then, also if the machine took longer than a deadline."""
+    await service.charging.charge(charge_of("k", amount_cents))
+    await service.runs.drain(30)

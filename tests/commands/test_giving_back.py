@@ -17,7 +17,7 @@ from payments.events.facts import Fact
 from payments.payment import Approved, Status
 from payments.service import Service
 from tests.commands.conftest import Make
-from tests.commands.looking import gateway_of, topics
+from tests.commands.looking import capture, gateway_of, topics
 from tests.commands.test_lost_log import as_stored
 from tests.commands.test_refund import refund_of
 from tests.commands.test_settle import FAST, SOON, age, settle
@@ -36,7 +36,7 @@ async def refunded(make: Make, *script: Any) -> Service:
     """A refund was asked for; its first sendings go as the script says."""
     gateway = ScriptedGateway(refund_script=script, safe_retry_s=WINDOW_S)
     service = await make(gateway, **FAST)
-    await service.charging.charge(charge_of("k"))
+    await capture(service)
     answered = await service.refunding.refund(refund_of())
     assert answered.refund.status is Status.PENDING
     return service
@@ -197,7 +197,7 @@ async def test_one_that_was_made_is_found_and_not_sent(make: Make, connection: C
 async def test_a_late_capture_waits_as_long(make: Make, connection: Connection) -> None:
     gateway = ScriptedGateway(no_answer, refund_script=[never_sent] * 3, safe_retry_s=WINDOW_S)
     service = await make(gateway, **SOON)
-    await service.charging.charge(charge_of("k"))
+    await capture(service)
     await age(connection, 10)
     await settle(service, connection)
     gateway.outcomes[PAYMENT] = Approved(PAYMENT, 1500, "INR", "txn-late")
@@ -266,7 +266,7 @@ async def test_a_note_stays_while_its_refund_is_under_way(
 async def refunded_partly(make: Make) -> Service:
     gateway = ScriptedGateway(refund_script=[approve, never_sent], safe_retry_s=WINDOW_S)
     service = await make(gateway, **FAST)
-    await service.charging.charge(charge_of("k"))
+    await capture(service)
     await service.refunding.refund(refund_of(300, "a"))
     follower = service.followers[0]
     follower._limit = 4  # up to the end of the first refund

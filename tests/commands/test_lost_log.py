@@ -15,7 +15,7 @@ from payments.events.store import LOAD_ENTRIES, fact_at, load_charge, load_payme
 from payments.payment import Approved, Payment, Status, fold
 from payments.service import Service
 from tests.commands.conftest import Make
-from tests.commands.looking import gateway_of, topics
+from tests.commands.looking import capture, gateway_of, topics
 from tests.commands.test_refund import charged, refund_of
 from tests.commands.test_settle import FAST, SOON, age, project, settle, unsettled
 from tests.doubles.gateway import (
@@ -288,7 +288,7 @@ class TestSettling:
             return outcome
 
         service = await make(ScriptedGateway(no_answer, refund_script=[lose]), **SOON)
-        await service.charging.charge(charge_of("k"))
+        await capture(service)
         await age(connection, 10)
         await settle(service, connection)
         assert topics(connection, PAYMENT)[-1] == "PaymentFailed"

@@ -27,7 +27,7 @@ from payments.gateways import NeverSent, OutcomeUnknown
 from payments.payment import Status
 from payments.service import Service
 from tests.commands.conftest import Make
-from tests.commands.looking import gateway_of, topics
+from tests.commands.looking import capture, gateway_of, topics
 from tests.doubles.gateway import (
     ScriptedGateway,
     after,
@@ -60,7 +60,7 @@ def refund_of(
 async def charged(make: Make, *script: Any, amount_cents: int = 1000, **changed: Any) -> Service:
     """A service whose payment `k` is captured; `script` is for its refunds."""
     service = await make(ScriptedGateway(refund_script=script), **changed)
-    await service.charging.charge(charge_of("k", amount_cents))
+    await capture(service, amount_cents)
     return service
 
 

@@ -17,7 +17,7 @@ from payments.payment import Approved, Status
 from payments.service import Service
 from payments.unsettled import CLAIM, claim, claim_params, forget, postpone
 from tests.commands.conftest import Make
-from tests.commands.looking import gateway_of, topics
+from tests.commands.looking import capture, gateway_of, topics
 from tests.commands.test_refund import refund_of
 from tests.doubles.gateway import (
     ScriptedGateway,
@@ -138,7 +138,7 @@ async def test_a_payment_the_provider_does_not_know_is_abandoned(
 
 async def abandoned(make: Make, connection: psycopg.Connection[Any], *script: Any) -> Service:
     service = await make(ScriptedGateway(no_answer, refund_script=script), **SOON)
-    await service.charging.charge(charge_of("k"))
+    await capture(service)
     await age(connection, 1)
     await settle(service, connection)
     assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
@@ -292,7 +292,7 @@ async def test_an_open_refund_is_sent_again_while_that_is_safe(
     make: Make, connection: psycopg.Connection[Any], step: Any
 ) -> None:
     service = await make(ScriptedGateway(refund_script=[step]), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await capture(service)
     await service.refunding.refund(refund_of(300, "a"))
     await asyncio.sleep(FAST["charge_deadline_s"])
     await settle(service, connection)
@@ -305,7 +305,7 @@ async def test_an_open_refund_is_never_given_up_and_only_asked_about_when_too_ol
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
     service = await make(ScriptedGateway(refund_script=[no_answer]), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await capture(service)
     refund = (await service.refunding.refund(refund_of(300, "a"))).refund
     await age(connection, 30 * 24 * 3600)
     for _ in range(3):
@@ -323,7 +323,7 @@ async def test_a_refund_that_nobody_knows_of_does_not_hold_up_the_next(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
     service = await make(ScriptedGateway(refund_script=[no_answer]), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await capture(service)
     await service.refunding.refund(refund_of(300, "a"))
     await age(connection, 30 * 24 * 3600)
     gateway_of(service).refund_script = [no_answer]
@@ -341,7 +341,7 @@ async def test_a_refund_under_way_is_left_to_its_request(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
     service = await make(ScriptedGateway(refund_script=[no_answer]))
-    await service.charging.charge(charge_of("k"))
+    await capture(service)
     await service.refunding.refund(refund_of(300, "a"))
     await settle(service, connection)
     assert gateway_of(service).refund_questions == []
@@ -441,7 +441,7 @@ async def test_a_question_without_an_answer_is_no_outcome_of_a_refund(
 ) -> None:
     """Neither a refusal nor a reason to send it again."""
     service = await make(ScriptedGateway(refund_script=[answer_lost]), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await capture(service)
     await service.refunding.refund(refund_of(300, "a"))
     await asyncio.sleep(FAST["charge_deadline_s"])
     gateway = gateway_of(service)
@@ -478,7 +478,7 @@ async def test_a_refund_that_is_sent_again_without_an_answer_stays_open(
     make: Make, connection: psycopg.Connection[Any], step: Any
 ) -> None:
     service = await make(ScriptedGateway(refund_script=[no_answer, step]), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await capture(service)
     await service.refunding.refund(refund_of(300, "a"))
     await asyncio.sleep(FAST["charge_deadline_s"])
     await settle(service, connection)
@@ -519,7 +519,7 @@ async def test_no_refund_is_sent_again_when_an_attempt_has_taken_too_long(
     begin = sendings.begin
     too_long_s = CALLS_MAX * FAST["gateway_timeout_s"] + 0.1
     service = await make(ScriptedGateway(refund_script=[no_answer]), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await capture(service)
     await service.refunding.refund(refund_of(300, "a"))
     await asyncio.sleep(FAST["charge_deadline_s"])
     gateway = gateway_of(service)
@@ -587,7 +587,7 @@ async def test_a_new_reason_to_ask_survives_an_attempt_that_saw_none(
 ) -> None:
     """A refund begins while settling finds that nothing else is left to ask about."""
     service = await make(ScriptedGateway(answer_lost, refund_script=[no_answer]), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await capture(service)
     await project(service)
     connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
     (claimed,) = await claim(service.database, 1, lease_s=0.1)
@@ -647,7 +647,7 @@ async def test_refunds_from_the_future_are_asked_about_and_not_sent(
 ) -> None:
     """By both clocks: nobody knows how old they are."""
     service = await make(ScriptedGateway(refund_script=[answer_lost, no_answer]), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await capture(service)
     await service.refunding.refund(refund_of(300, "a"))
     await service.refunding.refund(refund_of(200, "b"))
     await both_clocks_ahead(connection, 24 * 3600)
@@ -683,7 +683,7 @@ class TestTheDatabasesClockWasAhead:
         self, make: Make, connection: psycopg.Connection[Any]
     ) -> None:
         service = await make(ScriptedGateway(refund_script=[no_answer]), **FAST)
-        await service.charging.charge(charge_of("k"))
+        await capture(service)
         await service.refunding.refund(refund_of())
         await age(connection, -3600)
         await asyncio.sleep(FAST["charge_deadline_s"])
@@ -883,7 +883,7 @@ async def test_a_row_that_came_anew_is_not_taken_for_the_one_before(
 ) -> None:
     """A process is frozen while its row goes, another comes, and another process claims that."""
     service = await make(ScriptedGateway(answer_lost, refund_script=[no_answer]), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await capture(service)
     await project(service)
     connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
     (frozen,) = await claim(service.database, 1, lease_s=100)
