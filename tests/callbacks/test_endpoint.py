@@ -92,8 +92,8 @@ class TestSending:
         ("given", "sent"),
         [
             ("", "/"),
-            ("?", "/"),
-            ("/a/../b", "/b"),
+            ("?", "/?"),
+            ("/a/../b", "/a/../b"),
             ("/callback?token=a%2Bb%3D&next=/c", "/callback?token=a%2Bb%3D&next=/c"),
             ("/ä", "/%C3%A4"),
         ],
@@ -241,8 +241,7 @@ class TestFailures:
             HEAD + b"no header\r\n\r\n",
             HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
             HEAD + b"Content-Length: -1\r\n\r\n",
-            HEAD + b"X-Header: y\r\n" * 1000 + b"\r\n",
-            HEAD + b"X-Header: " + b"y" * 20_000 + b"\r\n\r\n",
+            HEAD + b"X-Header: " + b"y" * 70_000 + b"\r\n\r\n",
         ],
     )
     async def test_what_is_no_answer(self, answer: bytes, machine: Machine) -> None:

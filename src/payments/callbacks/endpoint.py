@@ -1,11 +1,8 @@
 """HTTP to Order Service: one bounded exchange, and what came of it.
 
-Whatever goes wrong means "not delivered", so this may use httpx's transport on aiohttp, which does
-not tell a request that was never sent from one that got no answer; gateways, who decide about money
-on that, use plain httpx (gateways/http.py). With 64 exchanges at once it takes a third of the CPU.
-
-There is no httpx client around the transport: proxies from the environment, redirects, cookies and
-logged addresses are the client's doing.
+Whatever goes wrong means "not delivered", so this may use aiohttp, which does not tell a request
+that was never sent from one that got no answer; gateways, who decide about money on that, use plain
+httpx (gateways/http.py). With 64 exchanges at once aiohttp takes a third of httpx's CPU.
 """
 
 import asyncio
@@ -17,14 +14,16 @@ import ssl
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import aiohttp
 import httpx
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
-from httpx_aiohttp import AiohttpTransport
+from yarl import URL
 
 from payments.callbacks import EXCHANGE_TIMEOUT_S
+from payments.callbacks.heads import find_head_end, is_http, plain
 from payments.callbacks.signing import parse_secrets, signature_headers
 from payments.errors import StartError
 from payments.names import addresses_of
@@ -111,11 +110,12 @@ class Endpoint:
     ) -> None:
         """Raises ValueError for an unusable URL or secret, without repeating it."""
         self._url = _parse(url)
+        self._address = _address(self._url, url)
         self._secrets = parse_secrets(secrets) if secrets else ()
         self._timeout_s = timeout_s
         self._connections_max = connections_max
         self._tls = tls or (_default_tls() if self._url.scheme == "https" else None)
-        self._transport: AiohttpTransport | None = None
+        self._session: aiohttp.ClientSession | None = None
 
     def __repr__(self) -> str:
         return f"Endpoint({_origin(self._url)!r})"
@@ -131,15 +131,17 @@ class Endpoint:
         )
         loop = asyncio.get_running_loop()
         connector._factory = functools.partial(_Connection, loop=loop)  # type: ignore[assignment]
-        session = aiohttp.ClientSession(
+        self._session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
+            auto_decompress=False,  # a compressed answer stays small
             trust_env=False,
+            timeout=aiohttp.ClientTimeout(),  # the whole exchange has one
+            # All that is received is bounded; aiohttp's own bounds are 8,190 bytes and 128 fields.
+            max_line_size=ANSWER_BYTES_MAX,
+            max_field_size=ANSWER_BYTES_MAX,
+            max_headers=ANSWER_BYTES_MAX,
         )
-        # It would make a context for TLS of its own, and never use it.
-        unused = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self._transport = AiohttpTransport(verify=unused, trust_env=False, client=session)
 
     async def post(
         self, message_id: str, body: bytes, timestamp: int, traceparent: str | None = None
@@ -154,9 +156,9 @@ class Endpoint:
         error, reason = None, ""
         try:
             async with asyncio.timeout(self._timeout_s):
-                request = self._request(message_id, body, timestamp, traceparent)
-                await self._exchange(request, answer)
-        except Exception as failure:  # noqa: BLE001 - not only httpx's own: no library is complete
+                headers = self._headers(message_id, body, timestamp, traceparent)
+                await self._exchange(headers, body, answer)
+        except Exception as failure:  # noqa: BLE001 - not only aiohttp's: no library is complete
             error, reason = _explain(failure)
         if answer.status is not None:
             error = None
@@ -165,13 +167,13 @@ class Endpoint:
 
     async def close(self) -> None:
         """Closes all connections; exchanges under way fail."""
-        if self._transport is not None:
-            transport, self._transport = self._transport, None
-            await transport.aclose()
+        if self._session is not None:
+            session, self._session = self._session, None
+            await session.close()
 
-    def _request(
+    def _headers(
         self, message_id: str, body: bytes, timestamp: int, traceparent: str | None
-    ) -> httpx.Request:
+    ) -> dict[str, str]:
         headers = {
             "user-agent": "payment-service",
             "accept-encoding": "identity",
@@ -181,19 +183,18 @@ class Endpoint:
             headers["traceparent"] = traceparent
         if self._secrets:
             headers |= signature_headers(self._secrets, message_id, timestamp, body)
-        return httpx.Request("POST", self._url, headers=headers, content=body)
+        return headers
 
-    async def _exchange(self, request: httpx.Request, answer: "_Answer") -> None:
-        if self._transport is None:
+    async def _exchange(self, headers: dict[str, str], body: bytes, answer: "_Answer") -> None:
+        if self._session is None:
             raise aiohttp.ClientConnectionError("not open")
-        response = await self._transport.handle_async_request(request)
-        try:
-            answer.status = response.status_code
+        async with self._session.post(
+            self._address, data=body, headers=headers, allow_redirects=False
+        ) as response:
+            answer.status = response.status
             answer.retry_after = response.headers.get("retry-after")
-            async for part in response.aiter_raw():  # undecoded: a compressed answer stays small
+            async for part in response.content.iter_any():
                 answer.body += part
-        finally:
-            await response.aclose()
 
     def _new_socket(self, address: tuple[Any, ...]) -> socket.socket:
         """The socket for one address of the name; the last place where it can be refused."""
@@ -212,30 +213,26 @@ class _Answer:
         self.body = bytearray()
 
 
-# The end of a head; lenient servers leave the \r out. Not an empty line before the head.
-_HEAD_END = re.compile(rb"[^\r\n]\r?\n\r?\n")
-_HEAD_END_BYTES_MAX = 5
-
-
 class _Connection(ResponseHandler):
-    """aiohttp's side of one connection, with four things that it leaves out.
+    """aiohttp's side of one connection, with five things that it leaves out.
 
     - It counts the body only. Here all that is received counts: interim answers, chunk extensions
       and empty lines before the head can be endless as well.
     - It drops an answer if what follows the head in the same packet is not HTTP: the body of a 204,
       or a bad chunk. Here heads are parsed alone: the status is the answer.
+    - It refuses heads that HTTP allows. Here it gets them in plain words (heads.py).
     - It raises for a body that breaks off, or waits. Here the body ends there.
     - It takes what comes after an answer for the next one. Here that ends the connection.
     """
 
     _bytes_left = ANSWER_BYTES_MAX
-    _before = b""  # what may be the beginning of a head's end
+    _head = b""  # what was received of one
     _has_head = False
 
     def set_response_params(self, **params: Any) -> None:
         """aiohttp calls it before each request on this connection."""
         self._bytes_left = ANSWER_BYTES_MAX
-        self._before = b""
+        self._head = b""
         self._has_head = False
         super().set_response_params(**params)
 
@@ -246,6 +243,15 @@ class _Connection(ResponseHandler):
         super().feed_data(data, size)
 
     def data_received(self, data: bytes) -> None:
+        self._bytes_left -= len(data)
+        if self._bytes_left >= 0:
+            self._receive(data)
+            return
+        self._receive(data[: self._bytes_left])  # without what is too much
+        if self.is_connected():
+            self.set_exception(AnswerTooLong())
+
+    def _receive(self, data: bytes) -> None:
         if not self._has_head:
             data = self._feed_heads(data)
             if not data:
@@ -257,25 +263,21 @@ class _Connection(ResponseHandler):
 
     def _feed_heads(self, data: bytes) -> bytes:
         """Has each head parsed alone; returns what comes after the answer's."""
-        fed, head_end = len(self._before), 0
-        data = self._before + data
-        for match in _HEAD_END.finditer(data):
-            head_end = match.end()
-            self._feed(data[fed:head_end])
-            fed = head_end
+        looked_at = len(self._head)
+        self._head += data
+        while (end := find_head_end(self._head, looked_at)) is not None:
+            head, self._head = self._head[:end], self._head[end:]
+            looked_at = 0
+            self._feed(plain(head))
             if self._has_head or not self.is_connected():
-                return data[fed:]
-        self._feed(data[fed:])
-        self._before = data[head_end:][1 - _HEAD_END_BYTES_MAX :]
+                return self._head
+        if not is_http(self._head):
+            self._feed(self._head)  # for the parser to refuse
         return b""
 
     def _feed(self, data: bytes) -> None:
-        if not self.is_connected():
-            return
-        super().data_received(data[: self._bytes_left])
-        self._bytes_left -= len(data)
-        if self._bytes_left < 0:
-            self.set_exception(AnswerTooLong())
+        if self.is_connected():
+            super().data_received(data)
 
     def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
         super().set_exception(exc, *cause)
@@ -397,9 +399,19 @@ def _parse(url: str) -> httpx.URL:
         sound = False
     if not sound:
         raise ValueError("the URL must begin with http:// or https:// and a host")
-    if parsed.userinfo or parsed.fragment:
+    if parsed.userinfo or "#" in url:
         raise ValueError("the URL must hold no user name, password or fragment")
     return parsed
+
+
+def _address(parsed: httpx.URL, url: str) -> URL:
+    """For aiohttp, with path and query as they are configured: httpx resolves `..`, and yarl
+    decodes what need not be encoded, like %2F in a query. What no URL may hold (RFC 3986 section 2)
+    is encoded. All of it is the path to yarl, which would leave an empty query out."""
+    target = re.sub("^[^/?]*", "", url.partition("://")[2])
+    authority = parsed.netloc.decode("ascii")
+    path = quote(target if target.startswith("/") else f"/{target}", safe="%/?:@!$&'()*+,;=[]")
+    return URL.build(scheme=parsed.scheme, authority=authority, path=path, encoded=True)
 
 
 def _host(url: httpx.URL) -> str:
