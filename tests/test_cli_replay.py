@@ -125,6 +125,11 @@ def test_times(operator: Operator, payments: dict[str, History], connection: Con
     assert found("--from", text[1], "--until", text[4]) == [2, 3, 4]
     assert found("--from", (times[4] + timedelta(microseconds=1)).isoformat()) == [6, 7, 8]
     assert found("--from", "2026-02-01T04:30:05+05:30") == [6, 7, 8]
+    assert found("--from", "2026-01-31T23:00:02.000000999z") == [5, 6, 7, 8]
+    # As our tables and psql print it.
+    assert found("--from", str(times[5])) == [6, 7, 8]
+    assert found("--from", "2026-02-01 04:30:05.0+05:30") == [6, 7, 8]
+    assert found("--from", "2026-01-31 23:00:05+00") == [6, 7, 8]
     assert found("--from", 3, "--until", text[5]) == [3, 4, 5]
     assert found("--from", "2030-01-01T00:00:00Z") == []
     assert found("--until", "2030-01-01T00:00:00Z") == list(range(1, 9))
@@ -139,6 +144,9 @@ def test_times(operator: Operator, payments: dict[str, History], connection: Con
         (("--until", "99999999999999999999"), "is not a"),
         (("--from", "2026-01-31T18:30:00"), "is not a time like 2026-01-31T18:30:00Z"),
         (("--from", "yesterday"), "is not a time"),
+        (("--from", "2026-01-31"), "is not a time"),
+        (("--from", "20260131T183000Z"), "is not a time"),
+        (("--from", "2026-01-31T24:00:00Z"), "is not a time"),
         (("--from", "5", "--until", "4"), "--from must not be after --until"),
         (
             ("--from", "2026-01-02T00:00:00Z", "--until", "2026-01-01T00:00:00Z"),

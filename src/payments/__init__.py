@@ -21,6 +21,7 @@
     unsettled.py       the list of what the provider must be asked about again
     sendings.py        which refunds were sent, and since when
     database.py        connections;  session.py what each is set to;  migrations/ the schema
+    times.py           times as text, for API and command line
     admission.py       how much one process takes on, and when it refuses
     shared.py          one answer for all who ask at the same time
     telemetry.py       every metric;  logs.py the log lines;  tracing.py spans

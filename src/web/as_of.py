@@ -4,9 +4,10 @@ import re
 
 from payments.errors import FieldError, InvalidRequest
 from payments.queries.as_of import Moment
+from payments.times import TIME_PATTERN, read_time
 from web.bodies import ERRORS_MAX
 from web.description import Parameter
-from web.list_query import TIME_PATTERN, TIME_TEXT, lost_plus, parameters, read_time
+from web.list_query import TIME_TEXT, lost_plus, parameters
 
 POSITION_MAX = 2**63 - 1
 
@@ -36,7 +37,7 @@ def read_as_of(query_string: bytes) -> Moment | None:
         else:
             try:
                 moment = _moment(values[0])
-            except (ValueError, OverflowError):
+            except ValueError:
                 text = f"must be {TIME_TEXT}, or a position of the log, from 1"
                 errors.append(FieldError(name, text + lost_plus(values[0])))
     if errors:

@@ -1,7 +1,10 @@
 """Reading JSON bodies into Structs: strictly, and with every field's error at once."""
 
+import codecs
 import json
+import math
 import re
+from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
 import msgspec
@@ -9,6 +12,7 @@ import msgspec
 from payments.errors import FieldError, InvalidRequest, PaymentsError
 
 ERRORS_MAX = 20
+_INTEGER_MAX = 10**18  # beyond all fields; an exponent could ask for any number of digits
 _CHARSET = re.compile(rb"""\bcharset\s*=\s*"?([^\s";]*)""", re.IGNORECASE)
 _UTF_8 = (b"utf-8", b"utf8")
 
@@ -21,11 +25,11 @@ T = TypeVar("T", bound=msgspec.Struct)
 class UnsupportedMediaType(PaymentsError):
     status = 415
     code = "unsupported_media_type"
-    title = "The body's media type is not supported"
+    title = "The body's media type or encoding is not supported"
 
 
 class _Refused(ValueError):
-    """Valid JSON that means different things to different readers."""
+    """What is no JSON for a reason that can be told, or means different things to readers."""
 
 
 def check_json(content_types: list[bytes]) -> None:
@@ -40,12 +44,18 @@ def check_json(content_types: list[bytes]) -> None:
     raise UnsupportedMediaType("Send Content-Type: application/json.")
 
 
+def check_not_encoded(content_encodings: list[bytes]) -> None:
+    """Raises UnsupportedMediaType for a compressed body (RFC 9110 section 8.4). `identity` stands
+    for no encoding; there are clients that send it."""
+    codings = b",".join(content_encodings).split(b",")
+    if any(coding.strip().lower() not in (b"", b"identity") for coding in codings):
+        raise UnsupportedMediaType("Send the body as it is, without Content-Encoding.")
+
+
 def read_body(body: bytes, struct: type[T]) -> T:
     """The body as a Struct; InvalidRequest names every field that is wrong and how to mend it."""
     try:
-        value = _decoder.decode(body.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise InvalidRequest("The body is not valid UTF-8.") from None
+        value = _decoder.decode(_text(body))
     except _Refused as error:
         raise InvalidRequest(str(error)) from None
     except (ValueError, RecursionError):
@@ -59,6 +69,15 @@ def read_body(body: bytes, struct: type[T]) -> T:
     raise InvalidRequest("Mend the fields listed in errors.", tuple(errors[:ERRORS_MAX]))
 
 
+def _text(body: bytes) -> str:
+    if body.startswith(codecs.BOM_UTF8):
+        raise _Refused("The body begins with a byte order mark; send it without.")
+    try:
+        return body.decode("utf-8")
+    except UnicodeDecodeError:
+        raise _Refused("The body is not valid UTF-8.") from None
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
@@ -70,8 +89,23 @@ def _constant(name: str) -> NoReturn:
     raise _Refused(f"{name} is not JSON.")
 
 
+def _number(text: str) -> int | float:
+    """One with a point or an exponent. To JSON Schema 1500.0 and 1.5e3 are integers (section 6.3 of
+    JSON Schema Core), and to clients in languages without them; decided on the text, since a float
+    would round what is none."""
+    try:
+        number = Decimal(text)
+    except InvalidOperation:  # its exponent has 20 digits
+        return math.inf
+    if number.copy_abs() < _INTEGER_MAX and number == number.to_integral_value():
+        return int(number)
+    return float(text)
+
+
 # The standard library's decoder, since only it shows duplicate names.
-_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+_decoder = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_constant, parse_float=_number
+)
 
 
 def _field_errors(value: dict[str, Any], struct: type[msgspec.Struct]) -> list[FieldError]:

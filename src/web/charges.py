@@ -53,6 +53,7 @@ class ChargeBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         msgspec.Meta(
             pattern=UUID_PATTERN,
             max_length=36,
+            extra_json_schema={"format": "uuid"},
             description="the order's UUID, like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
         ),
     ]
@@ -66,7 +67,10 @@ class ChargeBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ]
     currency: Annotated[
-        Currency, msgspec.Meta(description="an ISO 4217 code in upper case, like INR")
+        Currency,
+        msgspec.Meta(
+            description=f"an ISO 4217 code in upper case; {money.DEFAULT_CURRENCY} if left out"
+        ),
     ] = Currency(money.DEFAULT_CURRENCY)
     payment_method: Annotated[
         Annotated[str, msgspec.Meta(pattern=r"^[!-~]{1,255}(?!\n)$")] | None,

@@ -5,22 +5,16 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from urllib.parse import unquote_plus
-from uuid import UUID
 
 from payments.errors import FieldError, InvalidRequest
 from payments.money import DECIMALS
 from payments.payment import Status
 from payments.queries.cursor import read_cursor
 from payments.queries.payments import LIMIT_DEFAULT, LIMIT_MAX, PaymentFilter
+from payments.times import TIME_PATTERN, read_time
 from web.bodies import ERRORS_MAX
 from web.description import Parameter
-from web.requests import UUID_PATTERN
-
-TIME_PATTERN = (
-    r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?"
-    r"([Zz]|[+-][0-9]{2}:[0-9]{2})$"
-)
-_TIME = re.compile(TIME_PATTERN[1:-1])
+from web.requests import UUID_SCHEMA, read_uuid
 
 
 class ListQuery(NamedTuple):
@@ -42,7 +36,7 @@ def read_list_query(query_string: bytes) -> ListQuery:
             read, description, _ = _READERS[name]
             try:
                 found[name] = read(values[0])
-            except (ValueError, OverflowError):
+            except ValueError:
                 errors.append(FieldError(name, f"must be {description}{_hint(name, values[0])}"))
     if not errors and found.get("created_until", _LAST) < found.get("created_from", _FIRST):
         errors.append(FieldError("created_until", "must not be before created_from"))
@@ -67,22 +61,10 @@ def parameters(query_string: bytes) -> dict[str, list[str]]:
     return parameters
 
 
-def _uuid(text: str) -> UUID:
-    if not re.fullmatch(UUID_PATTERN[1:-1], text):
-        raise ValueError(text)
-    return UUID(text)
-
-
 def _currency(text: str) -> str:
     if text not in DECIMALS:
         raise ValueError(text)
     return text
-
-
-def read_time(text: str) -> datetime:
-    if not _TIME.fullmatch(text):
-        raise ValueError(text)
-    return datetime.fromisoformat(text.upper()).astimezone(UTC)
 
 
 def _limit(text: str) -> int:
@@ -105,8 +87,11 @@ def _hint(name: str, value: str) -> str:
 
 def lost_plus(value: str) -> str:
     """The usual mistake with a time: a + that stands for itself must be written as %2B."""
-    lost = " " in value and _TIME.fullmatch(value.replace(" ", "+"))
-    return ". A + in a query stands for a space: write it as %2B, or use Z" if lost else ""
+    try:
+        read_time(value.replace(" ", "+"))
+    except ValueError:
+        return ""
+    return ". A + in a query stands for a space: write it as %2B, or use Z"
 
 
 _FIRST = datetime.min.replace(tzinfo=UTC)
@@ -116,9 +101,9 @@ _TIME_SCHEMA = {"type": "string", "format": "date-time", "pattern": TIME_PATTERN
 # name -> how it is read, what it must be, and the same as JSON Schema.
 _READERS: dict[str, tuple[Callable[[str], Any], str, dict[str, Any]]] = {
     "merchant_order_id": (
-        _uuid,
+        read_uuid,
         "the order's UUID, like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
-        {"type": "string", "maxLength": 36, "pattern": UUID_PATTERN},
+        UUID_SCHEMA,
     ),
     "status": (Status, f"one of {', '.join(Status)}", {"type": "string", "enum": list(Status)}),
     "currency": (

@@ -22,14 +22,14 @@ from web.as_of import AS_OF, read_as_of
 from web.auth import may_read
 from web.description import Answer, Operation, Parameter, described
 from web.list_query import PARAMETERS, read_list_query
-from web.requests import UUID_PATTERN, Anyone, client_of, payment_in_path, service_of
+from web.requests import UUID_SCHEMA, Anyone, client_of, payment_in_path, service_of
 
 _ID = "058c9593-e150-402f-ab5b-37dd4c9816f0"
 PAYMENT_ID = Parameter(
     "payment_id",
     "path",
     "The payment's UUID; for an order's, the `404` lists the order's payments.",
-    {"type": "string", "maxLength": 36, "pattern": UUID_PATTERN},
+    UUID_SCHEMA,
     required=True,
     examples={"payment": _ID},
 )

@@ -60,6 +60,8 @@ def refused(error: PaymentsError) -> tuple[int, bytes, dict[str, str]]:
         headers["Retry-After"] = str(error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = 'Bearer realm="payments"'
+    if error.status == 415:  # RFC 9110 section 15.5.16
+        headers |= {"Accept": "application/json", "Accept-Encoding": "identity"}
     body = problem(error.status, error.code, error.title, str(error), error.errors)
     return error.status, body, headers
 

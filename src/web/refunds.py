@@ -56,6 +56,7 @@ class RefundBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         msgspec.Meta(
             pattern=UUID_PATTERN,
             max_length=36,
+            extra_json_schema={"format": "uuid"},
             description="the payment's UUID, like 058c9593-e150-402f-ab5b-37dd4c9816f0",
         ),
     ]

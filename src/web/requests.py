@@ -13,12 +13,14 @@ from litestar.enums import MediaType
 from payments.errors import FieldError, InvalidIdempotencyKey, InvalidRequest
 from payments.service import Service
 from web.auth import authenticate
-from web.bodies import check_json
+from web.bodies import check_json, check_not_encoded
 from web.heads import Headers
 
 Anyone = Request[Any, Any, State]
 
 UUID_PATTERN = "^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
+# Both: generators of clients go by the format, and not every validator looks at it.
+UUID_SCHEMA = {"type": "string", "format": "uuid", "maxLength": 36, "pattern": UUID_PATTERN}
 KEY_MAX = 255
 KEY_PATTERN = r"^[\x21-\x7e](?:[\x20-\x7e]{0,253}[\x21-\x7e])?$"
 KEY_SCHEMA = {"type": "string", "minLength": 1, "maxLength": KEY_MAX, "pattern": KEY_PATTERN}
@@ -46,6 +48,7 @@ def client_of(request: Anyone) -> str:
 def check_sent_json(headers: Headers) -> None:
     """Raises UnsupportedMediaType."""
     check_json([value for name, value in headers if name == b"content-type"])
+    check_not_encoded([value for name, value in headers if name == b"content-encoding"])
 
 
 def idempotency_key(headers: Headers) -> str | None:
@@ -82,13 +85,22 @@ def log_with(request: Anyone, **fields: Any) -> None:
     request.scope["state"].update(fields)
 
 
-def payment_in_path(request: Anyone, text: str) -> UUID:
-    """The one spelling of an id with dashes; raises InvalidRequest for all others."""
+def read_uuid(text: str) -> UUID:
+    """The one spelling with dashes, in either case; raises ValueError for all others."""
     if not re.fullmatch(UUID_PATTERN[1:-1], text):
-        error = FieldError("payment_id", "must be a UUID like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9")
-        raise InvalidRequest("The payment_id in the path is not a UUID.", (error,))
-    log_with(request, payment_id=text)
+        raise ValueError(text)
     return UUID(text)
+
+
+def payment_in_path(request: Anyone, text: str) -> UUID:
+    """Raises InvalidRequest for what is not a UUID."""
+    try:
+        payment_id = read_uuid(text)
+    except ValueError:
+        error = FieldError("payment_id", "must be a UUID like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9")
+        raise InvalidRequest("The payment_id in the path is not a UUID.", (error,)) from None
+    log_with(request, payment_id=text)
+    return payment_id
 
 
 def command_answer(

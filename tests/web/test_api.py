@@ -1,7 +1,9 @@
 """The HTTP contract: statuses, headers and bodies, as Order Service and support see them."""
 
 import asyncio
+import gzip
 import hashlib
+import json
 import re
 from typing import Any
 
@@ -192,6 +194,35 @@ async def test_request_ids_are_kept_or_made(
     for harmful in ("a b", "x" * 129, 'a"b'):
         made = await client.get("/health/live", headers={"X-Request-ID": harmful})
         assert re.fullmatch(r"[0-9a-f]{32}", made.headers["x-request-id"])
+
+
+@pytest.mark.parametrize("path", ["/v1/charge", "/v1/refund"])
+async def test_a_compressed_body_is_refused_for_what_it_is(
+    client: httpx.AsyncClient, path: str
+) -> None:
+    headers = {"Content-Type": "application/json", "Idempotency-Key": "k"}
+    body = gzip.compress(json.dumps(BODY).encode())
+    refused = await client.post(path, content=body, headers=headers | {"Content-Encoding": "gzip"})
+    assert problem(refused) == (415, "unsupported_media_type")
+    assert "Content-Encoding" in refused.json()["detail"]
+    assert refused.headers["accept-encoding"] == "identity"
+    assert refused.headers["accept"] == "application/json"
+    if path == "/v1/charge":
+        plain = json.dumps(BODY).encode()
+        taken = await client.post(
+            path, content=plain, headers=headers | {"Content-Encoding": "identity"}
+        )
+        assert taken.status_code == 201
+
+
+async def test_an_amount_with_a_point_is_the_same_amount(client: httpx.AsyncClient) -> None:
+    """To JSON Schema, and to clients in languages without integers."""
+    headers = {"Content-Type": "application/json", "Idempotency-Key": "k"}
+    first = await client.post("/v1/charge", json=BODY, headers=headers)
+    body = json.dumps(BODY).replace("1500", "1500.0").encode()
+    again = await client.post("/v1/charge", content=body, headers=headers)
+    assert (again.status_code, again.headers["idempotent-replayed"]) == (201, "true")
+    assert again.content == first.content
 
 
 async def test_the_request_is_on_record_in_the_events(

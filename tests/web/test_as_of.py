@@ -59,6 +59,8 @@ async def test_as_of_a_time(
     assert (await read(client, refunded, charged_at.isoformat()))["status"] == "SUCCESS"
     just_before = charged_at - timedelta(microseconds=1)
     assert (await read(client, refunded, just_before.isoformat()))["status"] == "PENDING"
+    nanoseconds = "2026-01-31T18:30:01.999999999Z"
+    assert (await read(client, refunded, nanoseconds))["status"] == "PENDING"
     assert (await read(client, refunded, "2026-02-01T00:00:04+05:30"))["refunded_cents"] == 500
     assert (await read(client, refunded, "2030-01-01T00:00:00Z"))["refunded_cents"] == 500
     early = await client.get(f"/v1/payments/{refunded.id}?as_of=2026-01-31T18:30:00Z")

@@ -7,7 +7,13 @@ import msgspec
 import pytest
 
 from payments.errors import InvalidRequest
-from web.bodies import ERRORS_MAX, UnsupportedMediaType, check_json, read_body
+from web.bodies import (
+    ERRORS_MAX,
+    UnsupportedMediaType,
+    check_json,
+    check_not_encoded,
+    read_body,
+)
 from web.charges import ChargeBody
 
 ORDER_ID = "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9"
@@ -45,6 +51,12 @@ class TestGood:
             (body(currency="JPY"), ("JPY", 1500, None)),
             (with_amount("1"), ("INR", 1, None)),
             (with_amount("2147483647"), ("INR", 2_147_483_647, None)),
+            # Integers to JSON Schema, and so to the API's description.
+            (with_amount("1500.0"), ("INR", 1500, None)),
+            (with_amount("1500." + "0" * 10_000), ("INR", 1500, None)),
+            (with_amount("1.5e3"), ("INR", 1500, None)),
+            (with_amount("150000E-2"), ("INR", 1500, None)),
+            (with_amount("2147483647.0"), ("INR", 2_147_483_647, None)),
             (body(payment_method="tok_visa"), ("INR", 1500, "tok_visa")),
             (body(payment_method="~" * 255), ("INR", 1500, "~" * 255)),
             (body(payment_method=None), ("INR", 1500, None)),
@@ -83,7 +95,7 @@ class TestNotAnObjectOfJson:
             (b"[" * 15_000, "not valid JSON"),
             (b"[" * 7_500 + b"]" * 7_500, "not valid JSON"),
             (b'{"a":' * 3_000 + b"1" + b"}" * 3_000, "not valid JSON"),
-            (b"\xef\xbb\xbf" + body(), "not valid JSON"),
+            (b"\xef\xbb\xbf" + body(), "byte order mark"),
             (body().decode().encode("utf-16"), "not valid UTF-8"),
             (body().decode().encode("utf-16-le"), "not valid JSON"),
             (b"\xff", "not valid UTF-8"),
@@ -113,7 +125,8 @@ class TestFields:
         "literal",
         [
             *("0", "-0", "-1", "2147483648", "9223372036854775808", f"{10**40}", f"-{10**40}"),
-            *("1.5", "1500.0", "1.5e3", "1e3", "1e999", "-1e999"),
+            *("1.5", "1500.5", "0.0", "-0.0", "-1.0", "2147483648.0", "1e10", "1e999", "-1e999"),
+            *("1500.0000000000000000001", "1e-999999999", "1e999999999", f"1e{10**30}"),
             *('"1500"', '""', "true", "false", "null", "[]", "[1500]", "{}"),
         ],
     )
@@ -262,3 +275,25 @@ class TestContentType:
         with pytest.raises(UnsupportedMediaType) as caught:
             check_json(content_types)
         assert caught.value.status == 415
+
+    @pytest.mark.parametrize(
+        "charset", [b"iso-8859-1", b'"utf-16"', b"us-ascii", b"", b"utf-8; charset=latin1"]
+    )
+    def test_other_charsets(self, charset: bytes) -> None:
+        with pytest.raises(UnsupportedMediaType, match="UTF-8"):
+            check_json([b"application/json; charset=" + charset])
+
+    @pytest.mark.parametrize("parameters", [b'; charset="utf-8"', b"; v=1", b'; a="b;c"; d=e'])
+    def test_other_parameters(self, parameters: bytes) -> None:
+        check_json([b"application/json" + parameters])
+
+    @pytest.mark.parametrize("codings", [[], [b""], [b"identity"], [b" Identity , ", b"identity"]])
+    def test_a_body_as_it_is(self, codings: list[bytes]) -> None:
+        check_not_encoded(codings)
+
+    @pytest.mark.parametrize(
+        "codings", [[b"gzip"], [b"identity, GZIP"], [b"identity", b"br"], [b"utf-8"], [b"\xff"]]
+    )
+    def test_a_body_that_is_encoded(self, codings: list[bytes]) -> None:
+        with pytest.raises(UnsupportedMediaType, match="Content-Encoding"):
+            check_not_encoded(codings)

@@ -2,15 +2,17 @@
 
 import re
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime
 
 import click
+
+from payments.times import read_time
 
 POSITION_MAX = 2**63 - 1
 
 
 class _Time(click.ParamType[datetime | int]):
-    """RFC 3339 with an offset; in UTC."""
+    """RFC 3339, or what is copied from our tables or from psql; in UTC."""
 
     name = "time"
 
@@ -19,11 +21,14 @@ class _Time(click.ParamType[datetime | int]):
     ) -> datetime | int:
         if isinstance(value, datetime):
             return value
-        with suppress(ValueError, OverflowError):
-            time = datetime.fromisoformat(str(value))
-            if time.tzinfo is not None:
-                return time.astimezone(UTC)
+        with suppress(ValueError):
+            return read_time(_as_rfc_3339(str(value)))
         raise click.BadParameter(f"{value!r} is not a time like 2026-01-31T18:30:00Z", ctx, param)
+
+
+def _as_rfc_3339(copied: str) -> str:
+    """With a T for the space before the time, and the offset's minutes, which psql leaves out."""
+    return re.sub(r"([+-]\d\d)\Z", r"\1:00", re.sub(r"\A(\S{10}) ", r"\1T", copied))
 
 
 class _Moment(_Time):
