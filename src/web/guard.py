@@ -5,7 +5,6 @@ waits for one; it gives the request its id; and it counts, times and logs every 
 """
 
 import asyncio
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,7 +19,7 @@ from payments.logs import trace_field
 from payments.telemetry import Telemetry
 from payments.tracing import current_traceparent, mark_failed, span
 from web.access_log import PROBES, AccessLog
-from web.heads import METHODS, first_of, request_id_of
+from web.heads import METHODS, request_id_of, traceparent_of
 from web.problems import MEDIA_TYPE, refused
 
 BODY_MAX = 16 * 1024  # bytes; a charge has about 150
@@ -32,11 +31,6 @@ LINGER_S = 1.0  # for a client to notice that it is refused
 BODY_ARRIVED = "body_arrived"
 # There too, from our protocol: what the request holds (door.Place).
 PLACE = "place"
-
-# W3C Trace Context, section 3.2: version ff and ids of zeros are invalid.
-_TRACEPARENT = re.compile(
-    rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
-)
 
 
 class BodyTooLarge(PaymentsError):
@@ -74,7 +68,7 @@ class Guard:
         state = scope.setdefault("state", {})
         headers = scope["headers"]
         state["request_id"] = request_id = request_id_of(headers)
-        traceparent = first_of(headers, b"traceparent", _TRACEPARENT)
+        traceparent = traceparent_of(headers)
         status = 0
 
         async def send_counted(message: Any) -> None:

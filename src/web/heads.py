@@ -35,19 +35,35 @@ TARGET_DETAIL = f"Send at most {TARGET_MAX} bytes of path and query."
 # RFC 3986 section 3.2.2 and 3.2.3: a name or IPv4 address, or an IP literal; and a port.
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+# W3C Trace Context, section 3.2: version ff and ids of zeros are invalid; what a version to come
+# has more is behind another dash.
+_TRACEPARENT = re.compile(
+    rb"(?!ff)([0-9a-f]{2})-((?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
+)
 
 
 def request_id_of(headers: Headers) -> str:
     """The caller's id of the request if it is harmless to log, else a new one."""
-    return first_of(headers, b"x-request-id", _REQUEST_ID) or os.urandom(16).hex()
-
-
-def first_of(headers: Headers, wanted: bytes, form: re.Pattern[bytes]) -> str | None:
-    """The first header of this name that has the form."""
     for name, value in headers:
-        if name == wanted and form.fullmatch(value):
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return str(value, "ascii")
-    return None
+    return os.urandom(16).hex()
+
+
+def traceparent_of(headers: Headers) -> str | None:
+    """The W3C trace context of a request, None if it has none, or more than one.
+
+    One of a later version is put into ours, 00, of which it says no more (section 4.2): the ids and
+    whether the trace is kept.
+    """
+    sent = [value.strip(b" \t") for name, value in headers if name == b"traceparent"]
+    match = _TRACEPARENT.fullmatch(sent[0]) if len(sent) == 1 else None
+    if match is None:
+        return None
+    version, ids, flags, more = match.groups()
+    if version == b"00":
+        return str(sent[0], "ascii") if more is None else None
+    return f"00-{str(ids, 'ascii')}-{int(flags, 16) & 1:02x}"
 
 
 def objection_to(

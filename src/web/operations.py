@@ -11,6 +11,7 @@ from payments.errors import DatabaseUnavailable
 from payments.events.appender import INTENT_TIMEOUT_S
 from payments.service import Service
 from web import answers
+from web.accept import preferred
 from web.description import Answer, Operation, described
 
 HEALTH_AGE_S = 1.0  # those that are beyond its bound get what was found no longer ago, or nearly
@@ -98,6 +99,7 @@ METRICS = Operation(
 
 
 JSON = MediaType.JSON.value
+TEXT, OPENMETRICS = "text/plain", "application/openmetrics-text"
 ALIVE = answers.Answer(200, msgspec.json.encode(Alive(ok=True, service="payment-service")), JSON)
 
 
@@ -149,13 +151,13 @@ async def metrics(request: Anyone) -> Response[bytes]:
     Without a database the gauges that only it knows keep their last values.
     """
     service: Service = request.app.state.service
-    wanted = request.headers.get("accept", "")
-    if "application/json" in wanted:
+    wanted = preferred(",".join(request.headers.getall("accept", [])), (TEXT, OPENMETRICS, JSON))
+    if wanted == JSON:
         return Response(
             msgspec.json.encode(service.telemetry.documented()), media_type=MediaType.JSON
         )
     # As a header: for a text media type the framework would add a second charset.
-    if "application/openmetrics-text" in wanted:
+    if wanted == OPENMETRICS:
         headers = {"Content-Type": service.telemetry.openmetrics_content_type}
         return Response(await service.openmetrics.recent(METRICS_AGE_S), headers=headers)
     headers = {"Content-Type": service.telemetry.content_type}

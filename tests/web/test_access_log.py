@@ -114,6 +114,7 @@ class TestLines:
             f"ff-{TRACE}-00f067aa0ba902b7-01",
             f"00-{TRACE.upper()}-00f067aa0ba902b7-01",
             "x\ty",
+            f"00-{TRACE}-00f067aa0ba902b7-01-00",
         ],
     )
     async def test_an_invalid_traceparent_is_none(

@@ -119,6 +119,24 @@ async def test_metrics_are_rendered_once_in_a_while_for_all_who_ask_and_beside_t
     assert len(threads) == 3
 
 
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        (["application/json"], "application/json"),
+        (["application/json;q=0"], "text/plain"),
+        (["application/openmetrics-text;q=0, text/plain"], "text/plain"),
+        (["text/plain;q=0.5", "application/openmetrics-text"], "application/openmetrics-text"),
+        (["image/png"], "text/plain"),
+    ],
+)
+async def test_metrics_are_given_as_they_are_wanted(
+    client: httpx.AsyncClient, accept: list[str], media_type: str
+) -> None:
+    answer = await client.get("/metrics", headers=[("Accept", value) for value in accept])
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].split(";")[0] == media_type
+
+
 async def test_what_is_rendered_beside_the_loop_iterates_over_nothing_that_it_changes(
     client: httpx.AsyncClient, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
