@@ -13,7 +13,7 @@ from payments.shared import Recent
 from payments.telemetry import Telemetry
 from web import openapi
 from web.api import v1
-from web.docs import docs
+from web.docs import docs, root
 from web.door import Door
 from web.guard import Guard
 from web.operations import ALIVE, HEALTH_AGE_S, health, health_of, live, metrics
@@ -27,6 +27,7 @@ def application(service: Service) -> Litestar:
     app.state.openapi = openapi.document(app)
     _expect_requests(app, service.telemetry)
     app.register(docs)  # afterwards: it is no part of what it describes
+    app.register(root)
     return app
 
 

@@ -1,5 +1,7 @@
 """GET /schema: the API's description, for people as Swagger UI, for programs as openapi.json.
 
+Who opens the service's address in a browser is sent there.
+
 The page loads nothing from elsewhere: the files of Swagger UI come from an installed package.
 """
 
@@ -11,6 +13,7 @@ from pathlib import Path
 
 from litestar import Response, Router, get
 from litestar.enums import MediaType
+from litestar.response import Redirect
 
 from web.requests import Anyone
 
@@ -60,6 +63,11 @@ _ASSET_HEADERS = {
     "Cache-Control": f"public, max-age={ASSET_MAX_AGE_S}",
     "X-Content-Type-Options": "nosniff",
 }
+
+
+@get("/", status_code=302, sync_to_thread=False)
+def root() -> Redirect:
+    return Redirect("/schema")
 
 
 @get("/", media_type=MediaType.HTML, sync_to_thread=False)

@@ -15,10 +15,12 @@ from litestar import Litestar
 from litestar.routes import HTTPRoute
 
 from payments.errors import PaymentsError, TooBusy, Unauthorized
+from web.bodies import UnsupportedMediaType
 from web.description import Answer, Operation, Parameter
 from web.guard import BODY_MAX, BODY_TIMEOUT_S, BodyTooLarge, BodyTooSlow
 from web.heads import HEAD_MAX, HEADERS_MAX, PROTOCOL_PROBLEMS
 from web.problems import FRAMEWORK_PROBLEMS, MEDIA_TYPE, Problem
+from web.webhooks import BODIES, WEBHOOKS
 
 VERSION = importlib.metadata.version("payment-service")
 
@@ -53,6 +55,7 @@ there is a request to one of the endpoints: `404 not_found`, `405 method_not_all
 
 TAGS = [
     {"name": "payments", "description": "Charge, refund, read"},
+    {"name": "callbacks", "description": "What Order Service is sent"},
     {"name": "operations", "description": "For those who run the service"},
 ]
 
@@ -96,6 +99,16 @@ _HEADERS: dict[str, dict[str, Any]] = {
         "required": True,
         "schema": {"type": "string"},
     },
+    "Accept": {
+        "description": "The media type that is taken.",
+        "required": True,
+        "schema": {"type": "string"},
+    },
+    "Accept-Encoding": {
+        "description": "The encodings that are taken: none.",
+        "required": True,
+        "schema": {"type": "string"},
+    },
     "Allow": {
         "description": "The methods that the path takes.",
         "required": True,
@@ -111,7 +124,7 @@ _HEADERS: dict[str, dict[str, Any]] = {
 def document(app: Litestar) -> bytes:
     """The description of all routes of the application; ValueError if one has none."""
     all_operations = list(operations(app))
-    types: list[Any] = [Problem]
+    types: list[Any] = [Problem, *BODIES]
     for _, _, operation in all_operations:
         types += [operation.body] if operation.body else []
         types += [answer.body for answer in operation.answers.values() if answer.body]
@@ -125,6 +138,7 @@ def document(app: Litestar) -> bytes:
             "servers": [{"url": "/"}],
             "tags": TAGS,
             "paths": paths,
+            "webhooks": WEBHOOKS,
             "components": {
                 "schemas": _schemas(types),
                 "headers": _HEADERS,
@@ -212,6 +226,7 @@ def _problems(errors: tuple[type[PaymentsError], ...]) -> dict[str, Any]:
     for status, kinds in by_status.items():
         headers = ["Retry-After"] if any(kind.retry_after_s is not None for kind in kinds) else []
         headers += ["WWW-Authenticate"] if Unauthorized in kinds else []
+        headers += ["Accept", "Accept-Encoding"] if UnsupportedMediaType in kinds else []
         meanings = "\n".join(f"- `{kind.code}`: {kind.title}." for kind in kinds)
         titles = {kind.code: kind.title for kind in kinds}
         found[str(status)] = _problem(status, titles, meanings, *headers)
@@ -231,11 +246,13 @@ def _responses_without_endpoint() -> Iterator[tuple[str, Any]]:
 def _problem(
     status: int, titles: dict[str, str], description: str, *headers: str
 ) -> dict[str, Any]:
-    """An answer with one of these codes; each has its title."""
-    # Only the code: generators of clients cannot narrow a number down to one.
-    these = {"properties": {"code": {"type": "string", "enum": list(titles)}}}
+    """An answer with one of these codes; each has its title, and an example of its name.
+
+    The schema is the same for all: generators make a type of each that is not, and not many can
+    narrow a text down to some.
+    """
     detail = "What is wrong with this very request, and what to do about it."
-    content = {"schema": {"allOf": [_reference(Problem), these]}} | _examples(
+    content = {"schema": _reference(Problem)} | _examples(
         {
             code: Problem(f"urn:payments:problem:{code}", title, status, detail, code)
             for code, title in titles.items()
@@ -263,6 +280,10 @@ def _schemas(types: list[Any]) -> dict[str, Any]:
     """The JSON Schemas of these types, and of those that they are made of."""
     _, schemas = msgspec.json.schema_components(types, ref_template=_REFERENCE)
     for schema in schemas.values():
+        # What is left out of a request is said in words, and an answer may leave it out: generators
+        # take a field with a default for one that is always there.
+        for field in schema.get("properties", {}).values():
+            field.pop("default", None)
         if "description" in schema:
             schema["description"] = inspect.cleandoc(schema["description"])
         if "enum" in schema:

@@ -2,17 +2,23 @@
 
 import json
 import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import jsonschema_rs
+import msgspec
 import pytest
 import schemathesis
 from litestar import Litestar, get
 
+from payments.callbacks.dispatcher import CallbackBody
+from payments.callbacks.signing import signature_headers
 from payments.errors import PaymentsError
 from payments.settings import Settings
+from tests.support import ORDER_ID
 from tests.test_docs import subclasses
 from tests.web.test_auth import key
 from web import openapi
@@ -197,12 +203,15 @@ def problems(document: Any) -> set[tuple[int, str]]:
         for answer in operation["responses"].values()
     ]
     found = set()
-    for answer in [*answers, *document["components"]["responses"].values()]:
+    without_endpoint = list(document["components"]["responses"].values())
+    for answer in [*answers, *without_endpoint]:
         content = answer["content"].get("application/problem+json")
         if content:
-            codes = content["schema"]["allOf"][1]["properties"]["code"]["enum"]
-            assert list(content["examples"]) == codes
-            found |= {(content["examples"][code]["value"]["status"], code) for code in codes}
+            assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
+            for code, example in content["examples"].items():
+                assert code in answer["description"] or answer in without_endpoint
+                assert example["value"]["code"] == code
+                found.add((example["value"]["status"], code))
     return found
 
 
@@ -226,8 +235,66 @@ async def test_problems_are_as_described(client: httpx.AsyncClient, document: An
         response = await client.post("/v1/charge", **request)
         content = charged[str(response.status_code)]["content"]["application/problem+json"]
         check(response.json(), content["schema"], document)
+        assert response.json()["code"] in content["examples"]
+
+
+def every_schema(part: Any) -> Iterator[dict[str, Any]]:
+    """All objects of the document, schemas among them."""
+    if isinstance(part, dict):
+        yield part
+        for each in part.values():
+            yield from every_schema(each)
+    elif isinstance(part, list):
+        for each in part:
+            yield from every_schema(each)
+
+
+async def test_generators_of_clients_read_it_as_it_is_meant(document: Any) -> None:
+    """msgspec names defaults, `null` among them, and generators take such a field for required."""
+    for name, schema in document["components"]["schemas"].items():
+        for field, found in schema.get("properties", {}).items():
+            assert "default" not in found, (name, field)
+            assert field[-3:] != "_at" or "date-time" in json.dumps(found), (name, field)
+    for schema in every_schema(document):
+        if "[0-9a-fA-F]{8}-" in schema.get("pattern", ""):
+            assert schema["format"] == "uuid"
+        # One type of problem, and no type without a name.
+        assert "allOf" not in schema
+
+
+async def test_callbacks_are_described(document: Any) -> None:
+    (webhook,) = document["webhooks"].values()
+    content = webhook["post"]["requestBody"]["content"]["application/json"]
+    sent = CallbackBody(
+        order_id=ORDER_ID,
+        payment_id=ORDER_ID,
+        status="REFUNDED",
+        event_id=ORDER_ID,
+        sequence=4,
+        occurred_at=datetime.now(UTC),
+        amount_cents=1,
+        currency="INR",
+    )
+    body = json.loads(msgspec.json.encode(sent))
+    check(body, content["schema"], document)
+    for field in body:
         with pytest.raises(jsonschema_rs.ValidationError):
-            check(response.json() | {"code": "other"}, content["schema"], document)
+            check({name: body[name] for name in body if name != field}, content["schema"], document)
+    for example in content["examples"].values():
+        assert form(example["value"]) == form(body)
+        check(example["value"], content["schema"], document)
+    signed = signature_headers((b"secret",), str(ORDER_ID), 1, b"")
+    named = [parameter["name"] for parameter in webhook["post"]["parameters"]]
+    assert named == [*signed, "traceparent"]
+
+
+async def test_a_browser_is_sent_to_the_page(client: httpx.AsyncClient) -> None:
+    for method in ("GET", "HEAD"):
+        sent = await client.request(method, "/", headers={"Accept": "text/html"})
+        assert (sent.status_code, sent.headers["location"]) == (302, "/schema")
+    assert (await client.get("/", follow_redirects=True)).url.path == "/schema"
+    refused = await client.post("/")
+    assert (refused.status_code, refused.json()["code"]) == (405, "method_not_allowed")
 
 
 async def test_the_page_loads_its_own_files_only(client: httpx.AsyncClient) -> None:
@@ -292,6 +359,7 @@ class TestWithApiKeys:
         self, client: httpx.AsyncClient, document: Any
     ) -> None:
         assert (await client.get("/schema")).status_code == 200
+        assert (await client.get("/")).status_code == 302
         found = operations(document)
         for endpoint in sorted(ENDPOINTS, key=lambda endpoint: endpoint != "POST /v1/charge"):
             (request, *_) = requests_of(endpoint, found[endpoint])

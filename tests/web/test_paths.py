@@ -4,7 +4,7 @@ import pytest
 from litestar import Litestar
 
 from web.api import v1
-from web.docs import docs
+from web.docs import docs, root
 from web.operations import health, live, metrics
 from web.paths import Paths
 
@@ -20,12 +20,13 @@ OPEN = {
     *("/health", "/health/live", "/metrics", "/schema", "/schema/openapi.json"),
     *("/schema/swagger-ui-bundle.js", "/schema/swagger-ui.css"),
 }
+ROOT = "/"
 ID = "058c9593-e150-402f-ab5b-37dd4c9816f0"
 
 
 @pytest.fixture(scope="module")
 def paths() -> Paths:
-    return Paths(Litestar([v1, docs, health, live, metrics], openapi_config=None))
+    return Paths(Litestar([v1, docs, root, health, live, metrics], openapi_config=None))
 
 
 def found(paths: Paths, target: str) -> str | None:
@@ -35,10 +36,10 @@ def found(paths: Paths, target: str) -> str | None:
 
 def test_what_needs_a_key_and_what_does_not(paths: Paths) -> None:
     assert {path.template for path in paths.all if path.needs_key} == KEYED
-    assert {path.template for path in paths.all if not path.needs_key} == OPEN
+    assert {path.template for path in paths.all if not path.needs_key} == OPEN | {ROOT}
 
 
-@pytest.mark.parametrize("template", sorted(KEYED | OPEN))
+@pytest.mark.parametrize("template", sorted(KEYED | OPEN | {ROOT}))
 @pytest.mark.parametrize("form", ["{}", "{}?x=%2f", "{}?", "http://x{}", "HTTP://x:80{}?a#"])
 def test_a_path_is_found_as_it_is_written(paths: Paths, template: str, form: str) -> None:
     path = template.replace("{payment_id}", ID)
@@ -65,6 +66,11 @@ def test_and_in_no_other_way(paths: Paths, template: str) -> None:
     bad_ids = {path + end for end in (";", " ", "%3f", "%00", "\\")}
     for other, template_found in inexact.items():
         assert template_found == (expected if other in bad_ids else None), other
+
+
+@pytest.mark.parametrize("other", ["//", "/.", "/..", "/%2f", "/;", "/ ", "/index.html", "///"])
+def test_the_root_has_one_spelling_too(paths: Paths, other: str) -> None:
+    assert found(paths, other) is None
 
 
 @pytest.mark.parametrize("segment", ["a%20b", "%00", "%ff", "...", ".a", "a;b", "%", "%zz"])

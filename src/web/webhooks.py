@@ -1,0 +1,86 @@
+"""What Order Service is sent, as the OpenAPI document's `webhooks` describe it."""
+
+from typing import Any
+
+from payments.callbacks import EXCHANGE_TIMEOUT_S
+from payments.callbacks.dispatcher import CallbackBody
+
+BODIES = (CallbackBody,)
+
+_SIGNED = "Only with `ORDER_CALLBACK_SECRET`."
+_EXAMPLE = {
+    "order_id": "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
+    "payment_id": "058c9593-e150-402f-ab5b-37dd4c9816f0",
+    "status": "SUCCESS",
+    "event_id": "d4807417-6604-43d6-bfcb-fd32680f5f5b",
+    "sequence": 2,
+    "occurred_at": "2026-01-31T18:30:00.245Z",
+    "amount_cents": 1500,
+    "currency": "INR",
+}
+
+
+def _header(name: str, description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "header",
+        "description": description,
+        "required": False,
+        "schema": schema,
+    }
+
+
+WEBHOOKS: dict[str, Any] = {
+    "payment_outcome": {
+        "post": {
+            "operationId": "payment_outcome",
+            "tags": ["callbacks"],
+            "summary": "The outcome of a payment, to ORDER_CALLBACK_URL",
+            "description": "At least once; for each order in order, and one at a time. `status` is "
+            "`SUCCESS`, `FAILED` or `REFUNDED`; answer `2xx` to any other, for more may come to "
+            "be, and to an `event_id` that was there before. Signed as Standard Webhooks are.",
+            "parameters": [
+                _header(
+                    "webhook-id",
+                    f"The `event_id`. {_SIGNED}",
+                    {"type": "string", "format": "uuid"},
+                ),
+                _header(
+                    "webhook-timestamp",
+                    f"When it was sent, in seconds since 1970; to be refused if far off. {_SIGNED}",
+                    {"type": "integer"},
+                ),
+                _header(
+                    "webhook-signature",
+                    "`v1,` and the base64 of the HMAC-SHA256 of `id.timestamp.body`; several, one "
+                    f"for each secret, are separated by spaces. {_SIGNED}",
+                    {"type": "string"},
+                ),
+                _header(
+                    "traceparent",
+                    "The W3C trace context of the request that began the payment, if it had one.",
+                    {"type": "string"},
+                ),
+            ],
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "application/json": {
+                        "schema": {"$ref": f"#/components/schemas/{CallbackBody.__name__}"},
+                        "examples": {"paid": {"value": _EXAMPLE}},
+                    }
+                },
+            },
+            "responses": {
+                "2XX": {"description": "Delivered: what it means is stored."},
+                "410": {"description": "Given up at once, until a person sends it again."},
+                "default": {
+                    "description": "Sent again, after growing pauses, for about three days; so is "
+                    f"what is not answered within {EXCHANGE_TIMEOUT_S:g} s. After `429` and `503` "
+                    "not before `Retry-After`."
+                },
+            },
+            "security": [],
+        }
+    }
+}
