@@ -5,8 +5,9 @@ app.py         the Litestar application
 api.py         /v1: charges.py, refunds.py, payments.py
 requests.py    what they read from headers and path     bodies.py  from JSON bodies
 list_query.py  and from the query of the list; all errors at once
-operations.py  /health and /metrics
+operations.py  /health and /metrics                 accept.py     in which media type
 description.py what handlers say of themselves      openapi.py    the document made of it
+webhooks.py    what Order Service is sent, for that document
 docs.py        /schema: that document, and Swagger UI
 auth.py        API keys
 problems.py    every error as application/problem+json
