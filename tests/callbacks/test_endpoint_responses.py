@@ -38,9 +38,14 @@ ALLOWED = {
     # llhttp, under aiohttp, wants one Content-Length, although RFC 9110 section 8.6 allows equal.
     "the same length twice": HEAD + b"Content-Length: 2\r\n" + END,
     "the same length in a list": HEAD + b"Content-Length: 2, 2\r\n\r\nOK",
-    # llhttp takes no folded line, although RFC 9112 section 5.2 has a user agent read it.
+    # RFC 9112 section 5.2 has a user agent read what no server should send.
     "a folded value": HEAD + b"X-Header: a\r\n b\r\n\tc\r\n" + END,
+    "a folded value, and the same length twice": (
+        HEAD + b"X-Header: a\r\n b\r\nContent-Length: 2\r\n" + END
+    ),
     "a folded length": HEAD + b"Content-Length:\r\n 2\r\n\r\nOK",
+    # llhttp refuses them; RFC 9110 section 5.5 lets a recipient overlook them.
+    "control characters": HEAD + b"X-Header: a\x00b\x01\x7f\r\n" + END,
     "an empty value": HEAD + b"X-Header:\r\n" + END,
     "bytes that are not ASCII": b"HTTP/1.1 200 \xc3\x9cber\xff\r\nX: \xff\xfe\r\n" + END,
     "no reason phrase": b"HTTP/1.1 200 \r\n" + END,

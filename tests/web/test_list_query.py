@@ -1,5 +1,6 @@
 """The query of the list: what is taken, and what every refusal says."""
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -10,6 +11,7 @@ from payments.errors import InvalidRequest
 from payments.payment import Status
 from payments.queries.cursor import Place, write_cursor
 from payments.queries.payments import PaymentFilter
+from payments.times import TIME_PATTERN
 from web.list_query import read_list_query
 
 ORDER = "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9"
@@ -96,6 +98,19 @@ def test_wrong_values(name: str, values: list[str]) -> None:
         errors = errors_of(f"{name}={value}".encode())
         assert set(errors) == {name}
         assert errors[name].startswith("must be ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("2026-01-31T24:00:00Z", "2026-01-31T12:60:00Z", "2026-01-31T12:00:60Z"),
+        *("2026-13-31T12:00:00Z", "2026-01-32T12:00:00Z", "0000-01-01T00:00:00Z"),
+        *("2026-01-31T12:00:00+24:00", "2026-01-31T12:00:00-00:60"),
+    ],
+)
+def test_the_documented_pattern_takes_no_time_that_is_none(text: str) -> None:
+    """Whatever the Python: from 3.13 on it reads 24:00 as midnight."""
+    assert not re.search(TIME_PATTERN, text)
 
 
 @pytest.mark.parametrize("query", [b"created_from=\xff", b"status=%ff", b"\xff=1", b"limit"])

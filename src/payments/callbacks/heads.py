@@ -1,9 +1,10 @@
 """Heads of responses, put so that aiohttp's parser understands all that HTTP allows.
 
 It refuses a length that is said twice, though equal (RFC 9110 section 8.6), a length beside chunks,
-which override it (RFC 9112 section 6.3), a minor version to come (RFC 9110 section 2.5), and reason
-phrases and values that are not UTF-8. Of the fields only those matter here that say where the
-response ends, whether the connection is kept, and when to come again; no other can do harm then.
+which override it (RFC 9112 section 6.3), a minor version to come (RFC 9110 section 2.5), reason
+phrases that are not UTF-8, and control characters in values. Of the fields only those matter here
+that say where the response ends, whether the connection is kept, and when to come again; no other
+can do harm then.
 """
 
 import re
@@ -36,6 +37,8 @@ def plain(head: bytes) -> bytes:
     """What matters of a head. What is none is returned as it is, for the parser to refuse."""
     first, *lines = _FOLD.sub(b" ", head.strip(b"\r\n")).split(b"\n")
     status_line = _STATUS_LINE.fullmatch(first)
+    if status_line is None:
+        return head
     fields: dict[bytes, list[bytes]] = {name: [] for name in _KEPT}
     for line in lines:
         field = _FIELD.fullmatch(line)
@@ -43,22 +46,17 @@ def plain(head: bytes) -> bytes:
             return head
         if (name := field[1].lower()) in fields:
             fields[name].append(field[2].strip(b" \t\r"))
-    if status_line is None:
-        return head
     minor, status = status_line.groups()
-    _frame(status, fields)
+    _frame(fields)
     written = [b"HTTP/1.%d %s " % (minor != b"0", status)]
     written += [b"%s: %s" % (name, value) for name in _KEPT for value in fields[name]]
     return b"\r\n".join([*written, b"", b""])
 
 
-def _frame(status: bytes, fields: dict[bytes, list[bytes]]) -> None:
+def _frame(fields: dict[bytes, list[bytes]]) -> None:
     """Leaves one way to find the end of the response: RFC 9112 section 6.3."""
     lengths = {part.strip() for value in fields[b"content-length"] for part in value.split(b",")}
-    if status in (b"204", b"304") or status[:1] == b"1":
-        lengths.clear()
-        fields[b"transfer-encoding"] = []
-    elif lengths and fields[b"transfer-encoding"]:
+    if lengths and fields[b"transfer-encoding"]:
         lengths.clear()
         fields[b"connection"] = [b"close"]  # to others it may be two responses
     fields[b"content-length"] = sorted(lengths)  # several are for the parser to refuse
