@@ -30,7 +30,7 @@ LAYERS = (
         *("payments.migrations", "payments.events", "payments.gateways"),
         *("payments.unsettled", "payments.sendings"),
     ),
-    ("payments.snapshot",),
+    ("payments.snapshot", "payments.opening"),
     ("payments.commands", "payments.queries", "payments.projections", "payments.callbacks"),
     ("payments.service",),
     ("payments.cli", "web"),
@@ -78,7 +78,7 @@ def own_imports(module: str) -> set[str]:
 def test_there_is_something_to_look_at() -> None:
     assert {"payments.payment", "payments.events.facts", "web.api"} <= set(MODULES)
     assert own_imports("web.auth") == {"payments.errors", "payments.settings"}
-    assert "payments.embedded_postgres" in own_imports("payments.service")
+    assert "payments.embedded_postgres" in own_imports("payments.opening")
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != MAP])

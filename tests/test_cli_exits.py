@@ -1,6 +1,8 @@
 """Exit codes of real processes: 1 of a check is a finding and nothing else."""
 
+import importlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -9,35 +11,73 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import click
 import psycopg
 import pytest
 from click.testing import Result
 
+from payments.cli import main
 from payments.cli.exits import OutputError, _Stderr, _Stdout
 from payments.cli.output import print_rows
 from payments.database import DatabaseAddress
 from tests.process import PAYMENTS, at, environment, run
-from tests.support import ORDER_ID, History, append, eventually
+from tests.support import ORDER_ID, History, append, append_stored, eventually, stored_event
 from tests.test_cli_audit import catch_up
 
 Connection = psycopg.Connection[Any]
 Operator = Callable[..., Result]
 
 PAYMENT = History("k").charged().refunded("r1", 500)
-# All checks, and of the others one for each way of printing; the last before it is invoked.
 CHECKS = ["audit verify", "rebuild --dry-run"]
-OTHERS = [
-    *("audit head", "rebuild", "settings", "settings --format json", "replay"),
-    *(f"replay --as-of 2 --order {ORDER_ID} --format csv", "--help"),
+EVENT = PAYMENT.facts[1].event_id
+ALL_TIMES = "--from 2020-01-01T00:00:00Z --to 2100-01-01T00:00:00Z"
+PRINTING = [
+    *CHECKS,
+    *("doctor", "audit head", "rebuild", "settings", "settings --format json", "keys new orders"),
+    *(f"replay --format {form}" for form in ("jsonl", "csv", "table")),
+    *(f"replay --as-of 2 --order {ORDER_ID} --format {form}" for form in ("jsonl", "csv", "table")),
+    *(
+        "replay --follow --limit 1",
+        f"export {ALL_TIMES}",
+        "parked list",
+        "parked list --format json",
+    ),
+    *(f"explain {PAYMENT.id}", f"explain {PAYMENT.id} --format json"),
+    *("callbacks list", "callbacks list --format json", f"callbacks redrive {EVENT}"),
+    *(f"callbacks show {EVENT}", f"callbacks show {EVENT} --format json"),
+    *("callbacks backfill --from 1", "log accept-loss --by Ada --reason test"),
+    *("--help", "--version", "audit verify --help"),
 ]
-CODES = [*((command, 2) for command in CHECKS), *((command, 1) for command in OTHERS)]
 
 
 @pytest.fixture
 def log(address: DatabaseAddress, connection: Connection) -> DatabaseAddress:
     append(connection, PAYMENT.facts)
     catch_up(address)
+    fill(connection)
     return address
+
+
+def fill(connection: Connection) -> None:
+    """There is a callback to show, and a loss to accept."""
+    connection.execute(
+        "INSERT INTO callback_deliveries (event_id, position, order_id, payment_id, sequence,"
+        " status, amount_cents, currency, occurred_at, state, finished_at)"
+        " VALUES (%s, 2, %s, %s, 2, 'SUCCESS', 1500, 'INR', now(), 'dead', now())",
+        [EVENT, ORDER_ID, PAYMENT.id],
+    )
+    connection.execute(
+        "INSERT INTO callback_attempts (event_id, claim, started_at, seconds, outcome, status,"
+        " answer) VALUES (%s, 1, now(), 0.0125, 'http_error', 500, %s)",
+        [EVENT, "Zürich 支付".encode()],
+    )
+
+
+def lose(connection: Connection) -> None:
+    connection.execute(
+        "INSERT INTO log_losses (kind, by, reason, kept_position, lost_position,"
+        " head_position) VALUES ('found', 'tests', 'lacks', 2, 9, 4)"
+    )
 
 
 def printing_to(
@@ -60,22 +100,60 @@ def one_line(done: subprocess.CompletedProcess[str], words: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("command", "code"), CODES)
-def test_a_full_disk(log: DatabaseAddress, command: str, code: int) -> None:
-    with Path("/dev/full").open("w") as full:
-        done = printing_to(full, command, log)
-    assert done.returncode == code, done.stderr
-    one_line(done, "the output cannot be written: No space left on device")
+CALLBACK = "http://127.0.0.1:1/callback"
+
+
+def test_a_full_disk_and_a_reader_that_is_gone(
+    log: DatabaseAddress, connection: Connection
+) -> None:
+    """Of whatever prints, it is no finding, and nothing is taken for whole that is not."""
+    for command in PRINTING:
+        if command.startswith("log"):
+            lose(connection)
+        with Path("/dev/full").open("w") as full:
+            done = printing_to(full, command, log, ORDER_CALLBACK_URL=CALLBACK)
+        assert done.returncode == 2, (command, done.stderr)
+        one_line(done, "the output cannot be written: No space left on device")
+    for command in PRINTING[:12]:  # it is found out in the same place
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            done = printing_to(writing, command, log)
+        finally:
+            os.close(writing)
+        assert done.returncode == 2, (command, done.stderr)
+        one_line(done, "the output cannot be written: Broken pipe")
+
+
+def leaves(group: click.Group, path: str = "") -> Iterator[str]:
+    """Every command by its whole name."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from leaves(command, f"{path}{name} ")
+        else:
+            yield f"{path}{name}"
+
+
+def test_every_command_that_prints_is_among_them() -> None:
+    """The others print nothing, or are other programs."""
+    silent = {"serve", "work", "migrate", "parked retry", "dump", "restore", "psql"}
+    assert {
+        name
+        for name in leaves(main)
+        if not any(f"{each} ".startswith(f"{name} ") for each in PRINTING)
+    } == silent
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize(("command", "code"), [("audit verify", 2), ("replay", 1)])
+@pytest.mark.parametrize("command", ["audit verify", "replay"])
 def test_whether_python_buffers_does_not_matter(
-    log: DatabaseAddress, command: str, code: int, unbuffered: str
+    log: DatabaseAddress, command: str, unbuffered: str
 ) -> None:
     with Path("/dev/full").open("w") as full:
         done = printing_to(full, command, log, PYTHONUNBUFFERED=unbuffered)
-    assert done.returncode == code, done.stderr
+    assert done.returncode == 2, done.stderr
     one_line(done, "the output cannot be written: No space left on device")
 
 
@@ -89,8 +167,8 @@ def test_what_is_too_large_for_a_buffer() -> None:
         assert err.write(bytes(100_000)) == 100_000
 
 
-@pytest.mark.parametrize(("command", "code"), [("audit verify", 2), ("replay", 1), ("--help", 1)])
-def test_a_stdout_that_is_closed(log: DatabaseAddress, command: str, code: int) -> None:
+@pytest.mark.parametrize("command", ["audit verify", "doctor", "replay", "settings", "--help"])
+def test_a_stdout_that_is_closed(log: DatabaseAddress, command: str) -> None:
     done = subprocess.run(
         ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *PAYMENTS, *command.split()],
         env=environment(**at(log), LOG_LEVEL="WARNING"),
@@ -99,7 +177,7 @@ def test_a_stdout_that_is_closed(log: DatabaseAddress, command: str, code: int) 
         timeout=60,
         check=False,
     )
-    assert done.returncode == code, done.stderr
+    assert done.returncode == 2, done.stderr
     one_line(done, "the output cannot be written: Bad file descriptor")
 
 
@@ -122,23 +200,43 @@ def test_whom_nobody_can_tell_fails_all_the_same(log: DatabaseAddress, redirecte
         assert done.returncode == code, command
 
 
-@pytest.mark.parametrize(
-    ("command", "code"),
-    [*CODES[:2], ("replay", 0), ("replay --follow", 0), ("settings", 1)],
-)
-def test_a_reader_that_is_gone(log: DatabaseAddress, command: str, code: int) -> None:
-    """As after `| head -1`: nobody says a word, but for checks, which would not have been read."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    try:
-        done = printing_to(writing, command, log)
-    finally:
-        os.close(writing)
-    assert done.returncode == code, done.stderr
-    if code == 2:
-        one_line(done, "the output cannot be written: Broken pipe")
-    else:
-        assert done.stderr == ""
+def in_encoding(
+    encoding: str, command: str, address: DatabaseAddress
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*PAYMENTS, *command.split()],
+        env=environment(**at(address), PYTHONIOENCODING=encoding),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_what_the_encoding_of_the_output_does_not_have(log: DatabaseAddress, encoding: str) -> None:
+    """An answer of Order Service, in every form; JSON is UTF-8 or ASCII whatever is asked for."""
+    holds = encoding == "utf-8"
+    for command, told in ((f"callbacks show {EVENT}", "支付"), (f"explain {PAYMENT.id}", "支付")):
+        done = in_encoding(encoding, command, log)
+        assert (done.returncode, done.stderr) == (0, b""), command
+        told = told if holds else r"\u652f\u4ed8"
+        assert told in done.stdout.decode(encoding)
+        done = in_encoding(encoding, f"{command} --format json", log)
+        assert (done.returncode, done.stderr) == (0, b""), command
+        assert "支付" in str(json.loads(done.stdout)), "as UTF-8, which it is by RFC 8259"
+        assert done.stdout.isascii() is not holds
+    for command in PRINTING:
+        if not command.startswith(("log", "callbacks backfill")):
+            done = in_encoding(encoding, command, log)
+            assert done.returncode in (0, 1), (command, done.stderr)
+            assert b"Traceback" not in done.stderr
+
+
+def test_a_table_of_the_log_too(log: DatabaseAddress, connection: Connection) -> None:
+    append_stored(connection, [stored_event(topic="Überwiesen")])
+    done = in_encoding("ascii", "replay --format table", log)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"\xdcberwiesen" in done.stdout
 
 
 class Gone(io.TextIOBase):
@@ -243,10 +341,7 @@ def test_a_query_that_fails(
 def test_a_database_that_refuses_to_write(
     log: DatabaseAddress, connection: Connection, command: str
 ) -> None:
-    connection.execute(
-        "INSERT INTO log_losses (kind, by, reason, kept_position, lost_position,"
-        " head_position) VALUES ('found', 'tests', 'lacks', 2, 9, 4)"
-    )
+    lose(connection)
     connection.execute("INSERT INTO parked_streams VALUES ('payments', %s, 1, '')", [PAYMENT.id])
     read_only = f"ALTER DATABASE {log.dbname} SET default_transaction_read_only = on"
     connection.execute(read_only.encode())
@@ -254,6 +349,52 @@ def test_a_database_that_refuses_to_write(
     done = run(*command.split(), **at(log), LOG_LEVEL="ERROR", ORDER_CALLBACK_URL=url)
     assert done.returncode == 1, done
     one_line(done, "the database refuses to write: it is a standby, or read-only")
+
+
+TOO_LARGE = "99999999999999999999"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(f"replay --limit {TOO_LARGE}", f"replay --limit {2**63}", "replay --limit 0"),
+        *("replay --limit -1", f"replay --from {TOO_LARGE}", f"replay --until {2**63}"),
+        *(f"replay --as-of {TOO_LARGE} --payment {PAYMENT.id}", "replay --from 0"),
+        *(f"callbacks list --limit {TOO_LARGE}", "callbacks list --limit 0"),
+        *(f"callbacks backfill --from {TOO_LARGE}", f"callbacks backfill --from {2**63}"),
+        *("callbacks backfill --from 0", f"audit verify --head {TOO_LARGE}:{'a' * 64}"),
+        f"log accept-loss --by A --reason B --head {TOO_LARGE}:{'a' * 64}",
+    ],
+)
+def test_a_number_out_of_range(operator: Operator, command: str) -> None:
+    done = operator(*command.split())
+    assert (done.exit_code, done.stdout) == (2, "")
+
+
+LARGEST = 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("command", "lines"),
+    [
+        (f"replay --limit {LARGEST}", 4),
+        (f"replay --from 2 --until {LARGEST}", 3),
+        (f"replay --from {LARGEST} --until {LARGEST}", 0),
+        (f"replay --from {LARGEST} --type PaymentCharged", 0),
+        (f"replay --as-of {LARGEST} --payment {PAYMENT.id}", 1),
+        ("replay --from 0001-01-01T00:00:00Z --until 9999-12-31T23:59:59.999999Z", 4),
+        (f"replay --as-of 9999-12-31T23:59:59Z --payment {PAYMENT.id}", 1),
+        ("callbacks redrive --since 0001-01-01T00:00:00Z", 1),
+        ("callbacks redrive --since 9999-12-31T23:59:59Z", 1),
+        ("callbacks list --limit 100000", 2),
+    ],
+)
+def test_a_number_or_time_at_its_end(
+    operator: Operator, log: DatabaseAddress, command: str, lines: int
+) -> None:
+    done = operator(*command.split())
+    assert (done.exit_code, done.stderr) == (0, ""), done.output
+    assert done.stdout.count("\n") == lines
 
 
 @pytest.mark.parametrize("command", CHECKS)
@@ -280,7 +421,7 @@ def test_a_defect_is_no_finding(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("on two\nlines")
 
-    module = sys.modules[f"payments.cli.{command[0]}"]
+    module = importlib.import_module(f"payments.cli.{command[0]}")
     monkeypatch.setattr(module, defective, fail)
     done = operator(*command)
     assert (done.exit_code, done.stdout) == (2, "")

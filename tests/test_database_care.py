@@ -1,7 +1,7 @@
 """What docs/security.md and docs/backup.md promise: roles, and a restore."""
 
 import re
-import subprocess
+import shutil
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +12,9 @@ import psycopg
 import pytest
 
 from payments import embedded_postgres
-from payments.database import DatabaseAddress, create_database_if_missing
+from payments.database import DatabaseAddress
 from tests.invariants.checker import check
-from tests.process import ROOT, ServiceProcess, at, invoke
+from tests.process import ROOT, ServiceProcess, at, invoke, open_directory, run
 from tests.support import ORDER_ID
 
 Connection = psycopg.Connection[Any]
@@ -141,52 +141,39 @@ def test_an_auditor_reads_and_writes_nothing(
         assert "permission denied for table log_seals" in unable.stderr
 
 
-def test_a_dump_is_restored_and_goes_on(
-    address: DatabaseAddress, server: DatabaseAddress, tmp_path: Any
-) -> None:
+def test_a_dump_is_restored_and_goes_on() -> None:
     """As docs/backup.md says, with the service at work while it is dumped."""
-    restored = msgspec.structs.replace(server, dbname=f"restored_{uuid.uuid4().hex[:8]}")
-    dump = tmp_path / "payments.dump"
-
-    def call(program: str, *arguments: str) -> None:
-        where = ("-h", server.host, "-p", str(server.port), "-U", server.user)
-        subprocess.run(
-            [str(embedded_postgres.binary(program)), *where, *arguments],
-            check=True,
-            capture_output=True,
-            timeout=60,
-        )
-
-    ledger = {"SIMULATED_LEDGER": tmp_path / "ledger.jsonl", "LOG_LEVEL": "WARNING"}
-    with (
-        ServiceProcess(tmp_path, **at(address), **ledger) as service,
-        httpx.Client(timeout=10) as client,
-    ):
-        before = [service.charge(client, f"k{n}").json() for n in range(20)]
-        call("pg_dump", "--format=custom", f"--file={dump}", address.dbname)
+    home = open_directory("payments-restored-")
+    ledger = {"SIMULATED_LEDGER": home / "ledger.jsonl", "LOG_LEVEL": "WARNING"}
+    before, after = home / "before", home / "after"
+    dump, into = str(home / "payments.dump"), {"PAYMENTS_DATA_DIR": after}
+    for directory in (before, after):
+        directory.mkdir()
+    with ServiceProcess(before, **ledger) as service, httpx.Client(timeout=10) as client:
+        charged = [service.charge(client, f"k{n}").json() for n in range(20)]
+        done = run("dump", dump, PAYMENTS_DATA_DIR=before)
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
         lost = service.charge(client, "lost").json()
-    try:
-        create_database_if_missing(restored)
-        call("pg_restore", f"--dbname={restored.dbname}", "--exit-on-error", str(dump))
-        verified = invoke("audit", "verify", **at(restored), LOG_LEVEL="WARNING")
-        assert (verified.returncode, verified.stderr) == (0, ""), verified
-        with (
-            ServiceProcess(tmp_path, **at(restored), **ledger) as service,
-            httpx.Client(base_url=service.url, timeout=10) as client,
-        ):
-            assert [service.charge(client, f"k{n}").json() for n in range(20)] == before
-            assert client.get(f"/v1/payments/{lost['id']}").status_code == 404
-            # The provider knows it: the same capture, and not another one.
-            assert service.charge(client, "lost").json() == lost
-            assert service.charge(client, "new").status_code == 201
-        captures = [
-            line
-            for line in (tmp_path / "ledger.jsonl").read_text().splitlines()
-            if lost["id"] in line
-        ]
-        assert len(captures) == 1
-        with psycopg.connect(restored.conninfo("tests"), autocommit=True) as connection:
-            check(connection, caught_up=False)
-    finally:
-        with psycopg.connect(server.conninfo("tests"), autocommit=True) as connection:
-            connection.execute(f"DROP DATABASE {restored.dbname} WITH (FORCE)".encode())
+    done = run("restore", dump, **into)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    verified = run("audit", "verify", **into)
+    assert (verified.returncode, verified.stderr) == (0, ""), verified
+    with (
+        ServiceProcess(after, **ledger) as service,
+        httpx.Client(base_url=service.url, timeout=10) as client,
+    ):
+        assert [service.charge(client, f"k{n}").json() for n in range(20)] == charged
+        assert client.get(f"/v1/payments/{lost['id']}").status_code == 404
+        # The provider knows it: the same capture, and not another one.
+        assert service.charge(client, "lost").json() == lost
+        assert service.charge(client, "new").status_code == 201
+        with embedded_postgres.start(after) as running:
+            socket = str(running.socket_dir)
+            restored = DatabaseAddress(socket, running.port, running.user, None, "paymentdb")
+            with psycopg.connect(restored.conninfo("tests"), autocommit=True) as connection:
+                check(connection, caught_up=False)
+    ledger_lines = (home / "ledger.jsonl").read_text().splitlines()
+    assert sum(lost["id"] in line for line in ledger_lines) == 1
+    for directory in (before, after):
+        embedded_postgres.wait_until_stopped(directory)
+    shutil.rmtree(home)

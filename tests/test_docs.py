@@ -67,13 +67,20 @@ def test_what_a_page_names_is_there(page: Path) -> None:
         assert re.search(rf"^{metric}(_count)?[ {{]", exposed, re.MULTILINE), metric
     for name in re.findall(r"\b(?:ORDER|CALLBACK)_[A-Z_]*[A-Z]\b", text):
         assert name.removesuffix("_FILE") in {variable.name for variable in VARIABLES}, name
-    callbacks = main.commands["callbacks"]
-    assert isinstance(callbacks, click.Group)
-    for name, rest in re.findall(r"payments callbacks (\w+)([^`\n#]*)", text):
-        options = {
-            option for parameter in callbacks.commands[name].params for option in parameter.opts
-        }
-        assert set(re.findall(r"--\w+", rest)) <= options, name
+    for words in re.findall(r"(?:`|bin/)payments ([a-z][^`\n#|>]*)", text):
+        options = {option for parameter in named(words).params for option in parameter.opts}
+        assert set(re.findall(r"--\w[\w-]*", words)) <= options | {"--help"}, words
+
+
+def named(words: str) -> click.Command:
+    """The command that a line calls."""
+    command: click.Command | None = main
+    for word in words.split():
+        if not isinstance(command, click.Group):
+            break
+        command = command.get_command(click.Context(command), word)
+    assert command is not None, words
+    return command
 
 
 def slug(heading: str) -> str:

@@ -4,7 +4,13 @@ import re
 
 import pytest
 
-from payments.money import DECIMALS, DEFAULT_CURRENCY, MAX_AMOUNT_CENTS, MIN_AMOUNT_CENTS
+from payments.money import (
+    DECIMALS,
+    DEFAULT_CURRENCY,
+    MAX_AMOUNT_CENTS,
+    MIN_AMOUNT_CENTS,
+    decimal_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +94,24 @@ def test_how_many_currencies_do_not_have_two_decimals(decimals: int, count: int)
 )
 def test_what_cannot_be_charged(code: str) -> None:
     assert code not in DECIMALS
+
+
+@pytest.mark.parametrize(
+    ("amount_cents", "currency", "text"),
+    [
+        (1500, "INR", "15.00"),
+        (1, "INR", "0.01"),
+        (1500, "JPY", "1500"),
+        (1500, "KWD", "1.500"),
+        (1, "UYW", "0.0001"),
+        (MAX_AMOUNT_CENTS, "JPY", "2147483647"),
+        (MAX_AMOUNT_CENTS, "USD", "21474836.47"),
+    ],
+)
+def test_an_amount_as_a_decimal(amount_cents: int, currency: str, text: str) -> None:
+    assert decimal_text(amount_cents, currency) == text
+
+
+def test_no_decimal_is_guessed() -> None:
+    with pytest.raises(KeyError):
+        decimal_text(1, "XXX")

@@ -44,6 +44,8 @@ CONFLICTS = (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetecte
 CONFLICT_PAUSE_S = 0.1
 CONFLICT_FOR_S = 30.0
 
+DATABASE_EXISTS = "SELECT FROM pg_database WHERE datname = %s"
+
 T = TypeVar("T")
 
 
@@ -187,6 +189,8 @@ def create_database_if_missing(address: DatabaseAddress) -> None:
     maintenance = msgspec.structs.replace(address, dbname="postgres")
     statement = SQL("CREATE DATABASE {}").format(Identifier(address.dbname))
     with connect(maintenance, "payments create database") as connection:
+        if connection.execute(DATABASE_EXISTS, [address.dbname]).rowcount:
+            return  # a server that is read-only would refuse
         connection.execute("SET statement_timeout = '60s'")  # it copies the template's files
         try:
             connection.execute(statement)

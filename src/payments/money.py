@@ -33,6 +33,11 @@ DECIMALS: dict[str, int] = dict.fromkeys(_DECIMALS_2.split(), 2) | {
 }
 
 
+def decimal_text(amount_cents: int, currency: str) -> str:
+    """15.00 of INR, 1500 of JPY, 1.500 of KWD; KeyError for a currency that is not known."""
+    return str(Decimal(amount_cents).scaleb(-DECIMALS[currency]))
+
+
 def amount_text(amount_cents: int, currency: str) -> str:
     """For people: 15.00 INR. A currency that is not known is taken to have two decimals."""
     return f"{Decimal(amount_cents).scaleb(-DECIMALS.get(currency, 2))} {currency}"

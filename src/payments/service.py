@@ -2,19 +2,16 @@
 
 import asyncio
 import importlib
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from loguru import logger
 
-from payments import embedded_postgres
 from payments.admission import Admission
 from payments.callbacks.dispatcher import CONCURRENCY_MAX, Dispatcher
 from payments.commands.charge import Charging
@@ -23,13 +20,7 @@ from payments.commands.refund import Refunding
 from payments.commands.runs import Runs
 from payments.commands.settle import Settler
 from payments.commands.settling import Settling
-from payments.database import (
-    Database,
-    DatabaseAddress,
-    create_database_if_missing,
-    refuse_pooling,
-)
-from payments.embedded_postgres.keeper import Keeper
+from payments.database import Database, DatabaseAddress
 from payments.errors import DatabaseUnavailable, StartError
 from payments.events.appender import Appender
 from payments.events.notifier import Notifier
@@ -37,7 +28,7 @@ from payments.events.watch import LogWatch
 from payments.gateways import Gateway
 from payments.gateways.counted import CountedGateway
 from payments.gateways.simulated import SimulatedGateway
-from payments.migrations import check_migrated, check_readable, migrate
+from payments.opening import data_dir
 from payments.projections.callbacks import CallbacksProjection, begin_at_the_end
 from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection
@@ -342,58 +333,3 @@ def _plugged_in_gateway(settings: Settings) -> Gateway:
 def _told(error: Exception) -> str:
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
-
-
-def data_dir(settings: Settings) -> Path:
-    try:
-        return settings.payments_data_dir or embedded_postgres.default_data_dir()
-    except RuntimeError:
-        raise StartError("there is no home directory: set PAYMENTS_DATA_DIR") from None
-
-
-def heads_dir(settings: Settings) -> Path | None:
-    """Where the newest seal is kept; None if there is no place for it."""
-    try:
-        return data_dir(settings)
-    except StartError:
-        return None
-
-
-@contextmanager
-def open_database(
-    settings: Settings, *, to: Literal["migrate", "run", "read"], lasting: bool = False
-) -> Iterator[DatabaseAddress]:
-    """The database that the settings name, up to date; the embedded one lives while this is open.
-
-    `to` says what for: "migrate" brings the schema up to date, "run" checks that it is, and that
-    this version may write to it, and "read" does with one that is newer. `lasting`: the embedded
-    one is started again whenever it ends; if it cannot be, this process gets a SIGTERM. Raises
-    StartError, in that case at the end of the block.
-    """
-    make_sure = {"migrate": migrate, "run": check_migrated, "read": check_readable}[to]
-    if settings.database_host is not None:
-        address = DatabaseAddress.from_settings(settings)
-        refuse_pooling(address)
-        make_sure(address)
-        yield address
-        return
-    try:
-        server = embedded_postgres.start(data_dir(settings))
-    except embedded_postgres.EmbeddedPostgresError as error:
-        raise StartError(str(error)) from None
-    with server:
-        logger.bind(socket=str(server.socket_dir)).info("embedded Postgres is running")
-        address = DatabaseAddress(
-            str(server.socket_dir), server.port, server.user, None, settings.database_name
-        )
-        create_database_if_missing(address)
-        make_sure(address)
-        if not lasting:
-            yield address
-            return
-        with Keeper(server, lambda: os.kill(os.getpid(), signal.SIGTERM)) as keeper:
-            try:
-                yield address
-            finally:
-                if keeper.lost is not None:
-                    raise StartError(keeper.lost)

@@ -21,7 +21,8 @@ from loguru import logger
 
 from payments.database import DatabaseAddress
 from payments.gateways import Gateway
-from payments.service import Service, heads_dir
+from payments.opening import heads_dir
+from payments.service import Service
 from payments.settings import Settings
 from web.app import application, door, guarded, operations_application
 from web.listening import Server, allow_many_connections

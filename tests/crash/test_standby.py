@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -17,11 +18,12 @@ from payments.events.chain import read_line
 from payments.migrations import migrate
 from payments.queries.server import Horizon, horizon
 from tests.outside_postgres import OutsidePostgres, Standby
-from tests.process import PAYMENTS, ROOT, environment, open_directory, run
+from tests.process import PAYMENTS, ROOT, environment, free_port, open_directory, run
 from tests.support import ORDER_ID, History, append, eventually
 from tests.test_cli_audit import catch_up
 
 PAYMENTS_MADE = 3000
+FIRST = History("k0").id
 VACUUM_EVERY_S = 0.2
 
 
@@ -80,6 +82,8 @@ def test_a_snapshot_that_is_held_is_cancelled(servers: tuple[OutsidePostgres, St
         "replay",
         f"replay --order {ORDER_ID}",
         f"replay --order {ORDER_ID} --as-of 100 --format csv",
+        "replay --format table",
+        "export --from 2020-01-01T00:00:00Z --to 2100-01-01T00:00:00Z",
         "audit verify",
         "rebuild --dry-run",
     ],
@@ -118,12 +122,53 @@ def test_who_follows_hears_of_what_arrives(servers: tuple[OutsidePostgres, Stand
         process.wait(timeout=10)
 
 
-@pytest.mark.parametrize("command", ["rebuild", "parked retry --all"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("audit head", f"explain {FIRST}", f"explain {FIRST} --format json", "parked list"),
+        *("callbacks list", "callbacks list --due", "callbacks list --dead --format json"),
+        f"callbacks list --order {ORDER_ID}",
+        *("callbacks redrive --dead", "settings", "psql -c TABLE\tfollowers"),
+    ],
+)
+def test_what_only_reads_works(servers: tuple[OutsidePostgres, Standby], command: str) -> None:
+    _, standby = servers
+    words = [word.replace("\t", " ") for word in command.split(" ")]
+    done = run(*words, **standby.settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert "payments:" not in done.stderr
+
+
+def test_doctor_says_what_it_is(servers: tuple[OutsidePostgres, Standby]) -> None:
+    _, standby = servers
+    done = run("doctor", **standby.settings)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "it refuses to write: it is a standby, or read-only" in done.stdout
+
+
+def test_a_dump_of_a_standby(servers: tuple[OutsidePostgres, Standby], tmp_path: Path) -> None:
+    _, standby = servers
+    done = run("dump", str(tmp_path / "payments.dump"), **standby.settings)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    refused = run("restore", str(tmp_path / "payments.dump"), **standby.settings)
+    told = "payments: the database refuses to write: it is a standby, or read-only\n"
+    assert (refused.returncode, refused.stdout, refused.stderr) == (1, "", told)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("rebuild", "parked retry --all", "callbacks backfill --from 1", "migrate"),
+        *("serve", "work"),
+    ],
+)
 def test_what_cannot_be_done_there_is_one_line(
     servers: tuple[OutsidePostgres, Standby], command: str
 ) -> None:
     _, standby = servers
-    done = run(*command.split(), **standby.settings, LOG_LEVEL="ERROR")
+    own = {"PORT": free_port(), "ORDER_CALLBACK_URL": "http://127.0.0.1:1/callback"}
+    done = run(*command.split(), **standby.settings, **own, LOG_LEVEL="ERROR")
     told = "payments: the database refuses to write: it is a standby, or read-only\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
 

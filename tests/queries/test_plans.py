@@ -240,6 +240,7 @@ def test_streams_are_read_by_their_key(on_big: psycopg.Connection[Any]) -> None:
     for query, params, most in (
         (LOAD_STREAMS, [uuids(ids)], 2 * 2 * 256),
         (LOAD_STREAM, [ids[0]], 4),
+        (READ_ASKED_FOR, {"payment_ids": ids}, 2 * 2 * 256),
         (HISTORY, [ids[0]], 4),
     ):
         plan = Plan(on_big, query, params)

@@ -1,33 +1,76 @@
 """The `payments` command. Data goes to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 could not (one line says why), 2 wrong arguments. `audit verify` and
-`rebuild --dry-run`: 0 nothing was found, 1 something was, 2 anything else.
+Exit codes: 0 done, 1 could not (one line says why), 2 wrong arguments, or what it prints cannot be
+written. `audit verify`, `doctor` and `rebuild --dry-run`: 0 nothing was found, 1 something was, 2
+anything else. `psql`: its own.
 """
 
 import click
 
-from payments.cli.audit import audit
-from payments.cli.callbacks import callbacks
-from payments.cli.doctor import doctor
 from payments.cli.exits import Commands
-from payments.cli.explain import explain_payment
-from payments.cli.keys import keys
-from payments.cli.log import log_group
-from payments.cli.parked import parked
-from payments.cli.processes import migrate, serve, settings, work
-from payments.cli.rebuild import rebuild_read_model
-from payments.cli.replay import replay_log
+
+# Name: where it is, and its first sentence. A command is imported when it is called, since most of
+# the time of a short one would go into importing all the others.
+COMMANDS = {
+    "serve": ("processes:serve", "Start the service and run until SIGTERM."),
+    "work": (
+        "processes:work",
+        "Follow the log, settle open payments and call back until SIGTERM, without the API.",
+    ),
+    "migrate": ("schema:migrate", "Bring the database's schema up to date and exit."),
+    "settings": (
+        "settings:settings",
+        "Print every setting with its value, default and meaning; secrets are hidden.",
+    ),
+    "keys": ("keys:keys", "API keys of the service's clients."),
+    "doctor": (
+        "doctor:doctor",
+        "Check settings, database, followers, seals, open payments and callbacks; one line each.",
+    ),
+    "replay": (
+        "replay:replay_log",
+        "Print the log, oldest first: all of it, or what the options name.",
+    ),
+    "explain": (
+        "explain:explain_payment",
+        "Print what happened to a payment, oldest first; PAYMENT is its id.",
+    ),
+    "export": (
+        "export:export_money",
+        "Print what money moved in a time, as CSV for spreadsheets: a row for each movement.",
+    ),
+    "audit": (
+        "audit:audit",
+        "Whether the log is what was sealed, and the read model what the log says.",
+    ),
+    "rebuild": (
+        "rebuild:rebuild_read_model",
+        "Compare a read model with the log, and write the rows that differ.",
+    ),
+    "parked": (
+        "parked:parked",
+        "Streams that a read model goes on without, since an event of theirs could not be applied.",
+    ),
+    "callbacks": ("callbacks:callbacks", "What Order Service is owed and was told."),
+    "dump": (
+        "backup:dump",
+        "Write the whole database to FILE, which must not exist yet, for `payments restore`.",
+    ),
+    "restore": (
+        "backup:restore",
+        "Write what `payments dump` wrote to FILE into an empty database.",
+    ),
+    "psql": (
+        "psql:open_psql",
+        "Open psql on the service's database; ARGS are psql's own, such as -c \"SELECT 1\".",
+    ),
+    "log": ("log:log_group", "What a person decides about the log."),
+}
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands, commands_at=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(package_name="payment-service")
 def main() -> None:
     """The Payment Service. Settings are environment variables: `payments settings` lists them."""
-
-
-for command in (
-    *(serve, work, migrate, settings, keys, doctor),
-    *(replay_log, explain_payment, audit, rebuild_read_model),
-    *(parked, callbacks, log_group),
-):
-    main.add_command(command)

@@ -10,11 +10,12 @@ import click
 
 from payments.cli.exits import FINDINGS, one_is_a_finding
 from payments.cli.output import one_line
-from payments.cli.processes import begin, with_database
 from payments.cli.progress import Progress
+from payments.cli.start import begin, with_database
 from payments.database import Database
 from payments.errors import StartError
 from payments.events.losses import log_id
+from payments.opening import open_database
 from payments.projections.comparison import Comparison, Difference, Unreadable
 from payments.projections.parked import needlessly_parked
 from payments.queries.guards import broken_guards
@@ -35,7 +36,6 @@ from payments.queries.verification import (
     places_of,
     shared_captures,
 )
-from payments.service import open_database
 from payments.snapshot import Reader
 
 SHOWN_MAX = 100  # findings of each kind; all are counted

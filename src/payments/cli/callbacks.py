@@ -10,9 +10,10 @@ import click
 from payments.callbacks.outbox import redrive as redrive_deliveries
 from payments.cli.moments import TIME
 from payments.cli.output import format_option, print_json, print_rows
-from payments.cli.processes import begin, with_database
+from payments.cli.start import begin, with_database
 from payments.database import Database
 from payments.errors import StartError
+from payments.opening import open_database
 from payments.projections.callbacks import CallbacksProjection, backfill, begin_at_the_end
 from payments.queries.callbacks import (
     Attempt,
@@ -27,7 +28,6 @@ from payments.queries.callbacks import (
     newest_deliveries,
     text_of,
 )
-from payments.service import open_database
 
 LIMIT_MAX = 100_000
 REDRIVE_ROWS = 500  # in one transaction

@@ -12,12 +12,14 @@ import click
 import psycopg
 
 from payments.cli.checks import Check, database_checks, failing
+from payments.cli.exits import FINDINGS, one_is_a_finding
 from payments.cli.output import one_line
-from payments.cli.processes import begin, with_database
+from payments.cli.start import begin, with_database
 from payments.database import DatabaseAddress, connect, reason_of
 from payments.errors import DatabaseUnavailable, StartError
 from payments.migrations import schema_of
-from payments.service import build_gateway, open_database
+from payments.opening import open_database
+from payments.service import build_gateway
 from payments.session import settings_in_force
 from payments.settings import Settings
 
@@ -31,13 +33,14 @@ def doctor() -> None:
     """Check settings, database, followers, seals, open payments and callbacks; one line each.
 
     Of every alert, what the database can tell is among them. It only looks. Exit code 0: all is
-    well, or switched off; 1: something is not.
+    well, or switched off; 1: something is not; 2: it could not be looked at.
     """
+    one_is_a_finding()
     failed = 0
     for check in _checks():
         click.echo(one_line(f"{check.state:<5} {check.name:<10} {check.text}"))
         failed += check.state == "FAIL"
-    sys.exit(1 if failed else 0)
+    sys.exit(FINDINGS if failed else 0)
 
 
 def _checks() -> Iterator[Check]:

@@ -1,39 +1,34 @@
 """How commands end: one line on stderr says what went wrong, and the exit code what kind it was.
 
-0 done, 1 could not, 2 wrong arguments. Where 1 means that something was found, whatever else goes
-wrong is 2 as well: a night job must be able to tell an alteration from a full disk.
+0 done, 1 could not, 2 wrong arguments, or output that cannot be written. Where 1 means that
+something was found, whatever else goes wrong is 2 as well: a night job must be able to tell an
+alteration from a full disk.
+
+A command is imported when it is called, and what only a failure needs when there is one.
 """
 
+import importlib
 import io
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NoReturn, TextIO
 
 import click
-import psycopg
-from loguru import logger
 
 from payments.cli.output import one_line
-from payments.database import reason_of
 from payments.errors import PaymentsError, StartError
 
-FINDINGS, FAILED, COULD_NOT_CHECK = 1, 1, 2
-_CHECKS = "payments.cli.exits"
-
-# What a query says that was written for another schema: see docs/decisions/upgrades.md.
-_OTHER_SCHEMA = (
-    psycopg.errors.UndefinedTable,
-    psycopg.errors.UndefinedColumn,
-    psycopg.errors.UndefinedFunction,
-)
+FINDINGS, FAILED, COULD_NOT_CHECK, COULD_NOT_WRITE = 1, 1, 2, 2
+_CHECKS, _LOGS = "payments.cli.checks", "payments.cli.logs"
 
 
-class OutputError(OSError):
+class OutputError(Exception):
     """What a command prints cannot be written."""
 
-    def __str__(self) -> str:
-        return f"the output cannot be written: {self.strerror}"
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"the output cannot be written: {error.strerror or error}")
 
 
 def one_is_a_finding() -> None:
@@ -41,17 +36,49 @@ def one_is_a_finding() -> None:
     click.get_current_context().meta[_CHECKS] = True
 
 
+def logs_are_set_up() -> None:
+    """Until then nobody has said where to log."""
+    click.get_current_context().meta[_LOGS] = True
+
+
 class Commands(click.Group):
-    """Turns what goes wrong into one line and an exit code."""
+    """Turns what goes wrong into one line and an exit code.
+
+    `commands_at`: of each command's name its place, module:attribute, and the first sentence of its
+    help.
+    """
+
+    def __init__(
+        self, *args: Any, commands_at: Mapping[str, tuple[str, str]], **extra: Any
+    ) -> None:
+        super().__init__(*args, **extra)
+        self._commands_at = commands_at
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(self._commands_at)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._commands_at:
+            return None
+        module, _, attribute = self._commands_at[cmd_name][0].partition(":")
+        command: click.Command = getattr(
+            importlib.import_module(f"payments.cli.{module}"), attribute
+        )
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, self._commands_at[name][1]) for name in self.list_commands(ctx)]
+            )
 
     def __call__(self, *args: Any, **extra: Any) -> Any:
         _set_up_streams()
-        logger.remove()  # until `begin` has read the settings, nobody has said where to log
         try:
             return super().__call__(*args, **extra)
         except OutputError as error:  # --help and --version are printed before a command is invoked
             discard(sys.stdout)
-            _end(str(error), FAILED)
+            _end(str(error), COULD_NOT_WRITE)
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -66,13 +93,13 @@ class Commands(click.Group):
             reason = _reason(error, checks)
             if reason is None:
                 raise
-            if isinstance(error, OSError):
+            code = COULD_NOT_CHECK if checks else FAILED
+            if isinstance(error, OutputError):
                 discard(sys.stdout)
-            logger.opt(exception=error).debug("why the command ends")
-        return _end(
-            f"could not check: {reason}" if checks else reason,
-            COULD_NOT_CHECK if checks else FAILED,
-        )
+                code = COULD_NOT_WRITE
+            if ctx.meta.get(_LOGS):
+                _log_where(error)
+        return _end(f"could not check: {reason}" if checks else reason, code)
 
 
 def _end(reason: str, code: int) -> NoReturn:
@@ -80,36 +107,52 @@ def _end(reason: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _log_where(error: BaseException) -> None:
+    from loguru import logger
+
+    logger.opt(exception=error).debug("why the command ends")
+
+
 def _reason(error: BaseException, checks: bool) -> str | None:
-    """What went wrong, for people. None: a defect, for whoever develops this; Ctrl-C; or a pipe
-    whose reader has seen enough. They are told only where exit code 1 would pass for a finding."""
-    reason: str | None = None
+    """What went wrong, for people. None: a defect, for whoever develops this, or Ctrl-C. They are
+    told only where exit code 1 would pass for a finding."""
+    if isinstance(error, StartError | PaymentsError | OutputError):
+        return str(error)
+    if "psycopg" in sys.modules and (reason := _reason_of_database(error, checks)) is not None:
+        return reason
+    if not checks:
+        return None
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return f"{type(error).__name__}: {error}"
+
+
+def _reason_of_database(error: BaseException, checks: bool) -> str | None:
+    import psycopg
+
+    from payments.database import reason_of
+
+    if not isinstance(error, psycopg.Error):
+        return None
     match error:
-        case StartError() | PaymentsError():
-            reason = str(error)
         case psycopg.OperationalError():  # a lock that is held, a server that is gone
-            reason = f"the database: {reason_of(error)}: try again later"
+            return f"the database: {reason_of(error)}: try again later"
         case psycopg.errors.ReadOnlySqlTransaction():
-            reason = "the database refuses to write: it is a standby, or read-only"
+            return "the database refuses to write: it is a standby, or read-only"
+        # A query that was written for another schema: see docs/decisions/upgrades.md.
+        case (
+            psycopg.errors.UndefinedTable()
+            | psycopg.errors.UndefinedColumn()
+            | psycopg.errors.UndefinedFunction()
+        ):
+            return f"the database: {reason_of(error)}: does its schema fit? `payments doctor`"
         case psycopg.errors.InsufficientPrivilege():
-            reason = f"the database: {reason_of(error)}"
-        case psycopg.Error() if isinstance(error, _OTHER_SCHEMA):
-            reason = f"the database: {reason_of(error)}: does its schema fit? `payments doctor`"
-        case psycopg.Error() if checks:
-            reason = f"the database: {reason_of(error)}"
-        case KeyboardInterrupt() if checks:
-            reason = "interrupted"
-        case OutputError():
-            reason = str(error)
-        case BrokenPipeError() if checks:
-            reason = str(OutputError(error.errno, error.strerror))
-        case Exception() if checks:
-            reason = f"{type(error).__name__}: {error}"
-    return reason
+            return f"the database: {reason_of(error)}"
+    return f"the database: {reason_of(error)}" if checks else None
 
 
 class _Stdout(io.BufferedWriter):
-    """Says of an error that it was the output's. What nobody reads on is left as it is.
+    """Says of an error that it was the output's.
 
     Not a raw stream: Ctrl-C between its write and the buffer's note of it would write twice.
     """
@@ -118,13 +161,13 @@ class _Stdout(io.BufferedWriter):
         try:
             return super().write(data)
         except OSError as error:
-            raise _output_error(error) from None
+            raise OutputError(error) from None
 
     def flush(self) -> None:
         try:
             super().flush()
         except OSError as error:
-            raise _output_error(error) from None
+            raise OutputError(error) from None
 
 
 class _Stderr(io.BufferedWriter):
@@ -140,22 +183,16 @@ class _Stderr(io.BufferedWriter):
             super().flush()
 
 
-def _output_error(error: OSError) -> OSError:
-    if isinstance(error, BrokenPipeError):
-        return error
-    return OutputError(error.errno, error.strerror)
-
-
 def _set_up_streams() -> None:
     """Python leaves out what is closed: the output would vanish without an error, and the next file
-    or connection would get its descriptor."""
+    or connection would get its descriptor. What the encoding does not have is escaped."""
     out, err = sys.stdout, sys.stderr
     if out is None:
         sys.stdout = io.TextIOWrapper(_Stdout(_devnull(os.O_RDONLY)), "utf-8")
     else:
         raw = io.FileIO(out.fileno(), "w", closefd=False)
         by_line = raw.isatty()
-        sys.stdout = io.TextIOWrapper(_Stdout(raw), out.encoding, out.errors, None, by_line)
+        sys.stdout = io.TextIOWrapper(_Stdout(raw), out.encoding, "backslashreplace", None, by_line)
     if err is None:
         sys.stderr = io.TextIOWrapper(_Stderr(_devnull(os.O_WRONLY)), "utf-8", None, None, True)
     else:

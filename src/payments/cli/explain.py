@@ -5,9 +5,9 @@ from uuid import UUID
 import click
 
 from payments.cli.output import one_line, print_json
-from payments.cli.processes import begin, with_database
+from payments.cli.start import begin, with_database
+from payments.opening import open_database
 from payments.queries.explain import explain, time_text
-from payments.service import open_database
 
 
 @click.command("explain")

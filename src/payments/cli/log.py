@@ -4,13 +4,13 @@ import click
 
 from payments.cli.audit import heads_option
 from payments.cli.output import one_line
-from payments.cli.processes import begin, with_database
+from payments.cli.start import begin, with_database
 from payments.database import Database
 from payments.errors import StartError
 from payments.events import losses
 from payments.events.losses import OpenLoss
 from payments.events.watch import Seal, find_loss
-from payments.service import heads_dir, open_database
+from payments.opening import heads_dir, open_database
 
 TOLD_MAX = 500  # characters
 

@@ -4,17 +4,16 @@ Values are printed as they are, but for what is not printable: nobody's data beg
 own or speaks to the terminal.
 """
 
+import codecs
 import csv
 import io
+import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
 import msgspec
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 
 # With these a spreadsheet begins a formula, some of them in full width (OWASP: CSV Injection).
 FORMULA_BEGINS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
@@ -31,6 +30,14 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str)
     if form == "json":
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
+    _print_table(columns, rows)
+
+
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    from rich.console import Console  # the other forms do without
+    from rich.measure import Measurement
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     texts = [["" if value is None else one_line(str(value)) for value in row] for row in rows]
     for place, column in enumerate(columns):
@@ -62,6 +69,10 @@ def _no_formula(cell: object) -> object:
 
 
 def print_json(value: Any) -> None:
+    """Where the output is not UTF-8, as JSON has to be, in ASCII."""
+    if codecs.lookup(sys.stdout.encoding).name != "utf-8":
+        click.echo(json.dumps(msgspec.to_builtins(value), indent=2))
+        return
     lines = msgspec.json.format(msgspec.json.encode(value), indent=2).decode().split("\n")
     click.echo("\n".join(_printable(line, _json_escape) for line in lines))
 

@@ -2,19 +2,20 @@
 
 import asyncio
 import sys
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import click
 
 from payments.cli.output import format_option, one_line, print_rows
-from payments.cli.processes import begin, with_database
+from payments.cli.start import begin, with_database
 from payments.database import Database, DatabaseAddress
-from payments.gateways import declines_may_turn_s
-from payments.projections.follower import Parked
+from payments.opening import open_database
 from payments.queries.followers import ParkedStream, parked_streams
-from payments.service import build_followers, build_gateway, open_database
 from payments.settings import Settings
-from payments.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from payments.projections.follower import Parked
 
 
 @click.group()
@@ -50,8 +51,12 @@ def retry(payments: tuple[UUID, ...], every: bool) -> None:
 
 async def _retry(
     settings: Settings, address: DatabaseAddress, payments: tuple[UUID, ...] | None
-) -> tuple[list[UUID], list[Parked]]:
+) -> "tuple[list[UUID], list[Parked]]":
     """Which of the payments are not parked, and which streams still are."""
+    from payments.gateways import declines_may_turn_s
+    from payments.service import build_followers, build_gateway  # which the list does without
+    from payments.telemetry import Telemetry
+
     unknown, left = set(payments or ()), []
     turning_s = declines_may_turn_s(build_gateway(settings))
     for follower in build_followers(

@@ -1,4 +1,4 @@
-"""What runs the service: `serve`, `work`, `migrate`, `settings`."""
+"""What runs the service: `serve` and `work`."""
 
 import asyncio
 import importlib
@@ -6,44 +6,18 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
-from typing import Literal, TypeVar
+from typing import Literal
 
 import click
 import uvloop
 from loguru import logger
 
-from payments.cli.output import format_option, print_rows
-from payments.database import Database, DatabaseAddress
-from payments.logs import set_up_logs
-from payments.service import Service, build_gateway, heads_dir, open_database
-from payments.settings import Settings, describe, read_settings
+from payments.cli.start import begin
+from payments.opening import heads_dir, open_database
+from payments.service import Service, build_gateway
 from payments.tracing import traces
 
-T = TypeVar("T")
-
 WORK_STOP_S = 8.0  # container runtimes kill after 10 s
-
-
-def begin() -> Settings:
-    """Reads the settings and sets up the logs."""
-    settings = read_settings(os.environ)
-    set_up_logs(settings.log_format, settings.log_level)  # type: ignore[arg-type]
-    return settings
-
-
-def with_database(address: DatabaseAddress, use: Callable[[Database], Awaitable[T]]) -> T:
-    """What a coroutine makes of the database, on one connection of a pool."""
-
-    async def run() -> T:
-        database = Database(address, 1)
-        await database.open()
-        try:
-            return await use(database)
-        finally:
-            await database.close()
-
-    return asyncio.run(run())
 
 
 def _end_on_sigterm() -> None:
@@ -58,7 +32,7 @@ def _end_on_sigterm() -> None:
 def serve(api_only: bool) -> None:
     """Start the service and run until SIGTERM."""
     _end_on_sigterm()
-    settings = begin()
+    settings = begin(told=True)
     # By name: nothing in payments imports web.
     server = importlib.import_module("web.server")
     listening = importlib.import_module("web.listening")
@@ -76,7 +50,7 @@ def work() -> None:
     With METRICS_PORT it answers /metrics and /health there.
     """
     _end_on_sigterm()
-    settings = begin()
+    settings = begin(told=True)
     metrics = importlib.import_module("web.listening").bind_metrics(settings)
     gateway = build_gateway(settings)
 
@@ -100,18 +74,3 @@ async def _work(service: Service, metrics: socket.socket | None) -> None:
     logger.info("stopping")
     await service.stop(WORK_STOP_S)
     logger.info("stopped")
-
-
-@click.command()
-def migrate() -> None:
-    """Bring the database's schema up to date and exit."""
-    with open_database(begin(), to="migrate"):
-        click.echo("the database is up to date", err=True)
-
-
-@click.command()
-@format_option
-def settings(form: str) -> None:
-    """Print every setting with its value, default and meaning; secrets are hidden."""
-    columns = ("variable", "value", "default", "meaning")
-    print_rows(columns, describe(read_settings(os.environ)), form)

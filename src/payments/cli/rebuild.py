@@ -7,11 +7,11 @@ import click
 
 from payments.cli.exits import FINDINGS, one_is_a_finding
 from payments.cli.output import one_line, print_rows
-from payments.cli.processes import begin
 from payments.cli.progress import Progress
+from payments.cli.start import begin
+from payments.opening import open_database
 from payments.projections.comparison import Difference, Totals, Unreadable
 from payments.projections.rebuild import Rebuilt, check, rebuild
-from payments.service import open_database
 
 SHOWN_MAX = 20  # differing rows; all are counted
 

@@ -10,19 +10,18 @@ from uuid import UUID
 import click
 import msgspec
 
-from payments.cli.exits import discard
-from payments.cli.moments import MOMENT
+from payments.cli.moments import MOMENT, POSITION_MAX
 from payments.cli.output import csv_line, one_line, print_rows
-from payments.cli.processes import begin, with_database
+from payments.cli.start import begin, with_database
 from payments.database import Database, DatabaseAddress
 from payments.errors import PaymentNotFound, StartError
 from payments.events.chain import LogEntry, write_line
 from payments.events.facts import FACTS
+from payments.opening import open_database
 from payments.queries.as_of import get_payment_as_of
 from payments.queries.explain import summary, time_text
 from payments.queries.payments import PaymentView
 from payments.queries.replay import LAST, Moment, Replay, Sealed, Wanted
-from payments.service import open_database
 
 FIELDS = PaymentView.__struct_fields__
 CSV_COLUMNS = (
@@ -38,7 +37,7 @@ CSV_COLUMNS = (
 )
 @click.option("--from", "first", type=MOMENT, help="Included.")
 @click.option("--until", "last", type=MOMENT, help="A position is included, a time is not.")
-@click.option("--limit", type=click.IntRange(1), help="So many events at most.")
+@click.option("--limit", type=click.IntRange(1, POSITION_MAX), help="So many events at most.")
 @click.option(
     "--format",
     "form",
@@ -99,8 +98,6 @@ def _print_events(address: DatabaseAddress, wanted: Wanted, form: str, following
                 out.flush()
                 count += len(part)
         out.flush()
-    except BrokenPipeError:  # whoever reads has seen enough
-        discard(sys.stdout)
     except KeyboardInterrupt:
         sys.exit(0 if following else 130)
     if not count and (wanted.payment_id or wanted.order_id) and not following:
@@ -159,8 +156,9 @@ def _writer(form: str) -> Callable[[Sealed], bytes]:
     if form == "csv":
         out.write(csv_line(CSV_COLUMNS))
         return lambda found: csv_line(_cells(found))
+    encoding = sys.stdout.encoding  # the other forms are UTF-8 wherever they are read
     out.write(_TABLE.format(*_TABLE_COLUMNS).rstrip().encode() + b"\n")
-    return lambda found: _table_line(found.event)
+    return lambda found: _table_line(found.event).encode(encoding, "backslashreplace")
 
 
 def _cells(found: Sealed) -> list[object]:
@@ -185,7 +183,7 @@ _TABLE_COLUMNS = ("position", "recorded_at", "payment", "version", "type", "what
 _TABLE = "{:>10}  {:<27}  {:<36}  {:>7}  {:<19}  {}"
 
 
-def _table_line(event: LogEntry) -> bytes:
+def _table_line(event: LogEntry) -> str:
     line = _TABLE.format(
         event.position,
         time_text(event.recorded_at),
@@ -194,4 +192,4 @@ def _table_line(event: LogEntry) -> bytes:
         event.topic,
         summary(event),
     )
-    return one_line(line.rstrip()).encode() + b"\n"
+    return one_line(line.rstrip()) + "\n"

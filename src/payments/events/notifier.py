@@ -8,13 +8,15 @@ append. Why: docs/decisions/event-store.md.
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from loguru import logger
 
 from payments.database import cut_after
-from payments.telemetry import Telemetry
+
+if TYPE_CHECKING:  # commands read the log by way of this module, and measure nothing
+    from payments.telemetry import Telemetry
 
 CHANNEL = "payment_events"
 NOTIFY = "NOTIFY payment_events"
@@ -33,7 +35,7 @@ class Notifier:
     """One per process that appends; `wake` is told of each batch before anybody else."""
 
     def __init__(
-        self, connect: Connect, telemetry: Telemetry, wake: Callable[[], None] = lambda: None
+        self, connect: Connect, telemetry: "Telemetry", wake: Callable[[], None] = lambda: None
     ) -> None:
         self._connect = connect
         self._sent = telemetry.notifications

@@ -146,6 +146,14 @@ SELECT e.notification_id, e.originator_id, e.originator_version, coalesce(e.topi
  ORDER BY e.notification_id FETCH FIRST 100 ROWS WITH TIES
 """
 
+# What was asked for, of these payments: the charge of each, and its refunds.
+READ_ASKED_FOR = """
+SELECT originator_id, originator_version, coalesce(topic, ''), coalesce(state, '')
+  FROM payment_events
+ WHERE originator_id = ANY (%(payment_ids)s::uuid[])
+   AND topic IN ('PaymentInitiated', 'RefundInitiated')
+"""
+
 # The first event at a position or behind it, and when it was recorded.
 READ_NEXT_TIME = """
 SELECT notification_id, recorded_at

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from uuid import UUID
 
 import psycopg
@@ -24,8 +24,10 @@ from payments.events.facts import UndecodableEvent, traceparent_of
 from payments.events.notifier import LISTEN
 from payments.events.store import READ_LOG, READ_STREAM_PART
 from payments.payment import UnexpectedEvent
-from payments.telemetry import Telemetry
 from payments.tracing import spans_since
+
+if TYPE_CHECKING:  # commands use what is below, and measure nothing
+    from payments.telemetry import Telemetry
 
 BATCH_MAX = 1000  # events; larger ones save nothing and keep the event loop for longer
 # A batch takes milliseconds; a server that does not answer is given up after this, so that lists
@@ -110,7 +112,7 @@ class Follower:
         self,
         connect: Callable[[str], Awaitable[psycopg.AsyncConnection[Any]]],
         projection: Projection,
-        telemetry: Telemetry,
+        telemetry: "Telemetry",
         batch_max: int = BATCH_MAX,
         *,
         applied: Callable[[], None] | None = None,

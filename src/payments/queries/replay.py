@@ -21,13 +21,14 @@ from payments.errors import StartError
 from payments.events.chain import LogEntry
 from payments.events.store import (
     HEAD_POSITION,
+    READ_ASKED_FOR,
     READ_MATCHING,
     READ_MATCHING_EVENTS,
     READ_NEXT_TIME,
     READ_PART,
     READ_PART_EVENTS,
 )
-from payments.snapshot import Reader, Source
+from payments.snapshot import Reader, Rows, Source
 
 T = TypeVar("T")
 
@@ -116,6 +117,11 @@ class Replay:
             yield from self._between(after, head, for_ever=True)
             after = max(after, head)
             time.sleep(POLL_S)
+
+    def asked_for(self, payment_ids: Sequence[UUID]) -> Rows:
+        """What began the charges and refunds of these payments, as READ_ASKED_FOR has it."""
+        params = {"payment_ids": list(payment_ids)}
+        return self._ask(lambda reader: reader.fetch(READ_ASKED_FOR, params))
 
     def _between(self, after: int, last: int, *, for_ever: bool = False) -> Iterator[list[Sealed]]:
         """Behind one position and up to another, as many as are left."""

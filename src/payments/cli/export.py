@@ -1,0 +1,69 @@
+"""`payments export`: a month for the accountant."""
+
+import sys
+from datetime import UTC, datetime
+
+import click
+
+from payments.cli.moments import TIME
+from payments.cli.output import csv_line
+from payments.cli.start import begin
+from payments.errors import StartError
+from payments.money import decimal_text
+from payments.opening import open_database
+from payments.queries.movements import MOVEMENTS, Movement, Unreadable, movements
+from payments.queries.replay import Replay, Wanted
+
+COLUMNS = ("time", "order", "payment", "kind", "amount", "currency", "provider_id", "refund")
+COLUMNS += ("client", "key")
+
+
+@click.command("export")
+@click.option("--from", "first", type=TIME, required=True, help="Included.")
+@click.option("--to", "last", type=TIME, required=True, help="Not included.")
+def export_money(first: datetime, last: datetime) -> None:
+    """Print what money moved in a time, as CSV for spreadsheets: a row for each movement.
+
+    That is each capture and each refund that the provider carried out and that was recorded then;
+    times are RFC 3339, like 2026-01-01T00:00:00Z. The column time is UTC, amount a decimal of the
+    currency, never negative: kind says which way. Exit code 1: some events could not be read.
+    """
+    if first >= last:
+        raise click.UsageError("--from must be before --to")
+    out, unreadable = sys.stdout.buffer, 0
+    with (
+        open_database(begin(), to="read") as address,
+        Replay(address, Wanted(types=MOVEMENTS, first=first, last=last)) as log,
+    ):
+        out.write(csv_line(COLUMNS))
+        for part in movements(log):
+            for found in part:
+                if isinstance(found, Unreadable):
+                    unreadable += 1
+                    click.echo(f"not readable: the event at position {found.position}", err=True)
+                else:
+                    out.write(csv_line(_cells(found)))
+            out.flush()
+    sys.exit(1 if unreadable else 0)
+
+
+def _cells(found: Movement) -> list[str]:
+    """No zone and no fraction in the time: a spreadsheet would take it for a text."""
+    try:
+        amount = decimal_text(found.amount_cents, found.currency)
+    except KeyError:
+        text = f"the currency {found.currency!r} of payment {found.payment_id} is not known"
+        raise StartError(f"{text}: how many decimals has it?") from None
+    at = found.recorded_at
+    return [
+        f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}" if at is not None else "",
+        str(found.order_id),
+        str(found.payment_id),
+        found.kind,
+        amount,
+        found.currency,
+        found.provider_id,
+        "" if found.refund_id is None else str(found.refund_id),
+        found.client or "",
+        found.key or "",
+    ]

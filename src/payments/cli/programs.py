@@ -1,0 +1,90 @@
+"""The Postgres programs that come with the embedded server: pg_dump, pg_restore and psql.
+
+Those of a distribution are often older than the server, and pg_dump then refuses. They are told
+where the database is by their environment: a password in their arguments would be seen by all.
+"""
+
+import os
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import IO, Any
+
+import psycopg
+
+from payments import embedded_postgres
+from payments.database import DatabaseAddress
+from payments.embedded_postgres import EmbeddedPostgresError
+from payments.errors import StartError
+from payments.settings import Settings
+
+# Of an own server those that say how to connect to it, as for the service itself.
+NOT_INHERITED = ("PGHOSTADDR", "PGSERVICE", "PGSERVICEFILE", "PGOPTIONS", "PGDATABASE", "PGUSER")
+
+
+def program(name: str) -> str:
+    """Its path; StartError."""
+    try:
+        return str(embedded_postgres.binary(name))
+    except EmbeddedPostgresError as error:
+        raise StartError(f"{error}: use {name} of the server's version, or a newer one") from None
+
+
+def check_version(connection: psycopg.Connection[Any]) -> None:
+    """StartError if the server is newer than the programs, which then may not know all it has."""
+    server = connection.info.server_version // 10_000
+    shipped = int(version("embedded-postgres").partition(".")[0])
+    if server > shipped:
+        raise StartError(
+            f"the server is Postgres {server}, and the programs of this service are of version "
+            f"{shipped}: use pg_dump, pg_restore and psql of version {server} or newer"
+        )
+
+
+def environment(settings: Settings, address: DatabaseAddress, name: str) -> dict[str, str]:
+    """The programs' environment: what libpq connects to, and the password if there is one."""
+    is_ours = settings.database_host is None
+    inherited = {
+        variable: value
+        for variable, value in os.environ.items()
+        if variable not in NOT_INHERITED and not (is_ours and variable.startswith("PG"))
+    }
+    where = {
+        "PGHOST": address.host,
+        "PGPORT": str(address.port),
+        "PGUSER": address.user,
+        "PGDATABASE": address.dbname,
+        "PGAPPNAME": name,
+    }
+    if "," in address.host:
+        where["PGTARGETSESSIONATTRS"] = "read-write"
+    if address.password is not None:
+        where["PGPASSWORD"] = address.password
+    return inherited | where
+
+
+def start(
+    name: str, *arguments: str, env: Mapping[str, str], said: IO[bytes], **streams: Any
+) -> "subprocess.Popen[bytes]":
+    """It asks nobody for a password, and what it says goes to the file `said`."""
+    return subprocess.Popen(  # noqa: S603
+        [program(name), *arguments],
+        env=env,
+        stderr=said,
+        **({"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL} | streams),
+    )
+
+
+def end(*processes: "subprocess.Popen[bytes]") -> None:
+    """Whatever they are doing."""
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def failure(name: str, said: IO[bytes]) -> StartError:
+    """Of a program, with the line in which it said why."""
+    said.seek(0)
+    lines = said.read().decode(errors="replace").splitlines() or ["it says nothing"]
+    line = next((line for line in lines if "error" in line.lower()), lines[-1])
+    return StartError(f"{name}: {line.removeprefix(f'{name}: ').removeprefix('error: ')}")

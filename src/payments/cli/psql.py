@@ -1,0 +1,39 @@
+"""`payments psql`: SQL on the service's database."""
+
+import signal
+import subprocess
+import sys
+
+import click
+
+from payments.cli import programs
+from payments.cli.start import begin
+from payments.database import connect
+from payments.opening import open_database
+
+# -h is psql's host.
+AS_THEY_ARE = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
+
+
+@click.command("psql", context_settings=AS_THEY_ARE)
+@click.argument("arguments", metavar="[ARGS]...", nargs=-1, type=click.UNPROCESSED)
+def open_psql(arguments: tuple[str, ...]) -> None:
+    """Open psql on the service's database; ARGS are psql's own, such as -c "SELECT 1".
+
+    The exit code is psql's. Tables are written by the service alone: look, and change nothing.
+    """
+    settings = begin()
+    with open_database(settings, to="look") as address:
+        with connect(address, "payments psql") as connection:
+            programs.check_version(connection)
+        env = programs.environment(settings, address, "payments psql")
+        # Ctrl-C is for psql, which gets it as well; the embedded server lives as long as this does.
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        process = subprocess.Popen([programs.program("psql"), *arguments], env=env)  # noqa: S603
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()
+            process.wait()
+    sys.exit(code if code >= 0 else 128 - code)

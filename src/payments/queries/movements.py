@@ -1,0 +1,96 @@
+"""What money moved: each capture and each refund that the provider carried out, from the log."""
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Literal, NamedTuple
+from uuid import UUID
+
+from payments.events.facts import (
+    Fact,
+    LateCaptureFound,
+    LateCaptureReturned,
+    PaymentCharged,
+    PaymentInitiated,
+    PaymentRefunded,
+    RefundInitiated,
+    UndecodableEvent,
+)
+from payments.events.store import fact_at
+from payments.queries.replay import Replay, Sealed
+
+Moved = PaymentCharged | LateCaptureFound | PaymentRefunded | LateCaptureReturned
+MOVEMENTS = [fact.TOPIC for fact in (PaymentCharged, LateCaptureFound)]
+MOVEMENTS += [fact.TOPIC for fact in (PaymentRefunded, LateCaptureReturned)]
+
+# A charge by its payment, a refund by its own id as well.
+Asked = dict[tuple[UUID, UUID | None], PaymentInitiated | RefundInitiated]
+
+
+class Movement(NamedTuple):
+    """A capture or a refund. `client` and `key` are those of the request for it, and None if that
+    cannot be read; a late capture is returned at nobody's request. `provider_id` is the provider's.
+    """
+
+    recorded_at: datetime | None
+    order_id: UUID
+    payment_id: UUID
+    kind: Literal["charge", "refund"]
+    amount_cents: int
+    currency: str
+    provider_id: str
+    refund_id: UUID | None
+    client: str | None
+    key: str | None
+
+
+class Unreadable(NamedTuple):
+    """An event that moved money, and cannot be read."""
+
+    position: int
+
+
+def movements(log: Replay) -> Iterator[list[Movement | Unreadable]]:
+    """Of a replay that wants MOVEMENTS, part by part."""
+    for part in log.parts():
+        asked = _asked_for(log, list({event.payment_id for event, _ in part}))
+        yield [_movement(found, asked) for found in part]
+
+
+def _asked_for(log: Replay, payment_ids: Sequence[UUID]) -> Asked:
+    asked: Asked = {}
+    for row in log.asked_for(payment_ids):
+        try:
+            fact = fact_at(*row)
+        except UndecodableEvent:
+            continue
+        if isinstance(fact, PaymentInitiated):
+            asked[fact.payment_id, None] = fact
+        elif isinstance(fact, RefundInitiated):
+            asked[fact.payment_id, fact.refund_id] = fact
+    return asked
+
+
+def _movement(found: Sealed, asked: Asked) -> Movement | Unreadable:
+    event = found.event
+    try:
+        fact: Fact = fact_at(event.payment_id, event.version, event.topic, event.state)
+    except UndecodableEvent:
+        return Unreadable(event.position)
+    assert isinstance(fact, Moved)
+    is_charge = isinstance(fact, PaymentCharged | LateCaptureFound)
+    request = asked.get((fact.payment_id, None if is_charge else fact.refund_id))
+    client = request.client if request is not None else None
+    if isinstance(fact, LateCaptureReturned):
+        client = fact.client
+    return Movement(
+        event.recorded_at,
+        fact.merchant_order_id,
+        fact.payment_id,
+        "charge" if is_charge else "refund",
+        fact.amount_cents,
+        fact.currency,
+        fact.provider_txn_id if is_charge else fact.provider_refund_id,
+        None if is_charge else fact.refund_id,
+        client,
+        request.idempotency_key if request is not None else None,
+    )
