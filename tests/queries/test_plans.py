@@ -16,7 +16,7 @@ import pytest
 from payments import unsettled
 from payments.database import DatabaseAddress
 from payments.events.arrays import uuids
-from payments.events.store import LOAD_STREAM, LOAD_STREAMS
+from payments.events.store import LOAD_STREAM, LOAD_STREAMS, READ_ASKED_FOR
 from payments.payment import Status
 from payments.queries.cursor import Place, write_cursor
 from payments.queries.history import HISTORY
