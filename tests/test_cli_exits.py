@@ -113,7 +113,10 @@ def test_a_full_disk_and_a_reader_that_is_gone(
         with Path("/dev/full").open("w") as full:
             done = printing_to(full, command, log, ORDER_CALLBACK_URL=CALLBACK)
         assert done.returncode == 2, (command, done.stderr)
-        one_line(done, "the output cannot be written: No space left on device")
+        *talk, told = done.stderr.splitlines()
+        assert told.endswith("the output cannot be written: No space left on device"), command
+        assert told.startswith("payments: ")
+        assert len(talk) == (command == "keys new orders")
     for command in PRINTING[:12]:  # it is found out in the same place
         reading, writing = os.pipe()
         os.close(reading)

@@ -18,7 +18,7 @@ from payments.events.chain import read_line
 from payments.migrations import migrate
 from payments.queries.server import Horizon, horizon
 from tests.outside_postgres import OutsidePostgres, Standby
-from tests.process import PAYMENTS, ROOT, environment, free_port, open_directory, run
+from tests.process import PAYMENTS, ROOT, environment, open_directory, run
 from tests.support import ORDER_ID, History, append, eventually
 from tests.test_cli_audit import catch_up
 
@@ -140,6 +140,12 @@ def test_what_only_reads_works(servers: tuple[OutsidePostgres, Standby], command
     assert "payments:" not in done.stderr
 
 
+def test_nothing_to_migrate(servers: tuple[OutsidePostgres, Standby]) -> None:
+    _, standby = servers
+    done = run("migrate", **standby.settings)
+    assert (done.returncode, done.stderr) == (0, "the database is up to date\n")
+
+
 def test_doctor_says_what_it_is(servers: tuple[OutsidePostgres, Standby]) -> None:
     _, standby = servers
     done = run("doctor", **standby.settings)
@@ -158,17 +164,14 @@ def test_a_dump_of_a_standby(servers: tuple[OutsidePostgres, Standby], tmp_path:
 
 @pytest.mark.parametrize(
     "command",
-    [
-        *("rebuild", "parked retry --all", "callbacks backfill --from 1", "migrate"),
-        *("serve", "work"),
-    ],
+    ["rebuild", "parked retry --all", "callbacks backfill --from 1"],
 )
 def test_what_cannot_be_done_there_is_one_line(
     servers: tuple[OutsidePostgres, Standby], command: str
 ) -> None:
     _, standby = servers
-    own = {"PORT": free_port(), "ORDER_CALLBACK_URL": "http://127.0.0.1:1/callback"}
-    done = run(*command.split(), **standby.settings, **own, LOG_LEVEL="ERROR")
+    url = "http://127.0.0.1:1/callback"
+    done = run(*command.split(), **standby.settings, ORDER_CALLBACK_URL=url)
     told = "payments: the database refuses to write: it is a standby, or read-only\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
 

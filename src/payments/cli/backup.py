@@ -39,7 +39,7 @@ Next, with the same settings:
 1. payments audit verify --head POSITION:HASH    with the newest head that you kept before the dump
 2. payments doctor
 3. compare with the provider what happened since the dump: docs/backup.md, "After a loss"
-Callbacks that were due at the time of the dump, or delivered since, are sent (again) as soon as a \
+Callbacks that were due when it was dumped, also what was delivered since, are sent as soon as a \
 service runs on this database with ORDER_CALLBACK_URL: leave that unset for a copy."""
 
 
