@@ -40,14 +40,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run(
-    *arguments: str, text: str | None = None, **settings: object
-) -> subprocess.CompletedProcess[str]:
-    """`payments ARGUMENTS` until it ends; `text` is its stdin."""
+def run(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
+    """`payments ARGUMENTS` until it ends."""
     return subprocess.run(
         [*PAYMENTS, *arguments],
         env=environment(**settings),
-        input=text,
         capture_output=True,
         text=True,
         timeout=60,

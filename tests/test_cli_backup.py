@@ -181,10 +181,14 @@ def test_what_older_servers_refuse_is_left_out() -> None:
     assert out.getvalue().endswith(b"SELECT 1;\n" + NOT_EVERYWHERE)  # in data
 
 
-def test_psql_gets_its_arguments_and_keeps_its_exit_code(address: DatabaseAddress) -> None:
+def test_psql_gets_its_arguments_and_keeps_its_exit_code(
+    address: DatabaseAddress, tmp_path: Path
+) -> None:
     done = run("psql", "-At", "-c", "SELECT current_database(), 'a b'", **at(address))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{address.dbname}|a b\n", "")
-    failed = run("psql", "-v", "ON_ERROR_STOP=1", "-f", "-", **at(address), text="SELECT 1 / 0;")
+    script = tmp_path / "script.sql"
+    script.write_text("SELECT 1 / 0;")
+    failed = run("psql", "-v", "ON_ERROR_STOP=1", "-f", str(script), **at(address))
     assert failed.returncode == 3
     assert "division by zero" in failed.stderr
     help = run("psql", "--help")

@@ -143,7 +143,7 @@ def _restore(file: Path, env: Mapping[str, str]) -> None:
     """
     with tempfile.TemporaryFile() as read_said, tempfile.TemporaryFile() as write_said:
         reading = programs.start(
-            *("pg_restore", "--no-owner", "--file=-", str(file)),
+            *("pg_restore", "--format=custom", "--no-owner", "--file=-", str(file)),
             env=env,
             said=read_said,
             stdout=subprocess.PIPE,

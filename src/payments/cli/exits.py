@@ -185,7 +185,11 @@ class _Stderr(io.BufferedWriter):
 
 def _set_up_streams() -> None:
     """Python leaves out what is closed: the output would vanish without an error, and the next file
-    or connection would get its descriptor. What the encoding does not have is escaped."""
+    or connection would get its descriptor.
+
+    What the encoding does not have is escaped. ASCII is what a process gets that was told of none:
+    it is UTF-8, as click has it.
+    """
     out, err = sys.stdout, sys.stderr
     if out is None:
         sys.stdout = io.TextIOWrapper(_Stdout(_devnull(os.O_RDONLY)), "utf-8")

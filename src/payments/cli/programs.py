@@ -20,6 +20,7 @@ from payments.settings import Settings
 
 # Of an own server those that say how to connect to it, as for the service itself.
 NOT_INHERITED = ("PGHOSTADDR", "PGSERVICE", "PGSERVICEFILE", "PGOPTIONS", "PGDATABASE", "PGUSER")
+END_S = 5.0
 
 
 def program(name: str) -> str:
@@ -76,10 +77,15 @@ def start(
 
 
 def end(*processes: "subprocess.Popen[bytes]") -> None:
-    """Whatever they are doing."""
+    """Whatever they are doing. Told to end, pg_dump has the server end what it waits for."""
     for process in processes:
-        process.kill()
-        process.wait()
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def failure(name: str, said: IO[bytes]) -> StartError:
