@@ -184,6 +184,19 @@ def test_a_stdout_that_is_closed(log: DatabaseAddress, command: str) -> None:
     one_line(done, "the output cannot be written: Bad file descriptor")
 
 
+def test_a_stdin_that_is_closed() -> None:
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$@" <&-', "sh", *PAYMENTS, "audit", "verify", "--export", "-"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    one_line(done, "could not check: OSError: [Errno 9] Bad file descriptor")
+
+
 def test_what_prints_nothing_needs_no_stdout(address: DatabaseAddress) -> None:
     with Path("/dev/full").open("w") as full:
         assert printing_to(full, "migrate", address).returncode == 0

@@ -191,6 +191,8 @@ def _set_up_streams() -> None:
     it is UTF-8, as click has it.
     """
     out, err = sys.stdout, sys.stderr
+    if sys.stdin is None:
+        sys.stdin = io.TextIOWrapper(io.FileIO(os.open(os.devnull, os.O_WRONLY), "r"), "utf-8")
     if out is None:
         sys.stdout = io.TextIOWrapper(_Stdout(_devnull(os.O_RDONLY)), "utf-8")
     else:
