@@ -30,6 +30,15 @@ Connection = psycopg.Connection[Any]
 Operator = Callable[..., Result]
 
 
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Commands that run in this process set their own."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def dump(address: DatabaseAddress, connection: Connection, tmp_path: Path) -> Path:
     append(connection, [fact for n in range(50) for fact in History(f"k{n}").charged().facts])
@@ -211,7 +220,7 @@ def test_the_password_is_in_no_argument_and_in_no_output(
 ) -> None:
     password = guarded.address.password
     assert password is not None
-    look = r"\! cat /proc/*/cmdline 2>/dev/null | tr '\\0' ' '"
+    look = r"\! cat /proc/*/cmdline 2>/dev/null | tr '\0' ' '"
     done = run("psql", "-X", "-c", "SELECT 1", "-c", look, **guarded.settings)
     assert done.returncode == 0, done.stderr
     assert "psql -X -c SELECT 1" in done.stdout

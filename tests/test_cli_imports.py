@@ -54,7 +54,7 @@ def test_what_needs_no_database_imports_none(command: str) -> None:
 def test_what_looks_at_the_database_serves_nobody(address: DatabaseAddress, command: str) -> None:
     modules = imported(command, **at(address))
     assert "psycopg" in modules
-    assert not modules & (SERVING | {"rich"})
+    assert not modules & SERVING
 
 
 def test_the_list_of_commands_says_what_they_say() -> None:

@@ -5,6 +5,7 @@ where the database is by their environment: a password in their arguments would 
 """
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -93,4 +94,5 @@ def failure(name: str, said: IO[bytes]) -> StartError:
     said.seek(0)
     lines = said.read().decode(errors="replace").splitlines() or ["it says nothing"]
     line = next((line for line in lines if "error" in line.lower()), lines[-1])
-    return StartError(f"{name}: {line.removeprefix(f'{name}: ').removeprefix('error: ')}")
+    said_itself = re.sub(r"^(psql:\S*|pg_\w+:) (error: )?", "", line)  # psql:<stdin>:12: ERROR:  …
+    return StartError(f"{name}: {said_itself}")
