@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import psycopg
@@ -31,11 +32,19 @@ Operator = Callable[..., Result]
 pytestmark = pytest.mark.usefixtures("durable")
 
 
+@pytest.fixture(autouse=True)
+def following(address: DatabaseAddress) -> Iterator[Connection]:
+    """As if a process followed."""
+    with connect(address, "payments follower payments") as session:
+        yield session
+
+
 def lines(done: Result) -> dict[str, list[tuple[str, str]]]:
-    """State and text by name."""
+    """State and text by name. What is not ok names what to do next."""
     found: dict[str, list[tuple[str, str]]] = {}
     for line in done.stdout.splitlines():
         state, name, text = line.split(maxsplit=2)
+        assert state != "FAIL" or "`" in text or "docs/" in text or name == "settings", line
         found.setdefault(name, []).append((state, text))
     return found
 
@@ -56,6 +65,32 @@ def test_all_is_well(operator: Operator) -> None:
         "payments: 0 events behind",
         "seals: 0 events behind",
     ]
+    assert only(done, "work") == ("ok", "somebody follows: payments")
+
+
+def test_nobody_works(operator: Operator, connection: Connection, following: Connection) -> None:
+    following.close()
+    eventually(lambda: only(operator("doctor"), "work")[0] == "off")  # there is nothing to do
+    assert operator("doctor").exit_code == 0
+    append(connection, History("k").facts)
+    done = operator("doctor")
+    assert done.exit_code == 1
+    assert only(done, "work")[0] == "FAIL"
+    assert "there wait 1 events: start `payments serve` or" in only(done, "work")[1]
+
+
+def test_some_of_many_are_named(operator: Operator, connection: Connection) -> None:
+    """The oldest three, so that a line stays one."""
+    connection.execute(
+        "INSERT INTO unsettled_payments (payment_id, kind, since, due_at) SELECT gen_random_uuid(),"
+        " 'charge', now() - make_interval(hours => n), now() FROM generate_series(1, 9) n"
+    )
+    oldest = connection.execute(
+        "SELECT payment_id::text FROM unsettled_payments ORDER BY since LIMIT 3"
+    ).fetchall()
+    ids = [id for (id,) in oldest]
+    words = f": {', '.join(ids)} and 6 more: `payments explain {ids[0]}`"
+    assert only(operator("doctor"), "payments")[1].endswith(words)
 
 
 def test_settings(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +140,7 @@ def test_parked_payments(operator: Operator, connection: Connection) -> None:
     connection.execute("INSERT INTO parked_streams VALUES ('payments', gen_random_uuid(), 1, '')")
     done = operator("doctor")
     assert done.exit_code == 1
-    assert "1 payments parked: `payments parked list`" in done.stdout
+    assert "1 payments parked: `payments parked list`: " in done.stdout
 
 
 @pytest.mark.parametrize(("age", "exit_code"), [("1 minute", 0), ("1 hour", 1)])
@@ -293,7 +328,7 @@ def test_a_server_that_does_not_wait_for_the_disk(
     done = operator("doctor")
     assert done.exit_code == 1
     words = f"off: {name}; a crash of the database's machine may lose or damage what was answered"
-    assert only(done, "durability") == ("FAIL", words)
+    assert only(done, "durability") == ("FAIL", f"{words}: `ALTER SYSTEM SET {name} = on`")
 
 
 def test_no_standbys_and_one_role(operator: Operator) -> None:
@@ -303,42 +338,60 @@ def test_no_standbys_and_one_role(operator: Operator) -> None:
 
 
 def test_every_alert_has_a_line_or_a_reason() -> None:
-    """And the line fails where the alert fires."""
+    """And the line fails where the alert fires. The reasons are in the docs as well."""
+    page = (ROOT / "docs/operations.md").read_text()
     assert list(ALERTS) == [rule["alert"] for rule in RULES]
     for rule in RULES:
         told = ALERTS[rule["alert"]]
         if isinstance(told, Told):
             assert f"> {told.limit:g}" in rule["expr"] or told.limit == 0, rule
         else:
-            assert told.startswith(("each process ", "whether a process ")), rule
+            assert f"- {rule['alert']}: {told}\n" in page, rule
 
 
 class Incident:
     """What makes an alert fire, as far as the database knows of it."""
 
     def __init__(
-        self, connection: Connection, holder: Connection, monkeypatch: pytest.MonkeyPatch
+        self,
+        connection: Connection,
+        holder: Connection,
+        following: Connection,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """`holder`: somebody else's session."""
+        """`holder`: somebody else's session; `following`: a follower's."""
         self._connection = connection
         self._holder = holder
+        self._following = following
         self._patch = monkeypatch
+        self.about = uuid4()  # which payment or callback it is about
 
     def _open(self, kind: str, told_level: int | None = None) -> None:
         self._connection.execute(
             "INSERT INTO unsettled_payments (payment_id, kind, since, due_at, told_at, told_level)"
-            " VALUES (gen_random_uuid(), %s, now() - interval '2 hours', now(), now(), %s)",
-            [kind, told_level],
+            " VALUES (%s, %s, now() - interval '2 hours', now(), now(), %s)",
+            [self.about, kind, told_level],
         )
 
     def _callback(self, state: str) -> None:
         self._connection.execute(
             "INSERT INTO callback_deliveries (event_id, position, order_id, payment_id, sequence,"
             " status, amount_cents, currency, occurred_at, state, due_since)"
-            " VALUES (gen_random_uuid(), 1, gen_random_uuid(), gen_random_uuid(), 2, 'SUCCESS', 1,"
+            " VALUES (%s, 1, gen_random_uuid(), gen_random_uuid(), 2, 'SUCCESS', 1,"
             " 'INR', now(), %s, now() - interval '1 hour')",
-            [state],
+            [self.about, state],
         )
+
+    def payments_nobody_works(self) -> None:
+        self._open("abandoned")
+        self._following.close()
+        query = "SELECT FROM pg_stat_activity WHERE application_name LIKE 'payments follower %'"
+        eventually(lambda: not self._connection.execute(query).fetchall())
+
+    def payments_database_away(self) -> None:
+        name = self._connection.info.dbname
+        read_only = f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'
+        self._connection.execute(read_only.encode())
 
     def payments_pending_too_long(self) -> None:
         self._open("charge")
@@ -356,12 +409,14 @@ class Incident:
         self._callback("dead")
 
     def payments_follower_lag(self) -> None:
-        append(self._connection, History("k").facts)
+        history = History("k")
+        append(self._connection, history.facts)
         age_events(self._connection)
+        self.about = history.id
 
     def payments_parked_streams(self) -> None:
         self._connection.execute(
-            "INSERT INTO parked_streams VALUES ('payments', gen_random_uuid(), 1, '')"
+            "INSERT INTO parked_streams VALUES ('payments', %s, 1, '')", [self.about]
         )
 
     def payments_log_rewound(self) -> None:
@@ -399,6 +454,14 @@ class Incident:
         self._patch.setattr(checks, "waiting_appends", held)
 
 
+# A line that tells these names the payments or callbacks.
+ABOUT_SOME = {
+    *("PaymentsProviderContradicts", "PaymentsFollowerLag", "PaymentsParkedStreams"),
+    *("PaymentsPendingTooLong", "PaymentsRefundOpenTooLong"),
+    *("PaymentsCallbacksOld", "PaymentsCallbacksDead"),
+}
+
+
 def snake(alert: str) -> str:
     return "".join(f"_{each.lower()}" if each.isupper() else each for each in alert)[1:]
 
@@ -408,12 +471,14 @@ def test_what_raises_an_alert_fails_its_line(
     operator: Operator,
     connection: Connection,
     address: DatabaseAddress,
+    following: Connection,
     monkeypatch: pytest.MonkeyPatch,
     alert: str,
 ) -> None:
     assert operator("doctor").exit_code == 0
     with connect(address, "a report") as holder:
-        getattr(Incident(connection, holder, monkeypatch), snake(alert))()
+        incident = Incident(connection, holder, following, monkeypatch)
+        getattr(incident, snake(alert))()
         done = operator("doctor")
     assert done.exit_code == 1
     failed = {
@@ -422,6 +487,8 @@ def test_what_raises_an_alert_fails_its_line(
     told = ALERTS[alert]
     assert isinstance(told, Told)
     assert failed == {told.check}
+    if alert in ABOUT_SOME:
+        assert str(incident.about) in " ".join(text for _, text in lines(done)[told.check])
 
 
 def test_payments_that_were_begun_with_another_provider(
@@ -441,7 +508,10 @@ def test_payments_that_were_begun_with_another_provider(
         "UPDATE payment_events SET state ="
         " convert_to(replace(convert_from(state, 'UTF8'), '\"simulated\"', '\"before\"'), 'UTF8')"
     )
-    words = "open payments: 1 begun with before: docs/stuck.md"
+    words = (
+        f"open payments: 1 begun with before: {history.id}: `payments explain {history.id}`:"
+        " docs/stuck.md"
+    )
     assert only(operator("doctor"), "provider") == ("FAIL", words)
 
 
@@ -457,9 +527,9 @@ def test_who_holds_the_horizon_is_named(
         connection.execute("CREATE TABLE busy ()")
         assert only(operator("doctor"), "vacuum")[0] == "ok"  # for a moment that is nothing
         monkeypatch.setattr(checks, "HORIZON_MAX_TRANSACTIONS", 0)
-        name = f"by session {holder.info.backend_pid} (a report)"
+        name = f"by session {holder.info.backend_pid} (a report): "
         # A database for another test may be made at this moment, in an older transaction.
-        eventually(lambda: only(operator("doctor"), "vacuum")[1].endswith(name))
+        eventually(lambda: name in only(operator("doctor"), "vacuum")[1])
         assert operator("doctor").exit_code == 1
 
 
@@ -496,4 +566,4 @@ def test_appends_that_wait(operator: Operator, address: DatabaseAddress, tmp_pat
         charging.result()
     assert state == "FAIL"
     assert text.startswith("they wait for session ")
-    assert text.endswith(" (somebody)")
+    assert " (somebody): docs/" in text

@@ -62,7 +62,11 @@ def test_what_a_page_names_is_there(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
             assert anchor[1:] in {slug(heading) for heading in headings}, target + anchor
-    exposed = Telemetry().exposition().decode()
+    telemetry = Telemetry()
+    telemetry.observed(up=True)
+    telemetry.dispatches()
+    telemetry.role.labels("api")
+    exposed = telemetry.exposition().decode()
     for metric in re.findall(r"`(payments_\w+)", text):
         assert re.search(rf"^{metric}(_count)?[ {{]", exposed, re.MULTILINE), metric
     for name in re.findall(r"\b(?:ORDER|CALLBACK)_[A-Z_]*[A-Z]\b", text):

@@ -1,5 +1,6 @@
 """Metrics: all there from the first scrape."""
 
+import importlib.metadata
 from datetime import UTC, datetime
 
 import pytest
@@ -18,6 +19,16 @@ from payments.telemetry import (
     UNSETTLED_KINDS,
     Telemetry,
 )
+
+
+@pytest.fixture
+def telemetry() -> Telemetry:
+    """Of a process that sees the database, follows and calls back."""
+    telemetry = Telemetry()
+    telemetry.observed(up=True)
+    telemetry.dispatches()
+    telemetry.role.labels("work").set(1)
+    return telemetry
 
 
 def families(telemetry: Telemetry) -> dict[str, Metric]:
@@ -54,8 +65,8 @@ class TestMetrics:
     def test_the_content_type_is_that_of_the_format(self) -> None:
         assert Telemetry.content_type.startswith("text/plain; version=0.0.4")
 
-    def test_all_label_sets_are_there_from_the_first_scrape(self) -> None:
-        found = families(Telemetry())
+    def test_all_label_sets_are_there_from_the_first_scrape(self, telemetry: Telemetry) -> None:
+        found = families(telemetry)
         operations = GATEWAY_OPERATIONS
         assert label_sets(found["payments_charges"], "_total") == {(o,) for o in CHARGE_OUTCOMES}
         assert label_sets(found["payments_refunds"], "_total") == {(o,) for o in REFUND_OUTCOMES}
@@ -82,8 +93,8 @@ class TestMetrics:
         failures = found["payments_append_failures"]
         assert label_sets(failures, "_total") == {("retried",), ("refused",)}
 
-    def test_no_payment_metric_is_without_samples(self) -> None:
-        for name, family in families(Telemetry()).items():
+    def test_no_payment_metric_is_without_samples(self, telemetry: Telemetry) -> None:
+        for name, family in families(telemetry).items():
             if name.startswith("payments_"):
                 assert family.samples, name
 
@@ -92,8 +103,8 @@ class TestMetrics:
             if family.type == "counter":
                 assert all(s.value == 0 for s in family.samples if s.name.endswith("_total"))
 
-    def test_labels_are_few_and_never_ids(self) -> None:
-        telemetry = Telemetry()
+    def test_labels_are_few_and_never_ids(self, telemetry: Telemetry) -> None:
+        telemetry.problems.labels("too_busy")
         telemetry.requests.labels("POST", "/v1/charge", "201").inc()
         telemetry.request_seconds.labels("POST", "/v1/charge").observe(0.01)
         used = {
@@ -113,8 +124,36 @@ class TestMetrics:
             "follower",
             "state",
             "le",
+            "code",
+            "role",
+            "version",
+            "python",
         }
         assert used == names
+
+    def test_a_scrape_is_short(self, telemetry: Telemetry) -> None:
+        """Of 160 currencies only those have series that were used."""
+        lines = telemetry.exposition().decode().splitlines()
+        assert len(lines) < 400
+        amounts = families(telemetry)["payments_amount_minor_units"]
+        assert {sample.labels["currency"] for sample in amounts.samples} == {"INR"}
+
+    def test_what_runs_is_told(self, telemetry: Telemetry) -> None:
+        (sample,) = families(telemetry)["payments_build_info"].samples
+        assert sample.labels["version"] == importlib.metadata.version("payment-service")
+        assert sample.value == 1
+
+    def test_what_is_not_known_is_left_out(self, telemetry: Telemetry) -> None:
+        """It would stand still and look fresh."""
+        of_database = set(families(telemetry))
+        telemetry.observed(up=False)
+        left_out = of_database - set(families(telemetry))
+        assert {"payments_pending", "payments_follower_lag_seconds"} < left_out
+        assert {"payments_callbacks_dead", "payments_clock_skew_seconds"} < left_out
+        assert {"payments_log_rewound", "payments_callback_breaker_state"} < of_database - left_out
+        telemetry.observed(up=True)
+        assert set(families(telemetry)) == of_database
+        assert left_out.isdisjoint(families(Telemetry()))  # nor before the first answer
 
     @pytest.mark.parametrize("route", ['a"b', "a\nb", "a\\b", "{payment_id}", "é"])
     def test_label_values_survive_the_format(self, route: str) -> None:
@@ -122,8 +161,8 @@ class TestMetrics:
         telemetry.requests.labels("GET", route, "200").inc()
         assert label_sets(families(telemetry)["http_requests"], "_total") == {("GET", route, "200")}
 
-    def test_the_process_is_described(self) -> None:
-        found = families(Telemetry())
+    def test_the_process_is_described(self, telemetry: Telemetry) -> None:
+        found = families(telemetry)
         values = {name: f.samples[0].value for name, f in found.items() if f.type == "gauge"}
         assert values["process_resident_memory_bytes"] > 1_000_000
         assert 0 < values["process_uptime_seconds"] < 86_400

@@ -4,7 +4,7 @@ import asyncio
 import importlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -34,12 +34,18 @@ from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection
 from payments.projections.seals import BATCH_MAX as SEALS_MAX
 from payments.projections.seals import SealsProjection
-from payments.queries.callbacks import backlog, oldest_age_s
-from payments.queries.followers import follower_states, unsettled_payments
+from payments.queries.callbacks import Backlog, backlog, oldest_age_s
+from payments.queries.followers import (
+    FollowerState,
+    UnsettledPayments,
+    follower_states,
+    unsettled_payments,
+)
 from payments.queries.lookups import PaymentLookups
 from payments.queries.server import (
     UNSAFE_MEANS,
     HorizonAge,
+    Server,
     horizon,
     server_state,
     unread_notifications,
@@ -148,11 +154,13 @@ class Service:
         self.notifier.start()
         self.appender.start()
         if work:
+            self.telemetry.role.labels("work").set(1)
             for follower in self.followers:
                 follower.start()
             self.settling.start()
             if self.dispatcher is not None:
                 await self.dispatcher.start()
+                self.telemetry.dispatches()
 
     def _wake_followers(self) -> None:
         for follower in self.followers:
@@ -180,8 +188,11 @@ class Service:
         return Reached(callbacks, self.watch.read_only, self.watch.lost)
 
     async def _observe(self) -> None:
-        """Brings the gauges that only the database knows up to date, within OBSERVE_TIMEOUT_S;
-        raises DatabaseUnavailable."""
+        """Brings the gauges that are set by looking up to date, within OBSERVE_TIMEOUT_S. Raises
+        DatabaseUnavailable; then those that only the database knows are left out."""
+        breaker = self.dispatcher.state if self.dispatcher else "closed"
+        for state in BREAKER_STATES:
+            self.telemetry.callback_breaker[state].set(state == breaker)
         for state, connections in self.database.pool_connections().items():
             self.telemetry.database_pool[state].set(connections)
         try:
@@ -193,7 +204,30 @@ class Service:
                 held = await horizon(self._operations_database)
                 unread = await unread_notifications(self._operations_database)
         except TimeoutError:
+            self.telemetry.observed(up=False)
             raise DatabaseUnavailable("The database does not answer.") from None
+        except Exception:
+            self.telemetry.observed(up=False)
+            raise
+        self._show_server(server, self._horizon_age.seconds(held, time.monotonic()), unread)
+        self._show_work(followers, callbacks, unsettled)
+        self.telemetry.observed(up=True)
+
+    def _show_server(self, server: Server, held_s: float, unread: float) -> None:
+        self.telemetry.read_only.set(server.read_only)
+        self.telemetry.standbys["synchronous"].set(server.synchronous)
+        self.telemetry.standbys["asynchronous"].set(server.asynchronous)
+        self.telemetry.clock_skew.set(server.skew_s)
+        self.telemetry.log_ahead.set(server.log_ahead_s)
+        self.telemetry.horizon_age.set(held_s)
+        self.telemetry.notification_queue.set(unread)
+
+    def _show_work(
+        self,
+        followers: Iterable[FollowerState],
+        callbacks: Backlog,
+        unsettled: Iterable[UnsettledPayments],
+    ) -> None:
         # Callbacks that were switched off are not behind.
         followed = {follower.name for follower in self.followers}
         for follower in followers:
@@ -201,26 +235,20 @@ class Service:
                 self.telemetry.follower_lag[follower.name].set(follower.lag_events)
                 self.telemetry.follower_lag_seconds[follower.name].set(follower.lag_s)
                 self.telemetry.parked_streams[follower.name].set(follower.parked_streams)
-        self.telemetry.standbys["synchronous"].set(server.synchronous)
-        self.telemetry.standbys["asynchronous"].set(server.asynchronous)
-        self.telemetry.clock_skew.set(server.skew_s)
-        self.telemetry.log_ahead.set(server.log_ahead_s)
-        self.telemetry.horizon_age.set(self._horizon_age.seconds(held, time.monotonic()))
-        self.telemetry.notification_queue.set(unread)
         self.telemetry.callbacks_due.set(callbacks.due)
         self.telemetry.callbacks_dead.set(callbacks.dead)
         self.telemetry.callbacks_oldest_age.set(callbacks.oldest_age_s)
-        breaker = self.dispatcher.state if self.dispatcher else "closed"
-        for state in BREAKER_STATES:
-            self.telemetry.callback_breaker[state].set(state == breaker)
         found = {row.kind: row for row in unsettled}
         for kind in UNSETTLED_KINDS:
             row = found.get(kind)
             self.telemetry.unsettled[kind].set(row.payments if row else 0)
             self.telemetry.unsettled_age[kind].set(row.oldest_age_s if row else 0)
+        pending = found.get("charge")
+        self.telemetry.pending.set(pending.payments if pending else 0)
+        self.telemetry.pending_age.set(pending.oldest_age_s if pending else 0)
 
     async def _rendered(self, render: Callable[[], bytes]) -> bytes:
-        """All metrics as of now; without a database some have their last values."""
+        """All metrics as of now, without a database but for those that only it knows."""
         with suppress(DatabaseUnavailable):
             await self.observe()
         # In a thread: it takes tens of milliseconds, in which the loop would answer nobody. By

@@ -4,17 +4,20 @@ Metric names and labels are an interface: dashboards and alerts name them. Label
 keys, paths or anything else that grows with the number of payments.
 """
 
+import importlib.metadata
+import platform
 import time
 from collections.abc import Callable, Iterable
 from itertools import product
 from typing import Any, TypeVar
 
+import prometheus_client
 import psutil
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from payments.money import DECIMALS
+from payments.money import DEFAULT_CURRENCY
 
 Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 Value = TypeVar("Value", str, tuple[str, str])
@@ -37,18 +40,47 @@ NOTIFICATIONS = ("sent", "failed")
 POOL_STATES = ("used", "idle", "waited_for")
 
 
+class _WhileKnown(CollectorRegistry):
+    """Metrics that are left out while this process does not know them: a value that stands still
+    looks like one that is well."""
+
+    known = False
+
+    def collect(self) -> Iterable[prometheus_client.Metric]:
+        return super().collect() if self.known else ()
+
+
 class Telemetry:
     """The metrics of one service, in a registry of their own.
 
     A metric with fixed label values is a dict from these to its children: all series exist from
-    the first scrape, and counting looks nothing up.
+    the first scrape, and counting looks nothing up. What only the database knows is there while it
+    answers: `observed`.
     """
 
     content_type = CONTENT_TYPE_PLAIN_0_0_4
     openmetrics_content_type = openmetrics.CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
+        self._of_database = _WhileKnown()
+        self._of_dispatcher = _WhileKnown()
+        self._observed_at = time.monotonic()
+        registry.register(self._of_database)
+        registry.register(self._of_dispatcher)
+        Info("payments_build", "What runs", registry=registry).info(
+            {
+                "version": importlib.metadata.version("payment-service"),
+                "python": platform.python_version(),
+            }
+        )
+        self.role = Gauge(
+            "payments_process_role",
+            "api: this process takes requests; work: it follows the log, settles and calls back",
+            ["role"],
+            registry=registry,
+        )
         self.requests = Counter(
             "http_requests",
             "Requests answered",
@@ -60,6 +92,12 @@ class Telemetry:
             "From the first byte of a request to the end of its answer",
             ["method", "route"],
             buckets=_SECONDS,
+            registry=registry,
+        )
+        self.problems = Counter(
+            "http_problems",
+            "Answers of 400 and above by the code of their problem",
+            ["code"],
             registry=registry,
         )
         self.refusals = Counter(
@@ -86,13 +124,15 @@ class Telemetry:
             ["outcome"],
             REFUND_OUTCOMES,
         )
-        self.amounts = self._labelled(
-            Counter,
+        # There are 160 currencies, and most services need one: each has series once it was used.
+        self.amounts = Counter(
             "payments_amount_minor_units",
             "Money that the provider captured or gave back, as this process recorded it",
             ["kind", "currency"],
-            product(AMOUNTS, DECIMALS),
+            registry=registry,
         )
+        for kind in AMOUNTS:
+            self.amounts.labels(kind, DEFAULT_CURRENCY)
         self.settling = self._labelled(
             Counter,
             "payments_settling_attempts",
@@ -166,7 +206,7 @@ class Telemetry:
             ["state"],
             POOL_STATES,
         )
-        self._add_log_metrics(registry)
+        self._add_database_metrics(registry)
         self._add_callback_metrics(registry)
         self._add_process_gauges(psutil.Process())
 
@@ -177,28 +217,50 @@ class Telemetry:
         text: str,
         labels: list[str],
         values: Iterable[Value],
+        *,
+        registry: CollectorRegistry | None = None,
         **options: Any,
     ) -> dict[Value, Metric]:
         """A metric's children, by the value of its label, or by the tuple of them."""
-        metric = kind(name, text, labels, registry=self.registry, **options)
+        metric = kind(name, text, labels, registry=registry or self.registry, **options)
         return {
             value: metric.labels(*(value if isinstance(value, tuple) else (value,)))
             for value in values
         }
 
-    def _add_log_metrics(self, registry: CollectorRegistry) -> None:
+    def _add_database_metrics(self, registry: CollectorRegistry) -> None:
+        self._database_up = Gauge(
+            "payments_database_up",
+            "Whether the database answered this scrape; what only it knows is left out if not",
+            registry=registry,
+        )
+        Gauge(
+            "payments_database_refresh_age_seconds",
+            "How long ago it last did, or since the start",
+            registry=registry,
+        ).set_function(lambda: time.monotonic() - self._observed_at)
+        # This process acts upon it, whether or not the database answers.
         self.log_rewound = Gauge(
             "payments_log_rewound",
             "1 while the log lacks events that it had acknowledged, and nobody has accepted that",
             registry=registry,
         )
-        # What the database says, as of the scrape: queries/server.py.
+        self._add_server_metrics(self._of_database)
+
+    def _add_server_metrics(self, registry: CollectorRegistry) -> None:
+        """As of the scrape: queries/server.py."""
+        self.read_only = Gauge(
+            "payments_database_read_only",
+            "1 while the database refuses to write, or is a standby",
+            registry=registry,
+        )
         self.standbys = self._labelled(
             Gauge,
             "payments_database_standbys",
             "Standbys of the database; a failover to an asynchronous one may lose events",
             ["kind"],
             STANDBYS,
+            registry=registry,
         )
         self.clock_skew = Gauge(
             "payments_clock_skew_seconds",
@@ -237,15 +299,19 @@ class Telemetry:
         )
         # What the database says, as of the scrape: queries/callbacks.py.
         self.callbacks_due = Gauge(
-            "payments_callbacks_due", "Callbacks owed and not delivered yet", registry=registry
+            "payments_callbacks_due",
+            "Callbacks owed and not delivered yet",
+            registry=self._of_database,
         )
         self.callbacks_dead = Gauge(
-            "payments_callbacks_dead", "Callbacks given up until redriven", registry=registry
+            "payments_callbacks_dead",
+            "Callbacks given up until redriven",
+            registry=self._of_database,
         )
         self.callbacks_oldest_age = Gauge(
             "payments_callbacks_oldest_age_seconds",
             "How long the oldest callback that is due has been",
-            registry=registry,
+            registry=self._of_database,
         )
         self.callback_breaker = self._labelled(
             Gauge,
@@ -253,6 +319,7 @@ class Telemetry:
             "1 for the state that this process's circuit breaker is in, 0 for the others",
             ["state"],
             BREAKER_STATES,
+            registry=self._of_dispatcher,
         )
 
     def _add_follower_metrics(self) -> None:
@@ -272,12 +339,14 @@ class Telemetry:
             buckets=_SECONDS,
         )
         # What the database says, as of the scrape: queries/followers.py.
+        known = self._of_database
         self.follower_lag = self._labelled(
             Gauge,
             "payments_follower_lag_events",
             "Events that a read model does not show yet",
             ["follower"],
             FOLLOWERS,
+            registry=known,
         )
         self.follower_lag_seconds = self._labelled(
             Gauge,
@@ -285,6 +354,7 @@ class Telemetry:
             "How long ago the oldest event was recorded that a read model does not show yet",
             ["follower"],
             FOLLOWERS,
+            registry=known,
         )
         self.parked_streams = self._labelled(
             Gauge,
@@ -292,6 +362,7 @@ class Telemetry:
             "Streams that a follower could not apply",
             ["follower"],
             FOLLOWERS,
+            registry=known,
         )
         self.unsettled = self._labelled(
             Gauge,
@@ -299,14 +370,33 @@ class Telemetry:
             "Payments left open at the provider",
             ["kind"],
             UNSETTLED_KINDS,
+            registry=known,
         )
         self.unsettled_age = self._labelled(
             Gauge,
             "payments_unsettled_oldest_age_seconds",
-            "How long the oldest of them has been open",
+            "How long the oldest has been open of those that contradict no answer of the provider",
             ["kind"],
             UNSETTLED_KINDS,
+            registry=known,
         )
+        self.pending = Gauge("payments_pending", "Payments whose status is PENDING", registry=known)
+        self.pending_age = Gauge(
+            "payments_pending_oldest_age_seconds",
+            "How long the oldest has been of those that contradict no answer of the provider",
+            registry=known,
+        )
+
+    def observed(self, *, up: bool) -> None:
+        """Whether the database told what only it knows, and that was set, at this moment."""
+        self._database_up.set(up)
+        self._of_database.known = up
+        if up:
+            self._observed_at = time.monotonic()
+
+    def dispatches(self) -> None:
+        """This process sends callbacks, so it has a breaker."""
+        self._of_dispatcher.known = True
 
     def _add_process_gauges(self, process: psutil.Process) -> None:
         """CPU, memory, uptime and timestamp, as documented for /metrics."""

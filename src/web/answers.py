@@ -11,9 +11,10 @@ from web.problems import FRAMEWORK_PROBLEMS, MEDIA_TYPE, problem, refused
 
 
 class Answer:
-    """One of a few, made in advance. `waits`: in a flood it is given late (see throttle.py)."""
+    """One of a few, made in advance. `waits`: in a flood it is given late (see throttle.py). `code`
+    is the problem's that it tells, if any."""
 
-    __slots__ = ("_head", "body", "status", "waits")
+    __slots__ = ("_head", "body", "code", "status", "waits")
 
     def __init__(
         self,
@@ -23,8 +24,10 @@ class Answer:
         headers: dict[str, str] | None = None,
         *,
         waits: bool = True,
+        code: str | None = None,
     ) -> None:
         self.status = status
+        self.code = code
         self.waits = waits
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"content-type: {media_type}"]
         lines += [f"{name.lower()}: {value}" for name, value in (headers or {}).items()]
@@ -70,7 +73,7 @@ def lines_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 def of_error(error: PaymentsError, *, waits: bool = True) -> Answer:
     status, body, headers = refused(error)
-    return Answer(status, body, headers=headers, waits=waits)
+    return Answer(status, body, headers=headers, waits=waits, code=error.code)
 
 
 def unreadable(refusal: Refusal, detail: str) -> Answer:
@@ -80,7 +83,7 @@ def unreadable(refusal: Refusal, detail: str) -> Answer:
 
 def _not_found() -> Answer:
     code, detail = FRAMEWORK_PROBLEMS[404]
-    return Answer(404, problem(404, code, HTTPStatus(404).phrase, detail))
+    return Answer(404, problem(404, code, HTTPStatus(404).phrase, detail), code=code)
 
 
 NOT_FOUND = _not_found()

@@ -7,7 +7,7 @@ from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp
 
-from payments.errors import PaymentsError
+from payments.errors import PaymentsError, TooBusy
 from payments.service import Service
 from payments.shared import Recent
 from payments.telemetry import Telemetry
@@ -36,6 +36,9 @@ def _expect_requests(app: Litestar, telemetry: Telemetry) -> None:
     would else be no increase to Prometheus."""
     for path, method, operation in openapi.operations(app):
         statuses = {500, *operation.answers, *(problem.status for problem in operation.problems)}
+        errors: tuple[type[PaymentsError], ...] = (PaymentsError, TooBusy, *operation.problems)
+        for error in errors:
+            telemetry.problems.labels(error.code)
         telemetry.request_seconds.labels(method.upper(), path)
         for status in statuses:
             telemetry.requests.labels(method.upper(), path, status)

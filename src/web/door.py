@@ -94,6 +94,9 @@ class Door:
         }
         self._throttle = Throttle()
         self._alive_at_once = Bucket(ALIVE_PER_S)
+        self._busy, self._not_found, self._unauthorized = (
+            telemetry.problems.labels(answer.code) for answer in (TOO_BUSY, NOT_FOUND, UNAUTHORIZED)
+        )
         self._counters: dict[tuple[bytes, str, int], Counter] = {}
         self.log = RefusalLog()
 
@@ -125,6 +128,7 @@ class Door:
         """For a request that was not admitted; None: it is not known yet what for."""
         if isinstance(place, Client):
             self._telemetry.refusals.inc()
+            self._busy.inc()
             self.log.too_busy.add()
             return TOO_BUSY
         if place is not None and place.known is not None and method in _READS:
@@ -132,6 +136,7 @@ class Door:
             if known is not None:
                 return self._counted(known, method, place.template)
         self._telemetry.open_refusals.inc()
+        self._busy.inc()
         self.log.too_busy_open.add()
         return TOO_BUSY_OPEN
 
@@ -153,4 +158,8 @@ class Door:
             labels = (_METHODS.get(method, "other"), route, answer.status)
             counter = self._counters[key] = self._telemetry.requests.labels(*labels)
         counter.inc()
+        if answer is NOT_FOUND:
+            self._not_found.inc()
+        elif answer is UNAUTHORIZED:
+            self._unauthorized.inc()
         return answer

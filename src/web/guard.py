@@ -56,6 +56,7 @@ class Guard:
         self._access_log = AccessLog(access_log_per_s)
         # By method, route and status: looking labels up takes longer than counting.
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._problems: dict[str, Counter] = {}  # by code
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -145,6 +146,11 @@ class Guard:
             )
         children[0].inc()
         children[1].observe(seconds)
+        if (code := scope["state"].get("problem")) is not None:
+            problem = self._problems.get(code)
+            if problem is None:
+                problem = self._problems[code] = self._telemetry.problems.labels(code)
+            problem.inc()
         self._access_log.write(method, route, status, seconds, scope["state"])
 
 

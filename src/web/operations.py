@@ -148,7 +148,7 @@ async def metrics(request: Anyone) -> Response[bytes]:
     """All metrics, in the Prometheus text format, or as OpenMetrics if that is asked for; as JSON
     the five values of the process.
 
-    Without a database the gauges that only it knows keep their last values.
+    Without a database those that only it knows are left out.
     """
     service: Service = request.app.state.service
     wanted = preferred(",".join(request.headers.getall("accept", [])), (TEXT, OPENMETRICS, JSON))

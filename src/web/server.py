@@ -67,6 +67,7 @@ async def serve(
     if not service.settings.payments_api_keys:
         logger.warning("PAYMENTS_API_KEYS is not set: whoever reaches the port may charge")
     await service.start(work=work)
+    service.telemetry.role.labels("api").set(1)
     server = _server(service, application(service))
     stop_by = time.monotonic() + STOP_S
 

@@ -112,6 +112,8 @@ async def test_without_a_key_nothing_becomes_a_task(
         assert value(telemetry, "http_requests_total", **counted) == 2
         counted = {"method": "other", "route": "/keyed", "status": "401"}
         assert value(telemetry, "http_requests_total", **counted) == 1
+        assert value(telemetry, "http_problems_total", code="unauthorized") == 5
+        assert value(telemetry, "http_problems_total", code="not_found") == 1
     assert (admission.places.taken, admission.memory.taken) == (0, 0)
 
 
@@ -147,6 +149,7 @@ async def test_an_open_path_has_a_rate_of_its_own(server: Listening, telemetry: 
             assert statuses(await received(client, end)) == [200]
     assert value(telemetry, "http_requests_refused_open_total") == 1
     assert value(telemetry, "http_requests_refused_total") == 0
+    assert value(telemetry, "http_problems_total", code="too_busy") == 1
 
 
 async def test_what_is_known_is_told_to_those_that_are_beyond_the_bound(

@@ -84,11 +84,25 @@ async def test_what_is_documented_is_counted_from_0_on(client: httpx.AsyncClient
     assert f"http_requests_total{{{counted}}} 1.0" in after
 
 
+async def test_errors_are_counted_by_their_code(client: httpx.AsyncClient) -> None:
+    text = (await client.get("/metrics")).text
+    for code in ("payment_not_found", "internal_error", "too_busy", "database_unavailable"):
+        assert f'http_problems_total{{code="{code}"}} 0.0' in text
+    await client.get(f"/v1/payments/{uuid.uuid4()}")
+    await client.get("/v1/payments/x")
+    text = (await client.get("/metrics")).text
+    assert 'http_problems_total{code="payment_not_found"} 1.0' in text
+    assert 'http_problems_total{code="invalid_request"} 1.0' in text
+
+
 async def test_metrics_answer_without_a_database(
     client: httpx.AsyncClient, service: Service
 ) -> None:
-    await service.database.close()
-    assert (await client.get("/metrics")).status_code == 200
+    await service._operations_database.close()
+    answer = await client.get("/metrics")
+    assert answer.status_code == 200
+    assert "payments_database_up 0.0" in answer.text
+    assert "payments_pending " not in answer.text
 
 
 async def test_metrics_are_rendered_once_in_a_while_for_all_who_ask_and_beside_the_loop(

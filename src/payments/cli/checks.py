@@ -1,7 +1,8 @@
-"""What `payments doctor` looks at in the database: a line for each thing.
+"""What `payments doctor` looks at, a line for each thing, and how the server does.
 
 Of every alert what the database can tell is among them: ALERTS says where, and a test compares it
-with deploy/prometheus/alerts.yml.
+with deploy/prometheus/alerts.yml. A line that is not ok names what to do next, and the first of the
+payments or callbacks that it is about.
 """
 
 import asyncio
@@ -10,14 +11,6 @@ from typing import Literal, NamedTuple
 
 from payments.database import Database
 from payments.events.losses import log_id, open_loss
-from payments.queries.callbacks import backlog
-from payments.queries.followers import (
-    UnsettledPayments,
-    contradicted_payments,
-    follower_states,
-    open_gateways,
-    unsettled_payments,
-)
 from payments.queries.server import (
     UNSAFE_MEANS,
     Horizon,
@@ -30,7 +23,6 @@ from payments.queries.server import (
     unsafe_settings,
     waiting_appends,
 )
-from payments.queries.verification import newest_head
 
 # docs/security.md
 ROLES: dict[Role, str] = {
@@ -65,19 +57,23 @@ class Told(NamedTuple):
 
 # Where doctor tells what an alert does, or why it cannot.
 ALERTS: dict[str, Told | str] = {
+    "PaymentsWatchdog": "it always fires",
+    "PaymentsGone": "whether a process takes requests is asked at its port",
+    "PaymentsNobodyWorks": Told("work"),
     "PaymentsDown": "whether a process answers is asked at its port",
-    "PaymentsPendingTooLong": Told("payments", PENDING_MAX_S),
-    "PaymentsRefundOpenTooLong": Told("refunds", RETURN_MAX_S),
-    "PaymentsProviderContradicts": Told("provider"),
+    "PaymentsDatabaseAway": Told("database"),
+    "PaymentsLogRewound": Told("log"),
+    "PaymentsAppendsWait": Told("appends", 10.0),
     "PaymentsProviderTrouble": "each process counts its own calls of the provider",
-    "PaymentsCallbacksOld": Told("callbacks", CALLBACK_AGE_MAX_S),
-    "PaymentsCallbacksDead": Told("callbacks"),
-    "PaymentsBreakerOpen": "each process has a breaker of its own",
+    "PaymentsProviderContradicts": Told("provider"),
     "PaymentsFollowerLag": Told("follower", LAG_MAX_S),
     "PaymentsParkedStreams": Told("follower"),
+    "PaymentsPendingTooLong": Told("payments", PENDING_MAX_S),
+    "PaymentsRefundOpenTooLong": Told("refunds", RETURN_MAX_S),
+    "PaymentsBreakerOpen": "each process has a breaker of its own",
+    "PaymentsCallbacksOld": Told("callbacks", CALLBACK_AGE_MAX_S),
+    "PaymentsCallbacksDead": Told("callbacks"),
     "PaymentsServerErrors": "each process counts its own answers",
-    "PaymentsAppendsWait": Told("appends", 10.0),
-    "PaymentsLogRewound": Told("log"),
     "PaymentsFailoverWouldLose": Told("standbys"),
     "PaymentsClockSkew": Told("clock", 60.0),
     "PaymentsVacuumHeld": Told("vacuum", HORIZON_MAX_S),
@@ -93,26 +89,23 @@ class Check(NamedTuple):
     text: str
 
 
+def _page(alert: str) -> str:
+    return f"docs/operations.md#payments{alert}"
+
+
 def failing(name: str, bad: bool, text: str) -> Check:
     return Check("FAIL" if bad else "ok", name, text)
 
 
-async def database_checks(database: Database, gateway: str) -> list[Check]:
-    """All of them. `gateway` is the name of the provider that the settings name."""
-    return [
-        *await _server(database),
-        *await _followers(database),
-        *await _open_payments(database, gateway),
-        await _callbacks(database),
-    ]
-
-
-async def _server(database: Database) -> list[Check]:
+async def server_checks(database: Database) -> list[Check]:
     """What the server is to the service, and whether the log went back."""
     server = await server_state(database)
     checks = [_clock(server), _standbys(server), _durability(await unsafe_settings(database))]
     if server.read_only:
-        text = "it refuses to write: it is a standby, or read-only"
+        text = (
+            "it refuses to write: it is a standby, or read-only; DATABASE_HOST is to name the "
+            "primary: `payments settings`"
+        )
         checks.append(Check("FAIL", "database", text))
     checks.append(await _log(database, server))
     checks.append(Check("ok", "role", ROLES[await role_of(database)]))
@@ -121,7 +114,7 @@ async def _server(database: Database) -> list[Check]:
     unread = await unread_notifications(database)
     text = f"the queue of notifications is {unread:.0%} full"
     if unread > QUEUE_MAX:
-        text += ": some session does not read what it listens to"
+        text += f": some session does not read what it listens to: {_page('notificationsunread')}"
     checks.append(failing("listeners", unread > QUEUE_MAX, text))
     return checks
 
@@ -133,7 +126,10 @@ def _clock(server: Server) -> Check:
         where += ", the database's is behind"
     elif skew_s > 0.1:
         where += ", the database's is ahead"
-    return failing("clock", skew_s > SKEW_MAX_S, f"this machine's and the database's: {where}")
+    bad = skew_s > SKEW_MAX_S
+    if bad:
+        where += ": `chronyc tracking` or `timedatectl` on each says which one is off"
+    return failing("clock", bad, f"this machine's and the database's: {where}")
 
 
 def _standbys(server: Server) -> Check:
@@ -142,7 +138,8 @@ def _standbys(server: Server) -> Check:
         return Check("off", "standbys", "none: a failover needs one, or a backup")
     text = f"{server.synchronous} synchronous, {server.asynchronous} asynchronous"
     if server.may_lose:
-        text += ": a failover may lose what was answered; set synchronous_standby_names"
+        text += ": a failover may lose what was answered; `SHOW synchronous_standby_names` is to"
+        text += f" name one: {_page('failoverwouldlose')}"
     return failing("standbys", server.may_lose, text)
 
 
@@ -150,14 +147,16 @@ def _durability(unsafe: list[str]) -> Check:
     """Of what the server has committed."""
     if not unsafe:
         return Check("ok", "durability", "fsync and full_page_writes are on")
-    return Check("FAIL", "durability", f"off: {' and '.join(unsafe)}; {UNSAFE_MEANS}")
+    remedy = "; ".join(f"ALTER SYSTEM SET {name} = on" for name in unsafe)
+    return Check("FAIL", "durability", f"off: {' and '.join(unsafe)}; {UNSAFE_MEANS}: `{remedy}`")
 
 
 async def _log(database: Database, server: Server) -> Check:
     loss, id = await open_loss(database), await log_id(database)
-    text = "its id is missing" if id is None else str(id)
+    text = "its id is missing: `payments audit verify`" if id is None else str(id)
     if server.log_ahead_s:
         text += f": its last event is {server.log_ahead_s:.0f} s ahead of the database's clock"
+        text += f": {_page('clockskew')}"
     if loss is not None:
         text += (
             f": it went back, and lacks up to position {loss.lost_position} what it had "
@@ -174,7 +173,8 @@ async def _appends(database: Database) -> Check:
         for who, waits_s in (await waiting_appends(database)).items():
             look_for_s = LOOK_ON_FOR_S
             if waits_s > WAITS_S and now - first_seen.setdefault(who, now) > WAITED_S:
-                return Check("FAIL", "appends", f"they wait for {who}")
+                text = f"they wait for {who}: {_page('appendswait')}"
+                return Check("FAIL", "appends", text)
         await asyncio.sleep(LOOK_EVERY_S)
     return Check("ok", "appends", "none waits for long")
 
@@ -185,59 +185,5 @@ def _vacuum(found: Horizon) -> Check:
         return Check("ok", "vacuum", "nobody keeps it from removing dead rows for long")
     since = f"for {found.held_s:.0f} s, " if found.held_s else ""
     text = f"held up {since}for {found.transactions} transactions by {found.held_by}"
+    text += f": {_page('vacuumheld')}"
     return Check("FAIL", "vacuum", text)
-
-
-async def _followers(database: Database) -> list[Check]:
-    """And the seals, which one of them writes."""
-    checks = []
-    for follower in await follower_states(database):
-        text = f"{follower.name}: {follower.lag_events} events behind"
-        if follower.lag_events:
-            text += f", {follower.lag_s:.0f} s"
-        if follower.parked_streams:
-            text += f", {follower.parked_streams} payments parked: `payments parked list`"
-        bad = follower.lag_s > LAG_MAX_S or follower.parked_streams > 0
-        checks.append(failing("follower", bad, text))
-    head = await newest_head(database)
-    sealed = "nothing is sealed yet" if head is None else f"sealed up to position {head.position}"
-    checks.append(Check("ok", "seals", f"{sealed}; `payments audit verify` checks them"))
-    return checks
-
-
-async def _open_payments(database: Database, gateway: str) -> list[Check]:
-    """What is left open at the provider, and whether a person has to compare."""
-    unsettled = {row.kind: row for row in await unsettled_payments(database)}
-    returns = [unsettled.get("refund"), unsettled.get("late_capture")]
-    checks = [
-        _open("payments", "PENDING", [unsettled.get("charge")], PENDING_MAX_S),
-        _open("refunds", "on its way back", returns, RETURN_MAX_S),
-    ]
-    others = await open_gateways(database)
-    others.pop(gateway, None)
-    told = await contradicted_payments(database)
-    text = "nothing open contradicts it, or belongs to another one"
-    if told or others:
-        begun = [f"{count} begun with {name}" for name, count in sorted(others.items())]
-        found = [f"{told} that it contradicts, or that belong to another one"] if told else []
-        text = f"open payments: {', '.join([*found, *begun])}: docs/stuck.md"
-    checks.append(failing("provider", bool(told or others), text))
-    return checks
-
-
-def _open(name: str, what: str, found: list[UnsettledPayments | None], limit_s: float) -> Check:
-    rows = [row for row in found if row is not None]
-    if not rows:
-        return Check("ok", name, f"none is {what}")
-    oldest_s = max(row.oldest_age_s for row in rows)
-    count = sum(row.payments for row in rows)
-    return failing(name, oldest_s > limit_s, f"{count} {what}, the oldest for {oldest_s:.0f} s")
-
-
-async def _callbacks(database: Database) -> Check:
-    owed = await backlog(database)
-    text = f"{owed.due} due, {owed.dead} dead"
-    if owed.due:
-        text += f", the oldest for {owed.oldest_age_s:.0f} s"
-    bad = owed.dead > 0 or owed.oldest_age_s > CALLBACK_AGE_MAX_S
-    return failing("callbacks", bad, text)

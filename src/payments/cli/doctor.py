@@ -11,11 +11,12 @@ from urllib.parse import urlsplit
 import click
 import psycopg
 
-from payments.cli.checks import Check, database_checks, failing
+from payments.cli.checks import Check, failing, server_checks
 from payments.cli.exits import FINDINGS, one_is_a_finding
 from payments.cli.output import one_line
 from payments.cli.start import begin, with_database
-from payments.database import DatabaseAddress, connect, reason_of
+from payments.cli.work_checks import work_checks
+from payments.database import Database, DatabaseAddress, connect, reason_of
 from payments.errors import DatabaseUnavailable, StartError
 from payments.migrations import schema_of
 from payments.opening import open_database
@@ -55,16 +56,19 @@ def _checks() -> Iterator[Check]:
         clients = {key.client for key in settings.payments_api_keys}
         yield Check("ok", "keys", f"{len(clients)} API clients: {', '.join(sorted(clients))}")
     else:
-        yield Check("off", "keys", "whoever reaches the port may charge")
+        text = "whoever reaches the port may charge: `payments keys new NAME`"
+        yield Check("off", "keys", text)
     try:
         with open_database(settings, to="read") as address:
             yield from _database(address)
-            yield from with_database(address, lambda base: database_checks(base, gateway.name))
-    except StartError as error:
-        yield Check("FAIL", "database", str(error))
-    except (psycopg.Error, DatabaseUnavailable) as error:
+
+            async def look(database: Database) -> list[Check]:
+                return [*await server_checks(database), *await work_checks(database, gateway.name)]
+
+            yield from with_database(address, look)
+    except (StartError, psycopg.Error, DatabaseUnavailable) as error:
         reason = reason_of(error) if isinstance(error, psycopg.Error) else str(error)
-        yield Check("FAIL", "database", reason)
+        yield Check("FAIL", "database", f"{reason}; `payments settings` says which one it is")
     yield _callback_target(settings)
 
 
@@ -74,6 +78,8 @@ def _database(address: DatabaseAddress) -> Iterator[Check]:
         version = connection.info.server_version // 10_000
         schema = schema_of(connection)
         text = schema.refusal or "schema up to date"
+        if version < POSTGRES_MIN:
+            text += f"; {POSTGRES_MIN} or newer is needed: docs/backup.md"
         if schema.newer and schema.refusal is None:
             text = f"schema newer than this version, which may run on it: {schema.newer[-1]}"
         bad = version < POSTGRES_MIN or schema.refusal is not None
@@ -102,25 +108,31 @@ def _callback_target(settings: Settings) -> Check:
     port = parts.port or (443 if context else 80)
     try:
         if (warning := asyncio.run(check_target(url))) is not None:
-            return Check("FAIL", "endpoint", warning)
+            return _cannot_be_called(warning, origin(url))
         certificate = asyncio.run(_certificate(parts.hostname, port, context))
     except StartError as error:
-        return Check("FAIL", "endpoint", str(error))
+        return _cannot_be_called(str(error), origin(url))
     except TimeoutError:
-        return Check("FAIL", "endpoint", f"{origin(url)} does not answer")
+        return _cannot_be_called(f"{origin(url)} does not answer", origin(url))
     except ssl.SSLCertVerificationError as error:
-        return Check("FAIL", "endpoint", f"{origin(url)}: {error.verify_message}")
+        return _cannot_be_called(f"{origin(url)}: {error.verify_message}", origin(url))
     except OSError as error:
         reason = error.strerror or str(error)
-        return Check("FAIL", "endpoint", f"{origin(url)} cannot be reached: {reason}")
+        return _cannot_be_called(f"{origin(url)} cannot be reached: {reason}", origin(url))
     signed = "signed" if settings.order_callback_secret else "not signed"
     text = f"{origin(url)} can be reached; callbacks are {signed}"
     if certificate:
         ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(certificate["notAfter"]), UTC)
         days = (ends - datetime.now(UTC)).days
         text += f"; its certificate ends in {days} days"
-        return failing("endpoint", days < CERTIFICATE_MIN_DAYS, text)
+        if days < CERTIFICATE_MIN_DAYS:
+            return _cannot_be_called(text, origin(url))
     return Check("ok", "endpoint", text)
+
+
+def _cannot_be_called(text: str, origin: str) -> Check:
+    """Or soon cannot."""
+    return Check("FAIL", "endpoint", f"{text}: `curl -v {origin}`")
 
 
 async def _certificate(host: str | None, port: int, context: ssl.SSLContext | None) -> Any:

@@ -1,5 +1,6 @@
 """How far the followers are, and what is left open at the provider: for operators."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
@@ -20,24 +21,47 @@ SELECT f.name,
 
 PARKED_STREAMS = """
 SELECT follower, payment_id, "position", reason, parked_at
-  FROM parked_streams ORDER BY parked_at, "position"
+  FROM parked_streams WHERE follower = coalesce(%b, follower)
+ ORDER BY parked_at, "position" LIMIT %b
 """
 
+NEXT_PAYMENTS = """
+SELECT notification_id, originator_id FROM payment_events
+ WHERE notification_id > %b ORDER BY notification_id LIMIT %b
+"""
+
+# Who a session is, is told to all roles.
+AT_WORK = """
+SELECT DISTINCT substr(application_name, length('payments follower ') + 1)
+  FROM pg_stat_activity
+ WHERE datname = current_database() AND application_name LIKE 'payments follower %%'
+ ORDER BY 1
+"""
+
+# A level of 50 and more: somebody was told that the provider's answer does not fit, or that they
+# belong to another provider. Settling says so as CRITICAL, and again every day while it is so. Such
+# a payment is a case of its own, and stays open until a person has decided.
 UNSETTLED = """
-SELECT kind, count(*), greatest(0, extract(epoch FROM clock_timestamp() - min(since)))::float8
+SELECT kind, count(*),
+       coalesce(greatest(0, extract(epoch FROM clock_timestamp()
+           - min(since) FILTER (WHERE coalesce(told_level, 0) < 50)))::float8, 0)
   FROM unsettled_payments GROUP BY kind
 """
 
+OLDEST_UNSETTLED = """
+SELECT payment_id FROM unsettled_payments
+ WHERE kind = ANY (%(kinds)b::text[]) AND coalesce(told_level, 0) < 50
+ ORDER BY since LIMIT %(most)b
+"""
 
-# Those of which somebody was told that the provider's answer does not fit, or that they belong to
-# another provider: settling says so as CRITICAL, and again every day while it is so.
 CONTRADICTED = """
-SELECT count(*) FROM unsettled_payments WHERE told_level >= 50
+SELECT count(*), coalesce((array_agg(payment_id ORDER BY since))[:%b], '{}')
+  FROM unsettled_payments WHERE told_level >= 50
 """
 
 # The providers that open payments were begun with, not those that are only watched.
 OPEN_GATEWAYS = """
-SELECT initiated_gateway(e.state), count(*)
+SELECT initiated_gateway(e.state), count(*), (array_agg(u.payment_id ORDER BY u.since))[:%b]
   FROM unsettled_payments u
   JOIN payment_events e ON e.originator_id = u.payment_id AND e.originator_version = 1
  WHERE u.kind IN ('charge', 'refund', 'late_capture') GROUP BY 1
@@ -65,7 +89,8 @@ class ParkedStream(NamedTuple):
 
 
 class UnsettledPayments(NamedTuple):
-    """How many payments are open for one kind of reason, and for how long the oldest."""
+    """How many payments are open for one kind of reason, and for how long the oldest of those that
+    contradict no answer of the provider; 0 if there is none."""
 
     kind: str
     payments: int
@@ -76,21 +101,43 @@ async def follower_states(database: Database) -> list[FollowerState]:
     return [FollowerState(*row) for row in await database.fetch(FOLLOWERS)]
 
 
-async def parked_streams(database: Database) -> list[ParkedStream]:
-    """All of them, the one that was parked first at the top."""
-    return [ParkedStream(*row) for row in await database.fetch(PARKED_STREAMS)]
+async def followers_at_work(database: Database) -> list[str]:
+    """The names of those that some process runs."""
+    return [name for (name,) in await database.fetch(AT_WORK)]
+
+
+async def next_payments(database: Database, position: int, most: int) -> tuple[int, list[UUID]]:
+    """The first position behind this one, and whose the events are from there on."""
+    rows = await database.fetch(NEXT_PAYMENTS, [position, most])
+    first = rows[0][0] if rows else position + 1
+    return first, list(dict.fromkeys(payment_id for _, payment_id in rows))
+
+
+async def parked_streams(
+    database: Database, follower: str | None = None, most: int | None = None
+) -> list[ParkedStream]:
+    """Those of one follower or of all, the one that was parked first at the top."""
+    rows = await database.fetch(PARKED_STREAMS, [follower, most])
+    return [ParkedStream(*row) for row in rows]
 
 
 async def unsettled_payments(database: Database) -> list[UnsettledPayments]:
     return [UnsettledPayments(*row) for row in await database.fetch(UNSETTLED)]
 
 
-async def contradicted_payments(database: Database) -> int:
-    """How many open payments a person has to compare with the provider's records."""
-    ((count,),) = await database.fetch(CONTRADICTED)
-    return int(count)
+async def oldest_unsettled(database: Database, kinds: Sequence[str], most: int) -> list[UUID]:
+    """Of those that contradict no answer of the provider."""
+    params = {"kinds": list(kinds), "most": most}
+    return [payment_id for (payment_id,) in await database.fetch(OLDEST_UNSETTLED, params)]
 
 
-async def open_gateways(database: Database) -> dict[str, int]:
-    """How many open payments were begun with each provider, by its name."""
-    return dict(await database.fetch(OPEN_GATEWAYS))
+async def contradicted_payments(database: Database, most: int) -> tuple[int, list[UUID]]:
+    """How many open payments a person has to compare with the provider's records, and the first."""
+    ((count, ids),) = await database.fetch(CONTRADICTED, [most])
+    return count, ids
+
+
+async def open_gateways(database: Database, most: int) -> dict[str, tuple[int, list[UUID]]]:
+    """How many open payments were begun with each provider, by its name, and the first of them."""
+    rows = await database.fetch(OPEN_GATEWAYS, [most])
+    return {name: (count, ids) for name, count, ids in rows}

@@ -1,0 +1,150 @@
+"""What `payments doctor` says of the work that is to be done, and of what is left open."""
+
+from collections.abc import Sequence
+from uuid import UUID
+
+from payments.cli.checks import (
+    CALLBACK_AGE_MAX_S,
+    LAG_MAX_S,
+    PENDING_MAX_S,
+    RETURN_MAX_S,
+    Check,
+    failing,
+)
+from payments.database import Database
+from payments.queries.callbacks import Backlog, backlog, dead_deliveries, due_deliveries
+from payments.queries.followers import (
+    FollowerState,
+    UnsettledPayments,
+    contradicted_payments,
+    follower_states,
+    followers_at_work,
+    next_payments,
+    oldest_unsettled,
+    open_gateways,
+    parked_streams,
+    unsettled_payments,
+)
+from payments.queries.verification import newest_head
+
+NAMED_MAX = 3  # ids in a line
+WORKERS = "`payments serve` or `payments work`"
+
+
+async def work_checks(database: Database, gateway: str) -> list[Check]:
+    """`gateway` is the name of the provider that the settings name."""
+    followers = await follower_states(database)
+    unsettled = await unsettled_payments(database)
+    owed = await backlog(database)
+    head = await newest_head(database)
+    sealed = "nothing is sealed yet" if head is None else f"sealed up to position {head.position}"
+    return [
+        _work(await followers_at_work(database), followers, unsettled, owed),
+        *[await _follower(database, follower) for follower in followers],
+        Check("ok", "seals", f"{sealed}; `payments audit verify` checks them"),
+        await _open(database, "payments", "PENDING", ("charge",), unsettled, PENDING_MAX_S),
+        await _open(
+            *(database, "refunds", "on its way back", ("refund", "late_capture")),
+            *(unsettled, RETURN_MAX_S),
+        ),
+        await _provider(database, gateway),
+        await _callbacks(database, owed),
+    ]
+
+
+def _named(ids: Sequence[object], count: int) -> str:
+    """The first of so many."""
+    more = count - len(ids)
+    return ", ".join(map(str, ids)) + (f" and {more} more" if more > 0 else "")
+
+
+def _work(
+    at_work: Sequence[str],
+    followers: Sequence[FollowerState],
+    unsettled: Sequence[UnsettledPayments],
+    owed: Backlog,
+) -> Check:
+    """Whether any process does it. Where nothing is to be done, none need be running."""
+    if at_work:
+        return Check("ok", "work", f"somebody follows: {', '.join(at_work)}")
+    waits = {
+        "events": max((follower.lag_events for follower in followers), default=0),
+        "open payments": sum(row.payments for row in unsettled),
+        "callbacks": owed.due,
+    }
+    waiting = ", ".join(f"{count} {what}" for what, count in waits.items() if count)
+    text = "nobody follows the log, settles and calls back"
+    if not waiting:
+        return Check("off", "work", f"{text} now: {WORKERS}")
+    return Check("FAIL", "work", f"{text}, and there wait {waiting}: start {WORKERS}")
+
+
+async def _follower(database: Database, follower: FollowerState) -> Check:
+    late = follower.lag_s > LAG_MAX_S
+    text = f"{follower.name}: {follower.lag_events} events behind"
+    if follower.lag_events:
+        text += f", {follower.lag_s:.0f} s"
+    if late:
+        position, ids = await next_payments(database, follower.position, NAMED_MAX)
+        text += f", from position {position} on, of payment {_named(ids, 0)}"
+        text += f": `payments replay --from {position} --limit {NAMED_MAX}`; {WORKERS} follows"
+    if follower.parked_streams:
+        streams = await parked_streams(database, follower.name, NAMED_MAX)
+        ids = [stream.payment_id for stream in streams]
+        text += f", {follower.parked_streams} payments parked: `payments parked list`: "
+        text += _named(ids, follower.parked_streams)
+    return failing("follower", late or follower.parked_streams > 0, text)
+
+
+async def _open(
+    database: Database,
+    name: str,
+    what: str,
+    kinds: Sequence[str],
+    unsettled: Sequence[UnsettledPayments],
+    limit_s: float,
+) -> Check:
+    """What is left open at the provider."""
+    rows = [row for row in unsettled if row.kind in kinds]
+    if not rows:
+        return Check("ok", name, f"none is {what}")
+    oldest_s = max(row.oldest_age_s for row in rows)
+    count = sum(row.payments for row in rows)
+    text = f"{count} {what}, the oldest for {oldest_s:.0f} s"
+    if oldest_s > limit_s:
+        text += _to_explain(await oldest_unsettled(database, kinds, NAMED_MAX), count)
+    return failing(name, oldest_s > limit_s, text)
+
+
+def _to_explain(ids: Sequence[UUID], count: int) -> str:
+    return f": {_named(ids, count)}: `payments explain {ids[0]}`" if ids else ""
+
+
+async def _provider(database: Database, gateway: str) -> Check:
+    """Whether a person has to compare."""
+    others = await open_gateways(database, NAMED_MAX)
+    others.pop(gateway, None)
+    told, told_ids = await contradicted_payments(database, NAMED_MAX)
+    if not told and not others:
+        return Check("ok", "provider", "nothing open contradicts it, or belongs to another one")
+    found = []
+    if told:
+        what = f"{told} that it contradicts, or that belong to another one"
+        found.append(what + _to_explain(told_ids, told))
+    for name, (count, ids) in sorted(others.items()):
+        found.append(f"{count} begun with {name}" + _to_explain(ids, count))
+    return Check("FAIL", "provider", f"open payments: {', '.join(found)}: docs/stuck.md")
+
+
+async def _callbacks(database: Database, owed: Backlog) -> Check:
+    text = f"{owed.due} due, {owed.dead} dead"
+    if owed.due:
+        text += f", the oldest for {owed.oldest_age_s:.0f} s"
+    late = owed.oldest_age_s > CALLBACK_AGE_MAX_S
+    if late:
+        ids = [each.event_id for each in await due_deliveries(database, NAMED_MAX)]
+        text += f": due {_named(ids, owed.due)}: `payments callbacks show {ids[0]}`"
+    if owed.dead:
+        ids = [each.event_id for each in await dead_deliveries(database, NAMED_MAX)]
+        text += f": dead {_named(ids, owed.dead)}: `payments callbacks show {ids[0]}`"
+    return failing("callbacks", late or owed.dead > 0, text)
