@@ -15,7 +15,6 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 import psycopg
-from loguru import logger
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import tuple_row
 from psycopg.sql import SQL, Identifier
@@ -23,6 +22,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from payments import session
 from payments.errors import DatabaseUnavailable, StartError
+from payments.logs import Repeats
 from payments.names import addresses_of
 from payments.settings import Settings
 
@@ -243,6 +243,7 @@ class _Connection(psycopg.AsyncConnection[Any]):
     """
 
     _mark: str  # of the session
+    _repeats = Repeats()  # of all connections
 
     @classmethod
     async def connect(cls, conninfo: str = "", **options: Any) -> Self:
@@ -267,7 +268,8 @@ class _Connection(psycopg.AsyncConnection[Any]):
             yield
         except BaseException as error:
             if isinstance(error, session.SessionUnfit):
-                logger.bind(reason=str(error)).error("a database session cannot be used")
+                message = "a database session cannot be used"
+                self._repeats.tell("ERROR", message, reason=str(error))
             await self.close()
             raise
 

@@ -12,12 +12,14 @@ import asyncio
 import atexit
 import json
 import logging
+import math
 import os
 import re
 import select
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +33,7 @@ BUFFER_MAX = 4 * 1024 * 1024  # bytes of lines that nobody has read yet
 PIPE_BUF = 4096  # bytes that a pipe which is ready for writing takes at once: pipe(7)
 RETRY_S = 0.05
 EXIT_S = 1.0  # for the last lines, at the end of the process
+REPEAT_S = 60.0  # until a failure that goes on is told again
 
 # Select graphic rendition: ECMA-48 section 8.3.117.
 _COLOURS = {"WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[1;31m"}
@@ -63,6 +66,35 @@ def set_up_logs(format: Literal["auto", "json", "text"], level: str) -> None:
     # The eventsourcing library silences these when it is imported.
     for name in ("psycopg", "psycopg.pool"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class Repeats:
+    """Tells failures that come again and again when they are new, and then once in REPEAT_S with
+    how often they came unsaid: else nobody finds the line that matters."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._told: dict[object, tuple[float, int]] = {}  # when, and how often since
+
+    def tell(
+        self,
+        level: Literal["WARNING", "ERROR", "CRITICAL"],
+        message: str,
+        *,
+        of: str | type[BaseException] | None = None,
+        exception: BaseException | None = None,
+        **fields: Any,
+    ) -> None:
+        """Logs it, unless that was told of the same thing lately. `of` is one of a few, no id."""
+        now, what = self._clock(), (message, of)
+        told_at, unsaid = self._told.get(what, (-math.inf, 0))
+        if now - told_at < REPEAT_S:
+            self._told[what] = told_at, unsaid + 1
+            return
+        self._told[what] = now, 0
+        if unsaid:
+            fields["unsaid"] = unsaid
+        logger.bind(**fields).opt(exception=exception).log(level, message)
 
 
 def trace_field(traceparent: str | None) -> dict[str, str]:

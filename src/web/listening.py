@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
-from loguru import logger
 
 from payments.errors import StartError
+from payments.logs import Repeats
 from payments.settings import Settings
 
 BACKLOG = 2048  # connections that may wait to be accepted
@@ -70,6 +70,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._connecting: set[asyncio.Task[Any]] = set()
+        self._repeats = Repeats()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -98,7 +99,8 @@ class Server(uvicorn.Server):
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:  # no file is left: first one of those that are open must end
-                logger.bind(reason=error.strerror).warning("cannot accept connections")
+                reason = error.strerror
+                self._repeats.tell("WARNING", "cannot accept connections", of=reason, reason=reason)
                 loop.remove_reader(listener)
                 loop.call_later(ACCEPT_PAUSE_S, self._watch, listener)
                 return

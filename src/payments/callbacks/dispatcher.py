@@ -26,7 +26,7 @@ from payments.callbacks.breaker import Breaker, Permit
 from payments.callbacks.outbox import Claimed, Result
 from payments.callbacks.retry import jittered, judge
 from payments.database import cut_after
-from payments.logs import trace_field
+from payments.logs import Repeats, trace_field
 from payments.telemetry import Telemetry
 from payments.tracing import current_traceparent, span
 
@@ -81,6 +81,7 @@ class Dispatcher:
         self._retention_days = retention_days
         self._breaker = breaker or Breaker()
         self._random = rng
+        self._repeats = Repeats()
         self._opened: psycopg.AsyncConnection[Any] | None = None
         self._loop: asyncio.Task[None] | None = None
         self._sending: dict[asyncio.Task[None], Claimed] = {}
@@ -130,10 +131,14 @@ class Dispatcher:
             try:
                 await self._turn()
             except (psycopg.OperationalError, psycopg.InterfaceError, OSError) as error:
-                reason = type(error).__name__
-                logger.bind(reason=reason).warning("callbacks lost their database, trying again")
-            except Exception:  # noqa: BLE001 - what is owed must not stop for it
-                logger.exception("callbacks cannot be claimed or recorded, trying again")
+                reason, message = (
+                    type(error).__name__,
+                    "callbacks lost their database, trying again",
+                )
+                self._repeats.tell("WARNING", message, of=reason, reason=reason)
+            except Exception as error:  # noqa: BLE001 - what is owed must not stop for it
+                message = "callbacks cannot be claimed or recorded, trying again"
+                self._repeats.tell("ERROR", message, of=type(error), exception=error)
                 # Their leases run out, and they are sent again: better than never.
                 self._results.clear()
             else:
@@ -195,7 +200,8 @@ class Dispatcher:
         del self._sending[task]
         self._wake.set()
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.opt(exception=error).error("a callback could not be sent")
+            message = "a callback could not be sent"
+            self._repeats.tell("ERROR", message, of=type(error), exception=error)
 
     async def _deliver(self, claimed: Claimed, permit: Permit, claimed_at: float) -> None:
         """One exchange, and what it means for the delivery and for the breaker."""

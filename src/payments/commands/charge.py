@@ -36,6 +36,7 @@ from payments.events.appender import Appender, StreamConflict
 from payments.events.facts import PaymentInitiated, UndecodableEvent
 from payments.events.store import fact_at, load_charge, to_stored_event
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
+from payments.logs import Repeats
 from payments.payment import Approved, Declined, Payment, Status, UnexpectedEvent, evolve
 from payments.settings import Settings
 from payments.telemetry import Telemetry
@@ -145,7 +146,7 @@ class Charging:
     async def _begin(self, run: Run[Charged], command: ChargePayment) -> _Begun | None:
         """Makes the intent durable; None if an earlier request with this key has an answer."""
         intent = initiate(command.request, self._gateway.name, _cause(command))
-        event, age_s = to_stored_event(intent), None
+        event, age_s, repeats = to_stored_event(intent), None, Repeats()
         while True:
             run.take_slot()
             try:
@@ -164,9 +165,8 @@ class Charging:
             try:
                 return await self._resume(run, intent)
             except _StreamGone:
-                logger.bind(payment_id=intent.payment_id).critical(
-                    "the log lost a payment that it had acknowledged; it begins again"
-                )
+                message = "the log lost a payment that it had acknowledged; it begins again"
+                repeats.tell("CRITICAL", message, payment_id=intent.payment_id)
                 age_s = 0.0  # the run that is lost may have asked the provider
 
     async def _resume(self, run: Run[Charged], intent: PaymentInitiated) -> _Begun | None:

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from eventsourcing.persistence import StoredEvent
-from loguru import logger
 
 from payments.database import Database
 from payments.deciding import OutcomeMismatch
@@ -18,7 +17,7 @@ from payments.errors import DatabaseUnavailable
 from payments.events.appender import Appender, CaptureTaken, StreamConflict
 from payments.events.facts import PaymentCharged, PaymentRefunded, ProviderOutcome, RefundInitiated
 from payments.events.store import LoadedPayment, load_payment, to_stored_event
-from payments.logs import log_money
+from payments.logs import Repeats, log_money
 from payments.payment import Payment, evolve
 from payments.telemetry import Telemetry
 from payments.tracing import span
@@ -47,13 +46,14 @@ class Recorder:
         if another request stands under the payment's key by now, or another payment names the
         capture.
         """
+        repeats = Repeats()
         while fact := decide(payment):
             event = to_stored_event(fact)
             try:
                 with span("append", event=fact.TOPIC):
                     await self._append([event], known[-1])
             except StreamConflict:
-                payment, known = await self._as_it_stands(payment, known)
+                payment, known = await self._as_it_stands(payment, known, repeats)
                 continue
             payment = evolve(payment, fact)
             if not isinstance(fact, RefundInitiated):
@@ -70,7 +70,7 @@ class Recorder:
             raise OutcomeMismatch("another payment names this capture of the provider") from None
 
     async def _as_it_stands(
-        self, payment: Payment, known: Sequence[StoredEvent]
+        self, payment: Payment, known: Sequence[StoredEvent], repeats: Repeats
     ) -> tuple[Payment, Sequence[StoredEvent]]:
         """The payment and its events in the log, with what the log lost of them appended again."""
         while True:
@@ -82,9 +82,8 @@ class Recorder:
                 if len(stored) >= len(known) or stored != tuple(known[: len(stored)]):
                     return loaded.payment, stored
             missing = known[len(stored) :]
-            logger.bind(payment_id=payment.id, events=len(missing)).critical(
-                "the log lacks events that it had acknowledged; they are appended again"
-            )
+            message = "the log lacks events that it had acknowledged; they are appended again"
+            repeats.tell("CRITICAL", message, payment_id=payment.id, events=len(missing))
             try:
                 await self._append(missing, stored[-1] if stored else None)
             except StreamConflict:
@@ -100,9 +99,9 @@ class Recorder:
 
     def _count(self, fact: ProviderOutcome) -> None:
         if isinstance(fact, PaymentCharged):
-            self._telemetry.amounts["captured", fact.currency].inc(fact.amount_cents)
+            self._telemetry.amounts.labels("captured", fact.currency).inc(fact.amount_cents)
         elif isinstance(fact, PaymentRefunded):
-            self._telemetry.amounts["refunded", fact.currency].inc(fact.amount_cents)
+            self._telemetry.amounts.labels("refunded", fact.currency).inc(fact.amount_cents)
 
 
 def _log(fact: ProviderOutcome) -> None:

@@ -15,6 +15,7 @@ from payments.commands.telling import tell
 from payments.database import Database
 from payments.errors import DatabaseUnavailable, PaymentUnreadable
 from payments.events.store import load_payment
+from payments.logs import Repeats
 from payments.payment import Status
 from payments.settings import Settings
 from payments.unsettled import Claim, claim, forget, postpone
@@ -45,6 +46,7 @@ class Settling:
         self._tasks: set[asyncio.Task[None]] = set()
         self._abandoned: set[asyncio.Task[None]] = set()
         self._loop: asyncio.Task[None] | None = None
+        self._repeats = Repeats()
         self._looks = True  # whether the last look for work succeeded
 
     def start(self) -> None:
@@ -111,14 +113,19 @@ class Settling:
 
     async def _settle(self, claimed: Claim) -> None:
         """One attempt; afterwards the row is due again, or gone if nothing can come any more."""
-        log = logger.bind(payment_id=claimed.payment_id, attempts=claimed.attempts)
         say = partial(tell, self._database, claimed.payment_id, attempts=claimed.attempts)
         wait_s: float | None = PAUSE_MAX_S
         try:
             wait_s = await self._attempt(claimed)
         except DatabaseUnavailable as error:
             wait_s = pause_s(claimed.attempts, "refund")
-            log.bind(reason=error.code).warning("cannot be settled now")
+            self._repeats.tell(
+                "WARNING",
+                "cannot be settled now",
+                payment_id=claimed.payment_id,
+                attempts=claimed.attempts,
+                reason=error.code,
+            )
         except PaymentUnreadable as error:
             wait_s = pause_s(claimed.attempts, "refund")
             await say("WARNING", "cannot be settled now", reason=error.code)

@@ -15,12 +15,12 @@ from typing import Any
 
 import psycopg
 from eventsourcing.persistence import StoredEvent
-from loguru import logger
 
 from payments.database import cut_after
 from payments.errors import DatabaseUnavailable, TooBusy
 from payments.events.store import APPEND, CAPTURED, CONFLICT, append_params
 from payments.events.watch import LogWatch
+from payments.logs import Repeats
 from payments.telemetry import Telemetry
 
 BATCH_MAX = 256  # appends; at this size the cost per event has long stopped falling
@@ -227,6 +227,7 @@ class _Writer:
         self._watch = watch
         self._appended = appended
         self._cursor: psycopg.AsyncCursor[Any] | None = None
+        self._repeats = Repeats()
         self.batch: list[_Append] = []
 
     async def write(self, batch: list[_Append]) -> None:
@@ -246,7 +247,8 @@ class _Writer:
         except (psycopg.Error, Unpackable) as error:
             self._telemetry.append_failures["refused"].inc()
             reason = getattr(error, "sqlstate", None) or type(error).__name__
-            logger.bind(reason=reason).error("the event store refused an append")
+            message = "the event store refused an append"
+            self._repeats.tell("ERROR", message, of=reason, reason=reason)
             append.resolve(AppendRefused(f"refused: {reason}"))
 
     async def _write(self, batch: list[_Append]) -> None:
@@ -263,9 +265,11 @@ class _Writer:
                 if _is_refusal(error):
                     raise
                 self._telemetry.append_failures["retried"].inc()
-                logger.bind(reason=type(error).__name__, appends=len(batch)).warning(
-                    "the event store does not answer, trying again"
+                reason, message = (
+                    type(error).__name__,
+                    "the event store does not answer, trying again",
                 )
+                self._repeats.tell("WARNING", message, of=reason, reason=reason, appends=len(batch))
             else:
                 return
             await asyncio.sleep(pause_s)

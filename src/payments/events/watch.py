@@ -27,6 +27,7 @@ from payments.errors import DatabaseUnavailable, LogRewound
 from payments.events import losses
 from payments.events.losses import Fetch
 from payments.events.store import HEAD_POSITION
+from payments.logs import Repeats
 from payments.telemetry import Telemetry
 
 LOOK_S = 1.0
@@ -104,6 +105,7 @@ class LogWatch:
         self._accepted_id = 0
         self._unrecorded = False
         self._complained = 0
+        self._repeats = Repeats()
         self._keeps = True  # whether the file could be written
         self._kept: KeptHead | None = None
         self._task: asyncio.Task[None] | None = None
@@ -119,7 +121,7 @@ class LogWatch:
         except DatabaseUnavailable:
             pass
         except psycopg.Error as error:
-            _log_failure(error)
+            self._log_failure(error)
         self._task = asyncio.create_task(self._run(), name="log watch")
 
     async def stop(self) -> None:
@@ -168,7 +170,7 @@ class LogWatch:
         except psycopg.Error as error:
             if cursor.connection.closed:
                 raise
-            _log_failure(error)
+            self._log_failure(error)
         if self.read_only:
             # It may become the primary before anything else is asked on this connection.
             raise psycopg.OperationalError("the server refuses to write")
@@ -252,7 +254,11 @@ class LogWatch:
             except DatabaseUnavailable:
                 continue
             except Exception as error:  # noqa: BLE001 - it must go on looking, whatever it is
-                _log_failure(error)
+                self._log_failure(error)
+
+    def _log_failure(self, error: Exception) -> None:
+        reason = type(error).__name__
+        self._repeats.tell("ERROR", "the log cannot be watched", of=reason, reason=reason)
 
     async def take_up(self, heads: Sequence[Seal] = ()) -> None:
         """Takes up what a process before this one has kept, and these heads, and compares each.
@@ -299,10 +305,6 @@ async def find_loss(database: Database, data_dir: Path | None, heads: Sequence[S
     Raises DatabaseUnavailable.
     """
     await LogWatch(database, Telemetry(), data_dir).take_up(heads)
-
-
-def _log_failure(error: Exception) -> None:
-    logger.bind(reason=type(error).__name__).error("the log cannot be watched")
 
 
 def read_head(data_dir: Path, log: UUID, database: int) -> KeptHead | None:

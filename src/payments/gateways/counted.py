@@ -17,6 +17,7 @@ from payments.gateways import (
     ProviderRefund,
     declines_may_turn_s,
 )
+from payments.logs import Repeats
 from payments.payment import Approved, Declined
 from payments.telemetry import Telemetry
 from payments.tracing import span
@@ -39,6 +40,7 @@ class CountedGateway:
     def __init__(self, gateway: Gateway, telemetry: Telemetry) -> None:
         self._gateway = gateway
         self._telemetry = telemetry
+        self._repeats = Repeats()
         self.name = gateway.name
         self.safe_retry_s = gateway.safe_retry_s
         self.late_capture_s = gateway.late_capture_s
@@ -81,10 +83,13 @@ class CountedGateway:
             logger.bind(operation=operation, reason=str(error)).info("the provider gave no outcome")
             raise
         except TimeoutError as error:
-            logger.bind(operation=operation).error("the gateway does not keep its timeout")
+            message = "the gateway does not keep its timeout"
+            self._repeats.tell("ERROR", message, of=operation, operation=operation)
             raise OutcomeUnknown("the gateway does not return") from error
         except Exception as error:
-            logger.bind(operation=operation).exception("the gateway failed")
+            what = f"{operation} {type(error).__name__}"
+            message = "the gateway failed"
+            self._repeats.tell("ERROR", message, of=what, exception=error, operation=operation)
             raise OutcomeUnknown("the gateway failed") from error
         finally:
             self._telemetry.gateway_calls[operation, outcome].inc()

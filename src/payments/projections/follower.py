@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from uuid import UUID
 
@@ -23,6 +24,7 @@ from payments.events.chain import LogEntry
 from payments.events.facts import UndecodableEvent, traceparent_of
 from payments.events.notifier import LISTEN
 from payments.events.store import READ_LOG, READ_STREAM_PART
+from payments.logs import Repeats
 from payments.payment import UnexpectedEvent
 from payments.tracing import spans_since
 
@@ -125,6 +127,7 @@ class Follower:
         self._name = projection.name
         self._telemetry = telemetry
         self._batch_max = self._limit = batch_max
+        self._repeats = Repeats()
         self._applied = applied or (lambda: None)
         self._listens = listens
         self._woken = asyncio.Event()
@@ -242,12 +245,8 @@ class Follower:
                 await self._run_connected(connection)
             except asyncio.CancelledError:
                 raise
-            except Exception as error:
-                log = logger.bind(follower=self._name, reason=type(error).__name__)
-                if isinstance(error, psycopg.Error | OSError):
-                    log.warning("the follower lost its database, trying again")
-                else:
-                    log.exception("the follower failed, trying again")
+            except Exception as error:  # noqa: BLE001 - it must go on, whatever it is
+                self._complain(error)
                 # Perhaps it was too much for the time that a batch has.
                 self._limit = max(1, self._limit // 2)
                 with suppress(Exception):
@@ -257,6 +256,14 @@ class Follower:
             else:
                 pause_s = RETRY_MIN_S
                 self._limit = min(self._limit * 2, self._batch_max)
+
+    def _complain(self, error: Exception) -> None:
+        reason = type(error).__name__
+        tell = partial(self._repeats.tell, of=reason, follower=self._name, reason=reason)
+        if isinstance(error, psycopg.Error | OSError):
+            tell("WARNING", "the follower lost its database, trying again")
+        else:
+            tell("ERROR", "the follower failed, trying again", exception=error)
 
     async def _run_connected(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Applies a batch; if there is none, waits until it is woken, for a NOTIFY or the poll."""
