@@ -1,6 +1,7 @@
 """A failure that goes on is told when it is new, and then rarely: never a line for each attempt."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -159,6 +160,19 @@ async def test_a_database_that_is_away(told: Lines, start: Any) -> None:
     await stop()
     assert len(told) == 1
     assert told[0]["reason"] == "OperationalError"
+
+
+def test_a_pool_that_cannot_connect(told: Lines) -> None:
+    """Its library tells of each attempt. Others are told each time."""
+    handler = logs._ToLoguru()
+    for number in range(10):
+        for name, template in (("psycopg.pool", "error connecting in %r: %s"), ("other", "%s %s")):
+            handler.emit(
+                logging.LogRecord(name, logging.WARNING, "", 1, template, ("pool-1", number), None)
+            )
+    pool = [line for line in told if line["logger"] == "psycopg.pool"]
+    assert [line["message"] for line in pool] == ["error connecting in 'pool-1': 0"]
+    assert len(told) == 11
 
 
 def test_a_log_that_cannot_be_watched(told: Lines, address: DatabaseAddress) -> None:

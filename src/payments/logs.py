@@ -86,15 +86,20 @@ class Repeats:
         **fields: Any,
     ) -> None:
         """Logs it, unless that was told of the same thing lately. `of` is one of a few, no id."""
-        now, what = self._clock(), (message, of)
+        unsaid = self.due((message, of))
+        if unsaid is not None:
+            fields |= unsaid
+            logger.bind(**fields).opt(exception=exception).log(level, message)
+
+    def due(self, what: object) -> dict[str, int] | None:
+        """Further fields of the line that is due; None if none is."""
+        now = self._clock()
         told_at, unsaid = self._told.get(what, (-math.inf, 0))
         if now - told_at < REPEAT_S:
             self._told[what] = told_at, unsaid + 1
-            return
+            return None
         self._told[what] = now, 0
-        if unsaid:
-            fields["unsaid"] = unsaid
-        logger.bind(**fields).opt(exception=exception).log(level, message)
+        return {"unsaid": unsaid} if unsaid else {}
 
 
 def trace_field(traceparent: str | None) -> dict[str, str]:
@@ -233,14 +238,23 @@ def _descriptor() -> int | None:
 class _ToLoguru(logging.Handler):
     """Libraries that log through the standard library end up in the same place."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._repeats = Repeats()
+
     def emit(self, record: logging.LogRecord) -> None:
+        unsaid: dict[str, int] | None = {}
+        if record.name.startswith("psycopg"):  # a line for each attempt to connect
+            unsaid = self._repeats.due((record.name, record.msg))
+        if unsaid is None:
+            return
         try:
             level: str | int = logger.level(record.levelname).name
         except ValueError:
             level = record.levelno
         try:
             # Handed over as an argument: the text may hold braces that loguru would expand.
-            bound = logger.bind(logger=record.name).opt(exception=record.exc_info)
+            bound = logger.bind(logger=record.name, **unsaid).opt(exception=record.exc_info)
             bound.log(level, "{}", record.getMessage())
         except Exception:  # noqa: BLE001 - a library must not fail because of its logging
             self.handleError(record)
