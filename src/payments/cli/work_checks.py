@@ -1,6 +1,7 @@
 """What `payments doctor` says of the work that is to be done, and of what is left open."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 from uuid import UUID
 
 from payments.cli.checks import (
@@ -12,7 +13,13 @@ from payments.cli.checks import (
     failing,
 )
 from payments.database import Database
-from payments.queries.callbacks import Backlog, backlog, dead_deliveries, due_deliveries
+from payments.queries.callbacks import (
+    Backlog,
+    Delivery,
+    backlog,
+    dead_deliveries,
+    due_deliveries,
+)
 from payments.queries.followers import (
     FollowerState,
     UnsettledPayments,
@@ -31,6 +38,19 @@ NAMED_MAX = 3  # ids in a line
 WORKERS = "`payments serve` or `payments work`"
 
 
+class Open(NamedTuple):
+    """Payments that are left open for these kinds of reason, and how long they may be."""
+
+    name: str
+    what: str
+    kinds: Sequence[str]
+    limit_s: float
+
+
+PAYMENTS = Open("payments", "PENDING", ["charge"], PENDING_MAX_S)
+REFUNDS = Open("refunds", "on its way back", ["refund", "late_capture"], RETURN_MAX_S)
+
+
 async def work_checks(database: Database, gateway: str) -> list[Check]:
     """`gateway` is the name of the provider that the settings name."""
     followers = await follower_states(database)
@@ -42,11 +62,8 @@ async def work_checks(database: Database, gateway: str) -> list[Check]:
         _work(await followers_at_work(database), followers, unsettled, owed),
         *[await _follower(database, follower) for follower in followers],
         Check("ok", "seals", f"{sealed}; `payments audit verify` checks them"),
-        await _open(database, "payments", "PENDING", ("charge",), unsettled, PENDING_MAX_S),
-        await _open(
-            *(database, "refunds", "on its way back", ("refund", "late_capture")),
-            *(unsettled, RETURN_MAX_S),
-        ),
+        await _open(database, PAYMENTS, unsettled),
+        await _open(database, REFUNDS, unsettled),
         await _provider(database, gateway),
         await _callbacks(database, owed),
     ]
@@ -97,14 +114,10 @@ async def _follower(database: Database, follower: FollowerState) -> Check:
 
 
 async def _open(
-    database: Database,
-    name: str,
-    what: str,
-    kinds: Sequence[str],
-    unsettled: Sequence[UnsettledPayments],
-    limit_s: float,
+    database: Database, looked_for: Open, unsettled: Sequence[UnsettledPayments]
 ) -> Check:
     """What is left open at the provider."""
+    name, what, kinds, limit_s = looked_for
     rows = [row for row in unsettled if row.kind in kinds]
     if not rows:
         return Check("ok", name, f"none is {what}")
@@ -142,9 +155,13 @@ async def _callbacks(database: Database, owed: Backlog) -> Check:
         text += f", the oldest for {owed.oldest_age_s:.0f} s"
     late = owed.oldest_age_s > CALLBACK_AGE_MAX_S
     if late:
-        ids = [each.event_id for each in await due_deliveries(database, NAMED_MAX)]
-        text += f": due {_named(ids, owed.due)}: `payments callbacks show {ids[0]}`"
+        text += _to_show("due", await due_deliveries(database, NAMED_MAX), owed.due)
     if owed.dead:
-        ids = [each.event_id for each in await dead_deliveries(database, NAMED_MAX)]
-        text += f": dead {_named(ids, owed.dead)}: `payments callbacks show {ids[0]}`"
+        text += _to_show("dead", await dead_deliveries(database, NAMED_MAX), owed.dead)
     return failing("callbacks", late or owed.dead > 0, text)
+
+
+def _to_show(what: str, first: Sequence[Delivery], count: int) -> str:
+    """None are left if they were sent meanwhile."""
+    ids = [delivery.event_id for delivery in first]
+    return f": {what} {_named(ids, count)}: `payments callbacks show {ids[0]}`" if ids else ""
