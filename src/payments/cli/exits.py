@@ -7,6 +7,7 @@ alteration from a full disk.
 A command is imported when it is called, and what only a failure needs when there is one.
 """
 
+import codecs
 import importlib
 import io
 import os
@@ -198,7 +199,9 @@ def _set_up_streams() -> None:
     else:
         raw = io.FileIO(out.fileno(), "w", closefd=False)
         by_line = raw.isatty()
-        sys.stdout = io.TextIOWrapper(_Stdout(raw), out.encoding, "backslashreplace", None, by_line)
+        is_ascii = codecs.lookup(out.encoding).name == "ascii"
+        encoding = "utf-8" if is_ascii else out.encoding
+        sys.stdout = io.TextIOWrapper(_Stdout(raw), encoding, "backslashreplace", None, by_line)
     if err is None:
         sys.stderr = io.TextIOWrapper(_Stderr(_devnull(os.O_WRONLY)), "utf-8", None, None, True)
     else:
