@@ -109,7 +109,7 @@ def test_no_value_forges_a_line_or_speaks_to_the_terminal(
 
 
 BAD_STARTS: list[tuple[str, dict[str, str], str]] = [
-    ("serve", {"PORT": "70000"}, "PORT: '70000' must be a whole number from 1 to 65535"),
+    ("serve", {"PORT": "70000"}, "PORT: the value given must be a whole number from 1 to 65535"),
     ("serve", {"DATABASE_PASSWORD": "canary"}, "DATABASE_HOST"),
     ("work", {"SIMULATED_FAULTS": "explode", "DATABASE_HOST": "/nowhere"}, "SIMULATED_FAULTS"),
     ("work", {"GATEWAY": "nowhere.to:be"}, "GATEWAY: 'nowhere.to:be' cannot be imported: Mod"),
@@ -122,6 +122,7 @@ BAD_STARTS: list[tuple[str, dict[str, str], str]] = [
     ),
     ("migrate", {"DATABASE_HOST": "/nowhere"}, "cannot connect to Postgres as postgres@/nowhere:5"),
     ("migrate", {"DATABASE_HOST": "127.0.0.1", "DATABASE_PORT": "1"}, "refused"),
+    ("migrate", {"DATABASE_HOST": "postgres://u:canary@h/db"}, "DATABASE_HOST: the value given"),
 ]
 
 

@@ -69,6 +69,13 @@ GOOD: list[tuple[str, str, Any]] = [
     ("DATABASE_NAME", "other", "other"),
     ("PORT", "8080", 8080),
     ("HOST", "0.0.0.0", "0.0.0.0"),
+    ("HOST", "::", "::"),
+    ("DATABASE_HOST", "a,b-1.example.,10.0.0.1", "a,b-1.example.,10.0.0.1"),
+    ("DATABASE_HOST", "a, b", "a,b"),
+    ("DATABASE_HOST", "fe80::1%eth0", "fe80::1%eth0"),
+    ("DATABASE_HOST", "/var/run/postgresql", "/var/run/postgresql"),
+    ("DATABASE_HOST", "@abstract", "@abstract"),
+    ("DATABASE_USERNAME", "payments@server", "payments@server"),
     ("ORDER_CALLBACK_URL", "http://order:4002/cb", "http://order:4002/cb"),
     ("ORDER_CALLBACK_URL", "https://[::1]/cb?x=1", "https://[::1]/cb?x=1"),
     ("ORDER_CALLBACK_SECRET", WEBHOOK_SECRET, WEBHOOK_SECRET),
@@ -123,6 +130,30 @@ GOOD: list[tuple[str, str, Any]] = [
 ]
 BAD = [
     ("DATABASE_HOST", "db\nHOST: forged"),
+    ("DATABASE_HOST", f"postgres://u:{CANARY}@h/db"),
+    ("DATABASE_HOST", f"u:{CANARY}@h"),
+    ("DATABASE_HOST", f"@u:{CANARY}@h"),
+    ("DATABASE_HOST", f"host=h password={CANARY}"),
+    ("DATABASE_HOST", f"/tmp,postgres://u:{CANARY}@h/db"),
+    ("DATABASE_HOST", "db:5432"),
+    ("DATABASE_HOST", "a,,b"),
+    ("DATABASE_PORT", f"postgres://u:{CANARY}@h:5432/db"),
+    ("DATABASE_USERNAME", f"postgres://u:{CANARY}@h/db"),
+    ("DATABASE_NAME", f"postgres://u:{CANARY}@h/db"),
+    ("DATABASE_NAME", f"dbname=x Password = {CANARY}"),
+    ("PORT", f"{CANARY}"),
+    ("HOST", f"http://u:{CANARY}@h"),
+    ("HOST", "127.0.0.1:4004"),
+    ("METRICS_PORT", CANARY),
+    ("PAYMENTS_DATA_DIR", f"s3://u:{CANARY}@bucket"),
+    ("SIMULATED_LEDGER", f"postgres://u:{CANARY}@h/db"),
+    ("SIMULATED_FAULTS", f"postgres://u:{CANARY}@h/db"),
+    ("GATEWAY", f"https://u:{CANARY}@h"),
+    ("CHARGE_DEADLINE_S", CANARY),
+    ("INTENT_QUEUE_MAX", CANARY),
+    ("LOG_LEVEL", CANARY),
+    ("MIGRATE_ON_START", CANARY),
+    ("ORDER_CALLBACK_STATUSES", CANARY),
     ("DATABASE_PORT", "0"),
     ("DATABASE_PORT", "65536"),
     ("DATABASE_PORT", "-1"),
@@ -270,6 +301,15 @@ def test_a_database_address_needs_a_host(name: str) -> None:
     message = refusal({name: "5432"})
     assert message.startswith(f"{name} ")
     assert "DATABASE_HOST" in message
+
+
+@pytest.mark.parametrize("name", ["DATABASE_PORT", "METRICS_PORT"])
+@pytest.mark.parametrize("link", ["tcp://10.96.0.7:6432", "udp://[fd00::7]:53"])
+def test_a_link_of_kubernetes_to_a_service_is_not_meant(name: str, link: str) -> None:
+    """It is in the environment of every container beside a service `database` or `metrics`."""
+    assert read_settings({name: link}) == Settings()
+    assert refusal({name: f"{link}/x", "DATABASE_HOST": "db"}).startswith(f"{name}: ")
+    assert refusal({"PORT": link}).startswith("PORT: ")
 
 
 def test_the_embedded_database_may_be_named() -> None:

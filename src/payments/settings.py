@@ -4,6 +4,7 @@ A wrong value raises StartError with one line that names the variable. A variabl
 also be given as a file, by the variable's name with _FILE behind it.
 """
 
+import ipaddress
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -83,7 +84,32 @@ class Variable(NamedTuple):
 def _text(value: str) -> str:
     if not value.isprintable():
         raise ValueError("must be one line of printable text")
+    # It would be shown, with the password that is often in one.
+    if "://" in value or re.search(r"password\s*=", value, re.IGNORECASE):
+        raise ValueError("must be neither an address with :// nor a connection string")
     return value
+
+
+def _host(value: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", value) and not _is_ip_address(value):
+        raise ValueError("must be a host name or an IP address, without a port")
+    return value
+
+
+def _hosts(value: str) -> str:
+    parts = [part.strip() for part in value.split(",")]
+    for part in parts:
+        is_socket = part.startswith("/") or re.fullmatch(r"@[\w./-]+", part)
+        (_text if is_socket else _host)(part)
+    return ",".join(parts)
+
+
+def _is_ip_address(value: str) -> bool:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -176,13 +202,13 @@ def _api_keys(value: str) -> tuple[ApiKey, ...]:
 
 
 VARIABLES = (
-    Variable("DATABASE_HOST", _text, "unset", "Postgres host; unset: the embedded Postgres"),
+    Variable("DATABASE_HOST", _hosts, "unset", "Postgres host; unset: the embedded Postgres"),
     Variable("DATABASE_PORT", _whole(1, 65535), "5432", "Postgres port"),
     Variable("DATABASE_USERNAME", _text, "postgres", "Postgres user"),
     Variable("DATABASE_PASSWORD", _text, "none", "Postgres password", secret=True),
     Variable("DATABASE_NAME", _text, "paymentdb", "Postgres database"),
     Variable("PORT", _whole(1, 65535), "4004", "port of the service"),
-    Variable("HOST", _text, "127.0.0.1", "address the service listens on"),
+    Variable("HOST", _host, "127.0.0.1", "address the service listens on"),
     Variable(
         "METRICS_PORT",
         _whole(1, 65535),
@@ -286,6 +312,9 @@ VARIABLES = (
 # Their empty value means something; any other variable set to nothing counts as not set.
 _MAY_BE_EMPTY = {"SIMULATED_LEDGER"}
 
+# What Kubernetes sets in every container for a service called `database` or `metrics`: not meant.
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://[0-9A-Fa-f.:\[\]]+:[0-9]+")
+
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
     """Settings from the environment; raises StartError for the first wrong variable."""
@@ -296,10 +325,8 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             continue
         try:
             values[variable.field] = variable.parse(given)
-        except ValueError as error:
-            hidden = variable.secret or variable.parse is _callback_url
-            shown = "the value given" if hidden else repr(given)
-            raise StartError(f"{variable.name}: {shown} {error}") from None
+        except ValueError as error:  # not with the value: there may be a secret in it
+            raise StartError(f"{variable.name}: the value given {error}") from None
     settings = Settings(**values)
     _check_together(settings, values)
     return settings
@@ -307,7 +334,9 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
 
 def _given(variable: Variable, environ: Mapping[str, str]) -> str | None:
     if not variable.secret or not (path := environ.get(f"{variable.name}_FILE")):
-        return environ.get(variable.name)
+        value = environ.get(variable.name, "")
+        is_link = variable.name.endswith("_PORT") and _SERVICE_LINK.fullmatch(value)
+        return None if is_link else environ.get(variable.name)
     if environ.get(variable.name):
         raise StartError(f"{variable.name} and {variable.name}_FILE are both set; set one of them")
     try:
