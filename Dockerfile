@@ -18,9 +18,12 @@ RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --whe
         --no-index wheels/*.whl
 
 FROM python:3.11-slim-bookworm
-# The embedded Postgres refuses to run as root, and needs a user with a name.
+# The embedded Postgres refuses to run as root, and needs a user with a name. OpenShift runs an image
+# as some other user, to whom it gives a name, of the group 0: so that group may do the same.
 RUN groupadd --gid 10001 payments \
-    && useradd --uid 10001 --gid payments --home-dir /var/lib/payments --create-home payments
+    && useradd --uid 10001 --gid payments --home-dir /var/lib/payments --create-home payments \
+    && chown 10001:0 /var/lib/payments \
+    && chmod 770 /var/lib/payments
 COPY --from=build /opt/payments /opt/payments
 ENV PATH=/opt/payments/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -32,6 +35,6 @@ USER 10001:10001
 VOLUME /var/lib/payments
 EXPOSE 4004
 HEALTHCHECK --interval=10s --timeout=4s --start-period=60s \
-    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"PORT\"]}/health', timeout=3)"]
+    CMD ["python", "-m", "payments.probe"]
 ENTRYPOINT ["payments"]
 CMD ["serve"]

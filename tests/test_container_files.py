@@ -38,6 +38,20 @@ def test_it_does_not_run_as_root() -> None:
     assert FINAL.index("USER 10001") < FINAL.index("VOLUME")
 
 
+def test_a_user_of_openshifts_choice_may_write_where_data_is() -> None:
+    """It is of group 0, whatever its number."""
+    assert "chown 10001:0 /var/lib/payments && chmod 770 /var/lib/payments" in re.sub(
+        r"\s+", " ", FINAL
+    )
+    assert environment(FINAL)["PAYMENTS_DATA_DIR"] == "/var/lib/payments"
+
+
+def test_nothing_is_published_to_the_network_unasked() -> None:
+    for name, service in COMPOSE["services"].items():
+        for port in service.get("ports", []):
+            assert re.match(r"127\.0\.0\.1:|\$\{PUBLISH:-127\.0\.0\.1\}:", port), name
+
+
 def test_signals_reach_the_service() -> None:
     """The exec form: no shell in between."""
     assert re.search(r'^ENTRYPOINT \["payments"\]$', FINAL, re.MULTILINE)
@@ -56,15 +70,16 @@ def test_variables_are_settings() -> None:
 
 
 def test_the_health_check_asks_what_there_is() -> None:
-    assert "/health'" in FINAL
+    assert 'CMD ["python", "-m", "payments.probe"]' in FINAL
     worker = COMPOSE["services"]["worker"]
-    port = worker["environment"]["METRICS_PORT"]
-    assert f"127.0.0.1:{port}/metrics" in worker["healthcheck"]["test"][-1]
+    assert worker["environment"]["METRICS_PORT"]
+    command = ["CMD", "python", "-m", "payments.probe", "METRICS_PORT", "/metrics"]
+    assert worker["healthcheck"]["test"] == command
 
 
 def test_the_documented_service_is_there_with_its_database() -> None:
     service = COMPOSE["services"]["payment-service"]
-    assert service["ports"] == ["4004:4004"]
+    assert service["ports"] == ["${PUBLISH:-127.0.0.1}:4004:4004"]
     assert "profiles" not in service
     assert service["depends_on"] == {"postgres": {"condition": "service_healthy"}}
     assert "profiles" not in COMPOSE["services"]["postgres"]
