@@ -629,3 +629,16 @@ def test_data_of_another_user(data_dir: Path) -> None:
 def test_data_dir_that_cannot_be_written(room: Path) -> None:
     (room / "closed").mkdir(mode=0o500)
     assert_fails(room / "closed" / "data", "Permission denied", str(room / "closed"))
+
+
+def test_a_user_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As containers have them, where only the number counts."""
+
+    def missing(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", missing)
+    plan = embedded_postgres._plan(tmp_path, {}, -1)
+    with pytest.raises(EmbeddedPostgresError, match=r"has no name.*or set DATABASE_HOST"):
+        supervisor._create_cluster(plan, tmp_path, tmp_path / "cluster", -1)
+    assert list(tmp_path.iterdir()) == []

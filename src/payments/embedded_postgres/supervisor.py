@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import json
 import os
+import pwd
 import re
 import shutil
 import signal
@@ -394,6 +395,7 @@ def _is_ready(plan: Plan, pid: int, left: list[str]) -> bool:
 def _create_cluster(plan: Plan, programs: Path, cluster: Path, users_fd: int) -> None:
     home = cluster.parent
     log_offset = os.fstat(2).st_size
+    _require_name(plan)
     for old in home.glob("cluster.new-*"):
         shutil.rmtree(old)
     new = Path(tempfile.mkdtemp(prefix="cluster.new-", dir=home))
@@ -414,6 +416,17 @@ def _create_cluster(plan: Plan, programs: Path, cluster: Path, users_fd: int) ->
     home_fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
     os.fsync(home_fd)  # or a power cut could take the whole cluster back
     os.close(home_fd)
+
+
+def _require_name(plan: Plan) -> None:
+    """initdb looks itself up, and a container may run as a number that is nobody's."""
+    try:
+        pwd.getpwuid(os.geteuid() if plan.uid is None else plan.uid)
+    except KeyError:
+        raise EmbeddedPostgresError(
+            f"user {os.geteuid()} has no name, and initdb needs one: "
+            "give it a line in /etc/passwd, or set DATABASE_HOST"
+        ) from None
 
 
 def _require(good: bool, otherwise: str, home: Path, log_offset: int) -> None:
