@@ -7,6 +7,7 @@ own span's, so that projection and callback, which know only the event, are of t
 A traceparent is the text of that header (W3C Trace Context, section 3.2).
 """
 
+import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,8 +15,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from loguru import logger
-
-from payments.errors import StartError
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -25,7 +24,7 @@ Kind = Literal["internal", "server", "client"]
 
 SHUTDOWN_S = 1.0  # for the last spans; a collector that is away must not hold up the end
 
-_EXPORTERS = ("otlp", "console", "none")
+_EXPORTERS = {"otlp", "console"}
 _PROTOCOL = "http/protobuf"
 
 _tracer: "Tracer | None" = None
@@ -38,8 +37,9 @@ _NO_SPAN: AbstractContextManager[None] = nullcontext()
 def traces(environ: Mapping[str, str]) -> Iterator[None]:
     """Traces meanwhile, if OTEL_TRACES_EXPORTER, or an endpoint for OTLP, asks for it.
 
-    The SDK reads the other OTEL_* variables itself. Raises StartError for values that this service
-    does not know. At the end the spans that wait are sent, for SHUTDOWN_S at most.
+    The SDK reads the other OTEL_* variables itself. Operators of clusters set them in every
+    container, for programs that can do more: whatever this service cannot do is a warning. At the
+    end the spans that wait are sent, for SHUTDOWN_S at most.
     """
     _begin(environ)
     try:
@@ -49,47 +49,63 @@ def traces(environ: Mapping[str, str]) -> Iterator[None]:
 
 
 def _begin(environ: Mapping[str, str]) -> None:
-    exporter = _exporter_named(environ)
-    if exporter == "none":
+    exporters = _exporters_named(environ)
+    if not exporters:
         return
     try:
-        provider = _build(exporter, environ)
+        provider = _build(exporters, environ)
     except ImportError:
         logger.warning("nothing is traced: OTEL_* variables need pip install payment-service[otel]")
         return
+    except Exception as error:  # noqa: BLE001 - each variable has an error of its own
+        reason = f"{type(error).__name__}: {error}"
+        logger.bind(reason=reason).warning("nothing is traced: an OTEL_* variable is wrong")
+        return
     _use(provider)
-    logger.bind(exporter=exporter).info("requests are traced")
+    logger.bind(exporter=",".join(exporters)).info("requests are traced")
 
 
-def _exporter_named(environ: Mapping[str, str]) -> str:
+def _exporters_named(environ: Mapping[str, str]) -> list[str]:
+    """Those that there are, in alphabetical order."""
     if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return "none"
+        return []
     endpoints = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
     default = "otlp" if any(environ.get(name) for name in endpoints) else "none"
-    named = environ.get("OTEL_TRACES_EXPORTER", "").strip() or default
-    if named not in _EXPORTERS:
-        raise StartError(f"OTEL_TRACES_EXPORTER: {named!r} must be one of {', '.join(_EXPORTERS)}")
-    if named == "otlp":
-        for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
-            if (protocol := environ.get(name) or _PROTOCOL) != _PROTOCOL:
-                raise StartError(f"{name}: {protocol!r} must be {_PROTOCOL}")
-    return named
+    text = environ.get("OTEL_TRACES_EXPORTER", "").strip() or default
+    named = {name.strip() for name in text.split(",")} - {"", "none"}
+    if named - _EXPORTERS:
+        logger.warning("OTEL_TRACES_EXPORTER: spans go to otlp and console only")
+    named &= _EXPORTERS
+    protocols = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    given = [name for name in protocols if environ.get(name)][:1]  # the first is for traces alone
+    if "otlp" in named and given and environ[given[0]].strip() != _PROTOCOL:
+        logger.warning(f"{given[0]}: spans are sent by {_PROTOCOL} only, so none are")
+        named -= {"otlp"}
+    return sorted(named)
 
 
-def _build(exporter: str, environ: Mapping[str, str]) -> "TracerProvider":
+def _build(exporters: Iterable[str], environ: Mapping[str, str]) -> "TracerProvider":
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
 
+    # It repeats a header that it cannot read, with the credentials in it.
+    logging.getLogger("opentelemetry.util.re").addFilter(_hide_values)
     named = "OTEL_SERVICE_NAME" in environ or "service.name=" in environ.get(
         "OTEL_RESOURCE_ATTRIBUTES", ""
     )
     resource = Resource.create({} if named else {"service.name": "payment-service"})
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    to = OTLPSpanExporter() if exporter == "otlp" else ConsoleSpanExporter()
-    provider.add_span_processor(BatchSpanProcessor(to))
+    for name in exporters:
+        to = OTLPSpanExporter() if name == "otlp" else ConsoleSpanExporter()
+        provider.add_span_processor(BatchSpanProcessor(to))
     return provider
+
+
+def _hide_values(record: logging.LogRecord) -> bool:
+    record.args = tuple("(hidden)" for _ in record.args or ())
+    return True
 
 
 def _use(provider: "TracerProvider | None") -> None:
