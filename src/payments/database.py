@@ -78,6 +78,7 @@ class DatabaseAddress(msgspec.Struct, frozen=True):
         """What libpq connects with; it holds the password."""
         return make_conninfo(
             host=self.host,
+            hostaddr="",  # what PGHOSTADDR holds would be connected to instead
             port=self.port,
             user=self.user,
             password=self.password,
@@ -142,8 +143,15 @@ def set_up(connection: psycopg.Connection[Any]) -> str:
 
 def _connect(address: DatabaseAddress, name: str) -> tuple[psycopg.Connection[Any], str]:
     """With the mark of its session."""
+    conninfo = address.conninfo(name)
     try:
-        connection = psycopg.connect(address.conninfo(name), autocommit=True)
+        try:
+            wanted = _to_write(conninfo) if _is_a_name(address.host) else conninfo
+            connection = psycopg.connect(wanted, autocommit=True)
+        except psycopg.OperationalError as error:
+            if wanted == conninfo or not _is_read_only(error):
+                raise
+            connection = psycopg.connect(conninfo, autocommit=True)
     except psycopg.OperationalError as error:
         raise StartError(f"cannot connect to Postgres as {address!r}: {reason_of(error)}") from None
     try:
@@ -235,6 +243,16 @@ def _is_a_name(host: str) -> bool:
     return False
 
 
+def _to_write(conninfo: str) -> str:
+    """For a name, which may have the addresses of several servers: only one takes events."""
+    return make_conninfo(conninfo, target_session_attrs="read-write")
+
+
+def _is_read_only(error: psycopg.OperationalError) -> bool:
+    """Whether libpq found none of a name's servers that writes, and one that reads."""
+    return "session is read-only" in str(error)
+
+
 class _Connection(psycopg.AsyncConnection[Any]):
     """Its session is set up. Neither connecting nor giving up takes long, whatever the server does.
 
@@ -251,8 +269,15 @@ class _Connection(psycopg.AsyncConnection[Any]):
         if _is_a_name(host):
             addresses = await _resolve(host)
             hosts = ",".join([host] * len(addresses))  # TLS checks the name
-            conninfo = make_conninfo(conninfo, host=hosts, hostaddr=",".join(addresses))
-        connection = await super().connect(conninfo, **options)
+            there = make_conninfo(conninfo, host=hosts, hostaddr=",".join(addresses))
+            try:
+                connection = await super().connect(_to_write(there), **options)
+            except psycopg.OperationalError as error:
+                if not _is_read_only(error):
+                    raise
+                connection = await super().connect(there, **options)
+        else:
+            connection = await super().connect(conninfo, **options)
         async with connection._closed_if_unfit():
             connection._mark = session.mark_of_new(await connection._ask(session.SET_UP))
         return connection

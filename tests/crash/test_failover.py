@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
+import psycopg
 import pytest
 
+from payments import database
+from payments.database import Database, connect
 from tests.outside_postgres import OutsidePostgres, Standby
 from tests.process import ServiceProcess, invoke
 from tests.support import eventually
@@ -145,3 +149,58 @@ def _rewound(client: httpx.Client) -> httpx.Response | None:
 def _head(given: dict[str, Any], position: int) -> str | None:
     head = invoke("audit", "head", **given).stdout.strip()
     return head if head.startswith(f"{position}:") else None
+
+
+class TestSeveralServers:
+    """libpq takes the first one that answers, a standby as well."""
+
+    @pytest.fixture
+    def servers(self, data_dir: Path) -> Iterator[tuple[OutsidePostgres, Standby]]:
+        with OutsidePostgres(data_dir / "primary") as primary:
+            standby = Standby(data_dir / "standby", primary)
+            standby.address = msgspec.structs.replace(primary.address, host="127.0.0.2")
+            with standby:
+                yield primary, standby
+
+    @pytest.mark.parametrize("form", ["127.0.0.2,127.0.0.1", "a name"])
+    @pytest.mark.anyio
+    async def test_the_one_that_takes_events_is_used(
+        self, servers: Any, form: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def addresses(host: str, timeout_s: float) -> list[str]:
+            return ["127.0.0.2", "127.0.0.1"]
+
+        monkeypatch.setattr(database, "addresses_of", addresses)
+        address = msgspec.structs.replace(servers[0].address, host=form.replace(" ", "."))
+        opened = Database(address, 1)
+        await opened.open()
+        try:
+            assert await opened.fetch("SELECT pg_is_in_recovery()") == [(False,)]
+        finally:
+            await opened.close()
+
+    @pytest.mark.anyio
+    async def test_to_read_those_will_do_that_do_not(
+        self, servers: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def addresses(host: str, timeout_s: float) -> list[str]:
+            return ["127.0.0.2", "127.0.0.2"]
+
+        monkeypatch.setattr(database, "addresses_of", addresses)
+        opened = Database(msgspec.structs.replace(servers[0].address, host="a.name"), 1)
+        await opened.open()
+        try:
+            assert await opened.fetch("SELECT pg_is_in_recovery()") == [(True,)]
+        finally:
+            await opened.close()
+
+    def test_at_the_start_as_well(self, servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        primary, standby = servers
+        several = msgspec.structs.replace(primary.address, host="127.0.0.2,127.0.0.1")
+        with connect(several, "tests") as connection:
+            assert connection.execute("SELECT pg_is_in_recovery()").fetchone() == (False,)
+        monkeypatch.setattr(database, "_is_a_name", lambda host: True)
+        with connect(standby.address, "tests") as connection:
+            assert connection.execute("SELECT pg_is_in_recovery()").fetchone() == (True,)
+        with pytest.raises(psycopg.OperationalError, match="read-only"):
+            psycopg.connect(database._to_write(standby.address.conninfo()))
