@@ -1,5 +1,6 @@
 """A real Postgres for the tests: one embedded server, one migrated template, a clone per test."""
 
+import os
 import queue
 import shutil
 import signal
@@ -16,7 +17,7 @@ from blockbuster import blockbuster_ctx
 from click.testing import CliRunner, Result
 from psycopg.sql import SQL, Identifier
 
-from payments import embedded_postgres
+from payments import embedded_postgres, environment
 from payments.cli import main
 from payments.database import Database, DatabaseAddress, connect, create_database_if_missing
 from payments.migrations import migrate
@@ -24,6 +25,8 @@ from payments.service import Service
 from payments.settings import Settings
 from tests.machine import Machine, late
 from tests.process import at, open_directory
+
+environment.forget(os.environ)  # as the command does: no test connects to what PGHOSTADDR names
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

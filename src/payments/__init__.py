@@ -27,7 +27,8 @@
     shared.py          one answer for all who ask at the same time
     telemetry.py       every metric;  logs.py the log lines;  tracing.py spans
     service.py         wires everything together from Settings
-    cli/               the `payments` command
+    cli/               the `payments` command;  environment.py what it does not follow
+    probe.py           the health check of containers
 
 Imports point one way, and tests/test_architecture.py holds them to it:
 

@@ -1,5 +1,14 @@
-"""`python -m payments` is the `payments` command."""
+"""The `payments` command, also as `python -m payments`."""
 
-from payments.cli import main
+from payments.environment import prepare
 
-main()
+
+def main() -> None:
+    prepare()
+    from payments.cli import main as command
+
+    command()
+
+
+if __name__ == "__main__":
+    main()

@@ -2,10 +2,11 @@
 
 import asyncio
 import importlib
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -128,7 +129,7 @@ class Service:
     async def start(self, *, work: bool = True) -> None:
         """Without `work` it only answers requests: another process follows, settles and calls back.
 
-        Raises StartError.
+        Raises StartError; whatever else it raises, `stop` ends what was begun.
         """
         url = self.settings.order_callback_url
         if url is None:
@@ -275,6 +276,24 @@ class Service:
                 await self.gateway.close()
                 await self.database.close()
                 await self._operations_database.close()
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Around what must succeed before a process is of any use: if it fails, StartError says why."""
+    try:
+        yield
+    except StartError:
+        raise
+    except Exception as error:
+        raise StartError(f"the service cannot start: {_told(error)}") from error
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Upon these a process stops in order. SIGHUP comes when the terminal is closed, and is none if
+    it was to be ignored (nohup)."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if is_ignored else [signal.SIGHUP])]
 
 
 GATEWAY_MEMBERS = (

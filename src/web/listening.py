@@ -69,6 +69,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
+        self.listening = asyncio.Event()  # connections are accepted
         self._connecting: set[asyncio.Task[Any]] = set()
         self._repeats = Repeats()
 
@@ -81,6 +82,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets=[])
         for listener in sockets or []:
             self._watch(listener)
+        self.listening.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for listener in sockets or []:

@@ -1,16 +1,15 @@
 """uvicorn inside our own process: one event loop, one ordered shutdown.
 
-On SIGTERM or SIGINT: no new connections, requests in flight are answered, charges that go on
-behind them are finished, what waits for the store is written, and the process ends with 0. All of
-it within STOP_S, since container runtimes kill after 10 s.
+On SIGTERM, SIGINT or SIGHUP: no new connections, requests in flight are answered, charges that go
+on behind them are finished, what waits for the store is written, and the process ends with 0. All
+of it within STOP_S, since container runtimes kill after 10 s.
 """
 
 import asyncio
 import gc
-import signal
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -22,7 +21,7 @@ from loguru import logger
 from payments.database import DatabaseAddress
 from payments.gateways import Gateway
 from payments.opening import heads_dir
-from payments.service import Service
+from payments.service import Service, starting, stop_signals
 from payments.settings import Settings
 from web.app import application, door, guarded, operations_application
 from web.listening import Server, allow_many_connections
@@ -31,7 +30,9 @@ from web.protocol import Protocol
 STOP_S = 9.0
 CHARGES_STOP_S = 6.5  # every charge is answered by then, PENDING if need be
 REQUESTS_STOP_S = 7  # then uvicorn cancels what is left
-KEEP_ALIVE_S = 30  # longer than the pauses of a busy client's connection pool
+# Longer than load balancers keep an idle connection, most of them for 60 s: the one that sends
+# requests must be the first to close, or one that is just under way is lost.
+KEEP_ALIVE_S = 75
 
 
 def run(
@@ -42,12 +43,14 @@ def run(
     metrics_listener: socket.socket | None = None,
     *,
     work: bool = True,
+    on_listening: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves until SIGTERM or SIGINT."""
+    """Serves until SIGTERM, SIGINT or SIGHUP. Raises StartError."""
 
     async def main() -> None:
-        service = Service(settings, address, gateway=gateway, data_dir=heads_dir(settings))
-        await serve(service, listener, metrics_listener, work=work)
+        with starting():
+            service = Service(settings, address, gateway=gateway, data_dir=heads_dir(settings))
+        await serve(service, listener, metrics_listener, work=work, on_listening=on_listening)
 
     allow_many_connections()
     uvloop.run(main())
@@ -59,36 +62,39 @@ async def serve(
     metrics_listener: socket.socket | None = None,
     *,
     work: bool = True,
+    on_listening: Callable[[], None] = lambda: None,
 ) -> None:
     """Starts the service, answers requests, and stops everything in order.
 
-    Without `work` another process follows the log, settles and calls back.
+    Without `work` another process follows the log, settles and calls back. Raises StartError.
     """
     if not service.settings.payments_api_keys:
         logger.warning("PAYMENTS_API_KEYS is not set: whoever reaches the port may charge")
-    await service.start(work=work)
-    service.telemetry.role.labels("api").set(1)
-    server = _server(service, application(service))
     stop_by = time.monotonic() + STOP_S
-
-    def stop() -> None:
-        nonlocal stop_by
-        if not server.should_exit:
-            server.should_exit = True
-            stop_by = time.monotonic() + STOP_S
-            service.runs.hurry(CHARGES_STOP_S)
-            service.finish()
-            logger.info("stopping")
-
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop)
-    _tame_garbage_collection()
-    host, port = listener.getsockname()[:2]
-    logger.bind(host=host, port=port).info("listening")
     try:
+        with starting():
+            await service.start(work=work)
+            service.telemetry.role.labels("api").set(1)
+            server = _server(service, application(service))
+
+        def stop() -> None:
+            nonlocal stop_by
+            if not server.should_exit:
+                server.should_exit = True
+                stop_by = time.monotonic() + STOP_S
+                service.runs.hurry(CHARGES_STOP_S)
+                service.finish()
+                logger.info("stopping")
+
+        for signum in stop_signals():
+            asyncio.get_running_loop().add_signal_handler(signum, stop)
+        _tame_garbage_collection()
         async with operations_port(service, metrics_listener):
-            await server.serve(sockets=[listener])
+            serving = await _listen(server, listener)
+            host, port = listener.getsockname()[:2]
+            logger.bind(host=host, port=port).info("listening")
+            on_listening()
+            await serving
     finally:
         await service.stop(max(1.0, stop_by - time.monotonic() - 0.5))
     logger.info("stopped")
@@ -99,19 +105,33 @@ async def operations_port(service: Service, listener: socket.socket | None) -> A
     """Answers /health and /metrics on METRICS_PORT meanwhile; without a listener it does nothing.
 
     Until the end of the block, so that the last minutes of a process can be looked at as well.
+    Raises StartError.
     """
     if listener is None:
         yield
         return
-    server = _server(service, operations_application(service))
+    with starting():
+        server = _server(service, operations_application(service))
+    serving = await _listen(server, listener)
     port = listener.getsockname()[1]
     logger.bind(port=port).info("metrics have a port of their own")
-    serving = asyncio.create_task(server.serve(sockets=[listener]), name="metrics port")
     try:
         yield
     finally:
         server.should_exit = True
         await asyncio.wait({serving}, timeout=1)
+
+
+async def _listen(server: Server, listener: socket.socket) -> asyncio.Task[None]:
+    """The task that serves, once connections are accepted; StartError."""
+    serving = asyncio.create_task(server.serve(sockets=[listener]), name="serving")
+    listening = asyncio.create_task(server.listening.wait())
+    with starting():
+        await asyncio.wait({serving, listening}, return_when=asyncio.FIRST_COMPLETED)
+        listening.cancel()
+        if serving.done():
+            serving.result()
+    return serving
 
 
 def _server(service: Service, app: Litestar) -> Server:
@@ -124,6 +144,7 @@ def _server(service: Service, app: Litestar) -> Server:
             ws="none",
             lifespan="off",
             log_config=None,
+            workers=1,  # by default WEB_CONCURRENCY says, as a number or not
             access_log=False,
             server_header=False,
             proxy_headers=False,

@@ -61,7 +61,7 @@ def dump(file: Path) -> None:
                 raise StartError(f"there is no log in {address!r}: is this the right database?")
         partial = _new_file(file)
         try:
-            _dump(partial, programs.environment(settings, address, "payments dump"))
+            _dump(partial, programs.environment(address, "payments dump"))
             _refuse_existing(file)
             partial.rename(file)
         except BaseException:
@@ -83,7 +83,7 @@ def restore(file: Path) -> None:
         with connect(address, "payments restore") as connection:
             programs.check_version(connection)
             _refuse_unless_empty(connection)
-        _restore(file, programs.environment(settings, address, "payments restore"))
+        _restore(file, programs.environment(address, "payments restore"))
     click.echo(f"restored: {file}", err=True)
     click.echo(NEXT, err=True)
 

@@ -185,32 +185,21 @@ class _Stderr(io.BufferedWriter):
 
 
 def _set_up_streams() -> None:
-    """Python leaves out what is closed: the output would vanish without an error, and the next file
-    or connection would get its descriptor.
-
-    What the encoding does not have is escaped. ASCII is what a process gets that was told of none:
-    it is UTF-8, as click has it.
-    """
-    out, err = sys.stdout, sys.stderr
+    """Python leaves out what is closed; environment.py has put something in its place."""
+    out = io.FileIO(1, "w", closefd=False)
+    sys.stdout = _text(_Stdout(out), sys.stdout, by_line=out.isatty())
+    sys.stderr = _text(_Stderr(io.FileIO(2, "w", closefd=False)), sys.stderr, by_line=True)
     if sys.stdin is None:
-        sys.stdin = io.TextIOWrapper(io.FileIO(os.open(os.devnull, os.O_WRONLY), "r"), "utf-8")
-    if out is None:
-        sys.stdout = io.TextIOWrapper(_Stdout(_devnull(os.O_RDONLY)), "utf-8")
-    else:
-        raw = io.FileIO(out.fileno(), "w", closefd=False)
-        by_line = raw.isatty()
-        is_ascii = codecs.lookup(out.encoding).name == "ascii"
-        encoding = "utf-8" if is_ascii else out.encoding
-        sys.stdout = io.TextIOWrapper(_Stdout(raw), encoding, "backslashreplace", None, by_line)
-    if err is None:
-        sys.stderr = io.TextIOWrapper(_Stderr(_devnull(os.O_WRONLY)), "utf-8", None, None, True)
-    else:
-        raw = io.FileIO(err.fileno(), "w", closefd=False)
-        sys.stderr = io.TextIOWrapper(_Stderr(raw), err.encoding, err.errors, None, True)
+        sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), "utf-8")
 
 
-def _devnull(flags: int) -> io.FileIO:
-    return io.FileIO(os.open(os.devnull, flags), "w")
+def _text(buffer: io.BufferedWriter, before: TextIO | None, *, by_line: bool) -> io.TextIOWrapper:
+    """What the encoding does not have is escaped. ASCII is what a process gets that was told of
+    none: it is UTF-8, as click has it."""
+    encoding = before.encoding if before is not None else "utf-8"
+    if codecs.lookup(encoding).name == "ascii":
+        encoding = "utf-8"
+    return io.TextIOWrapper(buffer, encoding, "backslashreplace", None, by_line)
 
 
 def discard(stream: TextIO) -> None:

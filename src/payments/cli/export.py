@@ -14,8 +14,10 @@ from payments.opening import open_database
 from payments.queries.movements import MOVEMENTS, Movement, Unreadable, movements
 from payments.queries.replay import Replay, Wanted
 
-COLUMNS = ("time", "order", "payment", "kind", "amount", "currency", "provider_id", "refund")
-COLUMNS += ("client", "key")
+COLUMNS = (
+    *("time", "order", "payment", "kind", "amount", "currency"),
+    *("provider_id", "refund", "client", "key"),
+)
 
 
 @click.command("export")

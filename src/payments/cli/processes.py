@@ -12,26 +12,30 @@ import click
 import uvloop
 from loguru import logger
 
+from payments.cli.greeting import greeting
 from payments.cli.start import begin
 from payments.opening import heads_dir, open_database
-from payments.service import Service, build_gateway
+from payments.service import Service, build_gateway, starting, stop_signals
 from payments.tracing import traces
 
 WORK_STOP_S = 8.0  # container runtimes kill after 10 s
 
 
-def _end_on_sigterm() -> None:
-    """Until an event loop takes over, a SIGTERM ends the start-up in an orderly way."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+def _end_on_signals() -> None:
+    """Until an event loop takes over, a signal to stop ends the start-up in an orderly way; SIGINT
+    does by itself."""
+    for signum in set(stop_signals()) - {signal.SIGINT}:
+        signal.signal(signum, lambda *_: sys.exit(0))
 
 
 @click.command()
 @click.option(
     "--api-only", is_flag=True, help="Leave read models, settling and callbacks to `payments work`."
 )
-def serve(api_only: bool) -> None:
+@click.option("--examples", is_flag=True, help="Print requests to try, once it listens.")
+def serve(api_only: bool, examples: bool) -> None:
     """Start the service and run until SIGTERM."""
-    _end_on_sigterm()
+    _end_on_signals()
     settings = begin(told=True)
     # By name: nothing in payments imports web.
     server = importlib.import_module("web.server")
@@ -40,7 +44,16 @@ def serve(api_only: bool) -> None:
     gateway = build_gateway(settings)
     to: Literal["migrate", "run"] = "migrate" if settings.migrate_on_start else "run"
     with traces(os.environ), open_database(settings, to=to, lasting=True) as address:
-        server.run(settings, address, gateway, listener, metrics, work=not api_only)
+
+        def greet() -> None:
+            if examples:
+                click.echo(greeting(settings, address), err=True)
+
+        server.run(
+            *(settings, address, gateway, listener, metrics),
+            work=not api_only,
+            on_listening=greet,
+        )
 
 
 @click.command()
@@ -49,13 +62,14 @@ def work() -> None:
 
     With METRICS_PORT it answers /metrics and /health there.
     """
-    _end_on_sigterm()
+    _end_on_signals()
     settings = begin(told=True)
     metrics = importlib.import_module("web.listening").bind_metrics(settings)
     gateway = build_gateway(settings)
 
     async def run() -> None:
-        service = Service(settings, address, gateway=gateway, data_dir=heads_dir(settings))
+        with starting():
+            service = Service(settings, address, gateway=gateway, data_dir=heads_dir(settings))
         await _work(service, metrics)
 
     to: Literal["migrate", "run"] = "migrate" if settings.migrate_on_start else "run"
@@ -65,12 +79,15 @@ def work() -> None:
 
 async def _work(service: Service, metrics: socket.socket | None) -> None:
     stopping = asyncio.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in stop_signals():
         asyncio.get_running_loop().add_signal_handler(signum, stopping.set)
-    await service.start()
-    logger.info("working")
-    async with importlib.import_module("web.server").operations_port(service, metrics):
-        await stopping.wait()
-    logger.info("stopping")
-    await service.stop(WORK_STOP_S)
+    try:
+        with starting():
+            await service.start()
+        async with importlib.import_module("web.server").operations_port(service, metrics):
+            logger.info("working")
+            await stopping.wait()
+        logger.info("stopping")
+    finally:
+        await service.stop(WORK_STOP_S)
     logger.info("stopped")

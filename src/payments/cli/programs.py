@@ -17,10 +17,7 @@ from payments import embedded_postgres
 from payments.database import DatabaseAddress
 from payments.embedded_postgres import EmbeddedPostgresError
 from payments.errors import StartError
-from payments.settings import Settings
 
-# Of an own server those that say how to connect to it, as for the service itself.
-NOT_INHERITED = ("PGHOSTADDR", "PGSERVICE", "PGSERVICEFILE", "PGOPTIONS", "PGDATABASE", "PGUSER")
 END_S = 5.0
 
 
@@ -43,14 +40,8 @@ def check_version(connection: psycopg.Connection[Any]) -> None:
         )
 
 
-def environment(settings: Settings, address: DatabaseAddress, name: str) -> dict[str, str]:
+def environment(address: DatabaseAddress, name: str) -> dict[str, str]:
     """The programs' environment: what libpq connects to, and the password if there is one."""
-    is_ours = settings.database_host is None
-    inherited = {
-        variable: value
-        for variable, value in os.environ.items()
-        if variable not in NOT_INHERITED and not (is_ours and variable.startswith("PG"))
-    }
     where = {
         "PGHOST": address.host,
         "PGPORT": str(address.port),
@@ -62,19 +53,20 @@ def environment(settings: Settings, address: DatabaseAddress, name: str) -> dict
         where["PGTARGETSESSIONATTRS"] = "read-write"
     if address.password is not None:
         where["PGPASSWORD"] = address.password
-    return inherited | where
+    return dict(os.environ) | where
 
 
 def start(
-    name: str, *arguments: str, env: Mapping[str, str], said: IO[bytes], **streams: Any
+    name: str,
+    *arguments: str,
+    env: Mapping[str, str],
+    said: IO[bytes],
+    stdin: int | IO[bytes] = subprocess.DEVNULL,
+    stdout: int = subprocess.DEVNULL,
 ) -> "subprocess.Popen[bytes]":
     """It asks nobody for a password, and what it says goes to the file `said`."""
-    return subprocess.Popen(  # noqa: S603
-        [program(name), *arguments],
-        env=env,
-        stderr=said,
-        **({"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL} | streams),
-    )
+    command = [program(name), *arguments]
+    return subprocess.Popen(command, env=env, stdin=stdin, stdout=stdout, stderr=said)  # noqa: S603
 
 
 def end(*processes: "subprocess.Popen[bytes]") -> None:

@@ -101,6 +101,12 @@ class Migration(msgspec.Struct, frozen=True):
         return hashlib.sha256(self.sql.encode()).hexdigest()
 
     @property
+    def statements(self) -> bytes:
+        """What is sent. A database that is not in UTF-8 (LATIN1, SQL_ASCII) refuses characters that
+        it cannot hold, also in a comment; elsewhere there are none."""
+        return self.sql.encode("ascii", "replace")
+
+    @property
     def oldest(self) -> int:
         """The newest migration that the oldest version knows which may run on the schema."""
         stated = re.match(r"-- oldest: ([0-9]{4})\n", self.sql)
@@ -267,13 +273,13 @@ def _apply(connection: psycopg.Connection[Any], migration: Migration) -> None:
         # It waits for every transaction that is open, a long audit's as well, and nobody for it.
         log.info("an index is built, as soon as the transactions that are open have ended")
         _drop_if_invalid(connection, migration.index)
-        connection.execute(migration.sql.encode())
+        connection.execute(migration.statements)
         _record(connection, migration)
     else:
         with connection.transaction():
             # Requests queue behind whoever waits for a table.
             connection.execute("SET LOCAL lock_timeout = '60s'")
-            connection.execute(migration.sql.encode())
+            connection.execute(migration.statements)
             _record(connection, migration)
     log.info("migration applied")
 

@@ -77,8 +77,13 @@ def _movement(found: Sealed, asked: Asked) -> Movement | Unreadable:
     except UndecodableEvent:
         return Unreadable(event.position)
     assert isinstance(fact, Moved)
-    is_charge = isinstance(fact, PaymentCharged | LateCaptureFound)
-    request = asked.get((fact.payment_id, None if is_charge else fact.refund_id))
+    kind: Literal["charge", "refund"] = "charge"
+    refund_id = None
+    if isinstance(fact, PaymentCharged | LateCaptureFound):
+        provider_id = fact.provider_txn_id
+    else:
+        kind, refund_id, provider_id = "refund", fact.refund_id, fact.provider_refund_id
+    request = asked.get((fact.payment_id, refund_id))
     client = request.client if request is not None else None
     if isinstance(fact, LateCaptureReturned):
         client = fact.client
@@ -86,11 +91,11 @@ def _movement(found: Sealed, asked: Asked) -> Movement | Unreadable:
         event.recorded_at,
         fact.merchant_order_id,
         fact.payment_id,
-        "charge" if is_charge else "refund",
+        kind,
         fact.amount_cents,
         fact.currency,
-        fact.provider_txn_id if is_charge else fact.provider_refund_id,
-        None if is_charge else fact.refund_id,
+        provider_id,
+        refund_id,
         client,
         request.idempotency_key if request is not None else None,
     )
