@@ -78,5 +78,4 @@ def _litestar(service: Service, *handlers: Router) -> Litestar:
         logging_config=None,  # payments.logs does it; unhandled errors are logged above
         openapi_config=None,
         debug=False,
-        pdb_on_exception=False,  # by default LITESTAR_PDB decides
     )
