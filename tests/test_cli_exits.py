@@ -2,7 +2,6 @@
 
 import importlib
 import io
-import json
 import os
 import signal
 import subprocess
@@ -195,7 +194,7 @@ def test_a_stdin_that_is_closed() -> None:
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    one_line(done, "could not check: OSError: [Errno 9] Bad file descriptor")
+    one_line(done, "could not check: the export holds no event")
 
 
 def test_what_prints_nothing_needs_no_stdout(address: DatabaseAddress) -> None:
@@ -229,26 +228,21 @@ def in_encoding(
     )
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
-def test_what_the_encoding_of_the_output_does_not_have(log: DatabaseAddress, encoding: str) -> None:
-    """An answer of Order Service, in every form; JSON is UTF-8 or ASCII whatever is asked for."""
-    holds = encoding in ("ascii", "utf-8")  # click writes UTF-8 where it is told of ASCII
-    for command, told in ((f"callbacks show {EVENT}", "支付"), (f"explain {PAYMENT.id}", "支付")):
-        done = in_encoding(encoding, command, log)
-        assert (done.returncode, done.stderr) == (0, b""), command
-        told = told if holds else r"\u652f\u4ed8"
-        assert told in done.stdout.decode("utf-8" if holds else encoding)
-        done = in_encoding(encoding, f"{command} --format json", log)
-        assert (done.returncode, done.stderr) == (0, b""), command
-        assert "支付" in str(json.loads(done.stdout)), "as UTF-8, which it is by RFC 8259"
-        assert done.stdout.isascii() is not holds
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_programs_get_utf_8_in_every_form(log: DatabaseAddress, encoding: str) -> None:
+    """Python writes in what PYTHONIOENCODING says, and raises for the rest."""
+    for command in (f"callbacks show {EVENT}", f"explain {PAYMENT.id}"):
+        for form in ("", " --format json"):
+            done = in_encoding(encoding, command + form, log)
+            assert (done.returncode, done.stderr) == (0, b""), command
+            assert "支付" in done.stdout.decode(), command
 
 
 def test_a_table_of_the_log_too(log: DatabaseAddress, connection: Connection) -> None:
     append_stored(connection, [stored_event(topic="Überwiesen")])
-    done = in_encoding("cp1251", "replay --format table", log)
+    done = in_encoding("ascii", "replay --format table", log)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert rb"\xdcberwiesen" in done.stdout
+    assert "Überwiesen" in done.stdout.decode()
 
 
 class Gone(io.TextIOBase):

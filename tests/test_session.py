@@ -17,6 +17,7 @@ from payments.database import Database, DatabaseAddress, connect, refuse_pooling
 from payments.errors import DatabaseUnavailable, StartError
 from payments.events.appender import Appender
 from payments.events.store import PaymentsDatastore, PaymentsRecorder
+from payments.logs import Repeats
 from payments.queries.server import unsafe_settings
 from payments.session import SETTINGS, SessionUnfit
 from payments.telemetry import Telemetry
@@ -34,8 +35,9 @@ ROW = ["", "a mark", *SETTINGS.values()]
 
 
 @pytest.fixture
-def logged() -> Iterator[list[str]]:
+def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Every line of a level above INFO, with its fields."""
+    monkeypatch.setattr(database_module._Connection, "_repeats", Repeats())
     found: list[str] = []
     sink = logger.add(lambda line: found.append(line), level="WARNING", format="{message} {extra}")
     yield found

@@ -7,7 +7,6 @@ alteration from a full disk.
 A command is imported when it is called, and what only a failure needs when there is one.
 """
 
-import codecs
 import importlib
 import io
 import os
@@ -185,7 +184,9 @@ class _Stderr(io.BufferedWriter):
 
 
 def _set_up_streams() -> None:
-    """Python leaves out what is closed; environment.py has put something in its place."""
+    """Python leaves out what is closed (environment.py has put something in its place), and writes
+    in the encoding of the locale, or of PYTHONIOENCODING, in which most of Unicode may be missing.
+    """
     out = io.FileIO(1, "w", closefd=False)
     sys.stdout = _text(_Stdout(out), sys.stdout, by_line=out.isatty())
     sys.stderr = _text(_Stderr(io.FileIO(2, "w", closefd=False)), sys.stderr, by_line=True)
@@ -194,11 +195,8 @@ def _set_up_streams() -> None:
 
 
 def _text(buffer: io.BufferedWriter, before: TextIO | None, *, by_line: bool) -> io.TextIOWrapper:
-    """What the encoding does not have is escaped. ASCII is what a process gets that was told of
-    none: it is UTF-8, as click has it."""
-    encoding = before.encoding if before is not None else "utf-8"
-    if codecs.lookup(encoding).name == "ascii":
-        encoding = "utf-8"
+    """Programs get UTF-8, as JSON has to be; terminals what they show, the rest as escapes."""
+    encoding = before.encoding if before is not None and buffer.isatty() else "utf-8"
     return io.TextIOWrapper(buffer, encoding, "backslashreplace", None, by_line)
 
 

@@ -4,10 +4,8 @@ Values are printed as they are, but for what is not printable: nobody's data beg
 own or speaks to the terminal.
 """
 
-import codecs
 import csv
 import io
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -69,10 +67,6 @@ def _no_formula(cell: object) -> object:
 
 
 def print_json(value: Any) -> None:
-    """Where the output is not UTF-8, as JSON has to be, in ASCII."""
-    if codecs.lookup(sys.stdout.encoding).name != "utf-8":
-        click.echo(json.dumps(msgspec.to_builtins(value), indent=2))
-        return
     lines = msgspec.json.format(msgspec.json.encode(value), indent=2).decode().split("\n")
     click.echo("\n".join(_printable(line, _json_escape) for line in lines))
 
