@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any, Literal
+from uuid import UUID
 
 import msgspec
 
@@ -21,6 +22,7 @@ FaultKind = Literal[
     "500",
     "503",  # with `retry_after`, if there is one
     "429",  # as 503
+    "502",  # the application's own, about one order
     "404",  # with a page, as of a misconfigured front server
     "410",
     "redirect",  # 307 to `location`
@@ -36,7 +38,7 @@ FaultKind = Literal[
     "endless",  # with a body without end
 ]
 DONE = {"slow", "answer_lost", "drip", "drip_body", "bomb", "endless"}
-STATUSES = {"500": 500, "503": 503, "429": 429, "404": 404, "410": 410, "redirect": 307}
+STATUSES = {"500": 500, "502": 502, "503": 503, "429": 429, "404": 404, "410": 410, "redirect": 307}
 
 FILLER = b"x" * 4096
 BOMB_MB = 200
@@ -45,18 +47,23 @@ BOMB_MB = 200
 class Fault(msgspec.Struct, omit_defaults=True):
     """What goes wrong with the next `count` requests (None: with all) of this order, or of any.
 
-    With a `share` only that share of them; of several kinds each is met as often. Both are drawn
-    from `seed`. "refused" stands by itself and takes neither: it lasts until `listen()`.
+    With `shards` only those of the orders in one of so many, by their ids. With a `share` only that
+    share of them; of several kinds each is met as often. Both are drawn from `seed`. "refused"
+    stands by itself and takes none of these: it lasts until `listen()`.
     """
 
     kind: FaultKind | tuple[FaultKind, ...]
     count: int | None = 1
     order_id: str = ""
+    of: Literal["callbacks", "lookups"] = "callbacks"
+    shards: int = 1
+    shard: int = 0
     share: float = 1.0
     seed: int = 0
     seconds: float = 1.0
     retry_after: str = ""  # as it is sent: "2", or a date
     location: str = ""
+    proxy: bool = False  # a 500, 502, 503 or 429 comes with the page of a proxy, not with JSON
 
     @property
     def kinds(self) -> tuple[FaultKind, ...]:
@@ -81,16 +88,29 @@ class Script:
             if "refused" not in fault.kinds
         ]
 
-    def take(self, order_id: str) -> tuple[Fault, FaultKind] | None:
-        """The first that this order's request meets."""
+    def take(
+        self, order_id: str, of: Literal["callbacks", "lookups"] = "callbacks"
+    ) -> tuple[Fault, FaultKind] | None:
+        """The first that this order's request meets, with its `order_id`."""
         for fault, kinds, dice in self._faults:
-            if fault.order_id not in ("", order_id) or fault.count == 0:
+            if fault.order_id not in ("", order_id) or fault.count == 0 or fault.of != of:
+                continue
+            if fault.shards > 1 and shard_of(order_id, fault.shards) != fault.shard:
                 continue
             if fault.share < 1 and dice.random() >= fault.share:
                 continue
             if fault.count is not None:
                 fault.count -= 1
-            return fault, dice.choice(kinds) if len(kinds) > 1 else kinds[0]
+            met = msgspec.structs.replace(fault, order_id=order_id)
+            return met, dice.choice(kinds) if len(kinds) > 1 else kinds[0]
+        return None
+
+
+def shard_of(order_id: str, shards: int) -> int | None:
+    """From 0; None for what is no UUID."""
+    try:
+        return UUID(order_id).int % shards
+    except ValueError:
         return None
 
 
@@ -102,7 +122,8 @@ def head(status: int, length: int | None, *headers: str) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-JSON = "Content-Type: application/json"
+JSON, HTML = "Content-Type: application/json", "Content-Type: text/html"
+APPLICATION_ERROR = {"statusCode": 502, "message": "Seat allocation failed after payment"}
 
 HeadSent = Callable[[int], None]  # to be told the status once a whole head was sent
 
@@ -178,8 +199,12 @@ def _refusal(kind: FaultKind, fault: Fault) -> tuple[Any, ...]:
     if kind == "redirect":
         return b"", f"Location: {fault.location}"
     if kind == "404":
-        return b"<html>nothing here</html>", "Content-Type: text/html"
+        return b"<html>nothing here</html>", HTML
     retry_after = [f"Retry-After: {fault.retry_after}"] if fault.retry_after else []
+    if fault.proxy:
+        return b"<html>the upstream is away</html>", HTML, *retry_after
+    if kind == "502":
+        return msgspec.json.encode(APPLICATION_ERROR | {"order_id": fault.order_id}), JSON
     return b'{"error":"scripted"}', JSON, *retry_after
 
 

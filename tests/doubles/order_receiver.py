@@ -8,8 +8,12 @@ It answers POST /v1/payments/callback:
     401 if it is not naive, has secrets, and the signature is missing or invalid
     404 for another path or method
 
-What it does with orders: order_states.py. How it can fail: order_faults.py. What it finds wrong:
-order_requests.py.
+and GET /v1/orders/{order_id}: 200 {"order_id":…,"status":…}, or 404. These are no requests of its
+records: `lookups` has the order ids that were asked for.
+
+What it does with orders: order_states.py; with a `seating`, the responses as well:
+order_bookings.py. What it does as a client: order_sales.py. How it can fail: order_faults.py. What
+it finds wrong: order_requests.py.
 """
 
 import asyncio
@@ -17,20 +21,34 @@ import os
 import shutil
 import ssl
 import time
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import msgspec
 
+from tests.doubles.order_bookings import Booking, Bookings, Purchase
 from tests.doubles.order_connection import Connection, Received, Sink
 from tests.doubles.order_faults import DONE, Fault, Script, answer, play
-from tests.doubles.order_requests import CALLBACK_PATH, Request, findings, read_log
-from tests.doubles.order_states import Callback, Orders, OrderState, Rejected, Verifier, check
+from tests.doubles.order_requests import CALLBACK_PATH, ORDERS_PATH, Request, findings, read_log
+from tests.doubles.order_seats import Seating
+from tests.doubles.order_states import (
+    ACCEPTED,
+    Callback,
+    Orders,
+    OrderState,
+    Rejected,
+    Verifier,
+    check,
+)
+
+if TYPE_CHECKING:
+    from tests.doubles.order_sales import Sales
 
 PORT_WAIT_S = 5.0  # a client's own port may stand where ours was
 WAIT_MAX_S = 10.0
 
-ACCEPTED = 200, b'{"ok":true}'
+UNKNOWN = 404, b'{"statusCode":404,"message":"there is no such order"}'
 CERTIFICATE, KEY = "certificate.pem", "key.pem"
 
 Stage = Literal["arrived", "finished", "accepted"]
@@ -42,6 +60,8 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True):
     issue_takes_s: float = 0.005  # between the look at an order and the issuing of its tickets
     log: Path | None = None  # of all requests: orders and requests outlive a restart, or a kill
     tls: Path | None = None  # a directory for a certificate that nobody trusts: then it is https
+    # With seats, as the real one was measured: naive, and with no log to remember them.
+    seating: Seating | None = None
     # Answers 200 to everything and only counts: a sink for measurements. Otherwise some 3 KB of
     # memory are kept of each request.
     bare: bool = False
@@ -63,8 +83,16 @@ class OrderService:
         self.requests: list[Request] = []
         self.counts: dict[Stage, int] = {"arrived": 0, "finished": 0, "accepted": 0}
         self.connections = 0  # opened so far
+        self.lookups: list[str] = []
         self._options = options
-        self._orders = Orders(naive=options.naive, issue_takes_s=options.issue_takes_s)
+        self._orders: Orders | Bookings = Orders(
+            naive=options.naive, issue_takes_s=options.issue_takes_s
+        )
+        if options.seating is not None:
+            if options.log or not options.naive:
+                raise ValueError("orders with seats are not remembered, and not careful")
+            self._orders = Bookings(options.seating)
+        self._sales: Sales | None = None
         self._verifier = Verifier(options.secrets)
         self._script = Script([])
         self._server: asyncio.Server | None = None
@@ -84,6 +112,33 @@ class OrderService:
     def orders(self) -> dict[str, OrderState]:
         """By order_id in lower case."""
         return self._orders.states
+
+    @property
+    def bookings(self) -> Bookings:
+        assert isinstance(self._orders, Bookings), "it has no `seating`"
+        return self._orders
+
+    @property
+    def book(self) -> dict[str, Booking]:
+        """The orders with seats as they are now, by order_id in lower case."""
+        return self.bookings.book()
+
+    def seat(self, seating: Seating) -> None:
+        """Seats are sold so from now on."""
+        self.bookings.seats.seating = seating
+
+    @property
+    def sales(self) -> "Sales":
+        """The client half, with an HTTP client that most tests need not load."""
+        if self._sales is None:
+            from tests.doubles.order_sales import Sales
+
+            self._sales = Sales(self.bookings)
+        return self._sales
+
+    def sell(self, purchase: Purchase) -> bool:
+        """Holds the seats and begins to charge; False if they are not for sale."""
+        return self.sales.sell(purchase)
 
     async def __aenter__(self) -> Self:
         await self.listen()
@@ -152,6 +207,8 @@ class OrderService:
     async def close(self) -> None:
         """Ends what is under way, without an answer."""
         self.refuse()
+        if self._sales is not None:
+            await self._sales.close()
         open_, answering = list(self._open), list(self._answering)
         for connection in open_:
             connection.abort()
@@ -175,6 +232,9 @@ class OrderService:
         self._open[connection] = None
 
     def _came(self, connection: Connection, received: Received) -> None:
+        if received.method == "GET" and received.path.startswith(ORDERS_PATH):
+            self._begin(self._look_up(connection, received.path.removeprefix(ORDERS_PATH).lower()))
+            return
         self.counts["arrived"] += 1
         if self._options.bare:
             return
@@ -194,9 +254,27 @@ class OrderService:
         self.requests.append(request)
         self._open[connection] = request
         self._keep(request)
-        task = asyncio.create_task(self._answer(request, connection, met))
+        self._begin(self._answer(request, connection, met))
+
+    def _begin(self, answering: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(answering)
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
+
+    async def _look_up(self, connection: Connection, order_id: str) -> None:
+        def head_sent(status: int) -> None:
+            pass
+
+        self.lookups.append(order_id)
+        shown = self._orders.shown(order_id)
+        usual = UNKNOWN if shown is None else (200, msgspec.json.encode(shown))
+        is_kept = True
+        if (met := self._script.take(order_id, "lookups")) is None:
+            answer(connection, head_sent, *usual)
+        else:
+            is_kept = await play(met[1], met[0], connection, head_sent, usual)
+        connection.is_last |= not is_kept
+        connection.go_on()
 
     def _ended(self, connection: Connection) -> None:
         request = self._open.pop(connection)
@@ -233,7 +311,7 @@ class OrderService:
             return rejected.status, msgspec.json.encode({"error": request.problem})
         request.effect = await self._orders.receive(callback)
         request.done = time.monotonic()
-        return ACCEPTED
+        return self._orders.response(callback.order_id, request.effect)
 
     def _checked(self, request: Request) -> Callback:
         if request.method != "POST" or request.path.partition("?")[0] != CALLBACK_PATH:
@@ -260,6 +338,7 @@ class OrderService:
     def _remember(self, path: Path) -> None:
         self._log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self.requests = read_log(path)
+        assert isinstance(self._orders, Orders)
         for request in sorted(self.requests, key=lambda request: request.done):
             if request.effect is not None and request.effect != "rejected":
                 self._orders.apply(check(request.content, naive=True), request.effect)

@@ -13,6 +13,7 @@ from tests.doubles.order_faults import FaultKind
 from tests.doubles.order_states import Effect, Signature, decode
 
 CALLBACK_PATH = "/v1/payments/callback"
+ORDERS_PATH = "/v1/orders/"  # and an order_id
 
 
 class Request(msgspec.Struct, dict=True, omit_defaults=True):
@@ -114,6 +115,23 @@ def _overlaps(sent: list[Request]) -> Iterator[str]:
         finished = math.inf if request.finished is None else request.finished
         if finished >= end:
             last, end = request.number, finished
+
+
+def repeated_early(requests: Iterable[Request]) -> list[str]:
+    """Those that came while an earlier one of the order was still worked at, whether or not its
+    sender had left. Only what was done counts, so look when nothing is worked at any more."""
+    orders = defaultdict(list)
+    for request in requests:
+        if request.order_id and request.effect is not None:
+            orders[request.order_id].append(request)
+    found: list[str] = []
+    for order_id, sent in orders.items():
+        end = 0.0
+        for request in sent:
+            if request.arrived < end:
+                found.append(f"order {order_id}: request {request.number} came before its time")
+            end = max(end, request.done)
+    return found
 
 
 def _is_money(request: Request, refunded: Collection[Any]) -> bool:

@@ -1,6 +1,8 @@
 """Order Service as its callers meet it, as a process of its own.
 
     python -m tests.doubles.order_service [--port N] [--log FILE] [--careful] [--secret SECRET] …
+    python -m tests.doubles.order_service --seating '{"takes_s":6}' --fault '{"kind":"503",
+        "count":null,"shards":2,"shard":1,"retry_after":"3600"}'
 
 listens on 127.0.0.1 and prints its port as one line. It ends on SIGTERM, when its stdin is closed
 (its parent is gone) and after LIFE_MAX_S. Tests use OrderServiceProcess, or, in an event loop of
@@ -18,9 +20,11 @@ from typing import Any
 import msgspec
 
 from tests.doubles.controlled import ControlledProcess
+from tests.doubles.order_bookings import Booking, Purchase
 from tests.doubles.order_faults import Fault, Script
 from tests.doubles.order_receiver import TODAY, WAIT_MAX_S, Options, OrderService, Stage, url_of
-from tests.doubles.order_requests import Request, findings
+from tests.doubles.order_requests import CALLBACK_PATH, ORDERS_PATH, Request, findings
+from tests.doubles.order_seats import Seating
 from tests.doubles.order_states import OrderState
 
 __all__ = ["Fault", "Options", "OrderService", "OrderServiceProcess", "Request", "findings"]
@@ -60,11 +64,35 @@ async def _obey(service: OrderService, command: dict[str, Any]) -> Any:
             return service.counts
         case "connections":
             return service.connections
+        case "lookups":
+            return service.lookups
+        case _:
+            return await _obey_seated(service, command)
     return True
 
 
-async def _run(options: Options, port: int) -> None:
+async def _obey_seated(service: OrderService, command: dict[str, Any]) -> Any:
+    """One that is about seats and charges."""
+    match command["do"]:
+        case "book":
+            return service.book
+        case "seat":
+            service.seat(msgspec.convert(command["seating"], Seating))
+            return True
+        case "sell":
+            return service.sell(msgspec.convert(command["purchase"], Purchase))
+        case "selling":
+            return service.sales.under_way
+        case "refund":
+            return await service.sales.refund(
+                command["url"], command["order_id"], command["payment_id"]
+            )
+    raise ValueError(command["do"])
+
+
+async def _run(options: Options, port: int, faults: list[Fault]) -> None:
     service = OrderService(options, port)
+    service.script(*faults)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
@@ -96,6 +124,8 @@ class OrderServiceProcess(ControlledProcess):
         arguments += ["--bare"] if options.bare else []
         arguments += ["--log", str(options.log)] if options.log else []
         arguments += ["--tls", str(options.tls)] if options.tls else []
+        if options.seating is not None:
+            arguments += ["--seating", msgspec.json.encode(options.seating).decode()]
         for secret in options.secrets:
             arguments += ["--secret", secret]
         super().__init__("tests.doubles.order_service", arguments, port)
@@ -103,6 +133,11 @@ class OrderServiceProcess(ControlledProcess):
     @property
     def url(self) -> str:
         return url_of(self._options, self.port)
+
+    @property
+    def orders_url(self) -> str:
+        """Of one order, with {order_id} in its place."""
+        return f"{self.url.removesuffix(CALLBACK_PATH)}{ORDERS_PATH}{{order_id}}"
 
     def script(self, *faults: Fault) -> None:
         """As OrderService.script(), and so on."""
@@ -143,6 +178,28 @@ class OrderServiceProcess(ControlledProcess):
     def findings(self) -> list[str]:
         return self._ask(list[str], do="findings")
 
+    @property
+    def lookups(self) -> list[str]:
+        return self._ask(list[str], do="lookups")
+
+    @property
+    def book(self) -> dict[str, Booking]:
+        return self._ask(dict[str, Booking], do="book")
+
+    def seat(self, seating: Seating) -> None:
+        self._ask(bool, do="seat", seating=seating)
+
+    def sell(self, purchase: Purchase) -> bool:
+        return self._ask(bool, do="sell", purchase=purchase)
+
+    @property
+    def selling(self) -> int:
+        """Charges that wait for their response."""
+        return self._ask(int, do="selling")
+
+    def refund(self, url: str, order_id: str, payment_id: str) -> str:
+        return self._ask(str, do="refund", url=url, order_id=order_id, payment_id=payment_id)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.doubles.order_service")
@@ -153,6 +210,10 @@ def main() -> None:
     parser.add_argument("--issue-takes-s", type=float, default=TODAY.issue_takes_s)
     parser.add_argument("--tls", type=Path, metavar="DIRECTORY")
     parser.add_argument("--bare", action="store_true", help="count, and keep nothing")
+    parser.add_argument("--seating", metavar="JSON", help="the fields of Seating; {} for seats")
+    parser.add_argument(
+        "--fault", metavar="JSON", action="append", default=[], help="the fields of a Fault"
+    )
     given = parser.parse_args()
     options = Options(
         naive=not given.careful,
@@ -161,8 +222,10 @@ def main() -> None:
         log=given.log,
         tls=given.tls,
         bare=given.bare,
+        seating=msgspec.json.decode(given.seating, type=Seating) if given.seating else None,
     )
-    asyncio.run(_run(options, given.port))
+    faults = [msgspec.json.decode(fault, type=Fault) for fault in given.fault]
+    asyncio.run(_run(options, given.port, faults))
 
 
 if __name__ == "__main__":

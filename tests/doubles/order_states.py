@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-OrderState = Literal["PENDING", "CONFIRMED", "FAILED"]
+OrderState = Literal["PENDING", "CONFIRMED", "FAILED", "REFUNDED"]
 
 Effect = Literal[
     "issued",  # the order is confirmed, its tickets are issued
@@ -26,8 +26,12 @@ Effect = Literal[
     "repeated",  # SUCCESS for a confirmed order
     "duplicate",  # not if naive: a known event_id
     "older",  # not if naive: an older sequence
+    "unseated",  # only with seats: SUCCESS, and the seats were refused: the order is marked FAILED
+    "ignored",  # only with seats: FAILED or REFUNDED for an order that is one of both
     "rejected",  # 400 or 401
 ]
+
+ACCEPTED = 200, b'{"ok":true}'
 
 Signature = Literal["unchecked", "valid", "missing", "invalid"]
 
@@ -117,6 +121,15 @@ class Orders:
         if state == "PENDING":
             return "issued"
         return "swallowed" if state == "FAILED" else "repeated"
+
+    def shown(self, order_id: str) -> dict[str, Any] | None:
+        """What GET /v1/orders/{order_id} tells of an order."""
+        state = self.states.get(order_id)
+        return state and {"order_id": order_id, "status": state}
+
+    def response(self, order_id: str, effect: Effect) -> tuple[int, bytes]:
+        """Status and body of the response to a callback."""
+        return ACCEPTED
 
     def apply(self, callback: Callback, effect: Effect) -> None:
         """Also for what a log says that was done before."""

@@ -1,14 +1,22 @@
 """Each fault of Order Service as it looks to a client."""
 
 import asyncio
+import json
+import subprocess
+import sys
 import time
 import zlib
 from typing import get_args
+from uuid import UUID
 
+import httpx
+import msgspec
 import pytest
 
+from tests.doubles.controlled import ROOT
 from tests.doubles.order_client import Client, event, message, post
 from tests.doubles.order_faults import BOMB_MB, DONE, FILLER, FaultKind
+from tests.doubles.order_requests import CALLBACK_PATH, ORDERS_PATH
 from tests.doubles.order_service import Fault, OrderService
 
 pytestmark = pytest.mark.anyio
@@ -95,6 +103,7 @@ async def test_never(client: Client, orders: OrderService) -> None:
     ("kind", "status", "header"),
     [
         ("500", 500, None),
+        ("502", 502, ("content-type", "application/json")),
         ("503", 503, ("retry-after", "7")),
         ("429", 429, ("retry-after", "7")),
         ("404", 404, ("content-type", "text/html")),
@@ -207,6 +216,54 @@ async def test_a_share_repeats_with_its_seed(orders: OrderService) -> None:
     assert 10 <= first.count(200) <= 30
     assert await statuses(7) == first
     assert await statuses(8) != first
+
+
+async def test_an_error_of_the_application_is_about_its_order_and_a_proxys_is_a_page(
+    client: Client, orders: OrderService
+) -> None:
+    content = event()
+    orders.script(Fault("502"), Fault("502", proxy=True), Fault("503", proxy=True, retry_after="9"))
+    told = json.loads((await client.post(message(content))).body)
+    assert (told["statusCode"], told["order_id"]) == (502, content["order_id"])
+    for status, retry_after in ((502, None), (503, "9")):
+        answer = await client.post(message(content))
+        assert (answer.status, answer.headers["content-type"]) == (status, "text/html")
+        assert answer.headers.get("retry-after") == retry_after
+
+
+async def test_a_dead_shard_has_the_orders_with_its_ids(orders: OrderService) -> None:
+    orders.script(Fault("503", count=None, shards=3, shard=1))
+    sent = await post(orders, *[event() for _ in range(60)])
+    dead = [UUID(request.order_id).int % 3 == 1 for request in sent]
+    assert {True, False} == set(dead)
+    assert [request.status == 503 for request in sent] == dead
+    assert [request.accepted for request in sent] == [not each for each in dead]
+
+
+async def test_lookups_have_faults_of_their_own(client: Client, orders: OrderService) -> None:
+    content = event()
+    lookup = message(b"", method="GET", path=ORDERS_PATH + content["order_id"])
+    orders.script(Fault("500", of="lookups"), Fault("hang", of="lookups"))
+    assert (await client.post(message(content))).status == 200
+    assert (await client.post(lookup)).status == 500
+    client.writer.write(lookup)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(client.reader.read(1), 0.1)
+
+
+def test_faults_may_be_given_on_the_command_line() -> None:
+    fault = Fault("503", count=None, shards=2, shard=1)
+    command = [sys.executable, "-m", "tests.doubles.order_service"]
+    command += ["--fault", msgspec.json.encode(fault).decode()]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        url = f"http://127.0.0.1:{int(process.stdout.readline())}{CALLBACK_PATH}"
+        for number in range(2):
+            content = event(order_id=str(UUID(int=number, version=4)))
+            assert httpx.post(url, json=content).status_code == (503 if number else 200)
+        process.terminate()
 
 
 @pytest.mark.parametrize("fault", [Fault("refused", share=0.5), Fault(("refused", "500"))])
