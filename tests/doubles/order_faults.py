@@ -44,7 +44,7 @@ FILLER = b"x" * 4096
 BOMB_MB = 200
 
 
-class Fault(msgspec.Struct, omit_defaults=True):
+class Fault(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     """What goes wrong with the next `count` requests (None: with all) of this order, or of any.
 
     With `shards` only those of the orders in one of so many, by their ids. With a `share` only that

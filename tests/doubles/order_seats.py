@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 
-class Seating(msgspec.Struct, frozen=True, omit_defaults=True):
+class Seating(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """How seats are sold, and how Order Service waits for its charges."""
 
     takes_s: float = 0.0  # an allocation; one callback waits for it as long as it takes
