@@ -26,6 +26,7 @@ from tests.process import ServiceProcess, at, run
 pytestmark = pytest.mark.timeout(400)
 
 LATER_S = 2.0  # at most, for whoever has no trouble, while others have
+BUSY_S = 15.0
 
 Selling = Callable[..., AbstractContextManager[Sale]]
 
@@ -62,6 +63,12 @@ def say(text: object) -> None:
     sys.stdout.write(f"{text}\n")
 
 
+def in_time(took_s: float, seconds: float, machine: Machine) -> None:
+    """A busy machine may be late, but not as late as callbacks that wait for others."""
+    assert took_s < seconds + BUSY_S
+    bound(took_s, seconds, machine)
+
+
 def test_without_trouble_each_order_has_its_ticket(
     selling: Selling, connection: psycopg.Connection[Any], machine: Machine
 ) -> None:
@@ -72,7 +79,7 @@ def test_without_trouble_each_order_has_its_ticket(
         check_orders(connection, sale.book())
         delays = sale.delays(sold)
         assert (delays.delivered, sale.repeated_early()) == (6, [])
-        bound(delays.max_s, LATER_S, machine)
+        in_time(delays.max_s, LATER_S, machine)
 
 
 @pytest.mark.usefixtures("for_long")
@@ -121,7 +128,7 @@ def test_a_dead_shard_keeps_the_orders_of_the_other_not_waiting(
         say(f"undisturbed: {before}")
         say(f"{how}: the others: {others}; all in {took_s:.1f} s; theirs: {sale.delays(dead)}")
         assert sale.delays(dead).dead == others.dead == others.owed == 0
-        bound(others.p99_s, before.p99_s + LATER_S, machine)
+        in_time(others.p99_s, before.p99_s + LATER_S, machine)
 
 
 @pytest.mark.usefixtures("for_long")
@@ -151,7 +158,7 @@ def test_errors_about_single_orders_keep_no_other_waiting(
         delays = sale.delays(sold)
         say(f"again {again}: the others: {delays}; {sale.broken()}; {sale.delays(refused)}")
         check_orders(connection, sale.book(), but=refused)
-        bound(delays.p99_s, 0.5 + LATER_S, machine)
+        in_time(delays.p99_s, 0.5 + LATER_S, machine)
 
 
 @pytest.mark.usefixtures("for_long")
@@ -195,7 +202,7 @@ def test_its_database_is_away_for_25_s(
         took_s = sale.settle(sold, 90)
         say(f"500s for 25 s: all delivered {took_s:.1f} s after; {sale.delays(sold)}")
         check_orders(connection, sale.book())
-        bound(took_s, 12, machine)
+        in_time(took_s, 12, machine)
 
 
 @pytest.mark.usefixtures("for_long")
