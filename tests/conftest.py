@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="sizes that take too long for every day")
     parser.addoption("--kills", type=int, default=6, help="cycles of each kill -9 loop")
     parser.addoption("--outcomes", type=int, default=400, help="called back among all faults")
+    parser.addoption("--sold", type=int, default=200, help="orders whose seats take their time")
     parser.addoption("--cases", type=int, default=300, help="requests drawn from the schema")
     parser.addoption("--overload-seconds", type=float, help="for each rate; with strict bounds")
     parser.addoption("--outages", type=int, default=3, help="of Postgres, one after another")

@@ -89,12 +89,14 @@ def test_seats_that_take_6_s(
     connection: psycopg.Connection[Any],
     orders: OrderServiceProcess,
     allocates: Literal["last", "first"],
+    pytestconfig: pytest.Config,
 ) -> None:
+    """`--sold N` for more or fewer than 200 orders."""
     orders.seat(Seating(takes_s=6, allocates=allocates))
     with selling() as sale:
-        sold = new_orders(200)
+        sold = new_orders(pytestconfig.getoption("--sold"))
         sale.sell(sold)
-        took_s = sale.settle(sold, 60)
+        took_s = sale.settle(sold, 110)
         say(f"{allocates}: {sale.broken()}; {sale.delays(sold)}; settled in {took_s:.1f} s")
         assert sale.repeated_early() == []
         check_orders(connection, sale.book())
