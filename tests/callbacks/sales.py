@@ -15,6 +15,7 @@ from tests.invariants.callbacks import is_followed
 from tests.invariants.orders import broken_orders
 
 PER_S = 3.0
+PAID, DECLINED = 1500, 1507  # the simulated provider declines what ends with a 7
 DECISION_S = 10.0  # for what the service and Order Service still do when nothing more is sold
 
 CALLED_BACK = """
@@ -78,16 +79,17 @@ class Sale:
         self._orders = orders
         self._connection = connection
 
-    def sell(self, sold: Sequence[str]) -> None:
-        """These orders, each of one seat of its own."""
+    def sell(self, sold: Sequence[str], declined: Collection[str] = ()) -> None:
+        """These orders, each of one seat of its own; the cards of some are `declined`."""
         began = time.monotonic()
         for number, order_id in enumerate(sold):
             time.sleep(max(0.0, began + number / PER_S - time.monotonic()))
-            self.charge(order_id, "first")
+            self.charge(order_id, "first", DECLINED if order_id in declined else PAID)
 
-    def charge(self, order_id: str, key: str) -> None:
+    def charge(self, order_id: str, key: str, amount_cents: int) -> None:
         """Begins to; the seat is its order's."""
-        purchase = Purchase(self.url, order_id, f"{order_id}-{key}", (f"seat of {order_id}",))
+        seats = (f"seat of {order_id}",)
+        purchase = Purchase(self.url, order_id, f"{order_id}-{key}", seats, amount_cents)
         assert self._orders.sell(purchase)
 
     def settle(self, sold: Collection[str], timeout_s: float) -> float:
