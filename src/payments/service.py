@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from loguru import logger
 
@@ -55,6 +55,9 @@ from payments.queries.server import (
 from payments.settings import Settings
 from payments.shared import Recent, Shared
 from payments.telemetry import BREAKER_STATES, UNSETTLED_KINDS, Telemetry
+
+if TYPE_CHECKING:
+    from payments.callbacks.endpoint import Endpoint
 
 SWITCH_S = sys.getswitchinterval()
 RENDERING_SWITCH_S = 0.0002
@@ -137,7 +140,8 @@ class Service:
         else:
             from payments.callbacks.endpoint import check_target, origin
 
-            if (warning := await check_target(url)) is not None:
+            networks = self.settings.http_callback_networks
+            if (warning := await check_target(url, networks)) is not None:
                 logger.warning(warning)
             signed = "signed" if self.settings.order_callback_secret else "not signed"
             logger.info("callbacks go to {}, {}", origin(url), signed)
@@ -332,17 +336,26 @@ def build_dispatcher(
     """What sends callbacks, not started; None without ORDER_CALLBACK_URL. Raises StartError."""
     if settings.order_callback_url is None:
         return None
+    endpoint = build_endpoint(settings)
+    return Dispatcher(database.connect, endpoint, telemetry, settings.callback_retention_days)
+
+
+def build_endpoint(settings: Settings) -> "Endpoint":
+    """Where callbacks go, not opened; StartError if ORDER_CALLBACK_URL is not set or unusable."""
     from payments.callbacks.endpoint import Endpoint
 
+    if settings.order_callback_url is None:
+        raise StartError("ORDER_CALLBACK_URL is not set: nobody is called back")
     try:
-        endpoint = Endpoint(
+        return Endpoint(
             settings.order_callback_url,
             settings.order_callback_secret,
+            timeout_s=settings.callback_timeout_s,
+            networks=settings.http_callback_networks,
             connections_max=CONCURRENCY_MAX,
         )
     except ValueError as error:
         raise StartError(f"ORDER_CALLBACK_URL: {error}") from None
-    return Dispatcher(database.connect, endpoint, telemetry, settings.callback_retention_days)
 
 
 def build_gateway(settings: Settings) -> Gateway:

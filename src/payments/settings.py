@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from payments.callbacks import TIMEOUT_S
 from payments.callbacks.signing import parse_secrets
 from payments.errors import StartError
 
@@ -45,6 +46,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     order_callback_url: str | None = None
     order_callback_secret: str | None = None
     order_callback_statuses: tuple[str, ...] = ("SUCCESS", "FAILED")
+    callback_timeout_s: float = TIMEOUT_S
+    http_callback_networks: tuple[str, ...] = ()
     payments_data_dir: Path | None = None
     payments_api_keys: tuple[ApiKey, ...] = ()
     charge_deadline_s: float = 7
@@ -173,6 +176,16 @@ def _statuses(value: str) -> tuple[str, ...]:
     return chosen
 
 
+def _networks(value: str) -> tuple[str, ...]:
+    try:
+        return tuple(str(ipaddress.ip_network(part.strip())) for part in value.split(","))
+    except ValueError:
+        raise ValueError(
+            "must be networks as CIDRs, like 100.64.0.0/10, the bits of the host zero; several are "
+            "separated by commas"
+        ) from None
+
+
 def _webhook_secrets(value: str) -> str:
     parse_secrets(value)
     return value
@@ -228,6 +241,18 @@ VARIABLES = (
         _statuses,
         "SUCCESS,FAILED",
         "which outcomes are called back: some of SUCCESS, FAILED, REFUNDED",
+    ),
+    Variable(
+        "CALLBACK_TIMEOUT_S",
+        _seconds(0.1, 120),
+        "25",
+        "Order Service has so long to answer a callback, and as long again before the next try",
+    ),
+    Variable(
+        "HTTP_CALLBACK_NETWORKS",
+        _networks,
+        "none",
+        "networks (CIDRs, with commas) that plain http may go to, beside loopback and private ones",
     ),
     Variable(
         "PAYMENTS_DATA_DIR",

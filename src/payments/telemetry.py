@@ -32,7 +32,7 @@ SETTLING_OUTCOMES = ("settled", "open", "unknown", "mismatch", "other_gateway")
 FOLLOWERS = ("payments", "callbacks", "seals")
 GATEWAY_OPERATIONS = ("charge", "find_charge", "refund", "find_refund")
 GATEWAY_OUTCOMES = ("approved", "declined", "not_found", "unknown", "never_sent")
-CALLBACK_OUTCOMES = ("delivered", "gone", "http_error", "unreachable", "timeout")
+CALLBACK_OUTCOMES = (*("delivered", "gone", "http_error", "unreachable", "timeout", "end_unknown"),)
 BREAKER_STATES = ("closed", "open", "half_open")
 APPEND_FAILURES = ("retried", "refused")
 AMOUNTS = ("captured", "refunded")
@@ -294,7 +294,7 @@ class Telemetry:
         self.callback_seconds = Histogram(
             "payments_callback_duration_seconds",
             "Duration of one attempt",
-            buckets=_SECONDS,
+            buckets=(*_SECONDS, 15, 30),
             registry=registry,
         )
         # What the database says, as of the scrape: queries/callbacks.py.

@@ -5,13 +5,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import msgspec
 import psycopg
 import pytest
 from loguru import logger
 
+from payments.callbacks import TIMEOUT_S
 from payments.callbacks import dispatcher as dispatching
 from payments.callbacks.breaker import Breaker
 from payments.callbacks.dispatcher import Dispatcher
@@ -22,19 +23,24 @@ from payments.telemetry import Telemetry
 from tests.callbacks.outbox import Outbox
 
 
-def answered(status: int, retry_after: str | None = None, answer: bytes = b"") -> Exchange:
-    return Exchange(status, None, "", retry_after, answer, 0.01)
+def answered(
+    status: int,
+    retry_after: str | None = None,
+    answer: bytes = b"",
+    content_type: str | None = None,
+) -> Exchange:
+    return Exchange(status, None, "", retry_after, answer, 0.01, content_type=content_type)
 
 
-def failed(error: str = "unreachable") -> Exchange:
-    return Exchange(None, error, "ConnectError", None, b"", 0.01)
+def failed(error: str = "unreachable", *, sent: bool = False) -> Exchange:
+    return Exchange(None, error, "ConnectError", None, b"", 0.01, sent)
 
 
 class PlayedEndpoint(Endpoint):
     """Answers as the test says: `answer` is called with the decoded body of each request."""
 
-    def __init__(self) -> None:
-        super().__init__("http://127.0.0.1:1/")
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        super().__init__("http://127.0.0.1:1/", timeout_s=timeout_s)
         self.answer: Callable[[dict[str, Any]], Exchange] = lambda body: answered(200)
         self.bodies: list[dict[str, Any]] = []
         self.held: asyncio.Event | None = None  # what begins meanwhile waits for it
@@ -101,10 +107,10 @@ async def dispatching_to(
 
 def opened(open_s: float = 0.01) -> Breaker:
     """Open for so long, and then half open."""
-    breaker = Breaker(failures_max=1, open_min_s=open_s, open_max_s=open_s)
+    breaker = Breaker(orders_min=1, open_min_s=open_s, open_max_s=open_s)
     permit = breaker.begin(time.monotonic())
     assert permit is not None
-    breaker.failed(permit, time.monotonic())
+    breaker.failed(permit, uuid4(), time.monotonic())
     return breaker
 
 

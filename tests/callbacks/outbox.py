@@ -95,9 +95,12 @@ class Outbox:
         self.connection.execute("UPDATE callback_lanes SET next_at = now() - interval '1 s'")
 
     def pause(self, *, failing: bool = True) -> None:
-        """As if all had failed often: each waits for an hour."""
-        pause = "UPDATE callback_lanes SET failing = %s, next_at = now() + interval '1 h'"
-        self.connection.execute(pause, [failing])
+        """As if all had failed often, and last in the outage to come: each waits for an hour."""
+        pause = (
+            "UPDATE callback_lanes SET failing = %s, next_at = now() + interval '1 h',"
+            "       away_at = CASE WHEN %s THEN now() + interval '1 min' END"
+        )
+        self.connection.execute(pause, [failing, failing])
 
     def finish(self, state: str, *, days_ago: int = 0) -> None:
         """As if that had become of all."""

@@ -179,13 +179,13 @@ async def test_a_sender_that_was_frozen_past_its_lease_changes_nothing(
     order_id = uuid.uuid4()
     late, other = (dispatcher_to(orders.url, database) for _ in range(2))
     orders.script(Fault("slow", seconds=0.5), Fault("slow", seconds=0.8))
-    monkeypatch.setattr(dispatching, "LEASE_S", 0.2)
+    monkeypatch.setattr(dispatching, "lease_s", lambda timeout_s: 0.2)
     async with calling_back(database, late):
         append(connection, History("a", order_id=order_id).charged().facts)
         append(connection, History("b", order_id=order_id).charged().facts)
         await asyncio.to_thread(orders.wait_for, 1, "arrived")
         late.finish()
-        monkeypatch.setattr(dispatching, "LEASE_S", 10.0)
+        monkeypatch.setattr(dispatching, "lease_s", lambda timeout_s: 10.0)
         await other.start()
         await asyncio.to_thread(orders.wait_for, 3)
         await until(lambda: nothing_due(connection))
@@ -211,7 +211,7 @@ async def test_orders_in_trouble_delay_nobody(
     """
     bad = [uuid.uuid4() for _ in range(100)]
     orders.script(*(Fault(kind, order_id=str(order_id), count=None) for order_id in bad))
-    breaker = Breaker(failures_max=10_000)
+    breaker = Breaker(orders_min=10_000)
     dispatcher = dispatcher_to(orders.url, database, timeout_s=0.3, breaker=breaker)
     async with calling_back(database, dispatcher):
         p99s_s = [await p99_of_good_ones_s(connection)]

@@ -1,12 +1,18 @@
 """The dispatcher: what is sent, in which order, and what becomes of it."""
 
 import asyncio
+import time
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
+import psycopg
 import pytest
 
+from payments.callbacks import TIMEOUT_S
 from payments.callbacks import dispatcher as dispatching
+from payments.callbacks import outbox as statements
 from payments.callbacks.breaker import Breaker
 from payments.callbacks.dispatcher import Dispatcher
 from payments.callbacks.endpoint import Exchange
@@ -30,7 +36,7 @@ Make = Callable[..., Dispatcher]
 
 
 def never_opening() -> Breaker:
-    return Breaker(failures_max=10_000)
+    return Breaker(orders_min=10_000)
 
 
 async def test_it_posts_the_documented_body_once(outbox: Outbox, endpoint: PlayedEndpoint) -> None:
@@ -163,7 +169,8 @@ async def test_after_its_last_attempt_it_is_dead_and_frees_its_order(
     every = ("SUCCESS", "FAILED", "REFUNDED")
     await outbox.log(*of(A, "a").charged().refunded().facts, statuses=every)
     outbox.connection.execute(
-        "UPDATE callback_deliveries SET attempts = %s WHERE status = 'SUCCESS'",
+        "UPDATE callback_deliveries SET attempts = %s, due_since = now() - interval '72 h'"
+        " WHERE status = 'SUCCESS'",
         [ATTEMPTS_MAX - 2],
     )
     endpoint.answer = lambda body: answered(500 if body["status"] == "SUCCESS" else 200)
@@ -174,11 +181,12 @@ async def test_after_its_last_attempt_it_is_dead_and_frees_its_order(
 
 
 async def test_an_order_in_trouble_delays_nobody(outbox: Outbox, endpoint: PlayedEndpoint) -> None:
-    """However many are: of the failing ones only half as many as fit are under way."""
+    """However many are: of the failing ones only a quarter as many as fit are under way."""
     bad = [uuid.uuid4() for _ in range(200)]
     await outbox.log(*(fact for o in bad for fact in of(o, str(o)).charged().facts))
     endpoint.answer = lambda body: answered(500)
-    async with dispatching_to(endpoint, outbox, rng=lambda: 0.999):
+    breaker = never_opening()
+    async with dispatching_to(endpoint, outbox, rng=lambda: 0.999, breaker=breaker):
         await until(lambda: len(outbox.attempts()) >= 200)
         endpoint.held = asyncio.Event()
         outbox.make_all_due()
@@ -240,7 +248,7 @@ async def test_a_claim_holds_the_lane_until_its_lease_is_over(outbox: Outbox) ->
         assert await claim_some(two) == []
         assert await claim_some(two, probing=True) == []
         await redrive(two, [first.event_id])
-        await make_due(two, 1000)
+        await make_due(two, 60, 1000)
         assert await claim_some(two) == []
         await asyncio.sleep(0.35)
         (second,) = await claim_some(two)
@@ -314,17 +322,44 @@ async def test_on_stop_it_finishes_what_is_under_way_and_claims_nothing_more(
     assert endpoint.told() == ["SUCCESS"]
 
 
-async def test_what_is_cut_off_at_the_end_keeps_its_lease(
+async def test_what_is_cut_off_at_the_end_is_noted_and_waits_as_long_as_it_may_be_running(
     outbox: Outbox, endpoint: PlayedEndpoint
 ) -> None:
+    telemetry = Telemetry()
+    endpoint.held = asyncio.Event()
+    await outbox.log(*of(A, "a").charged().facts)
+    async with dispatching_to(endpoint, outbox, telemetry=telemetry) as dispatcher:
+        await until(lambda: endpoint.under_way)
+        began = time.monotonic()
+        await dispatcher.stop(0.3)
+        assert time.monotonic() - began < 1.5
+    assert endpoint.under_way == []
+    waits = "SELECT busy_until - now(), next_at = busy_until, in_flight FROM callback_lanes"
+    ((busy, until_then, in_flight),) = outbox.connection.execute(waits).fetchall()
+    assert timedelta(seconds=TIMEOUT_S - 5) < busy < timedelta(seconds=TIMEOUT_S)
+    assert (until_then, in_flight) == (True, None)
+    assert outbox.attempts() == [("end_unknown", None)]
+    assert outbox.rows("state", "attempts") == [("due", 0)]
+    shown = telemetry.exposition().decode()
+    assert 'payments_callback_attempts_total{outcome="end_unknown"} 1.0' in shown
+
+
+async def test_what_is_cut_off_while_the_database_is_away_keeps_its_lease(
+    outbox: Outbox, endpoint: PlayedEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(connection: Any, results: Any) -> set[int]:
+        raise psycopg.OperationalError("away")
+
     endpoint.held = asyncio.Event()
     await outbox.log(*of(A, "a").charged().facts)
     async with dispatching_to(endpoint, outbox) as dispatcher:
         await until(lambda: endpoint.under_way)
+        monkeypatch.setattr(statements, "record", away)
         await dispatcher.stop(0.1)
-    assert endpoint.under_way == []
-    leased = "SELECT next_at > now() + interval '5 s', in_flight IS NOT NULL FROM callback_lanes"
-    assert outbox.connection.execute(leased).fetchall() == [(True, True)]
+    leased = "SELECT next_at - now(), in_flight IS NOT NULL FROM callback_lanes"
+    ((lease, in_flight),) = outbox.connection.execute(leased).fetchall()
+    assert lease > timedelta(seconds=2 * TIMEOUT_S)
+    assert in_flight
 
 
 async def test_it_outlives_its_database(outbox: Outbox, endpoint: PlayedEndpoint) -> None:

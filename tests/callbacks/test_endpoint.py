@@ -20,7 +20,7 @@ import pytest
 from loguru import logger
 from standardwebhooks import Webhook
 
-from payments.callbacks.endpoint import ANSWER_BYTES_KEPT, Endpoint
+from payments.callbacks.endpoint import ANSWER_BYTES_KEPT, Endpoint, Exchange
 from tests.callbacks.raw_server import (
     BODY,
     MESSAGE_ID,
@@ -65,7 +65,7 @@ class TestSending:
             endpoint_of(f"{server.url}/v1/payments/callback", SECRET) as endpoint,
         ):
             done = await post(endpoint)
-        assert done._replace(seconds=0) == (200, None, "", None, b"OK", 0)
+        assert done._replace(seconds=0) == Exchange(200, None, "", None, b"OK", 0)
         head, _, body = server.requests[0].partition(b"\r\n\r\n")
         first, *lines = head.decode().split("\r\n")
         assert first == "POST /v1/payments/callback HTTP/1.1"

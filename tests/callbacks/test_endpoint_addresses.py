@@ -191,6 +191,51 @@ class TestAddresses:
     def test_where_plain_http_may_go(self, address: str, near: bool) -> None:
         assert is_near(address) is near
 
+    @pytest.mark.parametrize(
+        ("address", "near"),
+        [
+            ("100.64.0.1", True),
+            ("34.118.224.7", True),
+            ("::ffff:100.64.0.1", True),
+            ("10.0.0.1", True),
+            ("34.119.0.1", False),
+            ("100.100.100.200", False),  # Alibaba Cloud, within 100.64.0.0/10
+        ],
+    )
+    def test_where_else_it_may_go(self, address: str, near: bool) -> None:
+        assert is_near(address, ("100.64.0.0/10", "34.118.224.0/20")) is near
+
+    @pytest.mark.parametrize(
+        "address",
+        [
+            *("169.254.169.254", "169.254.170.2", "fe80::1", "fe80::1%eth0", "fe80::a9fe:a9fe"),
+            *("fd00:ec2::254", "fd20:ce::254", "fd00:42::42", "100.100.100.200", "192.0.0.192"),
+            *(
+                "168.63.129.16",
+                "::ffff:169.254.169.254",
+                "64:ff9b::a9fe:a9fe",
+                "64:ff9b::6464:64c8",
+            ),
+            *("2002:a9fe:a9fe::1", "::a9fe:a9fe"),
+        ],
+    )
+    def test_metadata_and_link_local_never_whatever_is_said(self, address: str) -> None:
+        assert not is_near(address, ("0.0.0.0/0", "::/0"))
+        assert not is_near(address, (f"{address.partition('%')[0]}",))
+
+    async def test_a_network_that_is_named_is_connected_to(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(endpoints, "NEAR", ())
+        async with serving(OK) as server:
+            async with endpoint_of(server.url) as endpoint:
+                assert (await post(endpoint)).error == "forbidden_address"
+            with pytest.raises(StartError, match="HTTP_CALLBACK_NETWORKS"):
+                await check_target(server.url)
+            async with endpoint_of(server.url, networks=("127.0.0.0/8",)) as endpoint:
+                assert (await post(endpoint)).status == 200
+            assert await check_target(server.url, ("127.0.0.0/8",)) is None
+
     @pytest.fixture
     def only_127_0_0_1_is_near(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """So that a server of ours can stand at an address that is not."""
@@ -206,7 +251,7 @@ class TestAddresses:
         assert done[:3] == (
             None,
             "forbidden_address",
-            "plain http to a metadata service, or not to loopback or private",
+            "plain http to a metadata service, or not to a near network",
         )
         assert server.connections == 0
 
@@ -328,7 +373,8 @@ class TestCheckTarget:
             await check_target(f"http://{host}/{CANARY}?token={CANARY}")
         assert str(raised.value) == (
             f"ORDER_CALLBACK_URL: http://{host} has no loopback or private address, metadata "
-            "services of clouds aside, and plain http goes to those only; use https"
+            "services of clouds aside, and plain http goes to those only; use https, or name its "
+            "network in HTTP_CALLBACK_NETWORKS"
         )
 
     @pytest.mark.parametrize("scheme", ["http", "https"])

@@ -28,9 +28,9 @@ SELECT md5('e' || n)::uuid, n, md5('o' || n)::uuid, md5('p' || n)::uuid, 2,
 """
 
 LANES = """
-INSERT INTO callback_lanes (order_id, next_at, failing)
+INSERT INTO callback_lanes (order_id, next_at, failing, away_at)
 SELECT md5('o' || n)::uuid, now() + CASE WHEN n %% 3 = 0 THEN interval '1 h' ELSE '0 s' END,
-       n %% 3 = 0
+       n %% 3 = 0, CASE WHEN n %% 3 = 0 THEN now() END
   FROM generate_series(%(first)s::integer, %(last)s::integer) n
 """
 
@@ -64,7 +64,7 @@ async def test_claiming_recording_and_ending_pauses_read_only_what_they_need(
             assert len(await record(own, results)) == 64
             took["record"].append(time.perf_counter() - began)
             began = time.perf_counter()
-            assert await make_due(own, 100) == 100
+            assert await make_due(own, 60, 100) == 100
             took["make_due"].append(time.perf_counter() - began)
     best = {step: min(times) for step, times in took.items()}
     bound(max(best.values()), BEST_S, machine)
@@ -105,4 +105,4 @@ async def test_plans_that_were_made_while_the_queue_was_empty_stay_right(
 
 def _result(claimed: Claimed, *, sent: bool) -> Result:
     state: Literal["due", "delivered"] = "delivered" if sent else "due"
-    return Result(claimed, state, 60.0, True, 0.01, "delivered", 200, "", b"ok")
+    return Result(claimed, state, 60.0, True, 0.01, "delivered", 200, "", b"ok", away=not sent)

@@ -8,7 +8,7 @@ import pytest
 
 from payments.callbacks import dispatcher as dispatching
 from payments.callbacks.dispatcher import FAILING_MAX, _released
-from payments.callbacks.outbox import make_due, prune, record, redrive
+from payments.callbacks.outbox import claim, make_due, prune, record, redrive
 from payments.projections.callbacks import CallbacksProjection, backfill
 from tests.callbacks.conftest import (
     PlayedEndpoint,
@@ -95,9 +95,9 @@ async def test_the_end_of_an_outage_makes_nothing_due_that_never_failed(outbox: 
     await outbox.log(*of(A, "a").charged().facts)
     outbox.pause(failing=False)
     async with await outbox.database.connect("b") as own:
-        assert await make_due(own, 10) == 0
+        assert await make_due(own, 60, 10) == 0
         outbox.pause()
-        assert await make_due(own, 10) == 1
+        assert await make_due(own, 60, 10) == 1
 
 
 async def test_after_an_outage_who_has_waited_longest_is_first(outbox: Outbox) -> None:
@@ -107,8 +107,43 @@ async def test_after_an_outage_who_has_waited_longest_is_first(outbox: Outbox) -
     later = "UPDATE callback_lanes SET next_at = now() + interval '2 h' WHERE order_id = %s"
     outbox.connection.execute(later, [A])
     async with await outbox.database.connect("b") as own:
-        assert await make_due(own, 10) == 2
+        assert await make_due(own, 60, 10) == 2
     assert outbox.turns() == [A, B]
+
+
+async def test_the_end_of_an_outage_makes_due_what_failed_in_it_once_and_as_it_was_asked(
+    outbox: Outbox,
+) -> None:
+    """A failed in it; others before it, by their own fault, may be running, or were asked to wait."""
+    before, refused, busy, asked = (uuid.uuid4() for _ in range(4))
+    await outbox.log(*charges([A, before, refused, busy, asked]))
+    outbox.pause()
+    for order_id, change in (
+        (before, "away_at = now() - interval '61 s'"),
+        (refused, "away_at = NULL"),
+        (busy, "busy_until = now() + interval '20 s'"),
+        (asked, "not_before = now() + interval '1 h'"),
+    ):
+        change = f"UPDATE callback_lanes SET {change} WHERE order_id = %s"
+        outbox.connection.execute(change.encode(), [order_id])
+    async with await outbox.database.connect("b") as own:
+        assert await make_due(own, 60, 10) == 2
+        waits = "SELECT order_id, next_at > now() + interval '19 s', excused FROM callback_lanes"
+        found = {each[0]: each[1:] for each in outbox.connection.execute(waits)}
+        assert found.pop(A) == (False, True)
+        assert found.pop(busy) == (True, True)
+        assert set(found.values()) == {(True, False)}
+        assert outbox.paused() == 3
+        # It fails once more, which does not count; another process sees the end of the same outage.
+        (claimed,) = await claim_some(own, lease_s=10)
+        assert (claimed.order_id, claimed.excused) == (A, True)
+        failed = result_of(claimed, "due")._replace(outcome="timeout", delay_s=3600.0, away=True)
+        assert await record(own, [failed]) == {claimed.claim}
+        assert await make_due(own, 60, 10) == 0
+        # But not that of the next one.
+        assert await make_due(own, 0.0, 10) == 0
+        outbox.connection.execute("UPDATE callback_lanes SET excused_at = now() - interval '1 min'")
+        assert await make_due(own, 59, 10) == 1
 
 
 async def test_an_outcome_that_is_not_wanted_waits_for_its_orders_lane(outbox: Outbox) -> None:
@@ -208,13 +243,37 @@ async def test_a_probe_passes_over_lanes_with_nothing_to_send(outbox: Outbox) ->
     assert [order for order, *_ in outbox.lanes()] == [orders[-1]]
 
 
-async def test_a_probe_is_one_callback(outbox: Outbox) -> None:
-    orders = [uuid.uuid4() for _ in range(3)]
-    await outbox.log(*charges(orders))
+async def test_probes_are_of_orders_that_never_failed_and_else_of_one_that_did(
+    outbox: Outbox,
+) -> None:
+    failing, fresh = ([uuid.uuid4() for _ in range(3)] for _ in range(2))
+    await outbox.log(*charges(failing))
+    outbox.pause()
+    await outbox.log(*charges(fresh))
     async with await outbox.database.connect("a") as own:
-        probed = [(await claim_some(own, lease_s=10, probing=True))[0].order_id for _ in orders]
+        claims = await claim(own, most=2, failing_max=0, lease_s=10, probing=True)
+        assert [each.order_id for each in claims] == fresh[:2]
+        probed = [await claim_some(own, lease_s=10, probing=True) for _ in range(4)]
+        assert [each.order_id for each in probed[0]] == fresh[2:]
+        assert {each.order_id for (each,) in probed[1:]} == set(failing)
         assert await claim_some(own, probing=True) == []
-    assert set(probed) == set(orders)
+
+
+@pytest.mark.parametrize("column", ["busy_until", "not_before"])
+async def test_a_probe_is_not_of_an_order_that_must_be_left_alone(
+    outbox: Outbox, column: str
+) -> None:
+    await outbox.log(*charges([A, B]))
+    outbox.pause()
+    outbox.connection.execute(
+        f"UPDATE callback_lanes SET {column} = now() + interval '1 min' WHERE order_id = %s".encode(),
+        [A],
+    )
+    async with await outbox.database.connect("a") as own:
+        assert [each.order_id for each in await claim_some(own, probing=True)] == [B]
+        assert await claim_some(own, probing=True) == []
+        outbox.connection.execute(f"UPDATE callback_lanes SET {column} = now()".encode())
+        assert [each.order_id for each in await claim_some(own, probing=True)] == [A]
 
 
 async def test_what_is_backfilled_or_redriven_keeps_nothing_new_waiting(

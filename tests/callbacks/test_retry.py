@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from payments.callbacks import TIMEOUT_S
+from payments.callbacks.endpoint import Exchange
 from payments.callbacks.retry import (
     ATTEMPTS_MAX,
     RETRY_FOR_S,
     WAIT_MAX_S,
+    Outcome,
     Verdict,
     jittered,
     judge,
@@ -25,41 +28,84 @@ NEITHER_2XX_NOR_410 = [*range(100, 200), *range(300, 410), *range(411, 600)]
 def verdict(
     status: int | None = 500,
     error: str | None = None,
+    *,
+    sent: bool = True,
     retry_after: str | None = None,
+    content_type: str | None = None,
     attempt: int = 1,
+    due_for_s: float = 2.0 * RETRY_FOR_S,
     now: datetime = NOW,
 ) -> Verdict:
-    return judge(status, error, retry_after, attempt, now)
+    exchange = Exchange(status, error, "", retry_after, b"", 0.01, sent, content_type)
+    return judge(exchange, attempt, due_for_s, TIMEOUT_S, now)
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 226, 299])
 @pytest.mark.parametrize("attempt", [1, ATTEMPTS_MAX])
 def test_any_2xx_is_delivered(status: int, attempt: int) -> None:
-    assert verdict(status, attempt=attempt) == ("delivered", "delivered", 0, 0, False)
+    assert verdict(status, attempt=attempt) == Verdict("delivered", "delivered", 0, 0, 0, False)
 
 
 @pytest.mark.parametrize("retry_after", [None, "5"])
 def test_410_is_dead_at_once(retry_after: str | None) -> None:
-    assert verdict(410, retry_after=retry_after) == ("gone", "dead", 0, 0, False)
+    assert verdict(410, retry_after=retry_after) == Verdict("gone", "dead", 0, 0, 0, False)
 
 
 def test_any_other_answer_is_tried_again_and_few_speak_against_the_endpoint() -> None:
     again = {status: verdict(status) for status in NEITHER_2XX_NOR_410}
     assert {each[:4] for each in again.values()} == {("http_error", None, 1, 0)}
-    assert [status for status in again if again[status].endpoint_down] == [429, 502, 503, 504]
+    down = [status for status in again if again[status].endpoint_down]
+    assert down == [429, 500, 502, 503, 504]
 
 
 @pytest.mark.parametrize(
-    ("error", "outcome"),
+    ("content_type", "own"),
     [
-        ("timeout", "timeout"),
-        ("unreachable", "unreachable"),
-        ("forbidden_address", "unreachable"),
-        ("protocol", "unreachable"),
+        ("application/json", True),
+        ("application/json; charset=utf-8", True),
+        (" Application/Problem+JSON ", True),
+        ("text/html", False),
+        ("text/html; about=application/json", False),
+        ("application/jsonp", False),
+        ("", False),
+        (None, False),
     ],
 )
-def test_no_answer_is_tried_again_and_speaks_against_the_endpoint(error: str, outcome: str) -> None:
-    assert verdict(None, error) == (outcome, None, 1, 0, True)
+def test_what_order_service_itself_says_is_about_one_order(
+    content_type: str | None, own: bool
+) -> None:
+    """A proxy's page is not. What is too busy or broken says so of all, as JSON too."""
+    for status in (502, 503, 504):
+        judged = verdict(status, content_type=content_type)
+        assert judged.endpoint_down is not own
+        assert judged.busy_s == (TIMEOUT_S if status == 504 and not own else 0)
+    for status in (429, 500):
+        assert verdict(status, content_type=content_type).endpoint_down
+
+
+@pytest.mark.parametrize(
+    ("error", "sent", "outcome"),
+    [
+        ("timeout", True, "timeout"),
+        ("timeout", False, "timeout"),  # connecting took that long
+        ("unreachable", True, "end_unknown"),
+        ("unreachable", False, "unreachable"),
+        ("forbidden_address", False, "unreachable"),
+        ("protocol", True, "end_unknown"),
+    ],
+)
+def test_no_answer_is_tried_again_soon_only_if_nothing_was_sent(
+    error: str, sent: bool, outcome: Outcome
+) -> None:
+    """Else Order Service may be at it for as long again."""
+    busy_s = TIMEOUT_S if sent else 0
+    judged = verdict(None, error, sent=sent)
+    assert judged == Verdict(outcome, None, 1, 0, busy_s, True)
+    assert [jittered(judged, share) for share in (0.0, 0.5)] == ([busy_s] * 2 if sent else [0, 0.5])
+
+
+def test_a_wait_may_be_longer_than_what_may_be_running() -> None:
+    assert jittered(verdict(None, "timeout", attempt=10), 0.5) == 256
 
 
 @pytest.mark.parametrize(("status", "error"), [(500, None), (503, None), (None, "timeout")])
@@ -70,7 +116,17 @@ def test_the_last_attempt_is_dead_and_says_what_it_came_to(
     assert before.final is None
     for attempt in (ATTEMPTS_MAX, ATTEMPTS_MAX + 1):
         last = verdict(status, error, retry_after="9", attempt=attempt)
-        assert last == (before.outcome, "dead", 0, 0, before.endpoint_down)
+        expected = Verdict(before.outcome, "dead", 0, 0, before.busy_s, before.endpoint_down)
+        assert last == expected
+
+
+@pytest.mark.parametrize("attempt", [ATTEMPTS_MAX, 10 * ATTEMPTS_MAX])
+def test_nothing_dies_before_three_days_are_over(attempt: int) -> None:
+    for due_for_s in (-1e9, 0.0, RETRY_FOR_S - 1):
+        judged = verdict(attempt=attempt, due_for_s=due_for_s)
+        assert (judged.final, judged.delay_max_s) == (None, WAIT_MAX_S)
+    assert verdict(attempt=attempt, due_for_s=RETRY_FOR_S).final == "dead"
+    assert verdict(attempt=ATTEMPTS_MAX - 1, due_for_s=1e9).final is None
 
 
 def test_the_wait_doubles_from_a_second_to_an_hour() -> None:
@@ -136,24 +192,25 @@ def test_a_retry_waits_at_least_as_long_as_it_was_asked_to() -> None:
 def test_retry_after_is_bounded_and_garbage_is_ignored(
     text: str, seconds: float, status: int
 ) -> None:
-    assert verdict(status, retry_after=text) == ("http_error", None, 1, seconds, True)
+    assert verdict(status, retry_after=text) == Verdict("http_error", None, 1, seconds, 0, True)
 
 
 def test_a_date_is_compared_in_utc() -> None:
     there = NOW.astimezone(timezone(timedelta(hours=5.5))) + timedelta(seconds=20)
     asked = verdict(503, retry_after="Sun, 06 Nov 1994 08:50:37 GMT", now=there)
-    assert asked.delay_min_s == 40
+    assert asked.asked_s == 40
 
 
 def test_retry_after_counts_for_429_and_503_alone() -> None:
     asked = {status: verdict(status, retry_after="60") for status in NEITHER_2XX_NOR_410}
-    assert [status for status in asked if asked[status].delay_min_s] == [429, 503]
+    assert [status for status in asked if asked[status].asked_s] == [429, 503]
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     status=st.none() | st.sampled_from([429, 503]) | st.integers(100, 999),
     error=st.sampled_from(["timeout", "unreachable", "forbidden_address", "protocol"]),
+    sent=st.booleans(),
     retry_after=st.none()
     | st.text()
     | st.from_regex(r"[0-9]{1,9}|[A-Z][a-z]{2}, .*", fullmatch=True),
@@ -164,13 +221,17 @@ def test_retry_after_counts_for_429_and_503_alone() -> None:
 def test_whatever_comes_the_wait_is_bounded(
     status: int | None,
     error: str,
+    sent: bool,
     retry_after: str | None,
     attempt: int,
     share: float,
     now: datetime,
 ) -> None:
-    judged = judge(status, error if status is None else None, retry_after, attempt, now)
-    assert 0 <= jittered(judged, share) <= WAIT_MAX_S
+    error_or_none = error if status is None else None
+    judged = verdict(
+        status, error_or_none, sent=sent, retry_after=retry_after, attempt=attempt, now=now
+    )
+    assert judged.busy_s <= jittered(judged, share) <= WAIT_MAX_S
     assert (judged.delay_max_s > 0) is (judged.final is None)
 
 

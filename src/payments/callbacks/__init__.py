@@ -10,4 +10,15 @@ endpoint.py is imported where an address is set: its HTTP client takes a third o
 a command starts.
 """
 
-EXCHANGE_TIMEOUT_S = 5.0  # Order Service answers in milliseconds; 5 s is a hang
+# Order Service answers in milliseconds, or in as long as its seat allocation takes: seconds, on a
+# bad day. What takes longer hangs.
+TIMEOUT_S = 25.0
+
+# A process that was frozen between claim and exchange begins no exchange after this.
+BEGIN_WITHIN_S = 4.0
+
+
+def lease_s(timeout_s: float) -> float:
+    """For how long an order belongs to whoever claimed it: an exchange that began as late as it may
+    takes `timeout_s`, and as long again it may be running after its sender died."""
+    return BEGIN_WITHIN_S + 2 * timeout_s + 1.0

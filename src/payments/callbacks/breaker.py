@@ -1,113 +1,111 @@
 """The circuit breaker of the endpoint: while Order Service is down, next to nothing is sent to it.
 
-    closed --failures_max failures in a row--> open --open_s later--> half open: one probe at a time
-       ^                                        ^                          |
-       |                                        +---- it fails: open_s * 2 +
-       +---------------------------------------------------- it succeeds --+
+    closed --orders_min orders fail, no success between--> open: probes, ever farther apart
+       ^                                                            |
+       +-----------------------------------------------one succeeds-+
+
+An outage is told from orders in trouble of their own by the orders: several distinct ones fail, and
+none succeeds since the first of them, however long that takes.
 
 Time is handed in, as seconds of a monotonic clock. One per process, used from its event loop alone.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
+from uuid import UUID
 
 State = Literal["closed", "open", "half_open"]
 
-FAILURES_MAX = 5  # in a row; while only some instances of Order Service are down, others answer
-OPEN_MIN_S = 1.0
+ORDERS_MIN = 3
+OPEN_MIN_S = 0.1  # orders of a part that is down make an outage of it now and then: a short one
 OPEN_MAX_S = 10.0  # for so long it may go unnoticed that the endpoint is back
+PROBES_MAX = 4  # at once
 
 
-class Permit:
-    """For one exchange, whose result is told once: succeeded or failed; or it is released."""
+class Permit(NamedTuple):
+    """For exchanges that begin together, each of whose results is told."""
 
-    __slots__ = ("period", "probe")
-
-    def __init__(self, period: int, probe: bool) -> None:
-        self.period = period
-        self.probe = probe
+    period: int
+    probe: bool
 
 
 class Breaker:
-    """A result counts only if nothing opened the breaker since its exchange began.
+    """A result counts only if nothing opened or closed the breaker since its exchange began.
 
-    What was under way when it opened says how the endpoint was, not how it is: such a failure is
-    part of the outage that is known already and does not prolong it, and such a success, come
+    What was under way when it opened says how the endpoint was, not how it is: such a success, come
     between failures, would let everything loose on an endpoint that is going down. The next probe
     is at most `open_max_s` away, and it is certain.
     """
 
     def __init__(
         self,
-        failures_max: int = FAILURES_MAX,
+        orders_min: int = ORDERS_MIN,
         open_min_s: float = OPEN_MIN_S,
         open_max_s: float = OPEN_MAX_S,
     ) -> None:
-        self._failures_max = failures_max
+        self._orders_min = orders_min
         self._open_min_s = open_min_s
         self._open_max_s = open_max_s
-        self._failures = 0  # in a row, of exchanges of this period
-        self._period = 0  # how often it has opened
-        self._open_s = 0.0  # for how long it opened last
-        self._opened_until: float | None = None  # None: closed
-        self._probe: Permit | None = None
+        self._period = 0  # how often it has opened or closed
+        self._failed: set[UUID] = set()  # orders, since the last success
+        self._since = 0.0  # when the first of them failed
+        self._pause_s = 0.0  # between the last probe and the next
+        self._probe_at: float | None = None  # the next one's time; None: closed
+
+    @property
+    def since(self) -> float:
+        """When the outage began that there is, or was last: with the first order that failed."""
+        return self._since
 
     def state(self, now: float) -> State:
-        if self._opened_until is None:
+        """half_open: the next probes may begin."""
+        if self._probe_at is None:
             return "closed"
-        return "open" if now < self._opened_until else "half_open"
+        return "open" if now < self._probe_at else "half_open"
 
     def allowance(self, now: float, wanted: int) -> int:
         """How many of the wanted exchanges may begin now."""
-        if self._opened_until is None:
+        if self._probe_at is None:
             return wanted
-        if now < self._opened_until or self._probe is not None:
-            return 0
-        return min(wanted, 1)
+        return 0 if now < self._probe_at else min(wanted, PROBES_MAX)
 
-    def admits_in(self, now: float) -> float | None:
-        """Seconds until an exchange may begin; None while that is for the probe to say."""
-        if self._opened_until is None:
-            return 0.0
-        return None if self._probe is not None else max(0.0, self._opened_until - now)
+    def admits_in(self, now: float) -> float:
+        """Seconds until an exchange may begin."""
+        return 0.0 if self._probe_at is None else max(0.0, self._probe_at - now)
 
     def begin(self, now: float) -> Permit | None:
-        """None if none may begin: the allowance may be gone since it was asked for."""
+        """For as many as were allowed; None if none may begin: it may have opened meanwhile."""
         if self.allowance(now, 1) == 0:
             return None
-        permit = Permit(self._period, probe=self._opened_until is not None)
-        if permit.probe:
-            self._probe = permit
-        return permit
+        if self._probe_at is not None:
+            # The next ones do not wait for these: they may hang.
+            self._pause_s = min(2 * self._pause_s, self._open_max_s)
+            self._probe_at = now + self._pause_s
+        return Permit(self._period, probe=self._probe_at is not None)
 
     def succeeded(self, permit: Permit) -> bool:
-        """The endpoint gave an answer that proves it alive. Whether that closed the breaker."""
-        if permit is self._probe:
-            self._probe = self._opened_until = None
-            self._failures = 0
-            return True
-        if self._counts(permit):
-            self._failures = 0
-        return False
+        """A callback was taken. Whether that closed the breaker."""
+        if permit.period == self._period and not permit.probe:
+            self._failed.clear()
+        return self.answered(permit)
 
-    def failed(self, permit: Permit, now: float) -> None:
-        """The endpoint seems to be down."""
-        if permit is self._probe:
-            self._open(now, min(2 * self._open_s, self._open_max_s))
-        elif self._counts(permit):
-            self._failures += 1
-            if self._failures >= self._failures_max:
-                self._open(now, self._open_min_s)
-
-    def released(self, permit: Permit) -> None:
-        """It has no result: cancelled, or never begun. After a result this does nothing."""
-        if permit is self._probe:
-            self._probe = None
-
-    def _counts(self, permit: Permit) -> bool:
-        return permit.period == self._period and not permit.probe
-
-    def _open(self, now: float, open_s: float) -> None:
+    def answered(self, permit: Permit) -> bool:
+        """Order Service itself refused one order: no failure of the endpoint, and no success. But a
+        probe's proves it alive. Whether that closed the breaker."""
+        if permit.period != self._period or not permit.probe:
+            return False
         self._period += 1
-        self._open_s = open_s
-        self._opened_until = now + open_s
-        self._probe = None
+        self._failed.clear()
+        self._probe_at = None
+        return True
+
+    def failed(self, permit: Permit, order_id: UUID, now: float) -> None:
+        """The endpoint seems to be down."""
+        if permit.period != self._period or permit.probe:
+            return
+        if not self._failed:
+            self._since = now
+        self._failed.add(order_id)
+        if len(self._failed) >= self._orders_min:
+            self._period += 1
+            self._pause_s = self._open_min_s
+            self._probe_at = now + self._pause_s

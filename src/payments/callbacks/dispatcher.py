@@ -5,10 +5,12 @@ the endpoint, `_record` writes what came of it. One task claims and records, man
 connection of its own; the exchanges run beside it and know nothing of the database.
 
 Any number of processes share the work. An order's lane belongs to whoever claimed it until the
-result is recorded or the lease is over, which is longer than an exchange can take.
+result is recorded or the lease is over. An exchange whose end nobody saw may be running at Order
+Service: its order waits as long again as an exchange may take.
 """
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -21,10 +23,10 @@ import msgspec
 import psycopg
 from loguru import logger
 
-from payments.callbacks import EXCHANGE_TIMEOUT_S, outbox
+from payments.callbacks import BEGIN_WITHIN_S, lease_s, outbox
 from payments.callbacks.breaker import Breaker, Permit
 from payments.callbacks.outbox import Claimed, Result
-from payments.callbacks.retry import jittered, judge
+from payments.callbacks.retry import Verdict, jittered, judge
 from payments.database import cut_after
 from payments.logs import Repeats, trace_field
 from payments.telemetry import Telemetry
@@ -35,17 +37,18 @@ if TYPE_CHECKING:
 
 CONCURRENCY_MAX = 64  # exchanges at once, by one process
 # Of them with orders whose last exchange failed: however many of those there are, the others go on.
-FAILING_MAX = CONCURRENCY_MAX // 2
+# While few places are free, even less: an order that hangs has its place for the whole time limit.
+FAILING_MAX = CONCURRENCY_MAX // 4
+FAILING_MIN = CONCURRENCY_MAX // 16
 CLAIM_MAX = CONCURRENCY_MAX // 2  # at a time: some are sent while others are claimed
-LEASE_S = EXCHANGE_TIMEOUT_S * 2
-# A process that was frozen between claim and exchange does not begin one that outlasts its lease.
-BEGIN_WITHIN_S = LEASE_S - EXCHANGE_TIMEOUT_S - 1.0
 POLL_S = 1.0  # for what other processes enqueued, and for retries whose time has come
 DATABASE_TIMEOUT_S = 4.0
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.1, 2.0
 PRUNE_EVERY_S, PRUNE_ROWS = 60.0, 1000
 REOPEN_LANES = 1000  # at a time, when the endpoint is back
 REFUSED_MAX = 5  # in a row, until somebody is told
+AWAY_TOLD_AFTER_S = 5.0  # an outage of orders that happen to fail one after another is over sooner
+CUT_OFF_S = 0.8  # at the end, to write down what was cut off
 
 
 class CallbackBody(msgspec.Struct, frozen=True):
@@ -88,8 +91,12 @@ class Dispatcher:
         self._results: list[Result] = []
         self._wake = asyncio.Event()
         self._refused = 0  # in a row, by an endpoint that is there
-        self._was_away = False  # since then, nothing was delivered
-        self._reopened = False  # the endpoint is back, and what waits has yet to be made due
+        self._away_reason = ""
+        self._away_told = False
+        # When the outage began since whose end nothing was delivered; and the one that is over, so
+        # that what failed in it has yet to be made due.
+        self._was_away_since: float | None = None
+        self._reopen_since: float | None = None
         self._prune_at = 0.0
         self._stopping = False
 
@@ -113,15 +120,16 @@ class Dispatcher:
         self._wake.set()
 
     async def stop(self, timeout_s: float) -> None:
-        """Finishes and records what is under way. What is cut off then is sent again when its lease
-        is over: Order Service may be working on it."""
+        """Finishes and records what is under way, within `timeout_s`. What is cut off then is noted
+        as such, and its order waits as long as Order Service may be working on it."""
         self.finish()
         if self._loop is not None:
-            await asyncio.wait({self._loop}, timeout=timeout_s)
-            self._loop.cancel()
+            await asyncio.wait({self._loop}, timeout=max(0.0, timeout_s - CUT_OFF_S))
             for task in self._sending:
                 task.cancel()
-            await asyncio.wait({self._loop, *self._sending}, timeout=0.5)
+            await asyncio.wait({self._loop}, timeout=CUT_OFF_S)
+            self._loop.cancel()
+            await asyncio.wait({self._loop}, timeout=0.2)
         await self._close()
         await self._endpoint.close()
 
@@ -156,8 +164,11 @@ class Dispatcher:
             self._opened = await self._connect("payments callbacks")
         with cut_after(self._opened, DATABASE_TIMEOUT_S):
             await self._record(self._opened)
-            if self._reopened:
-                self._reopened = await outbox.make_due(self._opened, REOPEN_LANES) == REOPEN_LANES
+            if self._reopen_since is not None:
+                outage_s = time.monotonic() - self._reopen_since
+                if await outbox.make_due(self._opened, outage_s, REOPEN_LANES) < REOPEN_LANES:
+                    self._reopen_since = None
+            self._tell_of_an_outage()
             if not self._stopping:
                 await self._begin(self._opened)
                 await self._prune(self._opened)
@@ -170,23 +181,34 @@ class Dispatcher:
             async with asyncio.timeout(wait_s):
                 await self._wake.wait()
 
+    def _tell_of_an_outage(self) -> None:
+        now = time.monotonic()
+        if self._away_told or self._breaker.state(now) == "closed":
+            return
+        if now - self._breaker.since >= AWAY_TOLD_AFTER_S:
+            self._away_told = True
+            logger.bind(reason=self._away_reason).warning(
+                "Order Service is away: callbacks wait for it"
+            )
+
     async def _begin(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Claims as many deliveries as may be under way, and begins to send them."""
         now = time.monotonic()
-        free = min(CONCURRENCY_MAX - len(self._sending), CLAIM_MAX)
-        allowed = self._breaker.allowance(now, free)
+        free = CONCURRENCY_MAX - len(self._sending)
+        allowed = self._breaker.allowance(now, min(free, CLAIM_MAX))
         if allowed == 0:
             return
+        failing_max = max(FAILING_MIN, min(FAILING_MAX, free - FAILING_MAX))
         failing = sum(claimed.failing for claimed in self._sending.values())
         claims = await outbox.claim(
             connection,
             most=allowed,
-            failing_max=max(0, min(allowed, FAILING_MAX - failing)),
-            lease_s=LEASE_S,
-            probing=self._breaker.state(now) == "half_open",
+            failing_max=max(0, min(allowed, failing_max - failing)),
+            lease_s=lease_s(self._endpoint.timeout_s),
+            probing=self._breaker.state(now) != "closed",
         )
+        permit = self._breaker.begin(now) if claims else None
         for claimed in claims:
-            permit = self._breaker.begin(now)
             if permit is None:  # it opened meanwhile
                 self._results.append(_released(claimed))
                 continue
@@ -205,14 +227,16 @@ class Dispatcher:
 
     async def _deliver(self, claimed: Claimed, permit: Permit, claimed_at: float) -> None:
         """One exchange, and what it means for the delivery and for the breaker."""
+        began = time.monotonic()
+        if began > claimed_at + BEGIN_WITHIN_S:
+            self._results.append(_released(claimed))
+            return
         try:
-            if time.monotonic() > claimed_at + BEGIN_WITHIN_S:
-                return
-            body = _prepare(claimed)
-            exchange = await self._send(claimed, body)
-            self._results.append(self._judged(claimed, exchange, permit))
-        finally:
-            self._breaker.released(permit)  # a cut exchange says nothing about the endpoint
+            exchange = await self._send(claimed, _prepare(claimed))
+        except asyncio.CancelledError:
+            self._results.append(self._cut_off(claimed, time.monotonic() - began))
+            raise
+        self._results.append(self._judged(claimed, exchange, permit))
 
     async def _send(self, claimed: Claimed, body: bytes) -> "Exchange":
         with span(
@@ -228,40 +252,22 @@ class Dispatcher:
             )
 
     def _judged(self, claimed: Claimed, exchange: "Exchange", permit: Permit) -> Result:
-        # A probe that came before its time takes nothing away from the delivery that it was.
-        counts = claimed.due_in_s <= 0
+        # A probe that came before its time takes nothing away from the delivery that it was, nor
+        # does what the end of an outage caused.
+        counts = claimed.due_in_s <= 0 and not claimed.excused
         attempt = claimed.attempt if counts else max(1, claimed.attempt - 1)
         verdict = judge(
-            exchange.status, exchange.error, exchange.retry_after, attempt, datetime.now(UTC)
+            *(exchange, attempt, claimed.due_for_s, self._endpoint.timeout_s, datetime.now(UTC))
         )
-        was = self.state
-        if verdict.endpoint_down:
-            self._breaker.failed(permit, time.monotonic())
-            if was == "closed" != self.state:
-                log = logger.bind(reason=_reason(exchange))
-                log.warning("Order Service is away: callbacks wait for it")
-        elif self._breaker.succeeded(permit):
-            self._was_away = True
-        if verdict.final == "delivered":
-            if self._refused >= REFUSED_MAX:
-                logger.info("Order Service takes callbacks again")
-            self._refused = 0
-            # Not for an answer that merely shows it alive: each such attempt is to be paid for with
-            # a callback delivered, else one that is always refused would use up all the others'.
-            self._reopened = self._reopened or self._was_away
-            self._was_away = False
-        elif not verdict.endpoint_down:
-            self._refused += 1
-            if self._refused == REFUSED_MAX:
-                logger.bind(reason=_reason(exchange)).warning("Order Service refuses callbacks")
-        if was != "closed" == self.state:
-            logger.info("Order Service is back")
+        self._note(claimed, exchange, verdict, permit)
         self._telemetry.callback_attempts[verdict.outcome].inc()
         self._telemetry.callback_seconds.observe(exchange.seconds)
         state: Literal["due", "delivered", "dead"] = verdict.final or "due"
         delay_s = 0.0
         if state == "due":
-            delay_s = jittered(verdict, self._random()) if counts else claimed.due_in_s
+            delay_s = jittered(verdict, self._random())
+            if claimed.due_in_s > 0:
+                delay_s = max(claimed.due_in_s, verdict.asked_s, verdict.busy_s)
         if state == "dead":
             logger.bind(
                 event_id=claimed.event_id,
@@ -281,6 +287,48 @@ class Dispatcher:
             exchange.status,
             exchange.reason,
             exchange.answer,
+            verdict.busy_s,
+            verdict.asked_s,
+            verdict.endpoint_down,
+        )
+
+    def _note(
+        self, claimed: Claimed, exchange: "Exchange", verdict: Verdict, permit: Permit
+    ) -> None:
+        """What it means for the breaker, and for people."""
+        delivered = verdict.final == "delivered"
+        if verdict.endpoint_down:
+            # An order that failed before tells nothing new about the endpoint.
+            if claimed.attempt == 1:
+                self._away_reason = _reason(exchange)
+                self._breaker.failed(permit, claimed.order_id, time.monotonic())
+        elif self._breaker.succeeded(permit) if delivered else self._breaker.answered(permit):
+            self._was_away_since = min(self._was_away_since or math.inf, self._breaker.since)
+            if self._away_told:
+                self._away_told = False
+                logger.info("Order Service is back")
+        if delivered:
+            if self._refused >= REFUSED_MAX:
+                logger.info("Order Service takes callbacks again")
+            self._refused = 0
+            # Not for an answer that merely shows it alive: each such attempt is to be paid for with
+            # a callback delivered, else one that is always refused would use up all the others'.
+            if self._was_away_since is not None:
+                self._reopen_since = min(self._reopen_since or math.inf, self._was_away_since)
+                self._was_away_since = None
+        elif not verdict.endpoint_down:
+            self._refused += 1
+            if self._refused == REFUSED_MAX:
+                logger.bind(reason=_reason(exchange)).warning("Order Service refuses callbacks")
+
+    def _cut_off(self, claimed: Claimed, seconds: float) -> Result:
+        """It was under way when the service had to stop."""
+        self._telemetry.callback_attempts["end_unknown"].inc()
+        busy_s = self._endpoint.timeout_s
+        delay_s = max(busy_s, claimed.due_in_s)
+        return Result(
+            *(claimed, "due", delay_s, False, round(seconds, 4), "end_unknown", None),
+            *("the service was stopped", b"", busy_s),
         )
 
     async def _record(self, connection: psycopg.AsyncConnection[Any]) -> None:

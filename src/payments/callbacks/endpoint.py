@@ -12,7 +12,8 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -22,12 +23,14 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
-from payments.callbacks import EXCHANGE_TIMEOUT_S
+from payments.callbacks import TIMEOUT_S
 from payments.callbacks.heads import find_head_end, is_http, plain
 from payments.callbacks.signing import parse_secrets, signature_headers
 from payments.errors import StartError
 from payments.names import addresses_of
 
+# A name server or a host that is away: nothing was sent, and it is tried again soon.
+CONNECT_TIMEOUT_S = 5.0
 RESOLVE_TIMEOUT_S = 2.0  # at the start, which a slow name server must not hold up
 ANSWER_BYTES_MAX = 64 * 1024  # as received: head, body and everything between them
 ANSWER_BYTES_KEPT = 2048  # of the body, for people who look for a reason
@@ -36,8 +39,7 @@ ANSWER_BYTES_KEPT = 2048  # of the body, for people who look for a reason
 # Servers wait at least 2 s (gunicorn), most 5 s (Node, uvicorn) or longer: it is given up before.
 KEEPALIVE_EXPIRY_S = 1.0
 
-# Where plain http may go, but for METADATA. Not link-local: nobody serves orders there, and it is
-# where clouds hand out their credentials (169.254.169.254).
+# Where plain http may go without being told so, but for METADATA.
 NEAR = tuple(
     ipaddress.ip_network(block)
     for block in (
@@ -50,11 +52,16 @@ NEAR = tuple(
     )
 )
 
-# Where clouds hand them out among unique local addresses, as each documents. https may go there: it
-# sends nothing before a certificate is verified, and none of them has one.
+# Where clouds hand out credentials, as each documents; most do at a link-local address. https may
+# go there: it sends nothing before a certificate is verified, and none of them has one.
 METADATA = tuple(
-    ipaddress.IPv6Network(block)
+    ipaddress.ip_network(block)
     for block in (
+        "169.254.0.0/16",  # RFC 3927
+        "fe80::/10",  # RFC 4291 section 2.5.6
+        "100.100.100.200",  # Alibaba Cloud
+        "192.0.0.192",  # Oracle Cloud
+        "168.63.129.16",  # Azure
         "fd00:ec2::/32",  # AWS: ::254, for pods ::23
         "fd20:ce::254",  # Google Cloud
         "fd00:c1::a9fe:a9fe",  # Oracle Cloud
@@ -63,7 +70,6 @@ METADATA = tuple(
         "fd00:a9fe:a9fe::1",  # Akamai, Linode
     )
 )
-LINK_LOCAL = ipaddress.IPv4Network("169.254.0.0/16")  # RFC 3927
 
 
 class Exchange(NamedTuple):
@@ -73,6 +79,8 @@ class Exchange(NamedTuple):
     None, and `error` is "timeout", "unreachable" (no connection, or it ended), "forbidden_address"
     or "protocol". `reason` is for people and holds nothing secret. `retry_after` is the header's
     text as sent, `answer` the beginning of the body as received, `seconds` the time it all took.
+    `sent`: something of the request may have been sent; False only if that is certain.
+    `content_type` is the header's text.
     """
 
     status: int | None
@@ -81,6 +89,8 @@ class Exchange(NamedTuple):
     retry_after: str | None
     answer: bytes
     seconds: float
+    sent: bool = True
+    content_type: str | None = None
 
 
 class ForbiddenAddress(OSError):
@@ -95,8 +105,8 @@ class Endpoint:
     """Where callbacks go: exchanges with one URL, on at most `connections_max` connections.
 
     Without `secrets` (see signing.py) requests are not signed. `tls` replaces the default context.
-    Plain http goes to near addresses only (is_near): each address is looked at as it is connected
-    to, so that a name cannot mean another one by then.
+    Plain http goes to near addresses only (is_near), with `networks` (CIDRs) beside the usual: each
+    address is looked at as it is connected to, so that a name cannot mean another one by then.
     """
 
     def __init__(
@@ -104,7 +114,8 @@ class Endpoint:
         url: str,
         secrets: str | None = None,
         *,
-        timeout_s: float = EXCHANGE_TIMEOUT_S,
+        timeout_s: float = TIMEOUT_S,
+        networks: Sequence[str] = (),
         connections_max: int = 64,
         tls: ssl.SSLContext | None = None,
     ) -> None:
@@ -112,7 +123,9 @@ class Endpoint:
         self._url = _parse(url)
         self._address = _address(self._url, url)
         self._secrets = parse_secrets(secrets) if secrets else ()
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
+        self._connect_timeout_s = min(CONNECT_TIMEOUT_S, timeout_s)
+        self._networks = networks
         self._connections_max = connections_max
         self._tls = tls or (_default_tls() if self._url.scheme == "https" else None)
         self._session: aiohttp.ClientSession | None = None
@@ -125,7 +138,7 @@ class Endpoint:
         connector = aiohttp.TCPConnector(
             limit=self._connections_max,
             keepalive_timeout=KEEPALIVE_EXPIRY_S,
-            resolver=_Resolver(self._timeout_s),
+            resolver=_Resolver(self._connect_timeout_s),
             socket_factory=self._new_socket,
             ssl=self._tls or True,
         )
@@ -136,7 +149,8 @@ class Endpoint:
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,  # a compressed answer stays small
             trust_env=False,
-            timeout=aiohttp.ClientTimeout(),  # the whole exchange has one
+            # The whole exchange has one of its own.
+            timeout=aiohttp.ClientTimeout(sock_connect=self._connect_timeout_s),
             # All that is received is bounded; aiohttp's own bounds are 8,190 bytes and 128 fields.
             max_line_size=ANSWER_BYTES_MAX,
             max_field_size=ANSWER_BYTES_MAX,
@@ -153,9 +167,10 @@ class Endpoint:
         """
         began = time.monotonic()
         answer = _Answer()
+        _current.set(answer)
         error, reason = None, ""
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self.timeout_s):
                 headers = self._headers(message_id, body, timestamp, traceparent)
                 await self._exchange(headers, body, answer)
         except Exception as failure:  # noqa: BLE001 - not only aiohttp's: no library is complete
@@ -163,7 +178,11 @@ class Endpoint:
         if answer.status is not None:
             error = None
         kept, seconds = bytes(answer.body[:ANSWER_BYTES_KEPT]), time.monotonic() - began
-        return Exchange(answer.status, error, reason, answer.retry_after, kept, seconds)
+        return Exchange(
+            *(answer.status, error, reason, answer.retry_after, kept, seconds),
+            sent=answer.sent,
+            content_type=answer.content_type,
+        )
 
     async def close(self) -> None:
         """Closes all connections; exchanges under way fail."""
@@ -193,13 +212,14 @@ class Endpoint:
         ) as response:
             answer.status = response.status
             answer.retry_after = response.headers.get("retry-after")
+            answer.content_type = response.headers.get("content-type")
             async for part in response.content.iter_any():
                 answer.body += part
 
     def _new_socket(self, address: tuple[Any, ...]) -> socket.socket:
         """The socket for one address of the name; the last place where it can be refused."""
         family, kind, protocol, _, target = address
-        if self._url.scheme == "http" and not is_near(target[0]):
+        if self._url.scheme == "http" and not is_near(target[0], self._networks):
             raise ForbiddenAddress
         return socket.socket(family, kind, protocol)
 
@@ -210,7 +230,13 @@ class _Answer:
     def __init__(self) -> None:
         self.status: int | None = None
         self.retry_after: str | None = None
+        self.content_type: str | None = None
         self.body = bytearray()
+        self.sent = False
+
+
+# Of the exchange that a task has.
+_current: ContextVar[_Answer] = ContextVar("exchange")
 
 
 class _Connection(ResponseHandler):
@@ -230,7 +256,8 @@ class _Connection(ResponseHandler):
     _has_head = False
 
     def set_response_params(self, **params: Any) -> None:
-        """aiohttp calls it before each request on this connection."""
+        """aiohttp calls it before each request on this connection, in the task of the exchange."""
+        _current.get().sent = True
         self._bytes_left = ANSWER_BYTES_MAX
         self._head = b""
         self._has_head = False
@@ -311,7 +338,7 @@ class _Resolver(AbstractResolver):
         pass
 
 
-async def check_target(url: str) -> str | None:
+async def check_target(url: str, networks: Sequence[str] = ()) -> str | None:
     """Looks at the URL before the first callback; takes at most RESOLVE_TIMEOUT_S.
 
     Raises StartError if it can never work: it is not valid, or plain http to a host without a near
@@ -326,10 +353,11 @@ async def check_target(url: str) -> str | None:
         addresses = await addresses_of(_host(target), RESOLVE_TIMEOUT_S)
     except OSError:
         return f"{_host(target)} cannot be resolved yet: callbacks will wait until it can"
-    if target.scheme == "http" and not any(is_near(address) for address in addresses):
+    if target.scheme == "http" and not any(is_near(address, networks) for address in addresses):
         raise StartError(
             f"ORDER_CALLBACK_URL: {_origin(target)} has no loopback or private address, metadata "
-            "services of clouds aside, and plain http goes to those only; use https"
+            "services of clouds aside, and plain http goes to those only; use https, or name its "
+            "network in HTTP_CALLBACK_NETWORKS"
         )
     return None
 
@@ -340,22 +368,26 @@ def origin(url: str) -> str:
     return _origin(_parse(url))
 
 
-def is_near(address: str) -> bool:
-    """Whether it is a loopback or a private address, and not one of a cloud's metadata service; an
-    IPv4 address in IPv6's form counts as it is."""
+def is_near(address: str, networks: Sequence[str] = ()) -> bool:
+    """Whether it is a loopback or a private address, or one of the `networks` (CIDRs), and neither
+    link-local nor one of a cloud's metadata service; an IPv4 address in IPv6's form counts as it
+    is."""
     parsed = ipaddress.ip_address(address)
     if isinstance(parsed, ipaddress.IPv6Address):
         parsed = parsed.ipv4_mapped or parsed
-    return any(parsed in block for block in NEAR) and not _is_metadata(parsed)
+    near = any(parsed in block for block in (*NEAR, *map(ipaddress.ip_network, networks)))
+    return near and not _is_metadata(parsed)
 
 
 def _is_metadata(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Of a private address. One that ends in a link-local IPv4 address may be that one, behind a
-    translator with a prefix of the house (RFC 6052 section 2.2)."""
+    """Link-local addresses among them. An IPv6 address that holds one of IPv4 may be that one: at
+    its end, behind a translator (RFC 6052 section 2.2), or in the form of 6to4 (RFC 3056)."""
     if isinstance(address, ipaddress.IPv4Address):
-        return False
-    last = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return last in LINK_LOCAL or any(address in block for block in METADATA)
+        held = [address]
+    else:
+        last = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        held = [each for each in (last, address.sixtofour) if each is not None]
+    return any(each in block for each in (address, *held) for block in METADATA)
 
 
 def _explain(failure: Exception) -> tuple[str, str]:
@@ -366,7 +398,7 @@ def _explain(failure: Exception) -> tuple[str, str]:
     if any(isinstance(cause, ForbiddenAddress) for cause in causes):
         return (
             "forbidden_address",
-            "plain http to a metadata service, or not to loopback or private",
+            "plain http to a metadata service, or not to a near network",
         )
     if any(isinstance(cause, TimeoutError) for cause in causes):
         return "timeout", "TimeoutError"

@@ -1,7 +1,7 @@
 """The outbox as the dispatcher uses it: claim what is due, record what came of it, and the rest.
 
-The two statements that matter are functions of the database, claim_callbacks in migrations/0010 and
-record_callbacks in 0003; they are called on a connection in autocommit mode, a transaction each.
+The two statements that matter are functions of the database, claim_deliveries and
+record_attempts in migrations/0015, called on a connection in autocommit mode, a transaction each.
 """
 
 from collections.abc import Sequence
@@ -14,46 +14,52 @@ import psycopg
 from payments.events.arrays import bigints, byteas, doubles, integers, texts, uuids
 
 CLAIM = """
-SELECT claimed.*, (SELECT d.traceparent FROM callback_deliveries d
-                    WHERE d.event_id = claimed.event_id)
-  FROM claim_callbacks(%b, %b, %b, %b) claimed
+SELECT * FROM claim_deliveries(%b, %b, %b, %b)
 """
 
 RECORD = """
-SELECT * FROM record_callbacks(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b)
+SELECT * FROM record_attempts(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b)
 """
 
-# When the endpoint is back, nobody sits out a pause that was made for its absence; who has waited
-# longest is first.
+# At the end of an outage nobody sits out a pause that was made for it; who has waited longest is
+# first. Once per lane and outage, whichever processes notice its end. What was asked for is waited
+# for, and what may be running is not repeated.
 MAKE_DUE = """
 UPDATE callback_lanes l
-   SET next_at = least(l.next_at, now(), (
-       SELECT d.due_since FROM callback_deliveries d
-        WHERE d.order_id = l.order_id AND d.state = 'due' ORDER BY d.position LIMIT 1))
+   SET excused = true, excused_at = now(),
+       next_at = greatest(l.busy_until, least(l.next_at, now(), (
+           SELECT d.due_since FROM callback_deliveries d
+            WHERE d.order_id = l.order_id AND d.state = 'due' ORDER BY d.position LIMIT 1)))
  WHERE l.order_id = ANY (ARRAY(
-       SELECT waiting.order_id FROM callback_lanes waiting
+       SELECT waiting.order_id
+         FROM callback_lanes waiting, make_interval(secs => %(outage_s)b) AS outage
         WHERE waiting.failing AND waiting.next_at > now() AND waiting.in_flight IS NULL
-        ORDER BY waiting.next_at LIMIT %b FOR UPDATE SKIP LOCKED))
+          AND waiting.away_at >= now() - outage
+          AND (waiting.excused_at IS NULL OR waiting.excused_at < now() - outage)
+          AND (waiting.not_before IS NULL OR waiting.not_before <= now())
+        ORDER BY waiting.next_at LIMIT %(most)b FOR UPDATE OF waiting SKIP LOCKED))
 """
 
-# The lanes first, in the order of their ids: what is being sent is left alone. New ones count as
-# failing: much that is sent again does not keep new callbacks waiting.
+# The lanes first, in the order of their ids: what is being sent, or may be running, is left alone.
+# New ones count as failing: much that is sent again does not keep new callbacks waiting.
 REOPEN_LANES = """
 INSERT INTO callback_lanes AS l (order_id, failing)
 SELECT DISTINCT order_id, true FROM callback_deliveries
  WHERE event_id = ANY (%b::uuid[]) AND state IN ('due', 'delivered', 'dead') ORDER BY order_id
     ON CONFLICT (order_id) DO UPDATE
-   SET next_at = CASE WHEN l.in_flight IS NULL THEN clock_timestamp() ELSE l.next_at END
+   SET not_before = NULL,
+       next_at = CASE WHEN l.in_flight IS NULL THEN greatest(clock_timestamp(), l.busy_until)
+                      ELSE l.next_at END
 RETURNING order_id
 """
 
-# But for a FAILED whose order is paid.
+# But for a FAILED or REFUNDED whose order is paid.
 REDRIVE = """
 UPDATE callback_deliveries
    SET state = 'due', attempts = 0, finished_at = NULL,
        due_since = CASE WHEN state = 'due' THEN due_since ELSE clock_timestamp() END
  WHERE event_id = ANY (%(events)b::uuid[]) AND state IN ('due', 'delivered', 'dead')
-   AND (status <> 'FAILED' OR order_id <> ALL (paid_orders(%(orders)b::uuid[])))
+   AND (status = 'SUCCESS' OR order_id <> ALL (paid_orders(%(orders)b::uuid[])))
 RETURNING event_id
 """
 
@@ -98,7 +104,8 @@ class Claimed(NamedTuple):
     """A delivery that this process may send until its lease is over.
 
     `attempt` is counted from 1. `failing`: it, or what stood before it, was tried in vain.
-    `due_in_s` above 0: it was claimed before its time, as a probe.
+    `excused`: the end of an outage made it due. `due_in_s` above 0: it was claimed before its time,
+    as a probe. `due_for_s`: since it was enqueued or redriven.
     """
 
     claim: int
@@ -112,7 +119,9 @@ class Claimed(NamedTuple):
     occurred_at: datetime
     attempt: int
     failing: bool
+    excused: bool
     due_in_s: float
+    due_for_s: float
     traceparent: str | None
 
 
@@ -120,7 +129,9 @@ class Result(NamedTuple):
     """What came of a claimed delivery. For `due`: it is tried again after `delay_s`.
 
     `counts`: whether it is one of the attempts after which a delivery is given up. `status` is that
-    of HTTP, or None and a `reason`; `answer` the first bytes of the answer.
+    of HTTP, or None and a `reason`; `answer` the first bytes of the answer. For `busy_s` more
+    seconds it may be running at Order Service, which asked to be left alone for `asked_s`. `away`:
+    it spoke against the endpoint as a whole.
     """
 
     claimed: Claimed
@@ -132,6 +143,9 @@ class Result(NamedTuple):
     status: int | None
     reason: str
     answer: bytes
+    busy_s: float = 0.0
+    asked_s: float = 0.0
+    away: bool = False
 
 
 async def claim(
@@ -166,18 +180,23 @@ async def record(connection: psycopg.AsyncConnection[Any], results: Sequence[Res
         integers([result.status or 0 for result in results]),
         texts([result.reason or None for result in results]),
         byteas([result.answer for result in results]),
+        doubles([result.busy_s for result in results]),
+        doubles([result.asked_s for result in results]),
+        integers([int(result.away) for result in results]),
     )
     async with connection.cursor(binary=True) as cursor:
         await cursor.execute(RECORD.encode(), params)
         return {held for (held,) in await cursor.fetchall()}
 
 
-async def make_due(connection: psycopg.AsyncConnection[Any], most: int) -> int:
-    """Ends the pauses of so many orders, those that end first; returns of how many.
+async def make_due(connection: psycopg.AsyncConnection[Any], outage_s: float, most: int) -> int:
+    """Ends the pauses of so many orders that failed in an outage which began `outage_s` ago, those
+    that end first; returns of how many. Their next attempts do not count.
 
     What is being sent is left alone.
     """
-    cursor = await connection.execute(MAKE_DUE.encode(), [most])
+    params = {"outage_s": outage_s, "most": most}
+    cursor = await connection.execute(MAKE_DUE.encode(), params)
     return cursor.rowcount
 
 
@@ -186,8 +205,8 @@ async def redrive(
 ) -> list[UUID]:
     """Makes deliveries due, now and with all their attempts before them; returns which.
 
-    What is superseded or excluded stays so, and a FAILED whose order is paid is not sent. In its
-    order's lane each waits for what is due before it.
+    What is superseded or excluded stays so, and a FAILED or REFUNDED whose order is paid is not
+    sent. In its order's lane each waits for what is due before it, and for what may be running.
     """
     events = uuids(event_ids)
     async with connection.transaction():

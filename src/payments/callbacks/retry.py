@@ -6,13 +6,20 @@ docs/decisions/callbacks.md.
 
 import re
 from datetime import UTC, datetime
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from payments.callbacks.endpoint import Exchange
 
 WAIT_FIRST_S = 1  # most failures are over at once: a dropped connection, a restart
 WAIT_MAX_S = 3600  # whatever was repaired, and whenever: its callbacks come within the hour
 RETRY_FOR_S = 72 * 3600  # a weekend, and a working day to repair what broke
 
-DOWN_STATUSES = {429, 502, 503, 504}  # too busy, or a proxy that does not reach Order Service
+# Against the endpoint as a whole: too busy, and broken. Whether a 500 is one order's, the orders
+# tell: see breaker.py.
+DOWN_STATUSES = {429, 500}
+# A proxy's, that does not reach Order Service; with a JSON body, its own, about one order.
+PROXY_STATUSES = {502, 503, 504}
 # Where Retry-After says when to come again: RFC 6585 section 4 for 429, RFC 9110 section 10.2.3 for
 # 503. That also gives it a meaning for 3xx, before a redirect is followed; none is.
 RETRY_AFTER_STATUSES = {429, 503}
@@ -20,7 +27,7 @@ RETRY_AFTER_STATUSES = {429, 503}
 # RFC 9110 section 5.6.7: one form to send, and two old ones that a recipient must accept too.
 _HTTP_DATES = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y")
 
-Outcome = Literal["delivered", "gone", "http_error", "unreachable", "timeout"]
+Outcome = Literal["delivered", "gone", "http_error", "unreachable", "timeout", "end_unknown"]
 
 
 class Verdict(NamedTuple):
@@ -28,9 +35,10 @@ class Verdict(NamedTuple):
 
     outcome: Outcome
     final: Literal["delivered", "dead"] | None
-    delay_max_s: float  # the retry waits a random share of this …
-    delay_min_s: float  # … but at least this
-    endpoint_down: bool  # for the circuit breaker; False: the endpoint is alive, whatever it said
+    delay_max_s: float  # the retry waits a random share of this,
+    asked_s: float  # but at least what was asked for,
+    busy_s: float  # and until nothing of the attempt may be running any more
+    endpoint_down: bool  # for the circuit breaker: it speaks against the endpoint as a whole
 
 
 class Step(NamedTuple):
@@ -40,27 +48,29 @@ class Step(NamedTuple):
 
 
 def judge(
-    status: int | None, error: str | None, retry_after: str | None, attempt: int, now: datetime
+    exchange: "Exchange", attempt: int, due_for_s: float, timeout_s: float, now: datetime
 ) -> Verdict:
-    """`status` is None if no answer came, and `error` then says why; `retry_after` is the header.
-
-    `attempt` is the one that was just made, counted from 1; `now` is aware.
-    """
-    outcome = _outcome(status, error)
-    endpoint_down = status is None or status in DOWN_STATUSES
+    """`attempt` is the one that was just made, counted from 1, of a delivery that has been due for
+    `due_for_s`; `timeout_s` is what an exchange may take; `now` is aware."""
+    status, outcome = exchange.status, _outcome(exchange)
+    by_proxy = status in PROXY_STATUSES and not _is_json(exchange.content_type)
+    endpoint_down = status is None or status in DOWN_STATUSES or by_proxy
+    # A proxy that says 504 gave up waiting for Order Service, which did not.
+    running = exchange.sent if status is None else status == 504 and by_proxy
+    busy_s = timeout_s if running else 0.0
     if outcome == "delivered":
-        return Verdict(outcome, "delivered", 0.0, 0.0, endpoint_down)
-    if outcome == "gone" or attempt >= ATTEMPTS_MAX:
-        return Verdict(outcome, "dead", 0.0, 0.0, endpoint_down)
+        return Verdict(outcome, "delivered", 0.0, 0.0, busy_s, endpoint_down)
+    if outcome == "gone" or (attempt >= ATTEMPTS_MAX and due_for_s >= RETRY_FOR_S):
+        return Verdict(outcome, "dead", 0.0, 0.0, busy_s, endpoint_down)
     asked_s = 0.0
-    if retry_after is not None and status in RETRY_AFTER_STATUSES:
-        asked_s = _retry_after_s(retry_after, now)
-    return Verdict(outcome, None, _wait_max_s(attempt), asked_s, endpoint_down)
+    if exchange.retry_after is not None and status in RETRY_AFTER_STATUSES:
+        asked_s = _retry_after_s(exchange.retry_after, now)
+    return Verdict(outcome, None, _wait_max_s(attempt), asked_s, busy_s, endpoint_down)
 
 
 def jittered(verdict: Verdict, share: float) -> float:
     """Seconds until the retry; `share` is drawn evenly from [0, 1)."""
-    return max(verdict.delay_min_s, share * verdict.delay_max_s)
+    return max(verdict.asked_s, verdict.busy_s, share * verdict.delay_max_s)
 
 
 def schedule() -> tuple[Step, ...]:
@@ -74,12 +84,21 @@ def schedule() -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _outcome(status: int | None, error: str | None) -> Outcome:
+def _outcome(exchange: "Exchange") -> Outcome:
+    status = exchange.status
     if status is None:
-        return "timeout" if error == "timeout" else "unreachable"
+        if exchange.error == "timeout":
+            return "timeout"
+        return "end_unknown" if exchange.sent else "unreachable"
     if 200 <= status < 300:
         return "delivered"
     return "gone" if status == 410 else "http_error"
+
+
+def _is_json(content_type: str | None) -> bool:
+    """application/json, application/problem+json and the like."""
+    media_type = (content_type or "").partition(";")[0].strip().lower()
+    return media_type.endswith(("/json", "+json"))
 
 
 def _wait_max_s(attempt: int) -> float:

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 1 could not (one line says why), 2 wrong arguments, or what it prints cannot be
 written. `audit verify`, `doctor` and `rebuild --dry-run`: 0 nothing was found, 1 something was, 2
-anything else. `psql`: its own.
+anything else. `callbacks test`: 0 taken, 1 refused, 2 anything else. `psql`: its own.
 """
 
 import click

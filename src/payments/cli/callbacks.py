@@ -1,5 +1,6 @@
 """`payments callbacks`: what Order Service is owed and was told, and sending it again."""
 
+import asyncio
 import sys
 from datetime import datetime
 from typing import Any, TypeVar
@@ -8,8 +9,9 @@ from uuid import UUID
 import click
 
 from payments.callbacks.outbox import redrive as redrive_deliveries
+from payments.cli.exits import FINDINGS, one_is_a_finding
 from payments.cli.moments import TIME
-from payments.cli.output import format_option, print_json, print_rows
+from payments.cli.output import format_option, one_line, print_json, print_rows
 from payments.cli.start import begin, with_database
 from payments.database import Database
 from payments.errors import StartError
@@ -52,9 +54,9 @@ def callbacks() -> None:
 def list_callbacks(due: bool, dead: bool, order: UUID | None, limit: int, form: str) -> None:
     """Print callbacks, the newest first unless said otherwise.
 
-    STATE is due (owed and not delivered yet), delivered, dead (given up), superseded (a FAILED that
-    is not sent, since its order was paid), or excluded by ORDER_CALLBACK_STATUSES. NEXT_AT is when
-    the order's turn comes; while a callback is being sent, the end of its lease.
+    STATE is due (owed and not delivered yet), delivered, dead (given up), superseded (a FAILED or
+    REFUNDED that is not sent, since its order is paid), or excluded by ORDER_CALLBACK_STATUSES.
+    NEXT_AT is when the order's turn comes; while a callback is being sent, the end of its lease.
     """
     if due + dead + (order is not None) > 1:
         raise click.UsageError("say one of --due, --dead and --order")
@@ -112,17 +114,27 @@ def show(event_id: UUID, form: str) -> None:
     "--since",
     metavar="TIME",
     type=TIME,
-    help="All that happened at this time (RFC 3339) or later, what was delivered as well.",
+    help="All that happened at this time (RFC 3339) or later, what was delivered as well, but for "
+    "FAILED.",
 )
-def redrive(event_id: UUID | None, dead: bool, due: bool, since: datetime | None) -> None:
+@click.option("--with-failed", is_flag=True, help="With --since: those that are FAILED as well.")
+def redrive(
+    event_id: UUID | None, dead: bool, due: bool, since: datetime | None, with_failed: bool
+) -> None:
     """Send callbacks again: one by its event_id, or all that are dead, due, or since a time.
 
     They are due at once, with all their attempts before them. A running service sends them within
     seconds, each order's in order; one ID alone does not wait for others of its order that are
-    dead. What is superseded or excluded, or a FAILED whose order is paid, is never sent.
+    dead, and what Order Service may be working on is waited for. What is superseded or excluded, or
+    a FAILED or REFUNDED whose order is paid, is never sent.
+
+    A FAILED that was delivered undoes what its order became since, with many receivers: --since
+    leaves them out unless you say --with-failed.
     """
     if (event_id is not None) + dead + due + (since is not None) != 1:
         raise click.UsageError("name one ID, or say one of --dead, --due and --since TIME")
+    if with_failed and since is None:
+        raise click.UsageError("--with-failed is for --since")
 
     async def run(database: Database) -> int:
         connection = await database.connect("payments callbacks redrive")
@@ -132,7 +144,7 @@ def redrive(event_id: UUID | None, dead: bool, due: bool, since: datetime | None
             if event_id is not None:
                 chosen = [event_id]
             elif since is not None:
-                chosen = await ids_since(connection, since)
+                chosen = await ids_since(connection, since, failed=with_failed)
             else:
                 chosen = await ids_in_state(connection, "dead" if dead else "due")
             for start in range(0, len(chosen), REDRIVE_ROWS):
@@ -145,8 +157,8 @@ def redrive(event_id: UUID | None, dead: bool, due: bool, since: datetime | None
         done = with_database(address, run)
     if event_id is not None and not done:
         raise StartError(
-            f"there is no callback {event_id}, or it is superseded or excluded, or a FAILED whose "
-            "order is paid"
+            f"there is no callback {event_id}, or it is superseded or excluded, or a FAILED or "
+            "REFUNDED whose order is paid"
         )
     click.echo(f"due again: {done}")
 
@@ -182,3 +194,28 @@ def backfill_callbacks(first: int) -> None:
     for position in done.unreadable:
         click.echo(f"not readable: the event at position {position}", err=True)
     sys.exit(1 if done.unreadable else 0)
+
+
+@callbacks.command("test")
+def test_endpoint() -> None:
+    """Send a ping to ORDER_CALLBACK_URL, signed as callbacks are, and say what comes back.
+
+    Its body has a `type`, which is "ping", and no order. Exit code 0: it was answered 2xx. 1: it
+    was answered something else. 2: there was no response, or nothing could be sent.
+    """
+    one_is_a_finding()
+    settings = begin()
+    endpoint = build_endpoint(settings)
+    from payments.callbacks.endpoint import origin
+    from payments.callbacks.ping import ping
+
+    to = origin(settings.order_callback_url or "")
+    exchange = asyncio.run(ping(endpoint))
+    if exchange.status is None:
+        sent = "it was sent" if exchange.sent else "nothing was sent"
+        raise StartError(f"{to} gave no response: {exchange.reason}; {sent}")
+    signed = "signed" if settings.order_callback_secret else "not signed"
+    click.echo(f"{to} answered {exchange.status} after {exchange.seconds:.3f} s; {signed}")
+    if answer := text_of(exchange.answer):
+        click.echo(one_line(answer))
+    sys.exit(0 if 200 <= exchange.status < 300 else FINDINGS)

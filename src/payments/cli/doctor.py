@@ -107,7 +107,8 @@ def _callback_target(settings: Settings) -> Check:
     context = ssl.create_default_context() if parts.scheme == "https" else None
     port = parts.port or (443 if context else 80)
     try:
-        if (warning := asyncio.run(check_target(url))) is not None:
+        warning = asyncio.run(check_target(url, settings.http_callback_networks))
+        if warning is not None:
             return _cannot_be_called(warning, origin(url))
         certificate = asyncio.run(_certificate(parts.hostname, port, context))
     except StartError as error:

@@ -2,7 +2,8 @@
 
 Written in the transaction of the follower's position, so no outcome is left out and none comes
 twice. An order that is owed something has a lane: see callback_lanes in migrations/0003. Which
-order is paid, and not told of a FAILED: paid_orders in migrations/0010.
+order is paid, and not told of a FAILED or of another payment's REFUNDED: paid_orders in
+migrations/0010.
 """
 
 from collections.abc import Collection, Sequence
@@ -34,17 +35,20 @@ RETURNING position
 """
 
 # Locks the lanes first, in the order of their ids; their turns are in that of the log. A SUCCESS
-# does not wait until a FAILED is tried again that it supersedes; every other lane keeps its pause.
+# does not wait until a FAILED or REFUNDED is tried again that it supersedes, but until none may be
+# running; every other lane keeps its pause.
 OPEN_LANES = """
 INSERT INTO callback_lanes AS l (order_id, next_at, failing)
 SELECT id, now() + place * interval '1 microsecond', %(late)b
   FROM unnest(%(orders)b::uuid[]) WITH ORDINALITY AS new (id, place) ORDER BY id
     ON CONFLICT (order_id) DO UPDATE
-   SET (next_at, failing) = (
-       SELECT CASE WHEN freed THEN least(l.next_at, clock_timestamp()) ELSE l.next_at END,
+   SET (next_at, not_before, failing) = (
+       SELECT CASE WHEN freed THEN greatest(least(l.next_at, clock_timestamp()), l.busy_until)
+                   ELSE l.next_at END,
+              CASE WHEN NOT freed THEN l.not_before END,
               l.failing AND NOT freed
          FROM (SELECT l.in_flight IS NULL AND l.order_id = ANY (%(paid)b::uuid[])
-                  AND coalesce((SELECT d.status = 'FAILED' FROM callback_deliveries d
+                  AND coalesce((SELECT d.status <> 'SUCCESS' FROM callback_deliveries d
                                  WHERE d.order_id = l.order_id AND d.state = 'due'
                                  ORDER BY d.position LIMIT 1), false)) AS lane (freed))
 """

@@ -42,7 +42,8 @@ SELECT event_id FROM callback_deliveries WHERE state = %b ORDER BY position
 
 IDS_SINCE = """
 SELECT event_id FROM callback_deliveries
- WHERE state IN ('due', 'delivered', 'dead') AND occurred_at >= %b ORDER BY position
+ WHERE state IN ('due', 'delivered', 'dead') AND occurred_at >= %b
+   AND (status <> 'FAILED' OR %b) ORDER BY position
 """
 
 BACKLOG = """
@@ -102,8 +103,9 @@ Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class AttemptView(msgspec.Struct, frozen=True):
-    """One exchange with Order Service. `outcome`: delivered, gone (410), http_error, unreachable,
-    timeout, or interrupted when nobody was left to see its end. `status` is that of HTTP."""
+    """One exchange with Order Service. `outcome`: delivered, gone (410), http_error, unreachable
+    (nothing was sent), timeout, end_unknown (sent, and cut off), or interrupted when nobody was
+    left to see its end. `status` is that of HTTP."""
 
     started_at: Time
     seconds: float | None
@@ -214,9 +216,12 @@ async def ids_in_state(
     return [event_id for (event_id,) in await cursor.fetchall()]
 
 
-async def ids_since(connection: psycopg.AsyncConnection[Any], since: datetime) -> list[UUID]:
-    """Of what may be sent again and happened then or later, in the order of the log."""
-    cursor = await connection.execute(IDS_SINCE.encode(), [since])
+async def ids_since(
+    connection: psycopg.AsyncConnection[Any], since: datetime, *, failed: bool
+) -> list[UUID]:
+    """Of what may be sent again and happened then or later, in the order of the log. `failed`: the
+    FAILED ones as well."""
+    cursor = await connection.execute(IDS_SINCE.encode(), [since, failed])
     return [event_id for (event_id,) in await cursor.fetchall()]
 
 

@@ -1,0 +1,27 @@
+"""A ping: one request as callbacks are sent, that tells no outcome."""
+
+import time
+from datetime import UTC, datetime
+from uuid import UUID, uuid4
+
+import msgspec
+
+from payments.callbacks.endpoint import Endpoint, Exchange
+
+
+class PingBody(msgspec.Struct, frozen=True, tag_field="type", tag="ping"):
+    """No outcome has a `type`; a ping has no order, payment or status."""
+
+    event_id: UUID
+    occurred_at: datetime
+
+
+async def ping(endpoint: Endpoint) -> Exchange:
+    """One exchange with an endpoint that is not open."""
+    body = PingBody(uuid4(), datetime.now(UTC))
+    await endpoint.open()
+    try:
+        encoded = msgspec.json.encode(body)
+        return await endpoint.post(str(body.event_id), encoded, int(time.time()))
+    finally:
+        await endpoint.close()
