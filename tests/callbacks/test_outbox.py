@@ -114,7 +114,7 @@ async def test_after_an_outage_who_has_waited_longest_is_first(outbox: Outbox) -
 async def test_the_end_of_an_outage_makes_due_what_failed_in_it_once_and_as_it_was_asked(
     outbox: Outbox,
 ) -> None:
-    """A failed in it; others before it, by their own fault, may be running, or were asked to wait."""
+    """The others failed before it, or by themselves, or may be running, or were asked to wait."""
     before, refused, busy, asked = (uuid.uuid4() for _ in range(4))
     await outbox.log(*charges([A, before, refused, busy, asked]))
     outbox.pause()
@@ -265,10 +265,8 @@ async def test_a_probe_is_not_of_an_order_that_must_be_left_alone(
 ) -> None:
     await outbox.log(*charges([A, B]))
     outbox.pause()
-    outbox.connection.execute(
-        f"UPDATE callback_lanes SET {column} = now() + interval '1 min' WHERE order_id = %s".encode(),
-        [A],
-    )
+    wait = f"UPDATE callback_lanes SET {column} = now() + interval '1 min' WHERE order_id = %s"
+    outbox.connection.execute(wait.encode(), [A])
     async with await outbox.database.connect("a") as own:
         assert [each.order_id for each in await claim_some(own, probing=True)] == [B]
         assert await claim_some(own, probing=True) == []
