@@ -53,9 +53,15 @@ async def test_a_name_that_means_nothing_sends_nothing(monkeypatch: pytest.Monke
 
 
 async def test_a_handshake_that_fails_sends_nothing() -> None:
-    async with serving(OK) as server, endpoint_of(f"https://127.0.0.1:{server.port}") as endpoint:
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(OK)  # that is no TLS
+        await reader.read()
+        writer.close()
+
+    async with listening(serve) as port, endpoint_of(f"https://127.0.0.1:{port}") as endpoint:
         done = await post(endpoint)
-        assert (done.error, done.sent) == ("unreachable", False)
+    assert (done.error, done.sent) == ("unreachable", False)
 
 
 async def test_connecting_has_a_limit_of_its_own(
@@ -91,10 +97,10 @@ async def test_whatever_ends_after_the_request_was_sent_says_so(
 
 async def test_each_exchange_speaks_for_itself() -> None:
     """On one connection, and beside others."""
-    answers = iter([OK, None, OK])
+    answers = iter([OK, None, OK, None])
 
     async def answer(server: Server, writer: asyncio.StreamWriter) -> None:
-        if (this := next(answers)) is None:
+        if (this := next(answers, None)) is None:
             writer.transport.abort()
         else:
             await server.write(writer, this)

@@ -238,3 +238,74 @@ async def test_orders_are_judged_one_by_one(outbox: Outbox) -> None:
         if status == "FAILED"
     }
     assert failed == {A: "due", B: "superseded"}
+
+
+class TestRefunded:
+    """A REFUNDED of one payment is not told while another of the order stands: to many receivers
+    whatever is no SUCCESS means that the order failed."""
+
+    async def test_of_an_order_paid_twice_only_the_last_refund_is_told(
+        self, outbox: Outbox, endpoint: PlayedEndpoint
+    ) -> None:
+        one, other = of(A, "one").charged(), of(A, "other").charged()
+        async with dispatching_to(endpoint, outbox):
+            await outbox.log(*one.facts, *other.facts, statuses=ALL)
+            await until(lambda: outbox.states() == ["delivered"] * 2)
+            await outbox.log(*other.refunded().facts[2:], statuses=ALL)
+            await outbox.log(*one.refunded().facts[2:], statuses=ALL)
+            await until(lambda: outbox.states()[3] == "delivered")
+        assert outbox.states()[2] == "superseded"
+        assert endpoint.told(A) == ["SUCCESS", "SUCCESS", "REFUNDED"]
+        assert endpoint.bodies[-1]["payment_id"] == str(one.id)
+
+    async def test_a_refund_of_the_only_payment_is_told(self, outbox: Outbox) -> None:
+        await outbox.log(*of(A, "paid").charged().refunded().facts, statuses=ALL)
+        await outbox.log(*of(A, "declined").declined().facts, statuses=ALL)
+        assert outbox.states() == ["due", "due", "due"]
+
+    async def test_one_that_waits_is_overtaken_by_the_next_payment_at_once(
+        self, outbox: Outbox
+    ) -> None:
+        await outbox.log(*of(A, "first").charged().facts)
+        outbox.finish("delivered")
+        first = of(A, "first").charged().refunded()
+        await outbox.log(*first.facts[2:], statuses=ALL)
+        outbox.pause()
+        await outbox.log(*of(A, "second").charged().facts, statuses=ALL)
+        assert outbox.states() == ["delivered", "superseded", "due"]
+        assert (outbox.lanes(), outbox.paused()) == ([(A, False, None)], 0)
+
+    async def test_it_is_asked_again_when_it_is_claimed(
+        self, outbox: Outbox, endpoint: PlayedEndpoint
+    ) -> None:
+        """The read model alone knows the other payment."""
+        await outbox.log(*of(A, "paid").charged().facts)
+        outbox.finish("delivered")
+        await outbox.log(*of(A, "paid").charged().refunded().facts[2:], statuses=ALL)
+        set_status(outbox, uuid.uuid4(), "SUCCESS")
+        async with dispatching_to(endpoint, outbox):
+            await until(lambda: outbox.states()[-1] == "superseded")
+        assert endpoint.bodies == []
+
+    async def test_it_is_asked_again_when_it_comes_back(self, outbox: Outbox) -> None:
+        paid = of(A, "paid").charged().refunded()
+        await outbox.log(*paid.facts[:2])
+        outbox.finish("delivered")
+        await outbox.log(*paid.facts[2:], statuses=ALL)
+        async with await outbox.database.connect("a") as own:
+            (claimed,) = await claim_some(own, lease_s=10)
+            await outbox.log(*of(A, "second").charged().facts, statuses=ALL)
+            assert outbox.states()[1:] == ["due", "due"]
+            failure = result_of(claimed, "due")._replace(outcome="http_error", delay_s=3600.0)
+            await record(own, [failure])
+            assert outbox.states()[1:] == ["superseded", "due"]
+            assert [each.status for each in await claim_some(own)] == ["SUCCESS"]
+
+    @pytest.mark.parametrize("state", ["dead", "delivered"])
+    async def test_it_is_not_redriven(self, outbox: Outbox, state: str) -> None:
+        await outbox.log(*of(A, "first").charged().refunded().facts, statuses=ALL)
+        outbox.finish(state)
+        await outbox.log(*of(A, "second").charged().facts, statuses=ALL)
+        async with await outbox.database.connect("a") as own:
+            assert await redrive(own, outbox.events()[1:2]) == []
+        assert outbox.states() == [state, state, "due"]

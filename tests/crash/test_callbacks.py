@@ -19,7 +19,8 @@ import httpx
 import psycopg
 import pytest
 
-from payments.callbacks.dispatcher import CONCURRENCY_MAX, LEASE_S
+from payments.callbacks import lease_s
+from payments.callbacks.dispatcher import CONCURRENCY_MAX
 from payments.database import DatabaseAddress
 from tests.crash.test_money import nothing_open
 from tests.doubles.order_service import Fault, Options, OrderServiceProcess, Request
@@ -31,7 +32,13 @@ from tests.process import ServiceProcess, at, invoke, working
 from tests.support import History, append, eventually
 
 SEED = 22
-FAST = {"CHARGE_DEADLINE_S": 1, "GATEWAY_TIMEOUT_S": 0.8, "PENDING_ABANDON_AFTER_S": 3}
+FAST = {
+    "CHARGE_DEADLINE_S": 1,
+    "GATEWAY_TIMEOUT_S": 0.8,
+    "PENDING_ABANDON_AFTER_S": 3,
+    "CALLBACK_TIMEOUT_S": 4,
+}
+LEASE_S = lease_s(4)
 PAID, DECLINED = 1500, 1507  # the simulated provider declines what ends with a 7
 # What a customer pays for one order, one after another.
 PURCHASES = ((PAID,), (DECLINED,), (DECLINED, PAID), (DECLINED, DECLINED), (PAID, DECLINED))
@@ -202,6 +209,27 @@ def test_sigterm_waits_for_what_is_under_way_and_begins_nothing_more(
     assert orders.counts["arrived"] == 2
 
 
+def test_sigterm_cuts_off_what_takes_too_long_and_the_next_start_waits_for_it(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    orders: OrderServiceProcess,
+    tmp_path: Path,
+) -> None:
+    orders.script(Fault("slow", seconds=12))
+    settings = {**calling(address, orders), "CALLBACK_TIMEOUT_S": 14}
+    service = ServiceProcess(tmp_path, **settings).start()
+    with httpx.Client() as client:
+        assert service.charge(client, "first").status_code == 201
+    orders.wait_for(1, "arrived")
+    with within(9.5):
+        assert service.terminate() == 0
+    assert attempts_of(connection) == ["end_unknown"]
+    with service:
+        assert all_is_well(connection, orders, timeout_s=30) == ({"delivered": 1}, 2)
+    first, again = orders.requests
+    assert again.arrived - first.arrived > 14, "repeated while the first was at work"
+
+
 def test_the_receiver_goes_and_comes_back(
     address: DatabaseAddress,
     connection: psycopg.Connection[Any],
@@ -330,7 +358,14 @@ def test_a_dead_letter_is_seen_and_sent_again(
         assert told("redrive", "--since", of_order[0]["enqueued_at"])[0] == "due again: 0\n"
         assert told("redrive", "--since", "2026-01-01T00:00:00+05:30")[0] == "due again: 2\n"
         eventually(lambda: nothing_due(connection) and orders.counts["accepted"] == 4)
-        assert check_callbacks(connection).states == {"delivered": 2}
+        failed = {"merchant_order_id": str(uuid.uuid4()), "amount_cents": DECLINED}
+        service.charge(client, "declined", **failed)
+        eventually(lambda: nothing_due(connection) and orders.counts["accepted"] == 5)
+        since = ("redrive", "--since", "2026-01-01T00:00:00Z")
+        assert told(*since)[0] == "due again: 2\n"
+        assert told(*since, "--with-failed")[0] == "due again: 3\n"
+        eventually(lambda: nothing_due(connection))
+        assert check_callbacks(connection).states == {"delivered": 3}
 
 
 # What is refused, with which exit code.
@@ -343,6 +378,7 @@ REFUSED = {
     ("redrive", str(uuid.uuid4())): 1,
     ("redrive", "--dead", "--due"): 2,
     ("redrive", "--since", "yesterday"): 2,
+    ("redrive", "--dead", "--with-failed"): 2,
     ("redrive", "--since", "2026-01-01T00:00:00"): 2,
     ("list", "--dead", "--order", str(uuid.uuid4())): 2,
     ("list", "--dead", "--due"): 2,

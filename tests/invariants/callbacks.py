@@ -28,7 +28,12 @@ SELECT event_id, position, order_id, payment_id, sequence, status, amount_cents,
   FROM callback_deliveries
 """
 
-LANES = "SELECT order_id, in_flight, next_at <= clock_timestamp() FROM callback_lanes"
+# One of which nothing is due stays while something of it may be running at Order Service.
+LANES = """
+SELECT order_id, in_flight,
+       next_at <= clock_timestamp() OR coalesce(busy_until > clock_timestamp(), false)
+  FROM callback_lanes
+"""
 
 ATTEMPTS = "SELECT event_id, outcome, status FROM callback_attempts ORDER BY claim"
 
@@ -229,8 +234,8 @@ def _states(stored: _Stored) -> Iterator[str]:
 
 
 def _money(stored: _Stored) -> Iterator[str]:
-    """A FAILED is superseded if, and only if, its order had money while it waited to be sent: a
-    payment with a SUCCESS whose whole amount had not gone back.
+    """A FAILED or REFUNDED is superseded if, and only if, its order had money while it waited to be
+    sent: a payment with a SUCCESS whose whole amount had not gone back.
 
     What was superseded stays so, whatever goes back later. When the money came, and whether it went
     back, is not known to the moment: of a SUCCESS it is certain that it was there if it was written
@@ -246,25 +251,28 @@ def _money(stored: _Stored) -> Iterator[str]:
         if outcome.status == "SUCCESS":
             paid[outcome.order_id].append(outcome)
     for row in stored.rows.values():
-        failed = row.outcome
+        undoing = row.outcome
         if row.state == "superseded" and not (
-            failed.status == "FAILED"
+            undoing.status != "SUCCESS"
             and any(
-                refunded.get(each.payment_id, failed.position + 1) > failed.position
-                for each in paid[failed.order_id]
+                refunded.get(each.payment_id, undoing.position + 1) > undoing.position
+                for each in paid[undoing.order_id]
             )
         ):
-            yield f"{failed.status} of order {failed.order_id} is superseded by nothing"
-        if failed.status != "FAILED" or row.state in ("superseded", "excluded"):
+            yield f"{undoing.status} of order {undoing.order_id} is superseded by nothing"
+        if undoing.status == "SUCCESS" or row.state in ("superseded", "excluded"):
             continue
-        for each in paid[failed.order_id]:
+        for each in paid[undoing.order_id]:
             written = stored.rows.get(each.event_id)
             if (
                 each.payment_id not in refunded
                 and written is not None
                 and written.enqueued_at <= row.enqueued_at
             ):
-                yield f"FAILED of order {failed.order_id} is {row.state}, and {each} is its money"
+                yield (
+                    f"{undoing.status} of order {undoing.order_id} is {row.state}, "
+                    f"and {each} is its money"
+                )
 
 
 def _attempts(stored: _Stored) -> Iterator[str]:
