@@ -141,7 +141,7 @@ async def test_an_outage_is_told_once_and_its_end_as_well(
     breaker = Breaker(open_min_s=0.01, open_max_s=0.01)
     async with dispatching_to(endpoint, outbox, breaker=breaker) as dispatcher:
         for told_after_s in (5.0, 0.1):
-            monkeypatch.setattr(dispatching, "AWAY_TOLD_AFTER_S", told_after_s)
+            monkeypatch.setattr(dispatching, "TOLD_AFTER_S", told_after_s)
             endpoint.answer = lambda _: failed()
             await outbox.log(*charges(uuid.uuid4() for _ in range(3)))
             dispatcher.wake()
@@ -156,10 +156,26 @@ async def test_an_outage_is_told_once_and_its_end_as_well(
     ]
 
 
-async def test_refusals_with_deliveries_between_are_not_told(
+async def test_many_refusals_that_are_over_soon_are_not_told(
     outbox: Outbox, endpoint: PlayedEndpoint, lines: list[Line]
 ) -> None:
+    """They are a matter of these orders."""
+    endpoint.answer = lambda body: answered(200 if body["order_id"] == str(A) else 404)
+    async with dispatching_to(endpoint, outbox) as dispatcher:
+        await outbox.log(*charges(uuid.uuid4() for _ in range(3 * dispatching.REFUSED_MAX)))
+        dispatcher.wake()
+        await until(lambda: len(endpoint.bodies) > 3 * dispatching.REFUSED_MAX)
+        await outbox.log(*charges([A]))
+        dispatcher.wake()
+        await until(lambda: "delivered" in outbox.states())
+    assert lines == []
+
+
+async def test_refusals_with_deliveries_between_are_not_told(
+    outbox: Outbox, endpoint: PlayedEndpoint, lines: list[Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A few that are refused are a matter of theirs; many in a row, of Order Service."""
+    monkeypatch.setattr(dispatching, "TOLD_AFTER_S", 0.0)
     refused_first = dispatching.REFUSED_MAX - 1
     endpoint.answer = lambda body: answered(
         404 if len(endpoint.told(uuid.UUID(body["order_id"]))) <= refused_first else 200

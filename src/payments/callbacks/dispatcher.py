@@ -47,7 +47,9 @@ RECONNECT_MIN_S, RECONNECT_MAX_S = 0.1, 2.0
 PRUNE_EVERY_S, PRUNE_ROWS = 60.0, 1000
 REOPEN_LANES = 1000  # at a time, when the endpoint is back
 REFUSED_MAX = 5  # in a row, until somebody is told
-AWAY_TOLD_AFTER_S = 5.0  # an outage of orders that happen to fail one after another is over sooner
+# What orders in trouble of their own look like, when they happen to come one after another, is over
+# before.
+TOLD_AFTER_S = 5.0
 CUT_OFF_S = 0.8  # at the end, to write down what was cut off
 
 
@@ -91,6 +93,8 @@ class Dispatcher:
         self._results: list[Result] = []
         self._wake = asyncio.Event()
         self._refused = 0  # in a row, by an endpoint that is there
+        self._refused_since = 0.0
+        self._refusal_told = False
         self._away_reason = ""
         self._away_told = False
         # When the outage began since whose end nothing was delivered; and the one that is over, so
@@ -185,7 +189,7 @@ class Dispatcher:
         now = time.monotonic()
         if self._away_told or self._breaker.state(now) == "closed":
             return
-        if now - self._breaker.since >= AWAY_TOLD_AFTER_S:
+        if now - self._breaker.since >= TOLD_AFTER_S:
             self._away_told = True
             logger.bind(reason=self._away_reason).warning(
                 "Order Service is away: callbacks wait for it"
@@ -308,18 +312,26 @@ class Dispatcher:
                 self._away_told = False
                 logger.info("Order Service is back")
         if delivered:
-            if self._refused >= REFUSED_MAX:
+            if self._refusal_told:
                 logger.info("Order Service takes callbacks again")
-            self._refused = 0
+            self._refused, self._refusal_told = 0, False
             # Not for an answer that merely shows it alive: each such attempt is to be paid for with
             # a callback delivered, else one that is always refused would use up all the others'.
             if self._was_away_since is not None:
                 self._reopen_since = min(self._reopen_since or math.inf, self._was_away_since)
                 self._was_away_since = None
         elif not verdict.endpoint_down:
-            self._refused += 1
-            if self._refused == REFUSED_MAX:
-                logger.bind(reason=_reason(exchange)).warning("Order Service refuses callbacks")
+            self._note_refusal(_reason(exchange))
+
+    def _note_refusal(self, reason: str) -> None:
+        now = time.monotonic()
+        if self._refused == 0:
+            self._refused_since = now
+        self._refused += 1
+        lasts = now - self._refused_since >= TOLD_AFTER_S
+        if lasts and self._refused >= REFUSED_MAX and not self._refusal_told:
+            self._refusal_told = True
+            logger.bind(reason=reason).warning("Order Service refuses callbacks")
 
     def _cut_off(self, claimed: Claimed, seconds: float) -> Result:
         """It was under way when the service had to stop."""
