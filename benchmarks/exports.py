@@ -49,9 +49,9 @@ SELECT (SELECT count(*) FROM callback_deliveries WHERE state = 'due'),
        coalesce((SELECT max(age(a.backend_xmin)) FROM pg_stat_activity a
                   WHERE a.datname = current_database() AND a.pid <> pg_backend_pid()), 0),
        (SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'callback_lanes'),
-       coalesce((SELECT calls FROM pg_stat_user_functions WHERE funcname = 'claim_callbacks'), 0),
+       coalesce((SELECT calls FROM pg_stat_user_functions WHERE funcname = 'claim_deliveries'), 0),
        coalesce((SELECT total_time FROM pg_stat_user_functions
-                  WHERE funcname = 'claim_callbacks'), 0)
+                  WHERE funcname = 'claim_deliveries'), 0)
 """
 
 

@@ -141,7 +141,7 @@ def test_the_page_on_callbacks_has_the_schedule_of_retries() -> None:
     )
     (table,) = re.findall(r"^\| attempt \|.*\n\|---.*\n((?:\|.*\n)*)", CALLBACKS.read_text(), re.M)
     assert table.splitlines() == rows
-    assert f"[{last.attempt} attempts in about three days]" in (ROOT / "README.md").read_text()
+    assert f"[{last.attempt} attempts and at least three days]" in (ROOT / "README.md").read_text()
     assert round(last.expected_s / 86400) == 3
 
 

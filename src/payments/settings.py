@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from payments.callbacks import TIMEOUT_S
 from payments.callbacks.signing import parse_secrets
 from payments.errors import StartError
 
@@ -46,7 +45,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     order_callback_url: str | None = None
     order_callback_secret: str | None = None
     order_callback_statuses: tuple[str, ...] = ("SUCCESS", "FAILED")
-    callback_timeout_s: float = TIMEOUT_S
+    callback_timeout_s: float = 25
     http_callback_networks: tuple[str, ...] = ()
     payments_data_dir: Path | None = None
     payments_api_keys: tuple[ApiKey, ...] = ()
@@ -251,7 +250,7 @@ VARIABLES = (
     Variable(
         "HTTP_CALLBACK_NETWORKS",
         _networks,
-        "none",
+        "unset",
         "networks (CIDRs, with commas) that plain http may go to, beside loopback and private ones",
     ),
     Variable(

@@ -9,10 +9,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.callbacks import lease_s
+from payments.callbacks import TIMEOUT_S, lease_s
 from payments.callbacks.breaker import Breaker
 from payments.callbacks.endpoint import Exchange
 from payments.callbacks.outbox import make_due, record, redrive
+from payments.settings import Settings
 from tests.callbacks.conftest import PlayedEndpoint, answered, dispatching_to, failed, opened
 from tests.callbacks.outbox import ALL, Outbox, claim_some, of, result_of
 from tests.support import until
@@ -106,6 +107,10 @@ async def test_what_was_asked_for_ends_with_a_redrive_and_with_nothing_else(
         assert await claim_some(own) == []
         await redrive(own, outbox.events())
         assert [each.order_id for each in await claim_some(own)] == [A]
+
+
+def test_the_default_is_the_settings_one() -> None:
+    assert Settings().callback_timeout_s == TIMEOUT_S
 
 
 def wait_of(outbox: Outbox) -> timedelta:

@@ -1,8 +1,8 @@
 """HTTP to Order Service: one bounded exchange, and what came of it.
 
-Whatever goes wrong means "not delivered", so this may use aiohttp, which does not tell a request
-that was never sent from one that got no answer; gateways, who decide about money on that, use plain
-httpx (gateways/http.py). With 64 exchanges at once aiohttp takes a third of httpx's CPU.
+Whatever goes wrong means "not delivered", so this may use aiohttp, of which we know only whether a
+request had a connection, and then take it for sent; gateways, who decide about money on that, use
+plain httpx (gateways/http.py). With 64 exchanges at once aiohttp takes a third of httpx's CPU.
 """
 
 import asyncio

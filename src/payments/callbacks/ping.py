@@ -2,11 +2,13 @@
 
 import time
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import msgspec
 
-from payments.callbacks.endpoint import Endpoint, Exchange
+if TYPE_CHECKING:
+    from payments.callbacks.endpoint import Endpoint, Exchange
 
 
 class PingBody(msgspec.Struct, frozen=True, tag_field="type", tag="ping"):
@@ -16,7 +18,7 @@ class PingBody(msgspec.Struct, frozen=True, tag_field="type", tag="ping"):
     occurred_at: datetime
 
 
-async def ping(endpoint: Endpoint) -> Exchange:
+async def ping(endpoint: "Endpoint") -> "Exchange":
     """One exchange with an endpoint that is not open."""
     body = PingBody(uuid4(), datetime.now(UTC))
     await endpoint.open()

@@ -9,6 +9,7 @@ from uuid import UUID
 import click
 
 from payments.callbacks.outbox import redrive as redrive_deliveries
+from payments.callbacks.ping import ping
 from payments.cli.exits import FINDINGS, one_is_a_finding
 from payments.cli.moments import TIME
 from payments.cli.output import format_option, one_line, print_json, print_rows
@@ -207,7 +208,6 @@ def test_endpoint() -> None:
     settings = begin()
     endpoint = build_endpoint(settings)
     from payments.callbacks.endpoint import origin
-    from payments.callbacks.ping import ping
 
     to = origin(settings.order_callback_url or "")
     exchange = asyncio.run(ping(endpoint))
