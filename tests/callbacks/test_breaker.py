@@ -142,7 +142,7 @@ def test_what_was_under_way_when_it_opened_or_closed_changes_nothing(end: str) -
 class Breaking(RuleBasedStateMachine):
     """Any sequence of beginnings, ends and pauses, beside the rule in its own words."""
 
-    under_way: Bundle[Permit] = Bundle("under_way")
+    under_way: Bundle[Permit | None] = Bundle("under_way")
 
     def __init__(self) -> None:
         super().__init__()
