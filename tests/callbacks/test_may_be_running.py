@@ -94,6 +94,17 @@ async def test_what_died_of_it_waits_when_it_is_redriven(outbox: Outbox) -> None
     assert outbox.lanes() == []
 
 
+async def test_after_one_died_of_it_the_next_of_its_order_waits(outbox: Outbox) -> None:
+    await outbox.log(*of(A, "a").charged().facts, *of(A, "b").charged().facts)
+    async with await outbox.database.connect("a") as own:
+        (claimed,) = await claim_some(own, lease_s=10)
+        dead = result_of(claimed, "dead")._replace(outcome="timeout", busy_s=BUSY_S)
+        await record(own, [dead])
+        assert await claim_some(own) == []
+        await asyncio.sleep(BUSY_S + 0.02)
+        assert [each.event_id for each in await claim_some(own)] == outbox.events()[1:]
+
+
 async def test_what_was_asked_for_ends_with_a_redrive_and_with_nothing_else(
     outbox: Outbox,
 ) -> None:
@@ -143,12 +154,17 @@ async def test_a_lease_lasts_for_an_exchange_and_as_long_again(
         endpoint.held.set()
 
 
-async def test_a_probe_that_has_no_end_waits_as_well(outbox: Outbox) -> None:
+@pytest.mark.parametrize(
+    "exchange", [failed("timeout", sent=True), answered(503, retry_after="60")]
+)
+async def test_a_probe_that_came_before_its_time_makes_it_wait_as_well(
+    outbox: Outbox, exchange: Exchange
+) -> None:
     endpoint = PlayedEndpoint(timeout_s=60.0)
     await outbox.log(*of(A, "a").charged().facts)
     outbox.pause()
     outbox.connection.execute("UPDATE callback_lanes SET next_at = now() + interval '30 s'")
-    endpoint.answer = lambda _: failed("timeout", sent=True)
+    endpoint.answer = lambda _: exchange
     async with dispatching_to(endpoint, outbox, breaker=opened()):
         await until(lambda: len(outbox.attempts()) == 1)
         assert wait_of(outbox) > timedelta(seconds=50)

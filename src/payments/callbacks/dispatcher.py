@@ -269,9 +269,8 @@ class Dispatcher:
         state: Literal["due", "delivered", "dead"] = verdict.final or "due"
         delay_s = 0.0
         if state == "due":
-            delay_s = jittered(verdict, self._random())
-            if claimed.due_in_s > 0:
-                delay_s = max(claimed.due_in_s, verdict.asked_s, verdict.busy_s)
+            is_early = claimed.due_in_s > 0
+            delay_s = claimed.due_in_s if is_early else jittered(verdict, self._random())
         if state == "dead":
             logger.bind(
                 event_id=claimed.event_id,
@@ -336,8 +335,7 @@ class Dispatcher:
     def _cut_off(self, claimed: Claimed, seconds: float) -> Result:
         """It was under way when the service had to stop."""
         self._telemetry.callback_attempts["end_unknown"].inc()
-        busy_s = self._endpoint.timeout_s
-        delay_s = max(busy_s, claimed.due_in_s)
+        busy_s, delay_s = self._endpoint.timeout_s, max(0.0, claimed.due_in_s)
         return Result(
             *(claimed, "due", delay_s, False, round(seconds, 4), "end_unknown", None),
             *("the service was stopped", b"", busy_s),

@@ -126,7 +126,8 @@ class Claimed(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of a claimed delivery. For `due`: it is tried again after `delay_s`.
+    """What came of a claimed delivery. For `due`: it is tried again after `delay_s`, but not before
+    `busy_s` and `asked_s` are over.
 
     `counts`: whether it is one of the attempts after which a delivery is given up. `status` is that
     of HTTP, or None and a `reason`; `answer` the first bytes of the answer. For `busy_s` more

@@ -181,7 +181,8 @@ BEGIN
 END $$;
 
 -- Takes the results of exchanges, one row each, and frees their lanes.
---   states    delivered, dead, or due: to be tried again after `delays` seconds
+--   states    delivered, dead, or due: to be tried again after `delays` seconds, but not before
+--             `busy` and `asked` are over
 --   statuses  of HTTP; 0 if there is none
 --   outcomes  `released` if it was not sent: then no attempt is noted
 --   counted   1 if the attempt counts towards giving up, else 0
@@ -233,7 +234,7 @@ BEGIN
     UPDATE callback_lanes l
        SET in_flight = NULL,
            failing = r.state = 'due' AND (l.failing OR r.outcome <> 'released'),
-           next_at = moment + make_interval(secs => greatest(r.delay, r.busy)),
+           next_at = moment + make_interval(secs => greatest(r.delay, r.busy, r.asked)),
            busy_until = CASE WHEN r.busy > 0 THEN moment + make_interval(secs => r.busy) END,
            not_before = CASE WHEN r.asked > 0 THEN moment + make_interval(secs => r.asked) END,
            away_at = CASE WHEN r.away = 1 THEN moment
