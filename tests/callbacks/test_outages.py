@@ -7,6 +7,7 @@ import pytest
 
 from payments.callbacks import dispatcher as dispatching
 from payments.callbacks.breaker import PROBES_MAX, Breaker
+from payments.callbacks.endpoint import Exchange
 from payments.callbacks.retry import ATTEMPTS_MAX
 from tests.callbacks.conftest import (
     Line,
@@ -45,6 +46,44 @@ async def test_while_the_breaker_is_open_nothing_is_sent_or_used_up(
         with within(3):
             await until(lambda: set(outbox.states()) == {"delivered"})
         assert dispatcher.state == "closed"
+
+
+@pytest.mark.parametrize(
+    ("exchange", "is_outage"),
+    [
+        (failed(), True),
+        (answered(500, content_type="application/json"), True),
+        (answered(502), True),
+        (answered(502, content_type="application/json"), False),
+        (answered(404), False),
+    ],
+)
+async def test_an_outage_is_three_orders_that_fail_at_the_endpoint(
+    outbox: Outbox, endpoint: PlayedEndpoint, exchange: Exchange, is_outage: bool
+) -> None:
+    endpoint.answer = lambda _: exchange
+    async with dispatching_to(endpoint, outbox, rng=lambda: 0.999) as dispatcher:
+        for _ in range(3):
+            assert dispatcher.state == "closed"
+            await outbox.log(*charges([uuid.uuid4()]))
+            dispatcher.wake()
+            await until(lambda: all(tried for (tried,) in outbox.rows("attempts > 0")))
+        assert (dispatcher.state != "closed") is is_outage
+
+
+async def test_orders_that_failed_before_make_no_outage(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    """Else each end of one, which makes them due, would be the beginning of the next."""
+    await outbox.log(*charges(uuid.uuid4() for _ in range(20)))
+    outbox.connection.execute("UPDATE callback_deliveries SET attempts = 1")
+    endpoint.answer = lambda _: failed()
+    async with dispatching_to(endpoint, outbox, rng=lambda: 0.999) as dispatcher:
+        await until(lambda: len(endpoint.bodies) >= 20)
+        assert dispatcher.state == "closed"
+        endpoint.answer = lambda body: answered(200) if body["order_id"] == str(A) else failed()
+        await outbox.log(*charges([A]))
+        await until(lambda: outbox.states()[-1] == "delivered")
 
 
 async def test_an_endpoint_that_only_refuses_ends_nobodys_pause(
