@@ -86,6 +86,20 @@ async def test_orders_that_failed_before_make_no_outage(
         await until(lambda: outbox.states()[-1] == "delivered")
 
 
+async def test_what_the_end_of_an_outage_causes_does_not_count(
+    outbox: Outbox, endpoint: PlayedEndpoint
+) -> None:
+    await outbox.log(*charges([A]))
+    outbox.connection.execute("UPDATE callback_deliveries SET attempts = 7")
+    outbox.connection.execute("UPDATE callback_lanes SET failing = true, excused = true")
+    endpoint.answer = lambda _: answered(404)
+    async with dispatching_to(endpoint, outbox, rng=lambda: 0.999):
+        for attempts in (7, 8, 9):
+            outbox.make_all_due()
+            await until(lambda n=attempts: len(outbox.attempts()) == n - 6)
+            assert outbox.rows("attempts") == [(attempts,)]
+
+
 async def test_an_endpoint_that_only_refuses_ends_nobodys_pause(
     outbox: Outbox, endpoint: PlayedEndpoint
 ) -> None:
