@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from payments.callbacks import endpoint as endpoints
 from payments.callbacks.endpoint import Exchange
 from tests.callbacks.raw_server import (
+    BODY,
+    MESSAGE_ID,
     OK,
     WAIT_S,
     Server,
@@ -113,6 +116,20 @@ async def test_each_exchange_speaks_for_itself() -> None:
         assert (await post(endpoint)).status == 200
         both = await asyncio.gather(post(endpoint), refused())
     assert [each.sent for each in both] == [True, False]
+
+
+async def test_who_was_frozen_while_it_connected_sends_nothing_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = iter([0.0])
+    frozen = SimpleNamespace(monotonic=lambda: next(times, WAIT_S + 1))
+    async with serving(OK) as server, endpoint_of(server.url) as endpoint:
+        monkeypatch.setattr(endpoints, "time", frozen)
+        done = await endpoint.post(MESSAGE_ID, BODY, 1)
+        assert (done.status, done.sent) == (None, False)
+        monkeypatch.undo()
+        assert (await post(endpoint)).status == 200
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ class Endpoint:
         connections in use, the time limit covers the wait for one as well.
         """
         began = time.monotonic()
-        answer = _Answer()
+        answer = _Answer(began + self.timeout_s)
         _current.set(answer)
         error, reason = None, ""
         try:
@@ -227,7 +227,8 @@ class Endpoint:
 class _Answer:
     """What there is of it so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, send_until: float) -> None:
+        self.send_until = send_until  # by the monotonic clock
         self.status: int | None = None
         self.retry_after: str | None = None
         self.content_type: str | None = None
@@ -256,8 +257,15 @@ class _Connection(ResponseHandler):
     _has_head = False
 
     def set_response_params(self, **params: Any) -> None:
-        """aiohttp calls it before each request on this connection, in the task of the exchange."""
-        _current.get().sent = True
+        """aiohttp calls it before each request on this connection, in the task of the exchange.
+
+        A process that was frozen while it connected sends nothing any more: somebody else may.
+        """
+        answer = _current.get()
+        if time.monotonic() > answer.send_until:
+            self.abort()
+        else:
+            answer.sent = True
         self._bytes_left = ANSWER_BYTES_MAX
         self._head = b""
         self._has_head = False
