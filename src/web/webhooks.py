@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from payments.callbacks import EXCHANGE_TIMEOUT_S
+from payments.callbacks import TIMEOUT_S
 from payments.callbacks.dispatcher import CallbackBody
 
 BODIES = (CallbackBody,)
@@ -75,9 +75,10 @@ WEBHOOKS: dict[str, Any] = {
                 "2XX": {"description": "Delivered: what it means is stored."},
                 "410": {"description": "Given up at once, until a person sends it again."},
                 "default": {
-                    "description": "Sent again, after growing pauses, for about three days; so is "
-                    f"what is not answered within {EXCHANGE_TIMEOUT_S:g} s. After `429` and `503` "
-                    "not before `Retry-After`."
+                    "description": "Sent again, after growing pauses, for three days at least; so "
+                    "is what is not answered within `CALLBACK_TIMEOUT_S` "
+                    f"({TIMEOUT_S:g} s), after as long again. After `429` and `503` not before "
+                    "`Retry-After`."
                 },
             },
             "security": [],

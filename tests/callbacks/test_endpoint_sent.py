@@ -139,6 +139,4 @@ async def test_the_content_type_is_as_it_was_sent(content_type: str | None) -> N
     line = f"Content-Type: {content_type}\r\n".encode("latin-1") if content_type else b""
     done = await exchange(b"HTTP/1.1 502 Bad\r\n" + line + b"Content-Length: 2\r\n\r\n{}")
     assert done.status == 502
-    assert (done.content_type is None) is (content_type is None)
-    if content_type and content_type.isascii():
-        assert done.content_type == content_type
+    assert done.content_type == (content_type if content_type != "\xe4" else None)

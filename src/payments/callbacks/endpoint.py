@@ -80,7 +80,7 @@ class Exchange(NamedTuple):
     or "protocol". `reason` is for people and holds nothing secret. `retry_after` is the header's
     text as sent, `answer` the beginning of the body as received, `seconds` the time it all took.
     `sent`: something of the request may have been sent; False only if that is certain.
-    `content_type` is the header's text.
+    `content_type` is the header's text, of statuses from 500 on.
     """
 
     status: int | None
@@ -149,7 +149,7 @@ class Endpoint:
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,  # a compressed answer stays small
             trust_env=False,
-            # The whole exchange has one of its own.
+            # The whole exchange has a limit of its own.
             timeout=aiohttp.ClientTimeout(sock_connect=self._connect_timeout_s),
             # All that is received is bounded; aiohttp's own bounds are 8,190 bytes and 128 fields.
             max_line_size=ANSWER_BYTES_MAX,
@@ -212,7 +212,8 @@ class Endpoint:
         ) as response:
             answer.status = response.status
             answer.retry_after = response.headers.get("retry-after")
-            answer.content_type = response.headers.get("content-type")
+            if answer.status >= 500:
+                answer.content_type = response.headers.get("content-type")
             async for part in response.content.iter_any():
                 answer.body += part
 

@@ -3,13 +3,17 @@
 It refuses a length that is said twice, though equal (RFC 9110 section 8.6), a length beside chunks,
 which override it (RFC 9112 section 6.3), a minor version to come (RFC 9110 section 2.5), reason
 phrases that are not UTF-8, and control characters in values. Of the fields only those matter here
-that say where the response ends, whether the connection is kept, and when to come again; no other
-can do harm then.
+that say where the response ends, whether the connection is kept, when to come again, and of what
+kind the body is; no other can do harm then.
 """
 
 import re
 
-_KEPT = (b"transfer-encoding", b"content-length", b"connection", b"upgrade", b"retry-after")
+_KEPT = (
+    *(b"transfer-encoding", b"content-length", b"connection", b"upgrade"),
+    *(b"retry-after", b"content-type"),
+)
+_PRINTABLE = re.compile(rb"[ -~]*")
 
 # The end of a head; lenient servers leave the \r out. Not an empty line before the head.
 _END = re.compile(rb"[^\r\n]\r?\n\r?\n")
@@ -61,3 +65,5 @@ def _frame(fields: dict[bytes, list[bytes]]) -> None:
         fields[b"connection"] = [b"close"]  # to others it may be two responses
     fields[b"content-length"] = sorted(lengths)  # several are for the parser to refuse
     del fields[b"retry-after"][1:]
+    kinds = [value for value in fields[b"content-type"] if _PRINTABLE.fullmatch(value)]
+    fields[b"content-type"] = kinds[:1]

@@ -206,8 +206,10 @@ def test_endpoint() -> None:
     """
     one_is_a_finding()
     settings = begin()
+    from payments.callbacks.endpoint import origin  # which the other commands do without
+    from payments.service import build_endpoint
+
     endpoint = build_endpoint(settings)
-    from payments.callbacks.endpoint import origin
 
     to = origin(settings.order_callback_url or "")
     exchange = asyncio.run(ping(endpoint))
