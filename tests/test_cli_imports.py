@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 import click
 import pytest
@@ -87,3 +88,19 @@ def test_a_command_begins_with_no_line_of_the_log() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     wait_until_stopped(data_dir)
     shutil.rmtree(data_dir)
+
+
+def test_what_is_no_trouble_is_for_the_log_of_the_service(
+    address: DatabaseAddress, tmp_path: Path
+) -> None:
+    """Whoever logs it."""
+    (tmp_path / "talkative.py").write_text(
+        "from loguru import logger\n"
+        "def build(settings): logger.info('all is well'); logger.warning('trouble'); return 1\n"
+    )
+    given = {**at(address), "PYTHONPATH": tmp_path, "GATEWAY": "talkative:build"}
+    done = run("doctor", **given)
+    assert done.stdout.startswith("FAIL  settings   GATEWAY")
+    assert "trouble" in done.stderr
+    assert "all is well" not in done.stderr
+    assert "all is well" in run("work", **given).stderr
