@@ -16,7 +16,13 @@ LINES_MAX = 600
 # From the bottom to the top. A module imports from the lines below its own, and from its own entry.
 # The longest matching name counts: events.facts lies below payment, the rest of events above it.
 LAYERS = (
-    ("payments.money", "payments.times", "payments.environment", "payments.probe"),
+    (
+        "payments.money",
+        "payments.times",
+        "payments.environment",
+        "payments.probe",
+        "payments.tasks",
+    ),
     ("payments.errors", "payments.telemetry", "payments.logs", "payments.embedded_postgres"),
     ("payments.tracing",),
     ("payments.callbacks.signing",),

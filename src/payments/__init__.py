@@ -22,7 +22,7 @@
     sendings.py        which refunds were sent, and since when
     opening.py         the database that the settings name;  embedded_postgres/ one of our own
     database.py        connections;  session.py what each is set to;  migrations/ the schema
-    times.py           times as text, for API and command line
+    times.py           times as text, for API and command line;  tasks.py ends background tasks
     admission.py       how much one process takes on, and when it refuses
     shared.py          one answer for all who ask at the same time
     telemetry.py       every metric;  logs.py the log lines;  tracing.py spans

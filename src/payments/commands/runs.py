@@ -19,6 +19,7 @@ from payments.admission import Admission, Client
 from payments.deciding import Cause, OutcomeMismatch
 from payments.errors import DatabaseUnavailable, PaymentsError, TooBusy
 from payments.gateways import OutcomeUnknown
+from payments.tasks import end
 
 # How often it is looked whether a request's time is up.
 WATCH_S = 0.05
@@ -218,11 +219,9 @@ class Runs:
         """Waits for the runs that go on although their requests were answered."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
-        for task in self._tasks:
-            task.cancel()
         if self._tasks:
             logger.bind(runs=len(self._tasks)).warning("stopping with unfinished requests")
-            await asyncio.wait(self._tasks, timeout=0.5)
+            await end(self._tasks, 0.5)
 
     def _watch(self) -> None:
         """Answers the requests whose time is up; one timer for all runs."""

@@ -18,6 +18,7 @@ from payments.events.store import load_payment
 from payments.logs import Repeats
 from payments.payment import Status
 from payments.settings import Settings
+from payments.tasks import end
 from payments.unsettled import Claim, claim, forget, postpone
 
 CONCURRENCY_MAX = 32  # payments asked about at once, by one process
@@ -56,14 +57,10 @@ class Settling:
         """Claims nothing more and waits a while for what is under way. What is cut off then is
         asked about again once its lease is over."""
         if self._loop is not None:
-            self._loop.cancel()
-            await asyncio.wait({self._loop})
+            await end({self._loop}, 1)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=0.5)
+        await end(self._tasks, 0.5)
 
     async def run_once(self) -> int:
         """Settles what is due; returns how many payments it tried."""

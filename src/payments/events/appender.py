@@ -21,6 +21,7 @@ from payments.errors import DatabaseUnavailable, TooBusy
 from payments.events.store import APPEND, CAPTURED, CONFLICT, append_params
 from payments.events.watch import LogWatch
 from payments.logs import Repeats
+from payments.tasks import end
 from payments.telemetry import Telemetry
 
 BATCH_MAX = 256  # appends; at this size the cost per event has long stopped falling
@@ -123,8 +124,7 @@ class Appender:
         self._wake.set()
         if self._task is not None:
             await asyncio.wait({self._task}, timeout=timeout_s)
-            self._task.cancel()
-            await asyncio.wait({self._task}, timeout=1)
+            await end({self._task}, 1)
         for append in self._pending():
             append.resolve(DatabaseUnavailable("The service is stopping."))
         self._waiting.clear()

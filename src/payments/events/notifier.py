@@ -14,6 +14,7 @@ import psycopg
 from loguru import logger
 
 from payments.database import cut_after
+from payments.tasks import end
 
 if TYPE_CHECKING:  # commands read the log by way of this module, and measure nothing
     from payments.telemetry import Telemetry
@@ -51,8 +52,7 @@ class Notifier:
     async def stop(self) -> None:
         """Sends what is still to be told; whoever does not hear of it polls."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task}, timeout=1)
+            await end({self._task}, 1)
         if self._appended.is_set():
             await self._notify()
         await self._disconnect()

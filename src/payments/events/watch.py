@@ -28,6 +28,7 @@ from payments.events import losses
 from payments.events.losses import Fetch
 from payments.events.store import HEAD_POSITION
 from payments.logs import Repeats
+from payments.tasks import end
 from payments.telemetry import Telemetry
 
 LOOK_S = 1.0
@@ -126,8 +127,7 @@ class LogWatch:
 
     async def stop(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+            await end({self._task}, 1)
         await self._keep()
 
     def acknowledged(self, position: int, event: StoredEvent) -> None:

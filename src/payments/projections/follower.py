@@ -26,6 +26,7 @@ from payments.events.notifier import LISTEN
 from payments.events.store import READ_LOG, READ_STREAM_PART
 from payments.logs import Repeats
 from payments.payment import UnexpectedEvent
+from payments.tasks import end
 from payments.tracing import spans_since
 
 if TYPE_CHECKING:  # commands use what is below, and measure nothing
@@ -146,8 +147,7 @@ class Follower:
         if self._task is not None:
             if self._applying:
                 await asyncio.wait({self._task}, timeout=timeout_s)
-            self._task.cancel()
-            await asyncio.wait({self._task}, timeout=1)
+            await end({self._task}, 1)
         await self.close()
 
     def wake(self) -> None:
