@@ -115,14 +115,41 @@ def test_a_role_that_is_not_there(
     assert relations(empty_database) == []
 
 
+def test_nohup_is_for_a_dump_as_well(
+    address: DatabaseAddress, connection: Connection, tmp_path: Path
+) -> None:
+    file = tmp_path / "payments.dump"
+    with psycopg.connect(address.conninfo("tests")) as other:
+        other.execute("SET idle_in_transaction_session_timeout = 0")
+        other.execute("LOCK TABLE payments")
+        process = subprocess.Popen(
+            ["nohup", *PAYMENTS, "dump", str(file)],
+            env=process_environment(**at(address)),
+            stderr=subprocess.PIPE,
+        )
+        try:
+            eventually(lambda: connection.execute(WAITING.encode()).rowcount)
+            process.send_signal(signal.SIGHUP)
+            other.rollback()
+            process.communicate(timeout=20)
+        finally:
+            process.kill()
+            process.wait()
+    assert (process.returncode, file.exists()) == (0, True)
+
+
+# For the lock of a test.
+WAITING = """
+SELECT FROM pg_stat_activity
+ WHERE datname = current_database() AND application_name = 'payments dump'
+   AND wait_event_type = 'Lock'
+"""
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_an_interrupted_dump_leaves_no_file(
     address: DatabaseAddress, connection: Connection, tmp_path: Path, signum: int
 ) -> None:
-    waiting = (
-        "SELECT FROM pg_stat_activity WHERE datname = current_database()"
-        " AND application_name = 'payments dump' AND wait_event_type = 'Lock'"
-    )
     with psycopg.connect(address.conninfo("tests")) as other:
         other.execute("SET idle_in_transaction_session_timeout = 0")
         other.execute("LOCK TABLE payments")
@@ -132,7 +159,7 @@ def test_an_interrupted_dump_leaves_no_file(
             stderr=subprocess.PIPE,
         )
         try:
-            eventually(lambda: connection.execute(waiting.encode()).rowcount)
+            eventually(lambda: connection.execute(WAITING.encode()).rowcount)
             assert [path.name[:15] for path in tmp_path.iterdir()] == [".payments.dump."]
             process.send_signal(signum)
             process.communicate(timeout=20)
@@ -141,7 +168,7 @@ def test_an_interrupted_dump_leaves_no_file(
             process.wait()
         assert process.returncode not in (0, None)
         assert list(tmp_path.iterdir()) == []
-        eventually(lambda: not connection.execute(waiting.encode()).rowcount)
+        eventually(lambda: not connection.execute(WAITING.encode()).rowcount)
 
 
 def test_what_cannot_be_dumped(
@@ -245,7 +272,10 @@ def test_other_settings_of_libpq_do_not_lead_elsewhere(address: DatabaseAddress)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{address.dbname}\n", "")
 
 
-def test_of_several_servers_the_one_that_writes_is_used(address: DatabaseAddress) -> None:
-    own = msgspec.structs.replace(address, host="a,b", password="canary")
-    theirs = environment(own, "tests")
-    assert (theirs["PGPASSWORD"], theirs["PGTARGETSESSIONATTRS"]) == ("canary", "read-write")
+def test_the_programs_go_to_the_server_that_was_looked_at(guarded: OutsidePostgres) -> None:
+    """Of a list, or of a name with several addresses, another one may be a standby that lags."""
+    several = msgspec.structs.replace(guarded.address, host="localhost")
+    with psycopg.connect(several.conninfo("tests")) as checked:
+        theirs = environment(several, checked, "tests")
+    assert (theirs["PGHOST"], theirs["PGHOSTADDR"]) == ("localhost", "127.0.0.1")
+    assert (theirs["PGPORT"], theirs["PGPASSWORD"]) == (str(several.port), several.password)

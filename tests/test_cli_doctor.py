@@ -158,11 +158,24 @@ def test_payments_that_stay_pending(
 
 
 @pytest.mark.parametrize(
-    ("state", "age", "exit_code"), [("due", "1 s", 0), ("due", "1 hour", 1), ("dead", "1 s", 1)]
+    ("state", "age", "exit_code", "switched_off"),
+    [("due", "1 s", 0, 0), ("due", "1 hour", 1, 0), ("dead", "1 s", 1, 1)],
 )
 def test_callbacks(
-    operator: Operator, connection: Connection, state: str, age: str, exit_code: int
+    operator: Operator,
+    connection: Connection,
+    calling_back: pytest.MonkeyPatch,
+    state: str,
+    age: str,
+    exit_code: int,
+    switched_off: int,
 ) -> None:
+    """Switched off, as on a copy, what is due is meant to wait, and nobody follows for it."""
+    connection.execute("INSERT INTO followers (name, position) VALUES ('callbacks', 0)")
+    append(connection, History("k").facts)
+    connection.execute("ALTER TABLE payment_events DISABLE TRIGGER ALL")
+    connection.execute("UPDATE payment_events SET recorded_at = now() - interval '1 hour'")
+    connection.execute("UPDATE followers SET position = 1")
     connection.execute(
         "INSERT INTO callback_deliveries (event_id, position, order_id, payment_id, sequence,"
         " status, amount_cents, currency, occurred_at, state, due_since)"
@@ -171,6 +184,17 @@ def test_callbacks(
         [state, age],
     )
     assert operator("doctor").exit_code == exit_code
+    connection.execute("UPDATE followers SET position = 0 WHERE name = 'callbacks'")
+    calling_back.delenv("ORDER_CALLBACK_URL")
+    assert operator("doctor").exit_code == switched_off
+
+
+@pytest.fixture
+def calling_back(
+    listening: Callable[[ssl.SSLContext | None], int], monkeypatch: pytest.MonkeyPatch
+) -> pytest.MonkeyPatch:
+    monkeypatch.setenv("ORDER_CALLBACK_URL", f"http://127.0.0.1:{listening(None)}/")
+    return monkeypatch
 
 
 @pytest.fixture
@@ -472,12 +496,12 @@ def test_what_raises_an_alert_fails_its_line(
     connection: Connection,
     address: DatabaseAddress,
     following: Connection,
-    monkeypatch: pytest.MonkeyPatch,
+    calling_back: pytest.MonkeyPatch,
     alert: str,
 ) -> None:
     assert operator("doctor").exit_code == 0
     with connect(address, "a report") as holder:
-        incident = Incident(connection, holder, following, monkeypatch)
+        incident = Incident(connection, holder, following, calling_back)
         getattr(incident, snake(alert))()
         done = operator("doctor")
     assert done.exit_code == 1

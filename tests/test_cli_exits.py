@@ -140,8 +140,9 @@ def leaves(group: click.Group, path: str = "") -> Iterator[str]:
 
 
 def test_every_command_that_prints_is_among_them() -> None:
-    """The others print nothing, or are other programs."""
+    """The others print nothing, are other programs, or need an Order Service."""
     silent = {"serve", "work", "migrate", "parked retry", "dump", "restore", "psql"}
+    silent |= {"callbacks test"}
     assert {
         name
         for name in leaves(main)

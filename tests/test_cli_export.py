@@ -12,6 +12,7 @@ import pytest
 from click.testing import Result
 
 from payments.cli.export import COLUMNS
+from payments.money import DECIMALS
 from tests.support import ORDER_ID, History, append, append_stored, stored_event
 from tests.test_cli_replay import spread
 
@@ -96,6 +97,17 @@ def test_what_cannot_be_read_is_named(operator: Operator, connection: Connection
     done = operator("export", *ALL)
     assert (done.exit_code, done.stderr) == (1, "not readable: the event at position 3\n")
     assert done.stdout.count("\n") == 2
+
+
+def test_a_currency_of_a_newer_version_ends_nothing(
+    operator: Operator, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(connection, [*History("a").charged().facts, *History("b").charged().facts])
+    monkeypatch.delitem(DECIMALS, "INR")
+    done = operator("export", *ALL)
+    assert done.exit_code == 1
+    assert done.stderr.count("the currency 'INR' is not known\n") == 2
+    assert done.stdout.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -482,3 +482,16 @@ def test_secrets_do_not_show_in_the_repr() -> None:
         }
     )
     assert CANARY not in repr(settings)
+
+
+def test_a_secret_in_the_place_of_its_file_is_not_repeated() -> None:
+    with pytest.raises(StartError) as refused:
+        read_settings({"ORDER_CALLBACK_SECRET_FILE": CANARY})
+    assert CANARY not in str(refused.value)
+    assert str(refused.value).startswith("ORDER_CALLBACK_SECRET_FILE: the file cannot be read: ")
+
+
+@pytest.mark.parametrize("password", ["x://y", "my password = 1"])
+def test_a_password_may_look_like_anything(password: str) -> None:
+    found = read_settings({"DATABASE_HOST": "db", "DATABASE_PASSWORD": password})
+    assert found.database_password == password

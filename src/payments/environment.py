@@ -22,7 +22,7 @@ LIBPQ = frozenset(
 )
 
 IGNORED = (
-    "PG*",  # libpq: another server, another user, settings of the session
+    "PG[!_]*",  # libpq: another server, another user, settings of the session
     "PSYCOPG_*",  # psycopg: another implementation
     "TZINFO_TOPIC",  # eventsourcing: the time zone of events
     "LITESTAR_*",  # Litestar: a debugger instead of the answer 500
@@ -56,4 +56,5 @@ def occupy_descriptors() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, flags)  # the lowest that is free
+            opened = os.open(os.devnull, flags)  # the lowest that is free
+            os.set_inheritable(opened, True)  # psql has the same need of it

@@ -83,9 +83,14 @@ class Variable(NamedTuple):
         return self.name.lower()
 
 
-def _text(value: str) -> str:
+def _line(value: str) -> str:
     if not value.isprintable():
         raise ValueError("must be one line of printable text")
+    return value
+
+
+def _text(value: str) -> str:
+    _line(value)
     # It would be shown, with the password that is often in one.
     if "://" in value or re.search(r"password\s*=", value, re.IGNORECASE):
         raise ValueError("must be neither an address with :// nor a connection string")
@@ -217,7 +222,7 @@ VARIABLES = (
     Variable("DATABASE_HOST", _hosts, "unset", "Postgres host; unset: the embedded Postgres"),
     Variable("DATABASE_PORT", _whole(1, 65535), "5432", "Postgres port"),
     Variable("DATABASE_USERNAME", _text, "postgres", "Postgres user"),
-    Variable("DATABASE_PASSWORD", _text, "none", "Postgres password", secret=True),
+    Variable("DATABASE_PASSWORD", _line, "none", "Postgres password", secret=True),
     Variable("DATABASE_NAME", _text, "paymentdb", "Postgres database"),
     Variable("PORT", _whole(1, 65535), "4004", "port of the service"),
     Variable("HOST", _host, "127.0.0.1", "address the service listens on"),
@@ -367,9 +372,10 @@ def _given(variable: Variable, environ: Mapping[str, str]) -> str | None:
         value = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise StartError(f"{variable.name}_FILE: cannot read {path!r}: {reason}") from None
+        # Not with the path: in its place there may be the secret itself.
+        raise StartError(f"{variable.name}_FILE: the file cannot be read: {reason}") from None
     if not value:  # a named and empty file is a mistake, not a wish to do without
-        raise StartError(f"{variable.name}_FILE: {path!r} is empty")
+        raise StartError(f"{variable.name}_FILE: the file is empty")
     return value
 
 

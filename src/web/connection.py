@@ -48,6 +48,7 @@ class Connection(HttpToolsProtocol):
         self._give_up_running()
         self._memory.let_go()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn does after an orderly end only
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client will send no more; what it asked for is answered still."""
@@ -70,6 +71,7 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self._memory.let_go_of_request()
         super().on_response_complete()
+        self._forget_answered()
         if self.transport.is_closing():
             self._close()
         elif self._last_words is not None and self._is_idle() and not self._is_over:
@@ -141,6 +143,15 @@ class Connection(HttpToolsProtocol):
         self._door.log.unreadable.add()
         more = lines_of(self.server_state.default_headers)
         return unreadable(refusal, detail).written(more, closes=True)
+
+    def _forget_answered(self) -> None:
+        """What was answered, and is not counted any more: a connection may be idle for long."""
+        if self.cycle is None or not self._is_idle() or self.cycle.more_body:
+            return
+        self._running = None
+        self.cycle = None  # type: ignore[assignment]
+        if not self._in_head:  # of the next request
+            self._forget_head()
 
     def _forget_head(self) -> None:
         """It is not looked at again, and may be large."""

@@ -152,6 +152,8 @@ class Protocol(Connection):
         else:
             self.scope["state"][BODY_ARRIVED] = True
             super().on_message_complete()
+            cycle.more_body = False  # uvicorn leaves it if it was answered before its body came
+            self._forget_answered()
 
     def on_response_complete(self) -> None:
         if isinstance(self._running, RequestResponseCycle):

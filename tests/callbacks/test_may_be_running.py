@@ -105,6 +105,42 @@ async def test_after_one_died_of_it_the_next_of_its_order_waits(outbox: Outbox) 
         assert [each.event_id for each in await claim_some(own)] == outbox.events()[1:]
 
 
+# The statements of the version before, which may run beside this one and knows no busy_until.
+OLD_MAKE_DUE = """
+UPDATE callback_lanes SET next_at = least(next_at, now()) WHERE failing AND in_flight IS NULL
+"""
+OLD_CLAIM = "SELECT claim, event_id FROM claim_callbacks(10, 10, %s, 10)"
+OLD_RECORD = """
+SELECT record_callbacks(ARRAY[%s]::bigint[], ARRAY[%s]::uuid[], ARRAY[%s]::uuid[],
+                        ARRAY['delivered'], ARRAY[0]::float8[], ARRAY[1], ARRAY[0.1]::float8[],
+                        ARRAY['delivered'], ARRAY[200], ARRAY['']::text[], ARRAY['']::bytea[])
+"""
+
+
+@pytest.mark.parametrize("probes", [False, True])
+async def test_the_version_before_makes_nothing_due_that_may_be_running(
+    outbox: Outbox, probes: bool
+) -> None:
+    """If it claims it all the same, as a probe, the lane is in nobody's way afterwards."""
+    await outbox.log(*of(A, "a").charged().facts)
+    async with await outbox.database.connect("a") as own:
+        (claimed,) = await claim_some(own, lease_s=10)
+        timed_out = result_of(claimed, "due")._replace(outcome="timeout", away=True)
+        await record(own, [timed_out._replace(delay_s=3600.0, busy_s=BUSY_S, asked_s=0.0)])
+        outbox.connection.execute(OLD_MAKE_DUE.encode())
+        assert await claim_some(own) == []
+        other = uuid.uuid4()
+        held = outbox.connection.execute(OLD_CLAIM.encode(), [probes]).fetchall()
+        assert len(held) == probes
+        for claim, event_id in held:
+            outbox.connection.execute(OLD_RECORD.encode(), [claim, A, event_id])
+            assert outbox.states() == ["delivered"]
+        await outbox.log(*of(other, "b").charged().facts)
+        assert [each.order_id for each in await claim_some(own, lease_s=10)] == [other]
+        await asyncio.sleep(BUSY_S + 0.02)
+        assert [each.order_id for each in await claim_some(own)] == ([] if probes else [A])
+
+
 async def test_what_was_asked_for_ends_with_a_redrive_and_with_nothing_else(
     outbox: Outbox,
 ) -> None:

@@ -100,6 +100,24 @@ async def test_what_the_end_of_an_outage_causes_does_not_count(
             assert outbox.rows("attempts") == [(attempts,)]
 
 
+@pytest.mark.parametrize("delivered_before", [False, True])
+async def test_what_failed_before_the_process_began_may_be_of_the_same_outage(
+    outbox: Outbox, endpoint: PlayedEndpoint, delivered_before: bool
+) -> None:
+    """Unless that process has seen the endpoint well since."""
+    await outbox.log(*charges([A]))
+    outbox.pause()
+    outbox.connection.execute("UPDATE callback_lanes SET away_at = now() - interval '50 minutes'")
+    async with dispatching_to(endpoint, outbox, breaker=opened(0.3)) as dispatcher:
+        dispatcher._has_delivered = delivered_before
+        await outbox.log(*charges([uuid.uuid4()]))
+        await until(lambda: dispatcher.state == "closed")
+        await until(lambda: "delivered" in outbox.states())
+        await asyncio.sleep(0.3)
+        due = ["due", "delivered"] if delivered_before else ["delivered", "delivered"]
+        assert outbox.states() == due
+
+
 async def test_an_endpoint_that_only_refuses_ends_nobodys_pause(
     outbox: Outbox, endpoint: PlayedEndpoint
 ) -> None:

@@ -330,6 +330,30 @@ async def test_heads_count_by_their_bytes(server: Listening, admission: Admissio
     assert admission.anonymous_memory.taken == 0
 
 
+@pytest.mark.parametrize("early", [False, True])
+async def test_an_idle_connection_holds_nothing_of_what_was_answered(early: bool) -> None:
+    """Also if it was before its body came."""
+
+    async def answer_early(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", b"4")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"shop"})
+
+    async with listening(door(), answer_early if early else answer_client) as server:
+        with await server.connect() as client:
+            for _ in range(2):
+                await send(client, bomb(90, 600))
+                if early:
+                    assert await received(client, b"shop")
+                    await asyncio.sleep(0.05)
+                await send(client, b"y" * 9)
+                assert early or await received(client, b"shop")
+                await asyncio.sleep(0.05)
+                (connection,) = server.connections
+                held = (connection.url, connection.headers, connection.scope, connection.cycle)
+                assert not any(held)
+
+
 async def test_what_memory_has_no_room_for_is_refused(
     server: Listening, admission: Admission
 ) -> None:

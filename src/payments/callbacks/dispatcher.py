@@ -26,7 +26,7 @@ from loguru import logger
 from payments.callbacks import BEGIN_WITHIN_S, lease_s, outbox
 from payments.callbacks.breaker import Breaker, Permit
 from payments.callbacks.outbox import Claimed, Result
-from payments.callbacks.retry import Verdict, jittered, judge
+from payments.callbacks.retry import WAIT_MAX_S, Verdict, jittered, judge
 from payments.database import cut_after
 from payments.logs import Repeats, trace_field
 from payments.telemetry import Telemetry
@@ -51,6 +51,9 @@ REFUSED_MAX = 5  # in a row, until somebody is told
 # before.
 TOLD_AFTER_S = 5.0
 CUT_OFF_S = 0.8  # at the end, to write down what was cut off
+# A process that has delivered nothing yet does not know when an outage began: whatever is still
+# waiting for its next attempt then may be of it.
+BEGAN_BEFORE_S = WAIT_MAX_S + 300.0
 
 
 class CallbackBody(msgspec.Struct, frozen=True):
@@ -99,6 +102,7 @@ class Dispatcher:
         self._away_told = False
         # When the outage began since whose end nothing was delivered; and the one that is over, so
         # that what failed in it has yet to be made due.
+        self._has_delivered = False
         self._was_away_since: float | None = None
         self._reopen_since: float | None = None
         self._prune_at = 0.0
@@ -306,11 +310,13 @@ class Dispatcher:
                 self._away_reason = _reason(exchange)
                 self._breaker.failed(permit, claimed.order_id, time.monotonic())
         elif self._breaker.succeeded(permit) if delivered else self._breaker.answered(permit):
-            self._was_away_since = min(self._was_away_since or math.inf, self._breaker.since)
+            since = self._breaker.since - (0.0 if self._has_delivered else BEGAN_BEFORE_S)
+            self._was_away_since = min(self._was_away_since or math.inf, since)
             if self._away_told:
                 self._away_told = False
                 logger.info("Order Service is back")
         if delivered:
+            self._has_delivered = True
             if self._refusal_told:
                 logger.info("Order Service takes callbacks again")
             self._refused, self._refusal_told = 0, False

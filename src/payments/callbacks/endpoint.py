@@ -389,14 +389,23 @@ def is_near(address: str, networks: Sequence[str] = ()) -> bool:
 
 
 def _is_metadata(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Link-local addresses among them. An IPv6 address that holds one of IPv4 may be that one: at
-    its end, behind a translator (RFC 6052 section 2.2), or in the form of 6to4 (RFC 3056)."""
-    if isinstance(address, ipaddress.IPv4Address):
-        held = [address]
-    else:
-        last = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        held = [each for each in (last, address.sixtofour) if each is not None]
-    return any(each in block for each in (address, *held) for block in METADATA)
+    """Link-local addresses among them. An IPv6 address that holds one of IPv4 may be that one."""
+    held = [address] if isinstance(address, ipaddress.IPv4Address) else [address, *_held(address)]
+    return any(each in block for each in held for block in METADATA)
+
+
+def _held(address: ipaddress.IPv6Address) -> Iterator[ipaddress.IPv4Address]:
+    """Those of IPv4 in it: of 6to4 (RFC 3056), at its end, or as translators have it behind a
+    shorter prefix (RFC 6052 section 2.2): then octet 8 is 0, and so is all that follows."""
+    if address.sixtofour is not None:
+        yield address.sixtofour
+    value = int(address)
+    yield ipaddress.IPv4Address(value & 0xFFFFFFFF)
+    without_octet_8 = value >> 64 << 56 | value & (1 << 56) - 1
+    for prefix in (32, 40, 48, 56, 64):
+        behind = 120 - prefix - 32
+        if without_octet_8 & (1 << behind) - 1 == 0:
+            yield ipaddress.IPv4Address(without_octet_8 >> behind & 0xFFFFFFFF)
 
 
 def _explain(failure: Exception) -> tuple[str, str]:

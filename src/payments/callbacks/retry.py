@@ -55,8 +55,8 @@ def judge(
     status, outcome = exchange.status, _outcome(exchange)
     by_proxy = status in PROXY_STATUSES and not _is_json(exchange.content_type)
     endpoint_down = status is None or status in DOWN_STATUSES or by_proxy
-    # A proxy that says 504 gave up waiting for Order Service, which did not.
-    running = exchange.sent if status is None else status == 504 and by_proxy
+    # Whoever says 504 gave up waiting for Order Service, or for what that asked; it may go on.
+    running = exchange.sent if status is None else status == 504
     busy_s = timeout_s if running else 0.0
     if outcome == "delivered":
         return Verdict(outcome, "delivered", 0.0, 0.0, busy_s, endpoint_down)

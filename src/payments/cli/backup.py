@@ -59,9 +59,10 @@ def dump(file: Path) -> None:
             programs.check_version(connection)
             if connection.execute(HAS_LOG).fetchone() != (True,):
                 raise StartError(f"there is no log in {address!r}: is this the right database?")
+            env = programs.environment(address, connection, "payments dump")
         partial = _new_file(file)
         try:
-            _dump(partial, programs.environment(address, "payments dump"))
+            _dump(partial, env)
             _refuse_existing(file)
             partial.rename(file)
         except BaseException:
@@ -83,7 +84,8 @@ def restore(file: Path) -> None:
         with connect(address, "payments restore") as connection:
             programs.check_version(connection)
             _refuse_unless_empty(connection)
-        _restore(file, programs.environment(address, "payments restore"))
+            env = programs.environment(address, connection, "payments restore")
+        _restore(file, env)
     click.echo(f"restored: {file}", err=True)
     click.echo(NEXT, err=True)
 
@@ -105,15 +107,22 @@ def _new_file(file: Path) -> Path:
 
 
 def _end_in_order() -> None:
-    """What was begun is removed, whatever ends it."""
+    """What was begun is removed, whatever ends it. Where a hang-up is ignored, it is (nohup)."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def _dump(partial: Path, env: Mapping[str, str]) -> None:
     with tempfile.TemporaryFile() as said:
         process = programs.start(
-            *("pg_dump", "--format=custom", "--no-password", f"--file={partial}"),
+            *(
+                "pg_dump",
+                "--format=custom",
+                "--no-large-objects",
+                "--no-password",
+                f"--file={partial}",
+            ),
             env=env,
             said=said,
         )

@@ -63,7 +63,11 @@ def _checks() -> Iterator[Check]:
             yield from _database(address)
 
             async def look(database: Database) -> list[Check]:
-                return [*await server_checks(database), *await work_checks(database, gateway.name)]
+                calls_back = settings.order_callback_url is not None
+                return [
+                    *await server_checks(database),
+                    *await work_checks(database, gateway.name, calls_back=calls_back),
+                ]
 
             yield from with_database(address, look)
     except (StartError, psycopg.Error, DatabaseUnavailable) as error:

@@ -40,17 +40,19 @@ def check_version(connection: psycopg.Connection[Any]) -> None:
         )
 
 
-def environment(address: DatabaseAddress, name: str) -> dict[str, str]:
-    """The programs' environment: what libpq connects to, and the password if there is one."""
+def environment(
+    address: DatabaseAddress, checked: "psycopg.Connection[Any]", name: str
+) -> dict[str, str]:
+    """The programs' environment: the server that was `checked`, of several that a list or a name
+    may stand for, and the password if there is one."""
     where = {
-        "PGHOST": address.host,
-        "PGPORT": str(address.port),
+        "PGHOST": checked.info.host,
+        "PGHOSTADDR": checked.info.hostaddr,
+        "PGPORT": str(checked.info.port),
         "PGUSER": address.user,
         "PGDATABASE": address.dbname,
         "PGAPPNAME": name,
     }
-    if "," in address.host:
-        where["PGTARGETSESSIONATTRS"] = "read-write"
     if address.password is not None:
         where["PGPASSWORD"] = address.password
     return dict(os.environ) | where

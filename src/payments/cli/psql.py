@@ -26,7 +26,7 @@ def open_psql(arguments: tuple[str, ...]) -> None:
     with open_database(settings, to="look") as address:
         with connect(address, "payments psql") as connection:
             programs.check_version(connection)
-        env = programs.environment(address, "payments psql")
+            env = programs.environment(address, connection, "payments psql")
         # Ctrl-C is for psql, which gets it as well; the embedded server lives as long as this does.
         signal.signal(signal.SIGINT, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -51,21 +51,27 @@ PAYMENTS = Open("payments", "PENDING", ["charge"], PENDING_MAX_S)
 REFUNDS = Open("refunds", "on its way back", ["refund", "late_capture"], RETURN_MAX_S)
 
 
-async def work_checks(database: Database, gateway: str) -> list[Check]:
-    """`gateway` is the name of the provider that the settings name."""
+async def work_checks(database: Database, gateway: str, *, calls_back: bool) -> list[Check]:
+    """`gateway` is the name of the provider that the settings name; `calls_back`: they say where.
+
+    If not, what is behind or due for callbacks is meant to wait.
+    """
     followers = await follower_states(database)
+    if not calls_back:
+        followers = [follower for follower in followers if follower.name != "callbacks"]
     unsettled = await unsettled_payments(database)
     owed = await backlog(database)
     head = await newest_head(database)
     sealed = "nothing is sealed yet" if head is None else f"sealed up to position {head.position}"
+    due = owed.due if calls_back else 0
     return [
-        _work(await followers_at_work(database), followers, unsettled, owed),
+        _work(await followers_at_work(database), followers, unsettled, due),
         *[await _follower(database, follower) for follower in followers],
         Check("ok", "seals", f"{sealed}; `payments audit verify` checks them"),
         await _open(database, PAYMENTS, unsettled),
         await _open(database, REFUNDS, unsettled),
         await _provider(database, gateway),
-        await _callbacks(database, owed),
+        await _callbacks(database, owed, calls_back),
     ]
 
 
@@ -79,7 +85,7 @@ def _work(
     at_work: Sequence[str],
     followers: Sequence[FollowerState],
     unsettled: Sequence[UnsettledPayments],
-    owed: Backlog,
+    due: int,
 ) -> Check:
     """Whether any process does it. Where nothing is to be done, none need be running."""
     if at_work:
@@ -87,7 +93,7 @@ def _work(
     waits = {
         "events": max((follower.lag_events for follower in followers), default=0),
         "open payments": sum(row.payments for row in unsettled),
-        "callbacks": owed.due,
+        "callbacks": due,
     }
     waiting = ", ".join(f"{count} {what}" for what, count in waits.items() if count)
     text = "nobody follows the log, settles and calls back"
@@ -149,11 +155,13 @@ async def _provider(database: Database, gateway: str) -> Check:
     return Check("FAIL", "provider", f"open payments: {', '.join(found)}: docs/stuck.md")
 
 
-async def _callbacks(database: Database, owed: Backlog) -> Check:
+async def _callbacks(database: Database, owed: Backlog, calls_back: bool) -> Check:
     text = f"{owed.due} due, {owed.dead} dead"
+    if not calls_back and not owed.dead:
+        return Check("off", "callbacks", f"{text}; ORDER_CALLBACK_URL is not set")
     if owed.due:
         text += f", the oldest for {owed.oldest_age_s:.0f} s"
-    late = owed.oldest_age_s > CALLBACK_AGE_MAX_S
+    late = calls_back and owed.oldest_age_s > CALLBACK_AGE_MAX_S
     if late:
         text += _to_show("due", await due_deliveries(database, NAMED_MAX), owed.due)
     if owed.dead:

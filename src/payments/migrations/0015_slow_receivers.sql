@@ -19,6 +19,20 @@ ALTER TABLE callback_lanes
     ADD COLUMN excused_at timestamptz,
     ADD COLUMN excused    boolean NOT NULL DEFAULT false;
 
+-- The version before this one, beside it, knows nothing of busy_until: what it makes due would be
+-- claimed at once, also by this version.
+CREATE FUNCTION wait_while_busy() RETURNS trigger
+LANGUAGE plpgsql
+AS $$
+BEGIN
+    NEW.next_at := NEW.busy_until;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER callback_lanes_wait_while_busy
+    BEFORE UPDATE OF next_at ON callback_lanes FOR EACH ROW
+    WHEN (NEW.in_flight IS NULL AND NEW.busy_until > NEW.next_at)
+    EXECUTE FUNCTION wait_while_busy();
+
 -- Gives up the due FAILED and REFUNDED deliveries of orders that have a SUCCESS whose money stands. (A
 -- payment that was given back does not stand, so it is another one.) What is in flight is left to its
 -- sender. The lanes must be locked.
