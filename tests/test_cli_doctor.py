@@ -165,6 +165,7 @@ def test_callbacks(
     operator: Operator,
     connection: Connection,
     calling_back: pytest.MonkeyPatch,
+    following: Connection,
     state: str,
     age: str,
     exit_code: int,
@@ -186,6 +187,7 @@ def test_callbacks(
     assert operator("doctor").exit_code == exit_code
     connection.execute("UPDATE followers SET position = 0 WHERE name = 'callbacks'")
     calling_back.delenv("ORDER_CALLBACK_URL")
+    following.close()
     assert operator("doctor").exit_code == switched_off
 
 

@@ -219,6 +219,7 @@ class TestAddresses:
             *("2002:a9fe:a9fe::1", "::a9fe:a9fe"),
             # Behind a translator's prefix of 32, 40, 48, 56 and 64 bits.
             *("64:ff9b:a9fe:a9fe::", "64:ff9b:a9:fea9:fe::", "64:ff9b:1:a9fe:a9:fe00::"),
+            "64:ff9b:1:6464:64:c800::",
             *("64:ff9b:1:a9:fe:a9fe::", "64:ff9b:1:2:a9:fea9:fe00:0"),
         ],
     )

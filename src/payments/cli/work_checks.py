@@ -161,7 +161,7 @@ async def _callbacks(database: Database, owed: Backlog, calls_back: bool) -> Che
         return Check("off", "callbacks", f"{text}; ORDER_CALLBACK_URL is not set")
     if owed.due:
         text += f", the oldest for {owed.oldest_age_s:.0f} s"
-    late = calls_back and owed.oldest_age_s > CALLBACK_AGE_MAX_S
+    late = owed.oldest_age_s > CALLBACK_AGE_MAX_S
     if late:
         text += _to_show("due", await due_deliveries(database, NAMED_MAX), owed.due)
     if owed.dead:
