@@ -17,13 +17,13 @@ from payments.events.facts import Fact
 from payments.payment import Approved, Status
 from payments.service import Service
 from tests.commands.conftest import Make
-from tests.commands.looking import capture, gateway_of, topics
+from tests.commands.looking import begin, capture, gateway_of, topics
 from tests.commands.test_lost_log import as_stored
 from tests.commands.test_refund import refund_of
 from tests.commands.test_settle import FAST, SOON, age, settle
 from tests.doubles.gateway import ScriptedGateway, answer_lost, approve, never_sent, no_answer
 from tests.lost_log import accept_loss
-from tests.support import append, charge_of, stored_event
+from tests.support import append, stored_event
 
 pytestmark = pytest.mark.anyio
 
@@ -217,7 +217,7 @@ async def test_a_late_capture_that_waited_for_a_loss_is_returned_whenever_it_may
     gateway = ScriptedGateway(no_answer, safe_retry_s=WINDOW_S)
     service = await make(gateway, **SOON)
     connection.execute("UPDATE schema_versions SET applied_at = '2020-01-01Z'")
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await age(connection, 10)
     await settle(service, connection)
     gateway.outcomes[PAYMENT] = Approved(PAYMENT, 1500, "INR", "txn-late")
@@ -236,7 +236,7 @@ async def test_a_late_capture_of_the_version_before_may_have_been_sent(
     """That version makes no notes."""
     gateway = ScriptedGateway(no_answer, safe_retry_s=WINDOW_S)
     service = await make(gateway, **SOON)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await age(connection, 10)
     await settle(service, connection)
     append(connection, [_late_capture(connection)])

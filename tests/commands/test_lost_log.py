@@ -15,7 +15,7 @@ from payments.events.store import LOAD_ENTRIES, fact_at, load_charge, load_payme
 from payments.payment import Approved, Payment, Status, fold
 from payments.service import Service
 from tests.commands.conftest import Make
-from tests.commands.looking import capture, gateway_of, topics
+from tests.commands.looking import begin, capture, gateway_of, topics
 from tests.commands.test_refund import charged, refund_of
 from tests.commands.test_settle import FAST, SOON, age, project, settle, unsettled
 from tests.doubles.gateway import (
@@ -259,7 +259,7 @@ class TestSettling:
         self, make: Make, connection: Connection
     ) -> None:
         service = await make(ScriptedGateway(answer_lost), **SOON)
-        await service.charging.charge(charge_of("k"))
+        await begin(service)
         await project(service)
         gateway = gateway_of(service)
 
@@ -354,7 +354,7 @@ class TestWhileALossIsOpen:
 
     async def test_late_captures_wait_too(self, make: Make, connection: Connection) -> None:
         service = await make(ScriptedGateway(no_answer), **SOON)
-        await service.charging.charge(charge_of("k"))
+        await begin(service)
         await age(connection, 10)
         await settle(service, connection)
         gateway = gateway_of(service)

@@ -9,7 +9,7 @@ from payments.deciding import payment_id_for
 from payments.events.store import APPEND, append_params
 from payments.payment import Status
 from tests.commands.conftest import Make
-from tests.commands.looking import gateway_of
+from tests.commands.looking import begin, gateway_of
 from tests.commands.test_refund import FAST
 from tests.commands.test_settle import age
 from tests.doubles.gateway import ScriptedGateway, approve, decline, no_answer
@@ -30,7 +30,7 @@ async def test_the_first_outcome_of_a_charge_is_still_the_answer(
     make: Make, connection: psycopg.Connection[Any], step: Any, becomes: str
 ) -> None:
     service = await make(ScriptedGateway(step))
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     append_newer(connection, 3)
     again = await service.charging.charge(charge_of("k"))
     assert (again.payment.status, again.replayed) == (Status(becomes), True)
@@ -40,7 +40,7 @@ async def test_before_there_is_an_outcome_it_is_pending(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
     service = await make(ScriptedGateway(no_answer), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     append_newer(connection, 2)
     await age(connection, 10)  # the first run is over
     again = await service.charging.charge(charge_of("k"))

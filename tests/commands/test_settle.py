@@ -19,7 +19,7 @@ from payments.payment import Approved, Status
 from payments.service import Service
 from payments.unsettled import CLAIM, claim, claim_params, forget, postpone
 from tests.commands.conftest import Make
-from tests.commands.looking import capture, gateway_of, topics
+from tests.commands.looking import begin, capture, gateway_of, topics
 from tests.commands.test_refund import refund_of
 from tests.doubles.gateway import (
     ScriptedGateway,
@@ -116,7 +116,7 @@ async def test_a_row_is_not_due_before_the_requests_deadline(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
     service = await make(ScriptedGateway(no_answer))
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await project(service)
     assert 5 < due_in_s(connection) <= 7
     assert await service.settling.run_once() == 0
@@ -126,7 +126,7 @@ async def test_a_payment_the_provider_does_not_know_is_abandoned(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
     service = await make(ScriptedGateway(no_answer), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await age(connection, 899)
     await settle(service, connection)
     assert topics(connection, PAYMENT) == ["PaymentInitiated"]
@@ -210,7 +210,7 @@ async def test_the_watch_begins_with_the_abandonment(
 ) -> None:
     """However late that came: here the provider could not be asked for two days."""
     service = await make(ScriptedGateway(no_answer), **SOON)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await age(connection, 48 * 3600)
     await settle(service, connection)
     assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
@@ -248,7 +248,7 @@ async def test_a_gateway_may_ask_for_a_longer_watch(
 ) -> None:
     gateway = ScriptedGateway(no_answer, late_capture_s=48 * 3600)
     service = await make(gateway, **SOON)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await age(connection, 1)
     await settle(service, connection)
     await age(connection, 47 * 3600)
@@ -283,7 +283,7 @@ async def test_a_retry_does_not_send_what_is_about_to_be_abandoned(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
     service = await make(ScriptedGateway(no_answer), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await age(connection, 899.9)
     assert (await service.charging.charge(charge_of("k"))).payment.status is Status.PENDING
     assert len(gateway_of(service).charges) == 1
@@ -357,7 +357,7 @@ async def test_an_answer_about_something_else_settles_nothing(
     make: Make, connection: psycopg.Connection[Any], changed: dict[str, Any]
 ) -> None:
     service = await make(ScriptedGateway(answer_lost), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     gateway = gateway_of(service)
     sound = gateway.outcomes[PAYMENT]
     gateway.outcomes[PAYMENT] = msgspec.structs.replace(sound, **changed)
@@ -386,7 +386,7 @@ async def test_a_payment_of_another_provider_is_never_asked_about(
 async def test_a_provider_that_is_away(make: Make, connection: psycopg.Connection[Any]) -> None:
     """Nothing is decided while it cannot be asked, not even an abandonment."""
     service = await make(ScriptedGateway(answer_lost), **SOON)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     gateway_of(service).reachable = False
     await age(connection, 10_000)
     await settle(service, connection)
@@ -406,7 +406,7 @@ async def test_a_question_without_an_answer_is_no_outcome_of_a_charge(
     make: Make, connection: psycopg.Connection[Any], failure: type[Exception]
 ) -> None:
     service = await make(ScriptedGateway(answer_lost), **SOON)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await age(connection, 10_000)
     gateway = gateway_of(service)
     gateway.reachable, gateway.failure = False, failure
@@ -566,7 +566,7 @@ async def test_a_claim_that_came_too_late_changes_nothing(
 ) -> None:
     """A process that was frozen past its lease must not forget or postpone another's row."""
     service = await make(ScriptedGateway(no_answer), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     frozen, go_on = asyncio.Event(), asyncio.Event()
 
     async def freeze(payment_id: uuid.UUID, timeout_s: float) -> None:
@@ -607,7 +607,7 @@ async def test_the_pauses_grow_also_after_the_abandonment_was_due(
 ) -> None:
     """The provider answers about another amount, for hours."""
     service = await make(ScriptedGateway(answer_lost), **SOON)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     outcomes = gateway_of(service).outcomes
     outcomes[PAYMENT] = msgspec.structs.replace(outcomes[PAYMENT], amount_cents=1)
     await age(connection, 10_000)
@@ -621,7 +621,7 @@ async def test_an_abandonment_is_not_late_for_a_pause(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
     service = await make(ScriptedGateway(no_answer), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await age(connection, 890)
     await project(service)
     connection.execute("UPDATE unsettled_payments SET attempts = 20, due_at = clock_timestamp()")
@@ -665,7 +665,7 @@ class TestTheDatabasesClockWasAhead:
         self, make: Make, connection: psycopg.Connection[Any]
     ) -> None:
         service = await make(ScriptedGateway(no_answer), **SOON)
-        await service.charging.charge(charge_of("k"))
+        await begin(service)
         await age(connection, -3600)
         await asyncio.sleep(SOON["pending_abandon_after_s"])
         await settle(service, connection)
@@ -675,7 +675,7 @@ class TestTheDatabasesClockWasAhead:
         self, make: Make, connection: psycopg.Connection[Any]
     ) -> None:
         service = await make(ScriptedGateway(no_answer), **FAST)
-        await service.charging.charge(charge_of("k"))
+        await begin(service)
         await age(connection, -3600)
         await asyncio.sleep(FAST["charge_deadline_s"])
         charged = await service.charging.charge(charge_of("k"))
@@ -697,7 +697,7 @@ class TestTheDatabasesClockWasAhead:
         self, make: Make, connection: psycopg.Connection[Any], kind: str
     ) -> None:
         service = await make(ScriptedGateway(no_answer, declines_may_turn_s=7200), **FAST)
-        await service.charging.charge(charge_of("k"))
+        await begin(service)
         await project(service)
         for due_in, tried in (("50 min", 0), ("400 days", 1)):
             connection.execute(
@@ -710,7 +710,7 @@ class TestTheDatabasesClockWasAhead:
         self, make: Make, connection: psycopg.Connection[Any]
     ) -> None:
         service = await make(ScriptedGateway(no_answer, declines_may_turn_s=7 * 86_400), **FAST)
-        await service.charging.charge(charge_of("k"))
+        await begin(service)
         await project(service)
         connection.execute(
             "UPDATE unsettled_payments SET kind = 'declined', due_at = now() + interval '7 days'"
@@ -723,7 +723,7 @@ class TestDeclinesThatMayTurn:
 
     async def declined(self, make: Make, **gateway: Any) -> Service:
         service = await make(ScriptedGateway(decline, **gateway), **FAST)
-        await service.charging.charge(charge_of("k"))
+        await begin(service)
         await project(service)
         return service
 
@@ -810,7 +810,7 @@ class TestOneCaptureOnePayment:
         self, make: Make, connection: psycopg.Connection[Any]
     ) -> None:
         service = await self.taken(make, no_answer, **SOON)
-        await service.charging.charge(charge_of("k"))
+        await begin(service)
         await age(connection, 10)
         await settle(service, connection)
         assert topics(connection, PAYMENT)[-1] == "PaymentFailed"
