@@ -84,7 +84,8 @@ def test_a_version_that_is_no_number_is_not_repeated(data_dir: Path, text: str) 
     (cluster / "PG_VERSION").write_text(text)
     with pytest.raises(EmbeddedPostgresError, match="is not a Postgres cluster") as raised:
         start(data_dir)
-    assert not text or text not in str(raised.value)
+    said = str(raised.value).replace(str(data_dir), "")  # its name is drawn
+    assert not text or text not in said
 
 
 @as_root
