@@ -41,7 +41,7 @@ def check_version(connection: psycopg.Connection[Any]) -> None:
 
 
 def environment(
-    address: DatabaseAddress, checked: "psycopg.Connection[Any]", name: str
+    address: DatabaseAddress, checked: psycopg.Connection[Any], name: str
 ) -> dict[str, str]:
     """The programs' environment: the server that was `checked`, of several that a list or a name
     may stand for, and the password if there is one."""
