@@ -22,6 +22,7 @@ DISPATCHER = "dispatcher"  # who calls back, where a payment's history is told
 # A client with one of these names would be taken for everyone, or for the service itself.
 RESERVED_CLIENTS = frozenset({DEFAULT_CLIENT, SETTLING, DISPATCHER})
 CALLBACK_STATUSES = ("SUCCESS", "FAILED", "REFUNDED")
+ORDER_ID = "{order_id}"  # what ORDER_STATUS_URL has in the place of an order's id
 
 
 class ApiKey(msgspec.Struct, frozen=True):
@@ -47,6 +48,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     order_callback_statuses: tuple[str, ...] = ("SUCCESS", "FAILED")
     callback_timeout_s: float = 25
     http_callback_networks: tuple[str, ...] = ()
+    order_status_url: str | None = None
+    unfulfilled: str = "report"
     payments_data_dir: Path | None = None
     payments_api_keys: tuple[ApiKey, ...] = ()
     charge_deadline_s: float = 7
@@ -173,6 +176,16 @@ def _callback_url(value: str) -> str:
     return value
 
 
+def _order_status_url(value: str) -> str:
+    if value.count(ORDER_ID) != 1:
+        raise ValueError(f"must hold {ORDER_ID} once, in its path or query")
+    filled = value.replace(ORDER_ID, "0" * 8)
+    if ORDER_ID in value.partition("://")[2].partition("/")[0]:
+        raise ValueError(f"must hold {ORDER_ID} in its path or query, not in its host")
+    _callback_url(filled)
+    return value
+
+
 def _statuses(value: str) -> tuple[str, ...]:
     chosen = tuple(part.strip() for part in value.split(","))
     if not set(chosen) <= set(CALLBACK_STATUSES) or len(set(chosen)) != len(chosen):
@@ -257,6 +270,18 @@ VARIABLES = (
         _networks,
         "unset",
         "networks (CIDRs, with commas) that plain http may go to, beside loopback and private ones",
+    ),
+    Variable(
+        "ORDER_STATUS_URL",
+        _order_status_url,
+        "unset",
+        "where Order Service tells an order's status, with {order_id} in it: docs/order-service.md",
+    ),
+    Variable(
+        "UNFULFILLED",
+        _one_of("report", "refund"),
+        "report",
+        "what to do about a payment whose order failed: report it, or give it back as well",
     ),
     Variable(
         "PAYMENTS_DATA_DIR",
@@ -388,6 +413,11 @@ def _check_together(settings: Settings, given: Mapping[str, Any]) -> None:
                     f"{name} is set but DATABASE_HOST is not: set it too, or neither "
                     "to use the embedded Postgres"
                 )
+    if settings.unfulfilled == "refund" and settings.order_status_url is None:
+        raise StartError(
+            "UNFULFILLED: refund needs ORDER_STATUS_URL: what a response to a callback says is not "
+            "enough to give money back"
+        )
     if settings.pending_abandon_after_s < settings.charge_deadline_s:
         raise StartError(
             f"PENDING_ABANDON_AFTER_S: {settings.pending_abandon_after_s:g} must not be less than "

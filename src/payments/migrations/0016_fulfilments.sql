@@ -1,0 +1,46 @@
+-- oldest: 0005
+-- Captured payments whose order may not have been fulfilled. No read model: it holds what Order
+-- Service said, and `payments reconcile orders` finds it again.
+
+-- One row per payment; none once its order is known to be confirmed by it, or its money went back.
+--   suspect      nobody asked yet, or the order's status is not known: see said and problem
+--   unfulfilled  ORDER_STATUS_URL shows its order as failed
+--   paid_twice   its order is confirmed, and was paid before by another payment that stands
+--   given_back   the service gave it back itself (UNFULFILLED=refund)
+CREATE TABLE fulfilments (
+    payment_id   uuid        PRIMARY KEY,
+    order_id     uuid        NOT NULL,
+    state        text        NOT NULL
+                 CHECK (state IN ('suspect', 'unfulfilled', 'paid_twice', 'given_back')),
+    -- What the response to its SUCCESS said of the order:
+    --   nothing            nothing that we understand
+    --   already_processed  that it was decided before, in response to the first attempt
+    --   repeated           the same, in response to a later attempt: an earlier one may have done it
+    --   failed             that it is failed
+    --   not_asked          there was none: the payment was found by `payments reconcile orders`
+    said         text        NOT NULL
+                 CHECK (said IN ('nothing', 'already_processed', 'repeated', 'failed', 'not_asked')),
+    order_status text,        -- as ORDER_STATUS_URL showed it last, in its own words
+    problem      text,        -- why that told nothing; NULL if it told the status
+    found_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    checked_at   timestamptz, -- when ORDER_STATUS_URL was asked last
+    failed_since timestamptz, -- the first of the readings in a row that showed it as failed
+    given_back_at timestamptz,
+    attempts     integer     NOT NULL DEFAULT 0, -- how often it was asked
+    next_at      timestamptz NOT NULL DEFAULT clock_timestamp(), -- when it may be claimed; or a lease
+    claim        bigint       -- of the process that asks; a result is taken from no other
+);
+
+CREATE INDEX fulfilments_next ON fulfilments (next_at) WHERE state <> 'given_back';
+CREATE INDEX fulfilments_found ON fulfilments (found_at);
+CREATE INDEX fulfilments_given_back ON fulfilments (given_back_at) WHERE state = 'given_back';
+
+-- Never the same number twice, also when a row went and came again.
+CREATE SEQUENCE fulfilment_claims;
+
+-- A row while the service gives nothing back by itself, since it had given back too much.
+CREATE TABLE giving_back_stopped (
+    only_row   boolean     PRIMARY KEY DEFAULT true CHECK (only_row),
+    stopped_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    reason     text        NOT NULL
+);
