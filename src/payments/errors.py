@@ -9,6 +9,7 @@ PaymentsError
 ├── PaymentAlreadyRefunded       409  payment_already_refunded
 ├── RefundExceedsCapture         409  refund_exceeds_capture
 ├── RefundDeclined               409  refund_declined
+├── OrderAlreadyPaid             409  order_already_paid
 ├── IdempotencyKeyReused         422  idempotency_key_reused
 ├── PaymentUnreadable            503  payment_unreadable
 └── Unavailable                  503
@@ -91,6 +92,12 @@ class RefundDeclined(PaymentsError):
     status = 409
     code = "refund_declined"
     title = "The provider refused the refund"
+
+
+class OrderAlreadyPaid(PaymentsError):
+    status = 409
+    code = "order_already_paid"
+    title = "Another payment has paid this order"
 
 
 class IdempotencyKeyReused(PaymentsError):

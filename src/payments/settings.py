@@ -55,6 +55,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     charge_deadline_s: float = 7
     gateway_timeout_s: float = 6
     pending_abandon_after_s: float = 900
+    second_charge: str = "allow"
     intent_queue_max: int = 512
     gateway_concurrency_max: int = 1000
     database_pool_max: int = 8
@@ -307,6 +308,12 @@ VARIABLES = (
         _seconds(1, 604_800),
         "900",
         "a PENDING payment unknown to the provider fails after this",
+    ),
+    Variable(
+        "SECOND_CHARGE",
+        _one_of("allow", "refuse"),
+        "allow",
+        "a charge with a new key for an order that is paid: allow it, or refuse it with 409",
     ),
     Variable(
         "INTENT_QUEUE_MAX",

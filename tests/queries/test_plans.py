@@ -16,7 +16,7 @@ import pytest
 from payments import unsettled
 from payments.database import DatabaseAddress
 from payments.events.arrays import uuids
-from payments.events.store import LOAD_STREAM, LOAD_STREAMS, READ_ASKED_FOR
+from payments.events.store import LOAD_STREAM, LOAD_STREAMS, PERHAPS_PAID, READ_ASKED_FOR
 from payments.payment import Status
 from payments.queries.cursor import Place, write_cursor
 from payments.queries.history import HISTORY
@@ -247,6 +247,25 @@ def test_streams_are_read_by_their_key(on_big: psycopg.Connection[Any]) -> None:
         assert plan.indexes == {"payment_events_stream"}
         assert plan.scanned == set()
         assert plan.looked_at <= most
+
+
+@pytest.mark.parametrize(("behind", "most"), [(0, 10), (1_000, 2_010), (100_000, 4_010)])
+def test_whether_an_order_is_paid_reads_no_more_than_the_newest_events(
+    on_big: psycopg.Connection[Any], behind: int, most: int
+) -> None:
+    """However far the read model is behind. Each of them is looked at twice: in the log, and among
+    those that were found there."""
+    with on_big.transaction(force_rollback=True):
+        on_big.execute(
+            "UPDATE followers SET position = (SELECT max(notification_id) FROM payment_events) - %s"
+            " WHERE name = 'payments'",
+            [behind],
+        )
+        params = {"payment_id": uuid.uuid4(), "order_id": ORDER, "order": str(ORDER).encode()}
+        plan = Plan(on_big, PERHAPS_PAID, params)
+    assert "payments_of_order" in plan.indexes
+    assert plan.scanned <= {"followers"}
+    assert plan.looked_at <= most
 
 
 @pytest.mark.parametrize("abandoned", [True, False])

@@ -82,6 +82,20 @@ async def test_another_request_with_the_key(client: httpx.AsyncClient) -> None:
     assert [error["field"] for error in response.json()["errors"]] == ["amount_cents"]
 
 
+@pytest.mark.parametrize("settings", [Settings(simulated_ledger="", second_charge="refuse")])
+async def test_a_second_charge_of_a_paid_order_is_refused_if_that_is_set(
+    client: httpx.AsyncClient,
+) -> None:
+    """Its key is not used up; the first one has its answer as ever."""
+    first = await charge(client)
+    refused = await charge(client, "def456")
+    assert problem(refused) == (409, "order_already_paid")
+    assert first.json()["id"] in refused.json()["detail"]
+    assert (await charge(client)).headers["idempotent-replayed"] == "true"
+    await client.post("/v1/refund", json={"payment_id": first.json()["id"]})
+    assert (await charge(client, "def456")).status_code == 201
+
+
 async def test_a_payment_can_be_read_the_instant_it_is_answered(client: httpx.AsyncClient) -> None:
     payment_id = (await charge(client)).json()["id"]
     response = await client.get(f"/v1/payments/{payment_id.upper()}")

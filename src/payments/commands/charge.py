@@ -14,6 +14,7 @@ import msgspec
 from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
+from payments.commands.paid_orders import refuse_if_paid
 from payments.commands.recording import Recorder
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
 from payments.commands.telling import tell_mismatch, tell_other_gateway
@@ -29,6 +30,7 @@ from payments.deciding import (
 from payments.errors import (
     GatewayUnavailable,
     IdempotencyKeyReused,
+    OrderAlreadyPaid,
     PaymentsError,
     PaymentUnreadable,
 )
@@ -99,11 +101,13 @@ class Charging:
         self._deadline_s = settings.charge_deadline_s
         self._gateway_timeout_s = settings.gateway_timeout_s
         self._abandon_after_s = settings.pending_abandon_after_s
+        self._second_is_refused = settings.second_charge == "refuse"
 
     async def charge(self, command: ChargePayment) -> Charged:
         """Charges, or joins or repeats the charge that this key already began.
 
-        Raises IdempotencyKeyReused, or Unavailable if the provider was surely not asked.
+        Raises IdempotencyKeyReused or OrderAlreadyPaid, or Unavailable if the provider was surely
+        not asked.
         """
 
         async def work(run: Run[Charged]) -> None:
@@ -113,7 +117,7 @@ class Charging:
         try:
             charged, joined = await self._runs.answer(command.request, self._deadline_s, work)
         except PaymentsError as error:
-            refused = isinstance(error, IdempotencyKeyReused)
+            refused = isinstance(error, IdempotencyKeyReused | OrderAlreadyPaid)
             self._telemetry.charges["refused" if refused else "unavailable"].inc()
             raise
         if joined:
@@ -147,6 +151,8 @@ class Charging:
         """Makes the intent durable; None if an earlier request with this key has an answer."""
         intent = initiate(command.request, self._gateway.name, _cause(command))
         event, age_s, repeats = to_stored_event(intent), None, Repeats()
+        if self._second_is_refused:
+            await self._refuse_second(run, intent)
         while True:
             run.take_slot()
             try:
@@ -168,6 +174,12 @@ class Charging:
                 message = "the log lost a payment that it had acknowledged; it begins again"
                 repeats.tell("CRITICAL", message, payment_id=intent.payment_id)
                 age_s = 0.0  # the run that is lost may have asked the provider
+
+    async def _refuse_second(self, run: Run[Charged], intent: PaymentInitiated) -> None:
+        run.take_slot()
+        order_id, client = intent.merchant_order_id, intent.client
+        await refuse_if_paid(self._database, intent.payment_id, order_id, client)
+        run.check_may_ask()  # else the key would be used up after its request was told otherwise
 
     async def _resume(self, run: Run[Charged], intent: PaymentInitiated) -> _Begun | None:
         """Waits for what an earlier request with this key comes to; the payment if its run is over.

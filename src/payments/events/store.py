@@ -68,6 +68,26 @@ SELECT uuid_send(originator_id), originator_version, topic, state
  ORDER BY originator_id, originator_version
 """
 
+# Payments by which an order may be paid, unless the payment that is to be charged has begun: what
+# the read model does not show as ended, and what the log holds behind it. Of a read model that is
+# far behind only the newest events are looked at, so that a charge takes milliseconds.
+PERHAPS_PAID = """
+WITH newest AS MATERIALIZED (
+    SELECT originator_id, topic, state FROM payment_events
+     WHERE notification_id > (SELECT "position" FROM followers WHERE name = 'payments')
+     ORDER BY notification_id DESC LIMIT 2000
+), found AS (
+    SELECT id, status = 'PENDING' AS open FROM payments
+     WHERE merchant_order_id = %(order_id)s AND status IN ('PENDING', 'SUCCESS')
+     UNION
+    SELECT originator_id, false FROM newest
+     WHERE topic = 'PaymentCharged' AND position(%(order)s::bytea in state) > 0
+)
+SELECT id FROM found
+ WHERE NOT EXISTS (SELECT FROM payment_events WHERE originator_id = %(payment_id)s)
+ ORDER BY open LIMIT 100
+"""
+
 # The log after a position, in order.
 READ_LOG = """
 SELECT notification_id, originator_id, originator_version, topic, state, recorded_at
@@ -466,21 +486,10 @@ async def load_charge(database: Database, payment_id: UUID) -> LoadedPayment | N
     try:
         return _loaded(payment_id, rows)
     except PaymentUnreadable:
-        readable = _readable(payment_id, rows)
+        readable = fold_readable(payment_id, (row[:3] for row in rows))
         if readable is None or readable.outcome is Status.PENDING:
             raise
         return _loaded(payment_id, rows[: readable.version])
-
-
-def _readable(payment_id: UUID, rows: Sequence[tuple[Any, ...]]) -> Payment | None:
-    """What the events up to the first unreadable one make; None if that is the first of all."""
-    payment: Payment | None = None
-    try:
-        for row in rows:
-            payment = evolve(payment, fact_at(payment_id, *row[:3]))
-    except (UndecodableEvent, UnexpectedEvent):
-        return payment
-    return payment
 
 
 def _loaded(payment_id: UUID, rows: Sequence[tuple[Any, ...]]) -> LoadedPayment:
@@ -514,4 +523,13 @@ def fold_stored(payment_id: UUID, rows: Iterable[tuple[int, str, bytes]]) -> Pay
             f"Payment {payment_id} has an event that this version cannot read."
         ) from error
     assert payment is not None
+    return payment
+
+
+def fold_readable(payment_id: UUID, rows: Iterable[tuple[int, str, bytes]]) -> Payment | None:
+    """The same up to the first event that cannot be read; None if that is the first of all."""
+    payment: Payment | None = None
+    with suppress(UndecodableEvent, UnexpectedEvent):
+        for row in rows:
+            payment = evolve(payment, fact_at(payment_id, *row))
     return payment

@@ -1,0 +1,47 @@
+"""Whether an order is paid already, for SECOND_CHARGE=refuse.
+
+The read model names the order's payments, and the log those that it does not show yet; each is then
+read from its own events. So a capture counts from its commit on, and a payment that was given back
+whole counts no more.
+"""
+
+from itertools import groupby
+from operator import itemgetter
+from uuid import UUID
+
+from payments.database import Database
+from payments.errors import OrderAlreadyPaid
+from payments.events.arrays import uuids
+from payments.events.store import LOAD_STREAMS, PERHAPS_PAID, fold_readable
+from payments.payment import Payment, Status
+
+
+async def refuse_if_paid(database: Database, payment_id: UUID, order_id: UUID, client: str) -> None:
+    """Before a charge is begun. Raises OrderAlreadyPaid if another payment of the order is captured
+    and was not given back whole, whichever client made it; DatabaseUnavailable.
+
+    A payment that has begun is never refused: its key has an outcome, or will have one.
+    """
+    order = str(order_id)
+    asked = {"payment_id": payment_id, "order_id": order_id, "order": order.encode()}
+    found = [id for (id,) in await database.fetch(PERHAPS_PAID, asked)]
+    if not found:
+        return
+    rows = await database.fetch(LOAD_STREAMS, [uuids(found)])
+    for id_bytes, events in groupby(rows, itemgetter(0)):
+        payment = fold_readable(UUID(bytes=id_bytes), [event[1:] for event in events])
+        if payment is not None and _pays(payment, order_id):
+            raise OrderAlreadyPaid(_detail(payment, client))
+
+
+def _pays(payment: Payment, order_id: UUID) -> bool:
+    return payment.merchant_order_id == order_id and payment.status is Status.SUCCESS
+
+
+def _detail(payment: Payment, client: str) -> str:
+    """The payment's id is for its own client."""
+    of_whom = f"payment {payment.id}" if payment.client == client else "another client's payment"
+    return (
+        f"The order is paid by {of_whom}, and nothing was charged. To charge it again, give that "
+        "payment back first; its own Idempotency-Key gets its outcome."
+    )
