@@ -31,6 +31,7 @@ ALERTS = [
 RULES_TEST = "tests/alerts_test.yml"
 WATCHDOG = "PaymentsWatchdog"  # it always fires
 NOT_OURS = {"up"}  # and ALERTS
+PROCESS = ("process_cpu_seconds_total", "process_start_time_seconds", "process_open_fds")
 # What PromQL itself has, and label names.
 WORDS = {
     *("sum", "max", "abs", "by", "rate", "increase", "histogram_quantile", "le", "and", "or"),
@@ -273,7 +274,8 @@ def test_formats_and_a_port_of_their_own(address: DatabaseAddress, tmp_path: Any
             more = client.get(f"{url}/metrics", headers=accept)
             assert more.headers["content-type"].startswith("application/openmetrics-text")
             families = openmetrics_families(more.text)  # type: ignore[no-untyped-call]
-            assert len(list(families)) > 30
+            names = {sample.name for family in families for sample in family.samples}
+            assert {"payments_charges_total", *PROCESS} <= names
             values = client.get(f"{url}/metrics", headers={"Accept": "application/json"})
             assert values.headers["content-type"] == "application/json"
             assert set(values.json()) == {"cpu_load", "memory", "heap", "uptime", "timestamp"}
@@ -326,6 +328,7 @@ async def test_what_only_works_has_metrics_as_well(address: DatabaseAddress, tmp
 
             found = await until(answers)
             assert "payments_follower_lag_seconds" in found.text
+            assert all(f"\n{name} " in found.text for name in PROCESS)
             assert 'payments_process_role{role="work"}' in found.text
             assert 'payments_process_role{role="api"}' not in found.text
             assert 'payments_callback_breaker_state{state="closed"} 1.0' in found.text

@@ -1,10 +1,16 @@
 """Metrics: all there from the first scrape."""
 
 import importlib.metadata
+import os
 from datetime import UTC, datetime
 
+import psutil
 import pytest
+from prometheus_client import ProcessCollector
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as parse_openmetrics,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from payments.telemetry import (
@@ -100,7 +106,7 @@ class TestMetrics:
 
     def test_counters_begin_at_zero(self) -> None:
         for family in families(Telemetry()).values():
-            if family.type == "counter":
+            if family.type == "counter" and not family.name.startswith("process_"):
                 assert all(s.value == 0 for s in family.samples if s.name.endswith("_total"))
 
     def test_labels_are_few_and_never_ids(self, telemetry: Telemetry) -> None:
@@ -134,7 +140,7 @@ class TestMetrics:
     def test_a_scrape_is_short(self, telemetry: Telemetry) -> None:
         """Of 160 currencies only those have series that were used."""
         lines = telemetry.exposition().decode().splitlines()
-        assert len(lines) < 400
+        assert len(lines) < 450
         amounts = families(telemetry)["payments_amount_minor_units"]
         assert {sample.labels["currency"] for sample in amounts.samples} == {"INR"}
 
@@ -169,6 +175,34 @@ class TestMetrics:
         now = datetime.now(UTC).timestamp()
         assert values["process_timestamp_seconds"] == pytest.approx(now, abs=60)
         assert values["process_cpu_load_ratio"] >= 0
+
+    @pytest.mark.parametrize("openmetrics", [False, True])
+    def test_the_standard_process_metrics_are_those_of_this_process(
+        self, telemetry: Telemetry, openmetrics: bool
+    ) -> None:
+        text = (telemetry.openmetrics() if openmetrics else telemetry.exposition()).decode()
+        parse = parse_openmetrics if openmetrics else text_string_to_metric_families
+        samples = [sample for family in parse(text) for sample in family.samples]
+        values = {sample.name: sample.value for sample in samples if "process" in sample.name}
+        names = [sample.name for sample in samples if not sample.labels]
+        assert len(names) == len(set(names))
+        process, took = psutil.Process(), os.times()
+        assert 0 < values["process_cpu_seconds_total"] <= took.user + took.system + 0.1
+        started = values["process_start_time_seconds"]
+        assert started == pytest.approx(process.create_time(), abs=2)
+        assert values["process_open_fds"] == pytest.approx(process.num_fds(), abs=20)
+        assert values["process_max_fds"] == process.rlimit(psutil.RLIMIT_NOFILE)[0]
+        memory = process.memory_info()
+        assert values["process_resident_memory_bytes"] == pytest.approx(memory.rss, rel=0.5)
+        assert values["process_virtual_memory_bytes"] == pytest.approx(memory.vms, rel=0.5)
+
+    def test_without_proc_resident_memory_is_told_all_the_same(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ProcessCollector, "collect", lambda _: [])
+        found = families(Telemetry())
+        assert found["process_resident_memory_bytes"].samples[0].value > 1_000_000
+        assert "process_open_fds" not in found
 
     def test_every_service_counts_for_itself(self) -> None:
         one, other = Telemetry(), Telemetry()

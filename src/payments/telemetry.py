@@ -13,7 +13,15 @@ from typing import Any, TypeVar
 
 import prometheus_client
 import psutil
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.openmetrics import exposition as openmetrics
 
@@ -399,7 +407,10 @@ class Telemetry:
         self._of_dispatcher.known = True
 
     def _add_process_gauges(self, process: psutil.Process) -> None:
-        """CPU, memory, uptime and timestamp, as documented for /metrics."""
+        """The standard process metrics, and CPU, memory, uptime and timestamp as documented for
+        /metrics."""
+        standard = ProcessCollector(registry=self.registry)
+        known = {metric.name for metric in standard.collect()}  # none without /proc
         started = process.create_time()
         self._documented: dict[str, Callable[[], float]] = {
             "cpu_load": _cpu_load,
@@ -415,7 +426,9 @@ class Telemetry:
             ("uptime", "process_uptime_seconds", "Since the process began"),
             ("timestamp", "process_timestamp_seconds", "Now, as Unix time"),
         ):
-            Gauge(name, text, registry=self.registry).set_function(self._documented[documented])
+            if name not in known:
+                gauge = Gauge(name, text, registry=self.registry)
+                gauge.set_function(self._documented[documented])
 
     def documented(self) -> dict[str, float]:
         """The five values that were documented before there was anything else: a load per core,
