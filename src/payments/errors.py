@@ -16,6 +16,7 @@ PaymentsError
     ├── TooBusy                       too_busy
     ├── DatabaseUnavailable           database_unavailable
     ├── GatewayUnavailable            gateway_unavailable
+    ├── ClientGone                    client_gone
     └── LogRewound                    log_rewound
 
 A class carries the HTTP status, the stable code and the title of its answer; the message of an
@@ -142,6 +143,13 @@ class DatabaseUnavailable(Unavailable):
 
 class GatewayUnavailable(Unavailable):
     code = "gateway_unavailable"
+
+
+class ClientGone(Unavailable):
+    """Nothing was begun for a request whose client had left, or had waited for too long."""
+
+    code = "client_gone"
+    title = "The request was read too late to begin a charge for it"
 
 
 class LogRewound(Unavailable):

@@ -32,7 +32,9 @@ Value = TypeVar("Value", str, tuple[str, str])
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 7.5)
 
-CHARGE_OUTCOMES = ("success", "failed", "pending", "replayed", "refused", "unavailable")
+CHARGE_OUTCOMES = (
+    *("success", "failed", "pending", "replayed", "refused", "unavailable", "client_gone"),
+)
 REFUND_OUTCOMES = ("success", "failed", "pending", "replayed", "refused", "unavailable")
 UNSETTLED_KINDS = ("charge", "abandoned", "declined", "late_capture", "refund")
 STANDBYS = ("synchronous", "asynchronous")

@@ -12,6 +12,7 @@ from payments import money
 from payments.commands.charge import Charged, ChargePayment
 from payments.deciding import ChargeRequest
 from payments.errors import (
+    ClientGone,
     DatabaseUnavailable,
     GatewayUnavailable,
     IdempotencyKeyReused,
@@ -30,6 +31,7 @@ from web.requests import (
     UUID_PATTERN,
     Anyone,
     body_of,
+    caller_of,
     check_sent_json,
     client_of,
     command_answer,
@@ -110,7 +112,8 @@ CHARGE = Operation(
     tag="payments",
     summary="Charge a payment, exactly once per Idempotency-Key",
     description="Answered within 7 s. A declined payment is an outcome, `201` with `FAILED`, and "
-    "not an error. A client that goes away cancels nothing.",
+    "not an error. A client that goes away cancels nothing that was begun; a charge "
+    "is not begun if by then its client's connection is lost or 7 s are over.",
     parameters=(
         Parameter(
             "Idempotency-Key",
@@ -156,6 +159,7 @@ CHARGE = Operation(
         TooBusy,
         DatabaseUnavailable,
         GatewayUnavailable,
+        ClientGone,
         PaymentUnreadable,
     ),
 )
@@ -186,7 +190,8 @@ async def charge(request: Anyone) -> Response[bytes]:
             ),
             request_id(request),
             traceparent(request),
-        )
+        ),
+        caller_of(request),
     )
     return _answer(request, charged)
 

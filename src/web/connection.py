@@ -10,6 +10,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from web.answers import Refused, lines_of, unreadable
+from web.arrivals import CALLER, Flow
 from web.door import Door
 from web.heads import MALFORMED_REQUEST, Refusal
 from web.memory import Memory
@@ -37,6 +38,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow: Flow = Flow(transport)
         self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -45,6 +47,10 @@ class Connection(HttpToolsProtocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
         self._door.forget(self)
+        if isinstance(self._running, RequestResponseCycle):
+            caller = self._running.scope["state"].get(CALLER)
+            if caller is not None:
+                caller.is_gone = True
         self._give_up_running()
         self._memory.let_go()
         super().connection_lost(exc)

@@ -6,6 +6,7 @@ framework, and at several times the capacity, or in a flood, most requests are r
 """
 
 import asyncio
+import time
 from contextvars import Context
 from functools import partial
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from payments.commands.runs import Caller
 from web.answers import TOO_BUSY, Answer, Refused, lines_of
+from web.arrivals import CALLER, WAITED_S, came_in
 from web.connection import Connection
 from web.door import Door, Place
 from web.guard import BODY_ARRIVED, PLACE
@@ -40,6 +43,7 @@ class Protocol(Connection):
         super().__init__(door, *args, **kwargs)
         self._heads_begun = 0  # in the data that is being read
         self._head_size = 0  # bytes of the headers that were read
+        self._came_in: float | None = None  # the request that is being read, if it was looked at
         self._is_upgrade = False  # the request that is being read asks for another protocol
         self._is_admitted = False  # the request that is about to start
         self._objection: bytes | None = None  # what to answer when the parser stops
@@ -62,6 +66,8 @@ class Protocol(Connection):
                 self._end(self._objection or self._unreadable(MALFORMED_REQUEST, _NOT_HTTP))
                 return
         if self._in_head:
+            if self._came_in is None:
+                self._came_in = came_in(self.transport, self.flow)
             # Of a head behind other requests it is not known where in the data it began.
             is_all_head = was_in_head and self._heads_begun <= 1
             self._head_bytes += len(data) if is_all_head else 1
@@ -86,7 +92,7 @@ class Protocol(Connection):
             self._start_asgi_task(*held_back)
 
     def on_message_begin(self) -> None:
-        self._in_head, self._is_upgrade = True, False
+        self._in_head, self._is_upgrade, self._came_in = True, False, None
         self._head_bytes = self._head_size = 0
         self._heads_begun += 1
         super().on_message_begin()
@@ -127,6 +133,9 @@ class Protocol(Connection):
         state[PLACE] = place
         if place.name is not None:
             state["client"] = place.name
+        if self._came_in is None:
+            self._came_in = came_in(self.transport, self.flow)
+        state[WAITED_S] = time.monotonic() - self._came_in
         self._is_admitted = is_idle
         super().on_headers_complete()
 
@@ -175,8 +184,12 @@ class Protocol(Connection):
             self._refuse_late(cycle)
 
     def _start(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """As uvicorn does; and it has its place until it is answered, or its task ends."""
+        """As uvicorn does; and it has its place until it is answered, or its task ends.
+
+        What it waited for its turn, behind others of its connection, does not count.
+        """
         state = cycle.scope["state"]
+        state[CALLER] = Caller(time.monotonic() - state[WAITED_S])
         state[PLACE].enter()
         task = self.loop.create_task(cycle.run_asgi(app), context=Context())
         self.tasks.add(task)

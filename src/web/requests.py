@@ -10,8 +10,10 @@ from litestar import Request, Response
 from litestar.datastructures import State
 from litestar.enums import MediaType
 
+from payments.commands.runs import Caller
 from payments.errors import FieldError, InvalidIdempotencyKey, InvalidRequest
 from payments.service import Service
+from web.arrivals import CALLER
 from web.auth import authenticate
 from web.bodies import check_json, check_not_encoded
 from web.heads import Headers
@@ -73,6 +75,11 @@ def body_of(request: Anyone) -> bytes:
 
 def request_id(request: Anyone) -> str:
     return cast(str, request.scope["state"]["request_id"])
+
+
+def caller_of(request: Anyone) -> Caller | None:
+    """Who waits for the answer, as far as our protocol is in front."""
+    return cast("Caller | None", request.scope["state"].get(CALLER))
 
 
 def traceparent(request: Anyone) -> str | None:

@@ -14,8 +14,10 @@ from eventsourcing.persistence import StoredEvent
 from payments.commands import runs
 from payments.commands.charge import Charged
 from payments.commands.refund import RefundPayment
+from payments.commands.runs import Caller
 from payments.deciding import RefundRequest, payment_id_for
 from payments.errors import (
+    ClientGone,
     DatabaseUnavailable,
     GatewayUnavailable,
     IdempotencyKeyReused,
@@ -306,8 +308,8 @@ async def test_nothing_is_sent_after_the_deadline(
     service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
     append_intent = service.appender.append_intent
 
-    async def answered_late(event: StoredEvent) -> int:
-        position = await append_intent(event)
+    async def answered_late(event: StoredEvent, **options: Any) -> int:
+        position = await append_intent(event, **options)
         await elapse(0.5, frozen=frozen)
         return position
 
@@ -332,8 +334,8 @@ async def test_nothing_is_sent_for_a_request_that_was_told_so(
     service = await make(gateway)
     append_intent = service.appender.append_intent
 
-    async def answered_late(event: StoredEvent) -> int:
-        position = await append_intent(event)
+    async def answered_late(event: StoredEvent, **options: Any) -> int:
+        position = await append_intent(event, **options)
         await elapse(0.5, frozen=False)
         return position
 
@@ -371,9 +373,9 @@ async def test_the_provider_has_what_is_left_of_the_deadline(
     service = await make(gateway, charge_deadline_s=2.0, gateway_timeout_s=1.9)
     append_intent, charge, given_s = service.appender.append_intent, gateway.charge, []
 
-    async def slow(event: StoredEvent) -> int:
+    async def slow(event: StoredEvent, **options: Any) -> int:
         await asyncio.sleep(0.5)
-        return await append_intent(event)
+        return await append_intent(event, **options)
 
     async def look(asked: ProviderCharge, timeout_s: float) -> Any:
         given_s.append(timeout_s)
@@ -590,6 +592,8 @@ async def test_every_answer_is_counted(make: Make) -> None:
         await service.charging.charge(charge_of("d"))
     with pytest.raises(IdempotencyKeyReused):
         await service.charging.charge(charge_of("a", 1))
+    with pytest.raises(ClientGone):
+        await service.charging.charge(charge_of("e"), Caller(since=0.0))
     counted = {
         outcome: counter._value.get() for outcome, counter in service.telemetry.charges.items()
     }

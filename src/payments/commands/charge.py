@@ -3,7 +3,9 @@
     intent appended -> provider asked -> outcome appended -> answered
 
 Once the provider may have been asked, the answer is the outcome or PENDING, never an error: an
-error would make the caller drop an order that was paid for. See runs.py for what a run is.
+error would make the caller drop an order that was paid for. Before, it is looked whether the caller
+still waits: what is captured for one that has given up is paid and has no order. See runs.py for
+what a run is.
 """
 
 import asyncio
@@ -16,7 +18,7 @@ from loguru import logger
 
 from payments.commands.paid_orders import refuse_if_paid
 from payments.commands.recording import Recorder
-from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
+from payments.commands.runs import OTHER_RUN_POLL_S, Caller, Run, Runs, cause
 from payments.commands.telling import tell_mismatch, tell_other_gateway
 from payments.database import Database
 from payments.deciding import (
@@ -28,13 +30,14 @@ from payments.deciding import (
     record_outcome,
 )
 from payments.errors import (
+    ClientGone,
     GatewayUnavailable,
     IdempotencyKeyReused,
     OrderAlreadyPaid,
     PaymentsError,
     PaymentUnreadable,
 )
-from payments.events.appender import Appender, StreamConflict
+from payments.events.appender import Appender, StreamConflict, Unwanted
 from payments.events.facts import PaymentInitiated, UndecodableEvent
 from payments.events.store import fact_at, load_charge, to_stored_event
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
@@ -103,9 +106,10 @@ class Charging:
         self._abandon_after_s = settings.pending_abandon_after_s
         self._second_is_refused = settings.second_charge == "refuse"
 
-    async def charge(self, command: ChargePayment) -> Charged:
+    async def charge(self, command: ChargePayment, caller: Caller | None = None) -> Charged:
         """Charges, or joins or repeats the charge that this key already began.
 
+        Nothing is begun for a `caller` that is gone or too old; without one it has just asked.
         Raises IdempotencyKeyReused or OrderAlreadyPaid, or Unavailable if the provider was surely
         not asked.
         """
@@ -115,10 +119,11 @@ class Charging:
                 await self._charge(run, command)
 
         try:
-            charged, joined = await self._runs.answer(command.request, self._deadline_s, work)
+            charged, joined = await self._runs.answer(
+                command.request, self._deadline_s, work, caller
+            )
         except PaymentsError as error:
-            refused = isinstance(error, IdempotencyKeyReused | OrderAlreadyPaid)
-            self._telemetry.charges["refused" if refused else "unavailable"].inc()
+            self._telemetry.charges[_error_label(error)].inc()
             raise
         if joined:
             charged = Charged(charged.payment, replayed=True)
@@ -157,10 +162,18 @@ class Charging:
             run.take_slot()
             try:
                 with span("append", event=intent.TOPIC):
-                    await self._appender.append_intent(event)
+                    await self._appender.append_intent(event, wanted=run.is_awaited)
             except StreamConflict as conflict:
                 run.release_slot()
                 first = _first(intent.payment_id, conflict.first_state)
+            except Unwanted:
+                run.release_slot()
+                known = await load_charge(self._database, intent.payment_id)
+                if known is None and run.is_awaited():
+                    continue  # for a request that joined meanwhile
+                if known is None:
+                    raise ClientGone(_GONE) from None
+                first = known.payment
             else:
                 run.begun()
                 return _Begun(evolve(None, intent), (event,), age_s)
@@ -217,7 +230,7 @@ class Charging:
                 )
                 if found is not None:
                     return found
-                self._check_may_send_again(begun.age_s)
+                self._check_may_send_again(run, begun.age_s)
             charge = ProviderCharge(
                 payment.id,
                 payment.amount_cents,
@@ -237,11 +250,22 @@ class Charging:
         finally:
             run.release_slot()
 
-    def _check_may_send_again(self, age_s: float) -> None:
+    def _check_may_send_again(self, run: Run[Charged], age_s: float) -> None:
+        if not run.is_awaited():
+            raise OutcomeUnknown("nobody waits for it any more")
         if age_s > self._gateway.safe_retry_s:
             raise OutcomeUnknown("too old to be sent again under the same provider key")
         if age_s + self._deadline_s > self._abandon_after_s:
             raise OutcomeUnknown("about to be abandoned: a capture would come too late")
+
+
+_GONE = "Its client had left, or had waited too long. Nothing was charged; send it again."
+
+
+def _error_label(error: PaymentsError) -> str:
+    if isinstance(error, ClientGone):
+        return "client_gone"
+    return "refused" if isinstance(error, IdempotencyKeyReused | OrderAlreadyPaid) else "unavailable"
 
 
 def _cause(command: ChargePayment) -> Cause:

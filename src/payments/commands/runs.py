@@ -1,15 +1,15 @@
 """Work that a request begins and the service finishes.
 
 A run is a task of the service, not of the request: a client that goes away, or a deadline that
-passes, cancels neither an append nor a provider call. Requests only wait for its answer, and get
-one by the deadline in any case.
+passes, cancels neither an append nor a provider call. Requests only wait for its answer, and each
+gets one by its deadline in any case. But a charge is not begun once nobody waits for it any more.
 """
 
 import asyncio
 import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Iterable
 from datetime import UTC, datetime
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -30,6 +30,8 @@ OTHER_RUN_POLL_S = 0.1
 OUTCOME_STORE_PATIENCE_S = 2.0
 # How long a request may take, reads and appends together, until its intent is durable: the same.
 INTENT_PATIENCE_S = 2.5
+# How long a request that was read late may take at least, to look what an earlier one came to.
+LATE_PATIENCE_S = 1.0
 
 A = TypeVar("A")
 
@@ -41,13 +43,53 @@ class Request(Hashable, Protocol):
     def client(self) -> str: ...
 
 
+class Caller:
+    """Who sent a request: since when it waits (time.monotonic), and whether its connection was
+    lost."""
+
+    __slots__ = ("is_gone", "since")
+
+    def __init__(self, since: float | None = None) -> None:
+        self.since = time.monotonic() if since is None else since
+        self.is_gone = False
+
+
+class _Waiter(Generic[A]):
+    """One request that waits for a run's answer, on a future of its own: when it goes away it takes
+    nobody with it."""
+
+    __slots__ = ("answer_by", "caller", "deadline", "future", "has_place")
+
+    def __init__(self, caller: Caller, deadline_s: float) -> None:
+        self.caller = caller
+        self.deadline = caller.since + deadline_s
+        patience_s = min(deadline_s, LATE_PATIENCE_S)
+        self.answer_by = max(self.deadline, time.monotonic() + patience_s)
+        self.future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        self.has_place = True
+
+    def may_be_served(self, now: float) -> bool:
+        """Whether its client still waits, as far as the service can know."""
+        return not self.future.done() and not self.caller.is_gone and now < self.deadline
+
+    def tell(self, answer: A | Exception) -> None:
+        if self.future.done():
+            return
+        if isinstance(answer, Exception):
+            self.future.set_exception(answer)
+        else:
+            self.future.set_result(answer)
+
+
 class Run(Generic[A]):
     """A request's work in this process, and everyone who waits for its answer."""
 
-    def __init__(self, deadline: float, client: Client) -> None:
-        self.deadline = deadline
-        # When whoever waits gets an answer in any case: the deadline, or sooner.
-        self.answer_by = deadline
+    def __init__(self, client: Client) -> None:
+        # Until then the provider may be asked: the latest deadline of the requests that came before
+        # the intent was durable.
+        self.deadline = -math.inf
+        # When everyone who waits gets an answer in any case, if not by a deadline of its own.
+        self.answer_by = math.inf
         # The same, until the intent is durable.
         self.begin_by = 0.0
         self.store_has_answered()
@@ -60,22 +102,27 @@ class Run(Generic[A]):
         self.task: asyncio.Task[None] | None = None
         self._client = client
         self._has_slot = False
-        self._waiters: list[asyncio.Future[A]] = []
-        self._without_place = 0  # how many of them
+        self._waiters: list[_Waiter[A]] = []
 
-    async def wait(self, *, joined: bool = False) -> A:
-        """The answer. Each request waits on a future of its own, so one that goes away takes
-        nobody with it."""
-        waiter: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+    async def wait(self, caller: Caller, deadline_s: float, *, joined: bool = False) -> A:
+        """The answer, for one request."""
+        waiter: _Waiter[A] = _Waiter(caller, deadline_s)
         self._waiters.append(waiter)
+        if not self.has_begun:
+            self.deadline = max(self.deadline, waiter.deadline)
         if joined or self.has_begun:
-            self._leave_places(1)
+            self._leave_places([waiter])
         self._tell()
-        return await waiter
+        return await waiter.future
+
+    def is_awaited(self) -> bool:
+        """Whether the client of any request still waits: what nobody waits for is not begun."""
+        now = time.monotonic()
+        return self.answer is None and any(each.may_be_served(now) for each in self._waiters)
 
     def store_has_answered(self) -> None:
         """Before the intent is durable: it may take as long again as at the start."""
-        self.begin_by = min(self.deadline, time.monotonic() + INTENT_PATIENCE_S)
+        self.begin_by = time.monotonic() + INTENT_PATIENCE_S
 
     def begun(self) -> None:
         """The intent is durable, or an earlier request's is: now somebody else is waited for.
@@ -83,11 +130,17 @@ class Run(Generic[A]):
         Saying it again does nothing.
         """
         self.has_begun = True
-        self._leave_places(len(self._waiters) - self._without_place)
+        self._leave_places(self._waiters)
 
-    def _leave_places(self, waiters: int) -> None:
-        self._without_place += waiters
-        self._client.leave(waiters)
+    def _leave_places(self, waiters: Iterable[_Waiter[A]]) -> None:
+        for waiter in waiters:
+            if waiter.has_place:
+                waiter.has_place = False
+                self._client.leave()
+
+    def _enter_places(self, waiters: Iterable[_Waiter[A]]) -> None:
+        """To be answered; the request leaves its place itself."""
+        self._client.leave(-sum(not waiter.has_place for waiter in waiters))
 
     def take_slot(self) -> None:
         """Before the intent is written, and before each call of the provider; raises TooBusy."""
@@ -115,15 +168,23 @@ class Run(Generic[A]):
     def _tell(self) -> None:
         if self.answer is None:
             return
-        for waiter in self._waiters:
-            if waiter.done():
-                continue
-            if isinstance(self.answer, Exception):
-                waiter.set_exception(self.answer)
-            else:
-                waiter.set_result(self.answer)
-        self._waiters.clear()
-        self._leave_places(-self._without_place)
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter.tell(self.answer)
+        self._enter_places(waiters)
+
+    def tell_overdue(self, now: float) -> None:
+        """Answers the requests whose own time is up; when none is left the run has its answer."""
+        overdue = [waiter for waiter in self._waiters if now >= waiter.answer_by]
+        if not overdue:
+            return
+        if len(overdue) == len(self._waiters):
+            self.fail(_late())
+            return
+        for waiter in overdue:
+            self._waiters.remove(waiter)
+            waiter.tell(_late() if self.fallback is None else self.fallback)
+        self._enter_places(overdue)
 
     def may_ask(self) -> bool:
         """Looked at immediately before each provider call: a process that was frozen must not send
@@ -132,7 +193,7 @@ class Run(Generic[A]):
 
     def check_may_ask(self) -> None:
         if not self.may_ask():
-            raise TooBusy("The request did not get its turn in time.")
+            raise _late()
 
     def left_s(self, most_s: float) -> float:
         return min(most_s, self.deadline - time.monotonic())
@@ -154,14 +215,24 @@ class Runs:
         self._tasks: set[asyncio.Task[None]] = set()
         self._watching: asyncio.TimerHandle | None = None
 
+    def has(self, request: Request) -> bool:
+        """Whether an equal request is under way in this process."""
+        return request in self._runs
+
     async def answer(
-        self, request: Request, deadline_s: float, work: Callable[[Run[A]], Awaitable[None]]
+        self,
+        request: Request,
+        deadline_s: float,
+        work: Callable[[Run[A]], Awaitable[None]],
+        caller: Caller | None = None,
     ) -> tuple[A, bool]:
         """The answer of `work`, or of the run of an equal request; and whether it was joined.
 
-        Raises what the work failed with, or TooBusy.
+        The deadline counts from when the caller began to wait: from now, if there is none. Raises
+        what the work failed with, or TooBusy.
         """
-        deadline = time.monotonic() + deadline_s
+        caller = caller or Caller()
+        deadline = caller.since + deadline_s
         run, client = self._runs.get(request), self._admission.client(request.client)
         while run is not None and run.answer is not None and run.task is not None:
             # Its requests were told PENDING, but it still goes on: this one waits for its end.
@@ -177,17 +248,17 @@ class Runs:
                 break
             run = self._runs.get(request)
         if run is not None:
-            return await run.wait(joined=True), True
+            return await run.wait(caller, deadline_s, joined=True), True
         if not client.runs.take():
             raise TooBusy("Too many requests are under way.")
-        run = self._runs[request] = Run(deadline, client)
+        run = self._runs[request] = Run(client)
         run.answer_by = min(run.answer_by, self._stop_by)
         run.task = asyncio.create_task(self._run(request, run, work), name="run")
         self._tasks.add(run.task)
         run.task.add_done_callback(self._tasks.discard)
         if self._watching is None:
             self._watch()
-        return await run.wait(), False
+        return await run.wait(caller, deadline_s), False
 
     async def _run(
         self, request: Request, run: Run[A], work: Callable[[Run[A]], Awaitable[None]]
@@ -204,7 +275,7 @@ class Runs:
             run.fail(error)
         finally:
             # Whatever way the run ended, nobody waits for ever.
-            run.fail(TooBusy("The request did not get its turn in time."))
+            run.fail(_late())
             run.release_slot()
             self._admission.client(request.client).runs.add(-1)
             del self._runs[request]
@@ -227,12 +298,17 @@ class Runs:
         """Answers the requests whose time is up; one timer for all runs."""
         now = time.monotonic()
         for run in self._runs.values():
+            run.tell_overdue(now)
             if now >= run.answer_by:
-                run.fail(TooBusy("The request did not get its turn in time."))
+                run.fail(_late())
             elif now >= run.begin_by and not run.has_begun:
                 run.fail(DatabaseUnavailable("The database does not answer in time."))
         loop = asyncio.get_running_loop()
         self._watching = loop.call_later(WATCH_S, self._watch) if self._runs else None
+
+
+def _late() -> TooBusy:
+    return TooBusy("The request did not get its turn in time.")
 
 
 def cause(client: str, request_id: str | None = None, traceparent: str | None = None) -> Cause:

@@ -47,6 +47,10 @@ class CaptureTaken(Exception):
     """Another payment of the same provider names the capture that is to be recorded."""
 
 
+class Unwanted(Exception):
+    """An intent that nobody wants any more, now that it was to be written."""
+
+
 class AppendRefused(Exception):
     """The database refuses these events for what is in them."""
 
@@ -58,24 +62,31 @@ class Unpackable(Exception):
 class _Append:
     """One caller's events and the future that tells it their fate."""
 
-    __slots__ = ("after", "events", "expires_at", "future", "submitted_at")
+    __slots__ = ("after", "events", "expires_at", "future", "submitted_at", "wanted")
 
     def __init__(
-        self, events: Sequence[StoredEvent], after: StoredEvent | None, expires_at: float
+        self,
+        events: Sequence[StoredEvent],
+        after: StoredEvent | None,
+        expires_at: float,
+        wanted: Callable[[], bool] | None,
     ) -> None:
         self.events = events
         self.after = after.state if after is not None else None
         self.submitted_at = time.monotonic()
         self.expires_at = expires_at  # by the same clock; infinite unless it is an intent
+        self.wanted = wanted
         self.future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     @property
     def is_intent(self) -> bool:
         return self.expires_at < NEVER
 
-    @property
     def given_up(self) -> bool:
-        """An intent that nobody waits for any more: its request was refused, so drop it."""
+        """Looked at immediately before it is sent: an intent that nobody waits for any more, since
+        its request was refused, or wants any more, is dropped."""
+        if self.wanted is not None and not self.wanted():
+            self.resolve(Unwanted())
         return self.is_intent and self.future.done()
 
     def resolve(self, result: int | Exception) -> None:
@@ -132,17 +143,23 @@ class Appender:
         await self._writer.disconnect()
 
     def append_intent(
-        self, event: StoredEvent, *, after: StoredEvent | None = None
+        self,
+        event: StoredEvent,
+        *,
+        after: StoredEvent | None = None,
+        wanted: Callable[[], bool] | None = None,
     ) -> "asyncio.Future[int]":
         """Appends the event that has to be durable before a provider is asked; `after` as below.
 
         Its future fails with DatabaseUnavailable after INTENT_TIMEOUT_S; the event may still be
-        stored later. Raises TooBusy at once if too many intents wait already.
+        stored later. It fails with Unwanted if it is no longer `wanted` when it is to be sent,
+        which the process may have been stopped before. Raises TooBusy at once if too many intents
+        wait already.
         """
         if self._intents >= self._intent_queue_max:
             raise TooBusy("Too many requests wait for the event store.")
         self._intents += 1
-        return self._submit([event], after, time.monotonic() + INTENT_TIMEOUT_S)
+        return self._submit([event], after, time.monotonic() + INTENT_TIMEOUT_S, wanted)
 
     def append(
         self, events: Sequence[StoredEvent], *, after: StoredEvent | None = None
@@ -167,9 +184,13 @@ class Appender:
         return 0.0
 
     def _submit(
-        self, events: Sequence[StoredEvent], after: StoredEvent | None, expires_at: float
+        self,
+        events: Sequence[StoredEvent],
+        after: StoredEvent | None,
+        expires_at: float,
+        wanted: Callable[[], bool] | None = None,
     ) -> "asyncio.Future[int]":
-        append = _Append(events, after, expires_at)
+        append = _Append(events, after, expires_at, wanted)
         self._waiting.append(append)
         self._wake.set()
         if self._expiry is None:
@@ -207,7 +228,7 @@ class Appender:
         while self._waiting and len(batch) < BATCH_MAX:
             append = self._waiting.popleft()
             self._intents -= append.is_intent
-            if not append.given_up:
+            if not append.given_up():
                 batch.append(append)
         return batch
 
@@ -274,7 +295,7 @@ class _Writer:
                 return
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, RECONNECT_MAX_S)
-            batch = [append for append in batch if not append.given_up]
+            batch = [append for append in batch if not append.given_up()]
 
     async def _send(self, batch: list[_Append]) -> None:
         """One round trip, one transaction, one flush to disk; then every caller is told."""
