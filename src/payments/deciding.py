@@ -5,7 +5,7 @@ say it, or raises why there is none.
 """
 
 import hashlib
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -119,7 +119,16 @@ def differing_fields(payment: Payment, request: ChargeRequest) -> tuple[str, ...
     return _told(payment, request.client, differing or ("payment_method",))
 
 
-def initiate(request: ChargeRequest, gateway: str, cause: Cause) -> PaymentInitiated:
+def is_held_for(hold_until: datetime | None, now: datetime, seconds: float) -> bool:
+    """Whether seats are held for at least so long from now; without a hold that is not known, and
+    taken for yes."""
+    return hold_until is None or hold_until - now >= timedelta(seconds=seconds)
+
+
+def initiate(
+    request: ChargeRequest, gateway: str, cause: Cause, hold_until: datetime | None = None
+) -> PaymentInitiated:
+    """`hold_until` is no part of the request: the first one that is stored counts."""
     return PaymentInitiated(
         payment_id=payment_id_for(request.idempotency_key),
         version=1,
@@ -129,6 +138,7 @@ def initiate(request: ChargeRequest, gateway: str, cause: Cause) -> PaymentIniti
         amount_cents=request.amount_cents,
         currency=request.currency,
         gateway=gateway,
+        hold_until=msgspec.UNSET if hold_until is None else hold_until,
         **_metadata(cause),
     )
 

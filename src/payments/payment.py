@@ -90,6 +90,7 @@ class Payment(msgspec.Struct, frozen=True, kw_only=True):
     status: Status
     created_at: datetime
     updated_at: datetime
+    hold_until: datetime | None = None
     provider_txn_id: str | None = None
     failure: str | None = None
     decline_code: str | None = None
@@ -207,6 +208,7 @@ def _begin(fact: PaymentInitiated) -> Payment:
         status=Status.PENDING,
         created_at=fact.occurred_at,
         updated_at=fact.occurred_at,
+        hold_until=None if fact.hold_until is msgspec.UNSET else fact.hold_until,
     )
 
 

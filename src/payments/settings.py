@@ -21,6 +21,12 @@ SETTLING = "settling"  # who asks in the events that settling causes
 DISPATCHER = "dispatcher"  # who calls back, where a payment's history is told
 # A client with one of these names would be taken for everyone, or for the service itself.
 RESERVED_CLIENTS = frozenset({DEFAULT_CLIENT, SETTLING, DISPATCHER})
+# How long a request may take, reads and appends together, until its intent is durable: design,
+# "with Postgres down or frozen each request is answered in under 3 s".
+INTENT_PATIENCE_S = 2.5
+# How much longer than a call of the provider its seats must be held: clocks differ, and a gateway
+# may overrun its timeout.
+HOLD_MARGIN_S = 5.0
 CALLBACK_STATUSES = ("SUCCESS", "FAILED", "REFUNDED")
 ORDER_ID = "{order_id}"  # what ORDER_STATUS_URL has in the place of an order's id
 
@@ -54,8 +60,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     payments_api_keys: tuple[ApiKey, ...] = ()
     charge_deadline_s: float = 7
     gateway_timeout_s: float = 6
-    pending_abandon_after_s: float = 900
+    pending_abandon_after_s: float = 600
     second_charge: str = "allow"
+    seat_hold_s: float | None = None
     intent_queue_max: int = 512
     gateway_concurrency_max: int = 1000
     database_pool_max: int = 8
@@ -67,6 +74,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "INFO"
     access_log_per_s: int = 100
     callback_retention_days: int = 90
+
+    @property
+    def hold_needed_s(self) -> float:
+        """For so long seats must still be held when a charge comes, or it cannot begin."""
+        return INTENT_PATIENCE_S + self.gateway_timeout_s + HOLD_MARGIN_S
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value}" for name, value, _, _ in describe(self))
@@ -306,7 +318,7 @@ VARIABLES = (
     Variable(
         "PENDING_ABANDON_AFTER_S",
         _seconds(1, 604_800),
-        "900",
+        "600",
         "a PENDING payment unknown to the provider fails after this",
     ),
     Variable(
@@ -314,6 +326,12 @@ VARIABLES = (
         _one_of("allow", "refuse"),
         "allow",
         "a charge with a new key for an order that is paid: allow it, or refuse it with 409",
+    ),
+    Variable(
+        "SEAT_HOLD_S",
+        _seconds(1, 604_800),
+        "unset",
+        "no capture is sent so long after a charge began, if it names no hold_until itself",
     ),
     Variable(
         "INTENT_QUEUE_MAX",
@@ -429,6 +447,11 @@ def _check_together(settings: Settings, given: Mapping[str, Any]) -> None:
         raise StartError(
             f"PENDING_ABANDON_AFTER_S: {settings.pending_abandon_after_s:g} must not be less than "
             f"CHARGE_DEADLINE_S ({settings.charge_deadline_s:g})"
+        )
+    if settings.seat_hold_s is not None and settings.seat_hold_s < settings.hold_needed_s:
+        raise StartError(
+            f"SEAT_HOLD_S: {settings.seat_hold_s:g} must not be less than "
+            f"{settings.hold_needed_s:g}, or no charge could begin"
         )
     if settings.gateway_timeout_s >= settings.charge_deadline_s:
         raise StartError(

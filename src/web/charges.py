@@ -1,5 +1,6 @@
 """POST /v1/charge."""
 
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated
 from uuid import UUID
@@ -14,6 +15,7 @@ from payments.deciding import ChargeRequest
 from payments.errors import (
     ClientGone,
     DatabaseUnavailable,
+    FieldError,
     GatewayUnavailable,
     IdempotencyKeyReused,
     InvalidIdempotencyKey,
@@ -24,8 +26,10 @@ from payments.errors import (
     Unauthorized,
 )
 from payments.payment import Status
+from payments.times import TIME_PATTERN, read_time
 from web.bodies import UnsupportedMediaType, read_body
 from web.description import Answer, Operation, Parameter, described
+from web.list_query import TIME_TEXT
 from web.requests import (
     KEY_SCHEMA,
     UUID_PATTERN,
@@ -79,6 +83,17 @@ class ChargeBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Annotated[str, msgspec.Meta(pattern=r"^[!-~]{1,255}(?!\n)$")] | None,
         msgspec.Meta(
             description="the provider's token: 1 to 255 printable ASCII characters without spaces"
+        ),
+    ] = None
+    hold_until: Annotated[
+        Annotated[
+            str,
+            msgspec.Meta(pattern=TIME_PATTERN, extra_json_schema={"format": "date-time"}),
+        ]
+        | None,
+        msgspec.Meta(
+            description=f"{TIME_TEXT}: when the hold of the seats ends. No capture is sent after "
+            "it; when the charge is repeated, the first one counts"
         ),
     ] = None
 
@@ -190,10 +205,21 @@ async def charge(request: Anyone) -> Response[bytes]:
             ),
             request_id(request),
             traceparent(request),
+            _hold_until(body),
         ),
         caller_of(request),
     )
     return _answer(request, charged)
+
+
+def _hold_until(body: ChargeBody) -> datetime | None:
+    if body.hold_until is None:
+        return None
+    try:
+        return read_time(body.hold_until)
+    except ValueError:  # a 31 February
+        error = FieldError("hold_until", f"must be {TIME_TEXT}")
+        raise InvalidRequest("Mend the fields listed in errors.", (error,)) from None
 
 
 def _answer(request: Anyone, charged: Charged) -> Response[bytes]:

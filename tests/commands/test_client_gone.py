@@ -10,6 +10,7 @@ import pytest
 from payments.commands.runs import Caller
 from payments.deciding import payment_id_for
 from payments.errors import ClientGone, IdempotencyKeyReused, TooBusy
+from payments.events.store import load_charge
 from payments.gateways import ProviderCharge
 from payments.payment import Status
 from tests.commands.conftest import Make
@@ -80,18 +81,16 @@ async def test_one_of_two_that_still_waits_is_enough(
 async def test_one_that_comes_while_it_is_looked_whether_the_key_is_known(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from payments.commands import charge
-
     gateway = ScriptedGateway()
     service = await make(gateway)
-    load_charge, joined = charge.load_charge, []
+    joined = []
 
     async def slow(*arguments: Any) -> Any:
         joined.append(asyncio.create_task(service.charging.charge(charge_of("k"), Caller())))
         await asyncio.sleep(0.05)
         return await load_charge(*arguments)
 
-    monkeypatch.setattr(charge, "load_charge", slow)
+    monkeypatch.setattr("payments.commands.charge.load_charge", slow)
     charged = await service.charging.charge(charge_of("k"), stale())
     assert charged.payment.status is Status.SUCCESS
     assert (await joined[0]).payment.status is Status.SUCCESS

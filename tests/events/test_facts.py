@@ -53,6 +53,7 @@ INITIATED = PaymentInitiated(
     fingerprint="e3" * 32,
     gateway="simulated",
 )
+HELD = msgspec.structs.replace(INITIATED, hold_until=datetime(2026, 1, 2, 3, 19, 5, 6, tzinfo=UTC))
 CHARGED = PaymentCharged(**CAUSED, **CHARGE, version=2, provider_txn_id="txn_é☃")
 FAILED = PaymentFailed(
     **CAUSED, **CHARGE, version=2, reason="declined", decline_code="insufficient_funds"
@@ -91,6 +92,7 @@ def without_optional_ones(fact: Fact, *more: str) -> Fact:
 EXPECTED: dict[str, Fact] = {
     "PaymentInitiated.v1": INITIATED,
     "PaymentInitiated.v1.nulls": without_optional_ones(INITIATED),
+    "PaymentInitiated.v1.held": HELD,
     "PaymentCharged.v1": CHARGED,
     "PaymentCharged.v1.nulls": without_optional_ones(CHARGED),
     "PaymentFailed.v1": FAILED,
@@ -139,7 +141,10 @@ CURRENT = [name for name in EXPECTED if f".v{current_version(FACTS[topic_of(name
 # The file of each version of each fact in which no field is null.
 COMPLETE = [name for name in EXPECTED if name.count(".") == 1]
 # Files beyond the two that every version of every fact has, and what is null in them.
-FURTHER: dict[str, set[str]] = {"PaymentFailed.v1.abandoned": {"decline_code"}}
+FURTHER: dict[str, set[str]] = {
+    "PaymentFailed.v1.abandoned": {"decline_code"},
+    "PaymentInitiated.v1.held": set(),
+}
 
 
 class TestGolden:
@@ -366,6 +371,7 @@ VALUES: dict[Any, st.SearchStrategy[Any]] = {
     str: st.text(max_size=20),
     bool: st.booleans(),
     datetime: st.datetimes(timezones=st.just(UTC)),
+    datetime | msgspec.UnsetType: st.just(msgspec.UNSET) | st.datetimes(timezones=st.just(UTC)),
     str | None: st.none() | st.text(max_size=20),
     Literal["declined", "abandoned"]: st.sampled_from(["declined", "abandoned"]),
 }

@@ -10,6 +10,7 @@ what a run is.
 
 import asyncio
 import math
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import msgspec
@@ -27,12 +28,16 @@ from payments.deciding import (
     OutcomeMismatch,
     differing_fields,
     initiate,
+    is_held_for,
+    payment_id_for,
     record_outcome,
 )
 from payments.errors import (
     ClientGone,
+    FieldError,
     GatewayUnavailable,
     IdempotencyKeyReused,
+    InvalidRequest,
     OrderAlreadyPaid,
     PaymentsError,
     PaymentUnreadable,
@@ -43,17 +48,22 @@ from payments.events.store import fact_at, load_charge, to_stored_event
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
 from payments.logs import Repeats
 from payments.payment import Approved, Declined, Payment, Status, UnexpectedEvent, evolve
-from payments.settings import Settings
+from payments.settings import HOLD_MARGIN_S, Settings
 from payments.telemetry import Telemetry
 from payments.tracing import span
 
 
 class ChargePayment(msgspec.Struct, frozen=True):
-    """The command: the request, and where it came from (for the events' metadata)."""
+    """The command: the request, and where it came from (for the events' metadata).
+
+    `hold_until` is when the hold of the seats ends, if that was told; of all requests with a key
+    the first one's counts.
+    """
 
     request: ChargeRequest
     request_id: str | None = None
     traceparent: str | None = None
+    hold_until: datetime | None = None
 
 
 class Charged(msgspec.Struct, frozen=True):
@@ -105,13 +115,15 @@ class Charging:
         self._gateway_timeout_s = settings.gateway_timeout_s
         self._abandon_after_s = settings.pending_abandon_after_s
         self._second_is_refused = settings.second_charge == "refuse"
+        self._seat_hold_s = settings.seat_hold_s
+        self._hold_needed_s = settings.hold_needed_s
 
     async def charge(self, command: ChargePayment, caller: Caller | None = None) -> Charged:
         """Charges, or joins or repeats the charge that this key already began.
 
         Nothing is begun for a `caller` that is gone or too old; without one it has just asked.
-        Raises IdempotencyKeyReused or OrderAlreadyPaid, or Unavailable if the provider was surely
-        not asked.
+        Raises IdempotencyKeyReused, OrderAlreadyPaid, InvalidRequest if a hold ends too early for a
+        new charge, or Unavailable if the provider was surely not asked.
         """
 
         async def work(run: Run[Charged]) -> None:
@@ -119,6 +131,7 @@ class Charging:
                 await self._charge(run, command)
 
         try:
+            await self._check_hold(command)
             charged, joined = await self._runs.answer(
                 command.request, self._deadline_s, work, caller
             )
@@ -131,6 +144,21 @@ class Charging:
         replayed = charged.replayed and outcome is not Status.PENDING
         self._telemetry.charges["replayed" if replayed else outcome.lower()].inc()
         return charged
+
+    async def _check_hold(self, command: ChargePayment) -> None:
+        """For new keys only: what was begun is answered at any time."""
+        until, request = command.hold_until, command.request
+        if is_held_for(until, datetime.now(UTC), self._hold_needed_s) or self._runs.has(request):
+            return
+        if await load_charge(self._database, payment_id_for(request.idempotency_key)) is None:
+            message = (
+                f"must be at least {self._hold_needed_s:g} s from now, or the charge may end after "
+                "it: hold the seats for longer, and send their new end with the same key"
+            )
+            raise InvalidRequest(
+                "The seats are not held for long enough to charge them. Nothing was charged.",
+                (FieldError("hold_until", message),),
+            )
 
     async def _charge(self, run: Run[Charged], command: ChargePayment) -> None:
         begun = await self._begin(run, command)
@@ -154,7 +182,10 @@ class Charging:
 
     async def _begin(self, run: Run[Charged], command: ChargePayment) -> _Begun | None:
         """Makes the intent durable; None if an earlier request with this key has an answer."""
-        intent = initiate(command.request, self._gateway.name, _cause(command))
+        decided, hold_until = _cause(command), command.hold_until
+        if hold_until is None and self._seat_hold_s is not None:
+            hold_until = decided.occurred_at + timedelta(seconds=self._seat_hold_s)
+        intent = initiate(command.request, self._gateway.name, decided, hold_until)
         event, age_s, repeats = to_stored_event(intent), None, Repeats()
         if self._second_is_refused:
             await self._refuse_second(run, intent)
@@ -239,7 +270,10 @@ class Charging:
             )
             run.check_may_ask()
             run.fallback = Charged(payment, begun.replayed)
-            return await self._gateway.charge(charge, run.left_s(self._gateway_timeout_s))
+            timeout_s = run.left_s(self._gateway_timeout_s)
+            if not is_held_for(payment.hold_until, datetime.now(UTC), timeout_s + HOLD_MARGIN_S):
+                raise OutcomeUnknown("its seats are about to be sold again: it would come too late")
+            return await self._gateway.charge(charge, timeout_s)
         except NeverSent as error:
             if not begun.replayed:
                 run.fallback = None
@@ -265,7 +299,8 @@ _GONE = "Its client had left, or had waited too long. Nothing was charged; send 
 def _error_label(error: PaymentsError) -> str:
     if isinstance(error, ClientGone):
         return "client_gone"
-    return "refused" if isinstance(error, IdempotencyKeyReused | OrderAlreadyPaid) else "unavailable"
+    refused = isinstance(error, IdempotencyKeyReused | InvalidRequest | OrderAlreadyPaid)
+    return "refused" if refused else "unavailable"
 
 
 def _cause(command: ChargePayment) -> Cause:

@@ -19,6 +19,7 @@ from payments.admission import Admission, Client
 from payments.deciding import Cause, OutcomeMismatch
 from payments.errors import DatabaseUnavailable, PaymentsError, TooBusy
 from payments.gateways import OutcomeUnknown
+from payments.settings import INTENT_PATIENCE_S
 from payments.tasks import end
 
 # How often it is looked whether a request's time is up.
@@ -28,8 +29,6 @@ OTHER_RUN_POLL_S = 0.1
 # How long an answer waits for its outcome to be stored, after which it is PENDING: design, "with
 # Postgres down or frozen each request is answered in under 3 s".
 OUTCOME_STORE_PATIENCE_S = 2.0
-# How long a request may take, reads and appends together, until its intent is durable: the same.
-INTENT_PATIENCE_S = 2.5
 # How long a request that was read late may take at least, to look what an earlier one came to.
 LATE_PATIENCE_S = 1.0
 

@@ -18,7 +18,7 @@ Times are UTC with microseconds; amounts are whole minor units of the currency.
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from uuid import UUID
 
 import msgspec
@@ -65,7 +65,8 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True):
 class PaymentInitiated(Fact, frozen=True, kw_only=True):
     """A charge was accepted and is durable; from here on the provider may be asked.
 
-    `fingerprint` is a SHA-256 over the whole request: see payment.fingerprint.
+    `fingerprint` is a SHA-256 over the whole request: see deciding.fingerprint. `hold_until` is
+    when the hold of the seats ends, if that is known: then no capture is sent any more.
     """
 
     TOPIC = "PaymentInitiated"
@@ -77,6 +78,7 @@ class PaymentInitiated(Fact, frozen=True, kw_only=True):
     amount_cents: int
     currency: str
     gateway: str
+    hold_until: Annotated[datetime, msgspec.Meta(tz=True)] | msgspec.UnsetType = msgspec.UNSET
 
 
 class PaymentCharged(Fact, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ from typing import Annotated
 from uuid import UUID
 
 import msgspec
+from msgspec import UnsetType
 
 from payments.database import Database
 from payments.errors import PaymentUnreadable
@@ -98,9 +99,11 @@ def _of_event(event: LogEntry) -> Entry:
 def _words(fact: Fact) -> str:
     match fact:
         case PaymentInitiated():
+            until = fact.hold_until
+            held = "" if isinstance(until, UnsetType) else f", seats held until {time_text(until)}"
             return (
                 f"charge of {_amount(fact)} asked for with the key {fact.idempotency_key}, for the "
-                f"order {fact.merchant_order_id}, at the provider {fact.gateway}"
+                f"order {fact.merchant_order_id}, at the provider {fact.gateway}{held}"
             )
         case PaymentCharged():
             return f"the provider captured {_amount(fact)} as {fact.provider_txn_id}"
