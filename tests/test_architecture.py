@@ -30,11 +30,12 @@ LAYERS = (
     ("payments.events.facts",),
     ("payments.payment",),
     ("payments.deciding",),
+    ("payments.legacy",),
     ("payments.session",),
     ("payments.database",),
     (
         *("payments.migrations", "payments.events", "payments.gateways"),
-        *("payments.unsettled", "payments.sendings"),
+        *("payments.unsettled", "payments.sendings", "payments.legacy_ids"),
     ),
     ("payments.snapshot", "payments.opening"),
     ("payments.commands", "payments.queries", "payments.projections", "payments.callbacks"),

@@ -20,6 +20,7 @@
     snapshot.py        reading much and holding nothing, for exports, audits and rebuilds
     unsettled.py       the list of what the provider must be asked about again
     sendings.py        which refunds were sent, and since when
+    legacy.py          a row of the Node service as events;  legacy_ids.py the ids they had there
     opening.py         the database that the settings name;  embedded_postgres/ one of our own
     database.py        connections;  session.py what each is set to;  migrations/ the schema
     times.py           times as text, for API and command line;  tasks.py ends background tasks

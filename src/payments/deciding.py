@@ -33,6 +33,12 @@ from payments.payment import Approved, Declined, LateCapture, Payment, Refund, S
 _PAYMENT_NAMESPACE = b"payment-service/idempotency-key/1\x00"
 _REFUND_NAMESPACE = b"payment-service/refund/1\x00"
 _LATE_CAPTURE_NAMESPACE = b"payment-service/late-capture/1\x00"
+_IMPORT_NAMESPACE = b"payment-service/imported-event/1\x00"
+
+# What an Idempotency-Key may be: printable ASCII without blanks at its ends, which are no part of a
+# header's value.
+KEY_MAX = 255
+KEY_PATTERN = r"^[\x21-\x7e](?:[\x20-\x7e]{0,253}[\x21-\x7e])?$"
 
 # Of one payment: those that went through or are under way, and all, with those that the provider
 # refused. A stream is read as a whole, and that must stay quick.
@@ -94,6 +100,12 @@ def refund_id_for(payment_id: UUID, idempotency_key: str) -> UUID:
     return _derived(_REFUND_NAMESPACE, payment_id.bytes + idempotency_key.encode())
 
 
+def imported_event_id(legacy_id: UUID, version: int) -> UUID:
+    """Of the event that stands for a row of the service before this one: whoever imports the row
+    again makes the very same."""
+    return _derived(_IMPORT_NAMESPACE, legacy_id.bytes + version.to_bytes(1))
+
+
 def fingerprint(request: ChargeRequest) -> str:
     """SHA-256 of everything in the request but the key, in hex."""
     parts = (
@@ -107,7 +119,11 @@ def fingerprint(request: ChargeRequest) -> str:
 
 
 def differing_fields(payment: Payment, request: ChargeRequest) -> tuple[str, ...]:
-    """What to say differs from the request that began this payment; () if nothing does."""
+    """What to say differs from the request that began this payment; () if nothing does.
+
+    Of an imported one neither client nor payment method was ever stored: whoever asks for the same
+    order, amount and currency may have been it.
+    """
     if payment.fingerprint == fingerprint(request):
         return ()
     differing = tuple(
@@ -115,6 +131,8 @@ def differing_fields(payment: Payment, request: ChargeRequest) -> tuple[str, ...
         for name in ("merchant_order_id", "amount_cents", "currency")
         if getattr(payment, name) != getattr(request, name)
     )
+    if payment.imported:
+        return differing
     # The payment method is the one part that is not stored.
     return _told(payment, request.client, differing or ("payment_method",))
 

@@ -25,6 +25,7 @@ from payments.events.facts import (
 )
 
 ABANDONED, DECLINED = "abandoned", "declined"  # why a payment is FAILED
+IMPORTED = "imported"  # or it was FAILED in the service before this one, which did not say why
 
 
 class Status(StrEnum):
@@ -76,7 +77,11 @@ class Unsettled(msgspec.Struct, frozen=True):
 
 
 class Payment(msgspec.Struct, frozen=True, kw_only=True):
-    """A payment as its events so far describe it."""
+    """A payment as its events so far describe it.
+
+    `imported`: the service before this one charged it. Nobody is asked what became of that, and
+    nothing of it is called back.
+    """
 
     id: UUID
     version: int
@@ -96,6 +101,7 @@ class Payment(msgspec.Struct, frozen=True, kw_only=True):
     decline_code: str | None = None
     refunds: tuple[Refund, ...] = ()
     late_capture: LateCapture | None = None
+    imported: bool = False
 
     @property
     def outcome(self) -> Status:
@@ -126,7 +132,7 @@ class Payment(msgspec.Struct, frozen=True, kw_only=True):
     def unsettled(self) -> "Unsettled | None":
         """What is left to find out at the provider, the most urgent thing of several."""
         if self.status is Status.PENDING:
-            return Unsettled("charge", self.created_at)
+            return None if self.imported else Unsettled("charge", self.created_at)
         if self.status is Status.FAILED:
             if self.late_capture is not None:
                 returned = self.late_capture.provider_refund_id is not None
@@ -207,8 +213,10 @@ def _begin(fact: PaymentInitiated) -> Payment:
         gateway=fact.gateway,
         status=Status.PENDING,
         created_at=fact.occurred_at,
-        updated_at=fact.occurred_at,
         hold_until=None if fact.hold_until is msgspec.UNSET else fact.hold_until,
+        updated_at=fact.occurred_at if not fact.legacy else fact.legacy.updated_at,
+        provider_txn_id=None if not fact.legacy else fact.legacy.provider_txn_id,
+        imported=fact.imported is True,
     )
 
 
@@ -218,14 +226,14 @@ def _initiated(payment: Payment, fact: PaymentInitiated) -> dict[str, Any]:
 
 def _charged(payment: Payment, fact: PaymentCharged) -> dict[str, Any]:
     _check(payment, fact, payment.status is Status.PENDING, payment.amount_cents)
-    return {"status": Status.SUCCESS, "provider_txn_id": fact.provider_txn_id}
+    return {"status": Status.SUCCESS, "provider_txn_id": _known(fact, fact.provider_txn_id)}
 
 
 def _failed(payment: Payment, fact: PaymentFailed) -> dict[str, Any]:
     _check(payment, fact, payment.status is Status.PENDING, payment.amount_cents)
     return {
         "status": Status.FAILED,
-        "failure": fact.reason,
+        "failure": IMPORTED if fact.imported is True else fact.reason,
         "decline_code": fact.decline_code,
     }
 
@@ -258,7 +266,7 @@ def _refunded(payment: Payment, fact: PaymentRefunded) -> dict[str, Any]:
         fact,
         status=Status.SUCCESS,
         refunded_cents=given_back,
-        provider_refund_id=fact.provider_refund_id,
+        provider_refund_id=_known(fact, fact.provider_refund_id),
     )
     if given_back == payment.amount_cents:
         changes["status"] = Status.REFUNDED
@@ -293,6 +301,11 @@ def _late_capture_returned(payment: Payment, fact: LateCaptureReturned) -> dict[
     _check(payment, fact, True, payment.amount_cents)
     returned = msgspec.structs.replace(found, provider_refund_id=fact.provider_refund_id)
     return {"late_capture": returned}
+
+
+def _known(fact: Fact, provider_id: str) -> str | None:
+    """Where the service before this one kept no id of the provider's, "" is stored."""
+    return None if fact.imported is True and not provider_id else provider_id
 
 
 def _pending_refund(payment: Payment, fact: PaymentRefunded | RefundFailed) -> Refund:

@@ -11,6 +11,7 @@ from litestar.datastructures import State
 from litestar.enums import MediaType
 
 from payments.commands.runs import Caller
+from payments.deciding import KEY_MAX, KEY_PATTERN
 from payments.errors import FieldError, InvalidIdempotencyKey, InvalidRequest
 from payments.service import Service
 from web.arrivals import CALLER
@@ -23,8 +24,6 @@ Anyone = Request[Any, Any, State]
 UUID_PATTERN = "^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
 # Both: generators of clients go by the format, and not every validator looks at it.
 UUID_SCHEMA = {"type": "string", "format": "uuid", "maxLength": 36, "pattern": UUID_PATTERN}
-KEY_MAX = 255
-KEY_PATTERN = r"^[\x21-\x7e](?:[\x20-\x7e]{0,253}[\x21-\x7e])?$"
 KEY_SCHEMA = {"type": "string", "minLength": 1, "maxLength": KEY_MAX, "pattern": KEY_PATTERN}
 _KEY = re.compile(KEY_PATTERN[1:-1].encode())
 

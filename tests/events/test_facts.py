@@ -18,6 +18,7 @@ from payments.events.facts import (
     Fact,
     LateCaptureFound,
     LateCaptureReturned,
+    Legacy,
     PaymentCharged,
     PaymentFailed,
     PaymentInitiated,
@@ -364,15 +365,20 @@ class TestUndecodable:
             refusal(topic, golden(name))
 
 
+UTC_TIMES = st.datetimes(timezones=st.just(UTC))
+
 # What each type of field may hold in a fact that is written.
 VALUES: dict[Any, st.SearchStrategy[Any]] = {
     UUID: st.uuids(),
     int: st.integers(-(2**63), 2**63 - 1),
     str: st.text(max_size=20),
     bool: st.booleans(),
-    datetime: st.datetimes(timezones=st.just(UTC)),
-    datetime | msgspec.UnsetType: st.just(msgspec.UNSET) | st.datetimes(timezones=st.just(UTC)),
+    datetime: UTC_TIMES,
+    datetime | msgspec.UnsetType: st.just(msgspec.UNSET) | UTC_TIMES,
     str | None: st.none() | st.text(max_size=20),
+    bool | msgspec.UnsetType: st.just(msgspec.UNSET) | st.booleans(),
+    Legacy | msgspec.UnsetType: st.just(msgspec.UNSET)
+    | st.builds(Legacy, st.uuids(), st.none() | st.text(max_size=20), UTC_TIMES),
     Literal["declined", "abandoned"]: st.sampled_from(["declined", "abandoned"]),
 }
 

@@ -1,8 +1,9 @@
 """The `payments` command. Data goes to stdout, everything else to stderr.
 
 Exit codes: 0 done, 1 could not (one line says why), 2 wrong arguments, or what it prints cannot be
-written. `audit verify`, `doctor` and `rebuild --dry-run`: 0 nothing was found, 1 something was, 2
-anything else. `callbacks test`: 0 taken, 1 refused, 2 anything else. `psql`: its own.
+written. `audit verify`, `doctor`, `rebuild --dry-run` and `import-legacy`: 0 nothing was found, 1
+something was, 2 anything else. `callbacks test`: 0 taken, 1 refused, 2 anything else. `psql`: its
+own.
 """
 
 import click
@@ -50,6 +51,10 @@ COMMANDS = {
     "parked": (
         "parked:parked",
         "Streams that a read model goes on without, since an event of theirs could not be applied.",
+    ),
+    "import-legacy": (
+        "import_legacy:import_legacy",
+        "Bring the payments of the Node service, whose database this was, into the log.",
     ),
     "callbacks": ("callbacks:callbacks", "What Order Service is owed and was told."),
     "dump": (

@@ -236,7 +236,9 @@ class Charging:
                 raise _StreamGone
             run.begun()
             run.fallback = Charged(loaded.payment, replayed=True)
-            if loaded.payment.status is not Status.PENDING or not run.may_ask():
+            # What an imported payment came to, only a person can find out: it is not sent again.
+            open_here = loaded.payment.status is Status.PENDING and not loaded.payment.imported
+            if not open_here or not run.may_ask():
                 run.finish(run.fallback)
                 return None
             if loaded.age_s() > self._deadline_s:

@@ -14,6 +14,7 @@ import msgspec
 from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
+from payments import legacy_ids
 from payments.commands.giving_back import GivingBack
 from payments.commands.recording import Recorder
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
@@ -160,6 +161,11 @@ class Refunding:
                     f"It was captured by the provider {loaded.payment.gateway}, "
                     f"and this service now works with {self._gateway.name}."
                 )
+            if loaded.payment.status is Status.SUCCESS and loaded.payment.provider_txn_id is None:
+                raise PaymentNotRefundable(
+                    "It was imported without the provider's id of the capture: give it back at the "
+                    "provider."
+                )
             fact = initiate_refund(loaded.payment, command.request, _cause(command))
             event = to_stored_event(fact)
             run.check_may_ask()
@@ -205,6 +211,8 @@ class Refunding:
     async def _load(self, command: RefundPayment) -> LoadedPayment:
         payment_id = command.request.payment_id
         loaded = await load_payment(self._database, payment_id, command.may_read)
+        if loaded is None and (new_id := await legacy_ids.find(self._database, payment_id)):
+            loaded = await load_payment(self._database, new_id, command.may_read)
         if loaded is None:
             await self._giving_back.check_allowed()
             raise PaymentNotFound(f"There is no payment {payment_id}.")

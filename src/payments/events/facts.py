@@ -30,11 +30,21 @@ class UndecodableEvent(Exception):
     """Stored bytes that no fact of this version of the software can be made from."""
 
 
+class Legacy(msgspec.Struct, frozen=True):
+    """Of an imported payment's row what no fact has a place for: its id there, its
+    `provider_txn_id`, also if nothing was captured, and when it was changed last."""
+
+    id: UUID
+    provider_txn_id: str | None
+    updated_at: datetime
+
+
 class Fact(msgspec.Struct, frozen=True, kw_only=True):
     """What every fact carries: which payment, its place in the stream, and who caused it when.
 
     `payment_id` and `version` repeat the row's stream and version, so that bytes which were moved
-    to another row no longer decode.
+    to another row no longer decode. `imported`: it happened in the service before this one, as that
+    one recorded it; where it does not hold, the field is not stored.
     """
 
     TOPIC: ClassVar[str]
@@ -46,6 +56,7 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True):
     client: str
     request_id: str | None = None
     traceparent: str | None = None
+    imported: bool | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         # What msgspec makes of a trailing Z is this very object.
@@ -66,7 +77,8 @@ class PaymentInitiated(Fact, frozen=True, kw_only=True):
     """A charge was accepted and is durable; from here on the provider may be asked.
 
     `fingerprint` is a SHA-256 over the whole request: see deciding.fingerprint. `hold_until` is
-    when the hold of the seats ends, if that is known: then no capture is sent any more.
+    when the hold of the seats ends, if that is known: then no capture is sent any more. `legacy`:
+    of an imported one.
     """
 
     TOPIC = "PaymentInitiated"
@@ -79,6 +91,7 @@ class PaymentInitiated(Fact, frozen=True, kw_only=True):
     currency: str
     gateway: str
     hold_until: Annotated[datetime, msgspec.Meta(tz=True)] | msgspec.UnsetType = msgspec.UNSET
+    legacy: Legacy | msgspec.UnsetType = msgspec.UNSET
 
 
 class PaymentCharged(Fact, frozen=True, kw_only=True):

@@ -30,10 +30,12 @@ from psycopg.sql import SQL, Identifier
 
 from payments.database import DatabaseAddress, again_on_conflict, connect, reason_of
 from payments.errors import StartError
+from payments.migrations.legacy import IMPORT_OPEN, NOT_OURS, Legacy, legacy_table
 
 LOCK_KEYS = (7165010, 2)  # 1 was the lock of the appends, until 0012_append_alone.sql
 LOCK_WAIT_S = 120  # another process may be in the middle of a long migration
 LOCK_POLL_S = 0.1
+PAYMENTS_MADE_BY = 2  # the migration that makes our table payments
 FIRST_RELEASE = 5  # the newest migration of the version that knows schema_migrations alone
 
 TABLES = """
@@ -152,25 +154,26 @@ def known_migrations() -> list[Migration]:
     return sorted(found, key=lambda migration: migration.number)
 
 
-def migrate(address: DatabaseAddress) -> list[Migration]:
+def migrate(address: DatabaseAddress, *, importing: bool = False) -> list[Migration]:
     """Brings the database up to date; returns what it applied.
 
     Any number of processes may call this at once: one applies, the others wait for it. Raises
-    StartError if a newer version migrated the database to what this one cannot run on, or if an
-    applied file was changed.
+    StartError if a newer version migrated the database to what this one cannot run on, if an
+    applied file was changed, if another service's table stands where ours would, or, unless it is
+    the import that calls, if its payments are imported in part only.
     """
     with connect(address, "payments migrate") as connection:
         # A migration may rightly take longer than a request.
         connection.execute("SET statement_timeout = 0; SET lock_timeout = 0")
         try:
-            schema = schema_of(connection)
+            schema = schema_of(connection, importing=importing)
             if not schema.missing:
                 # The lock is one that every session may take: no start is to wait for it in vain.
                 _refuse(schema)
                 return []
             _lock(connection)
             connection.execute(TABLES)
-            schema = schema_of(connection)
+            schema = schema_of(connection, importing=importing)
             _refuse(schema)
             for migration in schema.missing:
                 _apply(connection, migration)
@@ -205,9 +208,13 @@ def check_readable(address: DatabaseAddress) -> None:
         )
 
 
-def schema_of(connection: psycopg.Connection[Any]) -> Schema:
-    """Only reads. Raises StartError if a file was changed after it was applied."""
+def schema_of(connection: psycopg.Connection[Any], *, importing: bool = False) -> Schema:
+    """Only reads. Raises StartError if a file was changed after it was applied, or if the table
+    payments is another service's. `importing`: an import that is not complete is no obstacle."""
     known, applied = known_migrations(), _applied(connection)
+    legacy = legacy_of(connection)
+    if legacy is Legacy.IN_PLACE:
+        raise StartError(NOT_OURS)
     newer = [applied[number] for number in sorted(applied.keys() - {m.number for m in known})]
     for migration in known:
         record = applied.get(migration.number)
@@ -217,7 +224,7 @@ def schema_of(connection: psycopg.Connection[Any]) -> Schema:
                 "restore the file and add a new migration"
             )
     oldest = max((record.oldest for record in newer), default=0)
-    refusal = None
+    refusal = IMPORT_OPEN if legacy is Legacy.OPEN and not importing else None
     if oldest > known[-1].number:
         refusal = (
             f"the database has migration {newer[-1]}, which this version does not know: "
@@ -225,6 +232,11 @@ def schema_of(connection: psycopg.Connection[Any]) -> Schema:
         )
     missing = [migration for migration in known if migration.number not in applied]
     return Schema(missing, newer, refusal)
+
+
+def legacy_of(connection: psycopg.Connection[Any]) -> Legacy:
+    """How far the import of the Node service's payments has come. Only reads."""
+    return legacy_table(connection, PAYMENTS_MADE_BY in _applied(connection))
 
 
 def _applied(connection: psycopg.Connection[Any]) -> dict[int, Applied]:

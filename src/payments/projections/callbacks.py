@@ -90,7 +90,8 @@ async def begin_at_the_end(database: Database) -> None:
 
 
 class CallbacksProjection:
-    """`statuses`: which outcomes Order Service wants to hear of; others are `excluded`."""
+    """`statuses`: which outcomes Order Service wants to hear of; others are `excluded`, and so are
+    imported ones: the service before this one told of them itself."""
 
     name = "callbacks"
 
@@ -133,6 +134,15 @@ class CallbacksProjection:
             await cursor.execute(SUPERSEDE.encode(), {"orders": orders})
             return enqueued
 
+    async def exclude(
+        self, connection: psycopg.AsyncConnection[Any], events: Sequence[LogEntry]
+    ) -> None:
+        """Adds what imported events mean. Nothing of it is due, so it needs no lane."""
+        owed = [found for event in events if (found := _owed(event)) is not None]
+        if owed:
+            async with connection.cursor(binary=True) as cursor:
+                await cursor.execute(ENQUEUE.encode(), self._params(owed))
+
     def _params(self, owed: list[_Owed]) -> tuple[Any, ...]:
         outcomes = [each.outcome for each in owed]
         return (
@@ -145,9 +155,12 @@ class CallbacksProjection:
             integers([_amount_cents(outcome) for outcome in outcomes]),
             texts([outcome.currency for outcome in outcomes]),
             timestamps([outcome.occurred_at for outcome in outcomes]),
-            texts(["due" if each.status in self._statuses else "excluded" for each in owed]),
+            texts(["due" if self._is_wanted(each) else "excluded" for each in owed]),
             texts([outcome.traceparent for outcome in outcomes]),
         )
+
+    def _is_wanted(self, owed: _Owed) -> bool:
+        return owed.status in self._statuses and owed.outcome.imported is not True
 
 
 class Backfilled(NamedTuple):

@@ -6,7 +6,7 @@ from uuid import UUID
 from payments.database import Database
 from payments.errors import PaymentNotFound
 from payments.events.store import LOAD_STREAM_AS_OF, belongs_to, fold_stored
-from payments.queries.payments import PaymentView, not_found, view_of
+from payments.queries.payments import PaymentView, found, view_of
 
 Moment = int | datetime  # a position of the log, or a time
 
@@ -23,17 +23,21 @@ async def get_payment_as_of(
     A moment that is still to come is now. `client` and errors are those of get_payment; the
     PaymentNotFound of a payment that began later says so.
     """
-    params = {
-        "payment_id": payment_id,
-        "position": moment if isinstance(moment, int) else None,
-        "time": moment if isinstance(moment, datetime) else None,
-    }
-    rows = await database.fetch(LOAD_STREAM_AS_OF, params)
-    if rows and belongs_to(client, payment_id, rows[0]):
-        return view_of(fold_stored(payment_id, rows))
-    if not rows and client is None and await database.fetch(STREAM_EXISTS, [payment_id]):
-        raise PaymentNotFound(f"Payment {payment_id} did not exist yet {_text(moment)}.")
-    raise await not_found(database, payment_id, client)
+
+    async def read(payment_id: UUID) -> PaymentView | None:
+        params = {
+            "payment_id": payment_id,
+            "position": moment if isinstance(moment, int) else None,
+            "time": moment if isinstance(moment, datetime) else None,
+        }
+        rows = await database.fetch(LOAD_STREAM_AS_OF, params)
+        if rows and belongs_to(client, payment_id, rows[0]):
+            return view_of(fold_stored(payment_id, rows))
+        if not rows and client is None and await database.fetch(STREAM_EXISTS, [payment_id]):
+            raise PaymentNotFound(f"Payment {payment_id} did not exist yet {_text(moment)}.")
+        return None
+
+    return await found(database, payment_id, client, read)
 
 
 def _text(moment: Moment) -> str:

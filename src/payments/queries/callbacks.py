@@ -139,8 +139,8 @@ async def get_callbacks(
     database: Database, lookups: PaymentLookups, payment_id: UUID, client: str | None
 ) -> PaymentCallbacks:
     """What Order Service was told of the payment. `client` and errors are get_payment's."""
-    await get_payment(database, lookups, payment_id, client)
-    deliveries = await deliveries_of_payment(database, payment_id)
+    payment = await get_payment(database, lookups, payment_id, client)
+    deliveries = await deliveries_of_payment(database, payment.id)
     made: dict[UUID, list[AttemptView]] = defaultdict(list)
     for attempt in await attempts(database, [each.event_id for each in deliveries]):
         made[attempt.event_id].append(

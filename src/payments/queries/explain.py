@@ -15,6 +15,7 @@ from payments.events.facts import (
     Fact,
     LateCaptureFound,
     LateCaptureReturned,
+    Legacy,
     PaymentCharged,
     PaymentFailed,
     PaymentInitiated,
@@ -27,7 +28,7 @@ from payments.events.store import LOAD_ENTRIES, fact_at, fold_stored
 from payments.money import amount_text
 from payments.payment import Payment
 from payments.queries.callbacks import Attempt, Delivery, attempts, deliveries_of_payment, text_of
-from payments.queries.payments import not_found
+from payments.queries.payments import found
 from payments.settings import DISPATCHER
 
 
@@ -56,10 +57,13 @@ class Explanation(msgspec.Struct, frozen=True):
 
 async def explain(database: Database, payment_id: UUID) -> Explanation:
     """Raises PaymentNotFound or DatabaseUnavailable; what cannot be read is told as such."""
-    rows = await database.fetch(LOAD_ENTRIES, [payment_id])
-    if not rows:
-        raise await not_found(database, payment_id, None)
-    events = [LogEntry(*row) for row in rows]
+
+    async def read(payment_id: UUID) -> list[LogEntry] | None:
+        rows = await database.fetch(LOAD_ENTRIES, [payment_id])
+        return [LogEntry(*row) for row in rows] or None
+
+    events = await found(database, payment_id, None, read)
+    payment_id = events[0].payment_id
     deliveries = await deliveries_of_payment(database, payment_id)
     made = await attempts(database, [delivery.event_id for delivery in deliveries])
     entries = [_of_event(event) for event in events]
@@ -98,6 +102,18 @@ def _of_event(event: LogEntry) -> Entry:
 
 def _words(fact: Fact) -> str:
     match fact:
+        case PaymentInitiated(legacy=Legacy(id=legacy_id)):
+            return (
+                f"imported: charge of {_amount(fact)} with the key {fact.idempotency_key}, for the "
+                f"order {fact.merchant_order_id}, at the provider {fact.gateway}; "
+                f"its id was {legacy_id}"
+            )
+        case PaymentCharged(imported=True, provider_txn_id=""):
+            return f"imported: {_amount(fact)} captured, without the provider's id of it"
+        case PaymentFailed(imported=True):
+            return f"imported: {_amount(fact)} not captured; why is not on record"
+        case PaymentRefunded(imported=True):
+            return f"imported: {_amount(fact)} given back, without the provider's id of it"
         case PaymentInitiated():
             until = fact.hold_until
             held = "" if isinstance(until, UnsetType) else f", seats held until {time_text(until)}"
@@ -172,7 +188,7 @@ def _of_delivery(delivery: Delivery, made: list[Attempt]) -> Iterator[Entry]:
 _ENDS = {
     "dead": "given up, until somebody sends it again with `payments callbacks redrive`",
     "superseded": "not sent, since its order was paid",
-    "excluded": "not sent, since ORDER_CALLBACK_STATUSES does not name it",
+    "excluded": "not sent, since ORDER_CALLBACK_STATUSES does not name it, or it was imported",
 }
 
 

@@ -8,7 +8,7 @@ import msgspec
 
 from payments.database import Database
 from payments.events.store import belongs_to
-from payments.queries.payments import not_found
+from payments.queries.payments import found
 
 # A whole stream, oldest first; `data` is the stored text itself, NULL where that is not JSON.
 HISTORY = """
@@ -42,10 +42,14 @@ async def get_history(database: Database, payment_id: UUID, client: str | None) 
     `client` restricts the answer to that API client's payments; None reads all. Raises
     PaymentNotFound or DatabaseUnavailable.
     """
-    rows = await database.fetch(HISTORY, [payment_id])
-    if not rows or not belongs_to(client, payment_id, _stored(*rows[0])):
-        raise await not_found(database, payment_id, client)
-    return PaymentHistory([_event(*row) for row in rows])
+
+    async def read(payment_id: UUID) -> PaymentHistory | None:
+        rows = await database.fetch(HISTORY, [payment_id])
+        if not rows or not belongs_to(client, payment_id, _stored(*rows[0])):
+            return None
+        return PaymentHistory([_event(*row) for row in rows])
+
+    return await found(database, payment_id, client, read)
 
 
 def _event(

@@ -50,10 +50,14 @@ class Unreadable(NamedTuple):
 
 
 def movements(log: Replay) -> Iterator[list[Movement | Unreadable]]:
-    """Of a replay that wants MOVEMENTS, part by part."""
+    """Of a replay that wants MOVEMENTS, part by part.
+
+    What was imported moved in another service, before it was recorded here, and is left out.
+    """
     for part in log.parts():
         asked = _asked_for(log, list({event.payment_id for event, _ in part}))
-        yield [_movement(found, asked) for found in part]
+        moved = (_movement(found, asked) for found in part)
+        yield [movement for movement in moved if movement is not None]
 
 
 def _asked_for(log: Replay, payment_ids: Sequence[UUID]) -> Asked:
@@ -70,13 +74,15 @@ def _asked_for(log: Replay, payment_ids: Sequence[UUID]) -> Asked:
     return asked
 
 
-def _movement(found: Sealed, asked: Asked) -> Movement | Unreadable:
+def _movement(found: Sealed, asked: Asked) -> Movement | Unreadable | None:
     event = found.event
     try:
         fact: Fact = fact_at(event.payment_id, event.version, event.topic, event.state)
     except UndecodableEvent:
         return Unreadable(event.position)
     assert isinstance(fact, Moved)
+    if fact.imported is True:
+        return None
     kind: Literal["charge", "refund"] = "charge"
     refund_id = None
     if isinstance(fact, PaymentCharged | LateCaptureFound):

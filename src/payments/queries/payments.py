@@ -1,18 +1,21 @@
 """Reading payments: one as it is now, a list of them as the projector last wrote it."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
 import msgspec
 
+from payments import legacy_ids
 from payments.database import Database
 from payments.errors import DatabaseUnavailable, PaymentNotFound
 from payments.money import amount_text
 from payments.payment import Payment, Status
 from payments.queries.cursor import Place, read_cursor, write_cursor
 from payments.queries.lookups import PaymentLookups
+
+T = TypeVar("T")
 
 LIMIT_DEFAULT, LIMIT_MAX = 50, 200
 OF_ORDER_MAX = 5
@@ -126,10 +129,12 @@ async def get_payment(
     `client` restricts the answer to that API client's payments; None reads all. Raises
     PaymentNotFound, PaymentUnreadable or DatabaseUnavailable.
     """
-    payment = await lookups.find(payment_id, client)
-    if payment is None:
-        raise await not_found(database, payment_id, client)
-    return view_of(payment)
+
+    async def read(payment_id: UUID) -> PaymentView | None:
+        payment = await lookups.find(payment_id, client)
+        return None if payment is None else view_of(payment)
+
+    return await found(database, payment_id, client, read)
 
 
 def view_of(payment: Payment) -> PaymentView:
@@ -193,19 +198,35 @@ async def payments_of_order(
     return [(id, status, amount, currency) for id, status, amount, currency in rows]
 
 
+async def found(
+    database: Database,
+    payment_id: UUID,
+    client: str | None,
+    read: Callable[[UUID], Awaitable[T | None]],
+) -> T:
+    """What `read` finds for this id, or for the payment that had it in the service before this one;
+    PaymentNotFound."""
+    result = await read(payment_id)
+    if result is None and (new_id := await legacy_ids.find(database, payment_id)) is not None:
+        result = await read(new_id)
+    if result is None:
+        raise await not_found(database, payment_id, client)
+    return result
+
+
 async def not_found(database: Database, payment_id: UUID, client: str | None) -> PaymentNotFound:
     """The error for an id that no payment has; it says so if the id is an order's."""
     detail = f"There is no payment {payment_id}."
     try:
-        found = await payments_of_order(database, payment_id, client, OF_ORDER_MAX + 1)
+        of_order = await payments_of_order(database, payment_id, client, OF_ORDER_MAX + 1)
     except DatabaseUnavailable:
-        found = []
-    if found:
+        of_order = []
+    if of_order:
         listed = ", ".join(
             f"{id} ({status}, {amount_text(amount, currency)})"
-            for id, status, amount, currency in found[:OF_ORDER_MAX]
+            for id, status, amount, currency in of_order[:OF_ORDER_MAX]
         )
-        older = " and older ones" if len(found) > OF_ORDER_MAX else ""
+        older = " and older ones" if len(of_order) > OF_ORDER_MAX else ""
         detail += f" An order with this id has the payments {listed}{older}: use one of these ids."
     return PaymentNotFound(detail)
 

@@ -1,0 +1,166 @@
+"""`payments import-legacy`: the payments of the Node service that had the database before."""
+
+import asyncio
+import re
+import sys
+
+import click
+
+from payments.cli.exits import FINDINGS, one_is_a_finding
+from payments.cli.output import one_line
+from payments.cli.progress import Progress
+from payments.cli.start import begin
+from payments.commands import importing
+from payments.commands.importing import LOCK_KEYS, NAME, TRY_LOCK, Asked, Looked
+from payments.database import Database, DatabaseAddress, connect
+from payments.errors import StartError
+from payments.legacy import NO_GATEWAY, LegacyRow
+from payments.migrations import legacy_of, migrate
+from payments.migrations.legacy import Legacy
+from payments.money import amount_text
+from payments.opening import open_database
+from payments.projections.callbacks import CallbacksProjection
+from payments.projections.follower import Follower
+from payments.projections.payments import PaymentsProjection
+from payments.projections.seals import BATCH_MAX as SEALS_MAX
+from payments.projections.seals import SealsProjection
+from payments.settings import Settings
+from payments.telemetry import Telemetry
+
+NOTHING = "there is no table payments of the Node service in {!r}: is this the right database?"
+
+
+def _gateway(_: click.Context, __: click.Parameter, name: str) -> str:
+    if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", name):
+        raise click.BadParameter("must be 1 to 64 of a-z, 0-9, _ and -, as a gateway is named")
+    return name
+
+
+@click.command("import-legacy")
+@click.option(
+    "--gateway",
+    default=NO_GATEWAY,
+    show_default=True,
+    callback=_gateway,
+    metavar="NAME",
+    help="The provider that captured what the Node service charged, as GATEWAY names it here: its "
+    f"payments can be refunded through this service. As {NO_GATEWAY} they cannot.",
+)
+@click.option(
+    "--timezone",
+    default="UTC",
+    show_default=True,
+    metavar="ZONE",
+    help="The zone of the times in the table, such as Asia/Kolkata.",
+)
+@click.option("--dry-run", is_flag=True, help="Only look for rows that cannot be imported.")
+@click.option(
+    "--leave-out-rows",
+    is_flag=True,
+    help="Import the others. What is left out is not known here: a charge with the idempotency key "
+    "of such a row IS SENT TO THE PROVIDER AGAIN.",
+)
+@click.option(
+    "--ignore-connections",
+    is_flag=True,
+    help="Begin while others are connected to the database. The Node service must not be one of "
+    "them: it would write to the new table.",
+)
+def import_legacy(
+    gateway: str, timezone: str, dry_run: bool, leave_out_rows: bool, ignore_connections: bool
+) -> None:
+    """Bring the payments of the Node service, whose database this was, into the log.
+
+    Its table payments becomes legacy_payments, and no service starts on the database until all of
+    its rows are imported. If it is interrupted, run it again; once it is complete, nothing happens
+    any more. Exit code 1: rows cannot be imported, and nothing was changed; 2: it could not be
+    done.
+    """
+    one_is_a_finding()
+    settings = begin()
+    asked = Asked(gateway, timezone, leave_out_rows)
+    with open_database(settings, to="look") as address, connect(address, NAME) as lock:
+        if lock.execute(TRY_LOCK, LOCK_KEYS).fetchone() != (True,):
+            raise StartError("another import is running")
+        where = legacy_of(lock)
+        if where is Legacy.COMPLETE:
+            click.echo("the payments of the Node service are imported already", err=True)
+            return
+        _check(address, timezone, where)
+        looked = _looked(address, asked, where, dry_run, ignore_connections)
+        if dry_run or (looked.faulty and not leave_out_rows):
+            _tell(looked)
+            sys.exit(FINDINGS if looked.faulty else 0)
+        _import(settings, address, asked, looked)
+    _tell_pending(looked)
+
+
+def _check(address: DatabaseAddress, timezone: str, where: Legacy) -> None:
+    if where is Legacy.NONE:
+        raise StartError(NOTHING.format(address))
+    if missing := asyncio.run(importing.check_asked(address, timezone)):
+        raise StartError(
+            f"the table payments lacks {', '.join(missing)}: it is not that of the Node service"
+        )
+
+
+def _looked(
+    address: DatabaseAddress, asked: Asked, where: Legacy, dry_run: bool, ignore_connections: bool
+) -> Looked:
+    """What the table holds; it is set aside by now, unless it must not be."""
+    if where is Legacy.OPEN or dry_run:
+        set_aside = where is Legacy.OPEN
+        return asyncio.run(importing.look(address, asked.timezone, _tell_of, set_aside=set_aside))
+    return asyncio.run(
+        importing.take_over(address, asked, _tell_of, despite_others=ignore_connections)
+    )
+
+
+def _tell_of(row: LegacyRow, reasons: list[str]) -> None:
+    name = "without an id" if row.id is None else row.id
+    click.echo(one_line(f"row {name}: {', '.join(reasons)}"))
+
+
+def _tell(looked: Looked) -> None:
+    count = f"{looked.rows:,} rows, {looked.faulty:,} of them cannot be imported"
+    click.echo(f"{count}; nothing was changed")
+    _tell_pending(looked)
+
+
+def _import(settings: Settings, address: DatabaseAddress, asked: Asked, looked: Looked) -> None:
+    migrate(address, importing=True)
+    exclude = CallbacksProjection(()).exclude
+    with Progress() as progress:
+
+        def tell(done: int) -> None:
+            progress("import", done, looked.rows - looked.faulty)
+
+        count = asyncio.run(importing.import_rows(address, asked, exclude, tell))
+        asyncio.run(_catch_up(settings, address, progress))
+    click.echo(f"imported: {count:,} rows of {looked.rows:,}")
+    if looked.faulty:
+        click.echo(f"left out: {looked.faulty:,} rows, which are in legacy_payments alone")
+
+
+async def _catch_up(settings: Settings, address: DatabaseAddress, progress: Progress) -> None:
+    """What the log now holds is sealed, and listed, before a service starts."""
+    database, telemetry = Database(address, 1), Telemetry()
+    for step, projection, batch in (
+        ("list", PaymentsProjection(settings.charge_deadline_s), 1000),
+        ("seal", SealsProjection(), SEALS_MAX),
+    ):
+        follower, done = Follower(database.connect, projection, telemetry, batch, listens=False), 0
+        try:
+            while moved := await follower.run_once():
+                progress(step, done := done + moved, None)
+        finally:
+            await follower.stop()
+
+
+def _tell_pending(looked: Looked) -> None:
+    """What only a person can find out, at the provider."""
+    for row in looked.pending:
+        amount = amount_text(int(row.amount_cents or 0), row.currency or "")
+        began = f"{row.created_at or row.updated_at:%Y-%m-%dT%H:%M:%SZ}"
+        text = f"{amount}, order {row.merchant_order_id}, since {began}"
+        click.echo(f"PENDING, and nobody asks for it: payment {row.payment_id} ({row.id}): {text}")

@@ -1,0 +1,70 @@
+"""The table of the Node service that had this database before, and how far its import came.
+
+Its table is called payments as well, so it is looked for before anything is migrated. The import
+(commands/importing.py) gives it another name and a comment, by which it is known from then on; to
+go back to the Node service is to give it its name again.
+"""
+
+from enum import Enum, auto
+from typing import Any
+
+import psycopg
+
+MARK = "Payments of the Node service: docs/migrating-from-node.md"
+
+NOT_OURS = (
+    "the table payments in this database is that of the Node service: stop that one and run "
+    "`payments import-legacy` (docs/migrating-from-node.md); nothing was changed"
+)
+IMPORT_OPEN = (
+    "the payments of the Node service are not all imported: run `payments import-legacy` again"
+)
+
+TABLES = """
+SELECT c.relname::text, obj_description(c.oid, 'pg_class') IS NOT DISTINCT FROM %s
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname = current_schema() AND c.relname IN ('payments', 'legacy_payments')
+"""
+
+HAS_IMPORT = "SELECT to_regclass('legacy_import') IS NOT NULL"
+IS_COMPLETE = "SELECT FROM legacy_import WHERE completed_at IS NOT NULL"
+
+# The names of its indexes, and of the constraints that rest on them, are ours as well.
+SET_ASIDE = """
+ALTER TABLE payments RENAME TO legacy_payments;
+COMMENT ON TABLE legacy_payments IS 'Payments of the Node service: docs/migrating-from-node.md';
+DO $$
+DECLARE
+    name text;
+BEGIN
+    FOR name IN
+        SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+         WHERE i.indrelid = 'legacy_payments'::regclass AND c.relname LIKE 'payments%'
+    LOOP
+        EXECUTE format('ALTER INDEX %I RENAME TO %I', name, left('legacy_' || name, 63));
+    END LOOP;
+END $$
+"""
+
+
+class Legacy(Enum):
+    """Where the Node service's table is: nowhere, at our table's place, or set aside, with an
+    import that is still open or complete."""
+
+    NONE = auto()
+    IN_PLACE = auto()
+    OPEN = auto()
+    COMPLETE = auto()
+
+
+def legacy_table(connection: psycopg.Connection[Any], ours_is_made: bool) -> Legacy:
+    """`ours_is_made`: the migration that makes our table is on record. Only reads."""
+    rows = connection.execute(TABLES, [MARK]).fetchall()
+    marked = dict(rows)
+    if "payments" in marked and (marked["payments"] or not ours_is_made):
+        return Legacy.IN_PLACE
+    if not marked.get("legacy_payments"):
+        return Legacy.NONE
+    if connection.execute(HAS_IMPORT).fetchone() != (True,):
+        return Legacy.OPEN
+    return Legacy.COMPLETE if connection.execute(IS_COMPLETE).rowcount else Legacy.OPEN
