@@ -18,7 +18,7 @@ from payments.cli.start import begin, with_database
 from payments.cli.work_checks import work_checks
 from payments.database import Database, DatabaseAddress, connect, reason_of
 from payments.errors import DatabaseUnavailable, StartError
-from payments.migrations import schema_of
+from payments.migrations import schema_of, shape
 from payments.opening import open_database
 from payments.service import build_gateway
 from payments.session import settings_in_force
@@ -86,7 +86,11 @@ def _database(address: DatabaseAddress) -> Iterator[Check]:
             text += f"; {POSTGRES_MIN} or newer is needed: docs/backup.md"
         if schema.newer and schema.refusal is None:
             text = f"schema newer than this version, which may run on it: {schema.newer[-1]}"
-        bad = version < POSTGRES_MIN or schema.refusal is not None
+        changed = shape.lost(connection)
+        if changed:
+            text += f"; something else changed the table payments ({', '.join(changed)}): "
+            text += "`payments migrate`, then `payments rebuild`"
+        bad = version < POSTGRES_MIN or schema.refusal is not None or bool(changed)
         yield failing("database", bad, f"Postgres {version}, {text}")
         # Opening the connection has compared them.
         text = ", ".join(f"{name} {value}" for name, value in settings_in_force(connection).items())

@@ -9,6 +9,7 @@ from payments.cli.exits import FINDINGS, one_is_a_finding
 from payments.cli.output import one_line, print_rows
 from payments.cli.progress import Progress
 from payments.cli.start import begin
+from payments.migrations import restore_shape
 from payments.opening import open_database
 from payments.projections.comparison import Difference, Totals, Unreadable
 from payments.projections.rebuild import Rebuilt, check, rebuild
@@ -55,6 +56,7 @@ def rebuild_read_model(projection: str, dry_run: bool) -> None:
         if dry_run:
             done = check(address, show, progress)
         else:
+            restore_shape(address)
             done = rebuild(address, settings.charge_deadline_s, show, progress)
     _tell(done, dry_run)
     differing = sum(done.differing.values())

@@ -30,6 +30,7 @@ from psycopg.sql import SQL, Identifier
 
 from payments.database import DatabaseAddress, again_on_conflict, connect, reason_of
 from payments.errors import StartError
+from payments.migrations import shape
 from payments.migrations.legacy import IMPORT_OPEN, NOT_OURS, Legacy, legacy_table
 
 LOCK_KEYS = (7165010, 2)  # 1 was the lock of the appends, until 0012_append_alone.sql
@@ -170,6 +171,7 @@ def migrate(address: DatabaseAddress, *, importing: bool = False) -> list[Migrat
             if not schema.missing:
                 # The lock is one that every session may take: no start is to wait for it in vain.
                 _refuse(schema)
+                _restore_shape(connection)
                 return []
             _lock(connection)
             connection.execute(TABLES)
@@ -177,6 +179,7 @@ def migrate(address: DatabaseAddress, *, importing: bool = False) -> list[Migrat
             _refuse(schema)
             for migration in schema.missing:
                 _apply(connection, migration)
+            _restore_shape(connection)
         except psycopg.Error as error:
             raise StartError(f"migration failed: {reason_of(error)}") from error
     return schema.missing
@@ -186,8 +189,9 @@ def check_migrated(address: DatabaseAddress) -> None:
     """StartError unless every known migration is applied, and this version may run on the rest."""
     with connect(address, "payments migrate") as connection:
         schema = schema_of(connection)
-    _refuse(schema)
-    _demand(schema)
+        _refuse(schema)
+        _demand(schema)
+        _tell_of_shape(connection)
 
 
 def check_readable(address: DatabaseAddress) -> None:
@@ -198,13 +202,50 @@ def check_readable(address: DatabaseAddress) -> None:
 
     def read() -> Schema:
         with connect(address, "payments migrate") as connection:
-            return schema_of(connection)
+            schema = schema_of(connection)
+            _demand(schema)
+            _tell_of_shape(connection)
+            return schema
 
     schema = again_on_conflict(read)
-    _demand(schema)
     if schema.newer:
         logger.bind(migration=str(schema.newer[-1])).warning(
             "the database is newer than this version, which may not find its way in it"
+        )
+
+
+def restore_shape(address: DatabaseAddress) -> None:
+    """Gives our table payments its shape back, if something else changed it; psycopg.Error."""
+    with connect(address, "payments migrate") as connection:
+        connection.execute("SET statement_timeout = 0")
+        if shape.lost(connection):
+            _lock(connection)
+            shape.restore(connection)
+
+
+def _tell_of_shape(connection: psycopg.Connection[Any]) -> None:
+    if changed := shape.lost(connection):
+        logger.bind(changed=", ".join(changed)).warning(
+            "something else changed the table payments: `payments migrate`, then `payments rebuild`"
+        )
+
+
+def _restore_shape(connection: psycopg.Connection[Any]) -> None:
+    """Or says why not: no payment is refused for the shape of a read model."""
+    if not (changed := shape.lost(connection)):
+        return
+    log = logger.bind(changed=", ".join(changed))
+    _lock(connection)
+    try:
+        shape.restore(connection)
+    except psycopg.Error as error:
+        log.bind(reason=reason_of(error)).warning(
+            "something else changed the table payments, and it cannot be restored"
+        )
+    else:
+        log.warning(
+            "something else changed the table payments; it has its shape again: `payments rebuild` "
+            "writes its rows"
         )
 
 

@@ -29,7 +29,7 @@ SELECT c.relname::text, obj_description(c.oid, 'pg_class') IS NOT DISTINCT FROM 
 HAS_IMPORT = "SELECT to_regclass('legacy_import') IS NOT NULL"
 IS_COMPLETE = "SELECT FROM legacy_import WHERE completed_at IS NOT NULL"
 
-# The names of its indexes, and of the constraints that rest on them, are ours as well.
+# The names of its constraints and indexes are ours as well.
 SET_ASIDE = """
 ALTER TABLE payments RENAME TO legacy_payments;
 COMMENT ON TABLE legacy_payments IS 'Payments of the Node service: docs/migrating-from-node.md';
@@ -37,6 +37,13 @@ DO $$
 DECLARE
     name text;
 BEGIN
+    FOR name IN
+        SELECT conname FROM pg_constraint
+         WHERE conrelid = 'legacy_payments'::regclass AND conname LIKE 'payments%'
+    LOOP
+        EXECUTE format('ALTER TABLE legacy_payments RENAME CONSTRAINT %I TO %I',
+                       name, left('legacy_' || name, 63));
+    END LOOP;
     FOR name IN
         SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
          WHERE i.indrelid = 'legacy_payments'::regclass AND c.relname LIKE 'payments%'
