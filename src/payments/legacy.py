@@ -94,6 +94,12 @@ def faults(row: LegacyRow) -> Iterator[str]:
         yield "neither created_at nor updated_at is a time"
 
 
+def key_of_none(legacy_id: UUID) -> str:
+    """What stands for the key of a row that has none. Blanks are no part of a header's value, so no
+    request has a key that begins with one."""
+    return f" legacy:{legacy_id}"
+
+
 def facts_of(row: LegacyRow, gateway: str) -> list[Fact]:
     """The events that a sound row becomes. `gateway`: the provider that captured what was captured.
 
@@ -119,8 +125,7 @@ def facts_of(row: LegacyRow, gateway: str) -> list[Fact]:
             **about,
         }
 
-    # Blanks are no part of a header's value, so no request has a key that begins with one.
-    key = f" legacy:{legacy_id}" if row.idempotency_key is None else row.idempotency_key
+    key = key_of_none(legacy_id) if row.idempotency_key is None else row.idempotency_key
     # What the version before this one finds the same: nobody named, and no payment method.
     request = ChargeRequest(key, order_id, amount_cents, currency, DEFAULT_CLIENT)
     facts: list[Fact] = [

@@ -14,7 +14,7 @@ from payments.commands import importing
 from payments.commands.importing import LOCK_KEYS, NAME, TRY_LOCK, Asked, Looked
 from payments.database import Database, DatabaseAddress, connect
 from payments.errors import StartError
-from payments.legacy import NO_GATEWAY, LegacyRow
+from payments.legacy import NO_GATEWAY
 from payments.migrations import legacy_of, migrate
 from payments.migrations.legacy import Legacy
 from payments.money import amount_text
@@ -116,8 +116,8 @@ def _looked(
     )
 
 
-def _tell_of(row: LegacyRow, reasons: list[str]) -> None:
-    name = "without an id" if row.id is None else row.id
+def _tell_of(row_id: str | None, reasons: list[str]) -> None:
+    name = "without an id" if row_id is None else row_id
     click.echo(one_line(f"row {name}: {', '.join(reasons)}"))
 
 

@@ -91,14 +91,25 @@ SELECT l.*
 """
 ROWS_IN_PLACE = _ROWS + "FROM payments) l ORDER BY began_at, id"
 ROWS_SET_ASIDE = _ROWS + "FROM legacy_payments) l ORDER BY began_at, id"
-ROWS_LEFT = (
-    _ROWS
-    + """
+# What is neither imported, nor was given to the Node service when it had the database back.
+_NOT_HERE = """
           FROM legacy_payments) l
  WHERE NOT EXISTS (SELECT FROM legacy_payment_ids i WHERE i.legacy_id::text = l.id)
+   AND NOT EXISTS (SELECT FROM payments p WHERE p.id::text = l.id)
  ORDER BY began_at, id
 """
-)
+ROWS_LEFT = _ROWS + _NOT_HERE
+
+# Of the others what it has changed since: ours is the table of the read model.
+HAS_OURS = "SELECT to_regclass('legacy_payment_ids') IS NOT NULL"
+CHANGED = """
+SELECT l.id::text, l.status::text, p.status
+  FROM legacy_payments l
+  LEFT JOIN legacy_payment_ids i ON i.legacy_id::text = l.id::text
+  JOIN payments p ON p.id::text = coalesce(i.payment_id::text, l.id::text)
+ WHERE l.status::text IS DISTINCT FROM p.status
+ ORDER BY l.id::text
+"""
 
 BEGIN = """
 INSERT INTO legacy_import (gateway, timezone, leaves_out) VALUES (%s, %s, %s)
@@ -125,8 +136,8 @@ class Looked(NamedTuple):
     faulty: int
 
 
-# Is told of each row that cannot be imported, and why.
-Found = Callable[[LegacyRow, list[str]], None]
+# Is told of each row that cannot be imported, by its id, and why.
+Found = Callable[[str | None, list[str]], None]
 
 
 async def look(address: DatabaseAddress, timezone: str, found: Found, *, set_aside: bool) -> Looked:
@@ -151,8 +162,11 @@ async def take_over(
             async with connection.transaction():
                 await connection.execute(HOLD)
                 looked = await _look(connection, ROWS_IN_PLACE, found)
-                if not looked.faulty or asked.leaves_out:
-                    await connection.execute(SET_ASIDE.encode())
+                await connection.execute(SET_ASIDE.encode())
+                changed = await _changed(connection, found)
+                looked = looked._replace(faulty=looked.faulty + changed)
+                if looked.faulty and not asked.leaves_out:
+                    raise psycopg.Rollback
         except psycopg.errors.LockNotAvailable:
             raise StartError("the table payments is in use: stop the Node service") from None
     return looked
@@ -234,10 +248,20 @@ async def _look(connection: psycopg.AsyncConnection[Any], query: str, found: Fou
         for row in rows:
             if reasons := list(faults(row)):
                 faulty += 1
-                found(row, reasons)
+                found(row.id, reasons)
             elif row.status == Status.PENDING:
                 pending.append(row)
     return Looked(count, pending, faulty)
+
+
+async def _changed(connection: psycopg.AsyncConnection[Any], found: Found) -> int:
+    """How many rows the Node service has changed since they were imported or given to it."""
+    if await (await connection.execute(HAS_OURS)).fetchone() != (True,):
+        return 0
+    rows = await (await connection.execute(CHANGED)).fetchall()
+    for id, there, here in rows:
+        found(id, [f"its status is {there}, and its payment here is {here}"])
+    return len(rows)
 
 
 async def _batches(

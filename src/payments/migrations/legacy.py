@@ -29,14 +29,19 @@ SELECT c.relname::text, obj_description(c.oid, 'pg_class') IS NOT DISTINCT FROM 
 HAS_IMPORT = "SELECT to_regclass('legacy_import') IS NOT NULL"
 IS_COMPLETE = "SELECT FROM legacy_import WHERE completed_at IS NOT NULL"
 
-# The names of its constraints and indexes are ours as well.
+# The names of its constraints and indexes are ours as well. Where the Node service had the database
+# back for a while, our table was given another name for it, and what it wrote is imported, too.
 SET_ASIDE = """
 ALTER TABLE payments RENAME TO legacy_payments;
 COMMENT ON TABLE legacy_payments IS 'Payments of the Node service: docs/migrating-from-node.md';
+ALTER TABLE IF EXISTS rolled_back_payments RENAME TO payments;
 DO $$
 DECLARE
     name text;
 BEGIN
+    IF to_regclass('legacy_import') IS NOT NULL THEN
+        UPDATE legacy_import SET completed_at = NULL;
+    END IF;
     FOR name IN
         SELECT conname FROM pg_constraint
          WHERE conrelid = 'legacy_payments'::regclass AND conname LIKE 'payments%'

@@ -25,6 +25,7 @@ from payments.events.facts import (
     UndecodableEvent,
 )
 from payments.events.store import LOAD_ENTRIES, fact_at, fold_stored
+from payments.legacy import key_of_none
 from payments.money import amount_text
 from payments.payment import Payment
 from payments.queries.callbacks import Attempt, Delivery, attempts, deliveries_of_payment, text_of
@@ -103,10 +104,11 @@ def _of_event(event: LogEntry) -> Entry:
 def _words(fact: Fact) -> str:
     match fact:
         case PaymentInitiated(legacy=Legacy(id=legacy_id)):
+            key = fact.idempotency_key
+            text = "no key" if key == key_of_none(legacy_id) else f"the key {key}"
             return (
-                f"imported: charge of {_amount(fact)} with the key {fact.idempotency_key}, for the "
-                f"order {fact.merchant_order_id}, at the provider {fact.gateway}; "
-                f"its id was {legacy_id}"
+                f"imported: charge of {_amount(fact)} with {text}, for the order "
+                f"{fact.merchant_order_id}, at the provider {fact.gateway}; its id was {legacy_id}"
             )
         case PaymentCharged(imported=True, provider_txn_id=""):
             return f"imported: {_amount(fact)} captured, without the provider's id of it"
