@@ -10,8 +10,8 @@ from payments.cli.exits import FINDINGS, one_is_a_finding
 from payments.cli.output import one_line
 from payments.cli.progress import Progress
 from payments.cli.start import begin
-from payments.commands import importing
-from payments.commands.importing import LOCK_KEYS, NAME, TRY_LOCK, Asked, Looked
+from payments.commands.importing import LOCK_KEYS, TRY_LOCK, import_rows, take_over
+from payments.commands.legacy_rows import NAME, Asked, Looked, check, look
 from payments.database import Database, DatabaseAddress, connect
 from payments.errors import StartError
 from payments.legacy import NO_GATEWAY
@@ -86,7 +86,9 @@ def import_legacy(
         if where is Legacy.COMPLETE:
             click.echo("the payments of the Node service are imported already", err=True)
             return
-        _check(address, timezone, where)
+        if where is Legacy.NONE:
+            raise StartError(NOTHING.format(address))
+        asyncio.run(check(address, asked))
         looked = _looked(address, asked, where, dry_run, ignore_connections)
         if dry_run or (looked.faulty and not leave_out_rows):
             _tell(looked)
@@ -95,25 +97,14 @@ def import_legacy(
     _tell_pending(looked)
 
 
-def _check(address: DatabaseAddress, timezone: str, where: Legacy) -> None:
-    if where is Legacy.NONE:
-        raise StartError(NOTHING.format(address))
-    if missing := asyncio.run(importing.check_asked(address, timezone)):
-        raise StartError(
-            f"the table payments lacks {', '.join(missing)}: it is not that of the Node service"
-        )
-
-
 def _looked(
     address: DatabaseAddress, asked: Asked, where: Legacy, dry_run: bool, ignore_connections: bool
 ) -> Looked:
     """What the table holds; it is set aside by now, unless it must not be."""
     if where is Legacy.OPEN or dry_run:
         set_aside = where is Legacy.OPEN
-        return asyncio.run(importing.look(address, asked.timezone, _tell_of, set_aside=set_aside))
-    return asyncio.run(
-        importing.take_over(address, asked, _tell_of, despite_others=ignore_connections)
-    )
+        return asyncio.run(look(address, asked.timezone, _tell_of, set_aside=set_aside))
+    return asyncio.run(take_over(address, asked, _tell_of, despite_others=ignore_connections))
 
 
 def _tell_of(row_id: str | None, reasons: list[str]) -> None:
@@ -135,7 +126,7 @@ def _import(settings: Settings, address: DatabaseAddress, asked: Asked, looked: 
         def tell(done: int) -> None:
             progress("import", done, looked.rows - looked.faulty)
 
-        count = asyncio.run(importing.import_rows(address, asked, exclude, tell))
+        count = asyncio.run(import_rows(address, asked, exclude, tell))
         asyncio.run(_catch_up(settings, address, progress))
     click.echo(f"imported: {count:,} rows of {looked.rows:,}")
     if looked.faulty:

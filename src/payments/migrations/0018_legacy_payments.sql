@@ -14,7 +14,6 @@ CREATE TABLE legacy_import (
     one          boolean     PRIMARY KEY DEFAULT true CHECK (one),
     gateway      text        NOT NULL,
     timezone     text        NOT NULL,
-    leaves_out   boolean     NOT NULL, -- rows that cannot be imported
     begun_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
     completed_at timestamptz
 );
