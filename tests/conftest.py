@@ -91,7 +91,7 @@ def nothing_blocks_the_event_loop() -> Iterator[None]:
                 "payments/telemetry.py", {"__init__", "exposition", "openmetrics", "documented"}
             )
             function.can_block_in("payments/gateways/simulated_ledger.py", {"__init__"})
-            function.can_block_in("payments/service.py", {"build_dispatcher"})
+            function.can_block_in("payments/service.py", {"build_dispatcher", "build_order_status"})
             function.can_block_in("payments/logs.py", {"_write_some"})
         yield
 

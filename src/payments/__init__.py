@@ -6,13 +6,15 @@
     lists, SQL   <- payments read model <- follower (rows and position in one transaction)
     settling     <- what is left open   <-+
     dispatcher   <- callback outbox     <-+
-       `-> Order Service                  |
+       |-> Order Service                  |
+       `-> fulfilments: is the order what was paid for?
     audit        <- seals of the log    <-+
 
     commands/          decide and append, one file per intent: charge, refund, settle
     queries/           read; never imported by commands, nor the other way round
     projections/       the follower, and what it writes from the log; comparing, rebuilding
     callbacks/         sends what the outbox holds: dispatcher, signatures, retries, breaker
+    fulfilment/        whether the orders of captured payments were fulfilled
     events/            what can happen (facts), and where it is kept (store, appender)
     deciding.py        which event may come next: pure, no I/O, no clock
     payment.py         what a payment's events amount to: as pure

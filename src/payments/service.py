@@ -26,6 +26,10 @@ from payments.errors import DatabaseUnavailable, StartError
 from payments.events.appender import Appender
 from payments.events.notifier import Notifier
 from payments.events.watch import LogWatch
+from payments.fulfilment.checking import CONCURRENCY_MAX as CHECKS_MAX
+from payments.fulfilment.checking import Checking, GiveBack
+from payments.fulfilment.status import TIMEOUT_S as STATUS_TIMEOUT_S
+from payments.fulfilment.status import OrderStatus, sample
 from payments.gateways import Gateway
 from payments.gateways.counted import CountedGateway
 from payments.gateways.simulated import SimulatedGateway
@@ -121,7 +125,9 @@ class Service:
         self.charging = Charging(self.runs, *shared, self.telemetry, settings)
         self.refunding = Refunding(self.runs, *shared, giving_back, self.telemetry, settings)
         self.lookups = PaymentLookups(self.database)
-        self.dispatcher = build_dispatcher(settings, self.database, self.telemetry)
+        self.checking = build_checking(settings, self.database)
+        suspected = self.checking.wake if self.checking else None
+        self.dispatcher = build_dispatcher(settings, self.database, self.telemetry, suspected)
         applied = self.dispatcher.wake if self.dispatcher else None
         self.followers = build_followers(
             settings, self.database, self.telemetry, applied, self.gateway.declines_may_turn_s
@@ -145,6 +151,7 @@ class Service:
                 logger.warning(warning)
             signed = "signed" if self.settings.order_callback_secret else "not signed"
             logger.info("callbacks go to {}, {}", origin(url), signed)
+        await _check_status_url(self.settings)
         await self.database.open()
         await self._operations_database.open()
         if url is not None:
@@ -166,6 +173,8 @@ class Service:
             if self.dispatcher is not None:
                 await self.dispatcher.start()
                 self.telemetry.dispatches()
+            if self.checking is not None:
+                await self.checking.start()
 
     def _wake_followers(self) -> None:
         for follower in self.followers:
@@ -271,6 +280,7 @@ class Service:
             self.settling.stop(timeout_s * 0.4),
             *(follower.stop(timeout_s * 0.4) for follower in self.followers),
             *([self.dispatcher.stop(timeout_s * 0.65)] if self.dispatcher else []),
+            *([self.checking.stop(timeout_s * 0.4)] if self.checking else []),
         )
         await self.appender.stop(timeout_s * 0.3)
         await self.notifier.stop()
@@ -331,13 +341,17 @@ def build_followers(
 
 
 def build_dispatcher(
-    settings: Settings, database: Database, telemetry: Telemetry
+    settings: Settings,
+    database: Database,
+    telemetry: Telemetry,
+    suspected: Callable[[], None] | None = None,
 ) -> Dispatcher | None:
-    """What sends callbacks, not started; None without ORDER_CALLBACK_URL. Raises StartError."""
+    """What sends callbacks, not started; None without ORDER_CALLBACK_URL. `suspected` as of
+    Dispatcher. Raises StartError."""
     if settings.order_callback_url is None:
         return None
-    endpoint = build_endpoint(settings)
-    return Dispatcher(database.connect, endpoint, telemetry, settings.callback_retention_days)
+    endpoint, days = build_endpoint(settings), settings.callback_retention_days
+    return Dispatcher(database.connect, endpoint, telemetry, days, suspected=suspected)
 
 
 def build_endpoint(settings: Settings) -> "Endpoint":
@@ -356,6 +370,49 @@ def build_endpoint(settings: Settings) -> "Endpoint":
         )
     except ValueError as error:
         raise StartError(f"ORDER_CALLBACK_URL: {error}") from None
+
+
+def build_checking(
+    settings: Settings, database: Database, give_back: GiveBack | None = None
+) -> Checking | None:
+    """What finds out whether orders were fulfilled, not started; None if nobody is called back and
+    nobody can be asked. Raises StartError."""
+    if settings.order_callback_url is None and settings.order_status_url is None:
+        return None
+    status = build_order_status(settings) if settings.order_status_url is not None else None
+    return Checking(database, status, settings.callback_retention_days, give_back=give_back)
+
+
+def build_order_status(settings: Settings) -> OrderStatus:
+    """What is asked about orders, not opened; StartError if ORDER_STATUS_URL is not set or
+    unusable."""
+    from payments.callbacks.endpoint import Endpoint
+
+    url = settings.order_status_url
+    if url is None:
+        raise StartError("ORDER_STATUS_URL is not set: nobody can be asked about orders")
+    try:
+        endpoint = Endpoint(
+            sample(url),
+            timeout_s=STATUS_TIMEOUT_S,
+            networks=settings.http_callback_networks,
+            connections_max=CHECKS_MAX,
+        )
+    except ValueError as error:
+        raise StartError(f"ORDER_STATUS_URL: {error}") from None
+    return OrderStatus(url, endpoint)
+
+
+async def _check_status_url(settings: Settings) -> None:
+    if settings.order_status_url is None:
+        return
+    from payments.callbacks.endpoint import check_target, origin
+
+    url, networks = sample(settings.order_status_url), settings.http_callback_networks
+    setting, waiting = "ORDER_STATUS_URL", "questions about orders"
+    if (warning := await check_target(url, networks, setting=setting, waiting=waiting)) is not None:
+        logger.warning(warning)
+    logger.info("{} is asked about orders", origin(url))
 
 
 def build_gateway(settings: Settings) -> Gateway:

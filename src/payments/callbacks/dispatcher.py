@@ -28,6 +28,7 @@ from payments.callbacks.breaker import Breaker, Permit
 from payments.callbacks.outbox import Claimed, Result
 from payments.callbacks.retry import WAIT_MAX_S, Verdict, jittered, judge
 from payments.database import cut_after
+from payments.fulfilment.responses import Said, said_of
 from payments.logs import Repeats, trace_field
 from payments.telemetry import Telemetry
 from payments.tracing import current_traceparent, span
@@ -71,7 +72,8 @@ class CallbackBody(msgspec.Struct, frozen=True):
 
 
 class Dispatcher:
-    """One per process. `connect` opens a connection, as Database.connect does."""
+    """One per process. `connect` opens a connection, as Database.connect does. `suspected` is
+    called when a SUCCESS was recorded as delivered whose response does not say "confirmed"."""
 
     def __init__(
         self,
@@ -80,6 +82,7 @@ class Dispatcher:
         telemetry: Telemetry,
         retention_days: int,
         *,
+        suspected: Callable[[], None] | None = None,
         breaker: Breaker | None = None,
         rng: Callable[[], float] = random.random,
     ) -> None:
@@ -87,6 +90,7 @@ class Dispatcher:
         self._endpoint = endpoint
         self._telemetry = telemetry
         self._retention_days = retention_days
+        self._suspected = suspected
         self._breaker = breaker or Breaker()
         self._random = rng
         self._repeats = Repeats()
@@ -297,6 +301,7 @@ class Dispatcher:
             verdict.busy_s,
             verdict.asked_s,
             verdict.endpoint_down,
+            _said(claimed, exchange) if state == "delivered" else None,
         )
 
     def _note(
@@ -359,6 +364,8 @@ class Dispatcher:
                 logger.bind(event_id=result.claimed.event_id).warning(
                     "a callback's result came after its lease was over"
                 )
+        if self._suspected and any(r.said not in (None, "confirmed") for r in results):
+            self._suspected()
 
     async def _prune(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Now and then, a little: it must not keep the rest waiting."""
@@ -387,6 +394,12 @@ def _prepare(claimed: Claimed) -> bytes:
             claimed.currency,
         )
     )
+
+
+def _said(claimed: Claimed, exchange: "Exchange") -> Said | None:
+    if claimed.status != "SUCCESS":
+        return None
+    return said_of(exchange.answer, claimed.order_id)
 
 
 def _reason(exchange: "Exchange") -> str:

@@ -12,7 +12,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -80,7 +80,7 @@ class Exchange(NamedTuple):
     or "protocol". `reason` is for people and holds nothing secret. `retry_after` is the header's
     text as sent, `answer` the beginning of the body as received, `seconds` the time it all took.
     `sent`: something of the request may have been sent; False only if that is certain.
-    `content_type` is the header's text, of statuses from 500 on.
+    `content_type` is the header's text; of responses to callbacks only from 500 on.
     """
 
     status: int | None
@@ -93,6 +93,9 @@ class Exchange(NamedTuple):
     content_type: str | None = None
 
 
+_BASIC_HEADERS = {"user-agent": "payment-service", "accept-encoding": "identity"}
+
+
 class ForbiddenAddress(OSError):
     """Plain http would have gone to an address that is not near."""
 
@@ -102,7 +105,8 @@ class AnswerTooLong(aiohttp.ClientError):
 
 
 class Endpoint:
-    """Where callbacks go: exchanges with one URL, on at most `connections_max` connections.
+    """Where callbacks go: exchanges with one URL, on at most `connections_max` connections. Another
+    one may be asked about orders, with `get`.
 
     Without `secrets` (see signing.py) requests are not signed. `tls` replaces the default context.
     Plain http goes to near addresses only (is_near), with `networks` (CIDRs) beside the usual: each
@@ -165,19 +169,41 @@ class Endpoint:
         `message_id` and `timestamp` (Unix time, seconds) are for the signature. With all
         connections in use, the time limit covers the wait for one as well.
         """
+
+        async def send(answer: _Answer) -> None:
+            headers = self._headers(message_id, body, timestamp, traceparent)
+            await self._exchange("POST", self._address, headers, body, answer)
+
+        return await self._bounded(send, ANSWER_BYTES_KEPT)
+
+    async def get(self, url: str) -> Exchange:
+        """Asks for `url`, which must begin with the origin of the endpoint's own; as `post` but not
+        signed, and what was received of the body is kept whole."""
+
+        async def send(answer: _Answer) -> None:
+            parsed = _parse(url)
+            if _origin(parsed) != _origin(self._url):
+                raise ValueError("another origin")
+            headers = _BASIC_HEADERS | {"accept": "application/json"}
+            await self._exchange("GET", _address(parsed, url), headers, None, answer)
+
+        return await self._bounded(send, ANSWER_BYTES_MAX)
+
+    async def _bounded(
+        self, send: Callable[["_Answer"], Awaitable[None]], bytes_kept: int
+    ) -> Exchange:
         began = time.monotonic()
         answer = _Answer(began + self.timeout_s)
         _current.set(answer)
         error, reason = None, ""
         try:
             async with asyncio.timeout(self.timeout_s):
-                headers = self._headers(message_id, body, timestamp, traceparent)
-                await self._exchange(headers, body, answer)
+                await send(answer)
         except Exception as failure:  # noqa: BLE001 - not only aiohttp's: no library is complete
             error, reason = _explain(failure)
         if answer.status is not None:
             error = None
-        kept, seconds = bytes(answer.body[:ANSWER_BYTES_KEPT]), time.monotonic() - began
+        kept, seconds = bytes(answer.body[:bytes_kept]), time.monotonic() - began
         return Exchange(
             *(answer.status, error, reason, answer.retry_after, kept, seconds),
             sent=answer.sent,
@@ -193,26 +219,29 @@ class Endpoint:
     def _headers(
         self, message_id: str, body: bytes, timestamp: int, traceparent: str | None
     ) -> dict[str, str]:
-        headers = {
-            "user-agent": "payment-service",
-            "accept-encoding": "identity",
-            "content-type": "application/json",
-        }
+        headers = _BASIC_HEADERS | {"content-type": "application/json"}
         if traceparent is not None:
             headers["traceparent"] = traceparent
         if self._secrets:
             headers |= signature_headers(self._secrets, message_id, timestamp, body)
         return headers
 
-    async def _exchange(self, headers: dict[str, str], body: bytes, answer: "_Answer") -> None:
+    async def _exchange(
+        self,
+        method: str,
+        address: URL,
+        headers: dict[str, str],
+        body: bytes | None,
+        answer: "_Answer",
+    ) -> None:
         if self._session is None:
             raise aiohttp.ClientConnectionError("not open")
-        async with self._session.post(
-            self._address, data=body, headers=headers, allow_redirects=False
+        async with self._session.request(
+            method, address, data=body, headers=headers, allow_redirects=False
         ) as response:
             answer.status = response.status
             answer.retry_after = response.headers.get("retry-after")
-            if answer.status >= 500:
+            if answer.status >= 500 or method == "GET":
                 answer.content_type = response.headers.get("content-type")
             async for part in response.content.iter_any():
                 answer.body += part
@@ -347,8 +376,14 @@ class _Resolver(AbstractResolver):
         pass
 
 
-async def check_target(url: str, networks: Sequence[str] = ()) -> str | None:
-    """Looks at the URL before the first callback; takes at most RESOLVE_TIMEOUT_S.
+async def check_target(
+    url: str,
+    networks: Sequence[str] = (),
+    *,
+    setting: str = "ORDER_CALLBACK_URL",
+    waiting: str = "callbacks",
+) -> str | None:
+    """Looks at the setting's URL before it is used; takes at most RESOLVE_TIMEOUT_S.
 
     Raises StartError if it can never work: it is not valid, or plain http to a host without a near
     address (is_near). Returns a line to warn with if the host's name cannot be resolved yet, else
@@ -357,14 +392,14 @@ async def check_target(url: str, networks: Sequence[str] = ()) -> str | None:
     try:
         target = _parse(url)
     except ValueError as error:
-        raise StartError(f"ORDER_CALLBACK_URL: {error}") from None
+        raise StartError(f"{setting}: {error}") from None
     try:
         addresses = await addresses_of(_host(target), RESOLVE_TIMEOUT_S)
     except OSError:
-        return f"{_host(target)} cannot be resolved yet: callbacks will wait until it can"
+        return f"{_host(target)} cannot be resolved yet: {waiting} will wait until it can"
     if target.scheme == "http" and not any(is_near(address, networks) for address in addresses):
         raise StartError(
-            f"ORDER_CALLBACK_URL: {_origin(target)} has no loopback or private address, metadata "
+            f"{setting}: {_origin(target)} has no loopback or private address, metadata "
             "services of clouds aside, and plain http goes to those only; use https, or name its "
             "network in HTTP_CALLBACK_NETWORKS"
         )

@@ -12,6 +12,7 @@ from uuid import UUID
 import psycopg
 
 from payments.events.arrays import bigints, byteas, doubles, integers, texts, uuids
+from payments.fulfilment.responses import Said
 
 CLAIM = """
 SELECT * FROM claim_deliveries(%b, %b, %b, %b)
@@ -19,6 +20,35 @@ SELECT * FROM claim_deliveries(%b, %b, %b, %b)
 
 RECORD = """
 SELECT * FROM record_attempts(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b)
+"""
+
+# The same, and what the responses to each SUCCESS said of its order, if it was delivered: what does
+# not say "confirmed" is watched from now on (fulfilments), in one statement, so that no crash comes
+# between. "Already processed" says more in response to the first attempt that may have arrived. An
+# order that is told again, and confirmed, is no suspect any more.
+RECORD_AND_SUSPECT = """
+WITH recorded AS MATERIALIZED (
+    SELECT claim
+      FROM record_attempts(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b) AS held (claim)
+), told AS MATERIALIZED (
+    SELECT t.*
+      FROM unnest(%b, %b, %b, %b, %b) AS t (claim, event_id, payment_id, order_id, said)
+      JOIN recorded r ON r.claim = t.claim
+), fulfilled AS (
+    DELETE FROM fulfilments f USING told t
+     WHERE f.payment_id = t.payment_id AND t.said = 'confirmed' AND f.state = 'suspect'
+), suspected AS (
+    INSERT INTO fulfilments (payment_id, order_id, state, said)
+    SELECT t.payment_id, t.order_id, 'suspect',
+           CASE WHEN t.said = 'already_processed' AND EXISTS (
+                     SELECT FROM callback_attempts a
+                      WHERE a.event_id = t.event_id AND a.claim <> t.claim
+                        AND a.outcome <> 'unreachable')
+                THEN 'repeated' ELSE t.said END
+      FROM told t WHERE t.said <> 'confirmed'
+        ON CONFLICT (payment_id) DO NOTHING
+)
+SELECT claim FROM recorded
 """
 
 # At the end of an outage nobody sits out a pause that was made for it; who has waited longest is
@@ -132,7 +162,8 @@ class Result(NamedTuple):
     `counts`: whether it is one of the attempts after which a delivery is given up. `status` is that
     of HTTP, or None and a `reason`; `answer` the first bytes of the answer. For `busy_s` more
     seconds it may be running at Order Service, which asked to be left alone for `asked_s`. `away`:
-    it spoke against the endpoint as a whole.
+    it spoke against the endpoint as a whole. `said`: what the response to a delivered SUCCESS says
+    of its order.
     """
 
     claimed: Claimed
@@ -147,6 +178,7 @@ class Result(NamedTuple):
     busy_s: float = 0.0
     asked_s: float = 0.0
     away: bool = False
+    said: Said | None = None
 
 
 async def claim(
@@ -185,9 +217,23 @@ async def record(connection: psycopg.AsyncConnection[Any], results: Sequence[Res
         doubles([result.asked_s for result in results]),
         integers([int(result.away) for result in results]),
     )
+    told = [result for result in results if result.said is not None]
     async with connection.cursor(binary=True) as cursor:
-        await cursor.execute(RECORD.encode(), params)
+        if told:
+            await cursor.execute(RECORD_AND_SUSPECT.encode(), (*params, *_said(told)))
+        else:
+            await cursor.execute(RECORD.encode(), params)
         return {held for (held,) in await cursor.fetchall()}
+
+
+def _said(told: Sequence[Result]) -> tuple[Any, ...]:
+    return (
+        bigints([result.claimed.claim for result in told]),
+        uuids([result.claimed.event_id for result in told]),
+        uuids([result.claimed.payment_id for result in told]),
+        uuids([result.claimed.order_id for result in told]),
+        texts([result.said for result in told]),
+    )
 
 
 async def make_due(connection: psycopg.AsyncConnection[Any], outage_s: float, most: int) -> int:

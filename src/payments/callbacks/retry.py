@@ -8,6 +8,8 @@ import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from payments.fulfilment.responses import is_json
+
 if TYPE_CHECKING:
     from payments.callbacks.endpoint import Exchange
 
@@ -53,7 +55,7 @@ def judge(
     """`attempt` is the one that was just made, counted from 1, of a delivery that has been due for
     `due_for_s`; `timeout_s` is what an exchange may take; `now` is aware."""
     status, outcome = exchange.status, _outcome(exchange)
-    by_proxy = status in PROXY_STATUSES and not _is_json(exchange.content_type)
+    by_proxy = status in PROXY_STATUSES and not is_json(exchange.content_type)
     endpoint_down = status is None or status in DOWN_STATUSES or by_proxy
     # Whoever says 504 gave up waiting for Order Service, or for what that asked; it may go on.
     running = exchange.sent if status is None else status == 504
@@ -93,12 +95,6 @@ def _outcome(exchange: "Exchange") -> Outcome:
     if 200 <= status < 300:
         return "delivered"
     return "gone" if status == 410 else "http_error"
-
-
-def _is_json(content_type: str | None) -> bool:
-    """application/json, application/problem+json and the like."""
-    media_type = (content_type or "").partition(";")[0].strip().lower()
-    return media_type.endswith(("/json", "+json"))
 
 
 def _wait_max_s(attempt: int) -> float:

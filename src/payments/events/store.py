@@ -275,6 +275,13 @@ SELECT payment_id, first_id, gateway, transaction
  ORDER BY notification_id
 """
 
+# Where the captures of payments stand.
+CAPTURE_POSITIONS = """
+SELECT originator_id, min(notification_id) FROM payment_events
+ WHERE originator_id = ANY(%(payment_ids)b::uuid[]) AND topic = 'PaymentCharged'
+ GROUP BY originator_id
+"""
+
 APPENDED, REPEATED, CONFLICT, CAPTURED = "appended", "repeated", "conflict", "captured"
 
 

@@ -17,7 +17,8 @@ CREATE TABLE fulfilments (
     --   already_processed  that it was decided before, in response to the first attempt
     --   repeated           the same, in response to a later attempt: an earlier one may have done it
     --   failed             that it is failed
-    --   not_asked          there was none: the payment was found by `payments reconcile orders`
+    --   not_asked          none was a reason: the payment was found beside another one of its order,
+    --                      or by `payments reconcile orders`
     said         text        NOT NULL
                  CHECK (said IN ('nothing', 'already_processed', 'repeated', 'failed', 'not_asked')),
     order_status text,        -- as ORDER_STATUS_URL showed it last, in its own words
@@ -28,7 +29,8 @@ CREATE TABLE fulfilments (
     given_back_at timestamptz,
     attempts     integer     NOT NULL DEFAULT 0, -- how often it was asked
     next_at      timestamptz NOT NULL DEFAULT clock_timestamp(), -- when it may be claimed; or a lease
-    claim        bigint       -- of the process that asks; a result is taken from no other
+    claim        bigint       -- of the process that asks; a result is taken from no other, and
+                              -- then it is NULL again
 );
 
 CREATE INDEX fulfilments_next ON fulfilments (next_at) WHERE state <> 'given_back';
@@ -44,3 +46,23 @@ CREATE TABLE giving_back_stopped (
     stopped_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     reason     text        NOT NULL
 );
+
+-- Whoever calls back also notes what the responses said, and whoever reads callbacks may read that.
+DO $$
+DECLARE
+    granted record;
+BEGIN
+    FOR granted IN
+        SELECT DISTINCT CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(r.rolname) END AS grantee,
+               a.privilege_type AS privilege
+          FROM pg_class c CROSS JOIN aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
+         WHERE c.oid = 'callback_lanes'::regclass
+           AND a.privilege_type IN ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
+    LOOP
+        EXECUTE format('GRANT %s ON fulfilments, giving_back_stopped TO %s',
+                       granted.privilege, granted.grantee);
+        IF granted.privilege = 'UPDATE' THEN
+            EXECUTE format('GRANT USAGE ON SEQUENCE fulfilment_claims TO %s', granted.grantee);
+        END IF;
+    END LOOP;
+END $$;

@@ -1,0 +1,200 @@
+"""Asks about the orders of suspects until it is known what became of them.
+
+Every process that works takes what is due, each payment by one process at a time. Without
+ORDER_STATUS_URL nobody is asked; then suspects only go when their money went back, or with time.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from uuid import UUID
+
+from loguru import logger
+
+from payments.database import Database
+from payments.errors import DatabaseUnavailable
+from payments.fulfilment import table
+from payments.fulfilment.responses import Reading
+from payments.fulfilment.status import TIMEOUT_S, OrderStatus
+from payments.fulfilment.table import Captured, Claimed
+from payments.logs import Repeats
+from payments.tasks import end
+
+CONCURRENCY_MAX = 16  # orders asked about at once, by one process
+# For the wait for a connection, and for the statements behind the reading.
+LEASE_S = TIMEOUT_S + 10.0
+POLL_S = 1.0  # for what other processes found, and for what is due again
+SWEEP_EVERY_S, SWEEP_ROWS = 5.0, 1000
+PRUNE_EVERY_S, PRUNE_ROWS = 60.0, 1000
+
+GiveBack = Callable[[UUID], Awaitable[bool]]
+
+
+class Checking:
+    """One per process. `status` is None without ORDER_STATUS_URL.
+
+    `give_back` gives a payment's whole money back, and says whether that was done. It is called
+    only when a reading has just shown the order as failed, and so did another one at least
+    CONFIRMED_AFTER_S before, and every one between; never for what is paid twice.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        status: OrderStatus | None,
+        retention_days: int,
+        *,
+        give_back: GiveBack | None = None,
+    ) -> None:
+        self._database = database
+        self._status = status
+        self._retention_days = retention_days
+        self._give_back = give_back
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._repeats = Repeats()
+        self._sweep_at = self._prune_at = 0.0
+        self._swept = table.FIRST
+
+    async def start(self) -> None:
+        if self._status is not None:
+            await self._status.open()
+        self._loop = asyncio.create_task(self._run(), name="fulfilments")
+
+    def wake(self) -> None:
+        """There may be something to ask about."""
+        self._wake.set()
+
+    async def stop(self, timeout_s: float) -> None:
+        """Claims nothing more and waits a while for what is under way. What is cut off then is
+        asked about again once its lease is over."""
+        if self._loop is not None:
+            await end({self._loop}, 1)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        await end(self._tasks, 0.5)
+        if self._status is not None:
+            await self._status.close()
+
+    async def run_once(self) -> int:
+        """Asks about what is due; returns about how many payments. `start` was not called."""
+        tasks = await self._begin_due()
+        await asyncio.gather(*tasks)
+        return len(tasks)
+
+    async def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                await self._begin_due()
+                await self._tidy()
+            except Exception as error:  # noqa: BLE001 - the others' orders must not wait for it
+                message = "suspects cannot be looked for, trying again"
+                known = isinstance(error, DatabaseUnavailable)
+                self._repeats.tell(
+                    "WARNING" if known else "ERROR",
+                    message,
+                    of=type(error),
+                    exception=None if known else error,
+                )
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await self._wake.wait()
+
+    async def _begin_due(self) -> list[asyncio.Task[None]]:
+        free = CONCURRENCY_MAX - len(self._tasks)
+        if self._status is None or free <= 0:
+            return []
+        claims = await table.claim(self._database, free, LEASE_S)
+        tasks = [
+            asyncio.create_task(self._check(each, self._status), name="fulfilment")
+            for each in claims
+        ]
+        for task in tasks:
+            self._tasks.add(task)
+            task.add_done_callback(self._checked)
+        return tasks
+
+    def _checked(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if len(self._tasks) == CONCURRENCY_MAX - 1:  # there was no place for more
+            self._wake.set()
+
+    async def _check(self, claimed: Claimed, status: OrderStatus) -> None:
+        """One reading, and what it means. What fails is asked again when the lease is over."""
+        try:
+            reading = await status.ask(claimed.order_id)
+            if reading.verdict == "unknown":
+                known = reading.order_status, reading.problem
+                await table.record_unknown(self._database, claimed, *known)
+                return
+            captured = await table.captured_for(self._database, claimed.order_id)
+            await self._judge(claimed, reading, captured)
+        except DatabaseUnavailable:
+            message = "what an order's status means cannot be recorded now"
+            self._repeats.tell("WARNING", message, payment_id=claimed.payment_id)
+        except Exception as error:  # noqa: BLE001 - other orders are asked about all the same
+            message = "an order's status cannot be judged"
+            self._repeats.tell(*("ERROR", message), exception=error, payment_id=claimed.payment_id)
+
+    async def _judge(self, claimed: Claimed, reading: Reading, captured: Captured) -> None:
+        """Of an order that is confirmed, only the first payment paid for it; of a failed one, none.
+
+        Other payments that this reading says the same of may have no row: their responses said that
+        the order was confirmed.
+        """
+        database, standing = self._database, captured.standing
+        if claimed.payment_id in captured.refunded:
+            await table.remove(database, claimed)
+            return
+        if claimed.payment_id not in standing:  # read models are being written anew
+            await table.record_unknown(database, claimed, None, "payment is not known")
+            return
+        unpaid_for = standing if reading.verdict == "failed" else standing[1:]
+        if beside := [each for each in unpaid_for if each != claimed.payment_id]:
+            await table.add_beside(database, claimed, beside)
+        order_status = reading.order_status or ""
+        if claimed.payment_id not in unpaid_for:
+            await table.remove(database, claimed)
+        elif reading.verdict == "confirmed":
+            if await table.record_paid_twice(database, claimed, order_status):
+                self._tell(claimed, "paid_twice", "an order is paid twice", order_status)
+        else:
+            await self._note_failed(claimed, order_status)
+
+    async def _note_failed(self, claimed: Claimed, order_status: str) -> None:
+        may_give_back = self._give_back is not None
+        is_over = await table.record_failed(
+            self._database, claimed, order_status, may_give_back=may_give_back
+        )
+        if is_over is None:
+            return
+        self._tell(claimed, "unfulfilled", "an order is paid, and failed", order_status)
+        if is_over and self._give_back is not None:
+            try:
+                is_given_back = await self._give_back(claimed.payment_id)
+            except BaseException:
+                with suppress(DatabaseUnavailable):
+                    await table.release(self._database, claimed)
+                raise
+            note = table.note_given_back if is_given_back else table.release
+            await note(self._database, claimed)
+
+    def _tell(self, claimed: Claimed, state: str, message: str, order_status: str) -> None:
+        """Once: when it was found."""
+        if claimed.state != state:
+            logger.bind(
+                payment_id=claimed.payment_id, order_id=claimed.order_id, order_status=order_status
+            ).warning(f"{message}: `payments callbacks list --unfulfilled`")
+
+    async def _tidy(self) -> None:
+        """Now and then, a little."""
+        now = time.monotonic()
+        if now >= self._sweep_at:
+            self._swept = await table.sweep(self._database, self._swept, SWEEP_ROWS)
+            self._sweep_at = now + SWEEP_EVERY_S
+        if now >= self._prune_at:
+            pruned = await table.prune(self._database, self._retention_days, PRUNE_ROWS)
+            self._prune_at = now + (0 if pruned >= PRUNE_ROWS else PRUNE_EVERY_S)

@@ -1,0 +1,56 @@
+"""Asking ORDER_STATUS_URL about an order: one bounded exchange, as callbacks have it."""
+
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from payments.fulfilment.responses import Reading, not_known, read_status
+from payments.settings import ORDER_ID
+
+if TYPE_CHECKING:
+    from payments.callbacks.endpoint import Endpoint, Exchange
+
+TIMEOUT_S = 5.0  # a read by id; what takes longer is asked again later
+SAMPLE_ID = str(UUID(int=0))
+
+_PROBLEMS = {
+    "timeout": "timeout",
+    "unreachable": "unreachable",
+    "forbidden_address": "forbidden address",
+    "protocol": "no HTTP response",
+}
+
+
+def sample(template: str) -> str:
+    """A URL like those that are asked for: for Endpoint, and to be looked at before the first."""
+    return template.replace(ORDER_ID, SAMPLE_ID)
+
+
+class OrderStatus:
+    """`template` is ORDER_STATUS_URL, the endpoint was made with a sample of it."""
+
+    def __init__(self, template: str, endpoint: "Endpoint") -> None:
+        self._template = template
+        self._endpoint = endpoint
+
+    async def open(self) -> None:
+        """To be called in the event loop that `ask` is called in."""
+        await self._endpoint.open()
+
+    async def close(self) -> None:
+        await self._endpoint.close()
+
+    async def ask(self, order_id: UUID) -> Reading:
+        """What Order Service says of the order, within the endpoint's time limit; raises nothing
+        but CancelledError."""
+        exchange = await self._endpoint.get(self._template.replace(ORDER_ID, str(order_id)))
+        return _read(exchange, order_id)
+
+
+def _read(exchange: "Exchange", order_id: UUID) -> Reading:
+    if exchange.status is None:
+        return not_known(_PROBLEMS[exchange.error or "protocol"])
+    if exchange.status == 200 and exchange.reason:
+        # The head was there, and then it dripped, was too long, or broke off.
+        late = exchange.reason == "TimeoutError"
+        return not_known("timeout" if late else exchange.reason)
+    return read_status(exchange.status, exchange.content_type, exchange.answer, order_id)

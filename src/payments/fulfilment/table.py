@@ -1,0 +1,284 @@
+"""The table `fulfilments`, and its SQL, but for the statement that records a delivery and what its
+response said at once: that is in callbacks/outbox.py.
+
+Any number of processes share the work. A claimed row has a number of its own until its reading is
+recorded; whoever comes with another number came too late, and changes nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+from uuid import UUID
+
+from payments.database import Database
+from payments.events.arrays import uuids
+from payments.events.store import CAPTURE_POSITIONS
+
+State = Literal["suspect", "unfulfilled", "paid_twice"]
+
+CONFIRMED_AFTER_S = 900.0  # between the first reading that showed an order as failed and the next
+AGAIN_S = 3600.0  # between readings of what is known to be unfulfilled or paid twice
+UNKNOWN_MIN_S, UNKNOWN_MAX_S = 2.0, 3600.0  # doubling, while the status is not known
+
+# Found beside a payment of the same order, or by `payments reconcile orders`. What is watched
+# already stays as it is.
+ADD = """
+INSERT INTO fulfilments (payment_id, order_id, state, said)
+SELECT payment_id, order_id, 'suspect', 'not_asked'
+  FROM unnest(%(payments)b::uuid[], %(orders)b::uuid[]) AS new (payment_id, order_id)
+ WHERE %(claim)b::bigint IS NULL
+    OR EXISTS (SELECT FROM fulfilments f
+                WHERE f.payment_id = %(payment_id)b::uuid AND f.claim = %(claim)b::bigint)
+ ORDER BY payment_id
+    ON CONFLICT (payment_id) DO NOTHING
+RETURNING payment_id
+"""
+
+# What is due, oldest first; nobody else gets it until the lease is over. So is what is due later
+# than any pause lasts: the clock was ahead when that was written. With clock_timestamp(), which
+# changes from row to row, instead of now() the index could not be used.
+CLAIM = """
+WITH due AS (
+    SELECT payment_id FROM fulfilments
+     WHERE state <> 'given_back' AND next_at <= now()
+     ORDER BY next_at LIMIT %(most)b
+       FOR UPDATE SKIP LOCKED
+), too_late AS (
+    SELECT payment_id FROM fulfilments
+     WHERE state <> 'given_back' AND next_at > now() + make_interval(secs => 2 * %(again_s)b)
+     ORDER BY next_at LIMIT %(most)b
+       FOR UPDATE SKIP LOCKED
+)
+UPDATE fulfilments f
+   SET claim = nextval('fulfilment_claims'),
+       next_at = clock_timestamp() + make_interval(secs => %(lease_s)b)
+  FROM (SELECT payment_id FROM due UNION ALL SELECT payment_id FROM too_late
+         LIMIT %(most)b) AS claimed
+ WHERE f.payment_id = claimed.payment_id
+RETURNING f.payment_id, f.order_id, f.state, f.claim
+"""
+
+# Which payments of an order captured something, and whether their money stands. Both the outbox and
+# `payments` are asked, as in paid_orders (migrations/0010): either of their followers may be
+# behind, and the outbox is pruned.
+CAPTURED_FOR = """
+SELECT known.payment_id, bool_and(known.status = 'SUCCESS')
+  FROM (SELECT d.payment_id, d.status FROM callback_deliveries d
+         WHERE d.order_id = %(order_id)b AND d.status <> 'FAILED'
+         UNION ALL
+        SELECT p.id, p.status FROM payments p
+         WHERE p.merchant_order_id = %(order_id)b AND p.status IN ('SUCCESS', 'REFUNDED')
+       ) AS known (payment_id, status)
+ GROUP BY known.payment_id
+"""
+
+# The status is not known. A response that told another status ends what was known before; one that
+# told nothing leaves it.
+RECORD_UNKNOWN = """
+UPDATE fulfilments
+   SET state = CASE WHEN %(problem)b::text IS NULL THEN 'suspect' ELSE state END,
+       order_status = coalesce(%(order_status)b::text, order_status), problem = %(problem)b,
+       checked_at = clock_timestamp(), failed_since = NULL, attempts = attempts + 1, claim = NULL,
+       next_at = clock_timestamp() + make_interval(
+           secs => least(%(max_s)b::float8, %(min_s)b::float8 * 2 ^ least(attempts, 20)))
+ WHERE payment_id = %(payment_id)b AND claim = %(claim)b
+RETURNING payment_id
+"""
+
+# A time in the future was written while the clock was ahead: the series begins anew. The second
+# reading comes CONFIRMED_AFTER_S after the first. Whoever may give the money back keeps its claim.
+RECORD_FAILED = """
+UPDATE fulfilments f
+   SET state = 'unfulfilled', order_status = %(order_status)b, problem = NULL,
+       checked_at = clock_timestamp(), failed_since = series.began, attempts = attempts + 1,
+       claim = CASE WHEN %(may_give_back)b AND series.is_over THEN f.claim END,
+       next_at = CASE WHEN series.is_over
+                      THEN clock_timestamp() + make_interval(secs => %(again_s)b)
+                      ELSE series.began + make_interval(secs => %(confirmed_after_s)b) END
+  FROM (SELECT payment_id, began,
+               began <= clock_timestamp() - make_interval(secs => %(confirmed_after_s)b) AS is_over
+          FROM (SELECT payment_id, least(failed_since, clock_timestamp()) AS began
+                  FROM fulfilments WHERE payment_id = %(payment_id)b) AS read) AS series
+ WHERE f.payment_id = series.payment_id AND f.claim = %(claim)b
+RETURNING series.is_over
+"""
+
+RECORD_PAID_TWICE = """
+UPDATE fulfilments
+   SET state = 'paid_twice', order_status = %(order_status)b, problem = NULL,
+       checked_at = clock_timestamp(), failed_since = NULL, attempts = attempts + 1, claim = NULL,
+       next_at = clock_timestamp() + make_interval(secs => %(again_s)b)
+ WHERE payment_id = %(payment_id)b AND claim = %(claim)b
+RETURNING payment_id
+"""
+
+# It is fulfilled, or its money went back.
+REMOVE = """
+DELETE FROM fulfilments WHERE payment_id = %(payment_id)b AND claim = %(claim)b
+RETURNING payment_id
+"""
+
+GIVEN_BACK = """
+UPDATE fulfilments SET state = 'given_back', given_back_at = clock_timestamp(), claim = NULL
+ WHERE payment_id = %(payment_id)b AND claim = %(claim)b
+RETURNING payment_id
+"""
+
+RELEASE = """
+UPDATE fulfilments SET claim = NULL
+ WHERE payment_id = %(payment_id)b AND claim = %(claim)b
+RETURNING payment_id
+"""
+
+# Some rows at a time, all in turn: those go whose money went back. One that is claimed is left to
+# whoever claimed it, who may be giving it back.
+SWEEP = """
+WITH looked_at AS (
+    SELECT payment_id FROM fulfilments WHERE payment_id > %(after)b
+     ORDER BY payment_id LIMIT %(most)b
+), gone AS (
+    DELETE FROM fulfilments f USING looked_at l, payments p
+     WHERE f.payment_id = l.payment_id AND p.id = l.payment_id AND p.status = 'REFUNDED'
+       AND f.state <> 'given_back' AND (f.claim IS NULL OR f.next_at <= now())
+)
+SELECT payment_id FROM looked_at ORDER BY payment_id OFFSET %(most)b - 1
+"""
+
+# What was given back, and what nobody asked about while there was nothing to ask: as long as the
+# callback itself.
+PRUNE = """
+DELETE FROM fulfilments WHERE payment_id IN (
+    SELECT payment_id FROM (
+        (SELECT payment_id FROM fulfilments
+          WHERE state = 'given_back' AND given_back_at < now() - make_interval(days => %(days)b)
+          ORDER BY given_back_at LIMIT %(most)b FOR UPDATE SKIP LOCKED)
+         UNION ALL
+        (SELECT payment_id FROM fulfilments
+          WHERE found_at < now() - make_interval(days => %(days)b)
+            AND state = 'suspect' AND said = 'nothing' AND checked_at IS NULL
+          ORDER BY found_at LIMIT %(most)b FOR UPDATE SKIP LOCKED)) AS old)
+RETURNING payment_id
+"""
+
+FIRST = UUID(int=0)
+
+
+class Claimed(NamedTuple):
+    """A payment that this process may ask about until its lease is over."""
+
+    payment_id: UUID
+    order_id: UUID
+    state: State
+    claim: int
+
+
+class Captured(NamedTuple):
+    """The payments of an order that captured something: those whose money stands, in the order of
+    their captures, and all others."""
+
+    standing: list[UUID]
+    refunded: list[UUID]
+
+
+async def add(database: Database, payments: Sequence[tuple[UUID, UUID]]) -> int:
+    """Has payments, each with its order, watched from now on; returns how many were not yet."""
+    return len(await _add(database, payments, None))
+
+
+async def add_beside(database: Database, claimed: Claimed, payment_ids: Sequence[UUID]) -> None:
+    """Has other payments of the same order watched, while the claim is held."""
+    await _add(database, [(each, claimed.order_id) for each in payment_ids], claimed)
+
+
+async def _add(
+    database: Database, payments: Sequence[tuple[UUID, UUID]], claimed: Claimed | None
+) -> list[tuple[Any, ...]]:
+    params = {
+        "payments": uuids([payment_id for payment_id, _ in payments]),
+        "orders": uuids([order_id for _, order_id in payments]),
+        "payment_id": claimed and claimed.payment_id,
+        "claim": claimed and claimed.claim,
+    }
+    return await database.fetch(ADD, params)
+
+
+async def claim(database: Database, most: int, lease_s: float) -> list[Claimed]:
+    """What is to be asked about now, at most so many."""
+    params = {"most": most, "lease_s": lease_s, "again_s": AGAIN_S}
+    return [Claimed(*row) for row in await database.fetch(CLAIM, params)]
+
+
+async def captured_for(database: Database, order_id: UUID) -> Captured:
+    rows = await database.fetch(CAPTURED_FOR, {"order_id": order_id})
+    standing = [payment_id for payment_id, stands in rows if stands]
+    if len(standing) > 1:
+        found = await database.fetch(CAPTURE_POSITIONS, {"payment_ids": uuids(standing)})
+        positions = dict(found)
+        standing.sort(key=lambda payment_id: (positions.get(payment_id, 2**63), payment_id))
+    return Captured(standing, [payment_id for payment_id, stands in rows if not stands])
+
+
+async def record_unknown(
+    database: Database, claimed: Claimed, order_status: str | None, problem: str | None
+) -> bool:
+    """False, here and below: the claim is not held any more, and nothing was changed."""
+    return await _change(
+        *(database, RECORD_UNKNOWN, claimed),
+        order_status=order_status,
+        problem=problem,
+        min_s=UNKNOWN_MIN_S,
+        max_s=UNKNOWN_MAX_S,
+    )
+
+
+async def record_failed(
+    database: Database, claimed: Claimed, order_status: str, *, may_give_back: bool
+) -> bool | None:
+    """Whether this was a second reading or a later one, CONFIRMED_AFTER_S after the first of an
+    unbroken series; then who may give back keeps the claim. None: it is not held any more."""
+    params = {
+        **_key(claimed),
+        "order_status": order_status,
+        "may_give_back": may_give_back,
+        "again_s": AGAIN_S,
+        "confirmed_after_s": CONFIRMED_AFTER_S,
+    }
+    rows = await database.fetch(RECORD_FAILED, params)
+    return bool(rows[0][0]) if rows else None
+
+
+async def record_paid_twice(database: Database, claimed: Claimed, order_status: str) -> bool:
+    change = RECORD_PAID_TWICE
+    return await _change(database, change, claimed, order_status=order_status, again_s=AGAIN_S)
+
+
+async def remove(database: Database, claimed: Claimed) -> bool:
+    return await _change(database, REMOVE, claimed)
+
+
+async def note_given_back(database: Database, claimed: Claimed) -> bool:
+    return await _change(database, GIVEN_BACK, claimed)
+
+
+async def release(database: Database, claimed: Claimed) -> bool:
+    """It is asked about again when it is due."""
+    return await _change(database, RELEASE, claimed)
+
+
+async def _change(database: Database, change: str, claimed: Claimed, **values: Any) -> bool:
+    return bool(await database.fetch(change, {**_key(claimed), **values}))
+
+
+def _key(claimed: Claimed) -> dict[str, Any]:
+    return {"payment_id": claimed.payment_id, "claim": claimed.claim}
+
+
+async def sweep(database: Database, after: UUID, most: int) -> UUID:
+    """Removes what was refunded among so many rows behind `after`; returns the last one looked at,
+    or FIRST when all were."""
+    rows = await database.fetch(SWEEP, {"after": after, "most": most})
+    return rows[0][0] if rows else FIRST
+
+
+async def prune(database: Database, older_than_days: int, most: int) -> int:
+    """Forgets what was given back, or never asked about, so long ago; returns how many."""
+    return len(await database.fetch(PRUNE, {"days": older_than_days, "most": most}))
