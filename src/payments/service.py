@@ -151,7 +151,7 @@ class Service:
                 logger.warning(warning)
             signed = "signed" if self.settings.order_callback_secret else "not signed"
             logger.info("callbacks go to {}, {}", origin(url), signed)
-        await _check_status_url(self.settings)
+        await check_status_url(self.settings)
         await self.database.open()
         await self._operations_database.open()
         if url is not None:
@@ -403,7 +403,8 @@ def build_order_status(settings: Settings) -> OrderStatus:
     return OrderStatus(url, endpoint)
 
 
-async def _check_status_url(settings: Settings) -> None:
+async def check_status_url(settings: Settings) -> None:
+    """Looks at ORDER_STATUS_URL before it is used, if it is set; StartError."""
     if settings.order_status_url is None:
         return
     from payments.callbacks.endpoint import check_target, origin

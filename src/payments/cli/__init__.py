@@ -1,9 +1,9 @@
 """The `payments` command. Data goes to stdout, everything else to stderr.
 
 Exit codes: 0 done, 1 could not (one line says why), 2 wrong arguments, or what it prints cannot be
-written. `audit verify`, `doctor`, `rebuild --dry-run` and `import-legacy`: 0 nothing was found, 1
-something was, 2 anything else. `callbacks test`: 0 taken, 1 refused, 2 anything else. `psql`: its
-own.
+written. `audit verify`, `doctor`, `rebuild --dry-run`, `import-legacy` and `reconcile orders`: 0
+nothing was found, 1 something was, 2 anything else. `callbacks test`: 0 taken, 1 refused, 2 anything
+else. `psql`: its own.
 """
 
 import click
@@ -57,6 +57,7 @@ COMMANDS = {
         "Bring the payments of the Node service, whose database this was, into the log.",
     ),
     "callbacks": ("callbacks:callbacks", "What Order Service is owed and was told."),
+    "reconcile": ("reconcile:reconcile", "Compare what was captured with what others know of it."),
     "dump": (
         "backup:dump",
         "Write the whole database to FILE, which must not exist yet, for `payments restore`.",

@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import Literal
 from uuid import UUID
 
 from loguru import logger
@@ -15,9 +16,8 @@ from loguru import logger
 from payments.database import Database
 from payments.errors import DatabaseUnavailable
 from payments.fulfilment import table
-from payments.fulfilment.responses import Reading
 from payments.fulfilment.status import TIMEOUT_S, OrderStatus
-from payments.fulfilment.table import Captured, Claimed
+from payments.fulfilment.table import Claimed
 from payments.logs import Repeats
 from payments.tasks import end
 
@@ -129,9 +129,8 @@ class Checking:
             if reading.verdict == "unknown":
                 known = reading.order_status, reading.problem
                 await table.record_unknown(self._database, claimed, *known)
-                return
-            captured = await table.captured_for(self._database, claimed.order_id)
-            await self._judge(claimed, reading, captured)
+            else:
+                await self._judge(claimed, reading.verdict, reading.order_status or "")
         except DatabaseUnavailable:
             message = "what an order's status means cannot be recorded now"
             self._repeats.tell("WARNING", message, payment_id=claimed.payment_id)
@@ -139,26 +138,25 @@ class Checking:
             message = "an order's status cannot be judged"
             self._repeats.tell(*("ERROR", message), exception=error, payment_id=claimed.payment_id)
 
-    async def _judge(self, claimed: Claimed, reading: Reading, captured: Captured) -> None:
-        """Of an order that is confirmed, only the first payment paid for it; of a failed one, none.
-
-        Other payments that this reading says the same of may have no row: their responses said that
-        the order was confirmed.
-        """
-        database, standing = self._database, captured.standing
+    async def _judge(
+        self, claimed: Claimed, verdict: Literal["confirmed", "failed"], order_status: str
+    ) -> None:
+        """Looks at all payments of the order. Others that the reading says the same of may have no
+        row: their responses said that the order was confirmed."""
+        database = self._database
+        captured = await table.captured_for(database, claimed.order_id)
         if claimed.payment_id in captured.refunded:
             await table.remove(database, claimed)
             return
-        if claimed.payment_id not in standing:  # read models are being written anew
+        if claimed.payment_id not in captured.standing:  # read models are being written anew
             await table.record_unknown(database, claimed, None, "payment is not known")
             return
-        unpaid_for = standing if reading.verdict == "failed" else standing[1:]
-        if beside := [each for each in unpaid_for if each != claimed.payment_id]:
+        for_nothing = captured.paid_for_nothing(verdict)
+        if beside := [each for each in for_nothing if each != claimed.payment_id]:
             await table.add_beside(database, claimed, beside)
-        order_status = reading.order_status or ""
-        if claimed.payment_id not in unpaid_for:
+        if claimed.payment_id not in for_nothing:
             await table.remove(database, claimed)
-        elif reading.verdict == "confirmed":
+        elif verdict == "confirmed":
             if await table.record_paid_twice(database, claimed, order_status):
                 self._tell(claimed, "paid_twice", "an order is paid twice", order_status)
         else:

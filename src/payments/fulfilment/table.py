@@ -178,6 +178,11 @@ class Captured(NamedTuple):
     standing: list[UUID]
     refunded: list[UUID]
 
+    def paid_for_nothing(self, verdict: Literal["confirmed", "failed"]) -> list[UUID]:
+        """Those that an order of this status was not fulfilled by: a confirmed one was by the first
+        of them, a failed one by none."""
+        return self.standing[1:] if verdict == "confirmed" else self.standing
+
 
 async def add(database: Database, payments: Sequence[tuple[UUID, UUID]]) -> int:
     """Has payments, each with its order, watched from now on; returns how many were not yet."""

@@ -74,6 +74,27 @@ SELECT f.position, p.id, p.merchant_order_id, p.idempotency_key, p.amount_cents,
  ORDER BY p.created_at DESC, p.id DESC
 """
 
+# A page of the orders that have a payment from a time with an outcome, oldest first: each once, at
+# the first such payment.
+ORDERS = """
+SELECT p.created_at AT TIME ZONE 'UTC', p.id, p.merchant_order_id
+  FROM payments p
+ WHERE p.created_at >= %(since)s AND p.created_at < %(until)s
+   AND (p.created_at, p.id) > (%(after)s, %(after_id)s::uuid)
+   AND p.status <> 'PENDING' AND p.merchant_order_id IS NOT NULL
+   AND NOT EXISTS (SELECT FROM payments e
+                    WHERE e.merchant_order_id = p.merchant_order_id AND e.status <> 'PENDING'
+                      AND e.created_at >= %(since)s
+                      AND (e.created_at, e.id) < (p.created_at, p.id))
+ ORDER BY p.created_at, p.id LIMIT %(limit)s
+"""
+
+# Whether no payment of an order has its money, or may still get it.
+NO_MONEY = """
+SELECT coalesce(bool_and(status IN ('FAILED', 'REFUNDED')), false)
+  FROM payments WHERE merchant_order_id = %(order_id)s
+"""
+
 # The newest payments of an order, with `client` only that API client's.
 OF_ORDER = """
 SELECT id, status, amount_cents, currency FROM payments p
@@ -212,6 +233,28 @@ async def found(
     if result is None:
         raise await not_found(database, payment_id, client)
     return result
+
+
+async def orders_with_outcomes(
+    database: Database, since: datetime, until: datetime, after: Place | None, limit: int
+) -> list[tuple[Place, UUID]]:
+    """Orders that have a payment with an outcome, which was begun at `since` or later, and before
+    `until`: at most so many, behind the place `after`, each with the place to go on from."""
+    params = {
+        "since": _column_time(since),
+        "until": _column_time(until),
+        "after": _column_time(after.created_at if after else since),
+        "after_id": after.id if after else UUID(int=0),
+        "limit": limit,
+    }
+    rows = await database.fetch(ORDERS, params, prepare=False)
+    return [(Place(created_at, id), order_id) for created_at, id, order_id in rows]
+
+
+async def has_no_money(database: Database, order_id: UUID) -> bool:
+    """Whether all payments of the order failed, or were refunded, as the projector wrote them."""
+    ((none,),) = await database.fetch(NO_MONEY, {"order_id": order_id})
+    return bool(none)
 
 
 async def not_found(database: Database, payment_id: UUID, client: str | None) -> PaymentNotFound:

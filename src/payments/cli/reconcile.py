@@ -1,0 +1,113 @@
+"""`payments reconcile`: what others know of what was captured."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+
+import click
+
+from payments.cli.exits import FINDINGS, one_is_a_finding
+from payments.cli.moments import TIME
+from payments.cli.output import csv_line, print_rows
+from payments.cli.progress import Progress
+from payments.cli.start import begin
+from payments.database import Database, DatabaseAddress
+from payments.fulfilment.reconciliation import Found, Reconciliation
+from payments.fulfilment.status import OrderStatus
+from payments.opening import open_database
+
+CONNECTIONS = 4
+SHOWN_MAX = 100_000  # of a table, and of JSON, which are printed at once; CSV has all
+PER_S_MAX = 1000
+
+
+@click.group()
+def reconcile() -> None:
+    """Compare what was captured with what others know of it."""
+
+
+@reconcile.command()
+@click.option("--since", metavar="TIME", type=TIME, help="Payments begun then or later (RFC 3339).")
+@click.option("--until", metavar="TIME", type=TIME, help="Payments begun before; now by default.")
+@click.option(
+    "--limit-per-second",
+    "per_s",
+    type=click.IntRange(1, PER_S_MAX),
+    default=50,
+    show_default=True,
+    help="Orders that are asked about in a second at the most.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "csv"]),
+    default="table",
+    show_default=True,
+)
+def orders(since: datetime | None, until: datetime | None, per_s: int, form: str) -> None:
+    """Ask Order Service about each order that was paid, and print what does not fit.
+
+    KIND is unfulfilled (paid, and the order failed), paid_twice (this payment is not the first of a
+    confirmed order), not_known (paid, and the order has another status, or PROBLEM says why none is
+    known), or unpaid (confirmed, and all its payments failed or were refunded). Whatever was paid
+    is watched from then on: `payments callbacks list --unfulfilled`.
+
+    It needs ORDER_STATUS_URL. Exit code 0: nothing was found. 1: something was. 2: it could not be
+    looked for.
+    """
+    one_is_a_finding()
+    since, until = since or datetime.min.replace(tzinfo=UTC), until or datetime.now(UTC)
+    if since >= until:
+        raise click.UsageError("--since must be before --until")
+    settings = begin()
+    from payments.service import build_order_status, check_status_url
+
+    status = build_order_status(settings)
+    asyncio.run(check_status_url(settings))
+    shown: list[Found] = []
+
+    def show(found: Found) -> None:
+        if form == "csv":
+            _write(found)
+        elif len(shown) < SHOWN_MAX:
+            shown.append(found)
+
+    if form == "csv":
+        _write(Found._fields)
+    with open_database(settings, to="run") as address:
+        count, asked = asyncio.run(_run(address, status, (since, until), per_s, show))
+    if form != "csv":
+        print_rows(Found._fields, shown, form)
+    more = f", the first {SHOWN_MAX:,} of them shown" if count > len(shown) > 0 else ""
+    click.echo(f"orders: {asked:,} asked about; findings: {count:,}{more}", err=True)
+    sys.exit(FINDINGS if count else 0)
+
+
+async def _run(
+    address: DatabaseAddress,
+    status: OrderStatus,
+    time: tuple[datetime, datetime],
+    per_s: int,
+    show: Callable[[Found], None],
+) -> tuple[int, int]:
+    database = Database(address, CONNECTIONS)
+    await database.open()
+    await status.open()
+    try:
+        reconciliation = Reconciliation(database, status, per_s)
+        with Progress() as progress:
+
+            def seen(found: Found) -> None:
+                progress("orders", reconciliation.asked, None)
+                show(found)
+
+            count = await reconciliation.run(*time, seen)
+        return count, reconciliation.asked
+    finally:
+        await status.close()
+        await database.close()
+
+
+def _write(cells: Iterable[object]) -> None:
+    sys.stdout.buffer.write(csv_line("" if cell is None else str(cell) for cell in cells))
