@@ -35,7 +35,7 @@ LAYERS = (
     ("payments.database",),
     (
         *("payments.migrations", "payments.events", "payments.gateways"),
-        *("payments.unsettled", "payments.sendings", "payments.legacy_ids"),
+        *("payments.unsettled", "payments.sendings", "payments.legacy_ids", "payments.brake"),
     ),
     ("payments.snapshot", "payments.opening", "payments.fulfilment.table"),
     ("payments.commands", "payments.queries", "payments.projections", "payments.callbacks"),

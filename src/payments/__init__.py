@@ -10,7 +10,7 @@
        `-> fulfilments: is the order what was paid for?
     audit        <- seals of the log    <-+
 
-    commands/          decide and append, one file per intent: charge, refund, settle
+    commands/          decide and append, one file per intent: charge, refund, settle, unfulfilled
     queries/           read; never imported by commands, nor the other way round
     projections/       the follower, and what it writes from the log; comparing, rebuilding
     callbacks/         sends what the outbox holds: dispatcher, signatures, retries, breaker
@@ -23,6 +23,7 @@
     unsettled.py       the list of what the provider must be asked about again
     sendings.py        which refunds were sent, and since when
     legacy.py          a row of the Node service as events;  legacy_ids.py the ids they had there
+    brake.py           how much the service gives back by itself, and that it stops
     opening.py         the database that the settings name;  embedded_postgres/ one of our own
     database.py        connections;  session.py what each is set to;  migrations/ the schema
     times.py           times as text, for API and command line;  tasks.py ends background tasks

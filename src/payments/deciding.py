@@ -33,6 +33,7 @@ from payments.payment import Approved, Declined, LateCapture, Payment, Refund, S
 _PAYMENT_NAMESPACE = b"payment-service/idempotency-key/1\x00"
 _REFUND_NAMESPACE = b"payment-service/refund/1\x00"
 _LATE_CAPTURE_NAMESPACE = b"payment-service/late-capture/1\x00"
+_UNFULFILLED_NAMESPACE = b"payment-service/unfulfilled/1\x00"
 _IMPORT_NAMESPACE = b"payment-service/imported-event/1\x00"
 
 # What an Idempotency-Key may be: printable ASCII without blanks at its ends, which are no part of a
@@ -82,12 +83,16 @@ class RefundRequest(msgspec.Struct, frozen=True):
 
     The key counts within its payment. Without one there is no amount either, and a request while
     such a refund is under way means that one.
+
+    `unfulfilled`: the service asks by itself, since the payment's order failed. It has neither a
+    key nor an amount, and means the one such refund that a payment may have.
     """
 
     payment_id: UUID
     amount_cents: int | None
     idempotency_key: str | None
     client: str
+    unfulfilled: bool = False
 
 
 def payment_id_for(idempotency_key: str) -> UUID:
@@ -104,6 +109,16 @@ def imported_event_id(legacy_id: UUID, version: int) -> UUID:
     """Of the event that stands for a row of the service before this one: whoever imports the row
     again makes the very same."""
     return _derived(_IMPORT_NAMESPACE, legacy_id.bytes + version.to_bytes(1))
+
+
+def unfulfilled_refund_id(payment_id: UUID) -> UUID:
+    """The refund by which the service gives this payment back by itself, for ever."""
+    return _derived(_UNFULFILLED_NAMESPACE, payment_id.bytes)
+
+
+def is_of_unfulfilled(payment_id: UUID, refund_id: UUID) -> bool:
+    """Whether the service made this refund by itself, since the payment's order failed."""
+    return refund_id == unfulfilled_refund_id(payment_id)
 
 
 def fingerprint(request: ChargeRequest) -> str:
@@ -206,6 +221,8 @@ def known_refund(payment: Payment, request: RefundRequest) -> Refund | None:
 
     Raises IdempotencyKeyReused if the key was used for another refund of this payment.
     """
+    if request.unfulfilled:
+        return payment.refund(unfulfilled_refund_id(payment.id))
     if request.idempotency_key is None:
         unkeyed = (refund for refund in payment.refunds if refund.idempotency_key is None)
         return next((refund for refund in unkeyed if refund.status is Status.PENDING), None)
@@ -250,8 +267,11 @@ def initiate_refund(payment: Payment, request: RefundRequest, cause: Cause) -> R
             + f": at most {left} can be refunded."
         )
     key = request.idempotency_key
-    # Without a key nobody will name this refund again: its own event's id is as good as any.
-    refund_id = cause.event_id if key is None else refund_id_for(payment.id, key)
+    if request.unfulfilled:
+        refund_id = unfulfilled_refund_id(payment.id)
+    else:
+        # Without a key nobody will name this refund again: its own event's id is as good as any.
+        refund_id = cause.event_id if key is None else refund_id_for(payment.id, key)
     whole = request.amount_cents is None
     return _reservation(payment, refund_id, key, amount, cause, whole=whole)
 

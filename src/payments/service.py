@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from loguru import logger
 
+from payments import brake
 from payments.admission import Admission
 from payments.callbacks.dispatcher import CONCURRENCY_MAX, Dispatcher
 from payments.commands.charge import Charging
@@ -21,6 +22,7 @@ from payments.commands.refund import Refunding
 from payments.commands.runs import Runs
 from payments.commands.settle import Settler
 from payments.commands.settling import Settling
+from payments.commands.unfulfilled import Unfulfilled
 from payments.database import Database, DatabaseAddress
 from payments.errors import DatabaseUnavailable, StartError
 from payments.events.appender import Appender
@@ -124,6 +126,12 @@ class Service:
         shared = (self.appender, self.database, self.gateway)
         self.charging = Charging(self.runs, *shared, self.telemetry, settings)
         self.refunding = Refunding(self.runs, *shared, giving_back, self.telemetry, settings)
+        # Gives back what its order did not fulfil, if that is wanted.
+        self.unfulfilled = (
+            Unfulfilled(self.refunding, giving_back, self.database, self.admission)
+            if settings.unfulfilled == "refund"
+            else None
+        )
         self.lookups = PaymentLookups(self.database)
         self.checking = build_checking(settings, self.database)
         suspected = self.checking.wake if self.checking else None
@@ -217,6 +225,7 @@ class Service:
                 server = await server_state(self._operations_database)
                 held = await horizon(self._operations_database)
                 unread = await unread_notifications(self._operations_database)
+                stop = await brake.stopped(self._operations_database)
         except TimeoutError:
             self.telemetry.observed(up=False)
             raise DatabaseUnavailable("The database does not answer.") from None
@@ -225,6 +234,7 @@ class Service:
             raise
         self._show_server(server, self._horizon_age.seconds(held, time.monotonic()), unread)
         self._show_work(followers, callbacks, unsettled)
+        self.telemetry.giving_back_stopped.set(self.unfulfilled is not None and stop is not None)
         self.telemetry.observed(up=True)
 
     def _show_server(self, server: Server, held_s: float, unread: float) -> None:

@@ -19,8 +19,9 @@ from payments.errors import StartError
 DEFAULT_CLIENT = "default"  # who asks when no API keys are configured
 SETTLING = "settling"  # who asks in the events that settling causes
 DISPATCHER = "dispatcher"  # who calls back, where a payment's history is told
+FULFILMENT = "fulfilment"  # who gives back what its order did not fulfil, in its events
 # A client with one of these names would be taken for everyone, or for the service itself.
-RESERVED_CLIENTS = frozenset({DEFAULT_CLIENT, SETTLING, DISPATCHER})
+RESERVED_CLIENTS = frozenset({DEFAULT_CLIENT, SETTLING, DISPATCHER, FULFILMENT})
 # How long a request may take, reads and appends together, until its intent is durable: design,
 # "with Postgres down or frozen each request is answered in under 3 s".
 INTENT_PATIENCE_S = 2.5

@@ -397,6 +397,12 @@ class Telemetry:
             registry=known,
         )
 
+        self.giving_back_stopped = Gauge(
+            "payments_giving_back_stopped",
+            "1 while nothing is given back by itself (UNFULFILLED=refund), since it was too much",
+            registry=known,
+        )
+
     def observed(self, *, up: bool) -> None:
         """Whether the database told what only it knows, and that was set, at this moment."""
         self._database_up.set(up)

@@ -58,6 +58,10 @@ COMMANDS = {
     ),
     "callbacks": ("callbacks:callbacks", "What Order Service is owed and was told."),
     "reconcile": ("reconcile:reconcile", "Compare what was captured with what others know of it."),
+    "giving-back": (
+        "giving_back:giving_back",
+        "Payments that the service gives back by itself, since their orders failed.",
+    ),
     "dump": (
         "backup:dump",
         "Write the whole database to FILE, which must not exist yet, for `payments restore`.",

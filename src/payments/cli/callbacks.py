@@ -56,7 +56,8 @@ def list_callbacks(due: bool, dead: bool, order: UUID | None, limit: int, form: 
     """Print callbacks, the newest first unless said otherwise.
 
     STATE is due (owed and not delivered yet), delivered, dead (given up), superseded (a FAILED or
-    REFUNDED that is not sent, since its order is paid), or excluded by ORDER_CALLBACK_STATUSES.
+    REFUNDED that is not sent, since its order is paid), or excluded (ORDER_CALLBACK_STATUSES does
+    not name it, or it is the REFUNDED of a payment that the service gave back by itself).
     NEXT_AT is when the order's turn comes; while a callback is being sent, the end of its lease.
     """
     if due + dead + (order is not None) > 1:

@@ -70,6 +70,7 @@ ALERTS: dict[str, Told | str] = {
     "PaymentsParkedStreams": Told("follower"),
     "PaymentsPendingTooLong": Told("payments", PENDING_MAX_S),
     "PaymentsRefundOpenTooLong": Told("refunds", RETURN_MAX_S),
+    "PaymentsGivingBackStopped": Told("brake"),
     "PaymentsBreakerOpen": "each process has a breaker of its own",
     "PaymentsCallbacksOld": Told("callbacks", CALLBACK_AGE_MAX_S),
     "PaymentsCallbacksDead": Told("callbacks"),

@@ -15,7 +15,7 @@ from payments.cli.checks import Check, failing, server_checks
 from payments.cli.exits import FINDINGS, one_is_a_finding
 from payments.cli.output import one_line
 from payments.cli.start import begin, with_database
-from payments.cli.work_checks import work_checks
+from payments.cli.work_checks import brake_check, work_checks
 from payments.database import Database, DatabaseAddress, connect, reason_of
 from payments.errors import DatabaseUnavailable, StartError
 from payments.migrations import schema_of, shape
@@ -67,6 +67,7 @@ def _checks() -> Iterator[Check]:
                 return [
                     *await server_checks(database),
                     *await work_checks(database, gateway.name, calls_back=calls_back),
+                    await brake_check(database, gives_back=settings.unfulfilled == "refund"),
                 ]
 
             yield from with_database(address, look)

@@ -15,7 +15,8 @@ from payments.opening import heads_dir, open_database
 TOLD_MAX = 500  # characters
 
 
-def _one_line_of_text(_: click.Context, __: click.Parameter, value: str) -> str:
+def one_line_of_text(_: click.Context, __: click.Parameter, value: str) -> str:
+    """For an option whose value is kept for others to read."""
     if not value.strip() or not value.isprintable() or len(value) > TOLD_MAX:
         raise click.BadParameter(f"must be one line of 1 to {TOLD_MAX} printable characters")
     return value.strip()
@@ -28,10 +29,10 @@ def log_group() -> None:
 
 @log_group.command("accept-loss")
 @click.option(
-    "--by", required=True, callback=_one_line_of_text, metavar="NAME", help="Who accepts it."
+    "--by", required=True, callback=one_line_of_text, metavar="NAME", help="Who accepts it."
 )
 @click.option(
-    "--reason", required=True, callback=_one_line_of_text, metavar="TEXT", help="What happened."
+    "--reason", required=True, callback=one_line_of_text, metavar="TEXT", help="What happened."
 )
 @heads_option
 def accept_loss(by: str, reason: str, heads: dict[int, bytes]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from uuid import UUID
 
+from payments import brake
 from payments.cli.checks import (
     CALLBACK_AGE_MAX_S,
     LAG_MAX_S,
@@ -173,3 +174,17 @@ def _to_show(what: str, first: Sequence[Delivery], count: int) -> str:
     """None are left if they were sent meanwhile."""
     ids = [delivery.event_id for delivery in first]
     return f": {what} {_named(ids, count)}: `payments callbacks show {ids[0]}`" if ids else ""
+
+
+async def brake_check(database: Database, *, gives_back: bool) -> Check:
+    """Whether the service has stopped giving back by itself. `gives_back`: the settings say so."""
+    if not gives_back:
+        text = "nothing is given back by itself: UNFULFILLED is not refund"
+        return Check("off", "brake", text)
+    stop = await brake.stopped(database)
+    if stop is None:
+        text = f"{await brake.begun(database)} payments were given back by itself within an hour"
+        return Check("ok", "brake", text)
+    since = f"{stop.stopped_at:%Y-%m-%dT%H:%M:%SZ}"
+    text = f"nothing is given back by itself since {since}: {stop.reason}"
+    return Check("FAIL", "brake", f"{text}: `payments giving-back resume`")

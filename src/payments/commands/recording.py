@@ -10,12 +10,19 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from eventsourcing.persistence import StoredEvent
+from loguru import logger
 
 from payments.database import Database
-from payments.deciding import OutcomeMismatch
+from payments.deciding import OutcomeMismatch, is_of_unfulfilled
 from payments.errors import DatabaseUnavailable
 from payments.events.appender import Appender, CaptureTaken, StreamConflict
-from payments.events.facts import PaymentCharged, PaymentRefunded, ProviderOutcome, RefundInitiated
+from payments.events.facts import (
+    PaymentCharged,
+    PaymentRefunded,
+    ProviderOutcome,
+    RefundFailed,
+    RefundInitiated,
+)
 from payments.events.store import LoadedPayment, load_payment, to_stored_event
 from payments.logs import Repeats, log_money
 from payments.payment import Payment, evolve
@@ -117,3 +124,8 @@ def _log(fact: ProviderOutcome) -> None:
         amount_cents=fact.amount_cents,
         currency=fact.currency,
     )
+    if isinstance(fact, RefundFailed) and is_of_unfulfilled(fact.payment_id, fact.refund_id):
+        logger.bind(payment_id=fact.payment_id, decline_code=fact.decline_code).error(
+            "the provider refused to give back a payment whose order failed; it is not tried again "
+            "by itself: refund it by hand, or return the money in another way"
+        )

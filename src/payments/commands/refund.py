@@ -120,6 +120,20 @@ class Refunding:
         self._telemetry.refunds[label].inc()
         return refunded
 
+    def check_refundable(self, payment: Payment) -> None:
+        """Raises PaymentNotRefundable if another provider has the money, or cannot be asked for it:
+        the capture of an imported payment may have no id."""
+        if payment.gateway != self._gateway.name:
+            raise PaymentNotRefundable(
+                f"It was captured by the provider {payment.gateway}, "
+                f"and this service now works with {self._gateway.name}."
+            )
+        if payment.status is Status.SUCCESS and payment.provider_txn_id is None:
+            raise PaymentNotRefundable(
+                "It was imported without the provider's id of the capture: give it back at the "
+                "provider."
+            )
+
     async def _refund(self, run: Run[Refunded], command: RefundPayment) -> None:
         with logger.contextualize(payment_id=command.request.payment_id):
             begun = await self._begin(run, command)
@@ -156,16 +170,7 @@ class Refunding:
             if known is not None:
                 return await self._resume(run, command, loaded, known)
             await self._giving_back.check_allowed()  # a refusal would rest on what is left as well
-            if loaded.payment.gateway != self._gateway.name:
-                raise PaymentNotRefundable(
-                    f"It was captured by the provider {loaded.payment.gateway}, "
-                    f"and this service now works with {self._gateway.name}."
-                )
-            if loaded.payment.status is Status.SUCCESS and loaded.payment.provider_txn_id is None:
-                raise PaymentNotRefundable(
-                    "It was imported without the provider's id of the capture: give it back at the "
-                    "provider."
-                )
+            self.check_refundable(loaded.payment)
             fact = initiate_refund(loaded.payment, command.request, _cause(command))
             event = to_stored_event(fact)
             run.check_may_ask()

@@ -40,12 +40,69 @@ CREATE INDEX fulfilments_given_back ON fulfilments (given_back_at) WHERE state =
 -- Never the same number twice, also when a row went and came again.
 CREATE SEQUENCE fulfilment_claims;
 
--- A row while the service gives nothing back by itself, since it had given back too much.
+-- Each time that the service stopped giving back by itself, since it had given back too much, and who
+-- let it go on. While a row has no lifted_at, nothing is given back.
 CREATE TABLE giving_back_stopped (
-    only_row   boolean     PRIMARY KEY DEFAULT true CHECK (only_row),
-    stopped_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    reason     text        NOT NULL
+    id            bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    stopped_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
+    reason        text        NOT NULL,
+    lifted_at     timestamptz,
+    lifted_by     text, -- the person
+    lifted_reason text  -- theirs
 );
+
+CREATE UNIQUE INDEX giving_back_stopped_now ON giving_back_stopped ((true)) WHERE lifted_at IS NULL;
+
+-- What the service began to give back by itself in the last hour, since it was let go on: what counts
+-- towards stopping.
+CREATE TABLE giving_back_begun (
+    payment_id uuid        PRIMARY KEY,
+    begun_at   timestamptz NOT NULL
+);
+
+-- Whether one more payment may be given back now; if so it counts, once however often it is asked
+-- about within an hour. At most `fewest` may go in an hour, or one in `one_in` of those that were
+-- begun and captured in it, if that is more. Otherwise nothing is given back any more.
+--   begun    it may
+--   stops    it may not, and from now on none may
+--   stopped  none may
+--
+-- One process at a time: two must not both find room for the last one. The lock is one that only
+-- those who write the table can take.
+CREATE FUNCTION begin_giving_back(payment uuid, fewest integer, one_in integer) RETURNS text
+LANGUAGE plpgsql VOLATILE
+AS $$
+DECLARE
+    moment   timestamptz;
+    others   bigint;
+    captured bigint;
+BEGIN
+    LOCK TABLE giving_back_begun IN SHARE ROW EXCLUSIVE MODE;
+    IF EXISTS (SELECT FROM giving_back_stopped WHERE lifted_at IS NULL) THEN
+        RETURN 'stopped';
+    END IF;
+    moment := clock_timestamp();
+    DELETE FROM giving_back_begun WHERE begun_at < moment - interval '1 hour';
+    others := (SELECT count(*) FROM giving_back_begun WHERE payment_id <> payment);
+    IF others >= fewest THEN
+        -- No more of them are looked at than would do.
+        captured := (
+            SELECT count(*) FROM (
+                SELECT FROM payments
+                 WHERE status IN ('SUCCESS', 'REFUNDED')
+                   AND created_at > moment AT TIME ZONE 'UTC' - interval '1 hour'
+                 LIMIT (others + 1) * one_in) AS enough);
+        IF (others + 1) * one_in > captured THEN
+            INSERT INTO giving_back_stopped (reason) VALUES (format(
+                '%s were given back within an hour, in which %s were captured: at most %s may be, '
+                'or one in %s of these', others, captured, fewest, one_in));
+            RETURN 'stops';
+        END IF;
+    END IF;
+    INSERT INTO giving_back_begun VALUES (payment, moment)
+        ON CONFLICT (payment_id) DO UPDATE SET begun_at = excluded.begun_at;
+    RETURN 'begun';
+END $$;
 
 -- Whoever calls back also notes what the responses said, and whoever reads callbacks may read that.
 DO $$
@@ -59,7 +116,7 @@ BEGIN
          WHERE c.oid = 'callback_lanes'::regclass
            AND a.privilege_type IN ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
     LOOP
-        EXECUTE format('GRANT %s ON fulfilments, giving_back_stopped TO %s',
+        EXECUTE format('GRANT %s ON fulfilments, giving_back_stopped, giving_back_begun TO %s',
                        granted.privilege, granted.grantee);
         IF granted.privilege = 'UPDATE' THEN
             EXECUTE format('GRANT USAGE ON SEQUENCE fulfilment_claims TO %s', granted.grantee);

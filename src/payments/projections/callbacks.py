@@ -8,10 +8,12 @@ migrations/0010.
 
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import psycopg
 
 from payments.database import Database
+from payments.deciding import is_of_unfulfilled, unfulfilled_refund_id
 from payments.events.arrays import bigints, integers, texts, timestamps, uuids
 from payments.events.chain import LogEntry
 from payments.events.facts import (
@@ -21,7 +23,7 @@ from payments.events.facts import (
     PaymentRefunded,
     UndecodableEvent,
 )
-from payments.events.store import READ_LOG, fact_at
+from payments.events.store import LOAD_STREAMS, READ_LOG, fact_at
 from payments.projections.follower import read_events
 
 BACKFILL_EVENTS = 1000  # in one transaction
@@ -90,8 +92,12 @@ async def begin_at_the_end(database: Database) -> None:
 
 
 class CallbacksProjection:
-    """`statuses`: which outcomes Order Service wants to hear of; others are `excluded`, and so are
-    imported ones: the service before this one told of them itself."""
+    """`statuses`: which outcomes Order Service wants to hear of; others are `excluded`.
+
+    So are imported ones, of which the service before this one told; and a REFUNDED of what the
+    service gave back by itself, whatever is wanted: the order is known to have failed, and its seats
+    may be somebody else's by now.
+    """
 
     name = "callbacks"
 
@@ -126,10 +132,11 @@ class CallbacksProjection:
             for each in owed
             if each.status == "SUCCESS" and each.outcome.payment_id not in refunded
         }
+        unfulfilled = await _unfulfilled(connection, owed)
         async with connection.cursor(binary=True) as cursor:
             lanes = {"orders": orders, "paid": uuids(list(paid)), "late": late}
             await cursor.execute(OPEN_LANES.encode(), lanes)
-            await cursor.execute(ENQUEUE.encode(), self._params(owed))
+            await cursor.execute(ENQUEUE.encode(), self._params(owed, unfulfilled))
             enqueued = cursor.rowcount
             await cursor.execute(SUPERSEDE.encode(), {"orders": orders})
             return enqueued
@@ -141,9 +148,9 @@ class CallbacksProjection:
         owed = [found for event in events if (found := _owed(event)) is not None]
         if owed:
             async with connection.cursor(binary=True) as cursor:
-                await cursor.execute(ENQUEUE.encode(), self._params(owed))
+                await cursor.execute(ENQUEUE.encode(), self._params(owed, set()))
 
-    def _params(self, owed: list[_Owed]) -> tuple[Any, ...]:
+    def _params(self, owed: list[_Owed], unfulfilled: set[UUID]) -> tuple[Any, ...]:
         outcomes = [each.outcome for each in owed]
         return (
             uuids([outcome.event_id for outcome in outcomes]),
@@ -155,12 +162,14 @@ class CallbacksProjection:
             integers([_amount_cents(outcome) for outcome in outcomes]),
             texts([outcome.currency for outcome in outcomes]),
             timestamps([outcome.occurred_at for outcome in outcomes]),
-            texts(["due" if self._is_wanted(each) else "excluded" for each in owed]),
+            texts([self._state(each, unfulfilled) for each in owed]),
             texts([outcome.traceparent for outcome in outcomes]),
         )
 
-    def _is_wanted(self, owed: _Owed) -> bool:
-        return owed.status in self._statuses and owed.outcome.imported is not True
+    def _state(self, owed: _Owed, unfulfilled: set[UUID]) -> str:
+        given_back = owed.status == "REFUNDED" and owed.outcome.payment_id in unfulfilled
+        is_told = owed.outcome.imported is not True and not given_back
+        return "due" if is_told and owed.status in self._statuses else "excluded"
 
 
 class Backfilled(NamedTuple):
@@ -216,6 +225,30 @@ def _owed(event: LogEntry) -> _Owed | None:
     if isinstance(fact, PaymentRefunded) and fact.refunded_cents < fact.captured_cents:
         return None  # the payment stays a SUCCESS
     return _Owed(event.position, status, fact)
+
+
+async def _unfulfilled(
+    connection: psycopg.AsyncConnection[Any], owed: Sequence[_Owed]
+) -> set[UUID]:
+    """The payments among these that are REFUNDED and that the service gave back by itself: all that
+    was left then, at the end or before somebody else's refund that had been under way."""
+    found, others = set[UUID](), list[UUID]()
+    for fact in (each.outcome for each in owed):
+        if isinstance(fact, PaymentRefunded):
+            if is_of_unfulfilled(fact.payment_id, fact.refund_id):
+                found.add(fact.payment_id)
+            elif fact.amount_cents < fact.captured_cents:
+                others.append(fact.payment_id)
+    if others:
+        async with connection.cursor(binary=True) as cursor:
+            await cursor.execute(LOAD_STREAMS.encode(), [uuids(others)])
+            # Not decoded: an event that cannot be read is told where it is applied.
+            for id, _, topic, state in await cursor.fetchall():
+                payment_id = UUID(bytes=id)
+                ours = str(unfulfilled_refund_id(payment_id)).encode()
+                if topic == PaymentRefunded.TOPIC and ours in state:
+                    found.add(payment_id)
+    return found
 
 
 def _amount_cents(outcome: Outcome) -> int:

@@ -190,7 +190,8 @@ def _of_delivery(delivery: Delivery, made: list[Attempt]) -> Iterator[Entry]:
 _ENDS = {
     "dead": "given up, until somebody sends it again with `payments callbacks redrive`",
     "superseded": "not sent, since its order was paid",
-    "excluded": "not sent, since ORDER_CALLBACK_STATUSES does not name it, or it was imported",
+    "excluded": "not sent: not in ORDER_CALLBACK_STATUSES, given back by the service itself, or "
+    "imported",
 }
 
 

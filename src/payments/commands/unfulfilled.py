@@ -1,0 +1,86 @@
+"""Give back a payment whose order failed, without being asked to: UNFULFILLED=refund.
+
+At most once per payment: the refund's id is derived from the payment's (deciding.py). All else is
+as for a refund that a client asks for (refund.py), and settling goes on with one that is under way.
+How much goes back in an hour is bounded (brake.py). Why: docs/decisions/giving-back.md.
+"""
+
+from uuid import UUID
+
+from loguru import logger
+
+from payments import brake
+from payments.admission import Admission
+from payments.commands.giving_back import GivingBack
+from payments.commands.refund import Refunding, RefundPayment
+from payments.database import Database
+from payments.deciding import RefundRequest, unfulfilled_refund_id
+from payments.errors import PaymentsError
+from payments.events.store import LoadedPayment, load_payment
+from payments.payment import Status
+from payments.settings import FULFILMENT
+
+
+class Unfulfilled:
+    """Gives back what its order did not fulfil. One instance per process."""
+
+    def __init__(
+        self,
+        refunding: Refunding,
+        giving_back: GivingBack,
+        database: Database,
+        admission: Admission,
+    ) -> None:
+        self._refunding = refunding
+        self._giving_back = giving_back
+        self._database = database
+        self._client = admission.client(FULFILMENT)
+        self._stopped = False  # whether this process has told so
+
+    async def give_back(self, payment_id: UUID) -> bool:
+        """Whether what was left of the payment has gone back by this. If not, it may be under way,
+        held back, or refused by the provider: asking again finds out, and sends nothing twice.
+
+        Only for a payment whose order is known to have failed. Raises DatabaseUnavailable.
+        """
+        with logger.contextualize(payment_id=payment_id):
+            try:
+                return await self._give_back(payment_id)
+            except PaymentsError as error:
+                reason = f"{error.code}: {error}"
+                logger.bind(reason=reason).info("not given back now, though its order failed")
+                return False
+
+    async def _give_back(self, payment_id: UUID) -> bool:
+        loaded = await load_payment(self._database, payment_id)
+        if loaded is None:
+            return False
+        known = loaded.payment.refund(unfulfilled_refund_id(payment_id))
+        if known is not None and known.status is not Status.PENDING:
+            return known.status is Status.SUCCESS  # a refusal was told when it was recorded
+        if known is None and not await self._may_begin(loaded):
+            return False
+        request = RefundRequest(payment_id, None, None, FULFILMENT, unfulfilled=True)
+        self._client.enter()
+        try:
+            command = RefundPayment(request, traceparent=loaded.traceparent)
+            refunded = await self._refunding.refund(command)
+        finally:
+            self._client.leave()
+        return refunded.refund.status is Status.SUCCESS
+
+    async def _may_begin(self, loaded: LoadedPayment) -> bool:
+        """Whether it can be given back, and the brake lets it; what cannot be does not count."""
+        payment = loaded.payment
+        if payment.status is not Status.SUCCESS or not payment.remaining_cents:
+            return False
+        await self._giving_back.check_allowed()
+        self._refunding.check_refundable(payment)
+        outcome = await brake.begin(self._database, payment.id)
+        if outcome != "begun" and not self._stopped:
+            logger.error(
+                "no payment is given back by itself any more, since too many were: look why their "
+                "orders failed, then `payments giving-back resume`"
+            )
+        self._stopped = outcome != "begun"
+        return not self._stopped
