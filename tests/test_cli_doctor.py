@@ -428,6 +428,11 @@ class Incident:
     def payments_provider_contradicts(self) -> None:
         self._open("abandoned", told_level=50)
 
+    def payments_giving_back_stopped(self) -> None:
+        self._patch.setenv("UNFULFILLED", "refund")
+        self._patch.setenv("ORDER_STATUS_URL", "http://127.0.0.1:1/{order_id}")
+        self._connection.execute("INSERT INTO giving_back_stopped (reason) VALUES ('too many')")
+
     def payments_callbacks_old(self) -> None:
         self._callback("due")
 

@@ -48,13 +48,11 @@ class Stop(NamedTuple):
     reason: str
 
 
-async def begin(
-    database: Database, payment_id: UUID, *, fewest: int = FEWEST, one_in: int = ONE_IN
-) -> Literal["begun", "stops", "stopped"]:
+async def begin(database: Database, payment_id: UUID) -> Literal["begun", "stops", "stopped"]:
     """To be called before the service gives this payment back. `begun`: it may, and it counts.
     `stops`: that would be too much, and from now on none may; then it is `stopped`.
     DatabaseUnavailable."""
-    params = {"payment_id": payment_id, "fewest": fewest, "one_in": one_in}
+    params = {"payment_id": payment_id, "fewest": FEWEST, "one_in": ONE_IN}
     ((outcome,),) = await database.fetch(BEGIN, params)
     return outcome  # type: ignore[no-any-return]
 

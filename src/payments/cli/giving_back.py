@@ -34,4 +34,4 @@ def resume(by: str, reason: str) -> None:
         raise StartError("it has not stopped; whether it gives back at all, UNFULFILLED says")
     click.echo(f"stopped: {stop.stopped_at:%Y-%m-%dT%H:%M:%SZ}")
     click.echo(f"why: {stop.reason}")
-    click.echo("goes on: with UNFULFILLED=refund, within minutes", err=True)
+    click.echo("goes on: what was held back is asked about within an hour", err=True)

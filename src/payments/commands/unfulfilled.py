@@ -38,10 +38,11 @@ class Unfulfilled:
         self._stopped = False  # whether this process has told so
 
     async def give_back(self, payment_id: UUID) -> bool:
-        """Whether what was left of the payment has gone back by this. If not, it may be under way,
-        held back, or refused by the provider: asking again finds out, and sends nothing twice.
+        """Whether what was left of the payment went back by this, or is on its way, which settling
+        goes on with. If not, it is held back, refused by the provider, or refunded by somebody
+        else; asking again finds out, and sends nothing twice.
 
-        Only for a payment whose order is known to have failed. Raises DatabaseUnavailable.
+        Only for a payment whose order is known to have failed.
         """
         with logger.contextualize(payment_id=payment_id):
             try:
@@ -56,18 +57,18 @@ class Unfulfilled:
         if loaded is None:
             return False
         known = loaded.payment.refund(unfulfilled_refund_id(payment_id))
-        if known is not None and known.status is not Status.PENDING:
-            return known.status is Status.SUCCESS  # a refusal was told when it was recorded
-        if known is None and not await self._may_begin(loaded):
+        if known is not None:
+            return known.status is not Status.FAILED  # that was told when it was recorded
+        if not await self._may_begin(loaded):
             return False
         request = RefundRequest(payment_id, None, None, FULFILMENT, unfulfilled=True)
         self._client.enter()
         try:
             command = RefundPayment(request, traceparent=loaded.traceparent)
-            refunded = await self._refunding.refund(command)
+            await self._refunding.refund(command)
         finally:
             self._client.leave()
-        return refunded.refund.status is Status.SUCCESS
+        return True
 
     async def _may_begin(self, loaded: LoadedPayment) -> bool:
         """Whether it can be given back, and the brake lets it; what cannot be does not count."""
