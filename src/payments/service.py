@@ -133,7 +133,8 @@ class Service:
             else None
         )
         self.lookups = PaymentLookups(self.database)
-        self.checking = build_checking(settings, self.database)
+        give_back = self.unfulfilled.give_back if self.unfulfilled else None
+        self.checking = build_checking(settings, self.database, give_back)
         suspected = self.checking.wake if self.checking else None
         self.dispatcher = build_dispatcher(settings, self.database, self.telemetry, suspected)
         applied = self.dispatcher.wake if self.dispatcher else None

@@ -130,7 +130,8 @@ RETURNING payment_id
 """
 
 # Some rows at a time, all in turn: those go whose money went back. One that is claimed is left to
-# whoever claimed it, who may be giving it back.
+# whoever claimed it, who may be giving it back. And what was on its way back, and then was refused
+# by the provider, is unfulfilled as before; `payments` may be behind for a while.
 SWEEP = """
 WITH looked_at AS (
     SELECT payment_id FROM fulfilments WHERE payment_id > %(after)b
@@ -139,6 +140,13 @@ WITH looked_at AS (
     DELETE FROM fulfilments f USING looked_at l, payments p
      WHERE f.payment_id = l.payment_id AND p.id = l.payment_id AND p.status = 'REFUNDED'
        AND f.state <> 'given_back' AND (f.claim IS NULL OR f.next_at <= now())
+), refused AS (
+    UPDATE fulfilments f SET state = 'unfulfilled', given_back_at = NULL, next_at = now()
+      FROM looked_at l, payments p
+     WHERE f.payment_id = l.payment_id AND p.id = l.payment_id AND p.status = 'SUCCESS'
+       AND f.state = 'given_back' AND f.given_back_at < now() - make_interval(secs => %(behind_s)b)
+       AND NOT EXISTS (SELECT FROM refunds r
+                        WHERE r.payment_id = f.payment_id AND r.status = 'PENDING')
 )
 SELECT payment_id FROM looked_at ORDER BY payment_id OFFSET %(most)b - 1
 """
@@ -159,6 +167,7 @@ DELETE FROM fulfilments WHERE payment_id IN (
 RETURNING payment_id
 """
 
+BEHIND_S = 60.0  # so far the read models may be, and then a refund is not in them yet
 FIRST = UUID(int=0)
 
 
@@ -278,9 +287,10 @@ def _key(claimed: Claimed) -> dict[str, Any]:
 
 
 async def sweep(database: Database, after: UUID, most: int) -> UUID:
-    """Removes what was refunded among so many rows behind `after`; returns the last one looked at,
-    or FIRST when all were."""
-    rows = await database.fetch(SWEEP, {"after": after, "most": most})
+    """Removes what was refunded among so many rows behind `after`, and takes up again what the
+    provider refused to give back; returns the last one looked at, or FIRST when all were."""
+    params = {"after": after, "most": most, "behind_s": BEHIND_S}
+    rows = await database.fetch(SWEEP, params)
     return rows[0][0] if rows else FIRST
 
 
