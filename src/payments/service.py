@@ -5,7 +5,7 @@ import importlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from payments.queries.followers import (
     follower_states,
     unsettled_payments,
 )
+from payments.queries.fulfilments import Count, counts
 from payments.queries.lookups import PaymentLookups
 from payments.queries.server import (
     UNSAFE_MEANS,
@@ -223,6 +224,7 @@ class Service:
                 followers = await follower_states(self._operations_database)
                 unsettled = await unsettled_payments(self._operations_database)
                 callbacks = await backlog(self._operations_database)
+                unfulfilled = await counts(self._operations_database)
                 server = await server_state(self._operations_database)
                 held = await horizon(self._operations_database)
                 unread = await unread_notifications(self._operations_database)
@@ -236,6 +238,7 @@ class Service:
         self._show_server(server, self._horizon_age.seconds(held, time.monotonic()), unread)
         self._show_work(followers, callbacks, unsettled)
         self.telemetry.giving_back_stopped.set(self.unfulfilled is not None and stop is not None)
+        self._show_unfulfilled(unfulfilled)
         self.telemetry.observed(up=True)
 
     def _show_server(self, server: Server, held_s: float, unread: float) -> None:
@@ -271,6 +274,11 @@ class Service:
         pending = found.get("charge")
         self.telemetry.pending.set(pending.payments if pending else 0)
         self.telemetry.pending_age.set(pending.oldest_age_s if pending else 0)
+
+    def _show_unfulfilled(self, found: Mapping[str, Count]) -> None:
+        for state, count in found.items():
+            self.telemetry.unfulfilled[state].set(count.payments)
+            self.telemetry.unfulfilled_age[state].set(count.oldest_age_s)
 
     async def _rendered(self, render: Callable[[], bytes]) -> bytes:
         """All metrics as of now, without a database but for those that only it knows."""

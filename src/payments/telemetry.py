@@ -43,6 +43,7 @@ FOLLOWERS = ("payments", "callbacks", "seals")
 GATEWAY_OPERATIONS = ("charge", "find_charge", "refund", "find_refund")
 GATEWAY_OUTCOMES = ("approved", "declined", "not_found", "unknown", "never_sent")
 CALLBACK_OUTCOMES = (*("delivered", "gone", "http_error", "unreachable", "timeout", "end_unknown"),)
+UNFULFILLED_STATES = ("suspect", "silent", "unfulfilled", "paid_twice")
 BREAKER_STATES = ("closed", "open", "half_open")
 APPEND_FAILURES = ("retried", "refused")
 AMOUNTS = ("captured", "refunded")
@@ -321,6 +322,23 @@ class Telemetry:
         self.callbacks_oldest_age = Gauge(
             "payments_callbacks_oldest_age_seconds",
             "How long the oldest callback that is due has been",
+            registry=self._of_database,
+        )
+        # queries/fulfilments.py, which counts so many at the most.
+        self.unfulfilled = self._labelled(
+            Gauge,
+            "payments_unfulfilled",
+            "Captured payments whose order may not have been fulfilled, up to 10,000 of a state",
+            ["state"],
+            UNFULFILLED_STATES,
+            registry=self._of_database,
+        )
+        self.unfulfilled_age = self._labelled(
+            Gauge,
+            "payments_unfulfilled_oldest_age_seconds",
+            "How long ago the oldest of them was found",
+            ["state"],
+            UNFULFILLED_STATES,
             registry=self._of_database,
         )
         self.callback_breaker = self._labelled(

@@ -15,7 +15,8 @@ GET_CALLBACKS = Operation(
     tag="payments",
     summary="What Order Service was told of a payment",
     description="Each outcome that is called back, with every attempt that is on record. None "
-    "without `ORDER_CALLBACK_URL`, and for what is older than `CALLBACK_RETENTION_DAYS`.",
+    "without `ORDER_CALLBACK_URL`, and for what is older than `CALLBACK_RETENTION_DAYS`. "
+    "`fulfilment` is not null if the order may not have been fulfilled: `GET /v1/unfulfilled`.",
     parameters=(PAYMENT_ID,),
     answers={
         200: Answer(
@@ -43,7 +44,8 @@ GET_CALLBACKS = Operation(
                             }
                         ],
                     }
-                ]
+                ],
+                "fulfilment": None,
             },
         )
     },

@@ -1,9 +1,9 @@
-"""The query parameters of GET /v1/payments: strict, and with every one's error at once."""
+"""The query parameters of lists: strict, and with every one's error at once."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import unquote_plus
 
 from payments.errors import FieldError, InvalidRequest
@@ -16,6 +16,10 @@ from web.bodies import ERRORS_MAX
 from web.description import Parameter
 from web.requests import UUID_SCHEMA, read_uuid
 
+# name -> how it is read, what it must be, and the same as JSON Schema; of a schema that a body has
+# as well, generators of clients make one type.
+Readers = Mapping[str, tuple[Callable[[str], Any], str, dict[str, Any]]]
+
 
 class ListQuery(NamedTuple):
     filter: PaymentFilter
@@ -25,27 +29,35 @@ class ListQuery(NamedTuple):
 
 def read_list_query(query_string: bytes) -> ListQuery:
     """InvalidRequest names every parameter that is wrong and how to mend it."""
+    found = read_parameters(query_string, _READERS)
+    if found.get("created_until", _LAST) < found.get("created_from", _FIRST):
+        _refuse([FieldError("created_until", "must not be before created_from")])
+    limit, cursor = found.pop("limit", LIMIT_DEFAULT), found.pop("cursor", None)
+    return ListQuery(PaymentFilter(**found), limit, cursor)
+
+
+def read_parameters(query_string: bytes, readers: Readers) -> dict[str, Any]:
+    """The values of those that were sent; InvalidRequest as above."""
     found: dict[str, Any] = {}
     errors: list[FieldError] = []
     for name, values in parameters(query_string).items():
-        if name not in _READERS:
+        if name not in readers:
             errors.append(FieldError(name[:64], "is not a parameter of this request; leave it out"))
         elif len(values) > 1:
             errors.append(FieldError(name, f"was sent {len(values)} times; send it once"))
         else:
-            read, description, _ = _READERS[name]
+            read, description, _ = readers[name]
             try:
                 found[name] = read(values[0])
             except ValueError:
                 errors.append(FieldError(name, f"must be {description}{_hint(name, values[0])}"))
-    if not errors and found.get("created_until", _LAST) < found.get("created_from", _FIRST):
-        errors.append(FieldError("created_until", "must not be before created_from"))
     if errors:
-        raise InvalidRequest(
-            "Mend the query parameters listed in errors.", tuple(errors[:ERRORS_MAX])
-        )
-    limit, cursor = found.pop("limit", LIMIT_DEFAULT), found.pop("cursor", None)
-    return ListQuery(PaymentFilter(**found), limit, cursor)
+        _refuse(errors)
+    return found
+
+
+def _refuse(errors: list[FieldError]) -> NoReturn:
+    raise InvalidRequest("Mend the query parameters listed in errors.", tuple(errors[:ERRORS_MAX]))
 
 
 def parameters(query_string: bytes) -> dict[str, list[str]]:
@@ -73,12 +85,25 @@ def _limit(text: str) -> int:
     return int(text)
 
 
-def _cursor(text: str) -> str:
-    try:
-        read_cursor(text)
-    except InvalidRequest as error:
-        raise ValueError(text) from error
-    return text
+LIMIT = (
+    _limit,
+    f"a whole number from 1 to {LIMIT_MAX}",
+    {"type": "integer", "minimum": 1, "maximum": LIMIT_MAX, "default": LIMIT_DEFAULT},
+)
+
+
+def cursor_of(name: str) -> tuple[Callable[[str], str], str, dict[str, Any]]:
+    """How the cursor of the list of this name is read."""
+
+    def read(text: str) -> str:
+        try:
+            read_cursor(text, name)
+        except InvalidRequest as error:
+            raise ValueError(text) from error
+        return text
+
+    schema = {"type": "string", "pattern": "^[A-Za-z0-9_-]{38}$"}
+    return read, "the next_cursor of an earlier answer, unchanged", schema
 
 
 def _hint(name: str, value: str) -> str:
@@ -98,14 +123,9 @@ _FIRST = datetime.min.replace(tzinfo=UTC)
 _LAST = datetime.max.replace(tzinfo=UTC)
 TIME_TEXT = "a time with its offset from UTC (RFC 3339), like 2026-01-31T18:30:00Z"
 _TIME_SCHEMA = {"type": "string", "format": "date-time", "pattern": TIME_PATTERN}
-# name -> how it is read, what it must be, and the same as JSON Schema; of a schema that a body has
-# as well, generators of clients make one type.
-_READERS: dict[str, tuple[Callable[[str], Any], str, dict[str, Any]]] = {
-    "merchant_order_id": (
-        read_uuid,
-        "the order's UUID, like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
-        UUID_SCHEMA,
-    ),
+ORDER = (read_uuid, "the order's UUID, like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9", UUID_SCHEMA)
+_READERS: Readers = {
+    "merchant_order_id": ORDER,
     "status": (Status, f"one of {', '.join(Status)}", {"$ref": "#/components/schemas/Status"}),
     "currency": (
         _currency,
@@ -114,16 +134,8 @@ _READERS: dict[str, tuple[Callable[[str], Any], str, dict[str, Any]]] = {
     ),
     "created_from": (read_time, TIME_TEXT, _TIME_SCHEMA),
     "created_until": (read_time, TIME_TEXT, _TIME_SCHEMA),
-    "limit": (
-        _limit,
-        f"a whole number from 1 to {LIMIT_MAX}",
-        {"type": "integer", "minimum": 1, "maximum": LIMIT_MAX, "default": LIMIT_DEFAULT},
-    ),
-    "cursor": (
-        _cursor,
-        "the next_cursor of an earlier answer, unchanged",
-        {"type": "string", "pattern": "^[A-Za-z0-9_-]{38}$"},
-    ),
+    "limit": LIMIT,
+    "cursor": cursor_of(""),
 }
 _EXAMPLES: dict[str, dict[str, Any]] = {
     "limit": {"list": 20},

@@ -12,8 +12,16 @@ from payments.callbacks.outbox import redrive as redrive_deliveries
 from payments.callbacks.ping import ping
 from payments.cli.exits import FINDINGS, one_is_a_finding
 from payments.cli.moments import TIME
-from payments.cli.output import format_option, one_line, print_json, print_rows
+from payments.cli.output import (
+    format_option,
+    list_format_option,
+    one_line,
+    print_json,
+    print_rows,
+    say_if_more,
+)
 from payments.cli.start import begin, with_database
+from payments.cli.unfulfilled import print_unfulfilled
 from payments.database import Database
 from payments.errors import StartError
 from payments.opening import open_database
@@ -34,7 +42,7 @@ from payments.queries.callbacks import (
 
 LIMIT_MAX = 100_000
 REDRIVE_ROWS = 500  # in one transaction
-# Of a delivery; in 130 columns. As JSON there are all.
+# Of a delivery; in 130 columns. As JSON or CSV there are all.
 IN_THE_TABLE = ("event_id", "order_id", "status", "state", "attempts", "next_at", "last_attempt")
 T = TypeVar("T")
 
@@ -47,21 +55,46 @@ def callbacks() -> None:
 @callbacks.command("list")
 @click.option("--due", is_flag=True, help="What is owed; what has waited longest first.")
 @click.option("--dead", is_flag=True, help="What was given up; the oldest first.")
+@click.option(
+    "--unfulfilled",
+    is_flag=True,
+    help="Payments whose order may not have been fulfilled; the oldest first.",
+)
+@click.option("--given-back", is_flag=True, help="Those of them that the service gave back itself.")
 @click.option("--order", metavar="ID", type=click.UUID, help="What concerns this order.")
 @click.option(
     "--limit", type=click.IntRange(1, LIMIT_MAX), default=100, show_default=True, help="Rows."
 )
-@format_option
-def list_callbacks(due: bool, dead: bool, order: UUID | None, limit: int, form: str) -> None:
+@list_format_option
+def list_callbacks(
+    due: bool,
+    dead: bool,
+    unfulfilled: bool,
+    given_back: bool,
+    order: UUID | None,
+    limit: int,
+    form: str,
+) -> None:
     """Print callbacks, the newest first unless said otherwise.
 
     STATE is due (owed and not delivered yet), delivered, dead (given up), superseded (a FAILED or
     REFUNDED that is not sent, since its order is paid), or excluded (ORDER_CALLBACK_STATUSES does
     not name it, or it is the REFUNDED of a payment that the service gave back by itself).
     NEXT_AT is when the order's turn comes; while a callback is being sent, the end of its lease.
+
+    With --unfulfilled, and --order if wanted, payments: STATE is then suspect (the order's status
+    is not known), unfulfilled (the order failed), or paid_twice; docs/order-service.md says what to
+    do about each. With --given-back it is given_back.
     """
-    if due + dead + (order is not None) > 1:
-        raise click.UsageError("say one of --due, --dead and --order")
+    of_payments = unfulfilled or given_back
+    if due + dead + unfulfilled + given_back + (order is not None and not of_payments) > 1:
+        raise click.UsageError(
+            "say one of --due, --dead, --order, --unfulfilled and --given-back; with these two, "
+            "--order as well"
+        )
+    if of_payments:
+        print_unfulfilled(given_back=given_back, order_id=order, limit=limit, form=form)
+        return
 
     async def read(database: Database) -> list[Delivery]:
         if order is not None:
@@ -72,13 +105,12 @@ def list_callbacks(due: bool, dead: bool, order: UUID | None, limit: int, form: 
     with open_database(begin(), to="read") as address:
         found = with_database(address, read)
     shown = found[:limit]
-    if form == "json":
-        print_rows(Delivery._fields, shown, form)
-    else:
+    if form == "table":
         cells = ([getattr(each, column) for column in IN_THE_TABLE] for each in shown)
         print_rows(IN_THE_TABLE, cells, form)
-    if len(found) > limit:
-        click.echo(f"there are more than the {limit} of --limit", err=True)
+    else:
+        print_rows(Delivery._fields, shown, form)
+    say_if_more(found, limit)
 
 
 @callbacks.command()

@@ -7,7 +7,7 @@ import click
 from payments.cli.output import one_line, print_json
 from payments.cli.start import begin, with_database
 from payments.opening import open_database
-from payments.queries.explain import explain, time_text
+from payments.queries.explain import explain, fulfilment_text, time_text
 
 
 @click.command("explain")
@@ -19,7 +19,8 @@ def explain_payment(payment: UUID, form: str) -> None:
     """Print what happened to a payment, oldest first; PAYMENT is its id.
 
     Who asked with which key, every event, each answer of the provider, each attempt to call Order
-    Service back, and what was settled later. It only reads what is stored.
+    Service back, and what was settled later; and why its order may not have been fulfilled. It only
+    reads what is stored.
     """
     with open_database(begin(), to="read") as address:
         story = with_database(address, lambda database: explain(database, payment))
@@ -32,3 +33,5 @@ def explain_payment(payment: UUID, form: str) -> None:
         if entry.request_id is not None:
             line += f" (request {entry.request_id})"
         click.echo(one_line(line))
+    if story.fulfilment is not None:
+        click.echo(one_line(fulfilment_text(story.fulfilment)))

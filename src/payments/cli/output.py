@@ -1,4 +1,4 @@
-"""How commands print what they found: a table for people, JSON for programs.
+"""How commands print what they found: a table for people, JSON for programs, CSV for spreadsheets.
 
 Values are printed as they are, but for what is not printable: nobody's data begins a line of its
 own or speaks to the terminal.
@@ -21,14 +21,29 @@ UNWRAPPED = 10_000_000  # columns; an environment variable, the longest of value
 format_option = click.option(
     "--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True
 )
+list_format_option = click.option(
+    *("--format", "form"),
+    type=click.Choice(["table", "json", "csv"]),
+    default="table",
+    show_default=True,
+)
 
 
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str) -> None:
     """JSON is a list of objects, one per row."""
     if form == "json":
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
-        return
-    _print_table(columns, rows)
+    elif form == "csv":
+        for line in (columns, *rows):
+            click.echo(csv_line(line), nl=False)
+    else:
+        _print_table(columns, rows)
+
+
+def say_if_more(found: Sequence[object], limit: int) -> None:
+    """`found` has one more than `limit` if there are more than are shown."""
+    if len(found) > limit:
+        click.echo(f"there are more than the {limit} of --limit", err=True)
 
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

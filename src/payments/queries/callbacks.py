@@ -10,6 +10,7 @@ import msgspec
 import psycopg
 
 from payments.database import Database
+from payments.queries.fulfilments import FulfilmentView, fulfilment_of
 from payments.queries.lookups import PaymentLookups
 from payments.queries.payments import get_payment
 
@@ -130,9 +131,11 @@ class CallbackView(msgspec.Struct, frozen=True):
 
 
 class PaymentCallbacks(msgspec.Struct, frozen=True):
-    """The callbacks of a payment, in order."""
+    """The callbacks of a payment, in order. `fulfilment` says why its order may not have been
+    fulfilled; null: nothing is known against it."""
 
     callbacks: list[CallbackView]
+    fulfilment: FulfilmentView | None
 
 
 async def get_callbacks(
@@ -167,7 +170,8 @@ async def get_callbacks(
                 made[each.event_id],
             )
             for each in deliveries
-        ]
+        ],
+        await fulfilment_of(database, payment_id),
     )
 
 

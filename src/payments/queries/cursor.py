@@ -9,8 +9,9 @@ from uuid import UUID
 
 from payments.errors import FieldError, InvalidRequest
 
-# Microseconds since 1970 and the payment's id; a CRC-32 follows. A cursor that was cut short or
-# mistyped must not pass for another place in the list, where payments would be missed in silence.
+# Microseconds since 1970 and the payment's id; a CRC-32 follows, which begins with the list's name.
+# A cursor that was cut short or mistyped, or is of another list, must not pass for another place in
+# the list, where payments would be missed in silence.
 _PLACE = struct.Struct(">q16s")
 _CHECKSUM = struct.Struct(">I")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -18,25 +19,27 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 class Place(NamedTuple):
-    """The last payment of a page, in the list's order: newest first, equal times by id."""
+    """The last payment of a page, in the list's order: by a time (of its creation, unless the list
+    says otherwise), equal times by id."""
 
     created_at: datetime
     id: UUID
 
 
-def write_cursor(place: Place) -> str:
+def write_cursor(place: Place, of: str = "") -> str:
+    """`of` names the list; that of all payments has no name."""
     packed = _PLACE.pack((place.created_at - _EPOCH) // _MICROSECOND, place.id.bytes)
-    checked = packed + _CHECKSUM.pack(zlib.crc32(packed))
+    checked = packed + _CHECKSUM.pack(zlib.crc32(packed, zlib.crc32(of.encode())))
     return base64.urlsafe_b64encode(checked).rstrip(b"=").decode("ascii")
 
 
-def read_cursor(cursor: str) -> Place:
+def read_cursor(cursor: str, of: str = "") -> Place:
     """Raises InvalidRequest, which names `cursor`."""
     try:
         place = _unpack(base64.b64decode(_padded(cursor), altchars=b"-_", validate=True))
     except (ValueError, OverflowError, struct.error):
         place = None
-    if place is None or write_cursor(place) != cursor:
+    if place is None or write_cursor(place, of) != cursor:
         error = FieldError("cursor", "must be the next_cursor of an earlier answer, unchanged")
         raise InvalidRequest("The cursor is not one of ours.", (error,))
     return place

@@ -30,6 +30,8 @@ from payments.money import amount_text
 from payments.payment import Payment
 from payments.queries.callbacks import Attempt, Delivery, attempts, deliveries_of_payment, text_of
 from payments.queries.payments import found
+from payments.queries.fulfilments import FulfilmentView, fulfilment_of
+from payments.queries.payments import not_found
 from payments.settings import DISPATCHER
 
 
@@ -49,11 +51,13 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class Explanation(msgspec.Struct, frozen=True):
-    """A payment's whole story, oldest first. `state` is what it came to, in words."""
+    """A payment's whole story, oldest first. `state` is what it came to, in words; `fulfilment`
+    says why its order may not have been fulfilled; None: nothing is known against it."""
 
     payment_id: UUID
     state: str
     entries: list[Entry]
+    fulfilment: FulfilmentView | None
 
 
 async def explain(database: Database, payment_id: UUID) -> Explanation:
@@ -72,7 +76,8 @@ async def explain(database: Database, payment_id: UUID) -> Explanation:
         of_it = [attempt for attempt in made if attempt.event_id == delivery.event_id]
         entries += _of_delivery(delivery, of_it)
     entries.sort(key=lambda entry: entry.at)  # stable: events keep their order
-    return Explanation(payment_id, _state(payment_id, events), entries)
+    fulfilment = await fulfilment_of(database, payment_id)
+    return Explanation(payment_id, _state(payment_id, events), entries, fulfilment)
 
 
 def summary(event: LogEntry) -> str:
@@ -88,6 +93,20 @@ def time_text(time: datetime | None) -> str:
     if time is None:
         return "-"
     return f"{time.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%f}Z"
+
+
+def fulfilment_text(found: FulfilmentView) -> str:
+    """What is known of the order, in a line."""
+    parts = [
+        f"order: {_FULFILMENTS[found.state]}",
+        f"found {time_text(found.found_at)}",
+        f"the response to its SUCCESS: {found.said}",
+        None if found.order_status is None else f"status: {found.order_status}",
+        None if found.problem is None else f"asking told nothing: {found.problem}",
+        "nobody asked yet" if found.checked_at is None else f"asked {time_text(found.checked_at)}",
+        None if found.given_back_at is None else f"given back {time_text(found.given_back_at)}",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def _of_event(event: LogEntry) -> Entry:
@@ -192,6 +211,14 @@ _ENDS = {
     "superseded": "not sent, since its order was paid",
     "excluded": "not sent: not in ORDER_CALLBACK_STATUSES, given back by the service itself, or "
     "imported",
+}
+
+
+_FULFILMENTS = {
+    "suspect": "it is not known whether it was fulfilled",
+    "unfulfilled": "paid, and not fulfilled",
+    "paid_twice": "fulfilled for another payment, and paid by this one as well",
+    "given_back": "not fulfilled, and the service gave the payment back",
 }
 
 

@@ -1,0 +1,216 @@
+"""Which captured payments may not have been fulfilled: reads the table `fulfilments`.
+
+A row counts while its payment is a SUCCESS in `payments`: somebody may have refunded it a moment
+ago. What the service gave back itself counts as that.
+
+A suspect is silent if Order Service said nothing of its order, and nobody asked yet: a receiver
+that never says anything would make a suspect of every payment. Silent ones are neither listed nor
+counted as suspects, but counted apart.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal, NamedTuple
+from uuid import UUID
+
+import msgspec
+
+from payments.database import Database
+from payments.queries.cursor import Place, read_cursor, write_cursor
+
+State = Literal["suspect", "unfulfilled", "paid_twice", "given_back"]
+Said = Literal["nothing", "already_processed", "repeated", "failed", "not_asked"]
+OPEN_STATES: tuple[State, ...] = ("suspect", "unfulfilled", "paid_twice")
+LIST = "unfulfilled"  # whose cursors are no others'
+COUNTED_MAX = 10_000
+
+# What is in one of these states, the oldest first. Each state's are read from the index by
+# themselves, so that a page reads no more of each than it may list. What is silent is told as the
+# index has it.
+PAGE = """
+SELECT listed.*
+  FROM unnest(%(states)s::text[]) AS wanted (state)
+ CROSS JOIN LATERAL (
+       SELECT f.payment_id, f.order_id, p.amount_cents, p.currency, f.state, f.said, f.order_status,
+              f.problem, f.found_at, f.checked_at, f.next_at, f.given_back_at
+         FROM fulfilments f JOIN payments p ON p.id = f.payment_id
+        WHERE f.state = wanted.state
+          AND NOT (f.state = 'suspect' AND f.said IN ('nothing', 'repeated')
+                   AND f.checked_at IS NULL)
+          AND (f.state = 'given_back' OR p.status = 'SUCCESS')
+          AND (%(order_id)s::uuid IS NULL OR p.merchant_order_id = %(order_id)s)
+          AND (%(client)s::text IS NULL
+               OR EXISTS (SELECT FROM payment_clients c
+                           WHERE c.payment_id = f.payment_id AND c.client = %(client)s))
+          AND (%(after)s::timestamptz IS NULL
+               OR (f.found_at, f.payment_id) > (%(after)s, %(after_id)s::uuid))
+        ORDER BY f.found_at, f.payment_id LIMIT %(limit)s) AS listed
+ ORDER BY listed.found_at, listed.payment_id LIMIT %(limit)s
+"""
+
+OF_PAYMENT = """
+SELECT f.payment_id, f.order_id, p.amount_cents, p.currency, f.state, f.said, f.order_status,
+       f.problem, f.found_at, f.checked_at, f.next_at, f.given_back_at
+  FROM fulfilments f JOIN payments p ON p.id = f.payment_id
+ WHERE f.payment_id = %(payment_id)s AND (f.state = 'given_back' OR p.status = 'SUCCESS')
+"""
+
+# By state, and of the silent ones; at most COUNTED_MAX of each, the oldest.
+COUNTS = """
+SELECT wanted.state, counted.*
+  FROM unnest(%(states)s::text[]) AS wanted (state)
+ CROSS JOIN LATERAL (
+       SELECT count(*),
+              greatest(0, extract(epoch FROM clock_timestamp() - min(found_at)))::float8
+         FROM (SELECT f.found_at FROM fulfilments f JOIN payments p ON p.id = f.payment_id
+                WHERE f.state = wanted.state AND p.status = 'SUCCESS'
+                  AND NOT (f.state = 'suspect' AND f.said IN ('nothing', 'repeated')
+                           AND f.checked_at IS NULL)
+                ORDER BY f.found_at LIMIT %(most)s) AS oldest) AS counted
+ UNION ALL
+SELECT 'silent', count(*),
+       greatest(0, extract(epoch FROM clock_timestamp() - min(found_at)))::float8
+  FROM (SELECT f.found_at FROM fulfilments f JOIN payments p ON p.id = f.payment_id
+         WHERE f.state = 'suspect' AND f.said IN ('nothing', 'repeated')
+           AND f.checked_at IS NULL AND p.status = 'SUCCESS'
+         ORDER BY f.found_at LIMIT %(most)s) AS oldest
+"""
+
+Time = Annotated[datetime, msgspec.Meta(tz=True)]
+
+
+class Unfulfilled(msgspec.Struct, frozen=True):
+    """A captured payment whose order may not have been fulfilled.
+
+    `state`: suspect (nobody asked yet, or the order's status is not known), unfulfilled (the order
+    is shown as failed), paid_twice (another payment confirmed the order), or given_back. `said` is
+    what the response to its SUCCESS said of the order: nothing, already_processed, repeated (the
+    same, to a later attempt), failed, or not_asked if there was none. `order_status` is the order's
+    status as it was shown last, in Order Service's own word; `problem` says why that told nothing.
+    `next_at` is when it is asked for again, or the end of a lease.
+    """
+
+    payment_id: UUID
+    order_id: UUID
+    amount_cents: int
+    currency: str
+    state: State
+    said: Said
+    order_status: str | None
+    problem: str | None
+    found_at: Time
+    checked_at: Time | None
+    next_at: Time
+    given_back_at: Time | None
+
+
+class FulfilmentView(msgspec.Struct, frozen=True):
+    """What is known of whether a captured payment's order was fulfilled: see Unfulfilled."""
+
+    state: State
+    said: Said
+    order_status: str | None
+    problem: str | None
+    found_at: Time
+    checked_at: Time | None
+    given_back_at: Time | None
+
+
+class UnfulfilledPage(msgspec.Struct, frozen=True):
+    """Payments, the one that was found first coming first. `next_cursor` asks for what follows;
+    null: nothing does.
+
+    `order_status_asked`: Order Service is asked for the status of orders. If not, payments whose
+    response said nothing of the order are not listed, and may be unfulfilled as well.
+    """
+
+    payments: list[Unfulfilled]
+    next_cursor: str | None
+    order_status_asked: bool
+
+
+class UnfulfilledFilter(msgspec.Struct, frozen=True):
+    """Which ones are listed; `state` None: those that are not given back."""
+
+    state: State | None = None
+    merchant_order_id: UUID | None = None
+
+
+class Count(NamedTuple):
+    """`payments` ends at COUNTED_MAX. `oldest_age_s` is since it was found; 0 if there is none."""
+
+    payments: int
+    oldest_age_s: float
+
+
+async def unfulfilled(
+    database: Database, states: Sequence[State], limit: int, order_id: UUID | None = None
+) -> list[Unfulfilled]:
+    """What is in one of these states, the oldest first; with `order_id`, of that order."""
+    return await _page(database, states, limit, order_id)
+
+
+async def list_unfulfilled(
+    database: Database,
+    wanted: UnfulfilledFilter,
+    client: str | None,
+    limit: int,
+    cursor: str | None,
+    *,
+    asked: bool,
+) -> UnfulfilledPage:
+    """A page of what fits. `client` restricts it to that API client's payments; None reads all.
+    `asked` is whether ORDER_STATUS_URL is set. InvalidRequest for a cursor of another list."""
+    states = OPEN_STATES if wanted.state is None else (wanted.state,)
+    after = read_cursor(cursor, LIST) if cursor is not None else None
+    found = await _page(
+        database, states, limit + 1, wanted.merchant_order_id, client=client, after=after
+    )
+    last = found[limit - 1] if len(found) > limit else None
+    next_cursor = write_cursor(Place(last.found_at, last.payment_id), LIST) if last else None
+    return UnfulfilledPage(found[:limit], next_cursor, asked)
+
+
+async def fulfilment_of(database: Database, payment_id: UUID) -> FulfilmentView | None:
+    """None: its order is known to be fulfilled by it, it was refunded, or there was nothing to
+    know."""
+    for row in await database.fetch(OF_PAYMENT, {"payment_id": payment_id}):
+        found = Unfulfilled(*row)
+        return FulfilmentView(
+            found.state,
+            found.said,
+            found.order_status,
+            found.problem,
+            found.found_at,
+            found.checked_at,
+            found.given_back_at,
+        )
+    return None
+
+
+async def counts(database: Database) -> dict[str, Count]:
+    """By state, but for given_back; and of those that are `silent`."""
+    params = {"states": list(OPEN_STATES), "most": COUNTED_MAX}
+    rows = await database.fetch(COUNTS, params, prepare=False)
+    return {state: Count(payments, oldest_age_s) for state, payments, oldest_age_s in rows}
+
+
+async def _page(
+    database: Database,
+    states: Sequence[State],
+    limit: int,
+    order_id: UUID | None,
+    *,
+    client: str | None = None,
+    after: Place | None = None,
+) -> list[Unfulfilled]:
+    params: dict[str, Any] = {
+        "states": list(states),
+        "order_id": order_id,
+        "client": client,
+        "after": after and after.created_at,
+        "after_id": after and after.id,
+        "limit": limit,
+    }
+    rows = await database.fetch(PAGE, params, prepare=False)
+    return [Unfulfilled(*row) for row in rows]
