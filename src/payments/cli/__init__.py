@@ -2,8 +2,8 @@
 
 Exit codes: 0 done, 1 could not (one line says why), 2 wrong arguments, or what it prints cannot be
 written. `audit verify`, `doctor`, `rebuild --dry-run`, `import-legacy` and `reconcile orders`: 0
-nothing was found, 1 something was, 2 anything else. `callbacks test`: 0 taken, 1 refused, 2 anything
-else. `psql`: its own.
+nothing was found, 1 something was, 2 anything else. `callbacks test`: 0 taken, 1 refused, 2
+anything else. `psql`: its own.
 """
 
 import click

@@ -95,8 +95,8 @@ class CallbacksProjection:
     """`statuses`: which outcomes Order Service wants to hear of; others are `excluded`.
 
     So are imported ones, of which the service before this one told; and a REFUNDED of what the
-    service gave back by itself, whatever is wanted: the order is known to have failed, and its seats
-    may be somebody else's by now.
+    service gave back by itself, whatever is wanted: the order is known to have failed, and its
+    seats may be somebody else's by now.
     """
 
     name = "callbacks"

@@ -29,9 +29,8 @@ from payments.legacy import key_of_none
 from payments.money import amount_text
 from payments.payment import Payment
 from payments.queries.callbacks import Attempt, Delivery, attempts, deliveries_of_payment, text_of
-from payments.queries.payments import found
 from payments.queries.fulfilments import FulfilmentView, fulfilment_of
-from payments.queries.payments import not_found
+from payments.queries.payments import found
 from payments.settings import DISPATCHER
 
 
