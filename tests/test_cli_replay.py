@@ -490,6 +490,17 @@ def test_explain(operator: Operator, connection: Connection) -> None:
     assert [entry["position"] for entry in as_json["entries"]] == [7, 8, 9, 10]
 
 
+def test_explain_tells_how_long_seats_are_held(operator: Operator, connection: Connection) -> None:
+    history = History("k")
+    (begun,) = history.facts
+    until = datetime(2026, 1, 31, 18, 45, tzinfo=UTC)
+    append(connection, [msgspec.structs.replace(begun, hold_until=until)])
+    assert (
+        "seats held until 2026-01-31T18:45:00.000000Z"
+        in operator("explain", begun.payment_id).stdout
+    )
+
+
 def test_explain_tells_the_callbacks(operator: Operator, connection: Connection) -> None:
     paid = History("k").charged()
     append(connection, paid.facts)

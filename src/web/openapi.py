@@ -39,8 +39,8 @@ Captures money exactly once per `Idempotency-Key`, and gives it back.
    `Idempotent-Replayed: true`.
 5. `202` is `PENDING`: do not give the order up, and do not take a new key. Send the same request
    again after `Retry-After`, as long as the seats can be held: if the provider never heard of the
-   charge, that sends it. Left alone it becomes `SUCCESS` if it was captured, else, after a quarter
-   of an hour, `FAILED`.
+   charge, that sends it. Left alone it becomes `SUCCESS` if it was captured, else, after ten
+   minutes, `FAILED`.
 6. Any other `4xx`: do not repeat it, it would be refused again. Mend what `detail` and `errors`
    name. `422` says that the key belongs to another request.
 

@@ -75,6 +75,43 @@ async def test_a_declined_payment_is_an_outcome(client: httpx.AsyncClient) -> No
     assert (response.json()["status"], response.json()["provider_txn_id"]) == ("FAILED", None)
 
 
+async def test_how_long_the_seats_are_held_is_on_record(client: httpx.AsyncClient) -> None:
+    """In UTC, and to the microsecond; what a repetition says does not count."""
+    held = await charge(client, hold_until="2126-01-31T20:00:00.1234567+05:30")
+    again = await charge(client, hold_until=None)
+    assert [each.status_code for each in (held, again)] == [201, 201]
+    assert again.headers["idempotent-replayed"] == "true"
+    events = (await client.get(f"{held.headers['location']}/events")).json()["events"]
+    assert events[0]["data"]["hold_until"] == "2126-01-31T14:30:00.123456Z"
+    payment_id = (await charge(client, "without")).json()["id"]
+    events = (await client.get(f"/v1/payments/{payment_id}/events")).json()["events"]
+    assert "hold_until" not in events[0]["data"]
+
+
+@pytest.mark.parametrize(
+    ("until", "message"),
+    [
+        ("2026-01-31T18:30:00", "must be a time with its offset from UTC"),
+        ("2026-02-31T18:30:00Z", "must be a time with its offset from UTC"),
+        ("2126-01-31T18:30:00Z\n", "must be a time with its offset from UTC"),
+        ("9999-12-31T23:59:59-01:00", "must be a time with its offset from UTC"),
+        ("2026-01-31T18:30:00Z", "must be at least 13.5 s from now"),
+        ("0001-01-01T00:00:00Z", "must be at least 13.5 s from now"),
+    ],
+)
+async def test_a_hold_that_is_none(client: httpx.AsyncClient, until: str, message: str) -> None:
+    """With a new key: what was charged before is answered."""
+    refused = await charge(client, hold_until=until)
+    assert problem(refused) == (400, "invalid_request")
+    (error,) = refused.json()["errors"]
+    assert error["field"] == "hold_until"
+    assert message in error["message"]
+    assert (await charge(client)).status_code == 201
+    if "at least" in message:
+        known = await charge(client, hold_until=until)
+        assert (known.status_code, known.headers["idempotent-replayed"]) == (201, "true")
+
+
 async def test_another_request_with_the_key(client: httpx.AsyncClient) -> None:
     await charge(client)
     response = await charge(client, amount_cents=1501)

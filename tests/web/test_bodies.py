@@ -187,6 +187,17 @@ class TestFields:
         assert fields_refused(body(payment_method=method)) == ["payment_method"]
 
     @pytest.mark.parametrize(
+        "until",
+        [
+            *("", "tomorrow", "2026-01-31", "2026-01-31T18:30:00", "2026-01-31 18:30:00Z"),
+            *("2026-13-31T18:30:00Z", "2026-01-31T24:00:00Z", "0000-01-01T00:00:00Z"),
+            *(1769884200, True, [], {}),
+        ],
+    )
+    def test_hold_until(self, until: Any) -> None:
+        assert fields_refused(body(hold_until=until)) == ["hold_until"]
+
+    @pytest.mark.parametrize(
         "name",
         ["status", "Currency", "amount_cents ", "", "\x00", "a\nb", "é", "\ud800", "a\udfff"],
     )
