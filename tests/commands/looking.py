@@ -6,7 +6,7 @@ from uuid import UUID
 
 import psycopg
 
-from payments.errors import TooBusy
+from payments.errors import ClientGone, TooBusy
 from payments.service import Service
 from tests.doubles.gateway import ScriptedGateway
 from tests.support import charge_of
@@ -30,7 +30,7 @@ def gateway_of(service: Service) -> ScriptedGateway:
 async def begin(service: Service, amount_cents: int = 1500) -> None:
     """Charges `k` until its intent is stored; on a slow machine it may be refused before."""
     while True:
-        with suppress(TooBusy):
+        with suppress(ClientGone, TooBusy):
             await service.charging.charge(charge_of("k", amount_cents))
             return
 
