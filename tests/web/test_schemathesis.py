@@ -30,6 +30,11 @@ CASES_PER_EXAMPLE = 15
 BEYOND_THE_SCHEMA = {
     ("cursor", "must be the next_cursor of an earlier answer, unchanged"),
     ("created_until", "must not be before created_from"),
+    (
+        "hold_until",
+        "must be at least 13.5 s from now, or the charge may end after it: hold the seats for "
+        "longer, and send their new end with the same key",
+    ),
 }
 
 
