@@ -50,7 +50,7 @@ def _read(exchange: "Exchange", order_id: UUID) -> Reading:
     if exchange.status is None:
         return not_known(_PROBLEMS[exchange.error or "protocol"])
     if exchange.status == 200 and exchange.reason:
-        # The head was there, and then it dripped, was too long, or broke off.
+        # The head was there, and then it dripped.
         late = exchange.reason == "TimeoutError"
         return not_known("timeout" if late else exchange.reason)
     return read_status(exchange.status, exchange.content_type, exchange.answer, order_id)

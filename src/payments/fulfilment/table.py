@@ -154,16 +154,20 @@ SELECT payment_id FROM looked_at ORDER BY payment_id OFFSET %(most)b - 1
 # What was given back, and what nobody asked about while there was nothing to ask: as long as the
 # callback itself.
 PRUNE = """
+WITH given_back AS (
+    SELECT payment_id FROM fulfilments
+     WHERE state = 'given_back' AND given_back_at < now() - make_interval(days => %(days)b)
+     ORDER BY given_back_at LIMIT %(most)b
+       FOR UPDATE SKIP LOCKED
+), never_asked AS (
+    SELECT payment_id FROM fulfilments
+     WHERE found_at < now() - make_interval(days => %(days)b)
+       AND state = 'suspect' AND said = 'nothing' AND checked_at IS NULL
+     ORDER BY found_at LIMIT %(most)b
+       FOR UPDATE SKIP LOCKED
+)
 DELETE FROM fulfilments WHERE payment_id IN (
-    SELECT payment_id FROM (
-        (SELECT payment_id FROM fulfilments
-          WHERE state = 'given_back' AND given_back_at < now() - make_interval(days => %(days)b)
-          ORDER BY given_back_at LIMIT %(most)b FOR UPDATE SKIP LOCKED)
-         UNION ALL
-        (SELECT payment_id FROM fulfilments
-          WHERE found_at < now() - make_interval(days => %(days)b)
-            AND state = 'suspect' AND said = 'nothing' AND checked_at IS NULL
-          ORDER BY found_at LIMIT %(most)b FOR UPDATE SKIP LOCKED)) AS old)
+    SELECT payment_id FROM given_back UNION ALL SELECT payment_id FROM never_asked)
 RETURNING payment_id
 """
 

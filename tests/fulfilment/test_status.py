@@ -1,0 +1,175 @@
+"""ORDER_STATUS_URL as badly answered as callbacks are: the status is not known, and why."""
+
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from loguru import logger
+
+from payments.callbacks.endpoint import Endpoint, check_target
+from payments.errors import StartError
+from payments.fulfilment.responses import Reading
+from payments.fulfilment.status import OrderStatus, sample
+from payments.service import build_order_status, check_status_url
+from payments.settings import Settings
+from tests.callbacks.raw_server import serving
+from tests.doubles.order_faults import FaultKind
+from tests.doubles.order_seats import Seating
+from tests.doubles.order_service import Fault, Options, OrderService
+
+pytestmark = pytest.mark.anyio
+
+ORDER = uuid.UUID("f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9")
+TOKEN = "canary-in-the-query"
+
+
+@asynccontextmanager
+async def asking(
+    template: str, timeout_s: float = 5.0, **options: Any
+) -> AsyncIterator[OrderStatus]:
+    status = OrderStatus(template, Endpoint(sample(template), timeout_s=timeout_s, **options))
+    await status.open()
+    try:
+        yield status
+    finally:
+        await status.close()
+
+
+def not_known(problem: str) -> Reading:
+    return Reading("unknown", None, problem)
+
+
+async def test_an_order_as_order_service_shows_it() -> None:
+    async with OrderService(Options(seating=Seating())) as orders:
+        template = orders.url.replace("payments/callback", "orders/{order_id}")
+        orders.bookings.place(str(ORDER), ["A1"])
+        async with asking(template) as status:
+            assert await status.ask(ORDER) == Reading("unknown", "PENDING", None)
+            orders.bookings.fail(str(ORDER))
+            assert await status.ask(ORDER) == Reading("failed", "FAILED", None)
+            assert await status.ask(uuid.uuid4()) == not_known("404")
+        assert orders.lookups[:2] == [str(ORDER)] * 2
+        assert orders.requests == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("404", "404"),
+        ("410", "410"),
+        ("500", "500"),
+        ("503", "503"),
+        ("redirect", "307"),
+        ("hang", "timeout"),
+        ("drip", "timeout"),
+        ("drip_body", "timeout"),
+        ("continues", "no HTTP response"),
+        ("big_head", "no HTTP response"),
+        ("garbage", "no HTTP response"),
+        ("endless", "no JSON object"),
+        ("bomb", "no JSON object"),
+        ("closed", "unreachable"),
+        ("reset", "unreachable"),
+        ("answer_lost", "unreachable"),
+    ],
+)
+async def test_what_goes_wrong_is_not_known(kind: FaultKind, problem: str) -> None:
+    async with OrderService(Options(seating=Seating())) as orders:
+        template = orders.url.replace("payments/callback", "orders/{order_id}")
+        orders.bookings.place(str(ORDER), ["A1"])
+        orders.bookings.fail(str(ORDER))
+        location = template.replace("{order_id}", str(ORDER))
+        times = 2 if problem == "unreachable" else 1  # aiohttp repeats a GET at once
+        orders.script(Fault(kind, times, of="lookups", seconds=0.2, location=location))
+        slow = kind in ("hang", "drip", "drip_body")
+        async with asking(template, timeout_s=0.5 if slow else 5.0) as status:
+            assert await status.ask(ORDER) == not_known(problem)
+            assert await status.ask(ORDER) == Reading("failed", "FAILED", None)
+
+
+def response(body: bytes, content_type: bytes = b"application/json") -> bytes:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n"
+    return head % (content_type, len(body)) + body
+
+
+LARGE = b'{"items":"%b","order_id":"%b","status":"FAILED"}' % (b"x" * 50_000, str(ORDER).encode())
+
+
+@pytest.mark.parametrize(
+    ("answer", "reading"),
+    [
+        (response(b'{"status":"FAILED"}', b"text/html"), not_known("not JSON")),
+        (response(b"<html>FAILED</html>"), not_known("no JSON object")),
+        (
+            response(b'{"order_id":"%b","status":"FAILED"}' % str(uuid.UUID(int=1)).encode()),
+            not_known("another order"),
+        ),
+        (response(LARGE), Reading("failed", "FAILED", None)),  # longer than what callbacks keep
+        (response(LARGE).replace(b"x", b"xxx"), not_known("no JSON object")),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", not_known("timeout")),
+    ],
+)
+async def test_what_is_answered_with_200(answer: bytes, reading: Reading) -> None:
+    async with serving(answer) as server, asking(f"{server.url}/{{order_id}}", 1.0) as status:
+        assert await status.ask(ORDER) == reading
+
+
+async def test_the_request() -> None:
+    """It is not signed, and the order's id stands in the place that the setting says."""
+    async with serving(response(b"{}")) as server:
+        template = f"{server.url}/a%2Fb/../{{order_id}}?x=%2F&token={TOKEN}"
+        async with asking(template) as status:
+            await status.ask(ORDER)
+            assert TOKEN not in repr(status._endpoint)
+        head = server.requests[0].decode().lower()
+    first, *lines = head.split("\r\n")
+    assert first == f"get /a%2fb/../{ORDER}?x=%2f&token={TOKEN} http/1.1"
+    names = {line.partition(":")[0] for line in lines if line}
+    assert names == {"host", "user-agent", "accept-encoding", "accept"}
+
+
+async def test_nobody_listens() -> None:
+    async with serving(None) as server:
+        template = f"{server.url}/{{order_id}}"
+    async with asking(template) as status:
+        assert await status.ask(ORDER) == not_known("unreachable")
+
+
+async def test_plain_http_goes_to_near_addresses_only() -> None:
+    async with asking("http://203.0.113.7/{order_id}") as status:
+        assert await status.ask(ORDER) == not_known("forbidden address")
+
+
+async def test_an_endpoint_asks_its_own_origin_only() -> None:
+    async with serving(response(b"{}")) as server:
+        endpoint = Endpoint("http://127.0.0.1:1/", timeout_s=1)
+        await endpoint.open()
+        done = await endpoint.get(f"{server.url}/")
+        await endpoint.close()
+    assert (done.status, server.connections) == (None, 0)
+
+
+async def test_a_url_that_can_never_work_refuses_the_start() -> None:
+    settings = Settings(order_status_url=f"http://203.0.113.7/{TOKEN}/{{order_id}}")
+    with pytest.raises(StartError) as refused:
+        await check_status_url(settings)
+    assert str(refused.value).startswith("ORDER_STATUS_URL: http://203.0.113.7 has no loopback")
+    assert TOKEN not in str(refused.value)
+    lines: list[str] = []
+    handler = logger.add(lines.append)
+    await check_status_url(Settings(order_status_url=f"http://127.0.0.1/{TOKEN}/{{order_id}}"))
+    logger.remove(handler)
+    assert "http://127.0.0.1 is asked about orders" in lines[0]
+    assert TOKEN not in lines[0]
+    with pytest.raises(StartError, match="ORDER_STATUS_URL: the URL must begin"):
+        build_order_status(Settings(order_status_url="ftp://orders/{order_id}"))
+    with pytest.raises(StartError, match="ORDER_STATUS_URL is not set"):
+        build_order_status(Settings())
+    warning = await check_target(
+        "http://orders.invalid/", setting="ORDER_STATUS_URL", waiting="questions about orders"
+    )
+    assert warning == (
+        "orders.invalid cannot be resolved yet: questions about orders will wait until it can"
+    )
