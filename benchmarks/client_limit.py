@@ -21,7 +21,8 @@ from payments.callbacks.endpoint import Endpoint
 from payments.database import DatabaseAddress
 
 ANSWER = (
-    b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 11\r\n\r\n{"ok":true}'
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 22\r\n\r\n"
+    b'{"status":"CONFIRMED"}'
 )
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 

@@ -35,8 +35,9 @@ WITH recorded AS MATERIALIZED (
       FROM unnest(%b, %b, %b, %b, %b) AS t (claim, event_id, payment_id, order_id, said)
       JOIN recorded r ON r.claim = t.claim
 ), fulfilled AS (
-    DELETE FROM fulfilments f USING told t
-     WHERE f.payment_id = t.payment_id AND t.said = 'confirmed' AND f.state = 'suspect'
+    DELETE FROM fulfilments
+     WHERE payment_id = ANY (ARRAY(SELECT t.payment_id FROM told t WHERE t.said = 'confirmed'))
+       AND state = 'suspect'
 ), suspected AS (
     INSERT INTO fulfilments (payment_id, order_id, state, said)
     SELECT t.payment_id, t.order_id, 'suspect',
