@@ -142,6 +142,11 @@ class History:
         request = RefundRequest(self.id, amount_cents, key, self._client)
         return self._add(initiate_refund(self.payment, request, self._cause()))
 
+    def give_back_begun(self) -> Self:
+        """The service gives back by itself what is left."""
+        request = RefundRequest(self.id, None, None, "fulfilment", unfulfilled=True)
+        return self._add(initiate_refund(self.payment, request, self._cause()))
+
     def refund_succeeded(self) -> Self:
         """The oldest refund under way goes through."""
         refund = self._under_way()

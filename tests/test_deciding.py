@@ -25,12 +25,14 @@ from payments.deciding import (
     fingerprint,
     initiate,
     initiate_refund,
+    is_of_unfulfilled,
     known_refund,
     payment_id_for,
     record_outcome,
     record_refund,
     record_return,
     refund_id_for,
+    unfulfilled_refund_id,
 )
 from payments.errors import (
     IdempotencyKeyReused,
@@ -40,6 +42,7 @@ from payments.errors import (
 )
 from payments.events.facts import (
     Fact,
+    LateCaptureFound,
     LateCaptureReturned,
     PaymentRefunded,
     RefundInitiated,
@@ -134,6 +137,14 @@ def refund(
     request = RefundRequest(payment.id, amount_cents, key, client)
     known = known_refund(payment, request)
     return known or initiate_refund(payment, request, next_cause(payment, client))
+
+
+def give_back(payment: Payment | None) -> Decision:
+    """By itself, since its order failed."""
+    assert payment is not None
+    request = RefundRequest(payment.id, None, None, "fulfilment", unfulfilled=True)
+    known = known_refund(payment, request)
+    return known or initiate_refund(payment, request, next_cause(payment, "fulfilment"))
 
 
 def refund_answered(
@@ -773,6 +784,49 @@ class TestInitiateRefund:
             initiate_refund(payment, asks(amount_cents, "r9"), next_cause(payment))
 
 
+class TestGivingBackUnfulfilled:
+    @pytest.mark.parametrize("state", STATES)
+    def test_it_is_one_refund_of_what_is_left(self, state: str) -> None:
+        payment = payment_in(state)
+        event = decided(give_back, payment)
+        if not payment.remaining_cents:
+            assert event in (
+                *("PaymentNotRefundable", "PaymentAlreadyRefunded", "RefundExceedsCapture"),
+            )
+            return
+        assert isinstance(event, RefundInitiated)
+        assert (event.amount_cents, event.whole) == (payment.remaining_cents, True)
+        assert (event.idempotency_key, event.client) == (None, "fulfilment")
+        assert is_of_unfulfilled(payment.id, event.refund_id)
+        begun = evolve(payment, event)
+        assert decided(give_back, begun) == begun.refunds[-1]
+        answers: list[dict[str, Any] | Declined] = [{}, CLOSED]
+        for answer in answers:
+            outcome = decided(partial(refund_answered, answer), begun)
+            assert isinstance(outcome, Fact)
+            ended = evolve(begun, outcome)
+            assert decided(give_back, ended) == ended.refunds[-1]
+
+    def test_its_id_is_its_own_and_the_same_for_ever(self) -> None:
+        payment_id = UUID("058c9593-e150-402f-ab5b-37dd4c9816f0")
+        id = unfulfilled_refund_id(payment_id)
+        assert id == UUID("ef2c6c03-6f48-48fe-8af5-3f29e6356038")
+        assert id.version == 4
+        assert is_of_unfulfilled(payment_id, id)
+        assert not is_of_unfulfilled(UUID(int=1), id)
+        assert not is_of_unfulfilled(payment_id, refund_id_for(payment_id, ""))
+        late = record_outcome(payment_in("FAILED abandoned"), CAPTURE, next_cause(None))
+        assert isinstance(late, LateCaptureFound)
+        assert not is_of_unfulfilled(late.payment_id, late.refund_id)
+
+    def test_a_client_without_a_key_means_it_while_it_is_under_way(self) -> None:
+        payment = payment_in("SUCCESS")
+        event = decided(give_back, payment)
+        assert isinstance(event, RefundInitiated)
+        begun = evolve(payment, event)
+        assert known_refund(begun, asks(None, None)) == begun.refunds[-1]
+
+
 class TestRecordRefund:
     def test_only_the_refund_that_is_meant_ends(self) -> None:
         payment = payment_after([*STREAMS["500 under way"], began(4, R2, 300)])
@@ -809,6 +863,7 @@ commands: st.SearchStrategy[Command] = st.one_of(
         st.sampled_from(["r1", "r2", "r3", "r4", "r5"]),
         st.sampled_from(["order", "staff"]),
     ),
+    st.just(give_back),
     st.builds(
         partial,
         st.just(refund_answered),

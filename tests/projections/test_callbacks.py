@@ -6,8 +6,11 @@ from typing import Any
 import psycopg
 import pytest
 
+from payments.callbacks.outbox import redrive
 from payments.database import Database
+from payments.deciding import Cause, record_refund
 from payments.events.facts import Fact
+from payments.payment import Approved
 from payments.projections.callbacks import CallbacksProjection, backfill, begin_at_the_end
 from payments.projections.follower import Follower
 from payments.telemetry import Telemetry
@@ -185,6 +188,60 @@ async def test_an_event_that_might_be_an_outcome_parks_its_stream(outbox: Outbox
     parked = outbox.connection.execute("SELECT follower, reason FROM parked_streams").fetchall()
     assert [follower for follower, _ in parked] == ["callbacks", "callbacks"]
     assert outbox.rows("order_id") == [(A,)]
+
+
+def _theirs_last(history: History) -> History:
+    """The younger one of two refunds goes through first."""
+    payment, (theirs, ours) = history.payment, history.payment.refunds
+    for refund in (ours, theirs):
+        back = Approved(refund.id, refund.amount_cents, payment.currency, f"re-{refund.id}")
+        cause = Cause(uuid.uuid4(), payment.updated_at, "default")
+        history._add(record_refund(history.payment, refund, back, cause))
+    return history
+
+
+# What the service gave back by itself, alone or beside somebody else's refund: which of the two
+# comes to its end last makes the payment REFUNDED.
+GIVEN_BACK = {
+    "whole": of(A, "a").charged().give_back_begun().refund_succeeded(),
+    "the rest": of(A, "a").charged().refunded("r", 500).give_back_begun().refund_succeeded(),
+    "ours at last": (
+        of(A, "a").charged().refund_begun("r", 500).give_back_begun().refund_succeeded()
+    ).refund_succeeded(),
+    "theirs at last": _theirs_last(of(A, "a").charged().refund_begun("r", 500).give_back_begun()),
+    "refused, and asked for again by a client": (
+        of(A, "a").charged().give_back_begun().refund_failed().refunded("r")
+    ),
+}
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("kind", GIVEN_BACK)
+async def test_what_the_service_gave_back_by_itself_is_never_called_back(
+    outbox: Outbox, kind: str, together: bool
+) -> None:
+    """Its order is known to have failed, and its seats may be somebody else's."""
+    facts = [GIVEN_BACK[kind].facts] if together else [[fact] for fact in GIVEN_BACK[kind].facts]
+    for some in facts:
+        await outbox.log(*some, statuses=ALL)
+    expected = "due" if "refused" in kind else "excluded"
+    assert outbox.rows("status", "state") == [("SUCCESS", "due"), ("REFUNDED", expected)]
+
+
+async def test_what_was_given_back_is_neither_backfilled_nor_redriven(
+    database: Database, connection: psycopg.Connection[Any]
+) -> None:
+    append(connection, [*GIVEN_BACK["the rest"].facts, *of(B, "b").charged().refunded().facts])
+    await begin_at_the_end(database)
+    outbox = Outbox(database, connection)
+    async with await database.connect("backfill") as own:
+        assert (await backfill(own, CallbacksProjection(ALL), 1)).enqueued == 4
+        refunded = outbox.events()[1::2]
+        assert await redrive(own, refunded) == [refunded[1]]
+    assert outbox.rows("order_id", "status", "state")[1::2] == [
+        (A, "REFUNDED", "excluded"),
+        (B, "REFUNDED", "due"),
+    ]
 
 
 async def test_backfill_enqueues_what_is_missing_and_nothing_twice(
