@@ -251,6 +251,39 @@ async def test_a_sweep_looks_at_all_rows_and_leaves_claimed_ones(suspects: Suspe
     assert set(suspects.rows()) == {claimed.payment_id}
 
 
+@pytest.mark.parametrize(
+    ("ended", "state"),
+    [
+        ("refused", "unfulfilled"),
+        ("refused, and refunded in part by hand", "unfulfilled"),
+        ("not yet", "given_back"),
+        ("made", "given_back"),
+    ],
+)
+async def test_what_was_on_its_way_back_and_then_refused_is_unfulfilled_again(
+    suspects: Suspects, ended: str, state: str
+) -> None:
+    """The provider may say so long after giving back began."""
+    made = History("k").charged().give_back_begun()
+    match ended:
+        case "refused":
+            made.refund_failed()
+        case "refused, and refunded in part by hand":
+            made.refund_failed().refunded("by hand", 100)
+        case "made":
+            made.refund_succeeded()
+    append(suspects.connection, made.facts)
+    await follow(suspects.database)
+    suspects.suspect(made.payment.merchant_order_id, [made.id])
+    given_back = "UPDATE fulfilments SET state = 'given_back', given_back_at = now()"
+    suspects.connection.execute(given_back)
+    await table.sweep(suspects.database, table.FIRST, 10)  # `payments` may be behind
+    assert suspects.rows()[made.id].state == "given_back"
+    suspects.connection.execute("UPDATE fulfilments SET given_back_at = now() - interval '2 min'")
+    await table.sweep(suspects.database, table.FIRST, 10)
+    assert suspects.rows()[made.id].state == state
+
+
 async def test_what_was_given_back_long_ago_is_forgotten(suspects: Suspects) -> None:
     ids = {name: await suspects.paid_suspect() for name in ("back", "never", "asked", "failed")}
     for name, change in (
