@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -23,6 +24,7 @@ from payments.database import DatabaseAddress, connect
 from payments.queries.server import Server
 from payments.session import SETTINGS
 from tests.process import ROOT, ServiceProcess, at
+from tests.queries.rows import insert, insert_fulfilment, view
 from tests.support import History, append, eventually
 from tests.test_monitoring import ALERTS as RULES
 
@@ -91,6 +93,29 @@ def test_some_of_many_are_named(operator: Operator, connection: Connection) -> N
     ids = [id for (id,) in oldest]
     words = f": {', '.join(ids)} and 6 more: `payments explain {ids[0]}`"
     assert only(operator("doctor"), "payments")[1].endswith(words)
+
+
+def test_orders_that_nobody_can_judge(
+    operator: Operator, connection: Connection, calling_back: pytest.MonkeyPatch
+) -> None:
+    """That is no fault, and a way out is named; an order that failed a moment ago is none yet."""
+    payments = [view(datetime.now(UTC)) for _ in range(3)]
+    insert(connection, payments)
+    assert only(operator("doctor"), "orders") == ("ok", "no payment is known to be unfulfilled")
+    insert_fulfilment(connection, payments[0], "suspect", "nothing")
+    insert_fulfilment(connection, payments[1], "suspect", "repeated")
+    state, text = only(operator("doctor"), "orders")
+    assert (state, operator("doctor").exit_code) == ("off", 0)
+    assert "2 whose response did not tell" in text
+    assert "ORDER_STATUS_URL is not set" in text
+    insert_fulfilment(connection, payments[2], "unfulfilled", "failed")
+    calling_back.setenv("ORDER_STATUS_URL", "http://127.0.0.1:1/{order_id}")
+    state, text = only(operator("doctor"), "orders")
+    assert state == "ok"
+    assert "1 unfulfilled, the oldest for " in text
+    assert f"2 whose response did not tell; {payments[2].id}: " in text
+    assert "`payments callbacks list --unfulfilled`" in text
+    assert "not set" not in text
 
 
 def test_settings(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,6 +464,22 @@ class Incident:
     def payments_callbacks_dead(self) -> None:
         self._callback("dead")
 
+    def _fulfilment(self, state: str, age: str) -> None:
+        payment = view(datetime.now(UTC), id=self.about)
+        insert(self._connection, [payment])
+        insert_fulfilment(self._connection, payment, state, "failed")
+        aged = "UPDATE fulfilments SET found_at = now() - %s::interval"
+        self._connection.execute(aged, [age])
+
+    def payments_unfulfilled(self) -> None:
+        self._fulfilment("unfulfilled", "31 min")
+
+    def payments_paid_twice(self) -> None:
+        self._fulfilment("paid_twice", "1 s")
+
+    def payments_fulfilment_unknown(self) -> None:
+        self._fulfilment("suspect", "61 min")
+
     def payments_follower_lag(self) -> None:
         history = History("k")
         append(self._connection, history.facts)
@@ -490,6 +531,7 @@ ABOUT_SOME = {
     *("PaymentsProviderContradicts", "PaymentsFollowerLag", "PaymentsParkedStreams"),
     *("PaymentsPendingTooLong", "PaymentsRefundOpenTooLong"),
     *("PaymentsCallbacksOld", "PaymentsCallbacksDead"),
+    *("PaymentsUnfulfilled", "PaymentsPaidTwice", "PaymentsFulfilmentUnknown"),
 }
 
 

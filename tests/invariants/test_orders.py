@@ -8,7 +8,14 @@ import psycopg
 import pytest
 
 from tests.doubles.order_bookings import Booking
-from tests.invariants.orders import Broken, broken_orders, check_orders
+from tests.invariants.orders import (
+    Broken,
+    Misjudged,
+    broken_orders,
+    check_fulfilments,
+    check_orders,
+    misjudged,
+)
 from tests.support import History, append
 
 ORDER = uuid.UUID(int=1, version=4)
@@ -71,3 +78,83 @@ def test_an_order_is_broken_in_these_ways(
     if broken:
         with pytest.raises(AssertionError, match=f"order {ID} is {broken[0]}"):
             check_orders(connection, book)
+
+
+def asked(state: str, said: str = "failed") -> tuple[str, str, bool]:
+    """A row in fulfilments whose order was asked for."""
+    return state, said, True
+
+
+def silent(said: str = "nothing") -> tuple[str, str, bool]:
+    return "suspect", said, False
+
+
+Rows = list[tuple[str, str, bool] | None]
+
+
+@pytest.mark.parametrize(
+    ("payments", "booked", "rows", "ways"),
+    [
+        ([paid], order("CONFIRMED", 1), [None], [None]),
+        ([paid, paid], order("CONFIRMED", 1), [None, asked("paid_twice")], [None, None]),
+        ([partly_refunded], order("FAILED"), [asked("unfulfilled")], [None]),
+        ([refunded], order("FAILED"), [None], [None]),
+        ([refunded], order("FAILED"), [asked("given_back")], [None]),
+        ([refunded], order("FAILED"), [asked("unfulfilled")], [None]),  # as it is not shown
+        ([refunded, paid], order("CONFIRMED", 1), [None, None], [None, None]),
+        ([declined], order("FAILED"), [None], [None]),
+        ([paid], order("PENDING"), [asked("suspect", "nothing")], [None]),
+        ([paid], None, [asked("suspect")], [None]),
+        ([paid], order("FAILED"), [None], ["not_found"]),
+        ([partly_refunded], order("FAILED"), [None], ["not_found"]),
+        ([paid], order("FAILED"), [silent()], ["not_found"]),
+        ([paid], order("FAILED"), [silent("repeated")], ["not_found"]),
+        ([paid], order("PENDING"), [silent()], ["not_found"]),
+        ([paid], None, [None], ["not_found"]),
+        ([paid, paid], order("CONFIRMED", 1), [None, None], [None, "not_found"]),
+        ([paid], order("FAILED"), [asked("suspect")], ["wrong_state"]),
+        ([paid], order("FAILED"), [asked("paid_twice")], ["wrong_state"]),
+        (
+            [paid, paid],
+            order("CONFIRMED", 1),
+            [None, asked("unfulfilled")],
+            [None, "wrong_state"],
+        ),
+        ([paid], order("CONFIRMED", 1), [asked("suspect")], ["fulfilled"]),
+        ([paid], order("CONFIRMED", 1), [silent()], ["fulfilled"]),
+        (
+            [paid, paid],
+            order("CONFIRMED", 1),
+            [asked("paid_twice"), asked("paid_twice")],
+            ["fulfilled", None],
+        ),
+        ([paid], order("FAILED"), [asked("given_back")], ["kept"]),
+        ([paid], order("CONFIRMED", 1), [asked("given_back")], ["kept"]),
+    ],
+)
+def test_a_payment_is_misjudged_in_these_ways(
+    connection: psycopg.Connection[Any],
+    payments: list[Payments],
+    booked: Booking | None,
+    rows: Rows,
+    ways: list[Misjudged | None],
+) -> None:
+    found: dict[Misjudged, list[str]] = {}
+    for number, (made, row, way) in enumerate(zip(payments, rows, ways, strict=True)):
+        history = made(str(number))
+        append(connection, history.facts)
+        if row is not None:
+            connection.execute(
+                "INSERT INTO fulfilments (payment_id, order_id, state, said, checked_at)"
+                " VALUES (%s, %s, %s, %s, CASE WHEN %s THEN now() END)",
+                [history.id, ORDER, *row],
+            )
+        if way is not None:
+            found.setdefault(way, []).append(str(history.id))
+    book = {} if booked is None else {ID: booked}
+    assert misjudged(connection, book) == found
+    wrong = [payment_id for payment_ids in found.values() for payment_id in payment_ids]
+    check_fulfilments(connection, book, but=wrong)
+    if wrong:
+        with pytest.raises(AssertionError, match=f"payment {wrong[0]} is misjudged"):
+            check_fulfilments(connection, book)

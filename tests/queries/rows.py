@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
+from psycopg.sql import SQL, Identifier, Placeholder
 
 from payments.payment import Status
 from payments.queries.payments import PaymentView
@@ -69,6 +70,28 @@ def insert_refund(
         " now(), now())",
         [payment.id, amount_cents, status],
     )
+
+
+def insert_fulfilment(
+    connection: psycopg.Connection[Any],
+    payment: PaymentView,
+    state: str,
+    said: str = "nothing",
+    **columns: Any,
+) -> None:
+    """The payment's row in `fulfilments`; a column that is None or not given has its default."""
+    given = {name: value for name, value in columns.items() if value is not None}
+    values = {
+        "payment_id": payment.id,
+        "order_id": payment.merchant_order_id,
+        "state": state,
+        "said": said,
+        **given,
+    }
+    statement = SQL("INSERT INTO fulfilments ({}) VALUES ({})").format(
+        SQL(", ").join(map(Identifier, values)), SQL(", ").join(map(Placeholder, values))
+    )
+    connection.execute(statement, values)
 
 
 def _utc(time: datetime) -> datetime:

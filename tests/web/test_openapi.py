@@ -37,13 +37,18 @@ ENDPOINTS = {
     "GET /v1/payments/{payment_id}",
     "GET /v1/payments/{payment_id}/events",
     "GET /v1/payments/{payment_id}/callbacks",
+    "GET /v1/unfulfilled",
     "GET /health",
     "GET /health/live",
     "GET /metrics",
 }
 
 # The list may be a moment behind, and here nobody is called back.
-EXAMPLES_OF_MORE = {"GET /v1/payments", "GET /v1/payments/{payment_id}/callbacks"}
+EXAMPLES_OF_MORE = {
+    "GET /v1/payments",
+    "GET /v1/payments/{payment_id}/callbacks",
+    "GET /v1/unfulfilled",
+}
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ KEYED = {
     "/v1/payments/{payment_id}",
     "/v1/payments/{payment_id}/events",
     "/v1/payments/{payment_id}/callbacks",
+    "/v1/unfulfilled",
 }
 OPEN = {
     *("/health", "/health/live", "/metrics", "/schema", "/schema/openapi.json"),

@@ -37,6 +37,8 @@ LAG_MAX_S = 30.0
 PENDING_MAX_S = 120.0
 RETURN_MAX_S = 3600.0
 CALLBACK_AGE_MAX_S = 300.0
+UNFULFILLED_MAX_S = 1800.0
+SUSPECT_MAX_S = 3600.0
 HORIZON_MAX_S = 600.0
 QUEUE_MAX = 0.1
 # Where it cannot be seen for how long: as many as there are in that time at full load.
@@ -74,6 +76,9 @@ ALERTS: dict[str, Told | str] = {
     "PaymentsBreakerOpen": "each process has a breaker of its own",
     "PaymentsCallbacksOld": Told("callbacks", CALLBACK_AGE_MAX_S),
     "PaymentsCallbacksDead": Told("callbacks"),
+    "PaymentsUnfulfilled": Told("orders", UNFULFILLED_MAX_S),
+    "PaymentsPaidTwice": Told("orders"),
+    "PaymentsFulfilmentUnknown": Told("orders", SUSPECT_MAX_S),
     "PaymentsServerErrors": "each process counts its own answers",
     "PaymentsFailoverWouldLose": Told("standbys"),
     "PaymentsClockSkew": Told("clock", 60.0),

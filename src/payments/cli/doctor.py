@@ -13,6 +13,7 @@ import psycopg
 
 from payments.cli.checks import Check, failing, server_checks
 from payments.cli.exits import FINDINGS, one_is_a_finding
+from payments.cli.orders_check import orders_check
 from payments.cli.output import one_line
 from payments.cli.start import begin, with_database
 from payments.cli.work_checks import brake_check, work_checks
@@ -64,10 +65,12 @@ def _checks() -> Iterator[Check]:
 
             async def look(database: Database) -> list[Check]:
                 calls_back = settings.order_callback_url is not None
+                asks = settings.order_status_url is not None
                 return [
                     *await server_checks(database),
                     *await work_checks(database, gateway.name, calls_back=calls_back),
                     await brake_check(database, gives_back=settings.unfulfilled == "refund"),
+                    await orders_check(database, calls_back=calls_back, asks=asks),
                 ]
 
             yield from with_database(address, look)
