@@ -26,7 +26,9 @@ from payments.callbacks.retry import WAIT_MAX_S, schedule
 from payments.cli import main
 from payments.database import DatabaseAddress
 from payments.errors import PaymentsError
+from payments.fulfilment.responses import CONFIRMED, FAILED, read_status, said_of
 from payments.queries.callbacks import CallbackView
+from payments.queries.fulfilments import Said, State
 from payments.settings import VARIABLES
 from payments.telemetry import CALLBACK_OUTCOMES, Telemetry
 from tests.process import ROOT, ServiceProcess, at, invoke
@@ -199,6 +201,7 @@ class Receiver:
     def __init__(self, names: dict[str, Any], url: str) -> None:
         self.names = names
         self.url = url
+        self.answered = b""
 
     def sql(self, statement: str) -> list[Any]:
         with closing(sqlite3.connect(self.names["DATABASE"])) as db, db:
@@ -222,7 +225,14 @@ class Receiver:
         return self.post(text, signed(text, body["event_id"], signed_with))
 
     def post(self, text: str, headers: dict[str, str]) -> int:
-        return httpx.post(self.url, content=text, headers=headers, timeout=10).status_code
+        answer = httpx.post(self.url, content=text, headers=headers, timeout=10)
+        self.answered = answer.content
+        return answer.status_code
+
+    def look_up(self, order_id: str) -> httpx.Response:
+        """As ORDER_STATUS_URL is asked."""
+        url = self.url.removesuffix("/callback") + f"/orders/{order_id}"
+        return httpx.get(url, timeout=10)
 
 
 def signed(
@@ -342,6 +352,41 @@ def test_the_receiver_notes_what_is_paid_twice(receiver: Receiver) -> None:
     assert receiver.tickets == [str(ORDER_ID)]
     paid_again = [(str(ORDER_ID), second["payment_id"])]
     assert receiver.sql("SELECT order_id, payment_id FROM paid_again") == paid_again
+
+
+def test_what_the_receiver_answers_says_what_became_of_the_order(receiver: Receiver) -> None:
+    """In words that the service understands: in the response, and when it is asked."""
+    unknown = receiver.look_up(str(ORDER_ID))
+    content_type = unknown.headers["content-type"]
+    assert read_status(unknown.status_code, content_type, unknown.content, ORDER_ID).problem
+    for status, verdict in (
+        ("FAILED", "failed"),
+        ("SUCCESS", "confirmed"),
+        ("FAILED", "confirmed"),
+    ):
+        assert receiver.take(told(status)) == 200
+        assert said_of(receiver.answered, ORDER_ID) == verdict
+        shown = receiver.look_up(str(ORDER_ID))
+        content_type = shown.headers["content-type"]
+        reading = read_status(shown.status_code, content_type, shown.content, ORDER_ID)
+        assert (reading.verdict, reading.problem) == (verdict, None)
+    again = told()
+    for _ in range(2):
+        assert receiver.take(again) == 200
+        assert said_of(receiver.answered, ORDER_ID) == "nothing"  # it is paid twice: do ask
+    other = uuid.uuid4()
+    assert receiver.take(told("REFUNDED", order_id=str(other))) == 200
+    assert said_of(receiver.answered, other) == "nothing"
+
+
+def test_the_page_for_order_service_has_every_word_and_state() -> None:
+    page = (ROOT / "docs/order-service.md").read_text()
+    words = re.findall(r"^\| (`[A-Z`, ]+`) \| (?:fulfilled|failed) \|$", page, re.M)
+    listed = [set(re.findall("[A-Z]+", found)) for found in words]
+    assert listed == [CONFIRMED, FAILED]
+    states = first_cells(ROOT / "docs/order-service.md", "state")
+    assert sorted(states) == sorted(get_args(State))
+    assert first_cells(CALLBACKS, "said") == list(get_args(Said))
 
 
 def test_the_receiver_answers_2xx_only_when_all_is_stored(receiver: Receiver) -> None:
