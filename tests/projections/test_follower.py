@@ -181,8 +181,13 @@ async def test_a_server_crash_right_before_the_commit_leaves_neither(
 
 
 async def test_a_commit_whose_reply_is_lost_is_not_applied_again(
-    build: Build, counted: psycopg.Connection[Any], address: DatabaseAddress
+    build: Build,
+    counted: psycopg.Connection[Any],
+    address: DatabaseAddress,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(follower_module, "RETRY_MAX_S", 0.1)
+    monkeypatch.setattr(follower_module, "POLL_S", 0.05)
     async with ServerProxy(address) as proxy:
 
         async def connect(name: str) -> psycopg.AsyncConnection[Any]:
@@ -1016,9 +1021,13 @@ async def test_a_batch_that_failed_is_not_counted(
 
 
 async def test_many_parked_streams_do_not_keep_it_from_following(
-    address: DatabaseAddress, connection: psycopg.Connection[Any], database: Database
+    address: DatabaseAddress,
+    connection: psycopg.Connection[Any],
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They are retried a few at a time, from the start on."""
+    monkeypatch.setattr(follower_module, "POLL_S", 0.02)
     append_stored(connection, [stored_event(topic="Unknown") for _ in range(200)])
     follower = Follower(database.connect, PaymentsProjection(settle_after_s=7), Telemetry())
     while await follower.run_once():
