@@ -51,8 +51,8 @@ def insert(connection: psycopg.Connection[Any], **differing: Any) -> str:
 
 MANY = """
 INSERT INTO payments
-SELECT gen_random_uuid(), gen_random_uuid(), CASE WHEN n % 10 > 0 THEN 'order-' || n END,
-       100 + n, 'INR', (ARRAY['SUCCESS', 'FAILED', 'REFUNDED'])[1 + n % 3], 'txn_' || n,
+SELECT gen_random_uuid(), gen_random_uuid(), CASE WHEN n %% 10 > 0 THEN 'order-' || n END,
+       100 + n, 'INR', (ARRAY['SUCCESS', 'FAILED', 'REFUNDED'])[1 + n %% 3], 'txn_' || n,
        timestamp '2025-01-01' + n * interval '1 minute', timestamp '2026-01-01'
   FROM generate_series(1, %s) n
 """
