@@ -84,6 +84,17 @@ LATE_CAPTURE_RETURNED = LateCaptureReturned(
 )
 
 
+IMPORTED = msgspec.structs.replace(
+    INITIATED,
+    imported=True,
+    legacy=Legacy(
+        UUID("d4254ff5-4a92-492f-870b-fb095c659001"),
+        "txn_é☃",
+        datetime(2026, 1, 2, 3, 4, 5, 7, tzinfo=UTC),
+    ),
+)
+
+
 def without_optional_ones(fact: Fact, *more: str) -> Fact:
     return msgspec.structs.replace(fact, **dict.fromkeys(("request_id", "traceparent", *more)))
 
@@ -94,8 +105,10 @@ EXPECTED: dict[str, Fact] = {
     "PaymentInitiated.v1": INITIATED,
     "PaymentInitiated.v1.nulls": without_optional_ones(INITIATED),
     "PaymentInitiated.v1.held": HELD,
+    "PaymentInitiated.v1.imported": IMPORTED,
     "PaymentCharged.v1": CHARGED,
     "PaymentCharged.v1.nulls": without_optional_ones(CHARGED),
+    "PaymentCharged.v1.imported": msgspec.structs.replace(CHARGED, imported=True),
     "PaymentFailed.v1": FAILED,
     "PaymentFailed.v1.nulls": without_optional_ones(FAILED, "decline_code"),
     "PaymentFailed.v1.abandoned": ABANDONED,
@@ -145,6 +158,8 @@ COMPLETE = [name for name in EXPECTED if name.count(".") == 1]
 FURTHER: dict[str, set[str]] = {
     "PaymentFailed.v1.abandoned": {"decline_code"},
     "PaymentInitiated.v1.held": set(),
+    "PaymentInitiated.v1.imported": set(),
+    "PaymentCharged.v1.imported": set(),
 }
 
 
