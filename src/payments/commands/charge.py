@@ -272,10 +272,7 @@ class Charging:
             )
             run.check_may_ask()
             run.fallback = Charged(payment, begun.replayed)
-            timeout_s = run.left_s(self._gateway_timeout_s)
-            if not is_held_for(payment.hold_until, datetime.now(UTC), timeout_s + HOLD_MARGIN_S):
-                raise OutcomeUnknown("its seats are about to be sold again: it would come too late")
-            return await self._gateway.charge(charge, timeout_s)
+            return await self._gateway.charge(charge, self._timeout_s(run, payment))
         except NeverSent as error:
             if not begun.replayed:
                 run.fallback = None
@@ -285,6 +282,13 @@ class Charging:
             raise unavailable from error
         finally:
             run.release_slot()
+
+    def _timeout_s(self, run: Run[Charged], payment: Payment) -> float:
+        """Of a call that may capture: it must end before the seats' hold does."""
+        timeout_s = run.left_s(self._gateway_timeout_s)
+        if not is_held_for(payment.hold_until, datetime.now(UTC), timeout_s + HOLD_MARGIN_S):
+            raise OutcomeUnknown("its seats may be sold again soon: a capture would come too late")
+        return timeout_s
 
     def _check_may_send_again(self, run: Run[Charged], age_s: float) -> None:
         if not run.is_awaited():

@@ -83,12 +83,12 @@ class _Waiter(Generic[A]):
 class Run(Generic[A]):
     """A request's work in this process, and everyone who waits for its answer."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, answer_by: float) -> None:
         # Until then the provider may be asked: the latest deadline of the requests that came before
         # the intent was durable.
         self.deadline = -math.inf
         # When everyone who waits gets an answer in any case, if not by a deadline of its own.
-        self.answer_by = math.inf
+        self.answer_by = answer_by
         # The same, until the intent is durable.
         self.begin_by = 0.0
         self.store_has_answered()
@@ -227,8 +227,8 @@ class Runs:
     ) -> tuple[A, bool]:
         """The answer of `work`, or of the run of an equal request; and whether it was joined.
 
-        The deadline counts from when the caller began to wait: from now, if there is none. Raises
-        what the work failed with, or TooBusy.
+        The deadline counts from when the caller began to wait, else from now. Raises what the work
+        failed with, or TooBusy.
         """
         caller = caller or Caller()
         deadline = caller.since + deadline_s
@@ -250,8 +250,7 @@ class Runs:
             return await run.wait(caller, deadline_s, joined=True), True
         if not client.runs.take():
             raise TooBusy("Too many requests are under way.")
-        run = self._runs[request] = Run(client)
-        run.answer_by = min(run.answer_by, self._stop_by)
+        run = self._runs[request] = Run(client, self._stop_by)
         run.task = asyncio.create_task(self._run(request, run, work), name="run")
         self._tasks.add(run.task)
         run.task.add_done_callback(self._tasks.discard)
