@@ -308,8 +308,8 @@ async def test_nothing_is_sent_after_the_deadline(
     service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
     append_intent = service.appender.append_intent
 
-    async def answered_late(event: StoredEvent, **options: Any) -> int:
-        position = await append_intent(event, **options)
+    async def answered_late(event: StoredEvent, **_: Any) -> int:
+        position = await append_intent(event)  # wanted or not
         await elapse(0.5, frozen=frozen)
         return position
 
@@ -334,8 +334,8 @@ async def test_nothing_is_sent_for_a_request_that_was_told_so(
     service = await make(gateway)
     append_intent = service.appender.append_intent
 
-    async def answered_late(event: StoredEvent, **options: Any) -> int:
-        position = await append_intent(event, **options)
+    async def answered_late(event: StoredEvent, **_: Any) -> int:
+        position = await append_intent(event)  # wanted or not
         await elapse(0.5, frozen=False)
         return position
 
