@@ -95,14 +95,11 @@ async def _run(
     await database.open()
     await status.open()
     try:
-        reconciliation = Reconciliation(database, status, per_s)
         with Progress() as progress:
-
-            def seen(found: Found) -> None:
-                progress("orders", reconciliation.asked, None)
-                show(found)
-
-            count = await reconciliation.run(*time, seen)
+            reconciliation = Reconciliation(
+                database, status, per_s, lambda asked: progress("orders", asked, None)
+            )
+            count = await reconciliation.run(*time, show)
         return count, reconciliation.asked
     finally:
         await status.close()

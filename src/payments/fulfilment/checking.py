@@ -144,7 +144,7 @@ class Checking:
         """Looks at all payments of the order. Others that the reading says the same of may have no
         row: their responses said that the order was confirmed."""
         database = self._database
-        captured = await table.captured_for(database, claimed.order_id)
+        captured = await table.captured_for(database, claimed.order_id, claimed.payment_id)
         if claimed.payment_id in captured.refunded:
             await table.remove(database, claimed)
             return

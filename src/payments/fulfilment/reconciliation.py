@@ -44,12 +44,20 @@ class Found(NamedTuple):
 
 
 class Reconciliation:
-    """`per_s`: so many orders are asked about in a second at the most."""
+    """`per_s`: so many orders are asked about in a second at the most. `progress` is called with
+    how many were."""
 
-    def __init__(self, database: Database, status: OrderStatus, per_s: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        status: OrderStatus,
+        per_s: float,
+        progress: Callable[[int], None] = lambda asked: None,
+    ) -> None:
         self._database = database
         self._status = status
         self._pause_s = 1 / per_s
+        self._progress = progress
         self._next_at = 0.0
         self._in_vain = 0  # orders in a row
         self.asked = 0  # orders
@@ -64,6 +72,7 @@ class Reconciliation:
                 await self._pace()
                 under_way.add(asyncio.create_task(self._look_at(order_id)))
                 self.asked += 1
+                self._progress(self.asked)
                 if len(under_way) == CONCURRENCY_MAX:
                     done, under_way = await asyncio.wait(
                         under_way, return_when=asyncio.FIRST_COMPLETED

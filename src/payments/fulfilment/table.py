@@ -19,6 +19,8 @@ CONFIRMED_AFTER_S = 900.0  # between the first reading that showed an order as f
 AGAIN_S = 3600.0  # between readings of what is known to be unfulfilled or paid twice
 UNKNOWN_MIN_S, UNKNOWN_MAX_S = 2.0, 3600.0  # doubling, while the status is not known
 
+OF_ORDER_MAX = 1000  # payments of one order that are looked at
+
 # Found beside a payment of the same order, or by `payments reconcile orders`. What is watched
 # already stays as it is.
 ADD = """
@@ -57,16 +59,24 @@ UPDATE fulfilments f
 RETURNING f.payment_id, f.order_id, f.state, f.claim
 """
 
-# Which payments of an order captured something, and whether their money stands. Both the outbox and
-# `payments` are asked, as in paid_orders (migrations/0010): either of their followers may be
-# behind, and the outbox is pruned.
+# Which payments of an order captured something, and whether their money stands: the first ones, and
+# the one at hand. Both the outbox and `payments` are asked, as in paid_orders (migrations/0010):
+# either of their followers may be behind, and the outbox is pruned.
 CAPTURED_FOR = """
 SELECT known.payment_id, bool_and(known.status = 'SUCCESS')
-  FROM (SELECT d.payment_id, d.status FROM callback_deliveries d
-         WHERE d.order_id = %(order_id)b AND d.status <> 'FAILED'
+  FROM ((SELECT d.payment_id, d.status FROM callback_deliveries d
+          WHERE d.order_id = %(order_id)b AND d.status <> 'FAILED'
+          ORDER BY d.position LIMIT %(most)b)
+         UNION ALL
+        (SELECT p.id, p.status FROM payments p
+          WHERE p.merchant_order_id = %(order_id)b AND p.status IN ('SUCCESS', 'REFUNDED')
+          ORDER BY p.created_at, p.id LIMIT %(most)b)
+         UNION ALL
+        SELECT d.payment_id, d.status FROM callback_deliveries d
+         WHERE d.payment_id = %(payment_id)b AND d.status <> 'FAILED'
          UNION ALL
         SELECT p.id, p.status FROM payments p
-         WHERE p.merchant_order_id = %(order_id)b AND p.status IN ('SUCCESS', 'REFUNDED')
+         WHERE p.id = %(payment_id)b AND p.status IN ('SUCCESS', 'REFUNDED')
        ) AS known (payment_id, status)
  GROUP BY known.payment_id
 """
@@ -225,8 +235,12 @@ async def claim(database: Database, most: int, lease_s: float) -> list[Claimed]:
     return [Claimed(*row) for row in await database.fetch(CLAIM, params)]
 
 
-async def captured_for(database: Database, order_id: UUID) -> Captured:
-    rows = await database.fetch(CAPTURED_FOR, {"order_id": order_id})
+async def captured_for(
+    database: Database, order_id: UUID, payment_id: UUID | None = None
+) -> Captured:
+    """Of an order with very many payments the first ones, and `payment_id`."""
+    params = {"order_id": order_id, "payment_id": payment_id, "most": OF_ORDER_MAX}
+    rows = await database.fetch(CAPTURED_FOR, params)
     standing = [payment_id for payment_id, stands in rows if stands]
     if len(standing) > 1:
         found = await database.fetch(CAPTURE_POSITIONS, {"payment_ids": uuids(standing)})
