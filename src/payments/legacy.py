@@ -105,7 +105,7 @@ def facts_of(row: LegacyRow, gateway: str) -> list[Fact]:
 
     Where one of its times is missing, the other one stands for it.
     """
-    legacy_id, order_id = UUID(row.id), UUID(row.merchant_order_id)
+    legacy_id, payment_id, order_id = UUID(row.id), row.payment_id, UUID(row.merchant_order_id)
     amount_cents, currency = int(row.amount_cents or ""), row.currency or ""
     began_at, ended_at = _times(row)
     about: dict[str, Any] = {
@@ -116,7 +116,7 @@ def facts_of(row: LegacyRow, gateway: str) -> list[Fact]:
 
     def metadata(version: int, at: datetime) -> dict[str, Any]:
         return {
-            "payment_id": row.payment_id,
+            "payment_id": payment_id,
             "version": version,
             "event_id": imported_event_id(legacy_id, version),
             "occurred_at": at,

@@ -136,16 +136,23 @@ def _import(settings: Settings, address: DatabaseAddress, asked: Asked, looked: 
 async def _catch_up(settings: Settings, address: DatabaseAddress, progress: Progress) -> None:
     """What the log now holds is sealed, and listed, before a service starts."""
     database, telemetry = Database(address, 1), Telemetry()
-    for step, projection, batch in (
-        ("list", PaymentsProjection(settings.charge_deadline_s), 1000),
-        ("seal", SealsProjection(), SEALS_MAX),
-    ):
-        follower, done = Follower(database.connect, projection, telemetry, batch, listens=False), 0
+    listed, sealed = PaymentsProjection(settings.charge_deadline_s), SealsProjection()
+    followers = (
+        Follower(database.connect, listed, telemetry, listens=False),
+        Follower(database.connect, sealed, telemetry, SEALS_MAX, listens=False),
+    )
+    done = 0
+
+    async def follow(follower: Follower) -> None:
+        nonlocal done
         try:
             while moved := await follower.run_once():
-                progress(step, done := done + moved, None)
+                done += moved
+                progress("list and seal", done, None)
         finally:
             await follower.stop()
+
+    await asyncio.gather(*(follow(follower) for follower in followers))
 
 
 def _tell_pending(looked: Looked) -> None:

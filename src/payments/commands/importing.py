@@ -144,21 +144,22 @@ async def _wait_for_others(connection: psycopg.AsyncConnection[Any]) -> None:
 async def _append(
     writer: psycopg.AsyncConnection[Any], rows: list[LegacyRow], gateway: str, exclude: Exclude
 ) -> None:
-    appends = [[to_stored_event(fact) for fact in facts_of(row, gateway)] for row in rows]
+    streams = [facts_of(row, gateway) for row in rows]
+    ids = [facts[0].payment_id for facts in streams]
+    appends = [[to_stored_event(fact) for fact in facts] for facts in streams]
     async with writer.transaction(), writer.cursor(binary=True) as cursor:
         await cursor.execute(APPEND, append_params(appends), prepare=True)
         entries: list[LogEntry] = []
-        for row, events, (outcome, position, _) in zip(
-            rows, appends, await cursor.fetchall(), strict=True
+        for row, payment_id, events, (outcome, position, _) in zip(
+            rows, ids, appends, await cursor.fetchall(), strict=True
         ):
             if outcome not in (APPENDED, REPEATED):
                 why = "names a capture that another payment names"
                 other = "its payment is in the log already, and differs"
                 raise StartError(f"row {row.id}: {why if outcome == CAPTURED else other}")
-            entries += _entries(row.payment_id, events, position)
+            entries += _entries(payment_id, events, position)
         await exclude(writer, entries)
-        old_ids = uuids([row.id or "" for row in rows])
-        await cursor.execute(legacy_ids.ADD, [old_ids, uuids([row.payment_id for row in rows])])
+        await cursor.execute(legacy_ids.ADD, [uuids([row.id or "" for row in rows]), uuids(ids)])
 
 
 def _entries(payment_id: UUID, events: list[StoredEvent], last: int) -> list[LogEntry]:
