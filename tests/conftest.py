@@ -48,7 +48,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest comes first: else one of two workers waits for it in the end."""
+    """The file that takes longest comes first: else the other workers wait for it in the end."""
     items.sort(key=lambda item: item.path.name != "test_schemathesis.py")
 
 
