@@ -158,15 +158,24 @@ def test_the_client_for_callbacks_is_imported_where_it_is_used() -> None:
 
 
 def test_every_connection_to_the_database_is_opened_in_one_place() -> None:
-    """There its session is set up; the library's pool is told to do the same."""
+    """There its session is set up."""
     opening = re.compile(r"\b(psycopg|Connection|_Connection)\.connect\(|\bConnectionPool\(")
     found = {name for name, path in MODULES.items() if opening.search(path.read_text("utf-8"))}
     assert found == {"payments.database"}
     assert importers_of("psycopg_pool") == {"payments.database"}
-    datastores = {
-        name for name in MODULES if "PostgresDatastore" in MODULES[name].read_text("utf-8")
+
+
+def test_the_service_does_not_read_with_the_librarys_classes() -> None:
+    """They are for other teams, and their connections are not set up as ours are."""
+    assert importers_of("eventsourcing") == {
+        *("payments.events.library", "payments.events.store", "payments.events.watch"),
+        *("payments.events.appender", "payments.commands.charge", "payments.commands.recording"),
+        "payments.commands.refund",
     }
-    assert datastores == {"payments.events.store"}
+    for module in set(MODULES) - {"payments.events.library"}:
+        found = {name for name in imports(MODULES[module]) if name.startswith("eventsourcing")}
+        assert found <= {"eventsourcing.persistence"}, module
+        assert "payments.events.library" not in imports(MODULES[module]), module
 
 
 def test_who_does_not_trace_needs_no_opentelemetry() -> None:

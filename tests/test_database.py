@@ -8,7 +8,6 @@ import pytest
 from psycopg.sql import SQL, Identifier
 
 from payments.database import Database, DatabaseAddress, connect
-from payments.events.store import PaymentsDatastore
 from payments.session import SETTINGS
 from tests.pooler import Pooler
 
@@ -80,9 +79,3 @@ async def test_the_pools_and_ones_own_connections(contrary: DatabaseAddress) -> 
 def test_blocking_connections(contrary: DatabaseAddress) -> None:
     with connect(contrary, "tests of ours") as opened:
         assert dict(opened.execute(IN_FORCE, [NAMES]).fetchall()) == WANTED
-
-
-def test_the_recorders_connections(contrary: DatabaseAddress) -> None:
-    with PaymentsDatastore(contrary) as datastore, datastore.transaction(commit=False) as cursor:
-        rows = cursor.execute(IN_FORCE, [NAMES]).fetchall()
-    assert {row["name"]: row["current_setting"] for row in rows} == WANTED

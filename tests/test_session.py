@@ -8,7 +8,6 @@ import httpx
 import psycopg
 import pytest
 from click.testing import Result
-from eventsourcing.persistence import OperationalError
 from loguru import logger
 
 from payments import database as database_module
@@ -16,7 +15,6 @@ from payments import session
 from payments.database import Database, DatabaseAddress, connect, refuse_pooling
 from payments.errors import DatabaseUnavailable, StartError
 from payments.events.appender import Appender
-from payments.events.store import PaymentsDatastore, PaymentsRecorder
 from payments.logs import Repeats
 from payments.queries.server import unsafe_settings
 from payments.session import SETTINGS, SessionUnfit
@@ -220,18 +218,6 @@ async def test_nothing_is_acknowledged_where_a_setting_does_not_hold(
     assert await asyncio.wait_for(outcome, 5) == 1
     await appender.stop(1)
     assert commits(connection) == [("payments appender", "on")]
-
-
-def test_nor_by_the_recorder(
-    connection: Connection, address: DatabaseAddress, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    let_commits_not_wait(connection, address)
-    monkeypatch.setattr(session, "SET_UP", set_for_a_moment("synchronous_commit"))
-    datastore = PaymentsDatastore(address)
-    datastore.pool.timeout = 0.5
-    with datastore, pytest.raises(OperationalError):
-        PaymentsRecorder(datastore).insert_events([stored_event()])
-    assert log_of(connection) == []
 
 
 async def test_a_commit_waits_whatever_its_session_was_set_to_since(

@@ -63,9 +63,6 @@ def set_up_logs(format: Literal["auto", "json", "text"], level: str) -> None:
         if logger.level(level).no <= logger.level("INFO").no:
             _json_stderr = stderr
     logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
-    # The eventsourcing library silences these when it is imported.
-    for name in ("psycopg", "psycopg.pool"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class Repeats:

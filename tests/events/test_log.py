@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from payments.database import DatabaseAddress
-from payments.events.store import APPEND, PaymentsDatastore, PaymentsRecorder, append_params
+from payments.events.store import APPEND, append_params
 from tests.support import stored_event
 
 ROOT = Path(__file__).parents[2]
@@ -136,15 +136,3 @@ def test_streams_and_tails_are_read_by_index(connection: psycopg.Connection[Any]
         value: Any = uuid.uuid4() if "originator" in query else 1990
         plan = connection.execute(f"EXPLAIN {query}".encode(), [value]).fetchall()
         assert index in str(plan)
-
-
-def test_the_librarys_reader_and_ours_agree(address: DatabaseAddress) -> None:
-    events = [stored_event() for _ in range(3)]
-    with PaymentsDatastore(address) as datastore:
-        recorder = PaymentsRecorder(datastore)
-        recorder.insert_events(events)
-        found = recorder.select_notifications(start=None, limit=10)
-    assert [(n.id, n.originator_id, n.topic, n.state) for n in found] == [
-        (number, event.originator_id, event.topic, event.state)
-        for number, event in enumerate(events, 1)
-    ]

@@ -1,40 +1,27 @@
-"""The event store, as the eventsourcing library sees it, and the SQL of payment_events.
+"""The SQL of payment_events, and how rows become facts, and facts rows.
 
-All SQL that reads events from the table payment_events is in this file, but for the one event that
-events/watch.py compares. The function that writes it is in migrations/0007_append.sql, the table
-and the view that people and the history read are in 0001_event_store.sql. There are two doors to
-that function: the group-commit Appender (appender.py) for requests, and the recorder below for the
-library's own classes and for whatever runs without an event loop.
+Whatever reads events reads them with the statements of this file. Who only asks where the log
+ends, or how old an event is, does so in statements of its own: followers, metrics, the doctor and
+events/watch.py. The table, and the view that people and the history read, are in
+migrations/0001_event_store.sql; the function that writes it, append_payment_events, is in
+migrations/0012_append_alone.sql. The one door to that function is the group-commit Appender
+(appender.py). The log as the eventsourcing library's classes see it, to follow it from elsewhere,
+is library.py.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from itertools import groupby
 from typing import Any, NamedTuple
 from uuid import UUID
 
-import psycopg
-from eventsourcing.domain import DomainEventProtocol
-from eventsourcing.persistence import (
-    IntegrityError,
-    InterfaceError,
-    JSONTranscoder,
-    Mapper,
-    OperationalError,
-    PersistenceError,
-    StoredEvent,
-)
-from eventsourcing.postgres import PostgresApplicationRecorder, PostgresDatastore
-from psycopg.conninfo import conninfo_to_dict
+from eventsourcing.persistence import StoredEvent
 
-from payments.database import Database, DatabaseAddress, set_up
+from payments.database import Database
 from payments.errors import PaymentUnreadable
 from payments.events import facts
 from payments.events.arrays import BinaryArray, bigints, byteas, integers, texts, uuids
 from payments.events.facts import Fact, PaymentInitiated, UndecodableEvent
-from payments.events.notifier import NOTIFY
 from payments.payment import Payment, Status, UnexpectedEvent, evolve, fold
 
 # Its commit waits for the disk whatever its session was set to since it was set up: a pooler whose
@@ -282,7 +269,8 @@ SELECT originator_id, min(notification_id) FROM payment_events
  GROUP BY originator_id
 """
 
-APPENDED, REPEATED, CONFLICT, CAPTURED = "appended", "repeated", "conflict", "captured"
+# The outcomes of an append that is refused; the others are 'appended' and 'repeated'.
+CONFLICT, CAPTURED = "conflict", "captured"
 
 
 def append_params(
@@ -319,20 +307,6 @@ def append_params(
     )
 
 
-class FactMapper(Mapper[UUID]):
-    """Facts to and from the library's StoredEvent."""
-
-    def __init__(self) -> None:
-        super().__init__(JSONTranscoder())  # required by the base class, not used
-
-    def to_stored_event(self, domain_event: DomainEventProtocol[UUID]) -> StoredEvent:
-        assert isinstance(domain_event, Fact)
-        return to_stored_event(domain_event)
-
-    def to_domain_event(self, stored_event: StoredEvent) -> Fact:
-        return to_fact(stored_event)
-
-
 def to_stored_event(fact: Fact) -> StoredEvent:
     return StoredEvent(fact.payment_id, fact.version, fact.TOPIC, facts.encode(fact))
 
@@ -349,92 +323,6 @@ def fact_at(stream: UUID, version: int, topic: str, state: bytes) -> Fact:
     if fact.version != version or fact.payment_id != stream:
         raise UndecodableEvent("the event belongs to another stream or version")
     return fact
-
-
-class PaymentsDatastore(PostgresDatastore):
-    """The library's connection pool, whose sessions are set up as all of ours."""
-
-    def __init__(self, address: DatabaseAddress, pool_size: int = 1) -> None:
-        super().__init__(
-            dbname=address.dbname,
-            host=address.host,
-            port=address.port,
-            user=address.user,
-            password=address.password or "",
-            pool_size=pool_size,
-            max_overflow=20,
-        )
-        assert isinstance(self.pool.kwargs, dict)
-        self.pool.kwargs.update(conninfo_to_dict(address.conninfo("payments recorder")))
-
-    def after_connect_func(self) -> Callable[[psycopg.Connection[Any]], None]:
-        def after_connect(connection: psycopg.Connection[Any]) -> None:
-            connection.autocommit = True
-            set_up(connection)
-
-        return after_connect
-
-
-class PaymentsRecorder(PostgresApplicationRecorder):
-    """The library's recorder on payment_events.
-
-    Its tables come from our migrations, and it inserts through append_payment_events; reading and
-    subscribing are the library's.
-    """
-
-    datastore: PostgresDatastore
-
-    def __init__(self, datastore: PostgresDatastore) -> None:
-        super().__init__(datastore, events_table_name="payment_events")
-        self.sql_create_statements.clear()
-
-    def insert_events(
-        self, stored_events: Sequence[StoredEvent], **kwargs: Any
-    ) -> Sequence[int] | None:
-        """Inserts all or none; returns the positions, None for nothing.
-
-        Raises IntegrityError on a conflict. If the connection breaks it sends the same events once
-        more: finding them stored then means that the first commit had gone through.
-        """
-        if not stored_events:
-            return None
-        try:
-            positions = self._insert_once(stored_events, accept_repeated=False)
-        except (OperationalError, InterfaceError):
-            positions = self._insert_once(stored_events, accept_repeated=True)
-        self._notify()
-        return positions
-
-    def _notify(self) -> None:
-        """After the commit, as the appender does; whoever follows polls as well."""
-        with suppress(PersistenceError), self.datastore.transaction(commit=True) as cursor:
-            cursor.execute(NOTIFY)
-
-    def _insert_once(
-        self, stored_events: Sequence[StoredEvent], *, accept_repeated: bool
-    ) -> list[int]:
-        appends = [
-            list(group) for _, group in groupby(stored_events, key=lambda e: e.originator_id)
-        ]
-        accepted = {APPENDED, REPEATED} if accept_repeated else {APPENDED}
-        positions: list[int] = []
-        with self.datastore.transaction(commit=True) as cursor:
-            for append in appends:
-                _check_consecutive(append)
-            rows = cursor.execute(APPEND, append_params(appends), prepare=True).fetchall()
-            for append, row in zip(appends, rows, strict=True):
-                if row["outcome"] not in accepted:
-                    stream = append[0].originator_id
-                    raise psycopg.IntegrityError(f"version conflict in stream {stream}")
-                positions += range(row["position"] - len(append) + 1, row["position"] + 1)
-        return positions
-
-
-def _check_consecutive(append: Sequence[StoredEvent]) -> None:
-    first = append[0].originator_version
-    versions = [event.originator_version for event in append]
-    if versions != list(range(first, first + len(append))):
-        raise IntegrityError(f"versions {versions} are not consecutive")
 
 
 class LoadedPayment(NamedTuple):
