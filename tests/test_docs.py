@@ -33,8 +33,7 @@ from payments.settings import VARIABLES
 from payments.telemetry import CALLBACK_OUTCOMES, Telemetry
 from tests.process import ROOT, ServiceProcess, at, invoke
 from tests.support import ORDER_ID, eventually
-from web.heads import PROTOCOL_PROBLEMS
-from web.problems import FRAMEWORK_PROBLEMS
+from web.problems import FRAMEWORK_PROBLEMS, PROTOCOL_PROBLEMS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 

@@ -1,4 +1,5 @@
-"""Everything that this service refuses or fails at, as types.
+"""What commands and queries refuse or fail at, as types; what is wrong with a request as HTTP is in
+web/problems.py.
 
 PaymentsError
 ├── InvalidRequest               400  invalid_request

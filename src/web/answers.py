@@ -6,8 +6,7 @@ from http import HTTPStatus
 
 from payments.errors import PaymentsError, TooBusy, Unauthorized
 from web.auth import SEND_A_KEY
-from web.heads import Refusal
-from web.problems import FRAMEWORK_PROBLEMS, MEDIA_TYPE, problem, refused
+from web.problems import FRAMEWORK_PROBLEMS, MEDIA_TYPE, Refusal, problem, refused
 
 
 class Answer:

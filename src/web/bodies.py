@@ -9,7 +9,8 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
 import msgspec
 
-from payments.errors import FieldError, InvalidRequest, PaymentsError
+from payments.errors import FieldError, InvalidRequest
+from web.problems import UnsupportedMediaType
 
 ERRORS_MAX = 20
 _INTEGER_MAX = 10**18  # beyond all fields; an exponent could ask for any number of digits
@@ -20,12 +21,6 @@ _UTF_8 = (b"utf-8", b"utf8")
 _NOT_VALID = (msgspec.ValidationError, UnicodeEncodeError)
 
 T = TypeVar("T", bound=msgspec.Struct)
-
-
-class UnsupportedMediaType(PaymentsError):
-    status = 415
-    code = "unsupported_media_type"
-    title = "The body's media type or encoding is not supported"
 
 
 class _Refused(ValueError):

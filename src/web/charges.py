@@ -27,9 +27,10 @@ from payments.errors import (
 )
 from payments.payment import Status
 from payments.times import TIME_PATTERN, read_time
-from web.bodies import UnsupportedMediaType, read_body
+from web.bodies import read_body
 from web.description import Answer, Operation, Parameter, described
 from web.list_query import TIME_TEXT
+from web.problems import UnsupportedMediaType
 from web.requests import (
     KEY_SCHEMA,
     UUID_PATTERN,

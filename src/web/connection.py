@@ -12,8 +12,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from web.answers import Refused, lines_of, unreadable
 from web.arrivals import CALLER, Flow
 from web.door import Door
-from web.heads import MALFORMED_REQUEST, Refusal
 from web.memory import Memory
+from web.problems import MALFORMED_REQUEST, Refusal
 
 HEAD_TIMEOUT_S = 5.0  # also for a connection on which nothing comes at all
 WRITE_TIMEOUT_S = 5.0  # for a client that does not take its answers, or does not go away

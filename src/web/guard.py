@@ -20,7 +20,7 @@ from payments.telemetry import Telemetry
 from payments.tracing import current_traceparent, mark_failed, span
 from web.access_log import PROBES, AccessLog
 from web.heads import METHODS, request_id_of, traceparent_of
-from web.problems import MEDIA_TYPE, refused
+from web.problems import MEDIA_TYPE, BodyTooLarge, BodyTooSlow, refused
 
 BODY_MAX = 16 * 1024  # bytes; a charge has about 150
 BODY_TIMEOUT_S = 5.0
@@ -31,18 +31,6 @@ LINGER_S = 1.0  # for a client to notice that it is refused
 BODY_ARRIVED = "body_arrived"
 # There too, from our protocol: what the request holds (door.Place).
 PLACE = "place"
-
-
-class BodyTooLarge(PaymentsError):
-    status = 413
-    code = "body_too_large"
-    title = "The body is too large"
-
-
-class BodyTooSlow(PaymentsError):
-    status = 408
-    code = "body_too_slow"
-    title = "The body did not arrive in time"
 
 
 class ClientLeft(Exception):

@@ -7,23 +7,16 @@ a proxy in front that reads them otherwise.
 import os
 import re
 
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-Headers = list[tuple[bytes, bytes]]  # names in lower case
-
-Refusal = tuple[int, str]  # status and code
-
-MALFORMED_REQUEST: Refusal = (400, "malformed_request")
-TARGET_TOO_LONG: Refusal = (414, "target_too_long")
-HEAD_TOO_LARGE: Refusal = (431, "head_too_large")
-NOT_IMPLEMENTED: Refusal = (501, "not_implemented")
-VERSION_NOT_SUPPORTED: Refusal = (505, "version_not_supported")
-PROTOCOL_PROBLEMS = (
-    MALFORMED_REQUEST,
-    TARGET_TOO_LONG,
+from web.problems import (
     HEAD_TOO_LARGE,
+    MALFORMED_REQUEST,
     NOT_IMPLEMENTED,
     VERSION_NOT_SUPPORTED,
+    Refusal,
 )
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+Headers = list[tuple[bytes, bytes]]  # names in lower case
 
 HEAD_MAX = 64 * 1024  # bytes of one request's line and headers
 HEADERS_MAX = 100  # header fields: each takes memory however short it is

@@ -15,11 +15,18 @@ from litestar import Litestar
 from litestar.routes import HTTPRoute
 
 from payments.errors import PaymentsError, TooBusy, Unauthorized
-from web.bodies import UnsupportedMediaType
 from web.description import Answer, Operation, Parameter
-from web.guard import BODY_MAX, BODY_TIMEOUT_S, BodyTooLarge, BodyTooSlow
-from web.heads import HEAD_MAX, HEADERS_MAX, PROTOCOL_PROBLEMS
-from web.problems import FRAMEWORK_PROBLEMS, MEDIA_TYPE, Problem
+from web.guard import BODY_MAX, BODY_TIMEOUT_S
+from web.heads import HEAD_MAX, HEADERS_MAX
+from web.problems import (
+    FRAMEWORK_PROBLEMS,
+    MEDIA_TYPE,
+    PROTOCOL_PROBLEMS,
+    BodyTooLarge,
+    BodyTooSlow,
+    Problem,
+    UnsupportedMediaType,
+)
 from web.webhooks import BODIES, WEBHOOKS
 
 VERSION = importlib.metadata.version("payment-service")

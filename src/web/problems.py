@@ -2,7 +2,8 @@
 
 `type` is urn:payments:problem:CODE, `code` is stable, `detail` names the fix, and `errors` lists
 the fields of a body that are wrong. No SQL, stack or secret gets into one: only PaymentsError
-carries words to the outside.
+carries words to the outside. What is wrong with a request as HTTP is here; all else that is refused
+is in payments/errors.py.
 """
 
 from http import HTTPStatus
@@ -17,11 +18,45 @@ from payments.errors import InvalidRequest, PaymentsError
 
 MEDIA_TYPE = "application/problem+json"
 
+Refusal = tuple[int, str]  # status and code
+
+# What the protocol refuses before there is a request, each with a detail of its own.
+MALFORMED_REQUEST: Refusal = (400, "malformed_request")
+TARGET_TOO_LONG: Refusal = (414, "target_too_long")
+HEAD_TOO_LARGE: Refusal = (431, "head_too_large")
+NOT_IMPLEMENTED: Refusal = (501, "not_implemented")
+VERSION_NOT_SUPPORTED: Refusal = (505, "version_not_supported")
+PROTOCOL_PROBLEMS = (
+    MALFORMED_REQUEST,
+    TARGET_TOO_LONG,
+    HEAD_TOO_LARGE,
+    NOT_IMPLEMENTED,
+    VERSION_NOT_SUPPORTED,
+)
+
 # What the framework itself refuses: status -> (code, detail).
 FRAMEWORK_PROBLEMS = {
     404: ("not_found", "There is nothing at this path. GET /schema lists the endpoints."),
     405: ("method_not_allowed", "This path does not take this method; see the Allow header."),
 }
+
+
+class BodyTooLarge(PaymentsError):
+    status = 413
+    code = "body_too_large"
+    title = "The body is too large"
+
+
+class BodyTooSlow(PaymentsError):
+    status = 408
+    code = "body_too_slow"
+    title = "The body did not arrive in time"
+
+
+class UnsupportedMediaType(PaymentsError):
+    status = 415
+    code = "unsupported_media_type"
+    title = "The body's media type or encoding is not supported"
 
 
 class FieldProblem(msgspec.Struct, frozen=True):

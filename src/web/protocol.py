@@ -23,17 +23,15 @@ from web.guard import BODY_ARRIVED, PLACE
 from web.heads import (
     HEAD_DETAIL,
     HEAD_MAX,
-    HEAD_TOO_LARGE,
     HEADERS_DETAIL,
     HEADERS_MAX,
-    MALFORMED_REQUEST,
     TARGET_DETAIL,
     TARGET_MAX,
-    TARGET_TOO_LONG,
     Headers,
     objection_to,
     request_id_of,
 )
+from web.problems import HEAD_TOO_LARGE, MALFORMED_REQUEST, TARGET_TOO_LONG
 
 PIPELINE_MAX = 16  # requests of one connection that wait behind the one under way
 

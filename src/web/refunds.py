@@ -28,8 +28,9 @@ from payments.errors import (
 from payments.payment import Status
 from payments.queries.payments import not_found
 from web.auth import may_read
-from web.bodies import UnsupportedMediaType, read_body
+from web.bodies import read_body
 from web.description import Answer, Operation, Parameter, described
+from web.problems import UnsupportedMediaType
 from web.requests import (
     KEY_SCHEMA,
     UUID_PATTERN,

@@ -21,7 +21,7 @@ from tests.edge.requests import (
     get,
 )
 from tests.process import ROOT, ServiceProcess
-from web.heads import PROTOCOL_PROBLEMS
+from web.problems import PROTOCOL_PROBLEMS
 
 SEED = 20260101
 

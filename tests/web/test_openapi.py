@@ -22,8 +22,7 @@ from tests.support import ORDER_ID
 from tests.test_docs import subclasses
 from tests.web.test_auth import key
 from web import openapi
-from web.heads import PROTOCOL_PROBLEMS
-from web.problems import FRAMEWORK_PROBLEMS
+from web.problems import FRAMEWORK_PROBLEMS, PROTOCOL_PROBLEMS
 
 pytestmark = pytest.mark.anyio
 

@@ -269,8 +269,8 @@ SELECT originator_id, min(notification_id) FROM payment_events
  GROUP BY originator_id
 """
 
-# The outcomes of an append that is refused; the others are 'appended' and 'repeated'.
-CONFLICT, CAPTURED = "conflict", "captured"
+# The outcomes of an append.
+APPENDED, REPEATED, CONFLICT, CAPTURED = "appended", "repeated", "conflict", "captured"
 
 
 def append_params(
