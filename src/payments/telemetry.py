@@ -92,6 +92,17 @@ class Telemetry:
             ["role"],
             registry=registry,
         )
+        self._add_request_metrics(registry)
+        self._add_command_metrics(registry)
+        self._add_follower_metrics()
+        self._add_open_payment_metrics()
+        self._add_gateway_metrics()
+        self._add_append_metrics(registry)
+        self._add_database_metrics(registry)
+        self._add_callback_metrics(registry)
+        self._add_process_gauges(psutil.Process())
+
+    def _add_request_metrics(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
             "http_requests",
             "Requests answered",
@@ -121,6 +132,8 @@ class Telemetry:
             "The same of those that need no API key, which have a bound of their own",
             registry=registry,
         )
+
+    def _add_command_metrics(self, registry: CollectorRegistry) -> None:
         self.charges = self._labelled(
             Counter,
             "payments_charges",
@@ -158,7 +171,8 @@ class Telemetry:
             ["operation"],
             ("charge", "refund"),
         )
-        self._add_follower_metrics()
+
+    def _add_gateway_metrics(self) -> None:
         self.gateway_calls = self._labelled(
             Counter,
             "payments_gateway_calls",
@@ -174,6 +188,8 @@ class Telemetry:
             GATEWAY_OPERATIONS,
             buckets=_SECONDS,
         )
+
+    def _add_append_metrics(self, registry: CollectorRegistry) -> None:
         self.append_batch_size = Histogram(
             "payments_append_batch_size",
             "Appends written together in one transaction",
@@ -217,9 +233,6 @@ class Telemetry:
             ["state"],
             POOL_STATES,
         )
-        self._add_database_metrics(registry)
-        self._add_callback_metrics(registry)
-        self._add_process_gauges(psutil.Process())
 
     def _labelled(
         self,
@@ -392,6 +405,9 @@ class Telemetry:
             FOLLOWERS,
             registry=known,
         )
+
+    def _add_open_payment_metrics(self) -> None:
+        known = self._of_database
         self.unsettled = self._labelled(
             Gauge,
             "payments_unsettled",
