@@ -22,7 +22,7 @@ class Parameter(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """An answer other than a problem; `headers` are names in openapi.HEADERS.
+    """An answer other than a problem; `headers` are names in openapi._HEADERS.
 
     `body` is the Struct that is encoded, None for text. `links` says what can be asked next.
     """

@@ -1,4 +1,4 @@
-"""GET /schema: the API's description, for people as Swagger UI, for programs as openapi.json.
+"""GET /schema: the API's description as Swagger UI; GET /schema/openapi.json for programs.
 
 Who opens the service's address in a browser is sent there.
 

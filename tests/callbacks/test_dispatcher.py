@@ -264,7 +264,7 @@ async def test_a_claim_holds_the_lane_until_its_lease_is_over(outbox: Outbox) ->
         assert outbox.attempts() == [("delivered", 200), ("delivered", 200)]
 
 
-async def test_a_lane_that_went_and_came_again_takes_no_oldresult_of(outbox: Outbox) -> None:
+async def test_a_lane_that_went_and_came_again_takes_no_old_result(outbox: Outbox) -> None:
     await outbox.log(*of(A, "a").charged().facts)
     async with await outbox.database.connect("a") as own:
         (old,) = await claim_some(own, lease_s=0)

@@ -11,7 +11,7 @@ import pytest
 from payments.database import Database, DatabaseAddress
 from payments.events import notifier as notifier_module
 from payments.events.appender import Appender
-from payments.events.notifier import CHANNEL, LISTEN, NOTIFY, Notifier
+from payments.events.notifier import LISTEN, NOTIFY, Notifier
 from payments.telemetry import Telemetry
 from tests.support import stored_event, until
 
@@ -30,7 +30,7 @@ class Listener:
 
     async def _run(self) -> None:
         async for notify in self._connection.notifies():
-            assert notify.channel == CHANNEL
+            assert notify.channel == "payment_events"
             self.heard += 1
 
     async def stop(self) -> None:

@@ -1,7 +1,7 @@
 """What must always hold of callbacks, checked from outside: the log, the outbox, what arrived.
 
-The rules are those of the design's "what must always hold": every outcome is delivered, superseded
-or dead, each order's in order, and never two at once. As checker.py, for every scenario.
+Every outcome is delivered, superseded or dead, each order's in order, and never two at once. As
+checker.py, for every scenario.
 """
 
 from collections import Counter, defaultdict

@@ -1,7 +1,7 @@
 """What must always hold, checked from outside: the database, the provider's records, the answers.
 
-The rules are those of the design's "what must always hold". One checker for every scenario: a
-property test, a crash test and a load test all end in `check(...)`.
+One checker for every scenario: a property test, a crash test and a load test all end in
+`check(...)`.
 """
 
 from collections import Counter, defaultdict

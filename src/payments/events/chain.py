@@ -17,7 +17,6 @@ signed:
 
 import base64
 import struct
-from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import NamedTuple
@@ -51,14 +50,6 @@ def seal(previous: bytes, entry: LogEntry) -> bytes:
     kind = topic.encode()
     head = _HEAD.pack(position, payment_id.bytes, version, micros, len(kind))
     return sha256(b"".join((previous, head, kind, state))).digest()
-
-
-def seals(previous: bytes, entries: Iterable[LogEntry]) -> list[bytes]:
-    made = []
-    for entry in entries:
-        previous = seal(previous, entry)
-        made.append(previous)
-    return made
 
 
 class ExportLine(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,6 @@ from payments.tasks import end
 if TYPE_CHECKING:  # commands read the log by way of this module, and measure nothing
     from payments.telemetry import Telemetry
 
-CHANNEL = "payment_events"
 NOTIFY = "NOTIFY payment_events"
 LISTEN = "LISTEN payment_events"
 
