@@ -27,10 +27,12 @@
     opening.py         the database that the settings name;  embedded_postgres/ one of our own
     database.py        connections;  session.py what each is set to;  migrations/ the schema
     times.py           times as text, for API and command line;  tasks.py ends background tasks
+    names.py           host names, looked up beside the event loop
+    money.py           amounts and currencies;  errors.py what is refused, as types
     admission.py       how much one process takes on, and when it refuses
     shared.py          one answer for all who ask at the same time
     telemetry.py       every metric;  logs.py the log lines;  tracing.py spans
-    service.py         wires everything together from Settings
+    settings.py        the environment variables;  service.py wires everything together from them
     cli/               the `payments` command;  environment.py what it does not follow
     probe.py           the health check of containers
 

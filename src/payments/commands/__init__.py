@@ -1,0 +1,11 @@
+"""What the service does: decides, asks the provider, and appends what came of it.
+
+charge.py       charge a payment exactly once per idempotency key
+refund.py       give back a captured payment, or a part of it
+settle.py       ask the provider what became of one payment that was left open
+settling.py     which open payments are settled, when, and how many at once: the loop
+runs.py         work that a request begins and the service finishes without it
+recording.py    appending what a provider did
+giving_back.py  sending money back to the provider, for refunds and late captures
+telling.py      when an open payment is logged for a person
+"""

@@ -1,8 +1,9 @@
 """A Postgres of our own, for when DATABASE_HOST is not set.
 
 Every process that uses the server holds a shared lock on `users.lock`; the kernel drops it with
-the process, however that ends. A small supervisor in its own session runs Postgres and waits for
-the exclusive lock: having it means that nobody uses the server any more, so it stops it and ends.
+the process, however that ends. A small supervisor (supervisor.py) in its own session runs Postgres
+and waits for the exclusive lock: having it means that nobody uses the server any more, so it stops
+it and ends.
 `server.lock` is held from before a supervisor starts until it is gone, so there is one at most.
 
 Everything lives in `<data_dir>/postgres`. A server that ends while it is used is started again at

@@ -3,6 +3,11 @@
 The provider gets our payment id as its idempotency key. What it answered is a type; not knowing
 what it did is an exception, and so is knowing that it was never asked. The difference is money:
 a command may answer "try again" only after NeverSent.
+
+http.py              HTTP for gateways: one bounded exchange, and whether it may have been sent
+counted.py           a gateway whose every call is counted and timed
+simulated.py         the simulated provider, the default
+simulated_ledger.py  what that one has decided, for all processes and over every crash
 """
 
 from typing import Protocol
