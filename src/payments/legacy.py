@@ -108,11 +108,6 @@ def facts_of(row: LegacyRow, gateway: str) -> list[Fact]:
     legacy_id, payment_id, order_id = UUID(row.id), row.payment_id, UUID(row.merchant_order_id)
     amount_cents, currency = int(row.amount_cents or ""), row.currency or ""
     began_at, ended_at = _times(row)
-    about: dict[str, Any] = {
-        "merchant_order_id": order_id,
-        "amount_cents": amount_cents,
-        "currency": currency,
-    }
 
     def metadata(version: int, at: datetime) -> dict[str, Any]:
         return {
@@ -122,7 +117,9 @@ def facts_of(row: LegacyRow, gateway: str) -> list[Fact]:
             "occurred_at": at,
             "client": DEFAULT_CLIENT,
             "imported": True,
-            **about,
+            "merchant_order_id": order_id,
+            "amount_cents": amount_cents,
+            "currency": currency,
         }
 
     key = key_of_none(legacy_id) if row.idempotency_key is None else row.idempotency_key
@@ -149,21 +146,24 @@ def facts_of(row: LegacyRow, gateway: str) -> list[Fact]:
         )
     if row.status == Status.REFUNDED:
         refund_id = imported_event_id(legacy_id, 3)
-        facts.append(
-            RefundInitiated(
-                refund_id=refund_id, idempotency_key=None, whole=True, **metadata(3, ended_at)
-            )
-        )
-        facts.append(
-            PaymentRefunded(
-                refund_id=refund_id,
-                provider_refund_id="",
-                refunded_cents=amount_cents,
-                captured_cents=amount_cents,
-                **metadata(4, ended_at),
-            )
-        )
+        facts += _refund(refund_id, amount_cents, metadata(3, ended_at), metadata(4, ended_at))
     return facts
+
+
+def _refund(
+    refund_id: UUID, amount_cents: int, begun: dict[str, Any], ended: dict[str, Any]
+) -> list[Fact]:
+    """The whole amount given back; `begun` and `ended` are the metadata of the two events."""
+    return [
+        RefundInitiated(refund_id=refund_id, idempotency_key=None, whole=True, **begun),
+        PaymentRefunded(
+            refund_id=refund_id,
+            provider_refund_id="",
+            refunded_cents=amount_cents,
+            captured_cents=amount_cents,
+            **ended,
+        ),
+    ]
 
 
 def _times(row: LegacyRow) -> tuple[datetime, datetime]:

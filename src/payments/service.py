@@ -134,6 +134,13 @@ class Service:
             else None
         )
         self.lookups = PaymentLookups(self.database)
+        settler = Settler(*shared, giving_back, self.telemetry, settings)
+        self.settling = Settling(settler, self.database, settings)
+        self._build_callbacks()
+
+    def _build_callbacks(self) -> None:
+        """What follows the log and tells Order Service of it."""
+        settings = self.settings
         give_back = self.unfulfilled.give_back if self.unfulfilled else None
         self.checking = build_checking(settings, self.database, give_back)
         suspected = self.checking.wake if self.checking else None
@@ -142,8 +149,6 @@ class Service:
         self.followers = build_followers(
             settings, self.database, self.telemetry, applied, self.gateway.declines_may_turn_s
         )
-        settler = Settler(*shared, giving_back, self.telemetry, settings)
-        self.settling = Settling(settler, self.database, settings)
 
     async def start(self, *, work: bool = True) -> None:
         """Without `work` it only answers requests: another process follows, settles and calls back.

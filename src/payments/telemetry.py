@@ -337,7 +337,18 @@ class Telemetry:
             "How long the oldest callback that is due has been",
             registry=self._of_database,
         )
-        # queries/fulfilments.py, which counts so many at the most.
+        self.callback_breaker = self._labelled(
+            Gauge,
+            "payments_callback_breaker_state",
+            "1 for the state that this process's circuit breaker is in, 0 for the others",
+            ["state"],
+            BREAKER_STATES,
+            registry=self._of_dispatcher,
+        )
+        self._add_fulfilment_metrics()
+
+    def _add_fulfilment_metrics(self) -> None:
+        """As of the scrape: queries/fulfilments.py, which counts so many at the most."""
         self.unfulfilled = self._labelled(
             Gauge,
             "payments_unfulfilled",
@@ -353,14 +364,6 @@ class Telemetry:
             ["state"],
             UNFULFILLED_STATES,
             registry=self._of_database,
-        )
-        self.callback_breaker = self._labelled(
-            Gauge,
-            "payments_callback_breaker_state",
-            "1 for the state that this process's circuit breaker is in, 0 for the others",
-            ["state"],
-            BREAKER_STATES,
-            registry=self._of_dispatcher,
         )
 
     def _add_follower_metrics(self) -> None:

@@ -5,19 +5,20 @@ written. `audit verify`, `doctor`, `rebuild --dry-run`, `import-legacy` and `rec
 nothing was found, 1 something was, 2 anything else. `callbacks test`: 0 taken, 1 refused, 2
 anything else. `psql`: its own.
 
-processes.py    serve and work                     greeting.py  what ./run prints
-schema.py       migrate                            settings.py  settings
-doctor.py       doctor                             checks.py, work_checks.py, orders_check.py  what it looks at
-audit.py        audit verify and audit head        rebuild.py   rebuild
-replay.py       replay                             explain.py   explain
-export.py       export                             moments.py   a time or a position as argument
-callbacks.py    callbacks                          parked.py    parked
-log.py          log accept-loss                    keys.py      keys
-backup.py       dump and restore                   psql.py      psql
-programs.py     the Postgres programs of those     start.py     what most commands begin with
-exits.py        how commands end                   output.py    tables and JSON
-progress.py     how far a long command is         reconcile.py  reconcile orders
-import_legacy.py  import-legacy                   giving_back.py  giving-back
+processes.py    serve and work                   greeting.py     what ./run prints
+schema.py       migrate                          settings.py     settings
+doctor.py       doctor, which looks at what checks.py, work_checks.py and orders_check.py say
+audit.py        audit verify and audit head      rebuild.py      rebuild
+replay.py       replay                           explain.py      explain
+export.py       export                           moments.py      a time or a position as argument
+callbacks.py    callbacks                        unfulfilled.py  callbacks list --unfulfilled
+reconcile.py    reconcile orders                 giving_back.py  giving-back
+parked.py       parked                           log.py          log accept-loss
+backup.py       dump and restore                 psql.py         psql
+programs.py     the Postgres programs of those   keys.py         keys
+import_legacy.py  import-legacy                  start.py        what most commands begin with
+exits.py        how commands end                 output.py       tables and JSON
+progress.py     how far a long command is
 """
 
 import click

@@ -6,6 +6,10 @@ settle.py       ask the provider what became of one payment that was left open
 settling.py     which open payments are settled, when, and how many at once: the loop
 runs.py         work that a request begins and the service finishes without it
 recording.py    appending what a provider did
+paid_orders.py  whether an order is paid already, for SECOND_CHARGE=refuse
+unfulfilled.py  gives back a payment whose order failed, for UNFULFILLED=refund
+importing.py    brings the payments of the Node service into the log
+legacy_rows.py  reads the rows of its table, and says what is wrong with them
 giving_back.py  sending money back to the provider, for refunds and late captures
 telling.py      when an open payment is logged for a person
 """

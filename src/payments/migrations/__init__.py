@@ -14,6 +14,9 @@ up to 0005, are recorded there; later ones are in `schema_versions`, at which it
 A file that begins with CREATE INDEX CONCURRENTLY, behind its comments, holds that statement alone
 and runs outside a transaction. What a killed run leaves of it is removed by the next.
 
+shape.py puts the documented table `payments` back as it was; legacy.py knows that of the Node
+service.
+
 docs/decisions/upgrades.md has the rules for files, and why.
 """
 

@@ -6,6 +6,7 @@ cursor.py        where a page of a list ends
 as_of.py         one payment as it was at a moment
 history.py       one payment's events, as stored
 callbacks.py     what Order Service was told, is owed, and answered
+fulfilments.py   which captured payments may not have been fulfilled
 explain.py       one payment's story in words
 replay.py        the log in order, whole, in part, or as it grows
 movements.py     what money moved, from the log

@@ -120,20 +120,9 @@ def _of_event(event: LogEntry) -> Entry:
 
 
 def _words(fact: Fact) -> str:
+    if (imported := _imported_words(fact)) is not None:
+        return imported
     match fact:
-        case PaymentInitiated(legacy=Legacy(id=legacy_id)):
-            key = fact.idempotency_key
-            text = "no key" if key == key_of_none(legacy_id) else f"the key {key}"
-            return (
-                f"imported: charge of {_amount(fact)} with {text}, for the order "
-                f"{fact.merchant_order_id}, at the provider {fact.gateway}; its id was {legacy_id}"
-            )
-        case PaymentCharged(imported=True, provider_txn_id=""):
-            return f"imported: {_amount(fact)} captured, without the provider's id of it"
-        case PaymentFailed(imported=True):
-            return f"imported: {_amount(fact)} not captured; why is not on record"
-        case PaymentRefunded(imported=True):
-            return f"imported: {_amount(fact)} given back, without the provider's id of it"
         case PaymentInitiated():
             until = fact.hold_until
             held = "" if isinstance(until, UnsetType) else f", seats held until {time_text(until)}"
@@ -173,6 +162,25 @@ def _words(fact: Fact) -> str:
         case LateCaptureReturned():
             return f"the provider gave {_amount(fact)} back as {fact.provider_refund_id}"
     return fact.TOPIC
+
+
+def _imported_words(fact: Fact) -> str | None:
+    """What is told in another way of an imported event; None of any other."""
+    match fact:
+        case PaymentInitiated(legacy=Legacy(id=legacy_id)):
+            key = fact.idempotency_key
+            text = "no key" if key == key_of_none(legacy_id) else f"the key {key}"
+            return (
+                f"imported: charge of {_amount(fact)} with {text}, for the order "
+                f"{fact.merchant_order_id}, at the provider {fact.gateway}; its id was {legacy_id}"
+            )
+        case PaymentCharged(imported=True, provider_txn_id=""):
+            return f"imported: {_amount(fact)} captured, without the provider's id of it"
+        case PaymentFailed(imported=True):
+            return f"imported: {_amount(fact)} not captured; why is not on record"
+        case PaymentRefunded(imported=True):
+            return f"imported: {_amount(fact)} given back, without the provider's id of it"
+    return None
 
 
 def _amount(fact: Fact) -> str:
