@@ -16,11 +16,23 @@ import pytest
 from payments import unsettled
 from payments.database import DatabaseAddress
 from payments.events.arrays import uuids
-from payments.events.store import LOAD_STREAM, LOAD_STREAMS, PERHAPS_PAID, READ_ASKED_FOR
+from payments.events.store import (
+    CAPTURE_POSITIONS,
+    LOAD_STREAM,
+    LOAD_STREAMS,
+    PERHAPS_PAID,
+    READ_ASKED_FOR,
+)
+from payments.fulfilment import table as fulfilments
 from payments.payment import Status
 from payments.queries.cursor import Place, write_cursor
 from payments.queries.history import HISTORY
-from payments.queries.payments import PaymentFilter, list_payments, payments_of_order
+from payments.queries.payments import (
+    PaymentFilter,
+    list_payments,
+    orders_with_outcomes,
+    payments_of_order,
+)
 from tests.conftest import Clones
 from tests.queries.conftest import WatchedDatabase
 
@@ -242,6 +254,7 @@ def test_streams_are_read_by_their_key(on_big: psycopg.Connection[Any]) -> None:
         (LOAD_STREAM, [ids[0]], 4),
         (READ_ASKED_FOR, {"payment_ids": ids}, 2 * 2 * 256),
         (HISTORY, [ids[0]], 4),
+        (CAPTURE_POSITIONS, {"payment_ids": uuids(ids)}, 2 * 2 * 256),
     ):
         plan = Plan(on_big, query, params)
         assert plan.indexes == {"payment_events_stream"}
@@ -296,3 +309,49 @@ def test_telling_of_a_payment_looks_at_one_row(on_big: psycopg.Connection[Any]) 
         assert plan.indexes == {"unsettled_payments_pkey"}
         assert plan.scanned == set()
         assert plan.looked_at <= 4
+
+
+@pytest.mark.parametrize("after", [None, Place(NEWEST - timedelta(hours=15), ORDER)])
+async def test_a_page_of_orders_to_be_reconciled_stops_early(
+    big: DatabaseAddress, on_big: psycopg.Connection[Any], after: Place | None
+) -> None:
+    database = WatchedDatabase(big, 1)
+    await database.open()
+    await orders_with_outcomes(database, NEWEST - timedelta(hours=20), NEWEST, after, LIMIT)
+    await database.close()
+    plan = Plan(on_big, database.statements[0].query, database.statements[0].params)
+    assert plan.scanned == set()
+    assert plan.looked_at <= LOOKED_AT_MAX
+
+
+SUSPECT = """
+INSERT INTO fulfilments (payment_id, order_id, state, said, next_at)
+SELECT id, merchant_order_id, 'suspect', 'nothing', now() + interval '1 minute'
+  FROM payments WHERE status = 'SUCCESS' LIMIT 20000;
+ANALYZE fulfilments
+"""
+
+
+@pytest.mark.parametrize("due", [0, 100, 20_000])
+def test_suspects_are_found_by_their_index(on_big: psycopg.Connection[Any], due: int) -> None:
+    with on_big.transaction(force_rollback=True):
+        on_big.execute(SUSPECT)
+        on_big.execute(
+            "UPDATE fulfilments SET next_at = now() - interval '1 s' WHERE payment_id IN"
+            " (SELECT payment_id FROM fulfilments ORDER BY next_at LIMIT %s)",
+            [due],
+        )
+        on_big.execute("ANALYZE fulfilments")
+        claim = {"most": 16, "lease_s": 15.0, "again_s": 3600.0}
+        sweep = {"after": ORDER, "most": 100}
+        of_order = {"order_id": ORDER, "payment_id": ORDER, "most": 1000}
+        for query, params, indexes, most in (
+            (fulfilments.CLAIM, claim, {"fulfilments_next"}, 200),
+            (fulfilments.SWEEP, sweep, {"fulfilments_pkey", "payments_pkey"}, 500),
+            (fulfilments.PRUNE, {"days": 90, "most": 100}, {"fulfilments_found"}, 10),
+            (fulfilments.CAPTURED_FOR, of_order, {"payments_of_order", "payments_pkey"}, 20),
+        ):
+            plan = Plan(on_big, query, params)
+            assert indexes <= plan.indexes
+            assert plan.scanned <= {"callback_deliveries"}  # it is empty
+            assert plan.looked_at <= most

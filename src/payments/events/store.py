@@ -263,10 +263,11 @@ SELECT payment_id, first_id, gateway, transaction
  ORDER BY notification_id
 """
 
-# Where the captures of payments stand.
+# Where the captures of payments stand. The topic is no condition: else the index of all captures
+# might be read for it.
 CAPTURE_POSITIONS = """
-SELECT originator_id, min(notification_id) FROM payment_events
- WHERE originator_id = ANY(%(payment_ids)b::uuid[]) AND topic = 'PaymentCharged'
+SELECT originator_id, min(notification_id) FILTER (WHERE topic = 'PaymentCharged')
+  FROM payment_events WHERE originator_id = ANY(%(payment_ids)b::uuid[])
  GROUP BY originator_id
 """
 

@@ -245,7 +245,7 @@ async def captured_for(
     if len(standing) > 1:
         found = await database.fetch(CAPTURE_POSITIONS, {"payment_ids": uuids(standing)})
         positions = dict(found)
-        standing.sort(key=lambda payment_id: (positions.get(payment_id, 2**63), payment_id))
+        standing.sort(key=lambda payment_id: (positions.get(payment_id) or 2**63, payment_id))
     return Captured(standing, [payment_id for payment_id, stands in rows if not stands])
 
 
