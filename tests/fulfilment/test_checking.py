@@ -9,6 +9,7 @@ import pytest
 
 from payments.fulfilment import table
 from payments.fulfilment.checking import CONCURRENCY_MAX, Checking
+from payments.fulfilment.responses import Reading
 from payments.fulfilment.table import AGAIN_S, CONFIRMED_AFTER_S
 from tests.fulfilment.conftest import CONFIRMED, FAILED, MISSING, PENDING, Suspects
 from tests.support import History, append, follow, until
@@ -153,6 +154,27 @@ async def test_of_two_payments_of_a_confirmed_order_the_second_is_paid_twice(
     assert give_back.asked == []
 
 
+@pytest.mark.parametrize("suspected", [0, 1])
+async def test_the_first_capture_counts_and_not_the_first_request(
+    suspects: Suspects, suspected: int
+) -> None:
+    order_id = uuid.uuid4()
+    # What was captured last has the lowest id, and was begun first.
+    made = sorted((History(str(uuid.uuid4()), order_id=order_id) for _ in range(2)), key=_id)
+    append(suspects.connection, [fact for each in made for fact in each.facts])
+    for each in reversed(made):
+        append(suspects.connection, each.charged().facts[-1:])
+    await follow(suspects.database)
+    suspects.suspect(order_id, [made[suspected].id])
+    while await suspects.read(CONFIRMED):
+        pass
+    assert {id: row.state for id, row in suspects.rows().items()} == {made[0].id: "paid_twice"}
+
+
+def _id(history: History) -> UUID:
+    return history.id
+
+
 @pytest.mark.parametrize("first", [0, 1])
 async def test_a_payment_that_is_only_in_the_outbox_counts(suspects: Suspects, first: int) -> None:
     """The follower of `payments` is behind: it has one of the two."""
@@ -203,14 +225,14 @@ async def test_a_payment_that_no_read_model_knows_stays(suspects: Suspects) -> N
 
 @pytest.mark.parametrize("reading", [CONFIRMED, FAILED])
 async def test_what_was_refunded_is_no_suspect_any_more(
-    suspects: Suspects, reading: object
+    suspects: Suspects, reading: Reading
 ) -> None:
     order_id = uuid.uuid4()
     whole, part = (History(key, order_id=order_id).charged() for key in ("whole", "part"))
     append(suspects.connection, [*part.refunded("r1", 500).facts, *whole.refunded().facts])
     await follow(suspects.database)
     suspects.suspect(order_id, [whole.id, part.id])
-    await suspects.read(reading)  # type: ignore[arg-type]
+    await suspects.read(reading)
     left = {part.id} if reading is FAILED else set()
     assert set(suspects.rows()) == left
 
@@ -321,33 +343,41 @@ async def test_two_processes_share_the_work(suspects: Suspects) -> None:
     assert {row.state for row in suspects.rows().values()} == {"unfulfilled"}
 
 
+async def test_what_another_process_is_claiming_is_left_to_it(suspects: Suspects) -> None:
+    first, second = await suspects.paid_suspect(), await suspects.paid_suspect()
+    with suspects.connection.transaction():
+        lock = "SELECT FROM fulfilments WHERE payment_id = %s FOR UPDATE"
+        suspects.connection.execute(lock, [first])
+        claimed = await table.claim(suspects.database, 2, 60)
+    assert [each.payment_id for each in claimed] == [second]
+
+
 @pytest.mark.parametrize("late", [CONFIRMED, FAILED, MISSING])
+@pytest.mark.parametrize("mine", [0, 1])
 async def test_who_was_frozen_past_its_lease_writes_nothing(
-    suspects: Suspects, short_lease: Callable[[], None], late: object
+    suspects: Suspects, short_lease: Callable[[], None], late: Reading, mine: int
 ) -> None:
     """Nor does it give anything back, nor find others suspect."""
     order_id = uuid.uuid4()
-    payments = await suspects.paid(order_id, 2)
-    suspects.suspect(order_id, payments[1:])
-    await suspects.read(FAILED)
-    while await suspects.read(FAILED):
-        pass
-    suspects.connection.execute("DELETE FROM fulfilments WHERE payment_id = %s", [payments[0]])
-    suspects.pass_time(AGAIN_S + 1)
-    give_back, frozen = GivesBack(), suspects.checking(give_back := GivesBack())
-    suspects.status.reading, suspects.status.held = late, asyncio.Event()  # type: ignore[assignment]
+    payment_id = (await suspects.paid(order_id, 2))[mine]
+    suspects.suspect(order_id, [payment_id])
+    suspects.connection.execute(
+        "UPDATE fulfilments SET state = 'unfulfilled', failed_since = now() - interval '1 h'"
+    )
+    give_back = GivesBack()
+    suspects.status.reading, suspects.status.held = late, asyncio.Event()
     short_lease()
-    asking = asyncio.create_task(frozen.run_once())
-    await until(lambda: len(suspects.status.asked) == 3)
+    asking = asyncio.create_task(suspects.checking(give_back).run_once())
+    await until(lambda: suspects.status.asked)
     held, suspects.status.held = suspects.status.held, None
     await suspects.read(PENDING)
     before = suspects.rows()
-    assert before[payments[1]].order_status == "PENDING"
-    assert held is not None
+    assert before[payment_id].order_status == "PENDING"
     held.set()
     await asking
-    after = suspects.rows()
-    assert {id: row[:6] for id, row in after.items()} == {id: row[:6] for id, row in before.items()}
+    assert {id: row[:6] for id, row in suspects.rows().items()} == {
+        id: row[:6] for id, row in before.items()
+    }
     assert give_back.asked == []
 
 
