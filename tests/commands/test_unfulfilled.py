@@ -196,7 +196,9 @@ async def test_nothing_is_left_or_was_captured(make: Make, connection: Connectio
     assert begun(connection) == []
 
 
-async def test_a_clients_refund_that_is_under_way_comes_first(make: Make) -> None:
+async def test_a_clients_refund_that_is_under_way_comes_first(
+    make: Make, connection: Connection
+) -> None:
     """If the provider refuses it, asking again gives the payment back."""
     go_on = asyncio.Event()
     service = await giving(make, after(go_on, decline))
@@ -204,6 +206,7 @@ async def test_a_clients_refund_that_is_under_way_comes_first(make: Make) -> Non
     theirs = asyncio.create_task(service.refunding.refund(refund_of(key="a")))
     await until(lambda: gateway_of(service).refunds)
     assert not await of(service).give_back(PAYMENT)
+    assert begun(connection) == []
     go_on.set()
     await asyncio.wait({theirs})
     assert theirs.exception() is not None

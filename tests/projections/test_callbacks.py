@@ -212,6 +212,9 @@ GIVEN_BACK = {
     "refused, and asked for again by a client": (
         of(A, "a").charged().give_back_begun().refund_failed().refunded("r")
     ),
+    "refused, and then refunded in parts": (
+        of(A, "a").charged().give_back_begun().refund_failed().refunded("r", 500).refunded("s")
+    ),
 }
 
 
