@@ -210,7 +210,20 @@ def test_a_new_api_key_fits_the_setting_that_is_printed_with_it() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "default", "settling", "dispatcher", "Orders", "a,b", "a:b", "x" * 65, "ä", "a\n", "-"],
+    [
+        "",
+        "default",
+        "settling",
+        "dispatcher",
+        "fulfilment",
+        "Orders",
+        "a,b",
+        "a:b",
+        "x" * 65,
+        "ä",
+        "a\n",
+        "-",
+    ],
 )
 def test_a_name_that_the_setting_would_refuse_gets_no_key(name: str) -> None:
     done = invoke("keys", "new", "--", name)

@@ -225,7 +225,8 @@ BAD = [
     ("PAYMENTS_API_KEYS", f"order:{DIGEST},"),
     ("PAYMENTS_API_KEYS", f"{'x' * 65}:{DIGEST}"),
     ("PAYMENTS_API_KEYS", f"default:{DIGEST}"),  # the name for everyone while no keys are asked for
-    ("PAYMENTS_API_KEYS", f"settling:{DIGEST}"),  # these two the service uses for itself
+    ("PAYMENTS_API_KEYS", f"fulfilment:{DIGEST}"),
+    ("PAYMENTS_API_KEYS", f"settling:{DIGEST}"),  # these three the service uses for itself
     ("PAYMENTS_API_KEYS", f"dispatcher:{DIGEST}"),
     ("PAYMENTS_API_KEYS", f"order:{DIGEST},settling:{'cd' * 32}"),
     ("PAYMENTS_API_KEYS", f"-:{DIGEST}"),  # `payments explain` prints it for nobody
