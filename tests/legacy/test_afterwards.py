@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
+from loguru import logger
 
 from payments.commands.refund import RefundPayment
 from payments.database import Database, DatabaseAddress, connect
@@ -114,7 +115,12 @@ async def test_an_old_id_finds_its_payment(imported: Imported, service: Service)
 
 @pytest.mark.anyio
 async def test_nobody_asks_what_became_of_one_that_is_pending(service: Service) -> None:
+    """Nor is a person told of it each time, as of one that another provider was asked about."""
+    said: list[str] = []
+    sink = logger.add(said.append, level="WARNING")
     charged = await service.charging.charge(charge_of("pending"))
+    logger.remove(sink)
+    assert said == []
     assert charged.payment.unsettled is None
     assert await service.settling.run_once() == 0
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from payments.legacy import LegacyRow, faults
+from payments.legacy import LegacyRow, facts_of, faults
+from payments.payment import fold
 from tests.legacy.conftest import Command, Node
 from tests.legacy.node import LOOSE_TABLE, insert
 
@@ -77,6 +78,13 @@ def test_a_sound_row(differing: dict[str, Any]) -> None:
 def test_a_row_that_cannot_be_imported(differing: dict[str, Any], reason: str) -> None:
     (found,) = faults(SOUND._replace(**differing))
     assert found.startswith(reason)
+
+
+def test_what_failed_there_is_not_watched() -> None:
+    """As declines are that a gateway may turn: nobody here was asked."""
+    payment = fold(facts_of(SOUND._replace(status="FAILED"), "simulated"))
+    assert payment is not None
+    assert (payment.status, payment.declined, payment.unsettled) == ("FAILED", False, None)
 
 
 def loosened(node: Node) -> list[str]:
