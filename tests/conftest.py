@@ -90,7 +90,7 @@ def nothing_blocks_the_event_loop() -> Iterator[None]:
             function.can_block_in(
                 "payments/telemetry.py", {"__init__", "exposition", "openmetrics", "documented"}
             )
-            function.can_block_in("payments/gateways/simulated_ledger.py", {"__init__"})
+            function.can_block_in("payments/gateways/simulated.py", {"__init__"})
             function.can_block_in("payments/service.py", {"build_dispatcher", "build_order_status"})
             function.can_block_in("payments/logs.py", {"_write_some"})
         yield
@@ -245,7 +245,7 @@ async def database(address: DatabaseAddress) -> AsyncIterator[Database]:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(simulated_ledger=str(tmp_path / "ledger.jsonl"))
+    return Settings(simulated_ledger=str(tmp_path / "ledger.sqlite"))
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
 """Small helpers that several test modules share."""
 
 import asyncio
+import sqlite3
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import psycopg
 from eventsourcing.persistence import StoredEvent
@@ -260,3 +263,31 @@ async def seal_log(database: Database, batch_max: int = 1000) -> None:
             pass
     finally:
         await follower.close()
+
+
+class LedgerRow(NamedTuple):
+    """`payment_id` is a refund's; a charge has None."""
+
+    id: uuid.UUID
+    amount_cents: int
+    currency: str
+    outcome: str
+    payment_id: uuid.UUID | None
+
+
+LEDGER_ROWS = """
+SELECT id, amount_cents, currency, outcome, NULL FROM charges
+ UNION ALL SELECT id, amount_cents, currency, outcome, payment_id FROM refunds
+"""
+
+
+def ledger_rows(ledger: Path) -> list[LedgerRow]:
+    """All that the simulated provider has decided: charges, then refunds."""
+    with closing(sqlite3.connect(ledger)) as connection:
+        rows = connection.execute(LEDGER_ROWS).fetchall()
+    return [
+        LedgerRow(
+            uuid.UUID(id), cents, currency, outcome, uuid.UUID(payment_id) if payment_id else None
+        )
+        for id, cents, currency, outcome, payment_id in rows
+    ]

@@ -15,7 +15,7 @@ from payments import embedded_postgres
 from payments.database import DatabaseAddress
 from tests.invariants.checker import check
 from tests.process import ROOT, ServiceProcess, at, invoke, open_directory, run
-from tests.support import ORDER_ID
+from tests.support import ORDER_ID, ledger_rows
 
 Connection = psycopg.Connection[Any]
 ROLES = ("payments_owner", "payments_service", "payments_auditor")
@@ -144,7 +144,7 @@ def test_an_auditor_reads_and_writes_nothing(
 def test_a_dump_is_restored_and_goes_on() -> None:
     """As docs/backup.md says, with the service at work while it is dumped."""
     home = open_directory("payments-restored-")
-    ledger = {"SIMULATED_LEDGER": home / "ledger.jsonl", "LOG_LEVEL": "WARNING"}
+    ledger = {"SIMULATED_LEDGER": home / "ledger.sqlite", "LOG_LEVEL": "WARNING"}
     before, after = home / "before", home / "after"
     dump, into = str(home / "payments.dump"), {"PAYMENTS_DATA_DIR": after}
     for directory in (before, after):
@@ -172,8 +172,8 @@ def test_a_dump_is_restored_and_goes_on() -> None:
             restored = DatabaseAddress(socket, running.port, running.user, None, "paymentdb")
             with psycopg.connect(restored.conninfo("tests"), autocommit=True) as connection:
                 check(connection, caught_up=False)
-    ledger_lines = (home / "ledger.jsonl").read_text().splitlines()
-    assert sum(lost["id"] in line for line in ledger_lines) == 1
+    captured = [str(row.id) for row in ledger_rows(home / "ledger.sqlite")]
+    assert captured.count(lost["id"]) == 1
     for directory in (before, after):
         embedded_postgres.wait_until_stopped(directory)
     shutil.rmtree(home)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from loguru import logger
 
@@ -34,7 +34,9 @@ from payments.fulfilment.status import TIMEOUT_S as STATUS_TIMEOUT_S
 from payments.fulfilment.status import OrderStatus, sample
 from payments.gateways import Gateway
 from payments.gateways.counted import CountedGateway
+from payments.gateways.ledger_identity import check_ledger
 from payments.gateways.simulated import SimulatedGateway
+from payments.gateways.simulated_ledger import LOCK_WAIT_S
 from payments.opening import data_dir
 from payments.projections.callbacks import CallbacksProjection, begin_at_the_end
 from payments.projections.follower import Follower
@@ -70,6 +72,8 @@ SWITCH_S = sys.getswitchinterval()
 RENDERING_SWITCH_S = 0.0002
 OBSERVE_TIMEOUT_S = 2.0  # a scrape is answered in under 3 s
 HEALTH_TIMEOUT_S = 2.0  # probes often give up after 3 s
+LEDGER_NAME = "simulated-ledger.sqlite"  # in PAYMENTS_DATA_DIR
+EARLIER_LEDGER_NAME = "simulated-ledger.jsonl"
 CALLBACKS_LATE_S = 60.0  # callbacks that are due for so long show that their endpoint is in trouble
 
 
@@ -109,7 +113,9 @@ class Service:
         self.observe = Shared(self._observe)
         self.exposition = Recent(partial(self._rendered, self.telemetry.exposition))
         self.openmetrics = Recent(partial(self._rendered, self.telemetry.openmetrics))
-        self.gateway = CountedGateway(gateway or build_gateway(settings), self.telemetry)
+        gateway = gateway or build_gateway(settings)
+        self._ledger = gateway.ledger if isinstance(gateway, SimulatedGateway) else None
+        self.gateway = CountedGateway(gateway, self.telemetry)
         self.watch = LogWatch(self.database, self.telemetry, data_dir)
         self.notifier = Notifier(self.database.connect, self.telemetry, self._wake_followers)
         self.appender = Appender(
@@ -169,13 +175,15 @@ class Service:
         await check_status_url(self.settings)
         await self.database.open()
         await self._operations_database.open()
-        if url is not None:
-            try:
+        try:
+            if self._ledger is not None:
+                await check_ledger(self.database, *self._ledger)
+            if url is not None:
                 # Before the first request: its outcome is to be called back.
                 await begin_at_the_end(self.database)
-            except DatabaseUnavailable as error:
-                await self.stop(1.0)
-                raise StartError(str(error)) from None
+        except (StartError, DatabaseUnavailable) as error:
+            await self.stop(1.0)
+            raise StartError(str(error)) from None
         await self._warn_of_unsafe_settings()
         await self.watch.start()
         self.notifier.start()
@@ -440,16 +448,25 @@ async def check_status_url(settings: Settings) -> None:
     logger.info("{} is asked about orders", origin(url))
 
 
-def build_gateway(settings: Settings) -> Gateway:
-    """The provider that GATEWAY names; StartError if it or its settings do not fit."""
+def build_gateway(settings: Settings, *, to: Literal["call", "look"] = "call") -> Gateway:
+    """The provider that GATEWAY names; StartError if it or its settings do not fit.
+
+    To "look" at what it says of itself the simulated one does without its ledger.
+    """
     if ":" in settings.gateway:
         return _plugged_in_gateway(settings)
-    ledger: Path | None
-    if settings.simulated_ledger is None:
-        ledger = data_dir(settings) / "simulated-ledger.jsonl"
+    if settings.simulated_ledger == "" or to == "look":
+        return SimulatedGateway(None, settings.simulated_faults)
+    # It must not wait for its ledger for longer than it is waited for: behind what waits already.
+    lock_wait_s = min(LOCK_WAIT_S, settings.gateway_timeout_s / 2)
+    if settings.simulated_ledger is not None:
+        ledger, earlier = Path(settings.simulated_ledger), None
     else:
-        ledger = Path(settings.simulated_ledger) if settings.simulated_ledger else None
-    return SimulatedGateway(ledger, settings.simulated_faults)
+        directory = data_dir(settings)
+        ledger, earlier = directory / LEDGER_NAME, directory / EARLIER_LEDGER_NAME
+    return SimulatedGateway(
+        ledger, settings.simulated_faults, earlier=earlier, lock_wait_s=lock_wait_s
+    )
 
 
 def _plugged_in_gateway(settings: Settings) -> Gateway:

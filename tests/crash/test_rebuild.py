@@ -179,7 +179,7 @@ def test_while_the_service_works(
     nothing afterwards, and the provider was asked by nobody else."""
     old = 500
     append(connection, [fact for n in range(old) for fact in History(f"old {n}").charged().facts])
-    ledger = tmp_path / "ledger.jsonl"
+    ledger = tmp_path / "ledger.sqlite"
     given = {**at(address), "SIMULATED_LEDGER": ledger, "LOG_LEVEL": "WARNING"}
     rounds = 20 if long_run else 2
     readers, machine = Readers(address), Machine()

@@ -1,13 +1,13 @@
 """The real service: killed, stopped, frozen and cut off from its database."""
 
-import fcntl
-import json
 import os
 import signal
 import socket
+import sqlite3
 import threading
 import time
 import uuid
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from payments.deciding import payment_id_for
 from tests.machine import within
 from tests.outside_postgres import OutsidePostgres
 from tests.process import ServiceProcess
-from tests.support import eventually
+from tests.support import eventually, ledger_rows
 
 
 class Load:
@@ -77,11 +77,9 @@ def events_of(data_dir: Path) -> dict[uuid.UUID, list[str]]:
 
 
 def captured_by_provider(data_dir: Path) -> set[uuid.UUID]:
-    lines = (data_dir / "simulated-ledger.jsonl").read_text().splitlines()
-    decided = [json.loads(line) for line in lines]
-    assert {outcome for _, _, _, outcome in decided} == {"approved"}
-    assert len({payment_id for payment_id, _, _, _ in decided}) == len(decided)
-    return {uuid.UUID(payment_id) for payment_id, _, _, _ in decided}
+    decided = ledger_rows(data_dir / "simulated-ledger.sqlite")
+    assert {row.outcome for row in decided} == {"approved"}
+    return {row.id for row in decided}
 
 
 @pytest.mark.timeout(3600)
@@ -192,9 +190,9 @@ def test_a_ledger_that_somebody_holds_does_not_keep_the_service_from_stopping(
     with (
         ServiceProcess(data_dir) as service,
         httpx.Client(timeout=15) as client,
-        (data_dir / "simulated-ledger.jsonl").open("a") as ledger,
+        closing(sqlite3.connect(data_dir / "simulated-ledger.sqlite")) as ledger,
     ):
-        fcntl.flock(ledger, fcntl.LOCK_EX)
+        ledger.execute("BEGIN IMMEDIATE")
         assert service.charge(client, "k").status_code == 202
         with within(9):
             assert service.terminate() == 0

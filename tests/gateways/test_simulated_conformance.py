@@ -4,12 +4,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import UUID
 
-import msgspec
 import pytest
 
 from payments.gateways import Gateway
 from payments.gateways.simulated import SimulatedGateway
 from tests.gateways.conformance import GatewayConformance
+from tests.support import ledger_rows
 
 pytestmark = pytest.mark.anyio
 
@@ -47,11 +47,12 @@ class SimulatedHarness:
         return self._amounts(refund_id, refunds=True)
 
     def _amounts(self, asked: UUID, *, refunds: bool) -> list[int]:
-        lines = [msgspec.json.decode(line) for line in self._ledger.read_bytes().splitlines()]
         return [
-            line[1]
-            for line in lines
-            if line[0] == str(asked) and line[3] == "approved" and (len(line) > 4) is refunds
+            row.amount_cents
+            for row in ledger_rows(self._ledger)
+            if row.id == asked
+            and row.outcome == "approved"
+            and (row.payment_id is not None) is refunds
         ]
 
     async def close(self) -> None:
@@ -61,7 +62,7 @@ class SimulatedHarness:
 
 @pytest.fixture
 async def harness(tmp_path: Path) -> AsyncIterator[SimulatedHarness]:
-    opened = SimulatedHarness(tmp_path / "ledger.jsonl")
+    opened = SimulatedHarness(tmp_path / "ledger.sqlite")
     yield opened
     await opened.close()
 

@@ -48,7 +48,7 @@ def doctor() -> None:
 def _checks() -> Iterator[Check]:
     try:
         settings = begin()
-        gateway = build_gateway(settings)
+        gateway = build_gateway(settings, to="look")
     except StartError as error:
         yield Check("FAIL", "settings", str(error))
         return

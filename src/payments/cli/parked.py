@@ -58,7 +58,7 @@ async def _retry(
     from payments.telemetry import Telemetry
 
     unknown, left = set(payments or ()), []
-    turning_s = declines_may_turn_s(build_gateway(settings))
+    turning_s = declines_may_turn_s(build_gateway(settings, to="look"))
     for follower in build_followers(
         settings, Database(address, 1), Telemetry(), declines_may_turn_s=turning_s
     ):

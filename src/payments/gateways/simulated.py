@@ -2,8 +2,8 @@
 
 It is deterministic: an amount whose last digit is 7 is declined, every other is captured; a partial
 refund whose last digit is 9 is declined. It keeps its own ledger, as a real provider does: a file
-that all processes share, that only grows and that survives a kill -9 of any of them. Faults can be
-scripted: docs/simulated-gateway.md.
+that the processes of a host share, that only grows and that survives a kill -9 of any of them.
+Faults can be scripted: docs/simulated-gateway.md.
 """
 
 import asyncio
@@ -15,7 +15,15 @@ import msgspec
 
 from payments.errors import StartError
 from payments.gateways import NeverSent, OutcomeUnknown, ProviderCharge, ProviderRefund
-from payments.gateways.simulated_ledger import Decision, Ledger
+from payments.gateways.earlier_ledger import open_ledger
+from payments.gateways.simulated_ledger import (
+    CHARGE,
+    LOCK_WAIT_S,
+    REFUND,
+    Decision,
+    Ledger,
+    Question,
+)
 from payments.payment import Approved, Declined
 
 _FAULT = re.compile(
@@ -71,15 +79,26 @@ class SimulatedGateway:
     late_capture_s = 24 * 3600.0
     declines_may_turn_s = 0.0
 
-    def __init__(self, ledger: Path | None, faults: str = "") -> None:
-        """`ledger` is the file, None for memory only. Raises StartError if it cannot be opened."""
+    def __init__(
+        self,
+        ledger: Path | None,
+        faults: str = "",
+        *,
+        earlier: Path | None = None,
+        lock_wait_s: float = LOCK_WAIT_S,
+    ) -> None:
+        """`ledger` is the file, None for memory only; `earlier` one of an earlier version, which
+        is read in. Raises StartError if it cannot be opened."""
         self._faults = parse_faults(faults)
-        self._ledger = Ledger(ledger, _refund_outcome)
+        if ledger is None:
+            self._ledger, self._read_in = Ledger(None, _refund_outcome), None
+        else:
+            self._ledger, self._read_in = open_ledger(ledger, _refund_outcome, lock_wait_s, earlier)
 
     async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined:
         fault = await self._suffer("charge", timeout_s)
         outcome = "declined_by_simulation" if charge.amount_cents % 10 == 7 else "approved"
-        decided = await self._ledger.decide(
+        decided = await self._ledger.ask(
             Decision(charge.payment_id, charge.amount_cents, charge.currency, outcome)
         )
         if fault == "answer_lost":
@@ -88,12 +107,12 @@ class SimulatedGateway:
 
     async def find_charge(self, payment_id: UUID, timeout_s: float) -> Approved | Declined | None:
         self._refuse_if_down("charge")
-        found = await self._ledger.find(payment_id)
+        found = await self._ledger.ask(Question(CHARGE, payment_id))
         return _outcome(found, "sim") if found else None
 
     async def refund(self, refund: ProviderRefund, timeout_s: float) -> Approved | Declined:
         fault = await self._suffer("refund", timeout_s)
-        decided = await self._ledger.refund(refund)
+        decided = await self._ledger.ask(refund)
         if fault == "answer_lost":
             raise OutcomeUnknown("simulated: the answer was lost")
         return _outcome(decided, "simre")
@@ -102,11 +121,19 @@ class SimulatedGateway:
         self, refund: ProviderRefund, timeout_s: float
     ) -> Approved | Declined | None:
         self._refuse_if_down("refund")
-        found = await self._ledger.find_refund(refund.refund_id)
+        found = await self._ledger.ask(Question(REFUND, refund.refund_id))
         return _outcome(found, "simre") if found else None
+
+    @property
+    def ledger(self) -> tuple[Path, UUID] | None:
+        """The file, and the id that was made with it; None for memory only."""
+        path = self._ledger.path
+        return None if path is None else (path, self._ledger.id)
 
     async def close(self) -> None:
         await self._ledger.close()
+        if self._read_in is not None:
+            self._read_in.close()
 
     async def _suffer(self, operation: str, timeout_s: float) -> str | None:
         """Applies what is scripted for this call; returns the fault if it comes afterwards."""

@@ -1,33 +1,71 @@
 """The simulated provider's ledger: what it has decided, for all processes and over every crash."""
 
 import asyncio
-import errno
-import fcntl
-import mmap
-import os
+import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Literal
-from uuid import UUID
+from typing import Any, NamedTuple
+from uuid import UUID, uuid4
 
 import msgspec
 
 from payments.errors import StartError
 from payments.gateways import OutcomeUnknown, ProviderRefund
 
-RECENT_MAX = 20_000  # charges kept in memory, and refunds: some seconds of the highest load
-MARKS = 1 << 20  # with 10,000 refunds, one id in fifty is searched for though it is not there
-READ_MAX = 1 << 20
-LOCK_WAIT_S = 1.0  # another process holds the lock for microseconds
-_REFUND = b',"refund",'  # in every refund line and in no other
+RECENT_MAX = 20_000  # charges kept where there is no file, and refunds
+LOCK_WAIT_S = 1.0  # another process has the lock for a millisecond
+START_WAIT_S = 60.0  # or reads in the ledger of an earlier version
+CLOSE_WAIT_S = 1.0
+APPLICATION_ID = 0x70617973  # in the header of the file
+
+TABLES = """
+CREATE TABLE ledger (id TEXT NOT NULL);
+CREATE TABLE charges (
+    id             TEXT PRIMARY KEY NOT NULL, -- the payment's
+    amount_cents   INTEGER NOT NULL,
+    currency       TEXT NOT NULL,
+    outcome        TEXT NOT NULL, -- approved, or the code of the decline
+    refunded_cents INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE refunds (
+    id           TEXT PRIMARY KEY NOT NULL,
+    amount_cents INTEGER NOT NULL,
+    currency     TEXT NOT NULL,
+    outcome      TEXT NOT NULL,
+    payment_id   TEXT NOT NULL
+);
+"""
+NAME = "INSERT INTO ledger (id) VALUES (?)"
+LEDGER_ID = "SELECT id FROM ledger"
+# A JSON array per charge. All of them in one statement: for each the thread would have to wait for
+# the event loop to let it go on.
+ADD_CHARGES = """
+INSERT INTO charges (id, amount_cents, currency, outcome)
+SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
+       json_extract(value, '$[2]'), json_extract(value, '$[3]')
+  FROM json_each(?) WHERE true
+    ON CONFLICT DO NOTHING
+"""
+ADD_REFUND = "INSERT INTO refunds VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+GIVE_BACK = "UPDATE charges SET refunded_cents = refunded_cents + ? WHERE id = ?"
+CHARGE = "SELECT amount_cents, currency, outcome FROM charges WHERE id = ?"
+REFUND = "SELECT amount_cents, currency, outcome FROM refunds WHERE id = ?"
+REFUNDED = "SELECT refunded_cents FROM charges WHERE id = ?"
+FORGET_CHARGES = "DELETE FROM charges WHERE rowid <= (SELECT max(rowid) FROM charges) - ?"
+FORGET_REFUNDS = "DELETE FROM refunds WHERE rowid <= (SELECT max(rowid) FROM refunds) - ?"
+
+
+class NotALedger(StartError):
+    """The file is no SQLite database."""
 
 
 class Decision(msgspec.Struct, frozen=True, array_like=True):
-    """A charge's line in the ledger, by payment id; `outcome` is `approved` or a decline code."""
+    """Of a charge, by payment id, or of a refund, by refund id; `outcome` is `approved` or the code
+    of a decline."""
 
     id: UUID
     amount_cents: int
@@ -36,313 +74,232 @@ class Decision(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Refund(Decision, frozen=True, array_like=True):
-    """A refund's line: as a charge's, by refund id, and two elements more."""
-
-    kind: Literal["refund"]
     payment_id: UUID
 
 
-class Refunded(Decision, frozen=True, array_like=True):
-    """A charge in memory whose refunds are known: how many cents they gave back. Never written."""
+class Question(NamedTuple):
+    """CHARGE or REFUND, and the id that is asked about."""
 
-    given_back: int
+    query: str
+    id: UUID
 
 
 # What becomes of a refund, given the charge (None: there is none) and the cents given back so far.
 RefundRule = Callable[[ProviderRefund, Decision | None, int], str]
-
-
-class _Job(msgspec.Struct, frozen=True):
-    """Some items, what the thread does with them, and who waits for each result."""
-
-    action: Callable[[list[Any]], list[Any]]
-    items: list[Any]
-    waiters: list[Any]
-    loop: Any
+Asked = Decision | ProviderRefund | Question
+Waiting = list[tuple[Asked, asyncio.Future[Any]]]
 
 
 class Ledger:
-    """An append-only file of JSON lines that all processes share, behind one thread.
+    """A SQLite file that all processes of one host share, behind one thread.
 
-    A payment id's first line is its outcome; if another ever follows, it is a repetition and
-    captured nothing. A refund id has one line. The newest RECENT_MAX charges and as many refunds
-    are kept in memory, older ones are looked up in the file. All charges that wait together are
-    written together. The file is not flushed to disk: it survives a kill of every process, not a
-    power cut.
+    What waits together is decided in one transaction. It survives a kill of every process; a power
+    cut may take the last ones away (WAL with synchronous=NORMAL).
     """
 
-    def __init__(self, path: Path | None, refund_rule: RefundRule) -> None:
-        """Without a path there is no file, and what is not recent is forgotten."""
+    def __init__(
+        self,
+        path: Path | None,
+        refund_rule: RefundRule,
+        lock_wait_s: float = LOCK_WAIT_S,
+        earlier: Iterable[Decision] = (),
+    ) -> None:
+        """Without a path it is in memory, and what is not recent is forgotten.
+
+        While another process has the lock for more than `lock_wait_s`, outcomes are unknown.
+        `earlier` decisions are added, unless they are known, and are on disk afterwards. Raises
+        StartError.
+        """
+        self.path = path
         self._refund_rule = refund_rule
-        self._recent: dict[UUID, Decision] = {}
-        self._recent_refunds: dict[UUID, Refund] = {}
-        # Every refund line marks its two ids. What has no mark is in no refund line: a first
-        # refund needs no search of the file. What has one may share it with another id.
-        self._marks = bytearray(MARKS)
-        self._read_to = 0
-        self._file: int | None = None
-        if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-                self._read_to = self._start_of_recent(self._file)
-                for line in self._search(_REFUND):
-                    self._mark(line)
-                self._find(UUID(int=0))
-            except (OSError, msgspec.MsgspecError) as error:
-                reason = error.strerror if isinstance(error, OSError) else "it is not such a ledger"
-                raise StartError(f"SIMULATED_LEDGER: cannot use {str(path)!r}: {reason}") from None
-        self._waiting: list[tuple[Decision, asyncio.Future[Decision]]] = []
+        try:
+            # Used by the thread alone, as soon as there is one.
+            self._connection = _open(path)
+            self._add(earlier)
+            self.id = UUID(self._connection.execute(LEDGER_ID).fetchone()[0])
+            self._connection.execute(f"PRAGMA busy_timeout = {lock_wait_s * 1000:.0f}")
+        except (OSError, sqlite3.Error) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            code = getattr(error, "sqlite_errorcode", None)
+            kind = NotALedger if code == sqlite3.SQLITE_NOTADB else StartError
+            raise kind(f"SIMULATED_LEDGER: cannot use {str(path)!r}: {reason}") from None
+        self._waiting: Waiting = []
         self._deciding = False
         # One thread and a queue; an executor costs more than the writing.
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._batches: SimpleQueue[tuple[Waiting, asyncio.AbstractEventLoop] | None] = SimpleQueue()
         self._thread = Thread(target=self._work, name="simulated ledger", daemon=True)
         self._thread.start()
 
-    async def decide(self, decision: Decision) -> Decision:
-        """The decision that stands for this payment id: this one, unless there was one before.
+    async def ask(self, asked: Asked) -> Any:
+        """The decision that stands: of a charge this one, unless there was one before; of a refund
+        what the rule says, unless there was one before. None if a question finds none.
 
         Raises OutcomeUnknown if the file fails.
         """
         loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[Decision] = loop.create_future()
-        self._waiting.append((decision, waiter))
+        waiter: asyncio.Future[Any] = loop.create_future()
+        self._waiting.append((asked, waiter))
         if not self._deciding:
             self._deciding = True
-            loop.call_soon(self._decide_waiting, loop)  # with whoever comes in this turn
-        return await waiter
-
-    async def find(self, payment_id: UUID) -> Decision | None:
-        """The decision about this payment id, None if there is none; OutcomeUnknown as above."""
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[Decision | None] = loop.create_future()
-        self._submit(_Job(self._find_all, [payment_id], [waiter], loop))
-        return await waiter
-
-    async def refund(self, refund: ProviderRefund) -> Refund:
-        """The decision that stands for this refund id; OutcomeUnknown as above."""
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[Refund] = loop.create_future()
-        self._submit(_Job(self._refund_all, [refund], [waiter], loop))
-        return await waiter
-
-    async def find_refund(self, refund_id: UUID) -> Refund | None:
-        """The decision about this refund id, None if there is none; OutcomeUnknown as above."""
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[Refund | None] = loop.create_future()
-        self._submit(_Job(self._find_all_refunds, [refund_id], [waiter], loop))
+            loop.call_soon(self._submit, loop)  # with what else comes in this turn
         return await waiter
 
     async def close(self) -> None:
-        self._jobs.put(None)
-        await asyncio.to_thread(self._thread.join, LOCK_WAIT_S)
-        if self._file is not None and not self._thread.is_alive():
-            os.close(self._file)
-            self._file = None
+        self._batches.put(None)
+        await asyncio.to_thread(self._thread.join, CLOSE_WAIT_S)
 
-    def _decide_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _submit(self, loop: asyncio.AbstractEventLoop) -> None:
         batch, self._waiting = self._waiting, []
         self._deciding = bool(batch)
-        if batch:
-            decisions, waiters = zip(*batch, strict=True)
-            self._submit(_Job(self._decide, list(decisions), list(waiters), loop))
+        if batch and self._thread.is_alive():
+            self._batches.put((batch, loop))
+        elif batch:
+            self._tell(batch, loop, OutcomeUnknown("simulated: the ledger is closed"))
 
-    def _submit(self, job: _Job) -> None:
-        if self._thread.is_alive():
-            self._jobs.put(job)
-        else:
-            self._tell(job, OutcomeUnknown("simulated: the ledger is closed"))
+    def _tell(
+        self, batch: Waiting, loop: asyncio.AbstractEventLoop, told: list[Any] | Exception
+    ) -> None:
+        for place, (_, waiter) in enumerate(batch):
+            if waiter.done():
+                continue
+            if isinstance(told, Exception):
+                waiter.set_exception(told)
+            else:
+                waiter.set_result(told[place])
+        self._submit(loop)
 
     def _work(self) -> None:
         """The thread."""
-        for job in iter(self._jobs.get, None):
-            result: list[Any] | Exception
+        for batch, loop in iter(self._batches.get, None):
+            told: list[Any] | Exception
             try:
-                result = job.action(job.items)
-            except Exception as error:  # noqa: BLE001 - whoever waits must hear of it
-                result = OutcomeUnknown(f"simulated: ledger: {error}")
-            job.loop.call_soon_threadsafe(self._tell, job, result)
+                told = self._decide([asked for asked, _ in batch])
+            except Exception as error:  # noqa: BLE001 - it must reach those that wait
+                told = OutcomeUnknown(f"simulated: ledger: {error}")
+            loop.call_soon_threadsafe(self._tell, batch, loop, told)
+        self._connection.close()
 
-    def _tell(self, job: _Job, result: list[Any] | Exception) -> None:
-        for place, waiter in enumerate(job.waiters):
-            if waiter.done():
-                continue
-            if isinstance(result, Exception):
-                waiter.set_exception(result)
-            else:
-                waiter.set_result(result[place])
-        if job.action == self._decide:
-            self._decide_waiting(job.loop)
+    def _decide(self, asked: list[Asked]) -> list[Any]:
+        """All of it or nothing; raises sqlite3.Error."""
+        if all(isinstance(each, Question) for each in asked):  # which need no lock
+            return [self._find(*each) for each in asked if isinstance(each, Question)]
+        with self._transaction():
+            charges = self._charge([each for each in asked if isinstance(each, Decision)])
+            return [
+                charges[each.id]
+                if isinstance(each, Decision)
+                else self._refund(each)
+                if isinstance(each, ProviderRefund)
+                else self._find(*each)
+                for each in asked
+            ]
 
-    def _decide(self, decisions: list[Decision]) -> list[Decision]:
-        with self._locked():
-            self._catch_up()
-            new: dict[UUID, Decision] = {}
-            for line in decisions:
-                if line.id not in self._recent:
-                    new.setdefault(line.id, line)
-            self._append(b"".join(msgspec.json.encode(line) + b"\n" for line in new.values()))
-            standing = [new.get(each.id) or self._recent[each.id] for each in decisions]
-            self._remember(new)
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Between looking and writing no other process may decide."""
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            if self.path is None:
+                self._connection.execute(FORGET_CHARGES, [RECENT_MAX])
+                self._connection.execute(FORGET_REFUNDS, [RECENT_MAX])
+            self._connection.execute("COMMIT")
+        except BaseException:
+            self._connection.rollback()
+            raise
+
+    def _charge(self, charges: list[Decision]) -> dict[UUID, Decision]:
+        """What stands for each of these ids."""
+        if not charges:
+            return {}
+        asked = msgspec.json.encode(charges).decode()
+        added = self._connection.execute(ADD_CHARGES, [asked]).rowcount
+        standing = {charge.id: charge for charge in charges}
+        if added < len(charges):  # some stood there, or come twice
+            standing |= {id: found for id in standing if (found := self._find(CHARGE, id))}
         return standing
 
-    def _find_all(self, payment_ids: list[UUID]) -> list[Decision | None]:
-        return [self._find(payment_id) for payment_id in payment_ids]
-
-    def _find(self, payment_id: UUID) -> Decision | None:
-        with self._locked():
-            self._catch_up()
-        if payment_id in self._recent:
-            return self._recent[payment_id]
-        lines = self._search(b'["%s"' % str(payment_id).encode())
-        return next((line for line in lines if not isinstance(line, Refund)), None)
-
-    def _refund_all(self, refunds: list[ProviderRefund]) -> list[Refund]:
-        found = [self._find(each.payment_id) for each in refunds]  # a long search needs no lock
-        with self._locked():
-            self._catch_up()
-            return [self._refund(*each) for each in zip(refunds, found, strict=True)]
-
-    def _refund(self, refund: ProviderRefund, found: Decision | None) -> Refund:
-        """Under the lock. `found` is the charge as it was known before."""
-        if standing := self._standing_refund(refund.refund_id):
+    def _refund(self, refund: ProviderRefund) -> Decision:
+        if standing := self._find(REFUND, refund.refund_id):
             return standing
-        if found:  # what it says about refunds may be out of date
-            self._remember({found.id: Decision(*msgspec.structs.astuple(found)[:4])})
-        charge = self._recent.get(refund.payment_id)
-        given_back = self._given_back(charge) if charge else 0
-        line = Refund(
+        charge = self._find(CHARGE, refund.payment_id)
+        given_back = self._row(REFUNDED, refund.payment_id) or (0,)
+        decision = Refund(
             refund.refund_id,
             refund.amount_cents,
             refund.currency,
-            self._refund_rule(refund, charge, given_back),
-            "refund",
+            self._refund_rule(refund, charge, *given_back),
             refund.payment_id,
         )
-        self._append(msgspec.json.encode(line) + b"\n")
-        self._remember_refund(line)
-        return line
+        self._add_refund(decision)
+        return decision
 
-    def _given_back(self, charge: Decision) -> int:
-        """Cents, of a charge in memory; under the lock, so that no refund is missed."""
-        known = self._known_given_back(charge)
-        if known is not None:
-            return known
-        lines = self._search(b'%s"%s"]' % (_REFUND, str(charge.id).encode()))
-        given_back = sum(line.amount_cents for line in lines if line.outcome == "approved")
-        self._recent[charge.id] = _refunded(charge, given_back)
-        return given_back
+    def _add_refund(self, refund: Refund) -> None:
+        added = self._connection.execute(ADD_REFUND, msgspec.to_builtins(refund)).rowcount
+        if added and refund.outcome == "approved":
+            self._connection.execute(GIVE_BACK, [refund.amount_cents, str(refund.payment_id)])
 
-    def _known_given_back(self, charge: Decision) -> int | None:
-        """None if only the file can tell."""
-        if isinstance(charge, Refunded):
-            return charge.given_back
-        return None if self._is_marked(charge.id) else 0
-
-    def _standing_refund(self, refund_id: UUID) -> Refund | None:
-        if refund_id in self._recent_refunds or not self._is_marked(refund_id):
-            return self._recent_refunds.get(refund_id)
-        lines = self._search(b'["%s"' % str(refund_id).encode())
-        return next((line for line in lines if isinstance(line, Refund)), None)
-
-    def _find_all_refunds(self, refund_ids: list[UUID]) -> list[Refund | None]:
-        with self._locked():
-            self._catch_up()
-        return [self._standing_refund(refund_id) for refund_id in refund_ids]
-
-    def _search(self, part: bytes) -> Iterator[Decision]:
-        """The lines of the file, as far as it was read, that have this part; the oldest first."""
-        if not self._read_to or self._file is None:
-            return
-        with mmap.mmap(self._file, self._read_to, access=mmap.ACCESS_READ) as text:
-            found = text.find(part)
-            while found >= 0:
-                end = text.find(b"\n", found)
-                line = text[text.rfind(b"\n", 0, found) + 1 : end]
-                yield msgspec.json.decode(line, type=Refund if _REFUND in line else Decision)
-                found = text.find(part, end)
-
-    def _mark(self, line: Decision) -> None:
-        if isinstance(line, Refund):
-            self._marks[line.id.int % MARKS] = self._marks[line.payment_id.int % MARKS] = 1
-
-    def _is_marked(self, any_id: UUID) -> bool:
-        return bool(self._marks[any_id.int % MARKS])
-
-    @staticmethod
-    def _start_of_recent(file: int) -> int:
-        """Where a line begins, about RECENT_MAX lines before the end."""
-        near = max(0, os.fstat(file).st_size - RECENT_MAX * 100)
-        return near and near + os.pread(file, 1000, near).find(b"\n") + 1
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Between looking and writing no other process may decide."""
-        if self._file is None:
-            yield
-            return
-        deadline = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:  # another process is writing, or was frozen while it was
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.001)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-
-    def _catch_up(self) -> None:
-        """Reads what other processes, or earlier ones, have decided."""
-        if self._file is None:
-            return
-        end = os.fstat(self._file).st_size
-        while self._read_to < end:
-            text = os.pread(self._file, READ_MAX, self._read_to)
-            text = text[: text.rfind(b"\n") + 1]
-            if not text:  # half a line: its writer died on a full disk
-                os.ftruncate(self._file, self._read_to)
-                return
-            any_refund = _REFUND in text  # looking once is much cheaper than in every line
-            for line in text.splitlines():
-                if any_refund and _REFUND in line:
-                    self._remember_refund(msgspec.json.decode(line, type=Refund))
+    def _add(self, earlier: Iterable[Decision]) -> None:
+        with self._transaction():
+            for decision in earlier:
+                if isinstance(decision, Refund):
+                    self._add_refund(decision)
                 else:
-                    decision = msgspec.json.decode(line, type=Decision)
-                    self._remember({decision.id: decision})
-            self._read_to += len(text)
+                    self._charge([decision])
+        self._connection.execute("PRAGMA wal_checkpoint")
 
-    def _append(self, text: bytes) -> None:
-        """All or nothing: half a line would be nobody's decision."""
-        if self._file is None or not text:
-            return
-        written = os.write(self._file, text)
-        if written != len(text):
-            os.ftruncate(self._file, self._read_to)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._read_to += written
+    def _find(self, query: str, id: UUID) -> Decision | None:
+        row = self._row(query, id)
+        return Decision(id, *row) if row else None
 
-    def _remember(self, lines: dict[UUID, Decision]) -> None:
-        for payment_id, line in lines.items():
-            self._recent.setdefault(payment_id, line)
-        while len(self._recent) > RECENT_MAX:
-            del self._recent[next(iter(self._recent))]
-
-    def _remember_refund(self, line: Refund) -> None:
-        charge = self._recent.get(line.payment_id)
-        before = self._known_given_back(charge) if charge else None
-        if charge and before is not None:
-            more = line.amount_cents if line.outcome == "approved" else 0
-            self._recent[charge.id] = _refunded(charge, before + more)
-        self._recent_refunds[line.id] = line
-        self._mark(line)
-        while len(self._recent_refunds) > RECENT_MAX:
-            del self._recent_refunds[next(iter(self._recent_refunds))]
+    def _row(self, query: str, id: UUID) -> Any:
+        return self._connection.execute(query, [str(id)]).fetchone()
 
 
-def _refunded(charge: Decision, given_back: int) -> Refunded:
-    """In memory it takes the charge's place, so that both are forgotten together."""
-    return Refunded(charge.id, charge.amount_cents, charge.currency, charge.outcome, given_back)
+def _open(path: Path | None) -> sqlite3.Connection:
+    """With its tables; raises OSError and sqlite3.Error."""
+    if path is not None and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(0o600)
+    connection = sqlite3.connect(
+        path or ":memory:", START_WAIT_S, isolation_level=None, check_same_thread=False
+    )
+    try:
+        _make_tables(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _make_tables(connection: sqlite3.Connection) -> None:
+    """Unless they are there; raises sqlite3.Error."""
+
+    def is_made() -> bool:
+        (marker,) = connection.execute("PRAGMA application_id").fetchone()
+        return bool(marker == APPLICATION_ID)
+
+    if not is_made() and connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+        raise sqlite3.DatabaseError("it is the database of another program")
+    if _journal_mode(connection) not in ("wal", "memory"):
+        raise sqlite3.DatabaseError("its file system lets processes share no memory, as WAL does")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("BEGIN IMMEDIATE")
+    if not is_made():
+        for statement in TABLES.split(";")[:-1]:
+            connection.execute(statement)
+        connection.execute(NAME, [str(uuid4())])
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute("COMMIT")
+
+
+def _journal_mode(connection: sqlite3.Connection) -> str:
+    """Sets it; SQLite itself does not wait here for another process that does the same."""
+    deadline = time.monotonic() + START_WAIT_S
+    while True:
+        try:
+            return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

@@ -1,0 +1,240 @@
+"""The simulated provider's ledger among processes that die, and beside somebody who locks it."""
+
+import asyncio
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, closing
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from payments.errors import StartError
+from payments.gateways import OutcomeUnknown, ProviderCharge, ProviderRefund, simulated_ledger
+from payments.gateways.simulated import SimulatedGateway
+from payments.payment import Approved
+from tests.machine import within
+from tests.support import ledger_rows
+
+pytestmark = pytest.mark.anyio
+
+ID = UUID("058c9593-e150-402f-ab5b-37dd4c9816f0")
+CHARGE = ProviderCharge(ID, 1500, "INR")
+REFUND = ProviderRefund(uuid.uuid4(), ID, f"sim_{ID.hex}", 500, "INR")
+
+# Charges the ids of a seed, each with an amount of its own, and gives back 400 three times; prints
+# what it learns.
+CUSTOMER = """
+import asyncio, pathlib, random, sys, uuid
+from payments.gateways import ProviderCharge, ProviderRefund
+from payments.gateways.simulated import SimulatedGateway
+async def main():
+    gateway = SimulatedGateway(pathlib.Path(sys.argv[1]))
+    ids, own = random.Random(int(sys.argv[2])), int(sys.argv[3])
+    async def one(id):
+        charged = await gateway.charge(ProviderCharge(id, 1000 + own, "INR"), 1)
+        print(id, charged.amount_cents, flush=True)
+        for _ in range(3):
+            await gateway.refund(
+                ProviderRefund(uuid.uuid4(), id, f"sim_{id.hex}", 400, "INR"), 1)
+    while True:
+        await asyncio.gather(*(one(uuid.UUID(int=ids.getrandbits(128))) for _ in range(5)))
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.sqlite"
+
+
+@pytest.fixture
+async def gateway(ledger: Path) -> AsyncIterator[SimulatedGateway]:
+    """It waits for a lock for a tenth of a second."""
+    opened = SimulatedGateway(ledger, lock_wait_s=0.1)
+    yield opened
+    await opened.close()
+
+
+def locked(ledger: Path) -> closing[sqlite3.Connection]:
+    connection = sqlite3.connect(ledger)
+    connection.execute("BEGIN IMMEDIATE")
+    return closing(connection)
+
+
+def check(ledger: Path) -> None:
+    """No refund is forgotten in the sums, and none is beyond its capture."""
+    with closing(sqlite3.connect(ledger)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        sums = dict(connection.execute("SELECT id, refunded_cents FROM charges").fetchall())
+    captured, found = dict[str, int](), dict.fromkeys(sums, 0)
+    for row in ledger_rows(ledger):
+        if row.payment_id is None:
+            captured[str(row.id)] = row.amount_cents
+        elif row.outcome == "approved":
+            found[str(row.payment_id)] += row.amount_cents
+    assert found == sums
+    assert all(sums[id] <= captured[id] for id in sums)
+
+
+def test_two_processes_that_are_killed_again_and_again_decide_once(
+    ledger: Path, long_run: bool
+) -> None:
+    chance, told = random.Random(1), dict[str, set[str]]()
+    for seed in range(40 if long_run else 4):
+        customers = [
+            subprocess.Popen(
+                [sys.executable, "-c", CUSTOMER, ledger, str(seed), str(own)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for own in (1, 2)
+        ]
+        for customer in chance.sample(customers, 2):
+            assert customer.stdout is not None
+            read = [customer.stdout.readline() for _ in range(chance.randrange(20, 60))]
+            customer.send_signal(signal.SIGKILL)
+            rest = customer.communicate(timeout=30)[0].splitlines(keepends=True)
+            for line in read + [line for line in rest if line.endswith("\n")]:
+                payment_id, amount_cents = line.split()
+                told.setdefault(payment_id, set()).add(amount_cents)
+    stored = {str(row.id): row for row in ledger_rows(ledger)}
+    assert len(told) > 80
+    assert {len(amounts) for amounts in told.values()} == {1}, "an id was captured twice"
+    for payment_id, (amount_cents,) in told.items():
+        assert stored[payment_id].amount_cents == int(amount_cents), "what was told is lost"
+    check(ledger)
+
+
+async def test_processes_that_start_at_once_share_a_ledger(ledger: Path) -> None:
+    program = """
+import pathlib, sys
+from payments.gateways.simulated import SimulatedGateway
+sys.stdin.readline()
+print(SimulatedGateway(pathlib.Path(sys.argv[1])).ledger[1])
+"""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, ledger],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    for each in started:
+        assert each.stdin is not None
+        each.stdin.write("\n")
+        each.stdin.flush()
+    ids = {(await asyncio.to_thread(each.communicate, timeout=30))[0] for each in started}
+    assert len(ids) == 1
+    assert UUID(ids.pop().strip())
+
+
+async def test_a_lock_that_is_held_for_longer_than_is_waited_leaves_the_outcome_unknown(
+    gateway: SimulatedGateway, ledger: Path
+) -> None:
+    """And nothing of what was asked is decided afterwards."""
+    with locked(ledger):
+        asked = [
+            *(gateway.charge(ProviderCharge(uuid.uuid4(), 1500, "INR"), 6) for _ in range(5)),
+            *(gateway.refund(REFUND, 6) for _ in range(5)),
+        ]
+        with within(2):
+            told = await asyncio.gather(*asked, return_exceptions=True)
+        assert {type(each) for each in told} == {OutcomeUnknown}
+        assert await gateway.find_charge(ID, 6) is None  # a question waits for no lock
+    assert ledger_rows(ledger) == []
+    assert isinstance(await gateway.charge(CHARGE, 6), Approved)
+
+
+async def test_a_short_lock_is_waited_for(ledger: Path) -> None:
+    async with AsyncExitStack() as stack:
+        gateway = SimulatedGateway(ledger, lock_wait_s=30)
+        stack.push_async_callback(gateway.close)
+        with locked(ledger):
+            charging = asyncio.create_task(gateway.charge(CHARGE, 6))
+            await asyncio.sleep(0.1)
+            assert not charging.done()
+        assert isinstance(await charging, Approved)
+
+
+async def test_what_is_asked_together_is_answered_together(
+    gateway: SimulatedGateway, ledger: Path
+) -> None:
+    """Charges, the same ones again, refunds and questions, in one turn of the loop."""
+    await gateway.charge(CHARGE, 6)
+    other = ProviderCharge(uuid.uuid4(), 1507, "INR")
+    told = await asyncio.gather(
+        gateway.charge(other, 6),
+        gateway.charge(other, 6),
+        gateway.charge(ProviderCharge(ID, 9900, "INR"), 6),
+        gateway.refund(REFUND, 6),
+        gateway.refund(REFUND, 6),
+        gateway.find_charge(ID, 6),
+    )
+    assert told[0] == told[1] == await gateway.find_charge(other.payment_id, 6)
+    assert told[2] == told[5] == Approved(ID, 1500, "INR", f"sim_{ID.hex}")
+    assert told[3] == told[4] == await gateway.find_refund(REFUND, 6)
+    assert len(ledger_rows(ledger)) == 3
+    check(ledger)
+
+
+def test_a_full_disk_leaves_the_outcome_unknown(ledger: Path) -> None:
+    """And the ledger goes on when there is room again."""
+    program = """
+import asyncio, pathlib, resource, sys, uuid
+from payments.gateways import OutcomeUnknown, ProviderCharge
+from payments.gateways.simulated import SimulatedGateway
+async def main():
+    gateway = SimulatedGateway(pathlib.Path(sys.argv[1]))
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+    while True:
+        charge = ProviderCharge(uuid.uuid4(), 1500, "INR")
+        try:
+            await gateway.charge(charge, 1)
+        except OutcomeUnknown as error:
+            print(error)
+            break
+    assert await gateway.find_charge(charge.payment_id, 1) is None
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    await gateway.charge(charge, 1)
+    await gateway.close()
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, ledger], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("simulated: ledger: ")
+    check(ledger)
+
+
+async def test_only_its_owner_may_read_it(gateway: SimulatedGateway, ledger: Path) -> None:
+    await gateway.charge(CHARGE, 6)
+    files = list(ledger.parent.glob(f"{ledger.name}*"))
+    assert len(files) == 3
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+
+def test_the_database_of_another_program_is_left_alone(ledger: Path) -> None:
+    with closing(sqlite3.connect(ledger)) as connection:
+        connection.execute("CREATE TABLE theirs (id)")
+    before = ledger.read_bytes()
+    with pytest.raises(StartError, match="another program"):
+        SimulatedGateway(ledger)
+    assert ledger.read_bytes() == before
+
+
+def test_a_file_system_that_shares_no_memory_stops_the_start(
+    ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulated_ledger, "_journal_mode", lambda _: "delete")
+    with pytest.raises(StartError, match="share no memory"):
+        SimulatedGateway(ledger)
