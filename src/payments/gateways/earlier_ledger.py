@@ -51,19 +51,18 @@ def open_ledger(
     decide nothing in it. Outcomes that they do not know are those of this ledger.
     """
     earlier = earlier or path.with_name(f"{path.name}.earlier")
+    file = None
     try:
         file = _locked(earlier)
-        try:
-            ledger = Ledger(path, refund_rule, lock_wait_s, _decisions(file or ()))
-        except NotALedger:
-            if not _move_aside(path, earlier):
-                raise
-            return open_ledger(path, refund_rule, lock_wait_s, earlier)
+        ledger = Ledger(path, refund_rule, lock_wait_s, _decisions(file or ()))
         if file is not None:
             earlier.rename(_kept_as(earlier))
-    except OSError as error:
-        reason = f"{error.strerror}: {error.filename}"
-        raise StartError(f"SIMULATED_LEDGER: cannot read in {str(earlier)!r}: {reason}") from None
+    except (OSError, StartError) as error:
+        if file is not None:
+            file.close()
+        if isinstance(error, NotALedger) and _move_aside(path, earlier):
+            return open_ledger(path, refund_rule, lock_wait_s, earlier)
+        raise
     return ledger, file
 
 

@@ -93,7 +93,12 @@ class SimulatedGateway:
         if ledger is None:
             self._ledger, self._read_in = Ledger(None, _refund_outcome), None
         else:
-            self._ledger, self._read_in = open_ledger(ledger, _refund_outcome, lock_wait_s, earlier)
+            try:
+                opened = open_ledger(ledger, _refund_outcome, lock_wait_s, earlier)
+            except OSError as error:
+                reason = f"{error.strerror}: {error.filename!r}"
+                raise StartError(f"SIMULATED_LEDGER: cannot read in: {reason}") from None
+            self._ledger, self._read_in = opened
 
     async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined:
         fault = await self._suffer("charge", timeout_s)
