@@ -27,14 +27,14 @@ ID = UUID("058c9593-e150-402f-ab5b-37dd4c9816f0")
 CHARGE = ProviderCharge(ID, 1500, "INR")
 REFUND = ProviderRefund(uuid.uuid4(), ID, f"sim_{ID.hex}", 500, "INR")
 
-# Charges the ids of a seed, each with an amount of its own, and gives back 400 three times; prints
+# Charges the ids of a seed, all with an amount of its own, and gives back 400 three times; prints
 # what it learns.
 CUSTOMER = """
 import asyncio, pathlib, random, sys, uuid
 from payments.gateways import ProviderCharge, ProviderRefund
 from payments.gateways.simulated import SimulatedGateway
 async def main():
-    gateway = SimulatedGateway(pathlib.Path(sys.argv[1]))
+    gateway = SimulatedGateway(pathlib.Path(sys.argv[1]), lock_wait_s=60)
     ids, own = random.Random(int(sys.argv[2])), int(sys.argv[3])
     async def one(id):
         charged = await gateway.charge(ProviderCharge(id, 1000 + own, "INR"), 1)
