@@ -153,6 +153,25 @@ async def test_a_lock_that_is_held_for_longer_than_is_waited_leaves_the_outcome_
     assert isinstance(await gateway.charge(CHARGE, 6), Approved)
 
 
+async def test_a_process_starts_while_another_one_has_the_lock(
+    gateway: SimulatedGateway, ledger: Path
+) -> None:
+    with locked(ledger), within(5):
+        other = SimulatedGateway(ledger)
+        assert other.ledger == gateway.ledger
+        await other.close()
+
+
+async def test_no_name_of_a_file_stands_for_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gateway = SimulatedGateway(Path(":memory:"))
+    await gateway.charge(CHARGE, 6)
+    await gateway.close()
+    assert len(ledger_rows(tmp_path / ":memory:")) == 1
+
+
 async def test_a_short_lock_is_waited_for(ledger: Path) -> None:
     async with AsyncExitStack() as stack:
         gateway = SimulatedGateway(ledger, lock_wait_s=30)

@@ -54,7 +54,7 @@ def open_ledger(
     file = None
     try:
         file = _locked(earlier)
-        ledger = Ledger(path, refund_rule, lock_wait_s, _decisions(file or ()))
+        ledger = Ledger(path, refund_rule, lock_wait_s, _decisions(file) if file else ())
         if file is not None:
             earlier.rename(_kept_as(earlier))
     except (OSError, StartError) as error:

@@ -115,7 +115,8 @@ class Ledger:
         try:
             # Used by the thread alone, as soon as there is one.
             self._connection = _open(path)
-            self._add(earlier)
+            if earlier:
+                self._add(earlier)
             self.id = UUID(self._connection.execute(LEDGER_ID).fetchone()[0])
             self._connection.execute(f"PRAGMA busy_timeout = {lock_wait_s * 1000:.0f}")
         except (OSError, sqlite3.Error) as error:
@@ -262,7 +263,10 @@ def _open(path: Path | None) -> sqlite3.Connection:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(0o600)
     connection = sqlite3.connect(
-        path or ":memory:", START_WAIT_S, isolation_level=None, check_same_thread=False
+        path.absolute() if path else ":memory:",
+        START_WAIT_S,
+        isolation_level=None,
+        check_same_thread=False,
     )
     try:
         _make_tables(connection)
@@ -284,6 +288,8 @@ def _make_tables(connection: sqlite3.Connection) -> None:
     if _journal_mode(connection) not in ("wal", "memory"):
         raise sqlite3.DatabaseError("its file system lets processes share no memory, as WAL does")
     connection.execute("PRAGMA synchronous = NORMAL")
+    if is_made():
+        return
     connection.execute("BEGIN IMMEDIATE")
     if not is_made():
         for statement in TABLES.split(";")[:-1]:
