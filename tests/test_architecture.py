@@ -67,8 +67,13 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports(path: Path) -> Iterator[str]:
+@cache
+def imports(path: Path) -> frozenset[str]:
     """Every module that is imported anywhere in the file, in functions and for types as well."""
+    return frozenset(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[str]:
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -185,6 +190,15 @@ def test_the_service_does_not_read_with_the_librarys_classes() -> None:
         found = {name for name in imports(MODULES[module]) if name.startswith("eventsourcing")}
         assert found <= {"eventsourcing.persistence"}, module
         assert "payments.events.library" not in imports(MODULES[module]), module
+
+
+def test_statements_on_the_log_are_where_the_store_says() -> None:
+    """Other files than its own."""
+    docstring = ast.get_docstring(parse(MODULES["payments.events.store"])) or ""
+    said = {SRC / "payments" / file for file in re.findall(r"\w+/\w+\.py", docstring)}
+    reading = re.compile(r"\b(FROM|JOIN) payment_events\b")
+    found = {path for path in MODULES.values() if reading.search(path.read_text("utf-8"))}
+    assert found - {MODULES["payments.events.store"]} == said
 
 
 def test_who_does_not_trace_needs_no_opentelemetry() -> None:

@@ -1,7 +1,7 @@
 """The group-commit appender: every append that waits is written in one transaction.
 
 One task owns one connection. While a batch commits, the next one gathers; there is no timer. See
-docs/decisions/event-store.md for why, and migrations/0007_append.sql for what the database
+docs/decisions/event-store.md for why, and migrations/0012_append_alone.sql for what the database
 does with a batch.
 """
 

@@ -1,8 +1,9 @@
 """The SQL of payment_events, and how rows become facts, and facts rows.
 
-Whatever reads events reads them with the statements of this file. Who only asks where the log
-ends, or how old an event is, does so in statements of its own: followers, metrics, the doctor and
-events/watch.py. The table, and the view that people and the history read, are in
+Whoever reads events as they are stored does it with the statements of this file; the rest look for
+something of one event or of the end of the log, and have a statement of their own for it:
+events/watch.py, events/losses.py, projections/callbacks.py, queries/followers.py and
+queries/server.py. The table, and the view that people and the history read, are in
 migrations/0001_event_store.sql; the function that writes it, append_payment_events, is in
 migrations/0012_append_alone.sql. The one door to that function is the group-commit Appender
 (appender.py). The log as the eventsourcing library's classes see it, to follow it from elsewhere,
