@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from payments.cli.output import csv_line
 from payments.database import Database, DatabaseAddress
-from payments.events.chain import GENESIS, LogEntry, read_line, seal, write_line
+from payments.events.chain import GENESIS, read_line, seal, write_line
+from payments.events.store import LogEntry
 from tests.process import PAYMENTS, ROOT, at, environment, peak_mb
 from tests.support import ORDER_ID, History, append, append_stored, seal_log, stored_event
 

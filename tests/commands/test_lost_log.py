@@ -11,7 +11,7 @@ from payments.commands.runs import cause
 from payments.deciding import RefundRequest, abandon, initiate_refund, payment_id_for
 from payments.errors import LogRewound
 from payments.events.facts import Fact
-from payments.events.store import LOAD_ENTRIES, fact_at, load_charge, load_payment
+from payments.events.store import LOAD_ENTRIES, LogEntry, fact_of, load_charge, load_payment
 from payments.payment import Approved, Payment, Status, fold
 from payments.service import Service
 from tests.commands.conftest import Make
@@ -243,7 +243,7 @@ class TestRefund:
 
 def as_stored(connection: Connection) -> Payment:
     rows = connection.execute(LOAD_ENTRIES.encode(), [PAYMENT]).fetchall()
-    payment = fold(fact_at(*row[1:5]) for row in rows)
+    payment = fold(fact_of(LogEntry(*row)) for row in rows)
     assert payment is not None
     return payment
 

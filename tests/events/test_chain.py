@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from payments.events.chain import GENESIS, LogEntry, read_line, seal, write_line
+from payments.events.chain import GENESIS, read_line, seal, write_line
+from payments.events.store import LogEntry
 
 FIRST = LogEntry(
     1,

@@ -6,7 +6,7 @@ from uuid import UUID
 
 import psycopg
 
-from payments.events.chain import LogEntry
+from payments.events.store import LogEntry
 
 # `counted` says how often each event was applied, `applied` in which order.
 SCHEMA = """

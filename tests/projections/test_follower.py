@@ -16,9 +16,8 @@ import pytest
 from eventsourcing.persistence import StoredEvent
 
 from payments.database import Database, DatabaseAddress
-from payments.events.chain import LogEntry
 from payments.events.facts import Fact
-from payments.events.store import to_stored_event
+from payments.events.store import LogEntry, to_stored_event
 from payments.projections import follower as follower_module
 from payments.projections.follower import Follower, Projection
 from payments.projections.payments import PaymentsProjection

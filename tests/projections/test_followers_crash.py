@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from payments.database import Database, DatabaseAddress, connect
-from payments.events.chain import LogEntry
+from payments.events.store import LogEntry
 from payments.projections.follower import Follower
 from payments.telemetry import Telemetry
 from tests.projections.counting import SCHEMA, Connection, Counting, Place, applied, position

@@ -9,9 +9,8 @@ import psycopg
 import pytest
 
 from payments.database import Database
-from payments.events.chain import LogEntry
 from payments.events.facts import Fact
-from payments.events.store import READ_LOG
+from payments.events.store import READ_LOG, LogEntry
 from payments.projections.payments import PaymentsProjection
 from tests.invariants.checker import TABLES, check
 from tests.support import ORDER_ID, History, append, follow, histories

@@ -7,7 +7,8 @@ import psycopg
 import pytest
 
 from payments.database import Database
-from payments.events.chain import GENESIS, LogEntry, seal
+from payments.events.chain import GENESIS, seal
+from payments.events.store import LogEntry
 from payments.projections.follower import Follower
 from payments.projections.seals import SealsProjection
 from payments.service import Service

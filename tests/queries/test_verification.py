@@ -11,7 +11,8 @@ import psycopg
 import pytest
 
 from payments.database import Database, DatabaseAddress
-from payments.events.chain import GENESIS, LogEntry, read_line, seal, write_line
+from payments.events.chain import GENESIS, read_line, seal, write_line
+from payments.events.store import LogEntry
 from payments.projections.comparison import Comparison
 from payments.queries import verification as module
 from payments.queries.verification import (

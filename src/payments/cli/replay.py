@@ -15,8 +15,9 @@ from payments.cli.output import csv_line, one_line, print_rows
 from payments.cli.start import begin, with_database
 from payments.database import Database, DatabaseAddress
 from payments.errors import PaymentNotFound, StartError
-from payments.events.chain import LogEntry, write_line
+from payments.events.chain import write_line
 from payments.events.facts import FACTS
+from payments.events.store import LogEntry
 from payments.opening import open_database
 from payments.queries.as_of import get_payment_as_of
 from payments.queries.explain import summary, time_text

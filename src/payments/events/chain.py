@@ -19,10 +19,11 @@ import base64
 import struct
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
-from typing import NamedTuple
 from uuid import UUID
 
 import msgspec
+
+from payments.events.store import LogEntry
 
 GENESIS = bytes(32)
 _HEAD = struct.Struct(">q16sqqi")
@@ -30,17 +31,6 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _encoder = msgspec.json.Encoder()
 _text = msgspec.json.Decoder(msgspec.Raw)  # only looks whether it is JSON
-
-
-class LogEntry(NamedTuple):
-    """A row of the log, all of it: an event with its place; `state` as it was stored."""
-
-    position: int
-    payment_id: UUID
-    version: int
-    topic: str
-    state: bytes
-    recorded_at: datetime
 
 
 def seal(previous: bytes, entry: LogEntry) -> bytes:

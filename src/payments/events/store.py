@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
+import psycopg
 from eventsourcing.persistence import StoredEvent
 
 from payments.database import Database
@@ -276,6 +277,17 @@ SELECT originator_id, min(notification_id) FILTER (WHERE topic = 'PaymentCharged
 APPENDED, REPEATED, CONFLICT, CAPTURED = "appended", "repeated", "conflict", "captured"
 
 
+class LogEntry(NamedTuple):
+    """A row of the log, all of it: an event with its place; `state` as it was stored."""
+
+    position: int
+    payment_id: UUID
+    version: int
+    topic: str
+    state: bytes
+    recorded_at: datetime
+
+
 def append_params(
     appends: Sequence[Sequence[StoredEvent]], predecessors: Sequence[bytes | None] | None = None
 ) -> tuple[BinaryArray | datetime, ...]:
@@ -320,12 +332,26 @@ def to_fact(stored: StoredEvent) -> Fact:
     return fact_at(stream, stored.originator_version, stored.topic, stored.state)
 
 
+def fact_of(entry: LogEntry) -> Fact:
+    """The fact of a row of the log; UndecodableEvent."""
+    return fact_at(entry.payment_id, entry.version, entry.topic, entry.state)
+
+
 def fact_at(stream: UUID, version: int, topic: str, state: bytes) -> Fact:
     """The fact of a row; UndecodableEvent, also for bytes that say that they are of another row."""
     fact = facts.decode(topic, state)
     if fact.version != version or fact.payment_id != stream:
         raise UndecodableEvent("the event belongs to another stream or version")
     return fact
+
+
+async def read_events(
+    connection: psycopg.AsyncConnection[Any], query: str, params: list[Any]
+) -> list[LogEntry]:
+    """What one of the queries for whole rows finds."""
+    async with connection.cursor(binary=True) as cursor:
+        await cursor.execute(query.encode(), params)
+        return [LogEntry(*row) for row in await cursor.fetchall()]
 
 
 class LoadedPayment(NamedTuple):

@@ -15,7 +15,6 @@ import psycopg
 from payments.database import Database
 from payments.deciding import is_of_unfulfilled, unfulfilled_refund_id
 from payments.events.arrays import bigints, integers, texts, timestamps, uuids
-from payments.events.chain import LogEntry
 from payments.events.facts import (
     FACTS,
     PaymentCharged,
@@ -23,8 +22,7 @@ from payments.events.facts import (
     PaymentRefunded,
     UndecodableEvent,
 )
-from payments.events.store import LOAD_STREAMS, READ_LOG, fact_at
-from payments.projections.follower import read_events
+from payments.events.store import LOAD_STREAMS, READ_LOG, LogEntry, fact_at, fact_of, read_events
 
 BACKFILL_EVENTS = 1000  # in one transaction
 
@@ -220,7 +218,7 @@ def _owed(event: LogEntry) -> _Owed | None:
             return None
         case topic:
             raise UndecodableEvent(f"unknown topic {topic!r}")
-    fact = fact_at(*event[1:5])
+    fact = fact_of(event)
     assert isinstance(fact, Outcome)
     if isinstance(fact, PaymentRefunded) and fact.refunded_cents < fact.captured_cents:
         return None  # the payment stays a SUCCESS

@@ -20,10 +20,9 @@ import psycopg
 from loguru import logger
 
 from payments.database import cut_after
-from payments.events.chain import LogEntry
 from payments.events.facts import UndecodableEvent, traceparent_of
 from payments.events.notifier import LISTEN
-from payments.events.store import READ_LOG, READ_STREAM_PART
+from payments.events.store import READ_LOG, READ_STREAM_PART, LogEntry, read_events
 from payments.logs import Repeats
 from payments.payment import UnexpectedEvent
 from payments.tasks import end
@@ -368,15 +367,6 @@ async def _was_notified(connection: psycopg.AsyncConnection[Any]) -> bool:
     """Whether a NOTIFY has come, also during a batch: psycopg keeps them for whoever asks, without
     bound. Raises OperationalError if the connection is lost."""
     return bool([None async for _ in connection.notifies(timeout=0)])
-
-
-async def read_events(
-    connection: psycopg.AsyncConnection[Any], query: str, params: list[Any]
-) -> list[LogEntry]:
-    """What one of the store's queries for whole rows finds."""
-    async with connection.cursor(binary=True) as cursor:
-        await cursor.execute(query.encode(), params)
-        return [LogEntry(*row) for row in await cursor.fetchall()]
 
 
 def _is_the_events_fault(error: Exception) -> bool:

@@ -13,8 +13,7 @@ import psycopg
 
 from payments import sendings, unsettled
 from payments.events.arrays import BinaryArray, doubles, integers, texts, timestamps, uuids
-from payments.events.chain import LogEntry
-from payments.events.store import LOAD_STREAMS, fact_at
+from payments.events.store import LOAD_STREAMS, LogEntry, fact_at, fact_of
 from payments.payment import DECLINED, Payment, Refund, Status, evolve
 from payments.settings import DEFAULT_CLIENT
 
@@ -175,7 +174,7 @@ async def _fold(events: Sequence[LogEntry], earlier: dict[UUID, Payment]) -> lis
             await asyncio.sleep(0)
         stream = event.payment_id
         before = payments.get(stream) or earlier.get(stream)
-        payments[stream] = evolve(before, fact_at(*event[1:5]))
+        payments[stream] = evolve(before, fact_of(event))
     return list(payments.values())
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import psycopg
 
 from payments.events.arrays import bigints, byteas
-from payments.events.chain import GENESIS, LogEntry, seal
+from payments.events.chain import GENESIS, seal
+from payments.events.store import LogEntry
 
 BATCH_MAX = 1000  # events; a larger one keeps the event loop for longer than a request should wait
 YIELD_EVERY = 200  # events; in between the event loop serves requests

@@ -10,7 +10,6 @@ from msgspec import UnsetType
 
 from payments.database import Database
 from payments.errors import PaymentUnreadable
-from payments.events.chain import LogEntry
 from payments.events.facts import (
     Fact,
     LateCaptureFound,
@@ -24,7 +23,7 @@ from payments.events.facts import (
     RefundInitiated,
     UndecodableEvent,
 )
-from payments.events.store import LOAD_ENTRIES, fact_at, fold_stored
+from payments.events.store import LOAD_ENTRIES, LogEntry, fact_of, fold_stored
 from payments.legacy import key_of_none
 from payments.money import amount_text
 from payments.payment import Payment
@@ -82,7 +81,7 @@ async def explain(database: Database, payment_id: UUID) -> Explanation:
 def summary(event: LogEntry) -> str:
     """What an event says, in a few words."""
     try:
-        return _words(fact_at(event.payment_id, event.version, event.topic, event.state))
+        return _words(fact_of(event))
     except UndecodableEvent as error:
         return f"cannot be read: {error}"
 
@@ -110,7 +109,7 @@ def fulfilment_text(found: FulfilmentView) -> str:
 
 def _of_event(event: LogEntry) -> Entry:
     try:
-        fact = fact_at(event.payment_id, event.version, event.topic, event.state)
+        fact = fact_of(event)
     except UndecodableEvent as error:
         text = f"cannot be read: {error}"
         return Entry(event.recorded_at, event.topic, None, text, event.position)

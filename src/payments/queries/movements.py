@@ -15,7 +15,7 @@ from payments.events.facts import (
     RefundInitiated,
     UndecodableEvent,
 )
-from payments.events.store import fact_at
+from payments.events.store import fact_at, fact_of
 from payments.queries.replay import Replay, Sealed
 
 Moved = PaymentCharged | LateCaptureFound | PaymentRefunded | LateCaptureReturned
@@ -77,7 +77,7 @@ def _asked_for(log: Replay, payment_ids: Sequence[UUID]) -> Asked:
 def _movement(found: Sealed, asked: Asked) -> Movement | Unreadable | None:
     event = found.event
     try:
-        fact: Fact = fact_at(event.payment_id, event.version, event.topic, event.state)
+        fact: Fact = fact_of(event)
     except UndecodableEvent:
         return Unreadable(event.position)
     assert isinstance(fact, Moved)

@@ -18,7 +18,6 @@ import psycopg
 
 from payments.database import DatabaseAddress, reason_of
 from payments.errors import StartError
-from payments.events.chain import LogEntry
 from payments.events.store import (
     HEAD_POSITION,
     READ_ASKED_FOR,
@@ -27,6 +26,7 @@ from payments.events.store import (
     READ_NEXT_TIME,
     READ_PART,
     READ_PART_EVENTS,
+    LogEntry,
 )
 from payments.snapshot import Reader, Rows, Source
 

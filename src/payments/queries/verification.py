@@ -13,13 +13,14 @@ import msgspec
 
 from payments.database import Database
 from payments.errors import StartError
-from payments.events.chain import GENESIS, LogEntry, read_line, seal
+from payments.events.chain import GENESIS, read_line, seal
 from payments.events.losses import ACCEPTED_LOSSES, LOG_ID, OPEN_LOSS, AcceptedLoss, OpenLoss
 from payments.events.store import (
     READ_ENDS,
     READ_PLACELESS,
     READ_PLACES,
     SHARED_CAPTURES,
+    LogEntry,
 )
 from payments.snapshot import Reader, Rows, Source, windows
 
