@@ -13,8 +13,7 @@ import pytest
 from payments.database import DatabaseAddress, connect
 from payments.deciding import payment_id_for
 from payments.events import facts
-from payments.events.chain import LogEntry
-from payments.events.store import READ_LOG, fact_at
+from payments.events.store import READ_LOG, LogEntry, fact_of
 from payments.legacy import LegacyRow, facts_of
 from payments.payment import Payment, Status, fold
 from tests.legacy.conftest import Command, Node
@@ -35,7 +34,7 @@ def log_of(node: Node) -> dict[uuid.UUID, list[facts.Fact]]:
     streams: dict[uuid.UUID, list[facts.Fact]] = {}
     for row in node.execute(READ_LOG, [0, 100_000]).fetchall():
         entry = LogEntry(*row)
-        streams.setdefault(entry.payment_id, []).append(fact_at(*entry[1:5]))
+        streams.setdefault(entry.payment_id, []).append(fact_of(entry))
     return streams
 
 

@@ -34,12 +34,12 @@ from payments.commands.legacy_rows import (
 from payments.database import DatabaseAddress
 from payments.errors import StartError
 from payments.events.arrays import uuids
-from payments.events.chain import LogEntry
 from payments.events.store import (
     APPEND,
     APPENDED,
     CAPTURED,
     REPEATED,
+    LogEntry,
     append_params,
     to_stored_event,
 )

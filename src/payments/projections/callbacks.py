@@ -22,7 +22,7 @@ from payments.events.facts import (
     PaymentRefunded,
     UndecodableEvent,
 )
-from payments.events.store import LOAD_STREAMS, READ_LOG, LogEntry, fact_at, fact_of, read_events
+from payments.events.store import LOAD_STREAMS, READ_LOG, LogEntry, fact_of, read_events
 
 BACKFILL_EVENTS = 1000  # in one transaction
 
