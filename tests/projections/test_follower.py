@@ -19,7 +19,8 @@ from payments.database import Database, DatabaseAddress
 from payments.events.facts import Fact
 from payments.events.store import LogEntry, to_stored_event
 from payments.projections import follower as follower_module
-from payments.projections.follower import Follower, Projection
+from payments.projections.follower import Follower
+from payments.projections.parking import Projection
 from payments.projections.payments import PaymentsProjection
 from payments.telemetry import Telemetry
 from tests.invariants.checker import check

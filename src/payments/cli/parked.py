@@ -15,7 +15,7 @@ from payments.queries.followers import ParkedStream, parked_streams
 from payments.settings import Settings
 
 if TYPE_CHECKING:
-    from payments.projections.follower import Parked
+    from payments.projections.parking import Parked
 
 
 @click.group()

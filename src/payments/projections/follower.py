@@ -4,27 +4,25 @@ One transaction holds a batch's rows and the position behind it, so each event i
 follower's row in `followers` is locked meanwhile, so among any number of processes one is active;
 its lock goes with its transaction, and another takes over.
 
-A stream that cannot be applied is parked, and the others go on: see `_apply_or_park`.
+A stream that cannot be applied is parked, and the others go on: see parking.py.
 """
 
 import asyncio
 import time
-import traceback
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import psycopg
-from loguru import logger
 
 from payments.database import cut_after
-from payments.events.facts import UndecodableEvent, traceparent_of
+from payments.events.facts import traceparent_of
 from payments.events.notifier import LISTEN
-from payments.events.store import READ_LOG, READ_STREAM_PART, LogEntry, read_events
+from payments.events.store import READ_LOG, read_events
 from payments.logs import Repeats
-from payments.payment import UnexpectedEvent
+from payments.projections.parking import Parked, Parking, Projection, fetch_one
 from payments.tasks import end
 from payments.tracing import spans_since
 
@@ -54,57 +52,9 @@ AWAIT_POSITION = """
 SELECT position FROM followers WHERE name = %s FOR UPDATE
 """
 
-# To be read once the position is taken: the follower before may just have parked one.
-PARKED_IDS = """
-SELECT payment_id FROM parked_streams WHERE follower = %s
-"""
-
-PARKED_POSITION = """
-SELECT position FROM parked_streams WHERE follower = %s AND payment_id = %s
-"""
-
 MOVE_POSITION = """
 UPDATE followers SET position = %s, updated_at = clock_timestamp() WHERE name = %s
 """
-
-PARK = """
-INSERT INTO parked_streams (follower, payment_id, position, reason) VALUES (%s, %s, %s, %s)
-    ON CONFLICT (follower, payment_id) DO UPDATE SET reason = excluded.reason
-"""
-
-LIST_PARKED = """
-SELECT payment_id, position, reason, parked_at
-  FROM parked_streams WHERE follower = %s ORDER BY position
-"""
-
-UNPARK = """
-DELETE FROM parked_streams WHERE follower = %s AND payment_id = %s
-"""
-
-
-class Projection(Protocol):
-    """What a follower keeps up to date. Its name is that of its row in `followers`."""
-
-    name: str
-
-    async def apply(
-        self, connection: psycopg.AsyncConnection[Any], events: Sequence[LogEntry]
-    ) -> None:
-        """Writes what these events mean, within the follower's transaction.
-
-        The events are in order, and of each stream nothing is left out between what was applied
-        before and these. Raises for the whole batch if one of them cannot be applied.
-        """
-        ...
-
-
-class Parked(NamedTuple):
-    """A stream that is parked; `position` is its first event that was not applied."""
-
-    payment_id: UUID
-    position: int
-    reason: str
-    parked_at: Any
 
 
 class Follower:
@@ -123,7 +73,7 @@ class Follower:
         """`applied` is called whenever a batch is committed. One that does not listen looks at the
         log every POLL_S only: its batches are larger, and cost the appends less."""
         self._connect = connect
-        self._projection = projection
+        self._parking = Parking(projection)
         self._name = projection.name
         self._telemetry = telemetry
         self._batch_max = self._limit = batch_max
@@ -171,13 +121,13 @@ class Follower:
         connection = await self._connection()
         with cut_after(connection, BATCH_TIMEOUT_S):
             async with connection.transaction():
-                position = await _one(connection, TAKE_POSITION, [self._name])
+                position = await fetch_one(connection, TAKE_POSITION, [self._name])
                 if position is None:
                     return 0
                 events = await read_events(connection, READ_LOG, [position, self._limit])
                 if not events:
                     return 0
-                await self._apply(connection, events)
+                await self._parking.apply(connection, events)
                 await connection.execute(MOVE_POSITION, [events[-1].position, self._name])
         self._applied()
         self._telemetry.follower_applied[self._name].inc(len(events))
@@ -191,8 +141,7 @@ class Follower:
         """The parked streams, oldest first."""
         connection = await self._connection()
         with cut_after(connection, BATCH_TIMEOUT_S):
-            cursor = await connection.execute(LIST_PARKED, [self._name])
-            return [Parked(*row) for row in await cursor.fetchall()]
+            return await self._parking.parked(connection)
 
     async def retry_parked(self, payment_ids: Collection[UUID] | None = None) -> list[Parked]:
         """Applies what parked streams have missed (all, or these); returns those still parked.
@@ -222,17 +171,8 @@ class Follower:
         connection = await self._connection()
         with cut_after(connection, BATCH_TIMEOUT_S):
             async with connection.transaction():
-                position = await _one(connection, AWAIT_POSITION, [self._name])
-                # Another process may have retried it since, and parked it again further on.
-                first = await _one(connection, PARKED_POSITION, [self._name, payment_id])
-                if first is None:
-                    return
-                events = await read_events(
-                    connection, READ_STREAM_PART, [payment_id, first, position]
-                )
-                # Without any it was parked by hand, and there is nothing to apply.
-                if not events or await self._apply_or_park(connection, events):
-                    await connection.execute(UNPARK, [self._name, payment_id])
+                position = await fetch_one(connection, AWAIT_POSITION, [self._name])
+                await self._parking.retry(connection, payment_id, position)
 
     async def _run(self) -> None:
         """Follows until cancelled, whatever happens to the database."""
@@ -309,81 +249,8 @@ class Follower:
                     await self._opened.execute(LISTEN)
         return self._opened
 
-    async def _parked_ids(self, connection: psycopg.AsyncConnection[Any]) -> set[UUID]:
-        cursor = await connection.execute(PARKED_IDS, [self._name])
-        return {payment_id for (payment_id,) in await cursor.fetchall()}
-
-    async def _apply(
-        self, connection: psycopg.AsyncConnection[Any], events: list[LogEntry]
-    ) -> None:
-        parked = await self._parked_ids(connection)
-        events = [event for event in events if event.payment_id not in parked]
-        if events:
-            await self._apply_or_park(connection, events)
-
-    async def _apply_or_park(
-        self, connection: psycopg.AsyncConnection[Any], events: list[LogEntry]
-    ) -> bool:
-        """Applies the events, but parks the streams that cannot be; returns whether there is none.
-
-        A batch that fails is halved until the culprits are alone, each part in a savepoint: stream
-        by stream, one of them would make a large batch take longer than it may.
-        """
-        try:
-            async with connection.transaction():
-                await self._projection.apply(connection, events)
-        except Exception as error:
-            if not _is_the_events_fault(error):
-                raise
-            reason = _reason(error)
-        else:
-            return True
-        streams = list(dict.fromkeys(event.payment_id for event in events))
-        if len(streams) == 1:
-            await self._park(connection, events[0], reason)
-            return False
-        half = set(streams[: len(streams) // 2])
-        for part in (True, False):
-            of_part = [event for event in events if (event.payment_id in half) is part]
-            await self._apply_or_park(connection, of_part)
-        return False
-
-    async def _park(
-        self, connection: psycopg.AsyncConnection[Any], first: LogEntry, reason: str
-    ) -> None:
-        logger.bind(follower=self._name, payment_id=first.payment_id, reason=reason).error(
-            "a stream is parked: `payments parked list`"
-        )
-        await connection.execute(PARK, [self._name, first.payment_id, first.position, reason])
-
-
-async def _one(connection: psycopg.AsyncConnection[Any], query: str, params: list[Any]) -> Any:
-    cursor = await connection.execute(query.encode(), params)
-    row = await cursor.fetchone()
-    return row[0] if row else None
-
 
 async def _was_notified(connection: psycopg.AsyncConnection[Any]) -> bool:
     """Whether a NOTIFY has come, also during a batch: psycopg keeps them for whoever asks, without
     bound. Raises OperationalError if the connection is lost."""
     return bool([None async for _ in connection.notifies(timeout=0)])
-
-
-def _is_the_events_fault(error: Exception) -> bool:
-    """Whether it would fail again: not for a lost connection, a lock, or a full disk."""
-    if isinstance(error, psycopg.Error):
-        # SQLSTATE classes 22 and 23, and what psycopg itself refuses to send.
-        return isinstance(error, psycopg.DataError | psycopg.IntegrityError)
-    return not isinstance(error, OSError | MemoryError)
-
-
-def _reason(error: Exception) -> str:
-    """For people. Other messages than our own may quote what is in a row."""
-    kind = type(error).__name__
-    if isinstance(error, UndecodableEvent | UnexpectedEvent):
-        return f"{kind}: {error}"[:500]
-    if isinstance(error, psycopg.Error):
-        names = (error.diag.table_name, error.diag.column_name, error.diag.constraint_name)
-        return " ".join(part for part in (error.sqlstate, kind, *names) if part)
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    return f"{kind} in {frame.f_code.co_qualname}, line {line}"
