@@ -24,7 +24,7 @@ from benchmarks.load import Figures
 from benchmarks.overload import Overload
 from benchmarks.parts import PARTS, Part
 from payments import embedded_postgres
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.logs import set_up_logs
 
 MORE: tuple[type[Part], ...] = (

@@ -13,7 +13,7 @@ import uvloop
 from benchmarks.child import ROOT, ChildError
 from benchmarks.load import Figures
 from benchmarks.parts import Part, append_for
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 
 # However few commit at the time: what a slow disk, or a standby that is waited for, would take.
 SLOW_COMMITS = ("commit_delay = 3000", "commit_siblings = 0")

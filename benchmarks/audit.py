@@ -18,7 +18,7 @@ from benchmarks.child import output_of
 from benchmarks.load import Figures
 from benchmarks.log import fill_log, project, seal_log
 from benchmarks.parts import Part
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.projections.comparison import slices
 from payments.projections.rebuild import check, rebuild
 from payments.queries.verification import Verification, ends_of, missing_seals, places_of

@@ -18,7 +18,7 @@ from benchmarks.client_limit import SECRET, SinkProcess
 from benchmarks.load import Figures
 from benchmarks.parts import Part
 from benchmarks.process import ServerProcess
-from payments.database import Database
+from payments.database.connections import Database
 from payments.deciding import Cause, ChargeRequest, initiate, record_outcome
 from payments.events.store import APPEND, append_params, to_stored_event
 from payments.payment import Approved, evolve

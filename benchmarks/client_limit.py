@@ -18,7 +18,7 @@ from benchmarks.load import Figures
 from benchmarks.parts import Part
 from payments.callbacks.dispatcher import CONCURRENCY_MAX, CallbackBody
 from payments.callbacks.endpoint import Endpoint
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 
 ANSWER = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 22\r\n\r\n"

@@ -31,7 +31,7 @@ from benchmarks.log import fill_log
 from benchmarks.parts import Part
 from benchmarks.process import ServerProcess
 from payments.callbacks import outbox
-from payments.database import Database, DatabaseAddress, connect
+from payments.database.connections import Database, DatabaseAddress, connect
 from payments.logs import set_up_logs
 from payments.projections.callbacks import begin_at_the_end
 from payments.service import build_dispatcher, build_followers

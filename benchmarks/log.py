@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.deciding import (
     Cause,
     ChargeRequest,

@@ -22,7 +22,7 @@ from benchmarks.load import Figures, Load
 from benchmarks.log import fill_log, project
 from benchmarks.process import ServerProcess
 from payments import embedded_postgres
-from payments.database import Database, DatabaseAddress, create_database_if_missing
+from payments.database.connections import Database, DatabaseAddress, create_database_if_missing
 from payments.deciding import Cause, ChargeRequest, initiate
 from payments.events.appender import Appender
 from payments.events.notifier import Notifier

@@ -31,7 +31,7 @@ from benchmarks.child import ROOT, ChildError
 from payments.admission import Admission
 from payments.commands import recording
 from payments.commands.charge import Charged, ChargePayment
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.deciding import ChargeRequest, fingerprint, payment_id_for
 from payments.logs import set_up_logs
 from payments.payment import Payment, Status

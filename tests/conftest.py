@@ -19,7 +19,12 @@ from psycopg.sql import SQL, Identifier
 
 from payments import embedded_postgres, environment
 from payments.cli import main
-from payments.database import Database, DatabaseAddress, connect, create_database_if_missing
+from payments.database.connections import (
+    Database,
+    DatabaseAddress,
+    connect,
+    create_database_if_missing,
+)
 from payments.migrations import migrate
 from payments.service import Service
 from payments.settings import Settings

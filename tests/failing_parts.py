@@ -12,7 +12,7 @@ from benchmarks import __main__ as benchmark
 from benchmarks.child import output_of
 from benchmarks.load import Figures
 from benchmarks.parts import Part
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 
 
 class Sound(Part):

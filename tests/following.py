@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from tests.process import ROOT, environment
 
 PAGE = ROOT / "docs/following-the-log.md"

@@ -21,7 +21,7 @@ import psutil
 import psycopg
 
 from payments import embedded_postgres
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.embedded_postgres import supervisor
 from tests.process import at
 

@@ -15,7 +15,7 @@ from typing import Literal, Self
 
 import msgspec
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 
 KNOWN_PARAMETERS = {"user", "database", "application_name", "client_encoding"}
 WAIT_S = 10.0

@@ -19,7 +19,7 @@ import psutil
 from click.testing import CliRunner
 from loguru import logger
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 
 PAYMENTS = (sys.executable, "-m", "payments")
 START_TIMEOUT_S = 30

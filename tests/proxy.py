@@ -9,7 +9,7 @@ from typing import Self
 
 import msgspec
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 
 _READY_FOR_QUERY = b"Z\x00\x00\x00\x05I"  # sent after the commit
 

@@ -6,7 +6,7 @@ from typing import Self
 
 import msgspec
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 
 
 class SilentNetwork:

@@ -14,7 +14,7 @@ import psycopg
 from eventsourcing.persistence import StoredEvent
 
 from payments.commands.charge import ChargePayment
-from payments.database import Database
+from payments.database.connections import Database
 from payments.deciding import (
     Cause,
     ChargeRequest,

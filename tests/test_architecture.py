@@ -32,13 +32,13 @@ LAYERS = (
     ("payments.errors", "payments.telemetry", "payments.logs", "payments.embedded_postgres"),
     ("payments.tracing",),
     ("payments.callbacks.signing", "payments.fulfilment.responses"),
-    ("payments.settings", "payments.admission", "payments.shared", "payments.names"),
+    ("payments.settings", "payments.admission", "payments.shared", "payments.database.resolving"),
     ("payments.events.facts",),
     ("payments.payment",),
     ("payments.deciding",),
     ("payments.legacy",),
-    ("payments.session",),
-    ("payments.database",),
+    ("payments.database.session",),
+    ("payments.database.connections",),
     (
         *("payments.migrations", "payments.events", "payments.gateways"),
         *("payments.unsettled", "payments.sendings", "payments.legacy_ids", "payments.brake"),
@@ -175,8 +175,8 @@ def test_every_connection_to_the_database_is_opened_in_one_place() -> None:
     """There its session is set up."""
     opening = re.compile(r"\b(psycopg|Connection|_Connection)\.connect\(|\bConnectionPool\(")
     found = {name for name, path in MODULES.items() if opening.search(path.read_text("utf-8"))}
-    assert found == {"payments.database"}
-    assert importers_of("psycopg_pool") == {"payments.database"}
+    assert found == {"payments.database.connections"}
+    assert importers_of("psycopg_pool") == {"payments.database.connections"}
 
 
 def test_the_service_does_not_read_with_the_librarys_classes() -> None:

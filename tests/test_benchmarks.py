@@ -15,7 +15,7 @@ from tests.process import ROOT
 SERVE = """
 import sys
 from benchmarks.process import ServerProcess
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 ServerProcess("floor_post", DatabaseAddress("", 0, "", None, ""), {}).start()
 print("started", flush=True)
 sys.stdin.read()

@@ -10,7 +10,7 @@ import pytest
 from click.testing import Result
 
 from payments import brake
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 
 pytestmark = pytest.mark.anyio
 

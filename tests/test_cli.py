@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from payments.cli.output import print_rows
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.settings import VARIABLES, read_settings
 from tests.process import ServiceProcess, at, free_port, invoke, run, working
 from tests.support import History, append, eventually

@@ -17,7 +17,7 @@ from click.testing import Result
 
 from payments.cli import progress
 from payments.cli.audit import SHOWN_MAX
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.events.facts import encode
 from payments.queries import verification
 from tests.process import PAYMENTS, ROOT, at, environment, peak_mb

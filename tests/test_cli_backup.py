@@ -17,7 +17,7 @@ from payments import embedded_postgres
 from payments.cli import programs
 from payments.cli.backup import NOT_EVERYWHERE, copy_script
 from payments.cli.programs import environment
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.embedded_postgres import EmbeddedPostgresError
 from payments.migrations import migrate
 from tests.outside_postgres import OutsidePostgres

@@ -17,12 +17,12 @@ import psycopg
 import pytest
 from click.testing import Result
 
-from payments import session
 from payments.cli import checks
 from payments.cli.checks import ALERTS, ROLES, Told
-from payments.database import DatabaseAddress, connect
+from payments.database import session
+from payments.database.connections import DatabaseAddress, connect
+from payments.database.session import SETTINGS
 from payments.queries.server import Server
-from payments.session import SETTINGS
 from tests.process import ROOT, ServiceProcess, at
 from tests.queries.rows import insert, insert_fulfilment, view
 from tests.support import History, append, eventually

@@ -18,7 +18,7 @@ from click.testing import Result
 from payments.cli import main
 from payments.cli.exits import OutputError, _Stderr, _Stdout
 from payments.cli.output import print_rows
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from tests.process import PAYMENTS, at, environment, run
 from tests.support import ORDER_ID, History, append, append_stored, eventually, stored_event
 from tests.test_cli_audit import catch_up

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from payments.cli import COMMANDS, main
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.embedded_postgres import wait_until_stopped
 from tests.process import at, environment, open_directory, run
 from tests.support import ORDER_ID

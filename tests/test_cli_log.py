@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from click.testing import Result
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.events.losses import DATABASE_ID
 from payments.events.watch import KeptHead, write_head
 from tests.lost_log import lose_after

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from payments.cli.output import csv_line
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.events.chain import GENESIS, read_line, seal, write_line
 from payments.events.store import LogEntry
 from tests.process import PAYMENTS, ROOT, at, environment, peak_mb

@@ -7,8 +7,8 @@ import psycopg
 import pytest
 from psycopg.sql import SQL, Identifier
 
-from payments.database import Database, DatabaseAddress, connect
-from payments.session import SETTINGS
+from payments.database.connections import Database, DatabaseAddress, connect
+from payments.database.session import SETTINGS
 from tests.pooler import Pooler
 
 pytestmark = pytest.mark.anyio

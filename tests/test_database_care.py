@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from payments import embedded_postgres
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from tests.invariants.checker import check
 from tests.process import ROOT, ServiceProcess, at, invoke, open_directory, run
 from tests.support import ORDER_ID, ledger_rows

@@ -24,7 +24,7 @@ import web.app  # noqa: F401 - defines every error of the API
 from payments.callbacks.dispatcher import CallbackBody
 from payments.callbacks.retry import WAIT_MAX_S, schedule
 from payments.cli import main
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.errors import PaymentsError
 from payments.fulfilment.responses import CONFIRMED, FAILED, read_status, said_of
 from payments.queries.callbacks import CallbackView

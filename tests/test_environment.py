@@ -18,7 +18,7 @@ from psycopg import pq
 from psycopg.sql import SQL, Identifier
 
 from payments.cli.greeting import greeting, url_of
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.environment import LIBPQ, forget
 from payments.migrations import known_migrations
 from payments.probe import address as probed

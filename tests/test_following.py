@@ -13,7 +13,7 @@ import msgspec
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress, connect, create_database_if_missing
+from payments.database.connections import DatabaseAddress, connect, create_database_if_missing
 from payments.events.facts import FACTS, Fact
 from payments.migrations import migrate
 from tests.following import PAGE, Follower

@@ -18,7 +18,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.events.store import SLICE_END
 from payments.projections import comparison
 from payments.projections.rebuild import check, rebuild

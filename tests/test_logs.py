@@ -26,7 +26,7 @@ import pytest
 from loguru import logger
 
 import payments.logs
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.logs import log_money, set_up_logs
 from tests.process import PAYMENTS, ServiceProcess, at, environment, free_port
 

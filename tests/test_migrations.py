@@ -15,7 +15,7 @@ import pytest
 from loguru import logger
 
 from payments import migrations
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.errors import StartError
 from payments.migrations import (
     LOCK_KEYS,
@@ -30,7 +30,7 @@ Connection = psycopg.Connection[Any]
 
 MIGRATE = """
 import sys, msgspec
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.migrations import migrate
 address = msgspec.json.decode(sys.argv[1], type=DatabaseAddress)
 print(len(migrate(address)))

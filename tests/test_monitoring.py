@@ -16,7 +16,7 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.errors import DatabaseUnavailable, PaymentsError
 from payments.service import Service
 from payments.telemetry import Telemetry

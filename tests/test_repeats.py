@@ -14,7 +14,7 @@ from payments import logs
 from payments.callbacks.dispatcher import Dispatcher
 from payments.commands import recording
 from payments.commands.recording import Recorder
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.deciding import record_outcome
 from payments.events.appender import Appender, StreamConflict
 from payments.events.store import to_stored_event

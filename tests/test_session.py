@@ -10,14 +10,14 @@ import pytest
 from click.testing import Result
 from loguru import logger
 
-from payments import database as database_module
-from payments import session
-from payments.database import Database, DatabaseAddress, connect, refuse_pooling
+from payments.database import connections as database_module
+from payments.database import session
+from payments.database.connections import Database, DatabaseAddress, connect, refuse_pooling
+from payments.database.session import SETTINGS, SessionUnfit
 from payments.errors import DatabaseUnavailable, StartError
 from payments.events.appender import Appender
 from payments.logs import Repeats
 from payments.queries.server import unsafe_settings
-from payments.session import SETTINGS, SessionUnfit
 from payments.telemetry import Telemetry
 from tests.events.test_appender import commits, let_commits_not_wait, log_of
 from tests.machine import within

@@ -9,7 +9,7 @@ import pytest
 from click.testing import Result
 from loguru import logger
 
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.migrations import check_migrated, check_readable, migrate, shape
 from tests.support import History, append, follow
 

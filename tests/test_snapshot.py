@@ -8,8 +8,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments import database
-from payments.database import DatabaseAddress
+from payments.database import connections as database
+from payments.database.connections import DatabaseAddress
 from payments.errors import StartError
 from payments.snapshot import Reader, Snapshot, windows
 from tests.machine import within

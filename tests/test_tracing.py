@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from payments import tracing
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.service import Service
 from tests.machine import within
 from tests.process import ServiceProcess, at, free_port

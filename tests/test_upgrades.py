@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from click.testing import Result
 
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.migrations import known_migrations
 from tests.process import ServiceProcess, at, free_port, run
 from tests.support import ORDER_ID, History, append, follow, seal_log

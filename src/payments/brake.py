@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Literal, NamedTuple
 from uuid import UUID
 
-from payments.database import Database
+from payments.database.connections import Database
 
 # Within an hour; if that is more, one in so many of the payments that were captured in it.
 FEWEST = 20

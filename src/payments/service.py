@@ -23,7 +23,7 @@ from payments.commands.runs import Runs
 from payments.commands.settle import Settler
 from payments.commands.settling import Settling
 from payments.commands.unfulfilled import Unfulfilled
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.errors import DatabaseUnavailable, StartError
 from payments.events.appender import Appender
 from payments.events.notifier import Notifier

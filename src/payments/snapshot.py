@@ -15,7 +15,13 @@ from typing import Any, Protocol, Self, TypeVar
 
 import psycopg
 
-from payments.database import CONFLICTS, DatabaseAddress, again_on_conflict, connect, cut
+from payments.database.connections import (
+    CONFLICTS,
+    DatabaseAddress,
+    again_on_conflict,
+    connect,
+    cut,
+)
 from payments.errors import StartError
 from payments.events.store import HEAD_POSITION, READ_NEXT_PLACE
 

@@ -8,7 +8,7 @@ than it claimed came too late, or there is a new reason to ask, and it leaves th
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from payments.database import Database
+from payments.database.connections import Database
 
 # A lease and every pause end within this (commands/settling.py).
 DUE_WITHIN_S = 3600.0

@@ -18,7 +18,7 @@ import uvloop
 from litestar import Litestar
 from loguru import logger
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.gateways import Gateway
 from payments.opening import heads_dir
 from payments.service import Service, starting, stop_signals

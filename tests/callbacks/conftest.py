@@ -17,7 +17,7 @@ from payments.callbacks import dispatcher as dispatching
 from payments.callbacks.breaker import Breaker
 from payments.callbacks.dispatcher import Dispatcher
 from payments.callbacks.endpoint import Endpoint, Exchange
-from payments.database import Database
+from payments.database.connections import Database
 from payments.projections.callbacks import begin_at_the_end
 from payments.telemetry import Telemetry
 from tests.callbacks.outbox import Outbox

@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 
 from payments.callbacks.outbox import Claimed, Result, claim
-from payments.database import Database
+from payments.database.connections import Database
 from payments.events.facts import Fact
 from payments.projections.callbacks import CallbacksProjection
 from payments.projections.follower import Follower

@@ -12,7 +12,7 @@ from payments.callbacks import dispatcher as dispatching
 from payments.callbacks.endpoint import Exchange
 from payments.callbacks.outbox import claim, make_due, prune
 from payments.callbacks.retry import WAIT_MAX_S
-from payments.database import Database
+from payments.database.connections import Database
 from payments.queries.callbacks import backlog, oldest_age_s
 from tests.callbacks.conftest import PlayedEndpoint, answered, dispatching_to, failed, opened
 from tests.callbacks.outbox import Outbox, charges, claim_some, of

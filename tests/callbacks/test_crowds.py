@@ -11,7 +11,7 @@ import pytest
 from payments.callbacks import dispatcher as dispatching
 from payments.callbacks import outbox as statements
 from payments.callbacks.outbox import record
-from payments.database import Database
+from payments.database.connections import Database
 from tests.callbacks.conftest import PlayedEndpoint, dispatching_to
 from tests.callbacks.outbox import Outbox, charges, claim_some, result_of
 from tests.callbacks.test_long_queue import DELIVERIES

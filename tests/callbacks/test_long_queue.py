@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from payments.callbacks.outbox import Claimed, Result, claim, make_due, record
-from payments.database import Database
+from payments.database.connections import Database
 from tests.machine import Machine, bound
 
 pytestmark = pytest.mark.anyio

@@ -24,7 +24,7 @@ from payments.callbacks.breaker import OPEN_MAX_S, PROBES_MAX
 from payments.callbacks.dispatcher import Dispatcher
 from payments.callbacks.endpoint import Exchange
 from payments.callbacks.retry import ATTEMPTS_MAX, RETRY_FOR_S
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.telemetry import Telemetry
 from tests.callbacks.conftest import PlayedEndpoint, answered, failed
 

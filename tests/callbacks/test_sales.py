@@ -14,7 +14,7 @@ from typing import Any, Literal
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from tests.callbacks.sales import PAID, PER_S, Sale, new_orders
 from tests.doubles.order_faults import shard_of
 from tests.doubles.order_seats import Seating

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.gateways import Gateway, counted
 from payments.service import Service
 from payments.settings import Settings

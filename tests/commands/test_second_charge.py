@@ -9,7 +9,7 @@ import pytest
 
 from payments.commands import runs
 from payments.commands.refund import RefundPayment
-from payments.database import Database
+from payments.database.connections import Database
 from payments.deciding import RefundRequest, payment_id_for
 from payments.errors import DatabaseUnavailable, IdempotencyKeyReused, OrderAlreadyPaid
 from payments.payment import Status

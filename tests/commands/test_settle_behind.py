@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from click.testing import Result
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.payment import Status
 from payments.service import Service
 from payments.unsettled import claim

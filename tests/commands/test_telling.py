@@ -12,7 +12,7 @@ from loguru import logger
 
 from payments.commands.settle import Settler
 from payments.commands.telling import tell
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.gateways import OutcomeUnknown
 from payments.service import Service
 from tests.commands.conftest import Make

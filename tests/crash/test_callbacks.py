@@ -21,7 +21,7 @@ import pytest
 
 from payments.callbacks import lease_s
 from payments.callbacks.dispatcher import CONCURRENCY_MAX
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from tests.crash.test_money import nothing_open
 from tests.doubles.order_service import Fault, Options, OrderServiceProcess, Request
 from tests.invariants.callbacks import CallbackReport, check_callbacks, is_followed, nothing_due

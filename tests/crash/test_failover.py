@@ -10,8 +10,8 @@ import msgspec
 import psycopg
 import pytest
 
-from payments import database
-from payments.database import Database, connect
+from payments.database import connections as database
+from payments.database.connections import Database, connect
 from tests.outside_postgres import OutsidePostgres, Standby
 from tests.process import ServiceProcess, invoke
 from tests.support import eventually, ledger_rows

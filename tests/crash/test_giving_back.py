@@ -11,7 +11,7 @@ import httpx
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.deciding import payment_id_for, unfulfilled_refund_id
 from payments.fulfilment import table
 from tests.callbacks.sales import PAID, Sale

@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.deciding import payment_id_for
 from tests.crash.client import Answer, Caller, race
 from tests.doubles.provider import Fault, FaultKind, ProviderProcess

@@ -22,7 +22,7 @@ import psycopg
 import pytest
 
 from payments.commands.refund import RefundPayment
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.deciding import RefundRequest, payment_id_for
 from payments.errors import DatabaseUnavailable
 from payments.service import Service

@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from tests.crash.mixed_load import MixedLoad
 from tests.invariants.checker import check
 from tests.machine import Machine, bound

@@ -13,7 +13,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.events.chain import read_line
 from payments.migrations import migrate
 from payments.queries.server import Horizon, horizon

@@ -13,7 +13,7 @@ import msgspec
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.deciding import payment_id_for
 from tests.callbacks.sales import new_orders
 from tests.commands.looking import topics

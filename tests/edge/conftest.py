@@ -4,7 +4,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from tests.conftest import Clones
 from tests.process import ServiceProcess, at
 

@@ -16,7 +16,7 @@ import psutil
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from tests.edge.raw import Answer, Connection
 from tests.edge.requests import BODY
 from tests.events.test_appender import lock_held

@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from tests.process import ROOT, ServiceProcess, at, free_port
 from web.door import OPEN_PER_S
 from web.throttle import AT_ONCE_PER_S, GIVEN_MAX, TURN_S

@@ -15,7 +15,7 @@ import pytest
 from eventsourcing.persistence import StoredEvent
 
 from payments import migrations
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.events.appender import Appender, CaptureTaken
 from payments.events.facts import Fact, PaymentCharged
 from payments.events.store import APPEND, SHARED_CAPTURES, append_params, to_stored_event

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from payments import migrations
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.events.store import APPEND, append_params
 from payments.migrations import migrate
 from tests.support import append_stored, stored_event

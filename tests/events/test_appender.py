@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from eventsourcing.persistence import StoredEvent
 
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.errors import DatabaseUnavailable, TooBusy
 from payments.events.appender import (
     BATCH_MAX,

@@ -12,7 +12,7 @@ import pytest
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.types.numeric import Int4, Int8
 
-from payments.events.arrays import (
+from payments.database.arrays import (
     BinaryArray,
     bigints,
     byteas,

@@ -18,7 +18,7 @@ from eventsourcing.tests.persistence import (
     NonInterleavingNotificationIDsBaseCase,
 )
 
-from payments.database import DatabaseAddress, connect
+from payments.database.connections import DatabaseAddress, connect
 from payments.events.facts import UndecodableEvent
 from payments.events.library import READ_EVENTS, LogRecorder, LogWentBack, PaymentLog
 from payments.events.store import APPEND, append_params

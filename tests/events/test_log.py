@@ -12,7 +12,7 @@ import msgspec
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.events.store import APPEND, append_params
 from tests.support import stored_event
 

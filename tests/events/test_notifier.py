@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.events import notifier as notifier_module
 from payments.events.appender import Appender
 from payments.events.notifier import LISTEN, NOTIFY, Notifier

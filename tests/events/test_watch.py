@@ -10,7 +10,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.errors import LogRewound
 from payments.events.appender import Appender
 from payments.events.losses import DATABASE_ID, log_id, open_loss

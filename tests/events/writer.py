@@ -5,7 +5,7 @@ import sys
 
 import msgspec
 
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.events.appender import Appender
 from payments.telemetry import Telemetry
 from tests.support import stored_event

@@ -9,7 +9,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.fulfilment import table
 from payments.fulfilment.checking import Checking, GiveBack
 from payments.fulfilment.responses import Reading

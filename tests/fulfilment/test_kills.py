@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from tests.callbacks.sales import PAID, Sale, new_orders
 from tests.doubles.order_seats import Seating
 from tests.doubles.order_service import Options, OrderServiceProcess

@@ -10,7 +10,7 @@ import httpx
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from tests.callbacks.sales import PAID, Sale
 from tests.doubles.order_seats import Seating
 from tests.doubles.order_service import Fault, Options, OrderServiceProcess

@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.errors import StartError
 from payments.gateways import Gateway
 from payments.gateways.ledger_identity import FORGET

@@ -12,7 +12,7 @@ import pytest
 
 from payments.callbacks.dispatcher import Dispatcher
 from payments.callbacks.endpoint import Endpoint
-from payments.database import Database, DatabaseAddress, connect
+from payments.database.connections import Database, DatabaseAddress, connect
 from payments.projections.callbacks import begin_at_the_end
 from payments.telemetry import Telemetry
 from tests.callbacks.outbox import Outbox

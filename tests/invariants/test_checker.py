@@ -9,7 +9,7 @@ import msgspec
 import psycopg
 import pytest
 
-from payments.database import Database, DatabaseAddress, connect
+from payments.database.connections import Database, DatabaseAddress, connect
 from payments.events.facts import Fact, RefundInitiated
 from payments.events.store import to_stored_event
 from tests.conftest import Clones

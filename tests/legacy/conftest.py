@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from payments.cli import main
-from payments.database import DatabaseAddress, connect
+from payments.database.connections import DatabaseAddress, connect
 from tests.legacy.node import TABLE
 from tests.process import at
 

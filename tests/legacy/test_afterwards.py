@@ -11,7 +11,7 @@ import pytest
 from loguru import logger
 
 from payments.commands.refund import RefundPayment
-from payments.database import Database, DatabaseAddress, connect
+from payments.database.connections import Database, DatabaseAddress, connect
 from payments.deciding import RefundRequest, payment_id_for
 from payments.errors import IdempotencyKeyReused, PaymentNotRefundable, RefundDeclined
 from payments.payment import Status

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress, connect
+from payments.database.connections import DatabaseAddress, connect
 from payments.deciding import payment_id_for
 from payments.events import facts
 from payments.events.store import READ_LOG, LogEntry, fact_of

@@ -3,7 +3,7 @@
 import pytest
 
 from payments import migrations
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.errors import StartError
 from payments.migrations import check_migrated, check_readable, known_migrations, migrate
 from payments.migrations.legacy import IMPORT_OPEN, NOT_OURS, SET_ASIDE

@@ -7,7 +7,7 @@ import psycopg
 import pytest
 
 from payments.callbacks.outbox import redrive
-from payments.database import Database
+from payments.database.connections import Database
 from payments.deciding import Cause, record_refund
 from payments.events.facts import Fact
 from payments.payment import Approved

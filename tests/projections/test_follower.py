@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from eventsourcing.persistence import StoredEvent
 
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.events.facts import Fact
 from payments.events.store import LogEntry, to_stored_event
 from payments.projections import follower as follower_module

@@ -13,7 +13,7 @@ import msgspec
 import psycopg
 import pytest
 
-from payments.database import Database, DatabaseAddress, connect
+from payments.database.connections import Database, DatabaseAddress, connect
 from payments.events.store import LogEntry
 from payments.projections.follower import Follower
 from payments.telemetry import Telemetry

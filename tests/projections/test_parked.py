@@ -6,7 +6,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.projections.callbacks import CallbacksProjection, begin_at_the_end
 from payments.projections.follower import Follower
 from payments.projections.parked import needlessly_parked

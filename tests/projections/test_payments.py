@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.events.facts import Fact
 from payments.events.store import READ_LOG, LogEntry
 from payments.projections.payments import PaymentsProjection

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from payments.commands.settle import LATE_CAPTURE_S
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.errors import StartError
 from payments.events.store import SLICE_END
 from payments.projections import comparison

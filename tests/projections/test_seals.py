@@ -6,7 +6,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.events.chain import GENESIS, seal
 from payments.events.store import LogEntry
 from payments.projections.follower import Follower

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from payments.database import READ_TIMEOUT_S, Database, DatabaseAddress
+from payments.database.connections import READ_TIMEOUT_S, Database, DatabaseAddress
 from payments.queries.lookups import PaymentLookups
 from tests.proxy import ServerProxy
 

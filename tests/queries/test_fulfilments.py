@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.errors import InvalidRequest
 from payments.payment import Status
 from payments.queries import fulfilments

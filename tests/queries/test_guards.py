@@ -6,7 +6,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.queries.guards import CONSTRAINTS, NEVER_NULL, TRIGGERS, broken_guards
 from payments.snapshot import Reader
 from tests.support import History, append

@@ -8,7 +8,7 @@ import msgspec
 import psycopg
 import pytest
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.errors import PaymentNotFound
 from payments.events.facts import encode
 from payments.queries.history import get_history

@@ -9,7 +9,7 @@ import msgspec
 import psycopg
 import pytest
 
-from payments.database import READ_TIMEOUT_S, Database, DatabaseAddress
+from payments.database.connections import READ_TIMEOUT_S, Database, DatabaseAddress
 from payments.errors import DatabaseUnavailable, PaymentNotFound, PaymentUnreadable
 from payments.events.appender import Appender
 from payments.events.store import to_stored_event

@@ -10,7 +10,7 @@ import msgspec
 import psycopg
 import pytest
 
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.errors import InvalidRequest
 from payments.payment import Status
 from payments.queries.cursor import Place, read_cursor, write_cursor

@@ -14,8 +14,8 @@ import psycopg
 import pytest
 
 from payments import unsettled
-from payments.database import DatabaseAddress
-from payments.events.arrays import uuids
+from payments.database.arrays import uuids
+from payments.database.connections import DatabaseAddress
 from payments.events.store import (
     CAPTURE_POSITIONS,
     LOAD_STREAM,

@@ -8,8 +8,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments import database, snapshot
-from payments.database import DatabaseAddress, connect
+from payments import snapshot
+from payments.database import connections as database
+from payments.database.connections import DatabaseAddress, connect
 from payments.errors import StartError
 from payments.events.store import READ_MATCHING_EVENTS, READ_PART_EVENTS
 from payments.queries import replay as module

@@ -10,7 +10,7 @@ import msgspec
 import psycopg
 import pytest
 
-from payments.database import Database, DatabaseAddress, connect
+from payments.database.connections import Database, DatabaseAddress, connect
 from payments.queries.server import Horizon, HorizonAge, horizon, unread_notifications
 from tests.support import until
 

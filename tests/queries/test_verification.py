@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.events.chain import GENESIS, read_line, seal, write_line
 from payments.events.store import LogEntry
 from payments.projections.comparison import Comparison

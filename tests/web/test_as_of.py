@@ -12,7 +12,7 @@ import msgspec
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.service import Service
 from payments.settings import ApiKey, Settings
 from tests.support import History, append, append_stored, stored_event

@@ -10,7 +10,7 @@ import msgspec
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.errors import StartError
 from payments.service import Service
 from payments.settings import ApiKey, Settings

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from tests.process import ROOT, ServiceProcess, at, environment
 
 TYPESCRIPT = Path(__file__).parent / "typescript"

@@ -14,7 +14,7 @@ import httpx
 import psycopg
 import pytest
 
-from payments.database import DatabaseAddress, connect
+from payments.database.connections import DatabaseAddress, connect
 from payments.service import Service
 from payments.settings import Settings
 from payments.shared import Recent

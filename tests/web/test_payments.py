@@ -11,7 +11,7 @@ import msgspec
 import psycopg
 import pytest
 
-from payments.database import READ_TIMEOUT_S, DatabaseAddress
+from payments.database.connections import READ_TIMEOUT_S, DatabaseAddress
 from payments.service import Service
 from payments.settings import ApiKey, Settings
 from tests.queries.conftest import FreezingProxy

@@ -19,7 +19,7 @@ from schemathesis.generation.meta import TestPhase
 from schemathesis.openapi.checks import RejectedPositiveData
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from tests.process import ServiceProcess, at
 
 SEED = 20260131

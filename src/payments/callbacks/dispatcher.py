@@ -27,7 +27,7 @@ from payments.callbacks import BEGIN_WITHIN_S, lease_s, outbox
 from payments.callbacks.breaker import Breaker, Permit
 from payments.callbacks.outbox import Claimed, Result
 from payments.callbacks.retry import WAIT_MAX_S, Verdict, jittered, judge
-from payments.database import cut_after
+from payments.database.connections import cut_after
 from payments.fulfilment.responses import Said, said_of
 from payments.logs import Repeats, trace_field
 from payments.telemetry import Telemetry

@@ -26,8 +26,8 @@ from yarl import URL
 from payments.callbacks import TIMEOUT_S
 from payments.callbacks.heads import find_head_end, is_http, plain
 from payments.callbacks.signing import parse_secrets, signature_headers
+from payments.database.resolving import addresses_of
 from payments.errors import StartError
-from payments.names import addresses_of
 
 # A name server or a host that is away: nothing was sent, and it is tried again soon.
 CONNECT_TIMEOUT_S = 5.0

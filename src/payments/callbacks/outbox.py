@@ -11,7 +11,7 @@ from uuid import UUID
 
 import psycopg
 
-from payments.events.arrays import bigints, byteas, doubles, integers, texts, uuids
+from payments.database.arrays import bigints, byteas, doubles, integers, texts, uuids
 from payments.fulfilment.responses import Said
 
 CLAIM = """

@@ -12,7 +12,7 @@ from payments.cli.exits import FINDINGS, one_is_a_finding
 from payments.cli.output import one_line
 from payments.cli.progress import Progress
 from payments.cli.start import begin, with_database
-from payments.database import Database
+from payments.database.connections import Database
 from payments.errors import StartError
 from payments.events.losses import log_id
 from payments.opening import open_database

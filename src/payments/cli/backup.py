@@ -18,7 +18,7 @@ import psycopg
 
 from payments.cli import programs
 from payments.cli.start import begin
-from payments.database import connect
+from payments.database.connections import connect
 from payments.errors import StartError
 from payments.opening import open_database
 

@@ -22,7 +22,7 @@ from payments.cli.output import (
 )
 from payments.cli.start import begin, with_database
 from payments.cli.unfulfilled import print_unfulfilled
-from payments.database import Database
+from payments.database.connections import Database
 from payments.errors import StartError
 from payments.opening import open_database
 from payments.projections.callbacks import CallbacksProjection, backfill, begin_at_the_end

@@ -9,7 +9,7 @@ import asyncio
 import time
 from typing import Literal, NamedTuple
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.events.losses import log_id, open_loss
 from payments.queries.server import (
     UNSAFE_MEANS,

@@ -17,12 +17,12 @@ from payments.cli.orders_check import orders_check
 from payments.cli.output import one_line
 from payments.cli.start import begin, with_database
 from payments.cli.work_checks import brake_check, work_checks
-from payments.database import Database, DatabaseAddress, connect, reason_of
+from payments.database.connections import Database, DatabaseAddress, connect, reason_of
+from payments.database.session import settings_in_force
 from payments.errors import DatabaseUnavailable, StartError
 from payments.migrations import schema_of, shape
 from payments.opening import open_database
 from payments.service import build_gateway
-from payments.session import settings_in_force
 from payments.settings import Settings
 
 POSTGRES_MIN = 15

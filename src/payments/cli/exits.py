@@ -130,7 +130,7 @@ def _reason(error: BaseException, checks: bool) -> str | None:
 def _reason_of_database(error: BaseException, checks: bool) -> str | None:
     import psycopg
 
-    from payments.database import reason_of
+    from payments.database.connections import reason_of
 
     if not isinstance(error, psycopg.Error):
         return None

@@ -1,6 +1,6 @@
 """What `./run` prints once the service listens: where, on which data, and what to try."""
 
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.opening import data_dir
 from payments.settings import Settings
 

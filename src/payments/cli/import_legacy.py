@@ -12,7 +12,7 @@ from payments.cli.progress import Progress
 from payments.cli.start import begin
 from payments.commands.importing import LOCK_KEYS, TRY_LOCK, import_rows, take_over
 from payments.commands.legacy_rows import NAME, Asked, Looked, check, look
-from payments.database import Database, DatabaseAddress, connect
+from payments.database.connections import Database, DatabaseAddress, connect
 from payments.errors import StartError
 from payments.legacy import NO_GATEWAY
 from payments.migrations import legacy_of, migrate

@@ -5,7 +5,7 @@ import click
 from payments.cli.audit import heads_option
 from payments.cli.output import one_line
 from payments.cli.start import begin, with_database
-from payments.database import Database
+from payments.database.connections import Database
 from payments.errors import StartError
 from payments.events import losses
 from payments.events.losses import OpenLoss

@@ -1,7 +1,7 @@
 """What `payments doctor` says of orders that are paid, and perhaps not fulfilled."""
 
 from payments.cli.checks import SUSPECT_MAX_S, UNFULFILLED_MAX_S, Check, failing
-from payments.database import Database
+from payments.database.connections import Database
 from payments.queries.fulfilments import OPEN_STATES, Count, counts, unfulfilled
 
 NAMED_MAX = 3  # payments in the line

@@ -9,7 +9,7 @@ import click
 
 from payments.cli.output import format_option, one_line, print_rows
 from payments.cli.start import begin, with_database
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.opening import open_database
 from payments.queries.followers import ParkedStream, parked_streams
 from payments.settings import Settings

@@ -14,7 +14,7 @@ from typing import IO, Any
 import psycopg
 
 from payments import embedded_postgres
-from payments.database import DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.embedded_postgres import EmbeddedPostgresError
 from payments.errors import StartError
 

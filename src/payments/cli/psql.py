@@ -8,7 +8,7 @@ import click
 
 from payments.cli import programs
 from payments.cli.start import begin
-from payments.database import connect
+from payments.database.connections import connect
 from payments.opening import open_database
 
 # -h is psql's host.

@@ -12,7 +12,7 @@ from payments.cli.moments import TIME
 from payments.cli.output import csv_line, print_rows
 from payments.cli.progress import Progress
 from payments.cli.start import begin
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.fulfilment.reconciliation import Found, Reconciliation
 from payments.fulfilment.status import OrderStatus
 from payments.opening import open_database

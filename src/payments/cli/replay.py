@@ -13,7 +13,7 @@ import msgspec
 from payments.cli.moments import MOMENT, POSITION_MAX
 from payments.cli.output import csv_line, one_line, print_rows
 from payments.cli.start import begin, with_database
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.errors import PaymentNotFound, StartError
 from payments.events.chain import write_line
 from payments.events.facts import FACTS

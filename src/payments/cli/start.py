@@ -10,7 +10,7 @@ from payments.logs import set_up_logs
 from payments.settings import Settings, read_settings
 
 if TYPE_CHECKING:
-    from payments.database import Database, DatabaseAddress
+    from payments.database.connections import Database, DatabaseAddress
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ def begin(*, told: bool = False) -> Settings:
 
 def with_database(address: "DatabaseAddress", use: "Callable[[Database], Awaitable[T]]") -> T:
     """What a coroutine makes of the database, on one connection of a pool."""
-    from payments.database import Database
+    from payments.database.connections import Database
 
     async def run() -> T:
         database = Database(address, 1)

@@ -7,7 +7,7 @@ import msgspec
 
 from payments.cli.output import print_rows, say_if_more
 from payments.cli.start import begin, with_database
-from payments.database import Database
+from payments.database.connections import Database
 from payments.money import amount_text
 from payments.opening import open_database
 from payments.queries.fulfilments import (

@@ -13,7 +13,7 @@ from payments.cli.checks import (
     Check,
     failing,
 )
-from payments.database import Database
+from payments.database.connections import Database
 from payments.queries.callbacks import (
     Backlog,
     Delivery,

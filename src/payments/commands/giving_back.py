@@ -5,7 +5,7 @@ from contextlib import suppress
 from functools import partial
 
 from payments import sendings
-from payments.database import Database
+from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable
 from payments.events.watch import LogWatch
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderRefund

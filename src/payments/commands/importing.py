@@ -31,9 +31,9 @@ from payments.commands.legacy_rows import (
     look_through,
     unhurried,
 )
-from payments.database import DatabaseAddress
+from payments.database.arrays import uuids
+from payments.database.connections import DatabaseAddress
 from payments.errors import StartError
-from payments.events.arrays import uuids
 from payments.events.store import (
     APPEND,
     APPENDED,

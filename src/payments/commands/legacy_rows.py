@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from payments.database import Database, DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.errors import StartError
 from payments.legacy import LegacyRow, faults
 from payments.payment import Status

@@ -9,9 +9,9 @@ from itertools import groupby
 from operator import itemgetter
 from uuid import UUID
 
-from payments.database import Database
+from payments.database.arrays import uuids
+from payments.database.connections import Database
 from payments.errors import OrderAlreadyPaid
-from payments.events.arrays import uuids
 from payments.events.store import LOAD_STREAMS, PERHAPS_PAID, fold_readable
 from payments.payment import Payment, Status
 

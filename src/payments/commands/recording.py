@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.deciding import OutcomeMismatch, is_of_unfulfilled
 from payments.errors import DatabaseUnavailable
 from payments.events.appender import Appender, CaptureTaken, StreamConflict

@@ -19,7 +19,7 @@ from payments.commands.giving_back import GivingBack
 from payments.commands.recording import Recorder
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
 from payments.commands.telling import tell_mismatch, tell_other_gateway
-from payments.database import Database
+from payments.database.connections import Database
 from payments.deciding import (
     Cause,
     OutcomeMismatch,

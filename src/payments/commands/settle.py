@@ -21,7 +21,7 @@ from payments.commands.telling import (
     tell_mismatch,
     tell_other_gateway,
 )
-from payments.database import Database
+from payments.database.connections import Database
 from payments.deciding import (
     Cause,
     OutcomeMismatch,

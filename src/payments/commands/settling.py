@@ -12,7 +12,7 @@ from loguru import logger
 
 from payments.commands.settle import Settler
 from payments.commands.telling import tell
-from payments.database import Database
+from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable, PaymentUnreadable
 from payments.events.store import load_payment
 from payments.logs import Repeats

@@ -11,7 +11,7 @@ from uuid import UUID
 from loguru import logger
 
 from payments import unsettled
-from payments.database import Database
+from payments.database.connections import Database
 from payments.deciding import OutcomeMismatch
 from payments.errors import DatabaseUnavailable
 from payments.payment import Payment

@@ -13,7 +13,7 @@ from payments import brake
 from payments.admission import Admission
 from payments.commands.giving_back import GivingBack
 from payments.commands.refund import Refunding, RefundPayment
-from payments.database import Database
+from payments.database.connections import Database
 from payments.deciding import RefundRequest, unfulfilled_refund_id
 from payments.errors import PaymentsError
 from payments.events.store import LoadedPayment, load_payment

@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 from eventsourcing.persistence import StoredEvent
 
-from payments.database import cut_after
+from payments.database.connections import cut_after
 from payments.errors import DatabaseUnavailable, TooBusy
 from payments.events.store import APPEND, CAPTURED, CONFLICT, append_params
 from payments.events.watch import LogWatch

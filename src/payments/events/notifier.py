@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from loguru import logger
 
-from payments.database import cut_after
+from payments.database.connections import cut_after
 from payments.tasks import end
 
 if TYPE_CHECKING:  # commands read the log by way of this module, and measure nothing

@@ -20,10 +20,10 @@ from uuid import UUID
 import psycopg
 from eventsourcing.persistence import StoredEvent
 
-from payments.database import Database
+from payments.database.arrays import BinaryArray, bigints, byteas, integers, texts, uuids
+from payments.database.connections import Database
 from payments.errors import PaymentUnreadable
 from payments.events import facts
-from payments.events.arrays import BinaryArray, bigints, byteas, integers, texts, uuids
 from payments.events.facts import Fact, PaymentInitiated, UndecodableEvent
 from payments.payment import Payment, Status, UnexpectedEvent, evolve, fold
 

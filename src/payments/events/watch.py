@@ -22,7 +22,7 @@ import psycopg
 from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
-from payments.database import READ_TIMEOUT_S, Database
+from payments.database.connections import READ_TIMEOUT_S, Database
 from payments.errors import DatabaseUnavailable, LogRewound
 from payments.events import losses
 from payments.events.losses import Fetch

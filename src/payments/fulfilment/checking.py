@@ -13,7 +13,7 @@ from uuid import UUID
 
 from loguru import logger
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable
 from payments.fulfilment import table
 from payments.fulfilment.status import TIMEOUT_S, OrderStatus

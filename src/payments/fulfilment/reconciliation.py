@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Literal, NamedTuple
 from uuid import UUID
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.errors import StartError
 from payments.fulfilment import table
 from payments.fulfilment.checking import CONCURRENCY_MAX

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
-from payments.database import Database
-from payments.events.arrays import uuids
+from payments.database.arrays import uuids
+from payments.database.connections import Database
 from payments.events.store import CAPTURE_POSITIONS
 
 State = Literal["suspect", "unfulfilled", "paid_twice"]

@@ -4,7 +4,7 @@ table simulated_ledger, and all of its SQL."""
 from pathlib import Path
 from uuid import UUID
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.errors import StartError
 
 KNOWN = """

@@ -31,7 +31,7 @@ import psycopg
 from loguru import logger
 from psycopg.sql import SQL, Identifier
 
-from payments.database import DatabaseAddress, again_on_conflict, connect, reason_of
+from payments.database.connections import DatabaseAddress, again_on_conflict, connect, reason_of
 from payments.errors import StartError
 from payments.migrations import shape
 from payments.migrations.legacy import IMPORT_OPEN, NOT_OURS, Legacy, legacy_table

@@ -12,9 +12,9 @@ from uuid import UUID
 
 import psycopg
 
-from payments.database import Database
+from payments.database.arrays import bigints, integers, texts, timestamps, uuids
+from payments.database.connections import Database
 from payments.deciding import is_of_unfulfilled, unfulfilled_refund_id
-from payments.events.arrays import bigints, integers, texts, timestamps, uuids
 from payments.events.facts import (
     FACTS,
     PaymentCharged,

@@ -17,7 +17,7 @@ from uuid import UUID
 
 import psycopg
 
-from payments.database import cut_after
+from payments.database.connections import cut_after
 from payments.events.facts import traceparent_of
 from payments.events.notifier import LISTEN
 from payments.events.store import READ_LOG, read_events

@@ -23,9 +23,9 @@ from uuid import UUID
 import psycopg
 
 from payments import unsettled
-from payments.database import DatabaseAddress
+from payments.database.arrays import uuids
+from payments.database.connections import DatabaseAddress
 from payments.errors import StartError
-from payments.events.arrays import uuids
 from payments.projections.comparison import (
     TABLES,
     Comparison,

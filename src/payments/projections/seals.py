@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg
 
-from payments.events.arrays import bigints, byteas
+from payments.database.arrays import bigints, byteas
 from payments.events.chain import GENESIS, seal
 from payments.events.store import LogEntry
 

@@ -3,7 +3,7 @@
 from datetime import datetime
 from uuid import UUID
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.errors import PaymentNotFound
 from payments.events.store import LOAD_STREAM_AS_OF, belongs_to, fold_stored
 from payments.queries.payments import PaymentView, found, view_of

@@ -9,7 +9,7 @@ from uuid import UUID
 import msgspec
 import psycopg
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.queries.fulfilments import FulfilmentView, fulfilment_of
 from payments.queries.lookups import PaymentLookups
 from payments.queries.payments import get_payment

@@ -8,7 +8,7 @@ from uuid import UUID
 import msgspec
 from msgspec import UnsetType
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.errors import PaymentUnreadable
 from payments.events.facts import (
     Fact,

@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
-from payments.database import Database
+from payments.database.connections import Database
 
 # Ages are never below 0, whatever a clock did.
 FOLLOWERS = """

@@ -15,7 +15,7 @@ from uuid import UUID
 
 import msgspec
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.queries.cursor import Place, read_cursor, write_cursor
 
 State = Literal["suspect", "unfulfilled", "paid_twice", "given_back"]

@@ -6,7 +6,7 @@ from uuid import UUID
 
 import msgspec
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.events.store import belongs_to
 from payments.queries.payments import found
 

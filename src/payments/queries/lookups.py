@@ -12,9 +12,9 @@ from operator import itemgetter
 from typing import Any
 from uuid import UUID
 
-from payments.database import READ_TIMEOUT_S, Database
+from payments.database.arrays import uuids
+from payments.database.connections import READ_TIMEOUT_S, Database
 from payments.errors import DatabaseUnavailable
-from payments.events.arrays import uuids
 from payments.events.store import LOAD_STREAMS, belongs_to, fold_stored
 from payments.payment import Payment
 

@@ -8,7 +8,7 @@ from uuid import UUID
 import msgspec
 
 from payments import legacy_ids
-from payments.database import Database
+from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable, PaymentNotFound
 from payments.money import amount_text
 from payments.payment import Payment, Status

@@ -16,7 +16,7 @@ from uuid import UUID
 import msgspec
 import psycopg
 
-from payments.database import DatabaseAddress, reason_of
+from payments.database.connections import DatabaseAddress, reason_of
 from payments.errors import StartError
 from payments.events.store import (
     HEAD_POSITION,

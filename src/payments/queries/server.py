@@ -5,7 +5,7 @@ import time
 from bisect import bisect_right
 from typing import Literal, NamedTuple
 
-from payments.database import Database
+from payments.database.connections import Database
 
 # A role that may not see others' sessions sees no more of a standby than that there is one; then it
 # counts by whether the server waits for any. What takes a base backup, receives WAL for an archive

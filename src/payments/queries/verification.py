@@ -11,7 +11,7 @@ from uuid import UUID
 
 import msgspec
 
-from payments.database import Database
+from payments.database.connections import Database
 from payments.errors import StartError
 from payments.events.chain import GENESIS, read_line, seal
 from payments.events.losses import ACCEPTED_LOSSES, LOG_ID, OPEN_LOSS, AcceptedLoss, OpenLoss

@@ -31,7 +31,7 @@ SETTINGS = {
     "idle_in_transaction_session_timeout": "5s",
 }
 
-MARK = "payments.session"
+MARK = "payments.database.session"
 
 # The mark of whoever had the session before, the new one, and what each setting is from now on.
 SET_UP = f"""

@@ -1,7 +1,7 @@
 """Connections to Postgres: how they are opened, pooled and given up.
 
 Postgres 15 or newer, direct or through a session-mode pooler. Every connection is set up as
-payments/session.py says before anybody gets it. TLS is libpq's: set PGSSLMODE and PGSSLROOTCERT.
+payments/database/session.py says before anybody gets it. TLS is libpq's: set PGSSLMODE and PGSSLROOTCERT.
 """
 
 import asyncio
@@ -20,10 +20,10 @@ from psycopg.rows import tuple_row
 from psycopg.sql import SQL, Identifier
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from payments import session
+from payments.database import session
+from payments.database.resolving import addresses_of
 from payments.errors import DatabaseUnavailable, StartError
 from payments.logs import Repeats
-from payments.names import addresses_of
 from payments.settings import Settings
 
 CONNECT_TIMEOUT_S = 2  # libpq takes no less, and a healthy server answers in milliseconds
