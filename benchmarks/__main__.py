@@ -25,7 +25,7 @@ from benchmarks.overload import Overload
 from benchmarks.parts import PARTS, Part
 from payments import embedded_postgres
 from payments.database.connections import DatabaseAddress
-from payments.logs import set_up_logs
+from payments.observability.logs import set_up_logs
 
 MORE: tuple[type[Part], ...] = (
     AppendSlowCommit,

@@ -21,11 +21,11 @@ from benchmarks.process import ServerProcess
 from payments.database.connections import Database
 from payments.deciding import Cause, ChargeRequest, initiate, record_outcome
 from payments.events.store import APPEND, append_params, to_stored_event
+from payments.observability.metrics import Telemetry
 from payments.payment import Approved, evolve
 from payments.projections.callbacks import begin_at_the_end
 from payments.service import build_dispatcher, build_followers
 from payments.settings import Settings
-from payments.telemetry import Telemetry
 
 APPENDS = 500  # in one statement
 PER_S = 1500  # outcomes to be delivered for each second that a round is to take

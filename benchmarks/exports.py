@@ -32,11 +32,11 @@ from benchmarks.parts import Part
 from benchmarks.process import ServerProcess
 from payments.callbacks import outbox
 from payments.database.connections import Database, DatabaseAddress, connect
-from payments.logs import set_up_logs
+from payments.observability.logs import set_up_logs
+from payments.observability.metrics import Telemetry
 from payments.projections.callbacks import begin_at_the_end
 from payments.service import build_dispatcher, build_followers
 from payments.settings import Settings
-from payments.telemetry import Telemetry
 
 FILLED = 2000  # payments before it begins: a pipe holds less of them
 CONNECTIONS = 32

@@ -20,11 +20,11 @@ from payments.deciding import (
 )
 from payments.events import facts
 from payments.events.facts import Fact
+from payments.observability.metrics import Telemetry
 from payments.payment import Approved, Declined, Payment, evolve
 from payments.projections.follower import Follower
 from payments.service import build_followers
 from payments.settings import Settings
-from payments.telemetry import Telemetry
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -28,7 +28,7 @@ from payments.events.appender import Appender
 from payments.events.notifier import Notifier
 from payments.events.store import to_stored_event
 from payments.migrations import migrate
-from payments.telemetry import Telemetry
+from payments.observability.metrics import Telemetry
 
 CONNECTIONS = 32
 

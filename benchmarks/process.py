@@ -33,11 +33,11 @@ from payments.commands import recording
 from payments.commands.charge import Charged, ChargePayment
 from payments.database.connections import DatabaseAddress
 from payments.deciding import ChargeRequest, fingerprint, payment_id_for
-from payments.logs import set_up_logs
+from payments.observability.logs import set_up_logs
+from payments.observability.metrics import Telemetry
 from payments.payment import Payment, Status
 from payments.service import Service, build_gateway
 from payments.settings import Settings, read_settings
-from payments.telemetry import Telemetry
 from web import app, listening, server
 from web.guard import Guard
 

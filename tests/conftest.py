@@ -93,11 +93,12 @@ def nothing_blocks_the_event_loop() -> Iterator[None]:
     with blockbuster_ctx(["payments", "web"]) as blockbuster:
         for function in blockbuster.functions.values():
             function.can_block_in(
-                "payments/telemetry.py", {"__init__", "exposition", "openmetrics", "documented"}
+                "payments/observability/metrics.py",
+                {"__init__", "exposition", "openmetrics", "documented"},
             )
             function.can_block_in("payments/gateways/simulated.py", {"__init__"})
             function.can_block_in("payments/service.py", {"build_dispatcher", "build_order_status"})
-            function.can_block_in("payments/logs.py", {"_write_some"})
+            function.can_block_in("payments/observability/logs.py", {"_write_some"})
         yield
 
 

@@ -28,11 +28,11 @@ from payments.deciding import (
 )
 from payments.events.facts import Fact
 from payments.events.store import APPEND, append_params, to_stored_event
+from payments.observability.metrics import Telemetry
 from payments.payment import Approved, Declined, Payment, Refund, evolve, fold
 from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection
 from payments.projections.seals import SealsProjection
-from payments.telemetry import Telemetry
 
 PATIENCE_S = 30  # with what must happen, and may take its time on a busy machine
 

@@ -29,8 +29,13 @@ LAYERS = (
         "payments.probe",
         "payments.tasks",
     ),
-    ("payments.errors", "payments.telemetry", "payments.logs", "payments.embedded_postgres"),
-    ("payments.tracing",),
+    (
+        "payments.errors",
+        "payments.observability.metrics",
+        "payments.observability.logs",
+        "payments.embedded_postgres",
+    ),
+    ("payments.observability.tracing",),
     ("payments.callbacks.signing", "payments.fulfilment.responses"),
     ("payments.settings", "payments.admission", "payments.shared", "payments.database.resolving"),
     ("payments.events.facts",),
@@ -202,7 +207,7 @@ def test_statements_on_the_log_are_where_the_store_says() -> None:
 
 
 def test_who_does_not_trace_needs_no_opentelemetry() -> None:
-    assert importers_of("opentelemetry") == {"payments.tracing"}
+    assert importers_of("opentelemetry") == {"payments.observability.tracing"}
 
 
 def test_the_embedded_servers_python_package_is_not_imported() -> None:

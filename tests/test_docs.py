@@ -27,10 +27,10 @@ from payments.cli import main
 from payments.database.connections import DatabaseAddress
 from payments.errors import PaymentsError
 from payments.fulfilment.responses import CONFIRMED, FAILED, read_status, said_of
+from payments.observability.metrics import CALLBACK_OUTCOMES, Telemetry
 from payments.queries.callbacks import CallbackView
 from payments.queries.fulfilments import Said, State
 from payments.settings import VARIABLES
-from payments.telemetry import CALLBACK_OUTCOMES, Telemetry
 from tests.process import ROOT, ServiceProcess, at, invoke
 from tests.support import ORDER_ID, eventually
 from web.problems import FRAMEWORK_PROBLEMS, PROTOCOL_PROBLEMS

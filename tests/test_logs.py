@@ -25,9 +25,9 @@ import httpx
 import pytest
 from loguru import logger
 
-import payments.logs
+import payments.observability.logs
 from payments.database.connections import DatabaseAddress
-from payments.logs import log_money, set_up_logs
+from payments.observability.logs import log_money, set_up_logs
 from tests.process import PAYMENTS, ServiceProcess, at, environment, free_port
 
 CANARY = "canary7391"
@@ -74,7 +74,7 @@ def logs(capsys: pytest.CaptureFixture[str]) -> Iterator[Logs]:
     handlers, level = root.handlers[:], root.level
     yield Logs(capsys)
     logger.remove()
-    payments.logs._json_stderr = None  # its descriptor may be another's soon
+    payments.observability.logs._json_stderr = None  # its descriptor may be another's soon
     logger.add(to_stderr)
     root.handlers[:] = handlers
     root.setLevel(level)
@@ -394,7 +394,7 @@ class TestWhenNobodyReads:
     async def test_what_is_too_much_is_dropped_and_counted(
         self, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("payments.logs.BUFFER_MAX", 100_000)
+        monkeypatch.setattr("payments.observability.logs.BUFFER_MAX", 100_000)
         for number in range(3000):
             logger.bind(number=number).info("z" * 50)
         lines: list[dict[str, Any]] = []
@@ -425,7 +425,7 @@ class TestWhenNobodyReads:
         """Its descriptor may be in non-blocking mode, which all who have the pipe share."""
         os.set_blocking(pipe.writing, False)
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("payments.logs.os.write", blocked)
+            patched.setattr("payments.observability.logs.os.write", blocked)
             logger.bind(number=1).info("first")
             logger.bind(number=2).info("second")
         async with asyncio.timeout(5):
@@ -445,7 +445,7 @@ class TestWhenNobodyReads:
 
 TALKATIVE = """
 from loguru import logger
-from payments.logs import set_up_logs
+from payments.observability.logs import set_up_logs
 set_up_logs("json", "INFO")
 for number in range(2000):
     logger.bind(number=number).info("x" * 50)

@@ -18,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from payments.database.connections import DatabaseAddress
 from payments.errors import DatabaseUnavailable, PaymentsError
+from payments.observability.metrics import Telemetry
 from payments.service import Service
-from payments.telemetry import Telemetry
 from tests.process import PAYMENTS, ROOT, ServiceProcess, at, environment, free_port
 from tests.support import charge_of, until
 

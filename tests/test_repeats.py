@@ -10,7 +10,6 @@ import psycopg
 import pytest
 from loguru import logger
 
-from payments import logs
 from payments.callbacks.dispatcher import Dispatcher
 from payments.commands import recording
 from payments.commands.recording import Recorder
@@ -21,11 +20,12 @@ from payments.events.store import to_stored_event
 from payments.events.watch import LogWatch
 from payments.gateways import OutcomeUnknown, ProviderCharge
 from payments.gateways.counted import CountedGateway
-from payments.logs import Repeats
+from payments.observability import logs
+from payments.observability.logs import Repeats
+from payments.observability.metrics import Telemetry
 from payments.payment import Approved
 from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection
-from payments.telemetry import Telemetry
 from tests.doubles.gateway import ScriptedGateway
 from tests.support import ORDER_ID, History, stored_event, until
 

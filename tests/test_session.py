@@ -16,9 +16,9 @@ from payments.database.connections import Database, DatabaseAddress, connect, re
 from payments.database.session import SETTINGS, SessionUnfit
 from payments.errors import DatabaseUnavailable, StartError
 from payments.events.appender import Appender
-from payments.logs import Repeats
+from payments.observability.logs import Repeats
+from payments.observability.metrics import Telemetry
 from payments.queries.server import unsafe_settings
-from payments.telemetry import Telemetry
 from tests.events.test_appender import commits, let_commits_not_wait, log_of
 from tests.machine import within
 from tests.pooler import WAIT_S, Pooler

@@ -13,7 +13,7 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from payments.telemetry import (
+from payments.observability.metrics import (
     BREAKER_STATES,
     CALLBACK_OUTCOMES,
     CHARGE_OUTCOMES,

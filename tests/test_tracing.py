@@ -17,8 +17,8 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from payments import tracing
 from payments.database.connections import DatabaseAddress
+from payments.observability import tracing
 from payments.service import Service
 from tests.machine import within
 from tests.process import ServiceProcess, at, free_port

@@ -37,6 +37,7 @@ from payments.gateways.counted import CountedGateway
 from payments.gateways.ledger_identity import check_ledger
 from payments.gateways.simulated import SimulatedGateway
 from payments.gateways.simulated_ledger import LOCK_WAIT_S
+from payments.observability.metrics import BREAKER_STATES, UNSETTLED_KINDS, Telemetry
 from payments.opening import data_dir
 from payments.projections.callbacks import CallbacksProjection, begin_at_the_end
 from payments.projections.follower import Follower
@@ -63,7 +64,6 @@ from payments.queries.server import (
 )
 from payments.settings import Settings
 from payments.shared import Recent, Shared
-from payments.telemetry import BREAKER_STATES, UNSETTLED_KINDS, Telemetry
 
 if TYPE_CHECKING:
     from payments.callbacks.endpoint import Endpoint

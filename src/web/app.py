@@ -8,9 +8,9 @@ from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp
 
 from payments.errors import PaymentsError, TooBusy
+from payments.observability.metrics import Telemetry
 from payments.service import Service
 from payments.shared import Recent
-from payments.telemetry import Telemetry
 from web import openapi
 from web.api import v1
 from web.docs import docs, root
@@ -75,7 +75,7 @@ def _litestar(service: Service, *handlers: Router) -> Litestar:
             HTTPException: on_http_exception,
             Exception: on_exception,
         },
-        logging_config=None,  # payments.logs does it; unhandled errors are logged above
+        logging_config=None,  # payments.observability.logs does it; unhandled errors are logged above
         openapi_config=None,
         debug=False,
     )

@@ -12,8 +12,8 @@ from prometheus_client import Counter
 
 from payments.admission import Admission, Client, Share
 from payments.errors import Unauthorized
+from payments.observability.metrics import Telemetry
 from payments.settings import ApiKey
-from payments.telemetry import Telemetry
 from web.access_log import RefusalLog
 from web.answers import NOT_FOUND, TOO_BUSY, TOO_BUSY_OPEN, UNAUTHORIZED, Answer
 from web.auth import authenticate

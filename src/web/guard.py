@@ -15,9 +15,9 @@ from loguru import logger
 from prometheus_client import Counter, Histogram
 
 from payments.errors import PaymentsError
-from payments.logs import trace_field
-from payments.telemetry import Telemetry
-from payments.tracing import current_traceparent, mark_failed, span
+from payments.observability.logs import trace_field
+from payments.observability.metrics import Telemetry
+from payments.observability.tracing import current_traceparent, mark_failed, span
 from web.access_log import PROBES, AccessLog
 from web.heads import METHODS, request_id_of, traceparent_of
 from web.problems import MEDIA_TYPE, BodyTooLarge, BodyTooSlow, refused

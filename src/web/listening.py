@@ -10,7 +10,7 @@ from typing import Any
 import uvicorn
 
 from payments.errors import StartError
-from payments.logs import Repeats
+from payments.observability.logs import Repeats
 from payments.settings import Settings
 
 BACKLOG = 2048  # connections that may wait to be accepted

@@ -18,8 +18,8 @@ from payments.callbacks.breaker import Breaker
 from payments.callbacks.dispatcher import Dispatcher
 from payments.callbacks.endpoint import Endpoint, Exchange
 from payments.database.connections import Database
+from payments.observability.metrics import Telemetry
 from payments.projections.callbacks import begin_at_the_end
-from payments.telemetry import Telemetry
 from tests.callbacks.outbox import Outbox
 
 

@@ -9,9 +9,9 @@ import psycopg
 from payments.callbacks.outbox import Claimed, Result, claim
 from payments.database.connections import Database
 from payments.events.facts import Fact
+from payments.observability.metrics import Telemetry
 from payments.projections.callbacks import CallbacksProjection
 from payments.projections.follower import Follower
-from payments.telemetry import Telemetry
 from tests.support import History, append
 
 SENT = ("SUCCESS", "FAILED")  # the statuses that Order Service wants to hear of

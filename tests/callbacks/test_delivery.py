@@ -24,9 +24,9 @@ from payments.callbacks.breaker import Breaker
 from payments.callbacks.dispatcher import Dispatcher
 from payments.callbacks.endpoint import Endpoint
 from payments.database.connections import Database, DatabaseAddress
+from payments.observability.metrics import Telemetry
 from payments.projections.callbacks import CallbacksProjection, begin_at_the_end
 from payments.projections.follower import Follower
-from payments.telemetry import Telemetry
 from tests.callbacks.raw_server import Server, serving
 from tests.doubles.order_faults import FaultKind
 from tests.doubles.order_service import Fault, Options, OrderServiceProcess, Request

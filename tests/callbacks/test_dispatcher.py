@@ -18,7 +18,7 @@ from payments.callbacks.dispatcher import Dispatcher
 from payments.callbacks.endpoint import Exchange
 from payments.callbacks.outbox import make_due, record, redrive
 from payments.callbacks.retry import ATTEMPTS_MAX
-from payments.telemetry import Telemetry
+from payments.observability.metrics import Telemetry
 from tests.callbacks.conftest import (
     PlayedEndpoint,
     answered,

@@ -25,7 +25,7 @@ from payments.callbacks.dispatcher import Dispatcher
 from payments.callbacks.endpoint import Exchange
 from payments.callbacks.retry import ATTEMPTS_MAX, RETRY_FOR_S
 from payments.database.connections import Database, DatabaseAddress
-from payments.telemetry import Telemetry
+from payments.observability.metrics import Telemetry
 from tests.callbacks.conftest import PlayedEndpoint, answered, failed
 
 Kind = Literal["good", "503", "asked", "500", "refused", "502 json", "hang", "cut"]

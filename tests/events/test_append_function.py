@@ -20,7 +20,7 @@ from payments.events.appender import Appender, CaptureTaken
 from payments.events.facts import Fact, PaymentCharged
 from payments.events.store import APPEND, SHARED_CAPTURES, append_params, to_stored_event
 from payments.migrations import migrate
-from payments.telemetry import Telemetry
+from payments.observability.metrics import Telemetry
 from tests.outside_postgres import OutsidePostgres
 from tests.support import History, append, stored_event, until
 

@@ -21,7 +21,7 @@ from payments.events.appender import (
     StreamConflict,
 )
 from payments.events.store import APPEND, append_params
-from payments.telemetry import Telemetry
+from payments.observability.metrics import Telemetry
 from tests.machine import within
 from tests.proxy import ServerProxy
 from tests.support import stored_event, until

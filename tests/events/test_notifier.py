@@ -12,7 +12,7 @@ from payments.database.connections import Database, DatabaseAddress
 from payments.events import notifier as notifier_module
 from payments.events.appender import Appender
 from payments.events.notifier import LISTEN, NOTIFY, Notifier
-from payments.telemetry import Telemetry
+from payments.observability.metrics import Telemetry
 from tests.support import stored_event, until
 
 pytestmark = pytest.mark.anyio

@@ -16,7 +16,7 @@ from payments.events.appender import Appender
 from payments.events.losses import DATABASE_ID, log_id, open_loss
 from payments.events.store import to_stored_event
 from payments.events.watch import KeptHead, LogWatch, read_head, write_head
-from payments.telemetry import Telemetry
+from payments.observability.metrics import Telemetry
 from tests.lost_log import accept_loss, lose_after
 from tests.support import History, append, seal_log, stored_event
 

@@ -7,7 +7,7 @@ import msgspec
 
 from payments.database.connections import Database, DatabaseAddress
 from payments.events.appender import Appender
-from payments.telemetry import Telemetry
+from payments.observability.metrics import Telemetry
 from tests.support import stored_event
 
 IN_FLIGHT = 50

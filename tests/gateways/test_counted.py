@@ -8,8 +8,8 @@ import pytest
 from payments.gateways import NeverSent, OutcomeUnknown, ProviderCharge
 from payments.gateways import counted as module
 from payments.gateways.counted import CountedGateway
+from payments.observability.metrics import Telemetry
 from payments.payment import Approved, Declined
-from payments.telemetry import Telemetry
 from tests.doubles.gateway import ScriptedGateway, after, decline, never_sent, no_answer
 from tests.support import ORDER_ID
 

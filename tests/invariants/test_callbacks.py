@@ -13,8 +13,8 @@ import pytest
 from payments.callbacks.dispatcher import Dispatcher
 from payments.callbacks.endpoint import Endpoint
 from payments.database.connections import Database, DatabaseAddress, connect
+from payments.observability.metrics import Telemetry
 from payments.projections.callbacks import begin_at_the_end
-from payments.telemetry import Telemetry
 from tests.callbacks.outbox import Outbox
 from tests.conftest import Clones
 from tests.doubles.order_requests import Request

@@ -10,10 +10,10 @@ from payments.callbacks.outbox import redrive
 from payments.database.connections import Database
 from payments.deciding import Cause, record_refund
 from payments.events.facts import Fact
+from payments.observability.metrics import Telemetry
 from payments.payment import Approved
 from payments.projections.callbacks import CallbacksProjection, backfill, begin_at_the_end
 from payments.projections.follower import Follower
-from payments.telemetry import Telemetry
 from tests.callbacks.outbox import ALL, Outbox, charges, claim_some, of
 from tests.support import History, append, append_stored, histories, stored_event
 

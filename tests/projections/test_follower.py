@@ -18,11 +18,11 @@ from eventsourcing.persistence import StoredEvent
 from payments.database.connections import Database, DatabaseAddress
 from payments.events.facts import Fact
 from payments.events.store import LogEntry, to_stored_event
+from payments.observability.metrics import Telemetry
 from payments.projections import follower as follower_module
 from payments.projections.follower import Follower
 from payments.projections.parking import Projection
 from payments.projections.payments import PaymentsProjection
-from payments.telemetry import Telemetry
 from tests.invariants.checker import check
 from tests.machine import Machine, bound, within
 from tests.projections.counting import SCHEMA, Connection, Counting, Place, applied, position

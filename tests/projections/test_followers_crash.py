@@ -15,8 +15,8 @@ import pytest
 
 from payments.database.connections import Database, DatabaseAddress, connect
 from payments.events.store import LogEntry
+from payments.observability.metrics import Telemetry
 from payments.projections.follower import Follower
-from payments.telemetry import Telemetry
 from tests.projections.counting import SCHEMA, Connection, Counting, Place, applied, position
 from tests.support import append_stored, stored_event, until
 

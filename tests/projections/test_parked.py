@@ -7,12 +7,12 @@ import psycopg
 import pytest
 
 from payments.database.connections import Database, DatabaseAddress
+from payments.observability.metrics import Telemetry
 from payments.projections.callbacks import CallbacksProjection, begin_at_the_end
 from payments.projections.follower import Follower
 from payments.projections.parked import needlessly_parked
 from payments.projections.payments import PaymentsProjection
 from payments.snapshot import Reader
-from payments.telemetry import Telemetry
 from tests.support import History, append, append_stored, follow, stored_event
 
 pytestmark = pytest.mark.anyio

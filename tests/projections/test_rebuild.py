@@ -13,6 +13,7 @@ from payments.commands.settle import LATE_CAPTURE_S
 from payments.database.connections import Database, DatabaseAddress
 from payments.errors import StartError
 from payments.events.store import SLICE_END
+from payments.observability.metrics import Telemetry
 from payments.projections import comparison
 from payments.projections import rebuild as module
 from payments.projections.comparison import Difference, Unreadable
@@ -20,7 +21,6 @@ from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection
 from payments.projections.rebuild import Rebuilt, check, rebuild
 from payments.snapshot import Reader, Snapshot
-from payments.telemetry import Telemetry
 from tests.invariants.checker import TABLES
 from tests.invariants.checker import check as check_invariants
 from tests.support import History, append, append_stored, follow, histories, stored_event

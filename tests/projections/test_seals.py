@@ -9,10 +9,10 @@ import pytest
 from payments.database.connections import Database
 from payments.events.chain import GENESIS, seal
 from payments.events.store import LogEntry
+from payments.observability.metrics import Telemetry
 from payments.projections.follower import Follower
 from payments.projections.seals import SealsProjection
 from payments.service import Service
-from payments.telemetry import Telemetry
 from tests.support import History, append, append_stored, charge_of, seal_log, stored_event, until
 
 pytestmark = pytest.mark.anyio

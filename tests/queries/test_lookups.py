@@ -13,10 +13,10 @@ from payments.database.connections import READ_TIMEOUT_S, Database, DatabaseAddr
 from payments.errors import DatabaseUnavailable, PaymentNotFound, PaymentUnreadable
 from payments.events.appender import Appender
 from payments.events.store import to_stored_event
+from payments.observability.metrics import Telemetry
 from payments.payment import Payment
 from payments.queries.lookups import BATCH_MAX, PaymentLookups
 from payments.queries.payments import get_payment
-from payments.telemetry import Telemetry
 from tests.machine import Machine, bound, within
 from tests.queries.conftest import FreezingProxy, WatchedDatabase
 from tests.support import History, append, append_stored, histories, stored_event, until

@@ -14,8 +14,8 @@ from uvicorn.server import ServerState
 
 from payments.admission import Admission
 from payments.errors import Unauthorized
+from payments.observability.metrics import Telemetry
 from payments.settings import ApiKey
-from payments.telemetry import Telemetry
 from web.answers import Answer
 from web.description import Operation, described
 from web.door import Door, Known

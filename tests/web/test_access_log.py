@@ -35,7 +35,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
             {"level": record["level"].name, "message": record["message"]} | record["extra"]
         )
 
-    monkeypatch.setattr("payments.logs._json_stderr", None)
+    monkeypatch.setattr("payments.observability.logs._json_stderr", None)
     number = logger.add(take, level="DEBUG", format="{message}")
     yield found
     logger.remove(number)

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from payments.admission import ANONYMOUS_MEMORY, MEMORY_MIN, Admission
-from payments.telemetry import Telemetry
+from payments.observability.metrics import Telemetry
 from tests.web.doors import (
     KEY,
     Listening,

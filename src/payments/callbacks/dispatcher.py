@@ -29,9 +29,9 @@ from payments.callbacks.outbox import Claimed, Result
 from payments.callbacks.retry import WAIT_MAX_S, Verdict, jittered, judge
 from payments.database.connections import cut_after
 from payments.fulfilment.responses import Said, said_of
-from payments.logs import Repeats, trace_field
-from payments.telemetry import Telemetry
-from payments.tracing import current_traceparent, span
+from payments.observability.logs import Repeats, trace_field
+from payments.observability.metrics import Telemetry
+from payments.observability.tracing import current_traceparent, span
 
 if TYPE_CHECKING:
     from payments.callbacks.endpoint import Endpoint, Exchange

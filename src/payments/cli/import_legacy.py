@@ -18,6 +18,7 @@ from payments.legacy import NO_GATEWAY
 from payments.migrations import legacy_of, migrate
 from payments.migrations.legacy import Legacy
 from payments.money import amount_text
+from payments.observability.metrics import Telemetry
 from payments.opening import open_database
 from payments.projections.callbacks import CallbacksProjection
 from payments.projections.follower import Follower
@@ -25,7 +26,6 @@ from payments.projections.payments import PaymentsProjection
 from payments.projections.seals import BATCH_MAX as SEALS_MAX
 from payments.projections.seals import SealsProjection
 from payments.settings import Settings
-from payments.telemetry import Telemetry
 
 NOTHING = "there is no table payments of the Node service in {!r}: is this the right database?"
 

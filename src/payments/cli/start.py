@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from payments.cli.exits import logs_are_set_up
-from payments.logs import set_up_logs
+from payments.observability.logs import set_up_logs
 from payments.settings import Settings, read_settings
 
 if TYPE_CHECKING:

@@ -46,11 +46,11 @@ from payments.events.appender import Appender, StreamConflict, Unwanted
 from payments.events.facts import PaymentInitiated, UndecodableEvent
 from payments.events.store import fact_at, load_charge, to_stored_event
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
-from payments.logs import Repeats
+from payments.observability.logs import Repeats
+from payments.observability.metrics import Telemetry
+from payments.observability.tracing import span
 from payments.payment import Approved, Declined, Payment, Status, UnexpectedEvent, evolve
 from payments.settings import HOLD_MARGIN_S, Settings
-from payments.telemetry import Telemetry
-from payments.tracing import span
 
 
 class ChargePayment(msgspec.Struct, frozen=True):

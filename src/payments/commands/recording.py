@@ -24,10 +24,10 @@ from payments.events.facts import (
     RefundInitiated,
 )
 from payments.events.store import LoadedPayment, load_payment, to_stored_event
-from payments.logs import Repeats, log_money
+from payments.observability.logs import Repeats, log_money
+from payments.observability.metrics import Telemetry
+from payments.observability.tracing import span
 from payments.payment import Payment, evolve
-from payments.telemetry import Telemetry
-from payments.tracing import span
 
 RELOAD_PAUSE_S = 0.1
 

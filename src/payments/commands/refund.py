@@ -38,10 +38,10 @@ from payments.errors import (
 from payments.events.appender import Appender, StreamConflict
 from payments.events.store import LoadedPayment, load_payment, to_stored_event
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderRefund
+from payments.observability.metrics import Telemetry
+from payments.observability.tracing import span
 from payments.payment import Approved, Declined, Payment, Refund, Status, evolve
 from payments.settings import Settings
-from payments.telemetry import Telemetry
-from payments.tracing import span
 
 
 class RefundPayment(msgspec.Struct, frozen=True):

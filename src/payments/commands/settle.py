@@ -40,7 +40,9 @@ from payments.gateways import (
     ProviderRefund,
     declines_may_turn_s,
 )
-from payments.logs import trace_field
+from payments.observability.logs import trace_field
+from payments.observability.metrics import Telemetry
+from payments.observability.tracing import current_traceparent, span
 from payments.payment import (
     DECLINED,
     Approved,
@@ -51,8 +53,6 @@ from payments.payment import (
     Status,
 )
 from payments.settings import SETTLING, Settings
-from payments.telemetry import Telemetry
-from payments.tracing import current_traceparent, span
 
 CALLS_MAX = 3  # an attempt has the time of so many calls that all time out; then it sends no more
 LATE_CAPTURE_S = 24 * 3600.0  # however soon a gateway says that no capture can come any more

@@ -15,7 +15,7 @@ from payments.commands.telling import tell
 from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable, PaymentUnreadable
 from payments.events.store import load_payment
-from payments.logs import Repeats
+from payments.observability.logs import Repeats
 from payments.payment import Status
 from payments.settings import Settings
 from payments.tasks import end

@@ -23,7 +23,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from payments.database import session
 from payments.database.resolving import addresses_of
 from payments.errors import DatabaseUnavailable, StartError
-from payments.logs import Repeats
+from payments.observability.logs import Repeats
 from payments.settings import Settings
 
 CONNECT_TIMEOUT_S = 2  # libpq takes no less, and a healthy server answers in milliseconds

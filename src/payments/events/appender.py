@@ -20,9 +20,9 @@ from payments.database.connections import cut_after
 from payments.errors import DatabaseUnavailable, TooBusy
 from payments.events.store import APPEND, CAPTURED, CONFLICT, append_params
 from payments.events.watch import LogWatch
-from payments.logs import Repeats
+from payments.observability.logs import Repeats
+from payments.observability.metrics import Telemetry
 from payments.tasks import end
-from payments.telemetry import Telemetry
 
 BATCH_MAX = 256  # appends; at this size the cost per event has long stopped falling
 BATCH_TIMEOUT_S = 1.5  # a round trip takes milliseconds; then the connection is given up

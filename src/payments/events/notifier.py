@@ -17,7 +17,7 @@ from payments.database.connections import cut_after
 from payments.tasks import end
 
 if TYPE_CHECKING:  # commands read the log by way of this module, and measure nothing
-    from payments.telemetry import Telemetry
+    from payments.observability.metrics import Telemetry
 
 NOTIFY = "NOTIFY payment_events"
 LISTEN = "LISTEN payment_events"

@@ -27,9 +27,9 @@ from payments.errors import DatabaseUnavailable, LogRewound
 from payments.events import losses
 from payments.events.losses import Fetch
 from payments.events.store import HEAD_POSITION
-from payments.logs import Repeats
+from payments.observability.logs import Repeats
+from payments.observability.metrics import Telemetry
 from payments.tasks import end
-from payments.telemetry import Telemetry
 
 LOOK_S = 1.0
 HEADS_MAX = 600  # remembered, one a second: a standby that is allowed to lag lags less than that

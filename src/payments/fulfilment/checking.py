@@ -18,7 +18,7 @@ from payments.errors import DatabaseUnavailable
 from payments.fulfilment import table
 from payments.fulfilment.status import TIMEOUT_S, OrderStatus
 from payments.fulfilment.table import Claimed
-from payments.logs import Repeats
+from payments.observability.logs import Repeats
 from payments.tasks import end
 
 CONCURRENCY_MAX = 16  # orders asked about at once, by one process

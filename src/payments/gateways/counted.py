@@ -17,10 +17,10 @@ from payments.gateways import (
     ProviderRefund,
     declines_may_turn_s,
 )
-from payments.logs import Repeats
+from payments.observability.logs import Repeats
+from payments.observability.metrics import Telemetry
+from payments.observability.tracing import span
 from payments.payment import Approved, Declined
-from payments.telemetry import Telemetry
-from payments.tracing import span
 
 _OUTCOME_LABELS = {Approved: "approved", Declined: "declined", type(None): "not_found"}
 

@@ -21,13 +21,13 @@ from payments.database.connections import cut_after
 from payments.events.facts import traceparent_of
 from payments.events.notifier import LISTEN
 from payments.events.store import READ_LOG, read_events
-from payments.logs import Repeats
+from payments.observability.logs import Repeats
+from payments.observability.tracing import spans_since
 from payments.projections.parking import Parked, Parking, Projection, fetch_one
 from payments.tasks import end
-from payments.tracing import spans_since
 
 if TYPE_CHECKING:  # commands use what is below, and measure nothing
-    from payments.telemetry import Telemetry
+    from payments.observability.metrics import Telemetry
 
 BATCH_MAX = 1000  # events; larger ones save nothing and keep the event loop for longer
 # A batch takes milliseconds; a server that does not answer is given up after this, so that lists
