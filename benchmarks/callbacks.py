@@ -19,10 +19,10 @@ from benchmarks.load import Figures
 from benchmarks.parts import Part
 from benchmarks.process import ServerProcess
 from payments.database.connections import Database
-from payments.deciding import Cause, ChargeRequest, initiate, record_outcome
 from payments.events.store import APPEND, append_params, to_stored_event
 from payments.observability.metrics import Telemetry
-from payments.payment import Approved, evolve
+from payments.payment.decisions import Cause, ChargeRequest, initiate, record_outcome
+from payments.payment.state import Approved, evolve
 from payments.projections.callbacks import begin_at_the_end
 from payments.service import build_dispatcher, build_followers
 from payments.settings import Settings

@@ -9,7 +9,10 @@ from typing import Any
 import psycopg
 
 from payments.database.connections import Database, DatabaseAddress
-from payments.deciding import (
+from payments.events import facts
+from payments.events.facts import Fact
+from payments.observability.metrics import Telemetry
+from payments.payment.decisions import (
     Cause,
     ChargeRequest,
     RefundRequest,
@@ -18,10 +21,7 @@ from payments.deciding import (
     record_outcome,
     record_refund,
 )
-from payments.events import facts
-from payments.events.facts import Fact
-from payments.observability.metrics import Telemetry
-from payments.payment import Approved, Declined, Payment, evolve
+from payments.payment.state import Approved, Declined, Payment, evolve
 from payments.projections.follower import Follower
 from payments.service import build_followers
 from payments.settings import Settings

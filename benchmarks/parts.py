@@ -23,12 +23,12 @@ from benchmarks.log import fill_log, project
 from benchmarks.process import ServerProcess
 from payments import embedded_postgres
 from payments.database.connections import Database, DatabaseAddress, create_database_if_missing
-from payments.deciding import Cause, ChargeRequest, initiate
 from payments.events.appender import Appender
 from payments.events.notifier import Notifier
 from payments.events.store import to_stored_event
 from payments.migrations import migrate
 from payments.observability.metrics import Telemetry
+from payments.payment.decisions import Cause, ChargeRequest, initiate
 
 CONNECTIONS = 32
 

@@ -32,10 +32,10 @@ from payments.admission import Admission
 from payments.commands import recording
 from payments.commands.charge import Charged, ChargePayment
 from payments.database.connections import DatabaseAddress
-from payments.deciding import ChargeRequest, fingerprint, payment_id_for
 from payments.observability.logs import set_up_logs
 from payments.observability.metrics import Telemetry
-from payments.payment import Payment, Status
+from payments.payment.decisions import ChargeRequest, fingerprint, payment_id_for
+from payments.payment.state import Payment, Status
 from payments.service import Service, build_gateway
 from payments.settings import Settings, read_settings
 from web import app, listening, server

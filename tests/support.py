@@ -15,7 +15,10 @@ from eventsourcing.persistence import StoredEvent
 
 from payments.commands.charge import ChargePayment
 from payments.database.connections import Database
-from payments.deciding import (
+from payments.events.facts import Fact
+from payments.events.store import APPEND, append_params, to_stored_event
+from payments.observability.metrics import Telemetry
+from payments.payment.decisions import (
     Cause,
     ChargeRequest,
     RefundRequest,
@@ -26,10 +29,7 @@ from payments.deciding import (
     record_refund,
     record_return,
 )
-from payments.events.facts import Fact
-from payments.events.store import APPEND, append_params, to_stored_event
-from payments.observability.metrics import Telemetry
-from payments.payment import Approved, Declined, Payment, Refund, evolve, fold
+from payments.payment.state import Approved, Declined, Payment, Refund, evolve, fold
 from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection
 from payments.projections.seals import SealsProjection

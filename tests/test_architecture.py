@@ -39,8 +39,8 @@ LAYERS = (
     ("payments.callbacks.signing", "payments.fulfilment.responses"),
     ("payments.settings", "payments.admission", "payments.shared", "payments.database.resolving"),
     ("payments.events.facts",),
-    ("payments.payment",),
-    ("payments.deciding",),
+    ("payments.payment.state",),
+    ("payments.payment.decisions",),
     ("payments.legacy",),
     ("payments.database.session",),
     ("payments.database.connections",),
@@ -101,7 +101,7 @@ def own_imports(module: str) -> set[str]:
 
 
 def test_there_is_something_to_look_at() -> None:
-    assert {"payments.payment", "payments.events.facts", "web.api"} <= set(MODULES)
+    assert {"payments.payment.state", "payments.events.facts", "web.api"} <= set(MODULES)
     assert own_imports("web.auth") == {"payments.errors", "payments.settings"}
     assert "payments.embedded_postgres" in own_imports("payments.opening")
 
@@ -228,7 +228,7 @@ def test_the_aggregate_knows_no_clock_and_no_io() -> None:
         "typing",
     }
     allowed = pure | {"msgspec", "payments", "uuid"}
-    for module in ("payments.payment", "payments.events.facts", "payments.money"):
+    for module in ("payments.payment.state", "payments.events.facts", "payments.money"):
         assert {name.split(".")[0] for name in imports(MODULES[module])} <= allowed
         source = MODULES[module].read_text(encoding="utf-8")
         assert not re.search(r"\b(now|utcnow|today|uuid1|uuid4)\(", source)

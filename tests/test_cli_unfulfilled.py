@@ -12,7 +12,7 @@ import pytest
 from click.testing import Result
 
 from payments.cli.unfulfilled import IN_THE_TABLE
-from payments.payment import Status
+from payments.payment.state import Status
 from payments.queries.fulfilments import Unfulfilled
 from payments.queries.payments import PaymentView
 from tests.queries.rows import insert, insert_fulfilment, view

@@ -13,7 +13,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from payments.deciding import (
+from payments.errors import (
+    IdempotencyKeyReused,
+    PaymentNotRefundable,
+    PaymentsError,
+    RefundExceedsCapture,
+)
+from payments.events.facts import (
+    Fact,
+    LateCaptureFound,
+    LateCaptureReturned,
+    PaymentRefunded,
+    RefundInitiated,
+    decode,
+    encode,
+)
+from payments.payment.decisions import (
     REFUND_ATTEMPTS_MAX,
     REFUNDS_MAX,
     Cause,
@@ -34,22 +49,16 @@ from payments.deciding import (
     refund_id_for,
     unfulfilled_refund_id,
 )
-from payments.errors import (
-    IdempotencyKeyReused,
-    PaymentNotRefundable,
-    PaymentsError,
-    RefundExceedsCapture,
+from payments.payment.state import (
+    Approved,
+    Declined,
+    LateCapture,
+    Payment,
+    Refund,
+    Status,
+    evolve,
+    fold,
 )
-from payments.events.facts import (
-    Fact,
-    LateCaptureFound,
-    LateCaptureReturned,
-    PaymentRefunded,
-    RefundInitiated,
-    decode,
-    encode,
-)
-from payments.payment import Approved, Declined, LateCapture, Payment, Refund, Status, evolve, fold
 from tests.test_payment import (
     ABANDONED,
     CAPTURED_CENTS,

@@ -22,7 +22,7 @@ from payments.events.facts import (
     RefundFailed,
     RefundInitiated,
 )
-from payments.payment import (
+from payments.payment.state import (
     LateCapture,
     Payment,
     Refund,

@@ -14,7 +14,6 @@ from payments.callbacks.dispatcher import Dispatcher
 from payments.commands import recording
 from payments.commands.recording import Recorder
 from payments.database.connections import Database, DatabaseAddress
-from payments.deciding import record_outcome
 from payments.events.appender import Appender, StreamConflict
 from payments.events.store import to_stored_event
 from payments.events.watch import LogWatch
@@ -23,7 +22,8 @@ from payments.gateways.counted import CountedGateway
 from payments.observability import logs
 from payments.observability.logs import Repeats
 from payments.observability.metrics import Telemetry
-from payments.payment import Approved
+from payments.payment.decisions import record_outcome
+from payments.payment.state import Approved
 from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection
 from tests.doubles.gateway import ScriptedGateway

@@ -9,14 +9,6 @@ from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from payments.deciding import (
-    KEY_MAX,
-    KEY_PATTERN,
-    ChargeRequest,
-    fingerprint,
-    imported_event_id,
-    payment_id_for,
-)
 from payments.events.facts import (
     Fact,
     Legacy,
@@ -27,7 +19,15 @@ from payments.events.facts import (
     RefundInitiated,
 )
 from payments.money import DECIMALS, MAX_AMOUNT_CENTS, MIN_AMOUNT_CENTS
-from payments.payment import Status
+from payments.payment.decisions import (
+    KEY_MAX,
+    KEY_PATTERN,
+    ChargeRequest,
+    fingerprint,
+    imported_event_id,
+    payment_id_for,
+)
+from payments.payment.state import Status
 from payments.settings import DEFAULT_CLIENT
 
 # No provider of ours is called so: nobody is asked about such a payment, nor gives it back.

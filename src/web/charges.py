@@ -11,7 +11,6 @@ from litestar.enums import MediaType
 
 from payments import money
 from payments.commands.charge import Charged, ChargePayment
-from payments.deciding import ChargeRequest
 from payments.errors import (
     ClientGone,
     DatabaseUnavailable,
@@ -25,7 +24,8 @@ from payments.errors import (
     TooBusy,
     Unauthorized,
 )
-from payments.payment import Status
+from payments.payment.decisions import ChargeRequest
+from payments.payment.state import Status
 from payments.times import TIME_PATTERN, read_time
 from web.bodies import read_body
 from web.description import Answer, Operation, Parameter, described

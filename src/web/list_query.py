@@ -8,7 +8,7 @@ from urllib.parse import unquote_plus
 
 from payments.errors import FieldError, InvalidRequest
 from payments.money import DECIMALS
-from payments.payment import Status
+from payments.payment.state import Status
 from payments.queries.cursor import read_cursor
 from payments.queries.payments import LIMIT_DEFAULT, LIMIT_MAX, PaymentFilter
 from payments.times import TIME_PATTERN, read_time

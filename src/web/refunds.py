@@ -9,7 +9,6 @@ from litestar.enums import MediaType
 
 from payments import money
 from payments.commands.refund import Refunded, RefundPayment
-from payments.deciding import RefundRequest
 from payments.errors import (
     DatabaseUnavailable,
     IdempotencyKeyReused,
@@ -25,7 +24,8 @@ from payments.errors import (
     TooBusy,
     Unauthorized,
 )
-from payments.payment import Status
+from payments.payment.decisions import RefundRequest
+from payments.payment.state import Status
 from payments.queries.payments import not_found
 from web.auth import may_read
 from web.bodies import read_body

@@ -11,8 +11,8 @@ from litestar.datastructures import State
 from litestar.enums import MediaType
 
 from payments.commands.runs import Caller
-from payments.deciding import KEY_MAX, KEY_PATTERN
 from payments.errors import FieldError, InvalidIdempotencyKey, InvalidRequest
+from payments.payment.decisions import KEY_MAX, KEY_PATTERN
 from payments.service import Service
 from web.arrivals import CALLER
 from web.auth import authenticate

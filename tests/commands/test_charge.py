@@ -15,7 +15,6 @@ from payments.commands import runs
 from payments.commands.charge import Charged
 from payments.commands.refund import RefundPayment
 from payments.commands.runs import Caller
-from payments.deciding import RefundRequest, payment_id_for
 from payments.errors import (
     ClientGone,
     DatabaseUnavailable,
@@ -26,7 +25,8 @@ from payments.errors import (
     Unavailable,
 )
 from payments.gateways import NeverSent, OutcomeUnknown, ProviderCharge
-from payments.payment import Status
+from payments.payment.decisions import RefundRequest, payment_id_for
+from payments.payment.state import Status
 from payments.queries.payments import get_payment
 from tests.commands.conftest import Make
 from tests.commands.looking import topics

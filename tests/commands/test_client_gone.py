@@ -8,11 +8,11 @@ import psycopg
 import pytest
 
 from payments.commands.runs import Caller
-from payments.deciding import payment_id_for
 from payments.errors import ClientGone, IdempotencyKeyReused, TooBusy
 from payments.events.store import load_charge
 from payments.gateways import ProviderCharge
-from payments.payment import Status
+from payments.payment.decisions import payment_id_for
+from payments.payment.state import Status
 from tests.commands.conftest import Make
 from tests.commands.looking import topics
 from tests.commands.test_charge import first_answer

@@ -12,9 +12,9 @@ import pytest
 
 from payments import sendings
 from payments.commands.runs import cause
-from payments.deciding import payment_id_for, record_outcome
 from payments.events.facts import Fact
-from payments.payment import Approved, Status
+from payments.payment.decisions import payment_id_for, record_outcome
+from payments.payment.state import Approved, Status
 from payments.service import Service
 from tests.commands.conftest import Make
 from tests.commands.looking import begin, capture, gateway_of, topics

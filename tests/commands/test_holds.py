@@ -10,9 +10,9 @@ import pytest
 from eventsourcing.persistence import StoredEvent
 
 from payments.commands.charge import ChargePayment
-from payments.deciding import is_held_for, payment_id_for
 from payments.errors import DatabaseUnavailable, IdempotencyKeyReused, InvalidRequest
-from payments.payment import Status
+from payments.payment.decisions import is_held_for, payment_id_for
+from payments.payment.state import Status
 from tests.commands.conftest import Make
 from tests.commands.looking import topics
 from tests.commands.test_charge import first_answer

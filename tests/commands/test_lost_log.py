@@ -8,11 +8,11 @@ import pytest
 
 from payments.commands import charge
 from payments.commands.runs import cause
-from payments.deciding import RefundRequest, abandon, initiate_refund, payment_id_for
 from payments.errors import LogRewound
 from payments.events.facts import Fact
 from payments.events.store import LOAD_ENTRIES, LogEntry, fact_of, load_charge, load_payment
-from payments.payment import Approved, Payment, Status, fold
+from payments.payment.decisions import RefundRequest, abandon, initiate_refund, payment_id_for
+from payments.payment.state import Approved, Payment, Status, fold
 from payments.service import Service
 from tests.commands.conftest import Make
 from tests.commands.looking import begin, capture, gateway_of, topics

@@ -5,9 +5,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.deciding import payment_id_for
 from payments.events.store import APPEND, append_params
-from payments.payment import Status
+from payments.payment.decisions import payment_id_for
+from payments.payment.state import Status
 from tests.commands.conftest import Make
 from tests.commands.looking import begin, gateway_of
 from tests.commands.test_refund import FAST

@@ -12,7 +12,6 @@ from eventsourcing.persistence import StoredEvent
 
 from payments.commands import runs
 from payments.commands.refund import Refunded, RefundPayment
-from payments.deciding import REFUNDS_MAX, RefundRequest, payment_id_for
 from payments.errors import (
     DatabaseUnavailable,
     IdempotencyKeyReused,
@@ -24,7 +23,8 @@ from payments.errors import (
     TooBusy,
 )
 from payments.gateways import NeverSent, OutcomeUnknown
-from payments.payment import Status
+from payments.payment.decisions import REFUNDS_MAX, RefundRequest, payment_id_for
+from payments.payment.state import Status
 from payments.service import Service
 from tests.commands.conftest import Make
 from tests.commands.looking import capture, gateway_of, topics

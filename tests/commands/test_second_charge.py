@@ -10,9 +10,9 @@ import pytest
 from payments.commands import runs
 from payments.commands.refund import RefundPayment
 from payments.database.connections import Database
-from payments.deciding import RefundRequest, payment_id_for
 from payments.errors import DatabaseUnavailable, IdempotencyKeyReused, OrderAlreadyPaid
-from payments.payment import Status
+from payments.payment.decisions import RefundRequest, payment_id_for
+from payments.payment.state import Status
 from payments.service import Service
 from tests.commands.conftest import Make
 from tests.commands.looking import topics

@@ -12,10 +12,10 @@ import pytest
 from payments import sendings
 from payments.commands.settle import CALLS_MAX
 from payments.commands.settling import ABANDONED_MAX, pause_s
-from payments.deciding import payment_id_for
 from payments.errors import ClientGone, TooBusy
 from payments.gateways import NeverSent, OutcomeUnknown
-from payments.payment import Approved, Status
+from payments.payment.decisions import payment_id_for
+from payments.payment.state import Approved, Status
 from payments.service import Service
 from payments.unsettled import CLAIM, claim, claim_params, forget, postpone
 from tests.commands.conftest import Make

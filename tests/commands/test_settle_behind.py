@@ -9,7 +9,7 @@ import pytest
 from click.testing import Result
 
 from payments.database.connections import DatabaseAddress
-from payments.payment import Status
+from payments.payment.state import Status
 from payments.service import Service
 from payments.unsettled import claim
 from tests.commands.conftest import Make

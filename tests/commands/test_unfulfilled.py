@@ -11,11 +11,11 @@ from loguru import logger
 
 from payments import brake
 from payments.commands.unfulfilled import Unfulfilled
-from payments.deciding import is_of_unfulfilled, payment_id_for, unfulfilled_refund_id
 from payments.errors import PaymentAlreadyRefunded, RefundExceedsCapture
 from payments.events.facts import RefundInitiated
 from payments.events.store import fact_at
-from payments.payment import Status
+from payments.payment.decisions import is_of_unfulfilled, payment_id_for, unfulfilled_refund_id
+from payments.payment.state import Status
 from payments.service import Service
 from tests.commands.conftest import Make
 from tests.commands.looking import capture, gateway_of, topics

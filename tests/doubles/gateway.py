@@ -6,7 +6,7 @@ from typing import Any
 from uuid import UUID
 
 from payments.gateways import NeverSent, OutcomeUnknown, ProviderCharge, ProviderRefund
-from payments.payment import Approved, Declined
+from payments.payment.state import Approved, Declined
 
 Asked = ProviderCharge | ProviderRefund
 Step = Callable[["ScriptedGateway", Any], Any]  # of a charge, of a refund, or of both

@@ -9,7 +9,7 @@ import msgspec
 from payments.errors import StartError
 from payments.gateways import OutcomeUnknown, ProviderCharge, ProviderRefund
 from payments.gateways.http import Answer, ProviderHttp
-from payments.payment import Approved, Declined
+from payments.payment.state import Approved, Declined
 from payments.settings import Settings
 
 DAY_S = 24 * 3600.0

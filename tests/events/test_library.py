@@ -22,7 +22,7 @@ from payments.database.connections import DatabaseAddress, connect
 from payments.events.facts import UndecodableEvent
 from payments.events.library import READ_EVENTS, LogRecorder, LogWentBack, PaymentLog
 from payments.events.store import APPEND, append_params
-from payments.payment import Status, fold
+from payments.payment.state import Status, fold
 from tests.following import log_at
 from tests.support import History, append, append_stored, stored_event
 

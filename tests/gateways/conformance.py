@@ -17,7 +17,7 @@ from payments.gateways import (
     ProviderCharge,
     ProviderRefund,
 )
-from payments.payment import Approved, Declined
+from payments.payment.state import Approved, Declined
 from tests.machine import within
 
 OPERATIONS = ("charge", "refund", "find_charge", "find_refund")

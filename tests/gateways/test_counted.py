@@ -9,7 +9,7 @@ from payments.gateways import NeverSent, OutcomeUnknown, ProviderCharge
 from payments.gateways import counted as module
 from payments.gateways.counted import CountedGateway
 from payments.observability.metrics import Telemetry
-from payments.payment import Approved, Declined
+from payments.payment.state import Approved, Declined
 from tests.doubles.gateway import ScriptedGateway, after, decline, never_sent, no_answer
 from tests.support import ORDER_ID
 

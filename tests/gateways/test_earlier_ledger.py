@@ -15,7 +15,7 @@ import pytest
 from payments.errors import StartError
 from payments.gateways import ProviderRefund
 from payments.gateways.simulated import SimulatedGateway
-from payments.payment import Approved, Declined
+from payments.payment.state import Approved, Declined
 from tests.support import LedgerRow, ledger_rows
 
 pytestmark = pytest.mark.anyio

@@ -19,7 +19,7 @@ import pytest
 from payments.errors import StartError
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
 from payments.gateways.http import ProviderHttp
-from payments.payment import Approved, Declined
+from payments.payment.state import Approved, Declined
 from payments.settings import Settings
 from tests.doubles.controlled import ROOT
 from tests.doubles.http_gateway import DAY_S, HttpGateway, build

@@ -24,7 +24,7 @@ from payments.gateways import (
     simulated_ledger,
 )
 from payments.gateways.simulated import Fault, SimulatedGateway, parse_faults
-from payments.payment import Approved, Declined
+from payments.payment.state import Approved, Declined
 from tests.support import ledger_rows
 
 pytestmark = pytest.mark.anyio

@@ -17,7 +17,7 @@ import pytest
 from payments.errors import StartError
 from payments.gateways import OutcomeUnknown, ProviderCharge, ProviderRefund, simulated_ledger
 from payments.gateways.simulated import SimulatedGateway
-from payments.payment import Approved
+from payments.payment.state import Approved
 from tests.machine import within
 from tests.support import ledger_rows
 

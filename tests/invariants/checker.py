@@ -24,7 +24,7 @@ from payments.events.facts import (
     UndecodableEvent,
 )
 from payments.events.store import to_fact
-from payments.payment import Payment, Status, UnexpectedEvent, fold
+from payments.payment.state import Payment, Status, UnexpectedEvent, fold
 
 FINDINGS_SHOWN = 30
 OUTCOME_TOPICS = {"PaymentCharged": "SUCCESS", "PaymentFailed": "FAILED"}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from payments.legacy import LegacyRow, facts_of, faults
-from payments.payment import fold
+from payments.payment.state import fold
 from tests.legacy.conftest import Command, Node
 from tests.legacy.node import LOOSE_TABLE, insert
 

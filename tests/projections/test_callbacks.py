@@ -8,10 +8,10 @@ import pytest
 
 from payments.callbacks.outbox import redrive
 from payments.database.connections import Database
-from payments.deciding import Cause, record_refund
 from payments.events.facts import Fact
 from payments.observability.metrics import Telemetry
-from payments.payment import Approved
+from payments.payment.decisions import Cause, record_refund
+from payments.payment.state import Approved
 from payments.projections.callbacks import CallbacksProjection, backfill, begin_at_the_end
 from payments.projections.follower import Follower
 from tests.callbacks.outbox import ALL, Outbox, charges, claim_some, of

@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 from psycopg.sql import SQL, Identifier, Placeholder
 
-from payments.payment import Status
+from payments.payment.state import Status
 from payments.queries.payments import PaymentView
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from payments.database.connections import Database, DatabaseAddress
 from payments.errors import InvalidRequest
-from payments.payment import Status
+from payments.payment.state import Status
 from payments.queries import fulfilments
 from payments.queries.cursor import Place, write_cursor
 from payments.queries.fulfilments import (

@@ -14,7 +14,7 @@ from payments.errors import DatabaseUnavailable, PaymentNotFound, PaymentUnreada
 from payments.events.appender import Appender
 from payments.events.store import to_stored_event
 from payments.observability.metrics import Telemetry
-from payments.payment import Payment
+from payments.payment.state import Payment
 from payments.queries.lookups import BATCH_MAX, PaymentLookups
 from payments.queries.payments import get_payment
 from tests.machine import Machine, bound, within

@@ -12,7 +12,7 @@ import pytest
 
 from payments.database.connections import Database, DatabaseAddress
 from payments.errors import InvalidRequest
-from payments.payment import Status
+from payments.payment.state import Status
 from payments.queries.cursor import Place, read_cursor, write_cursor
 from payments.queries.payments import (
     PaymentFilter,

@@ -24,7 +24,7 @@ from payments.events.store import (
     READ_ASKED_FOR,
 )
 from payments.fulfilment import table as fulfilments
-from payments.payment import Status
+from payments.payment.state import Status
 from payments.queries.cursor import Place, write_cursor
 from payments.queries.history import HISTORY
 from payments.queries.payments import (

@@ -8,7 +8,7 @@ from uuid import UUID
 import pytest
 
 from payments.errors import InvalidRequest
-from payments.payment import Status
+from payments.payment.state import Status
 from payments.queries.cursor import Place, write_cursor
 from payments.queries.payments import PaymentFilter
 from payments.times import TIME_PATTERN

@@ -8,7 +8,7 @@ import httpx
 import psycopg
 import pytest
 
-from payments.payment import Status
+from payments.payment.state import Status
 from payments.queries.payments import PaymentView
 from payments.service import Service
 from payments.settings import ApiKey, Settings

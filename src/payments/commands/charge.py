@@ -22,16 +22,6 @@ from payments.commands.recording import Recorder
 from payments.commands.runs import OTHER_RUN_POLL_S, Caller, Run, Runs, cause
 from payments.commands.telling import tell_mismatch, tell_other_gateway
 from payments.database.connections import Database
-from payments.deciding import (
-    Cause,
-    ChargeRequest,
-    OutcomeMismatch,
-    differing_fields,
-    initiate,
-    is_held_for,
-    payment_id_for,
-    record_outcome,
-)
 from payments.errors import (
     ClientGone,
     FieldError,
@@ -49,7 +39,17 @@ from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
 from payments.observability.logs import Repeats
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import span
-from payments.payment import Approved, Declined, Payment, Status, UnexpectedEvent, evolve
+from payments.payment.decisions import (
+    Cause,
+    ChargeRequest,
+    OutcomeMismatch,
+    differing_fields,
+    initiate,
+    is_held_for,
+    payment_id_for,
+    record_outcome,
+)
+from payments.payment.state import Approved, Declined, Payment, Status, UnexpectedEvent, evolve
 from payments.settings import HOLD_MARGIN_S, Settings
 
 

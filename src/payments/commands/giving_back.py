@@ -9,7 +9,7 @@ from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable
 from payments.events.watch import LogWatch
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderRefund
-from payments.payment import Approved, Declined
+from payments.payment.state import Approved, Declined
 
 
 class GivingBack:

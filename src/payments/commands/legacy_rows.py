@@ -10,7 +10,7 @@ import psycopg
 from payments.database.connections import Database, DatabaseAddress
 from payments.errors import StartError
 from payments.legacy import LegacyRow, faults
-from payments.payment import Status
+from payments.payment.state import Status
 
 NAME = "payments import-legacy"
 BATCH_ROWS = 500

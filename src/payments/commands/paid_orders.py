@@ -13,7 +13,7 @@ from payments.database.arrays import uuids
 from payments.database.connections import Database
 from payments.errors import OrderAlreadyPaid
 from payments.events.store import LOAD_STREAMS, PERHAPS_PAID, fold_readable
-from payments.payment import Payment, Status
+from payments.payment.state import Payment, Status
 
 
 async def refuse_if_paid(database: Database, payment_id: UUID, order_id: UUID, client: str) -> None:

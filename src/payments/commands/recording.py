@@ -13,7 +13,6 @@ from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
 from payments.database.connections import Database
-from payments.deciding import OutcomeMismatch, is_of_unfulfilled
 from payments.errors import DatabaseUnavailable
 from payments.events.appender import Appender, CaptureTaken, StreamConflict
 from payments.events.facts import (
@@ -27,7 +26,8 @@ from payments.events.store import LoadedPayment, load_payment, to_stored_event
 from payments.observability.logs import Repeats, log_money
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import span
-from payments.payment import Payment, evolve
+from payments.payment.decisions import OutcomeMismatch, is_of_unfulfilled
+from payments.payment.state import Payment, evolve
 
 RELOAD_PAUSE_S = 0.1
 

@@ -20,14 +20,6 @@ from payments.commands.recording import Recorder
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
 from payments.commands.telling import tell_mismatch, tell_other_gateway
 from payments.database.connections import Database
-from payments.deciding import (
-    Cause,
-    OutcomeMismatch,
-    RefundRequest,
-    initiate_refund,
-    known_refund,
-    record_refund,
-)
 from payments.errors import (
     PaymentNotFound,
     PaymentNotRefundable,
@@ -40,7 +32,15 @@ from payments.events.store import LoadedPayment, load_payment, to_stored_event
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderRefund
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import span
-from payments.payment import Approved, Declined, Payment, Refund, Status, evolve
+from payments.payment.decisions import (
+    Cause,
+    OutcomeMismatch,
+    RefundRequest,
+    initiate_refund,
+    known_refund,
+    record_refund,
+)
+from payments.payment.state import Approved, Declined, Payment, Refund, Status, evolve
 from payments.settings import Settings
 
 

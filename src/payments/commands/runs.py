@@ -16,9 +16,9 @@ from typing import Any, Generic, Protocol, TypeVar
 from loguru import logger
 
 from payments.admission import Admission, Client
-from payments.deciding import Cause, OutcomeMismatch
 from payments.errors import DatabaseUnavailable, PaymentsError, TooBusy
 from payments.gateways import OutcomeUnknown
+from payments.payment.decisions import Cause, OutcomeMismatch
 from payments.settings import INTENT_PATIENCE_S
 from payments.tasks import end
 

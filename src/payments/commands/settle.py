@@ -22,14 +22,6 @@ from payments.commands.telling import (
     tell_other_gateway,
 )
 from payments.database.connections import Database
-from payments.deciding import (
-    Cause,
-    OutcomeMismatch,
-    abandon,
-    record_outcome,
-    record_refund,
-    record_return,
-)
 from payments.errors import LogRewound
 from payments.events.appender import Appender
 from payments.events.store import LoadedPayment
@@ -43,7 +35,15 @@ from payments.gateways import (
 from payments.observability.logs import trace_field
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import current_traceparent, span
-from payments.payment import (
+from payments.payment.decisions import (
+    Cause,
+    OutcomeMismatch,
+    abandon,
+    record_outcome,
+    record_refund,
+    record_return,
+)
+from payments.payment.state import (
     DECLINED,
     Approved,
     Declined,

@@ -16,7 +16,7 @@ from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable, PaymentUnreadable
 from payments.events.store import load_payment
 from payments.observability.logs import Repeats
-from payments.payment import Status
+from payments.payment.state import Status
 from payments.settings import Settings
 from payments.tasks import end
 from payments.unsettled import Claim, claim, forget, postpone

@@ -12,9 +12,9 @@ from loguru import logger
 
 from payments import unsettled
 from payments.database.connections import Database
-from payments.deciding import OutcomeMismatch
 from payments.errors import DatabaseUnavailable
-from payments.payment import Payment
+from payments.payment.decisions import OutcomeMismatch
+from payments.payment.state import Payment
 
 DAY_S = 86_400.0
 # When a payment is open for too long, the same as deploy/prometheus/alerts.yml; and after how long

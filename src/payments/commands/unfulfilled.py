@@ -14,10 +14,10 @@ from payments.admission import Admission
 from payments.commands.giving_back import GivingBack
 from payments.commands.refund import Refunding, RefundPayment
 from payments.database.connections import Database
-from payments.deciding import RefundRequest, unfulfilled_refund_id
 from payments.errors import PaymentsError
 from payments.events.store import LoadedPayment, load_payment
-from payments.payment import Status
+from payments.payment.decisions import RefundRequest, unfulfilled_refund_id
+from payments.payment.state import Status
 from payments.settings import FULFILMENT
 
 

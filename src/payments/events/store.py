@@ -25,7 +25,7 @@ from payments.database.connections import Database
 from payments.errors import PaymentUnreadable
 from payments.events import facts
 from payments.events.facts import Fact, PaymentInitiated, UndecodableEvent
-from payments.payment import Payment, Status, UnexpectedEvent, evolve, fold
+from payments.payment.state import Payment, Status, UnexpectedEvent, evolve, fold
 
 # Its commit waits for the disk whatever its session was set to since it was set up: a pooler whose
 # mode is changed meanwhile gives it the session of a follower, which does not wait.

@@ -15,7 +15,7 @@ from uuid import UUID
 
 import msgspec
 
-from payments.payment import Approved, Declined
+from payments.payment.state import Approved, Declined
 
 
 class OutcomeUnknown(Exception):

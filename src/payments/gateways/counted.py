@@ -20,7 +20,7 @@ from payments.gateways import (
 from payments.observability.logs import Repeats
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import span
-from payments.payment import Approved, Declined
+from payments.payment.state import Approved, Declined
 
 _OUTCOME_LABELS = {Approved: "approved", Declined: "declined", type(None): "not_found"}
 

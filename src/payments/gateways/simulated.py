@@ -24,7 +24,7 @@ from payments.gateways.simulated_ledger import (
     Ledger,
     Question,
 )
-from payments.payment import Approved, Declined
+from payments.payment.state import Approved, Declined
 
 _FAULT = re.compile(
     r"(?:(?P<operation>charge|refund):)?"

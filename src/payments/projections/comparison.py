@@ -12,7 +12,7 @@ from uuid import UUID
 
 from payments.events.facts import UndecodableEvent
 from payments.events.store import CHANGED_STREAMS, READ_STREAMS_UNTIL, SLICE_END, fact_at
-from payments.payment import ABANDONED, DECLINED, Payment, UnexpectedEvent, evolve
+from payments.payment.state import ABANDONED, DECLINED, Payment, UnexpectedEvent, evolve
 from payments.projections.payments import (
     CLIENT_COLUMNS,
     PAYMENT_COLUMNS,

@@ -13,7 +13,7 @@ from loguru import logger
 
 from payments.events.facts import UndecodableEvent
 from payments.events.store import READ_STREAM_PART, LogEntry, read_events
-from payments.payment import UnexpectedEvent
+from payments.payment.state import UnexpectedEvent
 
 # To be read once the position is taken: the follower before may just have parked one.
 PARKED_IDS = """

@@ -26,7 +26,7 @@ from payments.events.facts import (
 from payments.events.store import LOAD_ENTRIES, LogEntry, fact_of, fold_stored
 from payments.legacy import key_of_none
 from payments.money import amount_text
-from payments.payment import Payment
+from payments.payment.state import Payment
 from payments.queries.callbacks import Attempt, Delivery, attempts, deliveries_of_payment, text_of
 from payments.queries.fulfilments import FulfilmentView, fulfilment_of
 from payments.queries.payments import found

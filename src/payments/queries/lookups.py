@@ -16,7 +16,7 @@ from payments.database.arrays import uuids
 from payments.database.connections import READ_TIMEOUT_S, Database
 from payments.errors import DatabaseUnavailable
 from payments.events.store import LOAD_STREAMS, belongs_to, fold_stored
-from payments.payment import Payment
+from payments.payment.state import Payment
 
 BATCH_MAX = 256  # lookups in one statement: about 4 ms of work for the event loop when it returns
 

@@ -11,7 +11,7 @@ from payments import legacy_ids
 from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable, PaymentNotFound
 from payments.money import amount_text
-from payments.payment import Payment, Status
+from payments.payment.state import Payment, Status
 from payments.queries.cursor import Place, read_cursor, write_cursor
 from payments.queries.lookups import PaymentLookups
 

@@ -27,7 +27,7 @@ from payments.events.facts import (
     RefundFailed,
     RefundInitiated,
 )
-from payments.payment import Approved, Declined, LateCapture, Payment, Refund, Status
+from payments.payment.state import Approved, Declined, LateCapture, Payment, Refund, Status
 
 # Fixed for ever: another namespace would give every old key a new payment or a new refund.
 _PAYMENT_NAMESPACE = b"payment-service/idempotency-key/1\x00"
