@@ -29,7 +29,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from benchmarks.child import ROOT, ChildError
 from payments.admission import Admission
-from payments.commands import recording
+from payments.commands import outcomes as recording
 from payments.commands.charge import Charged, ChargePayment
 from payments.database.connections import DatabaseAddress
 from payments.observability.logs import set_up_logs

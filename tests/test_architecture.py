@@ -188,7 +188,7 @@ def test_the_service_does_not_read_with_the_librarys_classes() -> None:
     """They are for other teams, and their connections are not set up as ours are."""
     assert importers_of("eventsourcing") == {
         *("payments.events.library", "payments.events.store", "payments.events.watch"),
-        *("payments.events.appender", "payments.commands.charge", "payments.commands.recording"),
+        *("payments.events.appender", "payments.commands.charge", "payments.commands.outcomes"),
         *("payments.commands.importing", "payments.commands.refund"),
     }
     for module in set(MODULES) - {"payments.events.library"}:

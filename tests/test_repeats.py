@@ -11,8 +11,8 @@ import pytest
 from loguru import logger
 
 from payments.callbacks.dispatcher import Dispatcher
-from payments.commands import recording
-from payments.commands.recording import Recorder
+from payments.commands import outcomes as recording
+from payments.commands.outcomes import Recorder
 from payments.database.connections import Database, DatabaseAddress
 from payments.events.appender import Appender, StreamConflict
 from payments.events.store import to_stored_event

@@ -21,7 +21,7 @@ from payments.commands.giving_back import GivingBack
 from payments.commands.refund import Refunding
 from payments.commands.runs import Runs
 from payments.commands.settle import Settler
-from payments.commands.settling import Settling
+from payments.commands.settling_loop import Settling
 from payments.commands.unfulfilled import Unfulfilled
 from payments.database.connections import Database, DatabaseAddress
 from payments.errors import DatabaseUnavailable, StartError

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from payments.database.connections import Database
 
-# A lease and every pause end within this (commands/settling.py).
+# A lease and every pause end within this (commands/settling_loop.py).
 DUE_WITHIN_S = 3600.0
 
 # One row per payment. A new reason to ask makes it due soon, however patient it had become.

@@ -1,7 +1,7 @@
 """The access log: a line for each answer, thinned above a rate, and what was left out is counted.
 
 Never left out are answers of 400 and above. Money that moves has lines of its own, at the moment
-when it is recorded (payments.commands.recording).
+when it is recorded (payments.commands.outcomes).
 """
 
 import asyncio

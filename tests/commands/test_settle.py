@@ -11,7 +11,7 @@ import pytest
 
 from payments import sendings
 from payments.commands.settle import CALLS_MAX
-from payments.commands.settling import ABANDONED_MAX, pause_s
+from payments.commands.settling_loop import ABANDONED_MAX, pause_s
 from payments.errors import ClientGone, TooBusy
 from payments.gateways import NeverSent, OutcomeUnknown
 from payments.payment.decisions import payment_id_for
@@ -868,7 +868,7 @@ async def test_what_is_due_is_settled_as_fast_as_the_provider_answers(
     make: Make, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not so many each time it looks for work."""
-    monkeypatch.setattr("payments.commands.settling.POLL_S", 30.0)
+    monkeypatch.setattr("payments.commands.settling_loop.POLL_S", 30.0)
     service = await make(ScriptedGateway(*[answer_lost] * 400), **FAST)
 
     async def charge(number: int) -> None:

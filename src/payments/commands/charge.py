@@ -17,8 +17,8 @@ import msgspec
 from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
+from payments.commands.outcomes import Recorder
 from payments.commands.paid_orders import refuse_if_paid
-from payments.commands.recording import Recorder
 from payments.commands.runs import OTHER_RUN_POLL_S, Caller, Run, Runs, cause
 from payments.commands.telling import tell_mismatch, tell_other_gateway
 from payments.database.connections import Database

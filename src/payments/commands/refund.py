@@ -16,7 +16,7 @@ from loguru import logger
 
 from payments import legacy_ids
 from payments.commands.giving_back import GivingBack
-from payments.commands.recording import Recorder
+from payments.commands.outcomes import Recorder
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
 from payments.commands.telling import tell_mismatch, tell_other_gateway
 from payments.database.connections import Database

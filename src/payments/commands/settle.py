@@ -12,7 +12,7 @@ import msgspec
 from loguru import logger
 
 from payments.commands.giving_back import GivingBack
-from payments.commands.recording import Recorder
+from payments.commands.outcomes import Recorder
 from payments.commands.refund import provider_refund
 from payments.commands.runs import cause
 from payments.commands.telling import (
