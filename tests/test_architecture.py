@@ -37,7 +37,12 @@ LAYERS = (
     ),
     ("payments.observability.tracing",),
     ("payments.callbacks.signing", "payments.fulfilment.responses"),
-    ("payments.settings", "payments.admission", "payments.shared", "payments.database.resolving"),
+    (
+        "payments.settings",
+        "payments.admission",
+        "payments.single_flight",
+        "payments.database.resolving",
+    ),
     ("payments.events.facts",),
     ("payments.payment.state",),
     ("payments.payment.decisions",),

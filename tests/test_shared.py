@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from payments.shared import Recent, Shared
+from payments.single_flight import Recent, Shared
 
 pytestmark = pytest.mark.anyio
 

@@ -63,7 +63,7 @@ from payments.queries.server import (
     unsafe_settings,
 )
 from payments.settings import Settings
-from payments.shared import Recent, Shared
+from payments.single_flight import Recent, Shared
 
 if TYPE_CHECKING:
     from payments.callbacks.endpoint import Endpoint

@@ -10,7 +10,7 @@ from litestar.types import ASGIApp
 from payments.errors import PaymentsError, TooBusy
 from payments.observability.metrics import Telemetry
 from payments.service import Service
-from payments.shared import Recent
+from payments.single_flight import Recent
 from web import openapi
 from web.api import v1
 from web.docs import docs, root

@@ -13,8 +13,8 @@ from payments.database import connections as database
 from payments.database.connections import DatabaseAddress, connect
 from payments.errors import StartError
 from payments.events.store import READ_MATCHING_EVENTS, READ_PART_EVENTS
-from payments.queries import replay as module
-from payments.queries.replay import PART_BYTES, ROW_BYTES, Replay, Wanted
+from payments.queries import log as module
+from payments.queries.log import PART_BYTES, ROW_BYTES, Replay, Wanted
 from tests.support import ORDER_ID, History, append
 
 Connection = psycopg.Connection[Any]

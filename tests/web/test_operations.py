@@ -17,7 +17,7 @@ import pytest
 from payments.database.connections import DatabaseAddress, connect
 from payments.service import Service
 from payments.settings import Settings
-from payments.shared import Recent
+from payments.single_flight import Recent
 from tests.lost_log import accept_loss, lose_after
 from tests.support import History, append, until
 from web import operations

@@ -10,8 +10,8 @@ from payments.cli.output import csv_line
 from payments.cli.start import begin
 from payments.money import DECIMALS, decimal_text
 from payments.opening import open_database
+from payments.queries.log import Replay, Wanted
 from payments.queries.movements import MOVEMENTS, Movement, Unreadable, movements
-from payments.queries.replay import Replay, Wanted
 
 COLUMNS = (
     *("time", "order", "payment", "kind", "amount", "currency"),

@@ -21,8 +21,8 @@ from payments.events.store import LogEntry
 from payments.opening import open_database
 from payments.queries.as_of import get_payment_as_of
 from payments.queries.explain import summary, time_text
+from payments.queries.log import LAST, Moment, Replay, Sealed, Wanted
 from payments.queries.payments import PaymentView
-from payments.queries.replay import LAST, Moment, Replay, Sealed, Wanted
 
 FIELDS = PaymentView.__struct_fields__
 CSV_COLUMNS = (

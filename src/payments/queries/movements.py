@@ -16,7 +16,7 @@ from payments.events.facts import (
     UndecodableEvent,
 )
 from payments.events.store import fact_at, fact_of
-from payments.queries.replay import Replay, Sealed
+from payments.queries.log import Replay, Sealed
 
 Moved = PaymentCharged | LateCaptureFound | PaymentRefunded | LateCaptureReturned
 MOVEMENTS = [fact.TOPIC for fact in (PaymentCharged, LateCaptureFound)]
