@@ -6,8 +6,8 @@ from payments.errors import FieldError, InvalidRequest
 from payments.queries.as_of import Moment
 from payments.times import TIME_PATTERN, read_time
 from web.bodies import ERRORS_MAX
-from web.description import Parameter
 from web.list_query import TIME_TEXT, lost_plus, parameters
+from web.schema.description import Parameter
 
 POSITION_MAX = 2**63 - 1
 

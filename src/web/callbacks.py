@@ -6,9 +6,9 @@ from litestar.params import FromPath
 
 from payments.queries.callbacks import PaymentCallbacks, get_callbacks
 from web.auth import may_read
-from web.description import Answer, Operation, described
 from web.payments import ONE_PAYMENT_PROBLEMS, PAYMENT_ID, json_of
 from web.requests import Anyone, client_of, payment_in_path, service_of
+from web.schema.description import Answer, Operation, described
 
 GET_CALLBACKS = Operation(
     id="get_callbacks",

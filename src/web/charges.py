@@ -28,7 +28,6 @@ from payments.payment.decisions import ChargeRequest
 from payments.payment.state import Status
 from payments.times import TIME_PATTERN, read_time
 from web.bodies import read_body
-from web.description import Answer, Operation, Parameter, described
 from web.list_query import TIME_TEXT
 from web.problems import UnsupportedMediaType
 from web.requests import (
@@ -47,6 +46,7 @@ from web.requests import (
     service_of,
     traceparent,
 )
+from web.schema.description import Answer, Operation, Parameter, described
 
 Currency = StrEnum("Currency", [(code, code) for code in sorted(money.DECIMALS)])  # type: ignore[misc]
 

@@ -13,8 +13,8 @@ from payments.queries.cursor import read_cursor
 from payments.queries.payments import LIMIT_DEFAULT, LIMIT_MAX, PaymentFilter
 from payments.times import TIME_PATTERN, read_time
 from web.bodies import ERRORS_MAX
-from web.description import Parameter
 from web.requests import UUID_SCHEMA, read_uuid
+from web.schema.description import Parameter
 
 # name -> how it is read, what it must be, and the same as JSON Schema; of a schema that a body has
 # as well, generators of clients make one type.

@@ -12,7 +12,7 @@ from payments.events.appender import INTENT_TIMEOUT_S
 from payments.service import Service
 from web import answers
 from web.accept import preferred
-from web.description import Answer, Operation, described
+from web.schema.description import Answer, Operation, described
 
 HEALTH_AGE_S = 1.0  # those that are beyond its bound get what was found no longer ago, or nearly
 METRICS_AGE_S = 1.0  # one rendering of each format in so many seconds, for whoever asks

@@ -20,9 +20,9 @@ from payments.queries.history import PaymentHistory, get_history
 from payments.queries.payments import PaymentPage, PaymentView, get_payment, list_payments
 from web.as_of import AS_OF, read_as_of
 from web.auth import may_read
-from web.description import Answer, Operation, Parameter, described
 from web.list_query import PARAMETERS, read_list_query
 from web.requests import UUID_SCHEMA, Anyone, client_of, payment_in_path, service_of
+from web.schema.description import Answer, Operation, Parameter, described
 
 _ID = "058c9593-e150-402f-ab5b-37dd4c9816f0"
 PAYMENT_ID = Parameter(

@@ -29,7 +29,6 @@ from payments.payment.state import Status
 from payments.queries.payments import not_found
 from web.auth import may_read
 from web.bodies import read_body
-from web.description import Answer, Operation, Parameter, described
 from web.problems import UnsupportedMediaType
 from web.requests import (
     KEY_SCHEMA,
@@ -46,6 +45,7 @@ from web.requests import (
     service_of,
     traceparent,
 )
+from web.schema.description import Answer, Operation, Parameter, described
 
 
 class RefundBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,10 +15,10 @@ from payments.queries.fulfilments import (
 )
 from payments.queries.payments import LIMIT_DEFAULT
 from web.auth import may_read
-from web.description import Answer, Operation, Parameter, described
 from web.list_query import LIMIT, ORDER, Readers, cursor_of, read_parameters
 from web.payments import json_of
 from web.requests import Anyone, client_of, service_of
+from web.schema.description import Answer, Operation, Parameter, described
 
 _STATES: tuple[State, ...] = get_args(State)
 

@@ -17,10 +17,10 @@ from payments.errors import Unauthorized
 from payments.observability.metrics import Telemetry
 from payments.settings import ApiKey
 from web.answers import Answer
-from web.description import Operation, described
 from web.door import Door, Known
 from web.paths import Paths
 from web.protocol import Protocol
+from web.schema.description import Operation, described
 
 ALIVE = Answer(200, b"alive", "text/plain")
 KEY = b"Authorization: Bearer shop-key\r\n"

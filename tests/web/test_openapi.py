@@ -21,8 +21,8 @@ from payments.settings import Settings
 from tests.support import ORDER_ID
 from tests.test_docs import subclasses
 from tests.web.test_auth import key
-from web import openapi
 from web.problems import FRAMEWORK_PROBLEMS, PROTOCOL_PROBLEMS
+from web.schema import document as openapi
 
 pytestmark = pytest.mark.anyio
 

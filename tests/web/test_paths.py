@@ -4,9 +4,9 @@ import pytest
 from litestar import Litestar
 
 from web.api import v1
-from web.docs import docs, root
 from web.operations import health, live, metrics
 from web.paths import Paths
+from web.schema.page import docs, root
 
 KEYED = {
     "/v1/charge",

@@ -15,7 +15,6 @@ from litestar import Litestar
 from litestar.routes import HTTPRoute
 
 from payments.errors import PaymentsError, TooBusy, Unauthorized
-from web.description import Answer, Operation, Parameter
 from web.guard import BODY_MAX, BODY_TIMEOUT_S
 from web.heads import HEAD_MAX, HEADERS_MAX
 from web.problems import (
@@ -27,6 +26,7 @@ from web.problems import (
     Problem,
     UnsupportedMediaType,
 )
+from web.schema.description import Answer, Operation, Parameter
 from web.webhooks import BODIES, WEBHOOKS
 
 VERSION = importlib.metadata.version("payment-service")
