@@ -38,8 +38,9 @@ from payments.payment.decisions import ChargeRequest, fingerprint, payment_id_fo
 from payments.payment.state import Payment, Status
 from payments.service import Service, build_gateway
 from payments.settings import Settings, read_settings
-from web import app, listening, server
-from web.guard import Guard
+from web import app
+from web.serving import listening, server
+from web.serving.guard import Guard
 
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 15

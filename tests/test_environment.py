@@ -26,7 +26,7 @@ from payments.settings import Settings
 from tests.process import PAYMENTS, ROOT, ServiceProcess, at, environment, free_port, run
 from tests.process import database_processes as processes
 from tests.support import eventually
-from web import server as web_server
+from web.serving import server as web_server
 
 # Nothing listens there, and nobody has a file there.
 ELSEWHERE = "127.83.91.7"
@@ -175,7 +175,7 @@ def test_of_several_hosts_the_one_that_takes_events(address: DatabaseAddress) ->
 BREAKS = {
     "the service": "import payments.service as a; a.Appender = broken",
     "the application": "import web.app as a; a.door = broken",
-    "the server": "import web.listening as a; a.Server._watch = broken",
+    "the server": "import web.serving.listening as a; a.Server._watch = broken",
     "the followers": "import payments.projections.follower as a; a.Follower.start = broken",
 }
 

@@ -353,7 +353,7 @@ class TestSettingUp:
             "from payments import tracing\n"
             f"with tracing.traces({{{ENDPOINT!r}: 'http://127.0.0.1:1'}}):\n"
             "    with tracing.span('work') as opened: assert opened is None\n"
-            "import web.server, payments.cli\n"
+            "import web.serving.server, payments.cli\n"
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 """The bounds on what one process takes on for API clients, and who is told to come back later.
 
 A request holds a place from when it has arrived until its intent is durable, or its answer is sent;
-with all places taken, the next one is refused before anything is done for it (web/protocol.py).
+with all places taken, the next one is refused before anything is done for it (web/serving/protocol.py).
 Requests that wait for somebody else hold none: for the rest of their body, for the provider, for
 another request with the same key. Those are bounded by slots, one for each charge or refund that
 may be with the provider, and by runs. A slot is taken before the intent is written, so nothing is
@@ -10,7 +10,7 @@ stored for a request that would not get one. And every request counts by the byt
 A burst may take all places. Once one was refused there are fewer of them, until nobody was refused
 for a while: a long queue costs everyone in it time and gets nobody through sooner. Of several
 clients none can take everything, and while it is crowded each has an equal share of the places.
-Requests that need no API key are bounded apart (web/door.py).
+Requests that need no API key are bounded apart (web/serving/door.py).
 Why, and what was measured: docs/decisions/admission.md.
 """
 

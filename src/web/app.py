@@ -12,13 +12,13 @@ from payments.observability.metrics import Telemetry
 from payments.service import Service
 from payments.single_flight import Recent
 from web.api import v1
-from web.door import Door
-from web.guard import Guard
 from web.operations import ALIVE, HEALTH_AGE_S, health, health_of, live, metrics
 from web.paths import Paths
 from web.problems import on_exception, on_http_exception, on_payments_error
 from web.schema import document as openapi
 from web.schema.page import docs, root
+from web.serving.door import Door
+from web.serving.guard import Guard
 
 
 def application(service: Service) -> Litestar:

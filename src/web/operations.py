@@ -10,9 +10,9 @@ from litestar.enums import MediaType
 from payments.errors import DatabaseUnavailable
 from payments.events.appender import INTENT_TIMEOUT_S
 from payments.service import Service
-from web import answers
 from web.accept import preferred
 from web.schema.description import Answer, Operation, described
+from web.serving import answers
 
 HEALTH_AGE_S = 1.0  # those that are beyond its bound get what was found no longer ago, or nearly
 METRICS_AGE_S = 1.0  # one rendering of each format in so many seconds, for whoever asks

@@ -14,10 +14,10 @@ from payments.commands.runs import Caller
 from payments.errors import FieldError, InvalidIdempotencyKey, InvalidRequest
 from payments.payment.decisions import KEY_MAX, KEY_PATTERN
 from payments.service import Service
-from web.arrivals import CALLER
 from web.auth import authenticate
 from web.bodies import check_json, check_not_encoded
-from web.heads import Headers
+from web.serving.arrivals import CALLER
+from web.serving.heads import Headers
 
 Anyone = Request[Any, Any, State]
 

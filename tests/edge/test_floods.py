@@ -21,8 +21,8 @@ import pytest
 
 from payments.database.connections import DatabaseAddress
 from tests.process import ROOT, ServiceProcess, at, free_port
-from web.door import OPEN_PER_S
-from web.throttle import AT_ONCE_PER_S, GIVEN_MAX, TURN_S
+from web.serving.door import OPEN_PER_S
+from web.serving.throttle import AT_ONCE_PER_S, GIVEN_MAX, TURN_S
 
 CONNECTIONS = 600
 FLOOD_S = 2.0

@@ -16,11 +16,11 @@ from payments.admission import Admission
 from payments.errors import Unauthorized
 from payments.observability.metrics import Telemetry
 from payments.settings import ApiKey
-from web.answers import Answer
-from web.door import Door, Known
 from web.paths import Paths
-from web.protocol import Protocol
 from web.schema.description import Operation, described
+from web.serving.answers import Answer
+from web.serving.door import Door, Known
+from web.serving.protocol import Protocol
 
 ALIVE = Answer(200, b"alive", "text/plain")
 KEY = b"Authorization: Bearer shop-key\r\n"

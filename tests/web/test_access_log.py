@@ -13,9 +13,9 @@ import pytest
 from loguru import logger
 
 from payments.service import Service
-from web import access_log
-from web.access_log import AccessLog, Tally
 from web.app import application, guarded
+from web.serving import access_log
+from web.serving.access_log import AccessLog, Tally
 
 pytestmark = pytest.mark.anyio
 

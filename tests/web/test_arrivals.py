@@ -15,7 +15,7 @@ from tests.callbacks.raw_server import (
 )
 from tests.support import until
 from tests.web.doors import Listening, answer_client, door, listening, received, request
-from web.arrivals import CALLER
+from web.serving.arrivals import CALLER
 
 pytestmark = pytest.mark.anyio
 

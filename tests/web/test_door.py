@@ -22,9 +22,9 @@ from tests.web.doors import (
     received,
     request,
 )
-from web import throttle
-from web.answers import Answer
-from web.door import OPEN_PER_S
+from web.serving import throttle
+from web.serving.answers import Answer
+from web.serving.door import OPEN_PER_S
 
 pytestmark = pytest.mark.anyio
 
@@ -155,7 +155,7 @@ async def test_an_open_path_has_a_rate_of_its_own(server: Listening, telemetry: 
 async def test_what_is_known_is_told_to_those_that_are_beyond_the_bound(
     telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("web.door.OPEN_PER_S", 0)
+    monkeypatch.setattr("web.serving.door.OPEN_PER_S", 0)
     known = iter([None, Answer(200, b"{known}", "text/plain"), None])
     async with listening(door(telemetry, known=lambda: next(known))) as server:
         with await server.connect() as client:
@@ -173,7 +173,7 @@ async def test_what_is_known_is_told_to_those_that_are_beyond_the_bound(
 async def test_an_open_path_has_so_many_under_way_and_no_place(
     telemetry: Telemetry, admission: Admission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("web.door.OPEN_MAX", 2)
+    monkeypatch.setattr("web.serving.door.OPEN_MAX", 2)
     going_on = asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

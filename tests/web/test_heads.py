@@ -2,7 +2,7 @@
 
 import pytest
 
-from web.heads import traceparent_of
+from web.serving.heads import traceparent_of
 
 IDS = b"0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331"
 TRACE = b"00-" + IDS + b"-01"

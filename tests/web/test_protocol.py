@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.web.doors import door, listening, request
-from web import connection
+from web.serving import connection
 
 pytestmark = pytest.mark.anyio
 

@@ -5,7 +5,15 @@ from collections.abc import Callable
 
 import pytest
 
-from web.throttle import AT_ONCE_PER_S, GIVEN_MAX, GIVEN_MIN, HELD_S, TURN_S, Bucket, Throttle
+from web.serving.throttle import (
+    AT_ONCE_PER_S,
+    GIVEN_MAX,
+    GIVEN_MIN,
+    HELD_S,
+    TURN_S,
+    Bucket,
+    Throttle,
+)
 
 
 class Loop:

@@ -38,8 +38,8 @@ def serve(api_only: bool, examples: bool) -> None:
     _end_on_signals()
     settings = begin(told=True)
     # By name: nothing in payments imports web.
-    server = importlib.import_module("web.server")
-    listening = importlib.import_module("web.listening")
+    server = importlib.import_module("web.serving.server")
+    listening = importlib.import_module("web.serving.listening")
     listener, metrics = listening.bind(settings), listening.bind_metrics(settings)
     gateway = build_gateway(settings)
     to: Literal["migrate", "run"] = "migrate" if settings.migrate_on_start else "run"
@@ -64,7 +64,7 @@ def work() -> None:
     """
     _end_on_signals()
     settings = begin(told=True)
-    metrics = importlib.import_module("web.listening").bind_metrics(settings)
+    metrics = importlib.import_module("web.serving.listening").bind_metrics(settings)
     gateway = build_gateway(settings)
 
     async def run() -> None:
@@ -84,7 +84,7 @@ async def _work(service: Service, metrics: socket.socket | None) -> None:
     try:
         with starting():
             await service.start()
-        async with importlib.import_module("web.server").operations_port(service, metrics):
+        async with importlib.import_module("web.serving.server").operations_port(service, metrics):
             logger.info("working")
             await stopping.wait()
         logger.info("stopping")

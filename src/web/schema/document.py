@@ -15,8 +15,6 @@ from litestar import Litestar
 from litestar.routes import HTTPRoute
 
 from payments.errors import PaymentsError, TooBusy, Unauthorized
-from web.guard import BODY_MAX, BODY_TIMEOUT_S
-from web.heads import HEAD_MAX, HEADERS_MAX
 from web.problems import (
     FRAMEWORK_PROBLEMS,
     MEDIA_TYPE,
@@ -27,6 +25,8 @@ from web.problems import (
     UnsupportedMediaType,
 )
 from web.schema.description import Answer, Operation, Parameter
+from web.serving.guard import BODY_MAX, BODY_TIMEOUT_S
+from web.serving.heads import HEAD_MAX, HEADERS_MAX
 from web.webhooks import BODIES, WEBHOOKS
 
 VERSION = importlib.metadata.version("payment-service")

@@ -9,11 +9,11 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from web.answers import Refused, lines_of, unreadable
-from web.arrivals import CALLER, Flow
-from web.door import Door
-from web.memory import Memory
 from web.problems import MALFORMED_REQUEST, Refusal
+from web.serving.answers import Refused, lines_of, unreadable
+from web.serving.arrivals import CALLER, Flow
+from web.serving.door import Door
+from web.serving.memory import Memory
 
 HEAD_TIMEOUT_S = 5.0  # also for a connection on which nothing comes at all
 WRITE_TIMEOUT_S = 5.0  # for a client that does not take its answers, or does not go away

@@ -18,9 +18,9 @@ from payments.errors import PaymentsError
 from payments.observability.logs import trace_field
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import current_traceparent, mark_failed, span
-from web.access_log import PROBES, AccessLog
-from web.heads import METHODS, request_id_of, traceparent_of
 from web.problems import MEDIA_TYPE, BodyTooLarge, BodyTooSlow, refused
+from web.serving.access_log import PROBES, AccessLog
+from web.serving.heads import METHODS, request_id_of, traceparent_of
 
 BODY_MAX = 16 * 1024  # bytes; a charge has about 150
 BODY_TIMEOUT_S = 5.0

@@ -14,12 +14,12 @@ from payments.admission import Admission, Client, Share
 from payments.errors import Unauthorized
 from payments.observability.metrics import Telemetry
 from payments.settings import ApiKey
-from web.access_log import RefusalLog
-from web.answers import NOT_FOUND, TOO_BUSY, TOO_BUSY_OPEN, UNAUTHORIZED, Answer
 from web.auth import authenticate
-from web.heads import METHODS, Headers
 from web.paths import Paths
-from web.throttle import Bucket, Throttle, Waiting
+from web.serving.access_log import RefusalLog
+from web.serving.answers import NOT_FOUND, TOO_BUSY, TOO_BUSY_OPEN, UNAUTHORIZED, Answer
+from web.serving.heads import METHODS, Headers
+from web.serving.throttle import Bucket, Throttle, Waiting
 
 OPEN_MAX = 64  # requests for one open path under way: with a database that is silent they wait
 OPEN_PER_S = 50  # and in a second

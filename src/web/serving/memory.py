@@ -6,7 +6,7 @@ from collections import deque
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from payments.admission import REQUEST_BYTES, Share
-from web.guard import BODY_MAX
+from web.serving.guard import BODY_MAX
 
 HEADER_BYTES = 128  # what a header takes besides its own bytes
 BODY_FREE = 1024  # bytes that the body of a request may have without being counted

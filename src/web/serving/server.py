@@ -24,8 +24,8 @@ from payments.opening import heads_dir
 from payments.service import Service, starting, stop_signals
 from payments.settings import Settings
 from web.app import application, door, guarded, operations_application
-from web.listening import Server, allow_many_connections
-from web.protocol import Protocol
+from web.serving.listening import Server, allow_many_connections
+from web.serving.protocol import Protocol
 
 STOP_S = 9.0
 CHARGES_STOP_S = 6.5  # every charge is answered by then, PENDING if need be

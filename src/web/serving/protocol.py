@@ -15,12 +15,13 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from payments.commands.runs import Caller
-from web.answers import TOO_BUSY, Answer, Refused, lines_of
-from web.arrivals import CALLER, WAITED_S, came_in
-from web.connection import Connection
-from web.door import Door, Place
-from web.guard import BODY_ARRIVED, PLACE
-from web.heads import (
+from web.problems import HEAD_TOO_LARGE, MALFORMED_REQUEST, TARGET_TOO_LONG
+from web.serving.answers import TOO_BUSY, Answer, Refused, lines_of
+from web.serving.arrivals import CALLER, WAITED_S, came_in
+from web.serving.connection import Connection
+from web.serving.door import Door, Place
+from web.serving.guard import BODY_ARRIVED, PLACE
+from web.serving.heads import (
     HEAD_DETAIL,
     HEAD_MAX,
     HEADERS_DETAIL,
@@ -31,7 +32,6 @@ from web.heads import (
     objection_to,
     request_id_of,
 )
-from web.problems import HEAD_TOO_LARGE, MALFORMED_REQUEST, TARGET_TOO_LONG
 
 PIPELINE_MAX = 16  # requests of one connection that wait behind the one under way
 
