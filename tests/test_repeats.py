@@ -14,6 +14,7 @@ from payments.callbacks.dispatcher import Dispatcher
 from payments.commands import outcomes as recording
 from payments.commands.outcomes import Recorder
 from payments.database.connections import Database, DatabaseAddress
+from payments.event_store import EventStore
 from payments.events.appender import Appender, StreamConflict
 from payments.events.store import to_stored_event
 from payments.events.watch import LogWatch
@@ -89,7 +90,8 @@ async def test_a_loss_whose_repair_conflicts(
     async def append(events: Any, *, after: Any) -> int:
         raise next(errors)
 
-    recorder = Recorder(SimpleNamespace(append=append), database, Telemetry())  # type: ignore[arg-type]
+    store = EventStore(database, SimpleNamespace(append=append))  # type: ignore[arg-type]
+    recorder = Recorder(store, Telemetry())
     approved = Approved(history.id, 1500, "INR", "txn")
 
     async def as_it_stands(*_: object) -> None:  # it is lost again and again

@@ -25,6 +25,7 @@ from payments.commands.settling_loop import Settling
 from payments.commands.unfulfilled import Unfulfilled
 from payments.database.connections import Database, DatabaseAddress
 from payments.errors import DatabaseUnavailable, StartError
+from payments.event_store import EventStore
 from payments.events.appender import Appender
 from payments.events.notifier import Notifier
 from payments.events.watch import LogWatch
@@ -130,7 +131,7 @@ class Service:
         self.admission = Admission(places, slots, clients)
         self.runs = Runs(self.admission)
         giving_back = GivingBack(self.gateway, self.database, self.watch)
-        shared = (self.appender, self.database, self.gateway)
+        shared = (EventStore(self.database, self.appender), self.gateway)
         self.charging = Charging(self.runs, *shared, self.telemetry, settings)
         self.refunding = Refunding(self.runs, *shared, giving_back, self.telemetry, settings)
         # Gives back what its order did not fulfil, if that is wanted.

@@ -9,7 +9,7 @@ import pytest
 
 from payments.commands.runs import Caller
 from payments.errors import ClientGone, IdempotencyKeyReused, TooBusy
-from payments.events.store import load_charge
+from payments.event_store import load_charge
 from payments.gateways import ProviderCharge
 from payments.payment.decisions import payment_id_for
 from payments.payment.state import Status

@@ -21,7 +21,6 @@ from payments.commands.outcomes import Recorder
 from payments.commands.paid_orders import refuse_if_paid
 from payments.commands.runs import OTHER_RUN_POLL_S, Caller, Run, Runs, cause
 from payments.commands.telling import tell_mismatch, tell_other_gateway
-from payments.database.connections import Database
 from payments.errors import (
     ClientGone,
     FieldError,
@@ -32,9 +31,10 @@ from payments.errors import (
     PaymentsError,
     PaymentUnreadable,
 )
-from payments.events.appender import Appender, StreamConflict, Unwanted
+from payments.event_store import EventStore
+from payments.events.appender import StreamConflict, Unwanted
 from payments.events.facts import PaymentInitiated, UndecodableEvent
-from payments.events.store import fact_at, load_charge, to_stored_event
+from payments.events.store import fact_at
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
 from payments.observability.logs import Repeats
 from payments.observability.metrics import Telemetry
@@ -99,16 +99,15 @@ class Charging:
     def __init__(
         self,
         runs: Runs,
-        appender: Appender,
-        database: Database,
+        store: EventStore,
         gateway: Gateway,
         telemetry: Telemetry,
         settings: Settings,
     ) -> None:
         self._runs = runs
-        self._appender = appender
-        self._recorder = Recorder(appender, database, telemetry)
-        self._database = database
+        self._store = store
+        self._recorder = Recorder(store, telemetry)
+        self._database = store.database
         self._gateway = gateway
         self._telemetry = telemetry
         self._deadline_s = settings.charge_deadline_s
@@ -150,7 +149,7 @@ class Charging:
         until, request = command.hold_until, command.request
         if is_held_for(until, datetime.now(UTC), self._hold_needed_s) or self._runs.has(request):
             return
-        if await load_charge(self._database, payment_id_for(request.idempotency_key)) is None:
+        if await self._store.load_charge(payment_id_for(request.idempotency_key)) is None:
             message = (
                 f"must be at least {self._hold_needed_s:g} s from now, or the charge may end after "
                 "it: hold the seats for longer, and send their new end with the same key"
@@ -186,20 +185,19 @@ class Charging:
         if hold_until is None and self._seat_hold_s is not None:
             hold_until = decided.occurred_at + timedelta(seconds=self._seat_hold_s)
         intent = initiate(command.request, self._gateway.name, decided, hold_until)
-        event, age_s, repeats = to_stored_event(intent), None, Repeats()
+        age_s, repeats = None, Repeats()
         if self._second_is_refused:
             await self._refuse_second(run, intent)
         while True:
             run.take_slot()
             try:
-                with span("append", event=intent.TOPIC):
-                    await self._appender.append_intent(event, wanted=run.is_awaited)
+                event = await self._store.append_intent(intent, wanted=run.is_awaited)
             except StreamConflict as conflict:
                 run.release_slot()
                 first = _first(intent.payment_id, conflict.first_state)
             except Unwanted:
                 run.release_slot()
-                known = await load_charge(self._database, intent.payment_id)
+                known = await self._store.load_charge(intent.payment_id)
                 if known is None and run.is_awaited():
                     continue  # for a request that joined meanwhile
                 if known is None:
@@ -231,7 +229,7 @@ class Charging:
         A run is over when its intent is older than the deadline, by the database's clock.
         """
         while True:
-            loaded = await load_charge(self._database, intent.payment_id)
+            loaded = await self._store.load_charge(intent.payment_id)
             if loaded is None:
                 raise _StreamGone
             run.begun()

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
-from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable
-from payments.events.appender import Appender, CaptureTaken, StreamConflict
+from payments.event_store import EventStore, LoadedPayment
+from payments.events.appender import CaptureTaken, StreamConflict
 from payments.events.facts import (
     PaymentCharged,
     PaymentRefunded,
@@ -22,10 +22,8 @@ from payments.events.facts import (
     RefundFailed,
     RefundInitiated,
 )
-from payments.events.store import LoadedPayment, load_payment, to_stored_event
 from payments.observability.logs import Repeats, log_money
 from payments.observability.metrics import Telemetry
-from payments.observability.tracing import span
 from payments.payment.decisions import OutcomeMismatch, is_of_unfulfilled
 from payments.payment.state import Payment, evolve
 
@@ -38,9 +36,8 @@ Decide = Callable[[Payment], ProviderOutcome | RefundInitiated | None]
 class Recorder:
     """Writes outcomes to the store, however long that takes."""
 
-    def __init__(self, appender: Appender, database: Database, telemetry: Telemetry) -> None:
-        self._appender = appender
-        self._database = database
+    def __init__(self, store: EventStore, telemetry: Telemetry) -> None:
+        self._store = store
         self._telemetry = telemetry
 
     async def record(
@@ -55,10 +52,10 @@ class Recorder:
         """
         repeats = Repeats()
         while fact := decide(payment):
-            event = to_stored_event(fact)
             try:
-                with span("append", event=fact.TOPIC):
-                    await self._append([event], known[-1])
+                event = await self._store.append(fact, after=known[-1])
+            except CaptureTaken:
+                raise _taken() from None
             except StreamConflict:
                 payment, known = await self._as_it_stands(payment, known, repeats)
                 continue
@@ -69,12 +66,6 @@ class Recorder:
                 return payment
             known = (*known, event)
         return payment
-
-    async def _append(self, events: Sequence[StoredEvent], after: StoredEvent | None) -> None:
-        try:
-            await self._appender.append(events, after=after)
-        except CaptureTaken:
-            raise OutcomeMismatch("another payment names this capture of the provider") from None
 
     async def _as_it_stands(
         self, payment: Payment, known: Sequence[StoredEvent], repeats: Repeats
@@ -92,7 +83,9 @@ class Recorder:
             message = "the log lacks events that it had acknowledged; they are appended again"
             repeats.tell("CRITICAL", message, payment_id=payment.id, events=len(missing))
             try:
-                await self._append(missing, stored[-1] if stored else None)
+                await self._store.append_again(missing, after=stored[-1] if stored else None)
+            except CaptureTaken:
+                raise _taken() from None
             except StreamConflict:
                 await asyncio.sleep(RELOAD_PAUSE_S)
 
@@ -100,7 +93,7 @@ class Recorder:
         """The payment as it is stored now; waits out an outage of the database."""
         while True:
             try:
-                return await load_payment(self._database, payment.id)
+                return await self._store.load(payment.id)
             except DatabaseUnavailable:
                 await asyncio.sleep(RELOAD_PAUSE_S)
 
@@ -109,6 +102,10 @@ class Recorder:
             self._telemetry.amounts.labels("captured", fact.currency).inc(fact.amount_cents)
         elif isinstance(fact, PaymentRefunded):
             self._telemetry.amounts.labels("refunded", fact.currency).inc(fact.amount_cents)
+
+
+def _taken() -> OutcomeMismatch:
+    return OutcomeMismatch("another payment names this capture of the provider")
 
 
 def _log(fact: ProviderOutcome) -> None:

@@ -12,7 +12,8 @@ from uuid import UUID
 from payments.database.arrays import uuids
 from payments.database.connections import Database
 from payments.errors import OrderAlreadyPaid
-from payments.events.store import LOAD_STREAMS, PERHAPS_PAID, fold_readable
+from payments.event_store import fold_readable
+from payments.events.store import LOAD_STREAMS, PERHAPS_PAID
 from payments.payment.state import Payment, Status
 
 

@@ -19,7 +19,6 @@ from payments.commands.giving_back import GivingBack
 from payments.commands.outcomes import Recorder
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
 from payments.commands.telling import tell_mismatch, tell_other_gateway
-from payments.database.connections import Database
 from payments.errors import (
     PaymentNotFound,
     PaymentNotRefundable,
@@ -27,8 +26,8 @@ from payments.errors import (
     RefundDeclined,
     Unavailable,
 )
-from payments.events.appender import Appender, StreamConflict
-from payments.events.store import LoadedPayment, load_payment, to_stored_event
+from payments.event_store import EventStore, LoadedPayment
+from payments.events.appender import StreamConflict
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderRefund
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import span
@@ -80,17 +79,16 @@ class Refunding:
     def __init__(
         self,
         runs: Runs,
-        appender: Appender,
-        database: Database,
+        store: EventStore,
         gateway: Gateway,
         giving_back: GivingBack,
         telemetry: Telemetry,
         settings: Settings,
     ) -> None:
         self._runs = runs
-        self._appender = appender
-        self._recorder = Recorder(appender, database, telemetry)
-        self._database = database
+        self._store = store
+        self._recorder = Recorder(store, telemetry)
+        self._database = store.database
         self._gateway = gateway
         self._giving_back = giving_back
         self._telemetry = telemetry
@@ -172,12 +170,10 @@ class Refunding:
             await self._giving_back.check_allowed()  # a refusal would rest on what is left as well
             self.check_refundable(loaded.payment)
             fact = initiate_refund(loaded.payment, command.request, _cause(command))
-            event = to_stored_event(fact)
             run.check_may_ask()
             run.take_slot()
             try:
-                with span("append", event=fact.TOPIC):
-                    await self._appender.append_intent(event, after=loaded.events[-1])
+                event = await self._store.append_intent(fact, after=loaded.events[-1])
             except StreamConflict:
                 run.store_has_answered()  # another refund of this payment came first
                 continue
@@ -215,9 +211,9 @@ class Refunding:
 
     async def _load(self, command: RefundPayment) -> LoadedPayment:
         payment_id = command.request.payment_id
-        loaded = await load_payment(self._database, payment_id, command.may_read)
+        loaded = await self._store.load(payment_id, command.may_read)
         if loaded is None and (new_id := await legacy_ids.find(self._database, payment_id)):
-            loaded = await load_payment(self._database, new_id, command.may_read)
+            loaded = await self._store.load(new_id, command.may_read)
         if loaded is None:
             await self._giving_back.check_allowed()
             raise PaymentNotFound(f"There is no payment {payment_id}.")

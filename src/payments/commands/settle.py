@@ -21,10 +21,8 @@ from payments.commands.telling import (
     tell_mismatch,
     tell_other_gateway,
 )
-from payments.database.connections import Database
 from payments.errors import LogRewound
-from payments.events.appender import Appender
-from payments.events.store import LoadedPayment
+from payments.event_store import EventStore, LoadedPayment
 from payments.gateways import (
     Gateway,
     NeverSent,
@@ -73,15 +71,14 @@ class Settler:
 
     def __init__(
         self,
-        appender: Appender,
-        database: Database,
+        store: EventStore,
         gateway: Gateway,
         giving_back: GivingBack,
         telemetry: Telemetry,
         settings: Settings,
     ) -> None:
-        self._recorder = Recorder(appender, database, telemetry)
-        self._database = database
+        self._recorder = Recorder(store, telemetry)
+        self._database = store.database
         self._gateway = gateway
         self._giving_back = giving_back
         self._telemetry = telemetry

@@ -14,7 +14,7 @@ from payments.commands.settle import Settler
 from payments.commands.telling import tell
 from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable, PaymentUnreadable
-from payments.events.store import load_payment
+from payments.event_store import load_payment
 from payments.observability.logs import Repeats
 from payments.payment.state import Status
 from payments.settings import Settings

@@ -15,7 +15,7 @@ from payments.commands.giving_back import GivingBack
 from payments.commands.refund import Refunding, RefundPayment
 from payments.database.connections import Database
 from payments.errors import PaymentsError
-from payments.events.store import LoadedPayment, load_payment
+from payments.event_store import LoadedPayment, load_payment
 from payments.payment.decisions import RefundRequest, unfulfilled_refund_id
 from payments.payment.state import Status
 from payments.settings import FULFILMENT

@@ -10,9 +10,7 @@ migrations/0012_append_alone.sql. The one door to that function is the group-com
 is library.py.
 """
 
-import math
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -21,11 +19,8 @@ import psycopg
 from eventsourcing.persistence import StoredEvent
 
 from payments.database.arrays import BinaryArray, bigints, byteas, integers, texts, uuids
-from payments.database.connections import Database
-from payments.errors import PaymentUnreadable
 from payments.events import facts
 from payments.events.facts import Fact, PaymentInitiated, UndecodableEvent
-from payments.payment.state import Payment, Status, UnexpectedEvent, evolve, fold
 
 # Its commit waits for the disk whatever its session was set to since it was set up: a pooler whose
 # mode is changed meanwhile gives it the session of a follower, which does not wait.
@@ -354,75 +349,6 @@ async def read_events(
         return [LogEntry(*row) for row in await cursor.fetchall()]
 
 
-class LoadedPayment(NamedTuple):
-    """A payment folded from its stream, which was read at `read_at` by the database's clock.
-
-    `events` are what it was folded from, as stored; `recorded_at` holds the time of each of them,
-    by the same clock; `traceparent` is that of the request that began it.
-    """
-
-    payment: Payment
-    events: tuple[StoredEvent, ...]
-    recorded_at: list[datetime]
-    read_at: datetime
-    traceparent: str | None
-
-    def age_s(self, version: int = 1) -> float:
-        """How old the event with this version was, in seconds, never below 0.
-
-        One that was recorded in the future, by a clock that was ahead, is as old as the application
-        that decided it says.
-        """
-        return max(0.0, self._age_s(version))
-
-    def age_at_most_s(self, version: int) -> float:
-        """The same, but infinite if it lies in the future by both clocks: one of them was set back,
-        and nobody knows how old it is."""
-        age_s = self._age_s(version)
-        return age_s if age_s >= 0 else math.inf
-
-    def _age_s(self, version: int) -> float:
-        began = self.recorded_at[version - 1]
-        if began > self.read_at:
-            began = to_fact(self.events[version - 1]).occurred_at
-        return (self.read_at - began).total_seconds()
-
-
-async def load_payment(
-    database: Database, payment_id: UUID, client: str | None = None
-) -> LoadedPayment | None:
-    """Reads and folds one stream; None if it has no events, or `client` may not read them.
-
-    Raises DatabaseUnavailable, or PaymentUnreadable if its events cannot be decoded or folded.
-    """
-    rows = await database.fetch(LOAD_STREAM, [payment_id])
-    if not rows or not belongs_to(client, payment_id, rows[0][:3]):
-        return None
-    return _loaded(payment_id, rows)
-
-
-async def load_charge(database: Database, payment_id: UUID) -> LoadedPayment | None:
-    """The same, but once its charge has an outcome, whatever follows need not be readable: a newer
-    version of the service may have written it, and the first outcome stays the answer."""
-    rows = await database.fetch(LOAD_STREAM, [payment_id])
-    if not rows:
-        return None
-    try:
-        return _loaded(payment_id, rows)
-    except PaymentUnreadable:
-        readable = fold_readable(payment_id, (row[:3] for row in rows))
-        if readable is None or readable.outcome is Status.PENDING:
-            raise
-        return _loaded(payment_id, rows[: readable.version])
-
-
-def _loaded(payment_id: UUID, rows: Sequence[tuple[Any, ...]]) -> LoadedPayment:
-    payment = fold_stored(payment_id, (row[:3] for row in rows))
-    events = tuple(StoredEvent(payment_id, *row[:3]) for row in rows)
-    traceparent = facts.traceparent_of(rows[0][2])
-    return LoadedPayment(payment, events, [row[3] for row in rows], rows[0][4], traceparent)
-
-
 def belongs_to(client: str | None, payment_id: UUID, first: tuple[int, str, bytes]) -> bool:
     """Whether a stream's first event (version, topic, state) says that its payment is the client's.
 
@@ -436,24 +362,3 @@ def belongs_to(client: str | None, payment_id: UUID, first: tuple[int, str, byte
     except UndecodableEvent:
         return False
     return isinstance(fact, PaymentInitiated) and fact.version == 1 and fact.client == client
-
-
-def fold_stored(payment_id: UUID, rows: Iterable[tuple[int, str, bytes]]) -> Payment:
-    """The payment that a stream's events (version, topic, state) make; PaymentUnreadable."""
-    try:
-        payment = fold(fact_at(payment_id, *row) for row in rows)
-    except (UndecodableEvent, UnexpectedEvent) as error:
-        raise PaymentUnreadable(
-            f"Payment {payment_id} has an event that this version cannot read."
-        ) from error
-    assert payment is not None
-    return payment
-
-
-def fold_readable(payment_id: UUID, rows: Iterable[tuple[int, str, bytes]]) -> Payment | None:
-    """The same up to the first event that cannot be read; None if that is the first of all."""
-    payment: Payment | None = None
-    with suppress(UndecodableEvent, UnexpectedEvent):
-        for row in rows:
-            payment = evolve(payment, fact_at(payment_id, *row))
-    return payment

@@ -5,7 +5,8 @@ from uuid import UUID
 
 from payments.database.connections import Database
 from payments.errors import PaymentNotFound
-from payments.events.store import LOAD_STREAM_AS_OF, belongs_to, fold_stored
+from payments.event_store import fold_stored
+from payments.events.store import LOAD_STREAM_AS_OF, belongs_to
 from payments.queries.payments import PaymentView, found, view_of
 
 Moment = int | datetime  # a position of the log, or a time

@@ -10,6 +10,7 @@ from msgspec import UnsetType
 
 from payments.database.connections import Database
 from payments.errors import PaymentUnreadable
+from payments.event_store import fold_stored
 from payments.events.facts import (
     Fact,
     LateCaptureFound,
@@ -23,7 +24,7 @@ from payments.events.facts import (
     RefundInitiated,
     UndecodableEvent,
 )
-from payments.events.store import LOAD_ENTRIES, LogEntry, fact_of, fold_stored
+from payments.events.store import LOAD_ENTRIES, LogEntry, fact_of
 from payments.legacy import key_of_none
 from payments.money import amount_text
 from payments.payment.state import Payment

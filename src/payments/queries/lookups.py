@@ -15,7 +15,8 @@ from uuid import UUID
 from payments.database.arrays import uuids
 from payments.database.connections import READ_TIMEOUT_S, Database
 from payments.errors import DatabaseUnavailable
-from payments.events.store import LOAD_STREAMS, belongs_to, fold_stored
+from payments.event_store import fold_stored
+from payments.events.store import LOAD_STREAMS, belongs_to
 from payments.payment.state import Payment
 
 BATCH_MAX = 256  # lookups in one statement: about 4 ms of work for the event loop when it returns
