@@ -14,7 +14,7 @@ import psycopg
 import uvloop
 from eventsourcing.persistence import StoredEvent
 
-from benchmarks.client_limit import SECRET, SinkProcess
+from benchmarks.client_limit import SECRETS, SinkProcess
 from benchmarks.load import Figures
 from benchmarks.parts import Part
 from benchmarks.process import ServerProcess
@@ -85,7 +85,7 @@ class Callbacks(Part):
 
     async def _deliver(self) -> float:
         """Seconds until nothing is due."""
-        settings = Settings(order_callback_url=self._sink.url, order_callback_secret=SECRET)
+        settings = Settings(order_callback_url=self._sink.url, order_callback_secret=SECRETS)
         database = Database(self.address, 1)
         await database.open()
         dispatcher = build_dispatcher(settings, database, Telemetry())

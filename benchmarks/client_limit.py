@@ -17,14 +17,15 @@ import uvloop
 from benchmarks.load import Figures
 from benchmarks.parts import Part
 from payments.callbacks.dispatcher import CONCURRENCY_MAX, CallbackBody
-from payments.callbacks.endpoint import Endpoint
 from payments.database.connections import DatabaseAddress
+from payments.order_service.endpoint import Endpoint
+from payments.webhook_secrets import parse_secrets
 
 ANSWER = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 22\r\n\r\n"
     b'{"status":"CONFIRMED"}'
 )
-SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+SECRETS = parse_secrets("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
 
 
 class SinkProcess:
@@ -70,7 +71,7 @@ class ClientLimit(Part):
         return uvloop.run(self._run(seconds))
 
     async def _run(self, seconds: float) -> Figures:
-        endpoint = Endpoint(self._sink.url, SECRET, connections_max=CONCURRENCY_MAX)
+        endpoint = Endpoint(self._sink.url, SECRETS, connections_max=CONCURRENCY_MAX)
         await endpoint.open()
         event_id = uuid.uuid4()
         body = msgspec.json.encode(

@@ -25,7 +25,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.client_limit import SECRET, SinkProcess
+from benchmarks.client_limit import SECRETS, SinkProcess
 from benchmarks.load import Figures
 from benchmarks.log import fill_log
 from benchmarks.parts import Part
@@ -104,7 +104,7 @@ class Callbacks:
         return claimed
 
     async def _run(self) -> None:
-        settings = Settings(order_callback_url=self._url, order_callback_secret=SECRET)
+        settings = Settings(order_callback_url=self._url, order_callback_secret=SECRETS)
         database = Database(self._address, 2)
         await database.open()
         await begin_at_the_end(database)

@@ -26,8 +26,8 @@ from payments.callbacks.retry import WAIT_MAX_S, schedule
 from payments.cli import main
 from payments.database.connections import DatabaseAddress
 from payments.errors import PaymentsError
-from payments.fulfilment.responses import CONFIRMED, FAILED, read_status, said_of
 from payments.observability.metrics import CALLBACK_OUTCOMES, Telemetry
+from payments.order_service.responses import CONFIRMED, FAILED, read_status, said_of
 from payments.queries.callbacks import CallbackView
 from payments.queries.fulfilments import Said, State
 from payments.settings import VARIABLES

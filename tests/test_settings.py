@@ -84,11 +84,11 @@ GOOD: list[tuple[str, str, Any]] = [
     ("DATABASE_USERNAME", "payments@server", "payments@server"),
     ("ORDER_CALLBACK_URL", "http://order:4002/cb", "http://order:4002/cb"),
     ("ORDER_CALLBACK_URL", "https://[::1]/cb?x=1", "https://[::1]/cb?x=1"),
-    ("ORDER_CALLBACK_SECRET", WEBHOOK_SECRET, WEBHOOK_SECRET),
+    ("ORDER_CALLBACK_SECRET", WEBHOOK_SECRET, (bytes(24),)),
     (
         "ORDER_CALLBACK_SECRET",
         f"{WEBHOOK_SECRET}, {WEBHOOK_SECRET}",
-        f"{WEBHOOK_SECRET}, {WEBHOOK_SECRET}",
+        (bytes(24), bytes(24)),
     ),
     ("ORDER_CALLBACK_STATUSES", "REFUNDED", ("REFUNDED",)),
     ("CALLBACK_TIMEOUT_S", "0.1", 0.1),

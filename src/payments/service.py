@@ -67,7 +67,7 @@ from payments.settings import Settings
 from payments.single_flight import Recent, Shared
 
 if TYPE_CHECKING:
-    from payments.callbacks.endpoint import Endpoint
+    from payments.order_service.endpoint import Endpoint
 
 SWITCH_S = sys.getswitchinterval()
 RENDERING_SWITCH_S = 0.0002
@@ -126,9 +126,10 @@ class Service:
             self.watch,
             self.notifier.appended,
         )
-        places, slots = settings.intent_queue_max, settings.gateway_concurrency_max
         clients = len({key.client for key in settings.payments_api_keys})
-        self.admission = Admission(places, slots, clients)
+        self.admission = Admission(
+            settings.intent_queue_max, settings.gateway_concurrency_max, clients
+        )
         self.runs = Runs(self.admission)
         giving_back = GivingBack(self.gateway, self.database, self.watch)
         shared = (EventStore(self.database, self.appender), self.gateway)
@@ -166,7 +167,7 @@ class Service:
         if url is None:
             logger.info("nobody is called back: ORDER_CALLBACK_URL is not set")
         else:
-            from payments.callbacks.endpoint import check_target, origin
+            from payments.order_service.endpoint import check_target, origin
 
             networks = self.settings.http_callback_networks
             if (warning := await check_target(url, networks)) is not None:
@@ -389,7 +390,7 @@ def build_dispatcher(
 
 def build_endpoint(settings: Settings) -> "Endpoint":
     """Where callbacks go, not opened; StartError if ORDER_CALLBACK_URL is not set or unusable."""
-    from payments.callbacks.endpoint import Endpoint
+    from payments.order_service.endpoint import Endpoint
 
     if settings.order_callback_url is None:
         raise StartError("ORDER_CALLBACK_URL is not set: nobody is called back")
@@ -419,7 +420,7 @@ def build_checking(
 def build_order_status(settings: Settings) -> OrderStatus:
     """What is asked about orders, not opened; StartError if ORDER_STATUS_URL is not set or
     unusable."""
-    from payments.callbacks.endpoint import Endpoint
+    from payments.order_service.endpoint import Endpoint
 
     url = settings.order_status_url
     if url is None:
@@ -440,7 +441,7 @@ async def check_status_url(settings: Settings) -> None:
     """Looks at ORDER_STATUS_URL before it is used, if it is set; StartError."""
     if settings.order_status_url is None:
         return
-    from payments.callbacks.endpoint import check_target, origin
+    from payments.order_service.endpoint import check_target, origin
 
     url, networks = sample(settings.order_status_url), settings.http_callback_networks
     setting, waiting = "ORDER_STATUS_URL", "questions about orders"

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from payments.callbacks.signing import parse_secrets
 from payments.errors import StartError
+from payments.webhook_secrets import parse_secrets
 
 DEFAULT_CLIENT = "default"  # who asks when no API keys are configured
 SETTLING = "settling"  # who asks in the events that settling causes
@@ -51,7 +51,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     metrics_port: int | None = None
     order_callback_url: str | None = None
-    order_callback_secret: str | None = None
+    order_callback_secret: tuple[bytes, ...] = ()
     order_callback_statuses: tuple[str, ...] = ("SUCCESS", "FAILED")
     callback_timeout_s: float = 25
     http_callback_networks: tuple[str, ...] = ()
@@ -217,11 +217,6 @@ def _networks(value: str) -> tuple[str, ...]:
         ) from None
 
 
-def _webhook_secrets(value: str) -> str:
-    parse_secrets(value)
-    return value
-
-
 def check_client_name(name: str) -> None:
     """Raises ValueError."""
     if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", name):
@@ -262,7 +257,7 @@ VARIABLES = (
     Variable("ORDER_CALLBACK_URL", _callback_url, "unset", "where Order Service takes callbacks"),
     Variable(
         "ORDER_CALLBACK_SECRET",
-        _webhook_secrets,
+        parse_secrets,
         "unset",
         "signs callbacks: whsec_ and base64; several separated by commas, the first signs first",
         secret=True,

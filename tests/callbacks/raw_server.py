@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from payments.callbacks.endpoint import Endpoint, Exchange
+from payments.order_service.endpoint import Endpoint, Exchange
+from payments.webhook_secrets import parse_secrets
 
 WAIT_S = 10.0
 MESSAGE_ID = "058c9593-e150-402f-ab5b-37dd4c9816f0"
@@ -132,7 +133,8 @@ def endless(beginning: bytes, rest: bytes, pause_s: float = 0) -> Writing:
 async def endpoint_of(
     url: str, secrets: str | None = None, **options: Any
 ) -> AsyncIterator[Endpoint]:
-    endpoint = Endpoint(url, secrets, **({"timeout_s": WAIT_S} | options))
+    keys = parse_secrets(secrets) if secrets else ()
+    endpoint = Endpoint(url, keys, **({"timeout_s": WAIT_S} | options))
     await endpoint.open()
     try:
         yield endpoint

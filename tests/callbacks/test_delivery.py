@@ -22,9 +22,9 @@ import pytest
 from payments.callbacks import dispatcher as dispatching
 from payments.callbacks.breaker import Breaker
 from payments.callbacks.dispatcher import Dispatcher
-from payments.callbacks.endpoint import Endpoint
 from payments.database.connections import Database, DatabaseAddress
 from payments.observability.metrics import Telemetry
+from payments.order_service.endpoint import Endpoint
 from payments.projections.callbacks import CallbacksProjection, begin_at_the_end
 from payments.projections.follower import Follower
 from tests.callbacks.raw_server import Server, serving

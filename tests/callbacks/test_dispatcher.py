@@ -15,10 +15,10 @@ from payments.callbacks import dispatcher as dispatching
 from payments.callbacks import outbox as statements
 from payments.callbacks.breaker import Breaker
 from payments.callbacks.dispatcher import Dispatcher
-from payments.callbacks.endpoint import Exchange
 from payments.callbacks.outbox import make_due, record, redrive
 from payments.callbacks.retry import ATTEMPTS_MAX
 from payments.observability.metrics import Telemetry
+from payments.order_service.endpoint import Exchange
 from tests.callbacks.conftest import (
     PlayedEndpoint,
     answered,

@@ -20,7 +20,8 @@ import pytest
 from loguru import logger
 from standardwebhooks import Webhook
 
-from payments.callbacks.endpoint import ANSWER_BYTES_KEPT, Endpoint, Exchange
+from payments.order_service.endpoint import ANSWER_BYTES_KEPT, Endpoint, Exchange
+from payments.webhook_secrets import parse_secrets
 from tests.callbacks.raw_server import (
     BODY,
     MESSAGE_ID,
@@ -473,7 +474,7 @@ class TestSecrets:
         assert CANARY not in told()
 
     def test_repr_shows_the_origin_only(self) -> None:
-        endpoint = Endpoint(f"https://{NAME}:8443/{CANARY}?t={CANARY}", SECRET)
+        endpoint = Endpoint(f"https://{NAME}:8443/{CANARY}?t={CANARY}", parse_secrets(SECRET))
         assert repr(endpoint) == f"Endpoint('https://{NAME}:8443')"
 
     @pytest.mark.parametrize(
@@ -500,9 +501,4 @@ class TestSecrets:
     def test_an_unusable_url_is_refused_and_not_repeated(self, url: str) -> None:
         with pytest.raises(ValueError, match="the URL must") as raised:
             Endpoint(url)
-        assert CANARY not in "".join(traceback.format_exception(raised.value))
-
-    def test_an_unusable_secret_is_refused_and_not_repeated(self) -> None:
-        with pytest.raises(ValueError, match="whsec_") as raised:
-            Endpoint(f"https://{NAME}", CANARY)
         assert CANARY not in "".join(traceback.format_exception(raised.value))

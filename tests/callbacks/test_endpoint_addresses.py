@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
-from payments.callbacks import endpoint as endpoints
-from payments.callbacks.endpoint import check_target, is_near
 from payments.errors import StartError
+from payments.order_service import endpoint as endpoints
+from payments.order_service.endpoint import check_target, is_near
 from tests.callbacks.raw_server import (
     OK,
     WAIT_S,

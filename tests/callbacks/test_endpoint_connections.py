@@ -6,8 +6,8 @@ from contextlib import suppress
 
 import pytest
 
-from payments.callbacks import endpoint as endpoints
-from payments.callbacks.endpoint import Exchange
+from payments.order_service import endpoint as endpoints
+from payments.order_service.endpoint import Exchange
 from tests.callbacks.raw_server import (
     OK,
     Server,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from payments.callbacks import endpoint as endpoints
-from payments.callbacks.endpoint import Exchange
+from payments.order_service import endpoint as endpoints
+from payments.order_service.endpoint import Exchange
 from tests.callbacks.raw_server import (
     BODY,
     MESSAGE_ID,

@@ -9,10 +9,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.callbacks import TIMEOUT_S, lease_s
+from payments.callbacks import lease_s
 from payments.callbacks.breaker import Breaker
-from payments.callbacks.endpoint import Exchange
 from payments.callbacks.outbox import make_due, record, redrive
+from payments.order_service.endpoint import Exchange, TIMEOUT_S
 from payments.settings import Settings
 from tests.callbacks.conftest import PlayedEndpoint, answered, dispatching_to, failed, opened
 from tests.callbacks.outbox import ALL, Outbox, claim_some, of, result_of

@@ -7,8 +7,8 @@ import pytest
 
 from payments.callbacks import dispatcher as dispatching
 from payments.callbacks.breaker import PROBES_MAX, Breaker
-from payments.callbacks.endpoint import Exchange
 from payments.callbacks.retry import ATTEMPTS_MAX
+from payments.order_service.endpoint import Exchange
 from tests.callbacks.conftest import (
     Line,
     PlayedEndpoint,

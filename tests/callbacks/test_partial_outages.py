@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from payments.callbacks import dispatcher as dispatching
 from payments.callbacks.breaker import OPEN_MAX_S, PROBES_MAX
 from payments.callbacks.dispatcher import Dispatcher
-from payments.callbacks.endpoint import Exchange
 from payments.callbacks.retry import ATTEMPTS_MAX, RETRY_FOR_S
 from payments.database.connections import Database, DatabaseAddress
 from payments.observability.metrics import Telemetry
+from payments.order_service.endpoint import Exchange
 from tests.callbacks.conftest import PlayedEndpoint, answered, failed
 
 Kind = Literal["good", "503", "asked", "500", "refused", "502 json", "hang", "cut"]

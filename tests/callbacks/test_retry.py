@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from payments.callbacks import TIMEOUT_S
-from payments.callbacks.endpoint import Exchange
 from payments.callbacks.retry import (
     ATTEMPTS_MAX,
     RETRY_FOR_S,
@@ -20,6 +19,7 @@ from payments.callbacks.retry import (
     judge,
     schedule,
 )
+from payments.order_service.endpoint import Exchange
 
 NOW = datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC)  # RFC 9110's own example
 NEITHER_2XX_NOR_410 = [*range(100, 200), *range(300, 410), *range(411, 600)]

@@ -12,8 +12,8 @@ import pytest
 from payments.database.connections import Database
 from payments.fulfilment import table
 from payments.fulfilment.checking import Checking, GiveBack
-from payments.fulfilment.responses import Reading
 from payments.fulfilment.status import OrderStatus
+from payments.order_service.responses import Reading
 from tests.support import History, append, follow
 
 CONFIRMED = Reading("confirmed", "CONFIRMED", None)

@@ -9,8 +9,8 @@ import pytest
 
 from payments.fulfilment import table
 from payments.fulfilment.checking import CONCURRENCY_MAX, Checking
-from payments.fulfilment.responses import Reading
 from payments.fulfilment.table import AGAIN_S, CONFIRMED_AFTER_S
+from payments.order_service.responses import Reading
 from tests.fulfilment.conftest import CONFIRMED, FAILED, MISSING, PENDING, Suspects
 from tests.support import History, append, follow, until
 

@@ -6,7 +6,7 @@ from uuid import UUID
 import msgspec
 import pytest
 
-from payments.fulfilment.responses import WORD_MAX, Reading, bounded, read_status, said_of
+from payments.order_service.responses import WORD_MAX, Reading, bounded, read_status, said_of
 
 ORDER = UUID("f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9")
 OTHER = str(UUID(int=1))

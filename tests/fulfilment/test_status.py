@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from loguru import logger
 
-from payments.callbacks.endpoint import Endpoint, check_target
 from payments.errors import StartError
-from payments.fulfilment.responses import Reading
 from payments.fulfilment.status import OrderStatus, sample
+from payments.order_service.endpoint import Endpoint, check_target
+from payments.order_service.responses import Reading
 from payments.service import build_order_status, check_status_url
 from payments.settings import Settings
 from tests.callbacks.raw_server import serving

@@ -11,9 +11,9 @@ import psycopg
 import pytest
 
 from payments.callbacks.dispatcher import Dispatcher
-from payments.callbacks.endpoint import Endpoint
 from payments.database.connections import Database, DatabaseAddress, connect
 from payments.observability.metrics import Telemetry
+from payments.order_service.endpoint import Endpoint
 from payments.projections.callbacks import begin_at_the_end
 from tests.callbacks.outbox import Outbox
 from tests.conftest import Clones

@@ -15,8 +15,8 @@ import schemathesis
 from litestar import Litestar, get
 
 from payments.callbacks.dispatcher import CallbackBody
-from payments.callbacks.signing import signature_headers
 from payments.errors import PaymentsError
+from payments.order_service.signing import signature_headers
 from payments.settings import Settings
 from tests.support import ORDER_ID
 from tests.test_docs import subclasses

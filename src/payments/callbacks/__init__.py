@@ -2,17 +2,9 @@
 
 The follower in projections/callbacks.py writes what is owed; here it is sent. dispatcher.py is the
 loop: it claims due deliveries from outbox.py (SQL: claim, record, release), sends each with
-endpoint.py (one bounded exchange; heads.py is for responses of every form), signed by signing.py
-(Standard Webhooks), and records what came of it. retry.py says whether and when to try again,
+order_service/endpoint.py, and records what came of it. retry.py says whether and when to try again,
 breaker.py whether to send at all; both are pure. ping.py sends one request that tells nothing.
-
-endpoint.py is imported where an address is set: its HTTP client takes a third of the time in which
-a command starts.
 """
-
-# Order Service answers in milliseconds, or in as long as its seat allocation takes: seconds, on a
-# bad day. What takes longer hangs.
-TIMEOUT_S = 25.0
 
 # A process that was frozen between claim and exchange begins no exchange after this.
 BEGIN_WITHIN_S = 4.0

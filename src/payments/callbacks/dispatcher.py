@@ -28,13 +28,13 @@ from payments.callbacks.breaker import Breaker, Permit
 from payments.callbacks.outbox import Claimed, Result
 from payments.callbacks.retry import WAIT_MAX_S, Verdict, jittered, judge
 from payments.database.connections import cut_after
-from payments.fulfilment.responses import Said, said_of
 from payments.observability.logs import Repeats, trace_field
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import current_traceparent, span
+from payments.order_service.responses import Said, said_of
 
 if TYPE_CHECKING:
-    from payments.callbacks.endpoint import Endpoint, Exchange
+    from payments.order_service.endpoint import Endpoint, Exchange
 
 CONCURRENCY_MAX = 64  # exchanges at once, by one process
 # Of them with orders whose last exchange failed: however many of those there are, the others go on.

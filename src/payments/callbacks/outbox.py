@@ -12,7 +12,7 @@ from uuid import UUID
 import psycopg
 
 from payments.database.arrays import bigints, byteas, doubles, integers, texts, uuids
-from payments.fulfilment.responses import Said
+from payments.order_service.responses import Said
 
 CLAIM = """
 SELECT * FROM claim_deliveries(%b, %b, %b, %b)

@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 import msgspec
 
 if TYPE_CHECKING:
-    from payments.callbacks.endpoint import Endpoint, Exchange
+    from payments.order_service.endpoint import Endpoint, Exchange
 
 
 class PingBody(msgspec.Struct, frozen=True, tag_field="type", tag="ping"):

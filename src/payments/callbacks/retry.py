@@ -8,10 +8,10 @@ import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from payments.fulfilment.responses import is_json
+from payments.order_service.responses import is_json
 
 if TYPE_CHECKING:
-    from payments.callbacks.endpoint import Exchange
+    from payments.order_service.endpoint import Exchange
 
 WAIT_FIRST_S = 1  # most failures are over at once: a dropped connection, a restart
 WAIT_MAX_S = 3600  # whatever was repaired, and whenever: its callbacks come within the hour

@@ -239,7 +239,7 @@ def test_endpoint() -> None:
     """
     one_is_a_finding()
     settings = begin()
-    from payments.callbacks.endpoint import origin  # which the other commands do without
+    from payments.order_service.endpoint import origin  # which the other commands do without
     from payments.service import build_endpoint
 
     endpoint = build_endpoint(settings)

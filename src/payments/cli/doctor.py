@@ -113,7 +113,7 @@ def _callback_target(settings: Settings) -> Check:
     url = settings.order_callback_url
     if url is None:
         return Check("off", "endpoint", "nobody is called back: ORDER_CALLBACK_URL is not set")
-    from payments.callbacks.endpoint import check_target, origin
+    from payments.order_service.endpoint import check_target, origin
 
     parts = urlsplit(url)
     context = ssl.create_default_context() if parts.scheme == "https" else None

@@ -1,9 +1,8 @@
 """What can happen to a payment, and the log that keeps it.
 
 facts.py     what can happen: one frozen Struct per fact, stored as JSON
-store.py     the SQL of payment_events; rows to facts, facts to rows, streams to payments
+store.py     the SQL of payment_events; rows to facts, facts to rows
 appender.py  appending: every append that waits is written in one transaction
-arrays.py    arrays in Postgres' binary form, for statements with many rows
 notifier.py  tells followers that there are new events
 chain.py     the hash chain over the log, and an event's form in an export
 watch.py     notices that the log went back, after a failover or a restore

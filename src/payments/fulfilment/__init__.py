@@ -4,7 +4,7 @@ A response to a SUCCESS is only suspicion: the dispatcher writes what does not s
 `fulfilments`, in the statement that records the delivery. ORDER_STATUS_URL tells the order's status
 itself (status.py: one bounded exchange), and checking.py asks there until it is known.
 
-responses.py says what either response means; it is pure, and the only place for that. table.py is
-the SQL of `fulfilments`. reconciliation.py asks about all payments of a time, for `payments
-reconcile orders`. Why it is so: docs/decisions/fulfilment.md.
+order_service/responses.py says what either response means. table.py is the SQL of `fulfilments`.
+reconciliation.py asks about all payments of a time, for `payments reconcile orders`. Why it is so:
+docs/decisions/fulfilment.md.
 """

@@ -15,8 +15,8 @@ from payments.database.connections import Database
 from payments.errors import StartError
 from payments.fulfilment import table
 from payments.fulfilment.checking import CONCURRENCY_MAX
-from payments.fulfilment.responses import Reading
 from payments.fulfilment.status import OrderStatus
+from payments.order_service.responses import Reading
 from payments.queries.cursor import Place
 from payments.queries.payments import has_no_money, orders_with_outcomes
 

@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from payments.fulfilment.responses import Reading, not_known, read_status
+from payments.order_service.responses import Reading, not_known, read_status
 from payments.settings import ORDER_ID
 
 if TYPE_CHECKING:
-    from payments.callbacks.endpoint import Endpoint, Exchange
+    from payments.order_service.endpoint import Endpoint, Exchange
 
 TIMEOUT_S = 5.0  # a read by id; what takes longer is asked again later
 SAMPLE_ID = str(UUID(int=0))

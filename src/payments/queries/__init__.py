@@ -8,7 +8,7 @@ history.py       one payment's events, as stored
 callbacks.py     what Order Service was told, is owed, and answered
 fulfilments.py   which captured payments may not have been fulfilled
 explain.py       one payment's story in words
-replay.py        the log in order, whole, in part, or as it grows
+log.py           the log in order, whole, in part, or as it grows
 movements.py     what money moved, from the log
 verification.py  whether the log is what was sealed
 guards.py        whether all is in place that keeps the log from being altered

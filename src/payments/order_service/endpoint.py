@@ -23,12 +23,14 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
-from payments.callbacks import TIMEOUT_S
-from payments.callbacks.heads import find_head_end, is_http, plain
-from payments.callbacks.signing import parse_secrets, signature_headers
 from payments.database.resolving import addresses_of
 from payments.errors import StartError
+from payments.order_service.heads import find_head_end, is_http, plain
+from payments.order_service.signing import signature_headers
 
+# Order Service answers in milliseconds, or in as long as its seat allocation takes: seconds, on a
+# bad day. What takes longer hangs.
+TIMEOUT_S = 25.0
 # A name server or a host that is away: nothing was sent, and it is tried again soon.
 CONNECT_TIMEOUT_S = 5.0
 RESOLVE_TIMEOUT_S = 2.0  # at the start, which a slow name server must not hold up
@@ -108,7 +110,8 @@ class Endpoint:
     """Where callbacks go: exchanges with one URL, on at most `connections_max` connections. Another
     one may be asked about orders, with `get`.
 
-    Without `secrets` (see signing.py) requests are not signed. `tls` replaces the default context.
+    Without `secrets`, the keys of signatures, requests are not signed. `tls` replaces the default
+    context.
     Plain http goes to near addresses only (is_near), with `networks` (CIDRs) beside the usual: each
     address is looked at as it is connected to, so that a name cannot mean another one by then.
     """
@@ -116,17 +119,17 @@ class Endpoint:
     def __init__(
         self,
         url: str,
-        secrets: str | None = None,
+        secrets: Sequence[bytes] = (),
         *,
         timeout_s: float = TIMEOUT_S,
         networks: Sequence[str] = (),
         connections_max: int = 64,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """Raises ValueError for an unusable URL or secret, without repeating it."""
+        """Raises ValueError for an unusable URL, without repeating it."""
         self._url = _parse(url)
         self._address = _address(self._url, url)
-        self._secrets = parse_secrets(secrets) if secrets else ()
+        self._secrets = secrets
         self.timeout_s = timeout_s
         self._connect_timeout_s = min(CONNECT_TIMEOUT_S, timeout_s)
         self._networks = networks
