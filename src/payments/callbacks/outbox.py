@@ -5,7 +5,7 @@ record_attempts in migrations/0015, called on a connection in autocommit mode, a
 """
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
@@ -128,6 +128,7 @@ SELECT count(*) FROM pruned
 """
 
 
+TOLD_AT_ONCE_S = 60.0  # who confirms later than this after the capture may have been told before
 RELEASED = "released"  # the outcome of what was claimed and not sent; no attempt is noted
 
 
@@ -218,13 +219,21 @@ async def record(connection: psycopg.AsyncConnection[Any], results: Sequence[Res
         doubles([result.asked_s for result in results]),
         integers([int(result.away) for result in results]),
     )
-    told = [result for result in results if result.said is not None]
+    told = [result for result in results if _may_change_suspects(result)]
     async with connection.cursor(binary=True) as cursor:
         if told:
             await cursor.execute(RECORD_AND_SUSPECT.encode(), (*params, *_said(told)))
         else:
             await cursor.execute(RECORD.encode(), params)
         return {held for (held,) in await cursor.fetchall()}
+
+
+def _may_change_suspects(result: Result) -> bool:
+    """All others are recorded by the statement that takes less: most orders confirm at once."""
+    if result.said in (None, "confirmed"):
+        age_s = (datetime.now(UTC) - result.claimed.occurred_at).total_seconds()
+        return result.said is not None and age_s > TOLD_AT_ONCE_S
+    return True
 
 
 def _said(told: Sequence[Result]) -> tuple[Any, ...]:
