@@ -99,6 +99,15 @@ def test_each_change_alone(connection: Connection, change: str, lost: list[str])
     assert definition(connection) == before
 
 
+def test_a_check_that_was_not_made_for_all_rows_is_none(connection: Connection) -> None:
+    connection.execute("ALTER TABLE payments DROP CONSTRAINT payments_status_check")
+    added = f"ALTER TABLE payments ADD {shape.KNOWN_STATUS} NOT VALID"
+    connection.execute(added.encode())
+    assert shape.lost(connection) == ["check of status"]
+    shape.restore(connection)
+    assert shape.lost(connection) == []
+
+
 def test_a_table_that_is_gone(connection: Connection) -> None:
     before = definition(connection)
     connection.execute("DROP TABLE payments")

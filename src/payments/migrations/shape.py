@@ -59,7 +59,7 @@ SELECT 'column', a.attname::text,
  UNION ALL
 SELECT 'constraint', k.conname::text, pg_get_constraintdef(k.oid)
   FROM payments p JOIN pg_constraint k ON k.conrelid = p.id
- WHERE k.contype IN ('c', 'p', 'u') AND k.convalidated
+ WHERE k.contype IN ('c', 'p', 'u')
  UNION ALL
 SELECT 'index', c.relname::text, split_part(pg_get_indexdef(i.indexrelid), ' USING ', 2)
   FROM payments p JOIN pg_index i ON i.indrelid = p.id JOIN pg_class c ON c.oid = i.indexrelid
