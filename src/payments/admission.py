@@ -1,7 +1,8 @@
 """The bounds on what one process takes on for API clients, and who is told to come back later.
 
 A request holds a place from when it has arrived until its intent is durable, or its answer is sent;
-with all places taken, the next one is refused before anything is done for it (web/serving/protocol.py).
+with all places taken, the next one is refused before anything is done for it
+(web/serving/protocol.py).
 Requests that wait for somebody else hold none: for the rest of their body, for the provider, for
 another request with the same key. Those are bounded by slots, one for each charge or refund that
 may be with the provider, and by runs. A slot is taken before the intent is written, so nothing is

@@ -1,7 +1,7 @@
 """API keys: `Authorization: Bearer KEY`, where PAYMENTS_API_KEYS holds each key's SHA-256.
 
 Without configured keys everyone is the client `default`. The protocol asks, once for each request,
-before anything else is done for it (door.py).
+before anything else is done for it (serving/door.py).
 """
 
 import hashlib

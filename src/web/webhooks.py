@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from payments.callbacks import TIMEOUT_S
 from payments.callbacks.dispatcher import CallbackBody
+from payments.order_service import TIMEOUT_S
 
 BODIES = (CallbackBody,)
 

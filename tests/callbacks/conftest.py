@@ -12,12 +12,12 @@ import psycopg
 import pytest
 from loguru import logger
 
-from payments.callbacks import TIMEOUT_S
 from payments.callbacks import dispatcher as dispatching
 from payments.callbacks.breaker import Breaker
 from payments.callbacks.dispatcher import Dispatcher
 from payments.database.connections import Database
 from payments.observability.metrics import Telemetry
+from payments.order_service import TIMEOUT_S
 from payments.order_service.endpoint import Endpoint, Exchange
 from payments.projections.callbacks import begin_at_the_end
 from tests.callbacks.outbox import Outbox

@@ -7,11 +7,12 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.callbacks import TIMEOUT_S, lease_s
 from payments.callbacks import dispatcher as dispatching
+from payments.callbacks import lease_s
 from payments.callbacks.outbox import claim, make_due, prune
 from payments.callbacks.retry import WAIT_MAX_S
 from payments.database.connections import Database
+from payments.order_service import TIMEOUT_S
 from payments.order_service.endpoint import Exchange
 from payments.queries.callbacks import backlog, oldest_age_s
 from tests.callbacks.conftest import PlayedEndpoint, answered, dispatching_to, failed, opened

@@ -10,7 +10,6 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.callbacks import TIMEOUT_S
 from payments.callbacks import dispatcher as dispatching
 from payments.callbacks import outbox as statements
 from payments.callbacks.breaker import Breaker
@@ -18,6 +17,7 @@ from payments.callbacks.dispatcher import Dispatcher
 from payments.callbacks.outbox import make_due, record, redrive
 from payments.callbacks.retry import ATTEMPTS_MAX
 from payments.observability.metrics import Telemetry
+from payments.order_service import TIMEOUT_S
 from payments.order_service.endpoint import Exchange
 from tests.callbacks.conftest import (
     PlayedEndpoint,

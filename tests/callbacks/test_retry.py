@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from payments.callbacks import TIMEOUT_S
 from payments.callbacks.retry import (
     ATTEMPTS_MAX,
     RETRY_FOR_S,
@@ -19,6 +18,7 @@ from payments.callbacks.retry import (
     judge,
     schedule,
 )
+from payments.order_service import TIMEOUT_S
 from payments.order_service.endpoint import Exchange
 
 NOW = datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC)  # RFC 9110's own example

@@ -18,6 +18,8 @@ from payments.errors import StartError
 from payments.gateways import OutcomeUnknown, ProviderCharge, ProviderRefund, simulated_ledger
 from payments.gateways.simulated import SimulatedGateway
 from payments.payment.state import Approved
+from payments.service import build_gateway
+from payments.settings import Settings
 from tests.machine import within
 from tests.support import ledger_rows
 
@@ -151,6 +153,15 @@ async def test_a_lock_that_is_held_for_longer_than_is_waited_leaves_the_outcome_
         assert await gateway.find_charge(ID, 6) is None  # a question waits for no lock
     assert ledger_rows(ledger) == []
     assert isinstance(await gateway.charge(CHARGE, 6), Approved)
+
+
+async def test_a_lock_is_waited_for_less_long_than_the_provider_is(ledger: Path) -> None:
+    settings = Settings(simulated_ledger=str(ledger), gateway_timeout_s=0.2)
+    async with AsyncExitStack() as stack:
+        gateway = build_gateway(settings)
+        stack.push_async_callback(gateway.close)
+        with locked(ledger), within(0.8), pytest.raises(OutcomeUnknown, match="locked"):
+            await gateway.charge(CHARGE, 0.2)
 
 
 async def test_a_process_starts_while_another_one_has_the_lock(

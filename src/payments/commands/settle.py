@@ -2,7 +2,7 @@
 
 A crash, a silent provider or a missed deadline leaves a payment PENDING, or a refund under way.
 Charges are only asked about, never sent; refunds are sent again while that is safe. Which payments,
-when and how often: settling.py. The rules and why: docs/decisions/settling.md.
+when and how often: settling_loop.py. The rules and why: docs/decisions/settling.md.
 """
 
 import time

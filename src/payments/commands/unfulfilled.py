@@ -1,8 +1,8 @@
 """Give back a payment whose order failed, without being asked to: UNFULFILLED=refund.
 
-At most once per payment: the refund's id is derived from the payment's (deciding.py). All else is
-as for a refund that a client asks for (refund.py), and settling goes on with one that is under way.
-How much goes back in an hour is bounded (brake.py). Why: docs/decisions/giving-back.md.
+At most once per payment: the refund's id is derived from the payment's (payment/decisions.py). All
+else is as for a refund that a client asks for (refund.py), and settling goes on with one that is
+under way. How much goes back in an hour is bounded (brake.py). Why: docs/decisions/giving-back.md.
 """
 
 from uuid import UUID

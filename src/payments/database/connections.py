@@ -1,7 +1,7 @@
 """Connections to Postgres: how they are opened, pooled and given up.
 
 Postgres 15 or newer, direct or through a session-mode pooler. Every connection is set up as
-payments/database/session.py says before anybody gets it. TLS is libpq's: set PGSSLMODE and PGSSLROOTCERT.
+session.py says before anybody gets it. TLS is libpq's: set PGSSLMODE and PGSSLROOTCERT.
 """
 
 import asyncio

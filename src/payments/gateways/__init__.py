@@ -8,6 +8,8 @@ http.py              HTTP for gateways: one bounded exchange, and whether it may
 counted.py           a gateway whose every call is counted and timed
 simulated.py         the simulated provider, the default
 simulated_ledger.py  what that one has decided, for all processes and over every crash
+earlier_ledger.py    reads in the ledgers of earlier versions, once
+ledger_identity.py   whether a ledger is the one of this database's payments
 """
 
 from typing import Protocol

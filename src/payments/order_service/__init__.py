@@ -8,3 +8,7 @@ responses.py  what a response says about the order; pure, and the only place for
 endpoint.py is imported where an address is set: its HTTP client takes a third of the time in which
 a command starts.
 """
+
+# Order Service answers in milliseconds, or in as long as its seat allocation takes: seconds, on a
+# bad day. What takes longer hangs.
+TIMEOUT_S = 25.0

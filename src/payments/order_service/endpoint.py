@@ -25,12 +25,10 @@ from yarl import URL
 
 from payments.database.resolving import addresses_of
 from payments.errors import StartError
+from payments.order_service import TIMEOUT_S
 from payments.order_service.heads import find_head_end, is_http, plain
 from payments.order_service.signing import signature_headers
 
-# Order Service answers in milliseconds, or in as long as its seat allocation takes: seconds, on a
-# bad day. What takes longer hangs.
-TIMEOUT_S = 25.0
 # A name server or a host that is away: nothing was sent, and it is tried again soon.
 CONNECT_TIMEOUT_S = 5.0
 RESOLVE_TIMEOUT_S = 2.0  # at the start, which a slow name server must not hold up

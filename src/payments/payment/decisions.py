@@ -1,6 +1,6 @@
 """Which event may come next: from a payment and what is asked for, or what a provider answered.
 
-Pure, like payment.py. A deciding function returns the event to append, None if the events already
+Pure, like state.py. A deciding function returns the event to append, None if the events already
 say it, or raises why there is none.
 """
 

@@ -1,7 +1,7 @@
 """The payment: what its events amount to.
 
 Pure: no I/O, no clock, no randomness. Commands load events, `fold` them, ask a function of
-deciding.py for the next event, and append it.
+decisions.py for the next event, and append it.
 """
 
 from collections.abc import Callable, Iterable

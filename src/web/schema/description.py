@@ -1,4 +1,4 @@
-"""What a handler says of itself, in its `opt`; openapi.py assembles the API's document from it."""
+"""What a handler says of itself, in its `opt`; document.py assembles the API's document from it."""
 
 from typing import Any, Literal
 
