@@ -35,6 +35,8 @@ class Writing(LogRecorder):
     def insert_events(self, stored_events: Sequence[StoredEvent], **_: Any) -> Sequence[int]:
         appends = [[event] for event in stored_events]
         with connect(self.address, "tests") as opened, opened.transaction():
+            # The cases write with many threads at once, and the machine may be busy.
+            opened.execute("SET LOCAL lock_timeout = 0; SET LOCAL statement_timeout = 0")
             rows = opened.execute(APPEND, append_params(appends)).fetchall()
             if {outcome for outcome, _, _ in rows} - {"appended"}:
                 raise IntegrityError("a version is taken")
