@@ -82,7 +82,7 @@ async def test_every_metric_that_is_named_exists(service: Service) -> None:
     telemetry.request_seconds.labels("POST", "/v1/charge").observe(0.01)
     telemetry.problems.labels("too_busy")
     telemetry.dispatches()
-    await service.observe()
+    await service.health.observe()
     there = exposed(telemetry.exposition().decode())
     assert len(EXPRESSIONS) > 35
     for name, expression in EXPRESSIONS:
@@ -190,11 +190,11 @@ async def test_how_far_a_follower_is_behind_is_told_in_seconds(
     for follower in service.followers:
         await follower.stop()
     await service.charging.charge(charge_of("k1"))
-    await service.observe()
+    await service.health.observe()
     lag = service.telemetry.follower_lag_seconds["payments"]._value.get()
     assert 0 < lag < 5
     await service.followers[0].run_once()
-    await service.observe()
+    await service.health.observe()
     assert service.telemetry.follower_lag_seconds["payments"]._value.get() == 0
 
 
@@ -207,14 +207,14 @@ async def test_gauges_of_a_database_that_is_away_are_not_shown(
         families = text_string_to_metric_families(text)
         return {each.name: each.value for family in families for each in family.samples}
 
-    await service.observe()
+    await service.health.observe()
     there = shown()
     assert there["payments_database_up"] == 1
     assert there["payments_database_refresh_age_seconds"] < 5
     assert "payments_pending_oldest_age_seconds" in there
-    await service._operations_database.close()
+    await service.health._database.close()
     with pytest.raises(DatabaseUnavailable):
-        await service.observe()
+        await service.health.observe()
     away = shown()
     assert away["payments_database_up"] == 0
     left_out = set(there) - set(away)
@@ -231,7 +231,7 @@ async def test_a_payment_that_contradicts_the_provider_is_no_old_one(
     """It is an alert of its own, and may stay open for days."""
 
     async def oldest_s() -> float:
-        await service.observe()
+        await service.health.observe()
         return float(service.telemetry.pending_age._value.get())
 
     for age, level in (("2 hours", 50), ("1 minute", None), ("30 s", 30)):
@@ -251,7 +251,7 @@ async def test_a_payment_that_contradicts_the_provider_is_no_old_one(
 @pytest.mark.anyio
 async def test_connections_are_counted(service: Service) -> None:
     async def counted() -> dict[str, float]:
-        await service.observe()
+        await service.health.observe()
         pool = service.telemetry.database_pool
         return {state: gauge._value.get() for state, gauge in pool.items()}
 

@@ -163,3 +163,9 @@ class LogRewound(Unavailable):
 
 class StartError(Exception):
     """The service cannot start or a command cannot run; the message is one line for a person."""
+
+
+def told(error: Exception) -> str:
+    """An error of somebody else's code in one line."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

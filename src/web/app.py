@@ -75,7 +75,7 @@ def _litestar(service: Service, *handlers: Router) -> Litestar:
             HTTPException: on_http_exception,
             Exception: on_exception,
         },
-        logging_config=None,  # observability/logs.py does it; unhandled errors are logged above
+        logging_config=None,  # payments/observability/logs.py; unhandled errors are logged above
         openapi_config=None,
         debug=False,
     )

@@ -107,7 +107,7 @@ async def health_of(service: Service) -> answers.Answer:
     """Looked at now."""
     database, log, callbacks = "ok", None, None
     try:
-        reached = await service.reach_database()
+        reached = await service.health.reach_database()
     except DatabaseUnavailable:
         database = "unavailable"
     else:
@@ -159,6 +159,6 @@ async def metrics(request: Anyone) -> Response[bytes]:
     # As a header: for a text media type the framework would add a second charset.
     if wanted == OPENMETRICS:
         headers = {"Content-Type": service.telemetry.openmetrics_content_type}
-        return Response(await service.openmetrics.recent(METRICS_AGE_S), headers=headers)
+        return Response(await service.health.openmetrics.recent(METRICS_AGE_S), headers=headers)
     headers = {"Content-Type": service.telemetry.content_type}
-    return Response(await service.exposition.recent(METRICS_AGE_S), headers=headers)
+    return Response(await service.health.exposition.recent(METRICS_AGE_S), headers=headers)

@@ -12,7 +12,8 @@ import pytest
 from payments.callbacks import lease_s
 from payments.callbacks.breaker import Breaker
 from payments.callbacks.outbox import make_due, record, redrive
-from payments.order_service import TIMEOUT_S, Exchange
+from payments.order_service import TIMEOUT_S
+from payments.order_service.endpoint import Exchange
 from payments.settings import Settings
 from tests.callbacks.conftest import PlayedEndpoint, answered, dispatching_to, failed, opened
 from tests.callbacks.outbox import ALL, Outbox, claim_some, of, result_of

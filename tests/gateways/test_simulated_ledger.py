@@ -16,9 +16,9 @@ import pytest
 
 from payments.errors import StartError
 from payments.gateways import OutcomeUnknown, ProviderCharge, ProviderRefund, simulated_ledger
+from payments.gateways.building import build_gateway
 from payments.gateways.simulated import SimulatedGateway
 from payments.payment.state import Approved
-from payments.service import build_gateway
 from payments.settings import Settings
 from tests.machine import within
 from tests.support import ledger_rows

@@ -154,13 +154,13 @@ async def test_what_is_due_for_long_degrades_a_process_that_only_answers_as_well
     service = Service(settings, address)
     await service.start(work=False)
     append(connection, History("k").charged().facts)
-    assert (await service.reach_database()).callbacks == "ok"
+    assert (await service.health.reach_database()).callbacks == "ok"
     connection.execute(
         "INSERT INTO callback_deliveries SELECT gen_random_uuid(), 1, gen_random_uuid(),"
         " gen_random_uuid(), 2, 'SUCCESS', 1, 'INR', now(), 'due', 0, now(),"
         " now() - interval '2 min'"
     )
-    assert (await service.reach_database()).callbacks == "degraded"
+    assert (await service.health.reach_database()).callbacks == "degraded"
     await service.stop(1)
 
 
@@ -183,8 +183,8 @@ async def test_without_an_address_nobody_is_called_back(
     service = Service(Settings(simulated_ledger=""), address)
     await service.start()
     append(connection, History("k").charged().facts)
-    assert (await service.reach_database()).callbacks == "off"
-    await service.observe()
+    assert (await service.health.reach_database()).callbacks == "off"
+    await service.health.observe()
     await service.stop(1)
     found = connection.execute("SELECT name FROM followers ORDER BY name").fetchall()
     assert found == [("payments",), ("seals",)]

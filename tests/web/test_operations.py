@@ -98,7 +98,7 @@ async def test_errors_are_counted_by_their_code(client: httpx.AsyncClient) -> No
 async def test_metrics_answer_without_a_database(
     client: httpx.AsyncClient, service: Service
 ) -> None:
-    await service._operations_database.close()
+    await service.health._database.close()
     answer = await client.get("/metrics")
     assert answer.status_code == 200
     assert "payments_database_up 0.0" in answer.text
@@ -121,7 +121,7 @@ async def test_metrics_are_rendered_once_in_a_while_for_all_who_ask_and_beside_t
     for name in ("exposition", "openmetrics"):
         recent: Recent[bytes] = getattr(service, name)
         render = rendering(getattr(service.telemetry, name))
-        monkeypatch.setattr(recent, "_work", partial(service._rendered, render))
+        monkeypatch.setattr(recent, "_work", partial(service.health._rendered, render))
     for accept in ("text/plain", "application/openmetrics-text"):
         asked = [client.get("/metrics", headers={"Accept": accept}) for _ in range(5)]
         answers = [*await asyncio.gather(*asked), await client.get("/metrics")]

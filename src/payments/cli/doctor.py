@@ -20,9 +20,9 @@ from payments.cli.work_checks import brake_check, work_checks
 from payments.database.connections import Database, DatabaseAddress, connect, reason_of
 from payments.database.session import settings_in_force
 from payments.errors import DatabaseUnavailable, StartError
+from payments.gateways.building import build_gateway
 from payments.migrations import schema_of, shape
 from payments.opening import open_database
-from payments.service import build_gateway
 from payments.settings import Settings
 
 POSTGRES_MIN = 15

@@ -54,8 +54,9 @@ async def _retry(
 ) -> "tuple[list[UUID], list[Parked]]":
     """Which of the payments are not parked, and which streams still are."""
     from payments.gateways import declines_may_turn_s
+    from payments.gateways.building import build_gateway
     from payments.observability.metrics import Telemetry
-    from payments.service import build_followers, build_gateway  # which the list does without
+    from payments.service import build_followers  # which the list does without
 
     unknown, left = set(payments or ()), []
     turning_s = declines_may_turn_s(build_gateway(settings, to="look"))

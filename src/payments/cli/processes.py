@@ -14,9 +14,10 @@ from loguru import logger
 
 from payments.cli.greeting import greeting
 from payments.cli.start import begin
+from payments.gateways.building import build_gateway
 from payments.observability.tracing import traces
 from payments.opening import heads_dir, open_database
-from payments.service import Service, build_gateway, starting, stop_signals
+from payments.service import Service, starting, stop_signals
 
 WORK_STOP_S = 8.0  # container runtimes kill after 10 s
 

@@ -4,6 +4,7 @@ The provider gets our payment id as its idempotency key. What it answered is a t
 what it did is an exception, and so is knowing that it was never asked. The difference is money:
 a command may answer "try again" only after NeverSent.
 
+building.py          the provider that the settings name, built
 http.py              HTTP for gateways: one bounded exchange, and whether it may have been sent
 counted.py           a gateway whose every call is counted and timed
 simulated.py         the simulated provider, the default
