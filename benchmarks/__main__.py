@@ -67,7 +67,11 @@ def server() -> Iterator[DatabaseAddress]:
         try:
             with embedded_postgres.start(directory, options=OPTIONS) as running:
                 yield DatabaseAddress(
-                    str(running.socket_dir), running.port, running.user, None, "postgres"
+                    host=str(running.socket_dir),
+                    port=running.port,
+                    user=running.user,
+                    password=None,
+                    dbname="postgres",
                 )
         finally:
             embedded_postgres.wait_until_stopped(directory)

@@ -105,11 +105,24 @@ class Callbacks(Part):
 
 def _charge() -> list[StoredEvent]:
     """A charge's two events, of an order of its own."""
-    cause = Cause(uuid.uuid4(), datetime.now(UTC), "default", "benchmark")
-    request = ChargeRequest(uuid.uuid4().hex, uuid.uuid4(), 1500, "INR", "default")
+    cause = Cause(
+        event_id=uuid.uuid4(),
+        occurred_at=datetime.now(UTC),
+        client="default",
+        request_id="benchmark",
+    )
+    request = ChargeRequest(
+        idempotency_key=uuid.uuid4().hex,
+        merchant_order_id=uuid.uuid4(),
+        amount_cents=1500,
+        currency="INR",
+        client="default",
+    )
     begun = initiate(request, "simulated", cause)
     payment = evolve(None, begun)
-    outcome = Approved(payment.id, 1500, "INR", f"sim_{payment.id.hex}")
+    outcome = Approved(
+        id=payment.id, amount_cents=1500, currency="INR", provider_txn_id=f"sim_{payment.id.hex}"
+    )
     charged = record_outcome(payment, outcome, cause)
     assert charged is not None
     return [to_stored_event(begun), to_stored_event(charged)]

@@ -76,14 +76,14 @@ class ClientLimit(Part):
         event_id = uuid.uuid4()
         body = msgspec.json.encode(
             CallbackBody(
-                uuid.uuid4(),
-                uuid.uuid4(),
-                "SUCCESS",
-                event_id,
-                2,
-                datetime.now(UTC),
-                1500,
-                "INR",
+                order_id=uuid.uuid4(),
+                payment_id=uuid.uuid4(),
+                status="SUCCESS",
+                event_id=event_id,
+                sequence=2,
+                occurred_at=datetime.now(UTC),
+                amount_cents=1500,
+                currency="INR",
             )
         )
         latencies: list[float] = []

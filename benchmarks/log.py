@@ -68,15 +68,29 @@ def _interleaved(payments: int) -> Iterator[Fact]:
 
 def _history(number: int) -> list[Fact]:
     cause = Cause(
-        uuid.UUID(int=number), BEGIN + timedelta(milliseconds=number), "default", "benchmark"
+        event_id=uuid.UUID(int=number),
+        occurred_at=BEGIN + timedelta(milliseconds=number),
+        client="default",
+        request_id="benchmark",
     )
-    request = ChargeRequest(f"benchmark-{number}", uuid.uuid4(), 1500, "INR", "default")
+    request = ChargeRequest(
+        idempotency_key=f"benchmark-{number}",
+        merchant_order_id=uuid.uuid4(),
+        amount_cents=1500,
+        currency="INR",
+        client="default",
+    )
     events: list[Fact] = [initiate(request, "simulated", cause)]
     payment = evolve(None, events[0])
     if number % 100 < 3:
         outcome: Approved | Declined = Declined("declined_by_simulation")
     else:
-        outcome = Approved(payment.id, 1500, "INR", f"sim_{payment.id.hex}")
+        outcome = Approved(
+            id=payment.id,
+            amount_cents=1500,
+            currency="INR",
+            provider_txn_id=f"sim_{payment.id.hex}",
+        )
     fact = record_outcome(payment, outcome, cause)
     assert fact is not None
     events.append(fact)
@@ -86,11 +100,15 @@ def _history(number: int) -> list[Fact]:
 
 
 def _refund(payment: Payment, cause: Cause) -> list[Fact]:
-    request = RefundRequest(payment.id, 500, "r", "default")
+    request = RefundRequest(
+        payment_id=payment.id, amount_cents=500, idempotency_key="r", client="default"
+    )
     begun = initiate_refund(payment, request, cause)
     payment = evolve(payment, begun)
     refund = payment.refunds[-1]
-    outcome = Approved(refund.id, 500, "INR", f"simre_{refund.id.hex}")
+    outcome = Approved(
+        id=refund.id, amount_cents=500, currency="INR", provider_txn_id=f"simre_{refund.id.hex}"
+    )
     done = record_refund(payment, refund, outcome, cause)
     assert done is not None
     return [begun, done]

@@ -305,13 +305,21 @@ async def append_for(address: DatabaseAddress, seconds: float) -> Figures:
     appender = Appender(database.connect, telemetry, intent_queue_max=1, appended=notifier.appended)
     notifier.start()
     appender.start()
-    cause = Cause(uuid.uuid4(), _now(), "default", "benchmark")
+    cause = Cause(
+        event_id=uuid.uuid4(), occurred_at=_now(), client="default", request_id="benchmark"
+    )
     latencies: list[float] = []
     started = time.perf_counter()
 
     async def caller() -> None:
         while (began := time.perf_counter()) - started < seconds:
-            request = ChargeRequest(str(uuid.uuid4()), uuid.uuid4(), 1500, "INR", "default")
+            request = ChargeRequest(
+                idempotency_key=str(uuid.uuid4()),
+                merchant_order_id=uuid.uuid4(),
+                amount_cents=1500,
+                currency="INR",
+                client="default",
+            )
             await appender.append([to_stored_event(initiate(request, "x", cause))])
             latencies.append(time.perf_counter() - began)
 

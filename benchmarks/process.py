@@ -122,7 +122,15 @@ class ServerProcess:
         return float(psutil.Process(self._process.pid).memory_info().rss) / 1e6
 
 
-_COMMAND = ChargePayment(ChargeRequest("k", uuid.uuid4(), 1500, "INR", "default"))
+_COMMAND = ChargePayment(
+    request=ChargeRequest(
+        idempotency_key="k",
+        merchant_order_id=uuid.uuid4(),
+        amount_cents=1500,
+        currency="INR",
+        client="default",
+    )
+)
 
 
 class _WithoutStore(Service):

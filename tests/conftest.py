@@ -115,7 +115,11 @@ def server(state_dir: Path) -> Iterator[DatabaseAddress]:
     """The server's maintenance database."""
     with embedded_postgres.start(state_dir) as running:
         address = DatabaseAddress(
-            str(running.socket_dir), running.port, running.user, None, "postgres"
+            host=str(running.socket_dir),
+            port=running.port,
+            user=running.user,
+            password=None,
+            dbname="postgres",
         )
         _wait_for_the_disk(address, "off")
         yield address

@@ -86,7 +86,7 @@ class EndsBadly(Sound):
 
 @contextmanager
 def no_server() -> Iterator[DatabaseAddress]:
-    yield DatabaseAddress("", 0, "", None, "")
+    yield DatabaseAddress(host="", port=0, user="", password=None, dbname="")
 
 
 PARTS = (CannotStart, Hangs, ChildFails, Sound, DoesNothing, LostSomething, EndsBadly)

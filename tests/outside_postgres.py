@@ -42,7 +42,13 @@ class OutsidePostgres:
         self._log = home / "postgres.log"
         self._process: subprocess.Popen[bytes] | None = None
         password = secrets.token_urlsafe(16)  # whoever is on this machine can reach the port
-        self.address = DatabaseAddress("127.0.0.1", _free_port(), "postgres", password, "postgres")
+        self.address = DatabaseAddress(
+            host="127.0.0.1",
+            port=_free_port(),
+            user="postgres",
+            password=password,
+            dbname="postgres",
+        )
 
     @property
     def settings(self) -> dict[str, object]:

@@ -48,8 +48,15 @@ def charge_of(
     client: str = "default",
     payment_method: str | None = None,
 ) -> ChargePayment:
-    request = ChargeRequest(key, order_id, amount_cents, currency, client, payment_method)
-    return ChargePayment(request, request_id="test")
+    request = ChargeRequest(
+        idempotency_key=key,
+        merchant_order_id=order_id,
+        amount_cents=amount_cents,
+        currency=currency,
+        client=client,
+        payment_method=payment_method,
+    )
+    return ChargePayment(request=request, request_id="test")
 
 
 def stored_event(
@@ -118,7 +125,13 @@ class History:
         self.facts: list[Fact] = []
         self._began_at = began_at
         self._client = client
-        request = ChargeRequest(key, order_id, amount_cents, currency, client)
+        request = ChargeRequest(
+            idempotency_key=key,
+            merchant_order_id=order_id,
+            amount_cents=amount_cents,
+            currency=currency,
+            client=client,
+        )
         self._add(initiate(request, "simulated", self._cause()))
 
     @property
@@ -142,12 +155,20 @@ class History:
 
     def refund_begun(self, key: str | None = None, amount_cents: int | None = None) -> Self:
         """A refund under way: of the whole rest, if no amount is given."""
-        request = RefundRequest(self.id, amount_cents, key, self._client)
+        request = RefundRequest(
+            payment_id=self.id, amount_cents=amount_cents, idempotency_key=key, client=self._client
+        )
         return self._add(initiate_refund(self.payment, request, self._cause()))
 
     def give_back_begun(self) -> Self:
         """The service gives back by itself what is left."""
-        request = RefundRequest(self.id, None, None, "fulfilment", unfulfilled=True)
+        request = RefundRequest(
+            payment_id=self.id,
+            amount_cents=None,
+            idempotency_key=None,
+            client="fulfilment",
+            unfulfilled=True,
+        )
         return self._add(initiate_refund(self.payment, request, self._cause()))
 
     def refund_succeeded(self) -> Self:
@@ -176,17 +197,29 @@ class History:
 
     def _captured(self) -> Approved:
         payment = self.payment
-        return Approved(payment.id, payment.amount_cents, payment.currency, f"txn-{payment.id}")
+        return Approved(
+            id=payment.id,
+            amount_cents=payment.amount_cents,
+            currency=payment.currency,
+            provider_txn_id=f"txn-{payment.id}",
+        )
 
     def _returned(self, refund_id: uuid.UUID, amount_cents: int) -> Approved:
-        return Approved(refund_id, amount_cents, self.payment.currency, f"re-{refund_id}")
+        return Approved(
+            id=refund_id,
+            amount_cents=amount_cents,
+            currency=self.payment.currency,
+            provider_txn_id=f"re-{refund_id}",
+        )
 
     def _under_way(self) -> Refund:
         return next(each for each in self.payment.refunds if each.status == "PENDING")
 
     def _cause(self) -> Cause:
         occurred_at = self._began_at + timedelta(seconds=len(self.facts))
-        return Cause(uuid.uuid4(), occurred_at, self._client, request_id="test")
+        return Cause(
+            event_id=uuid.uuid4(), occurred_at=occurred_at, client=self._client, request_id="test"
+        )
 
     def _add(self, fact: Fact | None) -> Self:
         assert fact is not None

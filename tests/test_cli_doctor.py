@@ -499,7 +499,9 @@ class Incident:
 
     def payments_failover_would_lose(self) -> None:
         async def lagging(_: object) -> Server:
-            return Server(0, 2, 0.0, 0.0, False)
+            return Server(
+                synchronous=0, asynchronous=2, skew_s=0.0, log_ahead_s=0.0, read_only=False
+            )
 
         self._patch.setattr(checks, "server_state", lagging)
 

@@ -85,7 +85,13 @@ def test_the_head_in_the_data_directory_is_looked_at(
 ) -> None:
     old = grow(address, connection, "before", 4)
     write_head(
-        data_dir, KeptHead(UUID(log_id(connection)), oid(connection), 8, old[8].partition(":")[2])
+        data_dir,
+        KeptHead(
+            log=UUID(log_id(connection)),
+            database=oid(connection),
+            position=8,
+            hash=old[8].partition(":")[2],
+        ),
     )
     lose_after(connection, 6)
     assert operator(*ACCEPT).exit_code == 0
@@ -100,7 +106,10 @@ def test_every_head_is_compared_not_only_the_newest(
     lose_after(connection, 6)
     new = grow(address, connection, "after", 4)
     hash = new[14].partition(":")[2]
-    write_head(data_dir, KeptHead(UUID(log_id(connection)), oid(connection), 14, hash))
+    write_head(
+        data_dir,
+        KeptHead(log=UUID(log_id(connection)), database=oid(connection), position=14, hash=hash),
+    )
     done = operator(*ACCEPT, "--head", old[8], "--head", old[7], "--head", old[4])
     assert done.exit_code == 0, done.output
     assert f"old head: {old[8]}" in done.stdout

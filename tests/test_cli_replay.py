@@ -263,7 +263,14 @@ def test_jsonl_of_any_bytes_is_a_line_each(operator: Operator, connection: Conne
 
 @given(st.binary(max_size=60) | st.text(max_size=30).map(str.encode))
 def test_any_bytes_survive_a_line(state: bytes) -> None:
-    event = LogEntry(7, ORDER_ID, 2, "Topic", state, datetime(2026, 1, 2, tzinfo=UTC))
+    event = LogEntry(
+        position=7,
+        payment_id=ORDER_ID,
+        version=2,
+        topic="Topic",
+        state=state,
+        recorded_at=datetime(2026, 1, 2, tzinfo=UTC),
+    )
     line = write_line(event, None)
     assert read_line(line).entry == event
     assert not {b"\n", b"\r"} & {line[at : at + 1] for at in range(len(line))}

@@ -169,7 +169,9 @@ def test_a_dump_is_restored_and_goes_on() -> None:
         assert service.charge(client, "new").status_code == 201
         with embedded_postgres.start(after) as running:
             socket = str(running.socket_dir)
-            restored = DatabaseAddress(socket, running.port, running.user, None, "paymentdb")
+            restored = DatabaseAddress(
+                host=socket, port=running.port, user=running.user, password=None, dbname="paymentdb"
+            )
             with psycopg.connect(restored.conninfo("tests"), autocommit=True) as connection:
                 check(connection, caught_up=False)
     captured = [str(row.id) for row in ledger_rows(home / "ledger.sqlite")]

@@ -113,7 +113,13 @@ def request_with(**fields: Any) -> ChargeRequest:
 def next_cause(payment: Payment | None, client: str = "order") -> Cause:
     """As in the facts of STREAMS."""
     version = payment.version + 1 if payment else 1
-    return Cause(UUID(int=version), at(version), client, "request-1", "00-" + "a" * 32 + "-1-01")
+    return Cause(
+        event_id=UUID(int=version),
+        occurred_at=at(version),
+        client=client,
+        request_id="request-1",
+        traceparent="00-" + "a" * 32 + "-1-01",
+    )
 
 
 # The commands, as the first arguments of these functions; the last one is the payment.
@@ -143,7 +149,9 @@ def refund(
     amount_cents: int | None, key: str | None, client: str, payment: Payment | None
 ) -> Decision:
     assert payment is not None
-    request = RefundRequest(payment.id, amount_cents, key, client)
+    request = RefundRequest(
+        payment_id=payment.id, amount_cents=amount_cents, idempotency_key=key, client=client
+    )
     known = known_refund(payment, request)
     return known or initiate_refund(payment, request, next_cause(payment, client))
 
@@ -151,7 +159,13 @@ def refund(
 def give_back(payment: Payment | None) -> Decision:
     """By itself, since its order failed."""
     assert payment is not None
-    request = RefundRequest(payment.id, None, None, "fulfilment", unfulfilled=True)
+    request = RefundRequest(
+        payment_id=payment.id,
+        amount_cents=None,
+        idempotency_key=None,
+        client="fulfilment",
+        unfulfilled=True,
+    )
     known = known_refund(payment, request)
     return known or initiate_refund(payment, request, next_cause(payment, "fulfilment"))
 
@@ -163,7 +177,12 @@ def refund_answered(
     assert payment is not None
     refunds = payment.refunds or (NEVER_BEGUN,)
     asked = refunds[nth % len(refunds)]
-    given = Approved(asked.id, asked.amount_cents, payment.currency, "re-1")
+    given = Approved(
+        id=asked.id,
+        amount_cents=asked.amount_cents,
+        currency=payment.currency,
+        provider_txn_id="re-1",
+    )
     outcome = msgspec.structs.replace(given, **answer) if isinstance(answer, dict) else answer
     return record_refund(payment, asked, outcome, next_cause(payment))
 
@@ -176,9 +195,11 @@ def return_answered(answer: Approved | Declined, payment: Payment | None) -> Dec
 
 NEVER_BEGUN = msgspec.structs.replace(payment_in("500 under way").refunds[0], id=OTHER_ID)
 LATE_CAPTURE = LateCapture(refund_id=LATE, version=3, found_at=at(3), provider_txn_id="txn-1")
-CAPTURE = Approved(PAYMENT_ID, CAPTURED_CENTS, "INR", "txn-1")
+CAPTURE = Approved(
+    id=PAYMENT_ID, amount_cents=CAPTURED_CENTS, currency="INR", provider_txn_id="txn-1"
+)
 NO_FUNDS = Declined("no_funds")
-RETURN = Approved(LATE, CAPTURED_CENTS, "INR", "re-1")
+RETURN = Approved(id=LATE, amount_cents=CAPTURED_CENTS, currency="INR", provider_txn_id="re-1")
 CLOSED = Declined("account_closed")
 
 # r1 and r2 are the keys of refunds in STREAMS; r9 is new in every state.
@@ -675,7 +696,9 @@ class TestRecordOutcome:
 
 
 def asks(amount_cents: int | None, key: str | None, client: str = "order") -> RefundRequest:
-    return RefundRequest(PAYMENT_ID, amount_cents, key, client)
+    return RefundRequest(
+        payment_id=PAYMENT_ID, amount_cents=amount_cents, idempotency_key=key, client=client
+    )
 
 
 class TestKnownRefund:
@@ -840,7 +863,7 @@ class TestRecordRefund:
     def test_only_the_refund_that_is_meant_ends(self) -> None:
         payment = payment_after([*STREAMS["500 under way"], began(4, R2, 300)])
         first, second = payment.refunds
-        answer = Approved(second.id, 300, "INR", "re-1")
+        answer = Approved(id=second.id, amount_cents=300, currency="INR", provider_txn_id="re-1")
         assert record_refund(payment, second, answer, next_cause(payment)) == given_back(
             5, R2, 300, 300
         )
@@ -858,7 +881,7 @@ class TestRecordRefund:
         """The answer may come when another process has recorded it."""
         as_it_was = payment_in("500 under way").refunds[0]
         payment = payment_in("500 back")
-        answer = Approved(R1, 500, "INR", "re-1")
+        answer = Approved(id=R1, amount_cents=500, currency="INR", provider_txn_id="re-1")
         assert record_refund(payment, as_it_was, answer, next_cause(payment)) is None
 
 

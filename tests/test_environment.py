@@ -165,7 +165,9 @@ def test_an_address_says_all_that_says_where(
 
 def test_of_several_hosts_the_one_that_takes_events(address: DatabaseAddress) -> None:
     def told(host: str) -> Any:
-        given = DatabaseAddress(host, 5432, "u", None, "db").conninfo()
+        given = DatabaseAddress(
+            host=host, port=5432, user="u", password=None, dbname="db"
+        ).conninfo()
         return psycopg.conninfo.conninfo_to_dict(given).get("target_session_attrs")
 
     assert told("a,b,c") == "read-write"
@@ -298,7 +300,9 @@ class TestDatabaseInAnotherEncoding:
             connection.execute(
                 SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING LATIN1 LOCALE 'C'").format(name)
             )
-            yield DatabaseAddress(server.host, server.port, server.user, None, "latin1")
+            yield DatabaseAddress(
+                host=server.host, port=server.port, user=server.user, password=None, dbname="latin1"
+            )
             connection.execute(SQL("DROP DATABASE {} WITH (FORCE)").format(name))
 
     def test_it_is_migrated_and_charged_with(self, latin1: DatabaseAddress, tmp_path: Path) -> None:

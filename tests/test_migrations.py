@@ -74,7 +74,10 @@ def test_unmigrated_is_said(empty_database: DatabaseAddress) -> None:
 def test_a_changed_file_stops_the_start(
     address: DatabaseAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changed = [Migration(m.number, m.name, m.sql + "\n-- changed") for m in known_migrations()]
+    changed = [
+        Migration(number=m.number, name=m.name, sql=m.sql + "\n-- changed")
+        for m in known_migrations()
+    ]
     monkeypatch.setattr(migrations, "known_migrations", lambda: changed)
     with pytest.raises(StartError, match="0001_event_store was changed after it was applied"):
         migrate(address)
@@ -183,7 +186,9 @@ def test_a_failing_migration_leaves_nothing_behind(
     address: DatabaseAddress, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = known_migrations()
-    broken = Migration(len(known) + 1, "broken", "CREATE TABLE half (); SELECT 1 / 0")
+    broken = Migration(
+        number=len(known) + 1, name="broken", sql="CREATE TABLE half (); SELECT 1 / 0"
+    )
     monkeypatch.setattr(migrations, "known_migrations", lambda: [*known, broken])
     with pytest.raises(StartError, match="migration failed: division by zero"):
         migrate(address)
@@ -196,7 +201,7 @@ def test_a_migration_that_cannot_be_recorded_was_not_applied(
     address: DatabaseAddress, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = known_migrations()
-    added = Migration(len(known) + 1, "whole", "CREATE TABLE whole ()")
+    added = Migration(number=len(known) + 1, name="whole", sql="CREATE TABLE whole ()")
     monkeypatch.setattr(migrations, "known_migrations", lambda: [*known, added])
     monkeypatch.setattr(migrations, "RECORD_LATER", "SELECT %s, %s, %s, %s / 0")
     with pytest.raises(StartError, match="migration failed: division by zero"):
@@ -234,9 +239,9 @@ class TestIndexes:
     def building(self, monkeypatch: pytest.MonkeyPatch) -> Migration:
         known = known_migrations()
         built = Migration(
-            len(known) + 1,
-            "seconds",
-            "-- oldest: 0005\n-- Why.\n\n"
+            number=len(known) + 1,
+            name="seconds",
+            sql="-- oldest: 0005\n-- Why.\n\n"
             "CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS seconds ON payments (created_at);\n",
         )
         monkeypatch.setattr(migrations, "known_migrations", lambda: [*known, built])

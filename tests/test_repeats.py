@@ -73,7 +73,9 @@ async def test_a_gateway_that_fails(told: Lines) -> None:
     gateway = CountedGateway(ScriptedGateway(*[fails] * 100), Telemetry())
     for _ in range(100):
         with pytest.raises(OutcomeUnknown):
-            await gateway.charge(ProviderCharge(ORDER_ID, 1500, "INR"), 1)
+            await gateway.charge(
+                ProviderCharge(payment_id=ORDER_ID, amount_cents=1500, currency="INR"), 1
+            )
     assert told == [{"message": "the gateway failed", "operation": "charge"}] * 2
 
 
@@ -92,7 +94,7 @@ async def test_a_loss_whose_repair_conflicts(
 
     store = EventStore(database, SimpleNamespace(append=append))  # type: ignore[arg-type]
     recorder = Recorder(store, Telemetry())
-    approved = Approved(history.id, 1500, "INR", "txn")
+    approved = Approved(id=history.id, amount_cents=1500, currency="INR", provider_txn_id="txn")
 
     async def as_it_stands(*_: object) -> None:  # it is lost again and again
         return None

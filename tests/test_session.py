@@ -300,7 +300,11 @@ def test_of_several_hosts_the_one_that_may_be_written(
     with Pooler(empty_database, "session") as standby:
         hosts = f"{standby.address.host},{address.host}"
         several = DatabaseAddress(
-            hosts, address.port, address.user, address.password, address.dbname
+            host=hosts,
+            port=address.port,
+            user=address.user,
+            password=address.password,
+            dbname=address.dbname,
         )
         with connect(several, "tests") as opened:
             assert opened.execute("SELECT current_database()").fetchone() == (address.dbname,)

@@ -93,7 +93,9 @@ class Health:
         callbacks = "degraded" if cut_off or late_s > CALLBACKS_LATE_S else "ok"
         if not self._calls_back:
             callbacks = "off"
-        return Reached(callbacks, self._watch.read_only, self._watch.lost)
+        return Reached(
+            callbacks=callbacks, read_only=self._watch.read_only, rewound=self._watch.lost
+        )
 
     async def _observe(self) -> None:
         """Brings the gauges that are set by looking up to date, within OBSERVE_TIMEOUT_S. Raises

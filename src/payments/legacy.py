@@ -124,7 +124,13 @@ def facts_of(row: LegacyRow, gateway: str) -> list[Fact]:
 
     key = key_of_none(legacy_id) if row.idempotency_key is None else row.idempotency_key
     # What the version before this one finds the same: nobody named, and no payment method.
-    request = ChargeRequest(key, order_id, amount_cents, currency, DEFAULT_CLIENT)
+    request = ChargeRequest(
+        idempotency_key=key,
+        merchant_order_id=order_id,
+        amount_cents=amount_cents,
+        currency=currency,
+        client=DEFAULT_CLIENT,
+    )
     facts: list[Fact] = [
         PaymentInitiated(
             idempotency_key=key,

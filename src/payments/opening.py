@@ -70,7 +70,11 @@ def open_database(
         level = "INFO" if lasting else "DEBUG"  # a command's own words are what it is run for
         logger.bind(socket=str(server.socket_dir)).log(level, "embedded Postgres is running")
         address = DatabaseAddress(
-            str(server.socket_dir), server.port, server.user, None, settings.database_name
+            host=str(server.socket_dir),
+            port=server.port,
+            user=server.user,
+            password=None,
+            dbname=settings.database_name,
         )
         create_database_if_missing(address)
         make_sure(address)

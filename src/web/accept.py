@@ -51,4 +51,4 @@ def _range(part: str) -> _Range:
     for parameter in parameters:
         if match := _QUALITY.fullmatch(parameter):
             quality = min(1.0, float(match[1]))
-    return _Range(type_, subtype, quality)
+    return _Range(type=type_, subtype=subtype, quality=quality)

@@ -12,11 +12,11 @@ from web.schema.description import Parameter
 POSITION_MAX = 2**63 - 1
 
 AS_OF = Parameter(
-    "as_of",
-    "query",
-    f"{TIME_TEXT}, or a position of the log: the payment as it was after everything that was "
-    "recorded by then. Without it, or later than now: as of now.",
-    {
+    name="as_of",
+    place="query",
+    description=f"{TIME_TEXT}, or a position of the log: the payment as it was after everything "
+    "that was recorded by then. Without it, or later than now: as of now.",
+    schema={
         "oneOf": [
             {"type": "string", "format": "date-time", "pattern": TIME_PATTERN},
             {"type": "integer", "minimum": 1, "maximum": POSITION_MAX},

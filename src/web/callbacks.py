@@ -20,9 +20,9 @@ GET_CALLBACKS = Operation(
     parameters=(PAYMENT_ID,),
     answers={
         200: Answer(
-            "The callbacks, in order.",
-            PaymentCallbacks,
-            {
+            description="The callbacks, in order.",
+            body=PaymentCallbacks,
+            example={
                 "callbacks": [
                     {
                         "event_id": "d4807417-6604-43d6-bfcb-fd32680f5f5b",

@@ -51,7 +51,7 @@ from web.schema.description import Answer, Operation, Parameter, described
 Currency = StrEnum("Currency", [(code, code) for code in sorted(money.DECIMALS)])  # type: ignore[misc]
 
 
-class ChargeBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ChargeBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What POST /v1/charge takes."""
 
     # The descriptions are also the texts of the field errors. In the patterns `$` alone would let a
@@ -99,7 +99,7 @@ class ChargeBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
 
 
-class ChargeAnswer(msgspec.Struct, frozen=True):
+class ChargeAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """What POST /v1/charge answers: the payment with its first outcome."""
 
     id: UUID
@@ -132,10 +132,11 @@ CHARGE = Operation(
     "is not begun if by then its client's connection is lost or 7 s are over.",
     parameters=(
         Parameter(
-            "Idempotency-Key",
-            "header",
-            "One value per charge, the same one when the charge is repeated. Keys never expire.",
-            KEY_SCHEMA,
+            name="Idempotency-Key",
+            place="header",
+            description="One value per charge, the same one when the charge is repeated. Keys "
+            "never expire.",
+            schema=KEY_SCHEMA,
             required=True,
             examples={"charge": "abc123"},
         ),
@@ -150,17 +151,18 @@ CHARGE = Operation(
     },
     answers={
         201: Answer(
-            "The outcome: `SUCCESS`, or `FAILED` if the provider declined.",
-            ChargeAnswer,
-            _CHARGED,
+            description="The outcome: `SUCCESS`, or `FAILED` if the provider declined.",
+            body=ChargeAnswer,
+            example=_CHARGED,
             headers=("Location", "Idempotent-Replayed"),
             links=_LINKS,
         ),
         202: Answer(
-            "`PENDING`: not known in time. Send the same request again after `Retry-After`; it is "
-            "sent to the provider only if that has never heard of it. Or read the payment.",
-            ChargeAnswer,
-            _CHARGED | {"provider_txn_id": None, "status": "PENDING"},
+            description="`PENDING`: not known in time. Send the same request again after "
+            "`Retry-After`; it is sent to the provider only if that has never heard of it. Or read "
+            "the payment.",
+            body=ChargeAnswer,
+            example=_CHARGED | {"provider_txn_id": None, "status": "PENDING"},
             headers=("Location", "Retry-After"),
             links=_LINKS,
         ),
@@ -196,17 +198,17 @@ async def charge(request: Anyone) -> Response[bytes]:
     log_with(request, order_id=body.merchant_order_id)
     charged = await service_of(request).charging.charge(
         ChargePayment(
-            ChargeRequest(
-                key,
-                UUID(body.merchant_order_id),
-                body.amount_cents,
-                body.currency.value,
-                client,
-                body.payment_method,
+            request=ChargeRequest(
+                idempotency_key=key,
+                merchant_order_id=UUID(body.merchant_order_id),
+                amount_cents=body.amount_cents,
+                currency=body.currency.value,
+                client=client,
+                payment_method=body.payment_method,
             ),
-            request_id(request),
-            traceparent(request),
-            _hold_until(body),
+            request_id=request_id(request),
+            traceparent=traceparent(request),
+            hold_until=_hold_until(body),
         ),
         caller_of(request),
     )
@@ -226,13 +228,13 @@ def _hold_until(body: ChargeBody) -> datetime | None:
 def _answer(request: Anyone, charged: Charged) -> Response[bytes]:
     payment = charged.payment
     answer = ChargeAnswer(
-        payment.id,
-        payment.merchant_order_id,
-        payment.provider_txn_id,
+        id=payment.id,
+        merchant_order_id=payment.merchant_order_id,
+        provider_txn_id=payment.provider_txn_id,
         # Not its status: a replay after a refund has the same body as the first answer.
-        payment.outcome,
-        payment.amount_cents,
-        payment.currency,
+        status=payment.outcome,
+        amount_cents=payment.amount_cents,
+        currency=payment.currency,
     )
     pending = answer.status is Status.PENDING
     return command_answer(request, answer, payment.id, pending=pending, replayed=charged.replayed)

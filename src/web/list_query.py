@@ -147,10 +147,10 @@ _NOTES = {
 }
 PARAMETERS = tuple(
     Parameter(
-        name,
-        "query",
-        description + _NOTES.get(name, ""),
-        schema,
+        name=name,
+        place="query",
+        description=description + _NOTES.get(name, ""),
+        schema=schema,
         examples=_EXAMPLES.get(name, {}),
     )
     for name, (_, description, schema) in _READERS.items()

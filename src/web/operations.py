@@ -21,7 +21,7 @@ STALLED_S = INTENT_TIMEOUT_S - 0.5  # just before waiting intents are given up
 Anyone = Request[Any, Any, State]
 
 
-class Health(msgspec.Struct, frozen=True):
+class Health(msgspec.Struct, frozen=True, kw_only=True):
     """`ok` is whether charges can be taken.
 
     `database` is ok, unavailable (for reading), or read_only: a standby, or one that refuses to
@@ -65,11 +65,12 @@ HEALTH = Operation(
     summary="Whether charges can be taken",
     description="For load balancers. Whoever asks too often gets what was found a second ago.",
     answers={
-        200: Answer("They can.", Health, _HEALTHY),
+        200: Answer(description="They can.", body=Health, example=_HEALTHY),
         503: Answer(
-            "The database is away, or takes no events.",
-            Health,
-            _HEALTHY | {"ok": False, "database": "unavailable", "log": None, "callbacks": None},
+            description="The database is away, or takes no events.",
+            body=Health,
+            example=_HEALTHY
+            | {"ok": False, "database": "unavailable", "log": None, "callbacks": None},
         ),
     },
 )
@@ -78,7 +79,11 @@ LIVE = Operation(
     tag="operations",
     summary="Whether the process answers at all",
     description="For restarts: it looks at nothing else, the database neither. Never refused.",
-    answers={200: Answer("It does.", Alive, {"ok": True, "service": "payment-service"})},
+    answers={
+        200: Answer(
+            description="It does.", body=Alive, example={"ok": True, "service": "payment-service"}
+        )
+    },
 )
 METRICS = Operation(
     id="metrics",
@@ -89,9 +94,9 @@ METRICS = Operation(
     "load, memory, heap, uptime and time of the process alone. As of at most a second ago.",
     answers={
         200: Answer(
-            "All metrics.",
-            None,
-            'payments_follower_lag_events{follower="payments"} 0.0\n',
+            description="All metrics.",
+            body=None,
+            example='payments_follower_lag_events{follower="payments"} 0.0\n',
             media_type="text/plain",
         )
     },

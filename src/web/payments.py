@@ -26,10 +26,10 @@ from web.schema.description import Answer, Operation, Parameter, described
 
 _ID = "058c9593-e150-402f-ab5b-37dd4c9816f0"
 PAYMENT_ID = Parameter(
-    "payment_id",
-    "path",
-    "The payment's UUID; for an order's, the `404` lists the order's payments.",
-    UUID_SCHEMA,
+    name="payment_id",
+    place="path",
+    description="The payment's UUID; for an order's, the `404` lists the order's payments.",
+    schema=UUID_SCHEMA,
     required=True,
     examples={"payment": _ID},
 )
@@ -64,9 +64,9 @@ LIST_PAYMENTS = Operation(
     parameters=PARAMETERS,
     answers={
         200: Answer(
-            "A page; `next_cursor` is `null` on the last one.",
-            PaymentPage,
-            {"payments": [_VIEW], "next_cursor": None, "position": 2},
+            description="A page; `next_cursor` is `null` on the last one.",
+            body=PaymentPage,
+            example={"payments": [_VIEW], "next_cursor": None, "position": 2},
         )
     },
     problems=(InvalidRequest, Unauthorized, TooBusy, DatabaseUnavailable),
@@ -78,7 +78,7 @@ GET_PAYMENT = Operation(
     description="Read from its events: a payment is there the instant its charge was answered. "
     "With `as_of` it is as it was then, and `404` if it did not exist yet.",
     parameters=(PAYMENT_ID, AS_OF),
-    answers={200: Answer("The payment.", PaymentView, _VIEW)},
+    answers={200: Answer(description="The payment.", body=PaymentView, example=_VIEW)},
     problems=ONE_PAYMENT_PROBLEMS,
 )
 GET_EVENTS = Operation(
@@ -90,9 +90,9 @@ GET_EVENTS = Operation(
     parameters=(PAYMENT_ID,),
     answers={
         200: Answer(
-            "The history.",
-            PaymentHistory,
-            {
+            description="The history.",
+            body=PaymentHistory,
+            example={
                 "events": [
                     {
                         "position": 2,

@@ -59,12 +59,12 @@ class UnsupportedMediaType(PaymentsError):
     title = "The body's media type or encoding is not supported"
 
 
-class FieldProblem(msgspec.Struct, frozen=True):
+class FieldProblem(msgspec.Struct, frozen=True, kw_only=True):
     field: str
     message: str
 
 
-class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
+class Problem(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """An error (RFC 9457). `code` is stable; `errors` lists the fields or parameters at fault."""
 
     type: str
@@ -83,9 +83,11 @@ def problem(
     errors: tuple[Any, ...] = (),
 ) -> bytes:
     """The body of a problem answer."""
-    fields = [FieldProblem(field, message) for field, message in errors]
+    fields = [FieldProblem(field=field, message=message) for field, message in errors]
     uri = f"urn:payments:problem:{code}"
-    return msgspec.json.encode(Problem(uri, title, status, detail, code, fields))
+    return msgspec.json.encode(
+        Problem(type=uri, title=title, status=status, detail=detail, code=code, errors=fields)
+    )
 
 
 def refused(error: PaymentsError) -> tuple[int, bytes, dict[str, str]]:

@@ -72,7 +72,7 @@ class RefundBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = msgspec.UNSET
 
 
-class RefundAnswer(msgspec.Struct, frozen=True):
+class RefundAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """What POST /v1/refund answers.
 
     `id` and `status` are the payment's and `amount_cents` is the refund's. `refunded_cents` is what
@@ -105,11 +105,11 @@ REFUND = Operation(
     "that was accepted is never given up, even if the provider cannot be reached.",
     parameters=(
         Parameter(
-            "Idempotency-Key",
-            "header",
-            "One value per refund of the payment, the same one when the refund is repeated. "
-            "Required with `amount_cents`, and better always sent.",
-            KEY_SCHEMA,
+            name="Idempotency-Key",
+            place="header",
+            description="One value per refund of the payment, the same one when the refund is "
+            "repeated. Required with `amount_cents`, and better always sent.",
+            schema=KEY_SCHEMA,
             examples={"a part": "abc123-refund-1", "all that is left": "abc123-refund-2"},
         ),
     ),
@@ -123,17 +123,17 @@ REFUND = Operation(
     },
     answers={
         201: Answer(
-            "Given back. `status` is `REFUNDED` once the whole amount is back.",
-            RefundAnswer,
-            _REFUNDED,
+            description="Given back. `status` is `REFUNDED` once the whole amount is back.",
+            body=RefundAnswer,
+            example=_REFUNDED,
             headers=("Location", "Idempotent-Replayed"),
             links=_LINKS,
         ),
         202: Answer(
-            "Accepted, and its outcome was not known in time. It is found out without another "
-            "request; read the payment, or send the same request again.",
-            RefundAnswer,
-            _REFUNDED | {"refunded_cents": 0},
+            description="Accepted, and its outcome was not known in time. It is found out "
+            "without another request; read the payment, or send the same request again.",
+            body=RefundAnswer,
+            example=_REFUNDED | {"refunded_cents": 0},
             headers=("Location", "Retry-After"),
             links=_LINKS,
         ),
@@ -173,11 +173,21 @@ async def refund(request: Anyone) -> Response[bytes]:
             "is retried would be made twice."
         )
     service = service_of(request)
-    wanted = RefundRequest(UUID(body.payment_id), amount_cents, key, client)
+    wanted = RefundRequest(
+        payment_id=UUID(body.payment_id),
+        amount_cents=amount_cents,
+        idempotency_key=key,
+        client=client,
+    )
     reach = may_read(client)
     try:
         refunded = await service.refunding.refund(
-            RefundPayment(wanted, reach, request_id(request), traceparent(request))
+            RefundPayment(
+                request=wanted,
+                may_read=reach,
+                request_id=request_id(request),
+                traceparent=traceparent(request),
+            )
         )
     except PaymentNotFound:
         raise await not_found(service.database, wanted.payment_id, reach) from None
@@ -194,5 +204,11 @@ def _answer(request: Anyone, refunded: Refunded) -> Response[bytes]:
         refunded_cents = made.refunded_cents
         whole = refunded_cents == payment.amount_cents
         status = Status.REFUNDED if whole else Status.SUCCESS
-    answer = RefundAnswer(payment.id, status, made.id, made.amount_cents, refunded_cents)
+    answer = RefundAnswer(
+        id=payment.id,
+        status=status,
+        refund_id=made.id,
+        amount_cents=made.amount_cents,
+        refunded_cents=refunded_cents,
+    )
     return command_answer(request, answer, payment.id, pending=pending, replayed=refunded.replayed)

@@ -66,14 +66,16 @@ LIST_UNFULFILLED = Operation(
     "order is confirmed, and was paid by another payment before; give this one back. `suspect`: it "
     "is not known. `given_back`: the service gave it back. What was refunded is not listed.",
     parameters=tuple(
-        Parameter(name, "query", description + _NOTES.get(name, ""), schema)
+        Parameter(
+            name=name, place="query", description=description + _NOTES.get(name, ""), schema=schema
+        )
         for name, (_, description, schema) in _READERS.items()
     ),
     answers={
         200: Answer(
-            "A page; `next_cursor` is `null` on the last one.",
-            UnfulfilledPage,
-            {"payments": [EXAMPLE], "next_cursor": None, "order_status_asked": True},
+            description="A page; `next_cursor` is `null` on the last one.",
+            body=UnfulfilledPage,
+            example={"payments": [EXAMPLE], "next_cursor": None, "order_status_asked": True},
         )
     },
     problems=(InvalidRequest, Unauthorized, TooBusy, DatabaseUnavailable),

@@ -29,11 +29,27 @@ def answered(
     answer: bytes = b"",
     content_type: str | None = None,
 ) -> Exchange:
-    return Exchange(status, None, "", retry_after, answer, 0.01, content_type=content_type)
+    return Exchange(
+        status=status,
+        error=None,
+        reason="",
+        retry_after=retry_after,
+        answer=answer,
+        seconds=0.01,
+        content_type=content_type,
+    )
 
 
 def failed(error: str = "unreachable", *, sent: bool = False) -> Exchange:
-    return Exchange(None, error, "ConnectError", None, b"", 0.01, sent)
+    return Exchange(
+        status=None,
+        error=error,
+        reason="ConnectError",
+        retry_after=None,
+        answer=b"",
+        seconds=0.01,
+        sent=sent,
+    )
 
 
 class PlayedEndpoint(Endpoint):

@@ -34,7 +34,17 @@ async def claim_some(
 
 
 def result_of(claimed: Claimed, state: Any) -> Result:
-    return Result(claimed, state, 0.0, True, 0.01, "delivered", 200, "", b"ok")
+    return Result(
+        claimed=claimed,
+        state=state,
+        delay_s=0.0,
+        counts=True,
+        seconds=0.01,
+        outcome="delivered",
+        status=200,
+        reason="",
+        answer=b"ok",
+    )
 
 
 class Outbox:

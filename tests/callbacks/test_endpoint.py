@@ -66,7 +66,9 @@ class TestSending:
             endpoint_of(f"{server.url}/v1/payments/callback", SECRET) as endpoint,
         ):
             done = await post(endpoint)
-        assert done._replace(seconds=0) == Exchange(200, None, "", None, b"OK", 0)
+        assert done._replace(seconds=0) == Exchange(
+            status=200, error=None, reason="", retry_after=None, answer=b"OK", seconds=0
+        )
         head, _, body = server.requests[0].partition(b"\r\n\r\n")
         first, *lines = head.decode().split("\r\n")
         assert first == "POST /v1/payments/callback HTTP/1.1"

@@ -105,4 +105,15 @@ async def test_plans_that_were_made_while_the_queue_was_empty_stay_right(
 
 def _result(claimed: Claimed, *, sent: bool) -> Result:
     state: Literal["due", "delivered"] = "delivered" if sent else "due"
-    return Result(claimed, state, 60.0, True, 0.01, "delivered", 200, "", b"ok", away=not sent)
+    return Result(
+        claimed=claimed,
+        state=state,
+        delay_s=60.0,
+        counts=True,
+        seconds=0.01,
+        outcome="delivered",
+        status=200,
+        reason="",
+        answer=b"ok",
+        away=not sent,
+    )

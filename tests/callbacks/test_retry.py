@@ -36,19 +36,37 @@ def verdict(
     due_for_s: float = 2.0 * RETRY_FOR_S,
     now: datetime = NOW,
 ) -> Verdict:
-    exchange = Exchange(status, error, "", retry_after, b"", 0.01, sent, content_type)
+    exchange = Exchange(
+        status=status,
+        error=error,
+        reason="",
+        retry_after=retry_after,
+        answer=b"",
+        seconds=0.01,
+        sent=sent,
+        content_type=content_type,
+    )
     return judge(exchange, attempt, due_for_s, TIMEOUT_S, now)
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 226, 299])
 @pytest.mark.parametrize("attempt", [1, ATTEMPTS_MAX])
 def test_any_2xx_is_delivered(status: int, attempt: int) -> None:
-    assert verdict(status, attempt=attempt) == Verdict("delivered", "delivered", 0, 0, 0, False)
+    assert verdict(status, attempt=attempt) == Verdict(
+        outcome="delivered",
+        final="delivered",
+        delay_max_s=0,
+        asked_s=0,
+        busy_s=0,
+        endpoint_down=False,
+    )
 
 
 @pytest.mark.parametrize("retry_after", [None, "5"])
 def test_410_is_dead_at_once(retry_after: str | None) -> None:
-    assert verdict(410, retry_after=retry_after) == Verdict("gone", "dead", 0, 0, 0, False)
+    assert verdict(410, retry_after=retry_after) == Verdict(
+        outcome="gone", final="dead", delay_max_s=0, asked_s=0, busy_s=0, endpoint_down=False
+    )
 
 
 def test_any_other_answer_is_tried_again_and_few_speak_against_the_endpoint() -> None:
@@ -100,7 +118,9 @@ def test_no_answer_is_tried_again_soon_only_if_nothing_was_sent(
     """Else Order Service may be at it for as long again."""
     busy_s = TIMEOUT_S if sent else 0
     judged = verdict(None, error, sent=sent)
-    assert judged == Verdict(outcome, None, 1, 0, busy_s, True)
+    assert judged == Verdict(
+        outcome=outcome, final=None, delay_max_s=1, asked_s=0, busy_s=busy_s, endpoint_down=True
+    )
     assert [jittered(judged, share) for share in (0.0, 0.5)] == ([busy_s] * 2 if sent else [0, 0.5])
 
 
@@ -116,7 +136,14 @@ def test_the_last_attempt_is_dead_and_says_what_it_came_to(
     assert before.final is None
     for attempt in (ATTEMPTS_MAX, ATTEMPTS_MAX + 1):
         last = verdict(status, error, retry_after="9", attempt=attempt)
-        expected = Verdict(before.outcome, "dead", 0, 0, before.busy_s, before.endpoint_down)
+        expected = Verdict(
+            outcome=before.outcome,
+            final="dead",
+            delay_max_s=0,
+            asked_s=0,
+            busy_s=before.busy_s,
+            endpoint_down=before.endpoint_down,
+        )
         assert last == expected
 
 
@@ -192,7 +219,14 @@ def test_a_retry_waits_at_least_as_long_as_it_was_asked_to() -> None:
 def test_retry_after_is_bounded_and_garbage_is_ignored(
     text: str, seconds: float, status: int
 ) -> None:
-    assert verdict(status, retry_after=text) == Verdict("http_error", None, 1, seconds, 0, True)
+    assert verdict(status, retry_after=text) == Verdict(
+        outcome="http_error",
+        final=None,
+        delay_max_s=1,
+        asked_s=seconds,
+        busy_s=0,
+        endpoint_down=True,
+    )
 
 
 def test_a_date_is_compared_in_utc() -> None:

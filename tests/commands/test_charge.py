@@ -56,7 +56,14 @@ async def test_captured(make: Make, connection: psycopg.Connection[Any]) -> None
     charged = await service.charging.charge(charge_of("k", 1500, payment_method="tok_1"))
     assert first_answer(charged) == (Status.SUCCESS, False)
     assert charged.payment.provider_txn_id == f"txn-{payment_id_for('k')}"
-    assert gateway.charges == [ProviderCharge(payment_id_for("k"), 1500, "INR", "tok_1")]
+    assert gateway.charges == [
+        ProviderCharge(
+            payment_id=payment_id_for("k"),
+            amount_cents=1500,
+            currency="INR",
+            payment_method="tok_1",
+        )
+    ]
     assert topics(connection, payment_id_for("k")) == ["PaymentInitiated", "PaymentCharged"]
 
 
@@ -769,7 +776,14 @@ async def test_the_first_outcome_is_replayed_after_a_refund(make: Make) -> None:
     service = await make(ScriptedGateway())
     await service.charging.charge(charge_of("k"))
     await service.refunding.refund(
-        RefundPayment(RefundRequest(payment_id_for("k"), None, None, "default"))
+        RefundPayment(
+            request=RefundRequest(
+                payment_id=payment_id_for("k"),
+                amount_cents=None,
+                idempotency_key=None,
+                client="default",
+            )
+        )
     )
     charged = await service.charging.charge(charge_of("k"))
     assert (charged.payment.outcome, charged.payment.status) == (Status.SUCCESS, Status.REFUNDED)

@@ -200,7 +200,9 @@ async def test_a_late_capture_waits_as_long(make: Make, connection: Connection) 
     await capture(service)
     await age(connection, 10)
     await settle(service, connection)
-    gateway.outcomes[PAYMENT] = Approved(PAYMENT, 1500, "INR", "txn-late")
+    gateway.outcomes[PAYMENT] = Approved(
+        id=PAYMENT, amount_cents=1500, currency="INR", provider_txn_id="txn-late"
+    )
     for _ in range(3):
         await settle(service, connection)
         assert topics(connection, PAYMENT)[-1] == "LateCaptureFound"
@@ -220,7 +222,9 @@ async def test_a_late_capture_that_waited_for_a_loss_is_returned_whenever_it_may
     await begin(service)
     await age(connection, 10)
     await settle(service, connection)
-    gateway.outcomes[PAYMENT] = Approved(PAYMENT, 1500, "INR", "txn-late")
+    gateway.outcomes[PAYMENT] = Approved(
+        id=PAYMENT, amount_cents=1500, currency="INR", provider_txn_id="txn-late"
+    )
     service.watch.acknowledged(1000, stored_event())
     await settle(service, connection)
     assert topics(connection, PAYMENT)[-1] == "LateCaptureFound"
@@ -247,7 +251,7 @@ async def test_a_late_capture_of_the_version_before_may_have_been_sent(
 
 
 def _late_capture(connection: Connection) -> Fact:
-    captured = Approved(PAYMENT, 1500, "INR", "txn-late")
+    captured = Approved(id=PAYMENT, amount_cents=1500, currency="INR", provider_txn_id="txn-late")
     fact = record_outcome(as_stored(connection), captured, cause("default"))
     assert fact is not None
     return fact

@@ -251,7 +251,9 @@ def as_stored(connection: Connection) -> Payment:
 
 def other_refund(connection: Connection, amount_cents: int | None) -> Fact:
     """What another process would append to the payment as it stands."""
-    request = RefundRequest(PAYMENT, amount_cents, "other", "default")
+    request = RefundRequest(
+        payment_id=PAYMENT, amount_cents=amount_cents, idempotency_key="other", client="default"
+    )
     return initiate_refund(as_stored(connection), request, cause("default"))
 
 
@@ -294,7 +296,9 @@ class TestSettling:
         await settle(service, connection)
         assert topics(connection, PAYMENT)[-1] == "PaymentFailed"
         gateway = gateway_of(service)
-        gateway.outcomes[PAYMENT] = Approved(PAYMENT, 1500, "INR", "txn-late")
+        gateway.outcomes[PAYMENT] = Approved(
+            id=PAYMENT, amount_cents=1500, currency="INR", provider_txn_id="txn-late"
+        )
         await settle(service, connection)
         assert topics(connection, PAYMENT)[-1] == "LateCaptureFound"
         await settle(service, connection)
@@ -359,7 +363,9 @@ class TestWhileALossIsOpen:
         await age(connection, 10)
         await settle(service, connection)
         gateway = gateway_of(service)
-        gateway.outcomes[PAYMENT] = Approved(PAYMENT, 1500, "INR", "txn-late")
+        gateway.outcomes[PAYMENT] = Approved(
+            id=PAYMENT, amount_cents=1500, currency="INR", provider_txn_id="txn-late"
+        )
         lose_something(service)
         await settle(service, connection)
         assert topics(connection, PAYMENT)[-1] == "LateCaptureFound"

@@ -54,7 +54,13 @@ def refund_of(
     may_read: str | None = None,
     payment_id: uuid.UUID = PAYMENT,
 ) -> RefundPayment:
-    return RefundPayment(RefundRequest(payment_id, amount_cents, key, client), may_read, "test")
+    return RefundPayment(
+        request=RefundRequest(
+            payment_id=payment_id, amount_cents=amount_cents, idempotency_key=key, client=client
+        ),
+        may_read=may_read,
+        request_id="test",
+    )
 
 
 async def charged(make: Make, *script: Any, amount_cents: int = 1000, **changed: Any) -> Service:

@@ -38,8 +38,13 @@ async def is_refused(service: Service, key: str, **changed: Any) -> str:
 
 
 async def give_back(service: Service, key: str, amount_cents: int | None = None) -> None:
-    refund = RefundRequest(payment_id_for(key), amount_cents, "r", "default")
-    await service.refunding.refund(RefundPayment(refund))
+    refund = RefundRequest(
+        payment_id=payment_id_for(key),
+        amount_cents=amount_cents,
+        idempotency_key="r",
+        client="default",
+    )
+    await service.refunding.refund(RefundPayment(request=refund))
 
 
 async def test_it_is_allowed_unless_told_otherwise_and_nothing_is_read(
@@ -96,8 +101,10 @@ async def test_an_order_whose_money_went_back_is_charged_with_the_key_that_was_r
     await is_refused(service, "k2")
     await give_back(service, "k1", 500)
     await is_refused(service, "k2")
-    refund = RefundRequest(payment_id_for("k1"), None, "rest", "default")
-    await service.refunding.refund(RefundPayment(refund))
+    refund = RefundRequest(
+        payment_id=payment_id_for("k1"), amount_cents=None, idempotency_key="rest", client="default"
+    )
+    await service.refunding.refund(RefundPayment(request=refund))
     if shown == "refunded":
         await follow(database)
     assert await outcome(service, "k2") == (Status.SUCCESS, False)
@@ -163,7 +170,7 @@ async def test_an_order_that_is_named_elsewhere_in_an_event_is_not_paid(make: Ma
     service = await make(ScriptedGateway(), second_charge="refuse")
     command = charge_of("k1", order_id=OTHER_ORDER)
     named = type(command)(
-        command.request, request_id=str(charge_of("k2").request.merchant_order_id)
+        request=command.request, request_id=str(charge_of("k2").request.merchant_order_id)
     )
     await service.charging.charge(named)
     assert await outcome(service, "k2") == (Status.SUCCESS, False)

@@ -762,7 +762,9 @@ class TestDeclinesThatMayTurn:
     ) -> None:
         service = await self.declined(make, **self.TURNING)
         gateway = gateway_of(service)
-        gateway.outcomes[PAYMENT] = Approved(PAYMENT, 1500, "INR", "txn-late")
+        gateway.outcomes[PAYMENT] = Approved(
+            id=PAYMENT, amount_cents=1500, currency="INR", provider_txn_id="txn-late"
+        )
         await age(connection, 1000)
         await settle(service, connection)
         assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound", "LateCaptureReturned"]

@@ -324,7 +324,9 @@ async def test_a_defect_is_told_once_with_its_traceback(
 
 
 async def test_without_the_database_everything_is_told(told: list[tuple[str, str]]) -> None:
-    nowhere = DatabaseAddress("127.0.0.1", free_port(), "postgres", None, "none")
+    nowhere = DatabaseAddress(
+        host="127.0.0.1", port=free_port(), user="postgres", password=None, dbname="none"
+    )
     database = Database(nowhere, 1)
     await database.open()
     for _ in range(2):

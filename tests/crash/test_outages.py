@@ -212,11 +212,13 @@ async def test_the_waits_of_a_refund_do_not_add_up(
 ) -> None:
     """The payment can be read only after a while, and then the refund cannot be stored."""
     await service.charging.charge(charge_of("k"))
-    request = RefundRequest(payment_id_for("k"), 100, "r", "default")
+    request = RefundRequest(
+        payment_id=payment_id_for("k"), amount_cents=100, idempotency_key="r", client="default"
+    )
     async with blocked(address, ("ACCESS EXCLUSIVE", 1.15), ("EXCLUSIVE", 3)):
         started = time.monotonic()
         with pytest.raises(DatabaseUnavailable), within(ANSWER_S):
-            await service.refunding.refund(RefundPayment(request))
+            await service.refunding.refund(RefundPayment(request=request))
         took_s = time.monotonic() - started
     assert took_s > 2
 

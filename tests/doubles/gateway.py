@@ -81,7 +81,10 @@ class ScriptedGateway:
         if charge.payment_id not in self.outcomes:
             self.captures.append(charge.payment_id)
             self.outcomes[charge.payment_id] = Approved(
-                charge.payment_id, charge.amount_cents, charge.currency, f"txn-{charge.payment_id}"
+                id=charge.payment_id,
+                amount_cents=charge.amount_cents,
+                currency=charge.currency,
+                provider_txn_id=f"txn-{charge.payment_id}",
             )
         return self.outcomes[charge.payment_id]
 
@@ -91,7 +94,10 @@ class ScriptedGateway:
         if refund_id not in self.refund_outcomes:
             self.given_back.append(refund_id)
             self.refund_outcomes[refund_id] = Approved(
-                refund_id, refund.amount_cents, refund.currency, f"refund-txn-{refund_id}"
+                id=refund_id,
+                amount_cents=refund.amount_cents,
+                currency=refund.currency,
+                provider_txn_id=f"refund-txn-{refund_id}",
             )
         return self.refund_outcomes[refund_id]
 

@@ -114,7 +114,12 @@ def _outcome(
         if stated.id != asked:  # Declined has no id that the caller could compare
             raise OutcomeUnknown("the provider declined something else")
         return Declined(stated.code)
-    return Approved(stated.id, stated.amount_cents, stated.currency, stated.txn_id)
+    return Approved(
+        id=stated.id,
+        amount_cents=stated.amount_cents,
+        currency=stated.currency,
+        provider_txn_id=stated.txn_id,
+    )
 
 
 def _not_found(answer: Answer, asked: UUID) -> bool:

@@ -13,20 +13,20 @@ from payments.events.chain import GENESIS, read_line, seal, write_line
 from payments.events.store import LogEntry
 
 FIRST = LogEntry(
-    1,
-    uuid.UUID("058c9593-e150-402f-ab5b-37dd4c9816f0"),
-    1,
-    "PaymentInitiated",
-    b'{"amount_cents":1500}',
-    datetime(2026, 1, 31, 18, 30, 0, 125, tzinfo=UTC),
+    position=1,
+    payment_id=uuid.UUID("058c9593-e150-402f-ab5b-37dd4c9816f0"),
+    version=1,
+    topic="PaymentInitiated",
+    state=b'{"amount_cents":1500}',
+    recorded_at=datetime(2026, 1, 31, 18, 30, 0, 125, tzinfo=UTC),
 )
 SECOND = LogEntry(
-    2,
-    uuid.UUID("f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9"),
-    7,
-    "Größe",
-    b"\x00\xff\n",
-    datetime(1969, 12, 31, 23, 59, 59, 999999, tzinfo=UTC),
+    position=2,
+    payment_id=uuid.UUID("f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9"),
+    version=7,
+    topic="Größe",
+    state=b"\x00\xff\n",
+    recorded_at=datetime(1969, 12, 31, 23, 59, 59, 999999, tzinfo=UTC),
 )
 
 

@@ -277,7 +277,7 @@ class TestRestart:
         self, process: Process, database: Database, tmp_path: Path
     ) -> None:
         """The same directory may be used with one database today and with another tomorrow."""
-        other = KeptHead(UUID(int=1), 1, 99, "00" * 32)
+        other = KeptHead(log=UUID(int=1), database=1, position=99, hash="00" * 32)
         await asyncio.to_thread(write_head, tmp_path, other)
         running = await process(tmp_path)
         await self._run(running, database)
@@ -302,7 +302,7 @@ class TestRestart:
         log = await log_id(database)
         assert log is not None
         ((oid,),) = await database.fetch(DATABASE_ID)
-        copied = KeptHead(log, oid + 1, 99, "00" * 32)
+        copied = KeptHead(log=log, database=oid + 1, position=99, hash="00" * 32)
         await asyncio.to_thread(write_head, tmp_path, copied)
         running = await process(tmp_path)
         await self._run(running, database)

@@ -16,10 +16,10 @@ from payments.fulfilment.status import OrderStatus
 from payments.order_service.responses import Reading
 from tests.support import History, append, follow
 
-CONFIRMED = Reading("confirmed", "CONFIRMED", None)
-FAILED = Reading("failed", "FAILED", None)
-PENDING = Reading("unknown", "PENDING", None)
-MISSING = Reading("unknown", None, "404")
+CONFIRMED = Reading(verdict="confirmed", order_status="CONFIRMED", problem=None)
+FAILED = Reading(verdict="failed", order_status="FAILED", problem=None)
+PENDING = Reading(verdict="unknown", order_status="PENDING", problem=None)
+MISSING = Reading(verdict="unknown", order_status=None, problem="404")
 
 
 class PlayedStatus(OrderStatus):

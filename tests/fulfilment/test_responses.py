@@ -53,47 +53,110 @@ OF_ORDER = {"order_id": str(ORDER)}
 @pytest.mark.parametrize(
     ("content", "reading"),
     [
-        (OF_ORDER | {"status": "CONFIRMED"}, Reading("confirmed", "CONFIRMED", None)),
-        ({"status": "Fulfilled"}, Reading("confirmed", "Fulfilled", None)),
-        ({"id": str(ORDER), "status": "failed"}, Reading("failed", "failed", None)),
-        (OF_ORDER | {"status": "CANCELED"}, Reading("failed", "CANCELED", None)),
-        (OF_ORDER | {"status": "CANCELLED"}, Reading("failed", "CANCELLED", None)),
-        (OF_ORDER | {"status": "EXPIRED"}, Reading("failed", "EXPIRED", None)),
-        (OF_ORDER | {"status": "REJECTED"}, Reading("failed", "REJECTED", None)),
-        ({"order": OF_ORDER | {"status": "FAILED"}}, Reading("failed", "FAILED", None)),
+        (
+            OF_ORDER | {"status": "CONFIRMED"},
+            Reading(verdict="confirmed", order_status="CONFIRMED", problem=None),
+        ),
+        (
+            {"status": "Fulfilled"},
+            Reading(verdict="confirmed", order_status="Fulfilled", problem=None),
+        ),
+        (
+            {"id": str(ORDER), "status": "failed"},
+            Reading(verdict="failed", order_status="failed", problem=None),
+        ),
+        (
+            OF_ORDER | {"status": "CANCELED"},
+            Reading(verdict="failed", order_status="CANCELED", problem=None),
+        ),
+        (
+            OF_ORDER | {"status": "CANCELLED"},
+            Reading(verdict="failed", order_status="CANCELLED", problem=None),
+        ),
+        (
+            OF_ORDER | {"status": "EXPIRED"},
+            Reading(verdict="failed", order_status="EXPIRED", problem=None),
+        ),
+        (
+            OF_ORDER | {"status": "REJECTED"},
+            Reading(verdict="failed", order_status="REJECTED", problem=None),
+        ),
+        (
+            {"order": OF_ORDER | {"status": "FAILED"}},
+            Reading(verdict="failed", order_status="FAILED", problem=None),
+        ),
         (
             {"id": "request 7", "status": "ok", "data": OF_ORDER | {"order_status": "FAILED"}},
-            Reading("failed", "FAILED", None),
+            Reading(verdict="failed", order_status="FAILED", problem=None),
         ),
         # Whatever is in neither list is the order's own word, and tells nothing.
-        (OF_ORDER | {"status": "PENDING"}, Reading("unknown", "PENDING", None)),
-        (OF_ORDER | {"status": "REFUNDED"}, Reading("unknown", "REFUNDED", None)),
-        (OF_ORDER | {"status": "PAYMENT_FAILED"}, Reading("unknown", "PAYMENT_FAILED", None)),
-        (OF_ORDER | {"status": " FAILED"}, Reading("unknown", " FAILED", None)),
-        (OF_ORDER | {"status": "con\ufb01rmed"}, Reading("unknown", "con\ufb01rmed", None)),
+        (
+            OF_ORDER | {"status": "PENDING"},
+            Reading(verdict="unknown", order_status="PENDING", problem=None),
+        ),
+        (
+            OF_ORDER | {"status": "REFUNDED"},
+            Reading(verdict="unknown", order_status="REFUNDED", problem=None),
+        ),
+        (
+            OF_ORDER | {"status": "PAYMENT_FAILED"},
+            Reading(verdict="unknown", order_status="PAYMENT_FAILED", problem=None),
+        ),
+        (
+            OF_ORDER | {"status": " FAILED"},
+            Reading(verdict="unknown", order_status=" FAILED", problem=None),
+        ),
+        (
+            OF_ORDER | {"status": "con\ufb01rmed"},
+            Reading(verdict="unknown", order_status="con\ufb01rmed", problem=None),
+        ),
         (
             {"order": OF_ORDER | {"status": "FAILED"}, "status": "CONFIRMED"},
-            Reading("unknown", "FAILED", None),
+            Reading(verdict="unknown", order_status="FAILED", problem=None),
         ),
         (
             {"status": "FAILED", "data": OF_ORDER | {"status": "SHIPPED"}},
-            Reading("unknown", "SHIPPED", None),
+            Reading(verdict="unknown", order_status="SHIPPED", problem=None),
         ),
         # Another order's, or of nobody knows what.
-        ({"order_id": OTHER, "status": "FAILED"}, Reading("unknown", None, "another order")),
-        ({"id": OTHER, "status": "FAILED"}, Reading("unknown", None, "another order")),
-        ({"id": 7, "status": "FAILED"}, Reading("unknown", None, "another order")),
+        (
+            {"order_id": OTHER, "status": "FAILED"},
+            Reading(verdict="unknown", order_status=None, problem="another order"),
+        ),
+        (
+            {"id": OTHER, "status": "FAILED"},
+            Reading(verdict="unknown", order_status=None, problem="another order"),
+        ),
+        (
+            {"id": 7, "status": "FAILED"},
+            Reading(verdict="unknown", order_status=None, problem="another order"),
+        ),
         (
             {"order_id": OTHER, "order": OF_ORDER | {"status": "FAILED"}},
-            Reading("unknown", None, "another order"),
+            Reading(verdict="unknown", order_status=None, problem="another order"),
         ),
-        (OF_ORDER | {"status": None}, Reading("unknown", None, "no status")),
-        (OF_ORDER | {"order_status": 1, "status": "FAILED"}, Reading("unknown", None, "no status")),
-        (OF_ORDER, Reading("unknown", None, "no status")),
-        ([OF_ORDER | {"status": "FAILED"}], Reading("unknown", None, "no JSON object")),
-        (b'{"status":"FAILED"', Reading("unknown", None, "no JSON object")),
-        (b'{"a":' * 100_000, Reading("unknown", None, "no JSON object")),
-        (b"", Reading("unknown", None, "no JSON object")),
+        (
+            OF_ORDER | {"status": None},
+            Reading(verdict="unknown", order_status=None, problem="no status"),
+        ),
+        (
+            OF_ORDER | {"order_status": 1, "status": "FAILED"},
+            Reading(verdict="unknown", order_status=None, problem="no status"),
+        ),
+        (OF_ORDER, Reading(verdict="unknown", order_status=None, problem="no status")),
+        (
+            [OF_ORDER | {"status": "FAILED"}],
+            Reading(verdict="unknown", order_status=None, problem="no JSON object"),
+        ),
+        (
+            b'{"status":"FAILED"',
+            Reading(verdict="unknown", order_status=None, problem="no JSON object"),
+        ),
+        (
+            b'{"a":' * 100_000,
+            Reading(verdict="unknown", order_status=None, problem="no JSON object"),
+        ),
+        (b"", Reading(verdict="unknown", order_status=None, problem="no JSON object")),
     ],
 )
 def test_what_a_status_response_says(content: Any, reading: Reading) -> None:
@@ -103,7 +166,9 @@ def test_what_a_status_response_says(content: Any, reading: Reading) -> None:
 @pytest.mark.parametrize("status", [201, 204, 206, 301, 304, 400, 404, 410, 500, 503])
 def test_only_200_tells_a_status(status: int) -> None:
     body = encoded(OF_ORDER | {"status": "FAILED"})
-    assert read_status(status, JSON, body, ORDER) == Reading("unknown", None, str(status))
+    assert read_status(status, JSON, body, ORDER) == Reading(
+        verdict="unknown", order_status=None, problem=str(status)
+    )
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ async def asking(
 
 
 def not_known(problem: str) -> Reading:
-    return Reading("unknown", None, problem)
+    return Reading(verdict="unknown", order_status=None, problem=problem)
 
 
 async def test_an_order_as_order_service_shows_it() -> None:
@@ -46,9 +46,13 @@ async def test_an_order_as_order_service_shows_it() -> None:
         template = orders.url.replace("payments/callback", "orders/{order_id}")
         orders.bookings.place(str(ORDER), ["A1"])
         async with asking(template) as status:
-            assert await status.ask(ORDER) == Reading("unknown", "PENDING", None)
+            assert await status.ask(ORDER) == Reading(
+                verdict="unknown", order_status="PENDING", problem=None
+            )
             orders.bookings.fail(str(ORDER))
-            assert await status.ask(ORDER) == Reading("failed", "FAILED", None)
+            assert await status.ask(ORDER) == Reading(
+                verdict="failed", order_status="FAILED", problem=None
+            )
             assert await status.ask(uuid.uuid4()) == not_known("404")
         assert orders.lookups[:2] == [str(ORDER)] * 2
         assert orders.requests == []
@@ -86,7 +90,9 @@ async def test_what_goes_wrong_is_not_known(kind: FaultKind, problem: str) -> No
         slow = kind in ("hang", "drip", "drip_body")
         async with asking(template, timeout_s=0.5 if slow else 5.0) as status:
             assert await status.ask(ORDER) == not_known(problem)
-            assert await status.ask(ORDER) == Reading("failed", "FAILED", None)
+            assert await status.ask(ORDER) == Reading(
+                verdict="failed", order_status="FAILED", problem=None
+            )
 
 
 def response(body: bytes, content_type: bytes = b"application/json") -> bytes:
@@ -106,7 +112,10 @@ LARGE = b'{"items":"%b","order_id":"%b","status":"FAILED"}' % (b"x" * 50_000, st
             response(b'{"order_id":"%b","status":"FAILED"}' % str(uuid.UUID(int=1)).encode()),
             not_known("another order"),
         ),
-        (response(LARGE), Reading("failed", "FAILED", None)),  # longer than what callbacks keep
+        (
+            response(LARGE),
+            Reading(verdict="failed", order_status="FAILED", problem=None),
+        ),  # longer than what callbacks keep
         (response(LARGE).replace(b"x", b"xxx"), not_known("no JSON object")),
         (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", not_known("timeout")),
     ],

@@ -99,7 +99,10 @@ class GatewayConformance:
         outcome = await harness.gateway.charge(charge, WAIT_S)
         assert isinstance(outcome, Approved)
         assert outcome == Approved(
-            charge.payment_id, amount_cents, currency, outcome.provider_txn_id
+            id=charge.payment_id,
+            amount_cents=amount_cents,
+            currency=currency,
+            provider_txn_id=outcome.provider_txn_id,
         )
         assert await harness.captured(charge.payment_id) == [amount_cents]
 
@@ -152,7 +155,8 @@ class GatewayConformance:
         first = await captured(harness)
         try:
             outcome = await harness.gateway.charge(
-                ProviderCharge(first.id, 2500, first.currency), WAIT_S
+                ProviderCharge(payment_id=first.id, amount_cents=2500, currency=first.currency),
+                WAIT_S,
             )
         except OutcomeUnknown:
             outcome = first
@@ -231,7 +235,12 @@ class GatewayConformance:
         refund = refund_of(capture, 1500)
         outcome = await harness.gateway.refund(refund, WAIT_S)
         assert isinstance(outcome, Approved)
-        assert outcome == Approved(refund.refund_id, 1500, "INR", outcome.provider_txn_id)
+        assert outcome == Approved(
+            id=refund.refund_id,
+            amount_cents=1500,
+            currency="INR",
+            provider_txn_id=outcome.provider_txn_id,
+        )
         assert outcome.provider_txn_id != capture.provider_txn_id
         assert await harness.given_back(refund.refund_id) == [1500]
         assert await harness.gateway.find_refund(refund, WAIT_S) == outcome
@@ -258,7 +267,9 @@ class GatewayConformance:
         assert await harness.gateway.find_refund(refund, WAIT_S) in (None, outcome)
 
     async def test_a_refund_of_what_was_never_captured_is_declined(self, harness: Harness) -> None:
-        capture = Approved(uuid4(), 1500, "INR", "never_captured")
+        capture = Approved(
+            id=uuid4(), amount_cents=1500, currency="INR", provider_txn_id="never_captured"
+        )
         outcome = await harness.gateway.refund(refund_of(capture, 600), WAIT_S)
         assert isinstance(outcome, Declined)
 
@@ -300,12 +311,16 @@ class GatewayConformance:
 
 
 def charge_of(amount_cents: int = 1500, currency: str = "INR") -> ProviderCharge:
-    return ProviderCharge(uuid4(), amount_cents, currency)
+    return ProviderCharge(payment_id=uuid4(), amount_cents=amount_cents, currency=currency)
 
 
 def refund_of(capture: Approved, amount_cents: int) -> ProviderRefund:
     return ProviderRefund(
-        uuid4(), capture.id, capture.provider_txn_id, amount_cents, capture.currency
+        refund_id=uuid4(),
+        payment_id=capture.id,
+        provider_txn_id=capture.provider_txn_id,
+        amount_cents=amount_cents,
+        currency=capture.currency,
     )
 
 
@@ -327,7 +342,9 @@ async def ask(
     """One call of this operation, about this refund or its payment (then always of 15.00)."""
     match operation:
         case "charge":
-            charge = ProviderCharge(refund.payment_id, 1500, refund.currency)
+            charge = ProviderCharge(
+                payment_id=refund.payment_id, amount_cents=1500, currency=refund.currency
+            )
             return await gateway.charge(charge, timeout_s)
         case "refund":
             return await gateway.refund(refund, timeout_s)

@@ -15,7 +15,7 @@ from tests.support import ORDER_ID
 
 pytestmark = pytest.mark.anyio
 
-CHARGE = ProviderCharge(ORDER_ID, 1500, "INR")
+CHARGE = ProviderCharge(payment_id=ORDER_ID, amount_cents=1500, currency="INR")
 
 
 def counted(telemetry: Telemetry) -> dict[str, float]:
@@ -37,9 +37,25 @@ def answers(answer: Any) -> Any:
         (never_sent, NeverSent, "never_sent"),
         (no_answer, OutcomeUnknown, "unknown"),
         (lambda gateway, charge: 1 / 0, OutcomeUnknown, "unknown"),
-        (answers(Approved(ORDER_ID, 1500, "INR", "txn\x00")), OutcomeUnknown, "unknown"),
-        (answers(Approved(ORDER_ID, 1500, "INR", "")), OutcomeUnknown, "unknown"),
-        (answers(Approved(ORDER_ID, 1500, "INR", "x" * 256)), OutcomeUnknown, "unknown"),
+        (
+            answers(
+                Approved(id=ORDER_ID, amount_cents=1500, currency="INR", provider_txn_id="txn\x00")
+            ),
+            OutcomeUnknown,
+            "unknown",
+        ),
+        (
+            answers(Approved(id=ORDER_ID, amount_cents=1500, currency="INR", provider_txn_id="")),
+            OutcomeUnknown,
+            "unknown",
+        ),
+        (
+            answers(
+                Approved(id=ORDER_ID, amount_cents=1500, currency="INR", provider_txn_id="x" * 256)
+            ),
+            OutcomeUnknown,
+            "unknown",
+        ),
         (answers(Declined("\ud800")), OutcomeUnknown, "unknown"),
     ],
 )

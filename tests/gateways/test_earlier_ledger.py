@@ -43,11 +43,11 @@ from payments.gateways.simulated import SimulatedGateway
 path, earlier, step = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3]
 steps = []
 def before(step_name, action):
-    def run(*given):
+    def run(*given, **named):
         steps.append(step_name)
         if f"{step_name} {steps.count(step_name)}" == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        return action(*given)
+        return action(*given, **named)
     return run
 pathlib.Path.rename = before("rename", pathlib.Path.rename)
 earlier_ledger.Decision = before("decision", earlier_ledger.Decision)
@@ -106,11 +106,25 @@ async def test_it_is_read_in_and_kept(
     gateway = open_gateway()
     assert ledger_rows(path) == ROWS
     assert kept.read_text() == LINES
-    assert await gateway.find_charge(ID, 1) == Approved(ID, 1500, "INR", f"sim_{ID.hex}")
+    assert await gateway.find_charge(ID, 1) == Approved(
+        id=ID, amount_cents=1500, currency="INR", provider_txn_id=f"sim_{ID.hex}"
+    )
     txn_id = f"sim_{ID.hex}"
-    more = ProviderRefund(uuid.uuid4(), ID, txn_id, 1001, "INR")
+    more = ProviderRefund(
+        refund_id=uuid.uuid4(),
+        payment_id=ID,
+        provider_txn_id=txn_id,
+        amount_cents=1001,
+        currency="INR",
+    )
     assert await gateway.refund(more, 1) == Declined("refund_exceeds_capture")
-    rest = ProviderRefund(uuid.uuid4(), ID, txn_id, 1000, "INR")
+    rest = ProviderRefund(
+        refund_id=uuid.uuid4(),
+        payment_id=ID,
+        provider_txn_id=txn_id,
+        amount_cents=1000,
+        currency="INR",
+    )
     assert isinstance(await gateway.refund(rest, 1), Approved)
 
 

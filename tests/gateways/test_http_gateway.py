@@ -202,7 +202,9 @@ class TestAnswers:
         self, gateway: HttpGateway, provider: ProviderProcess, operation: str
     ) -> None:
         """Declined has no id, so the caller could not see it."""
-        declined = Approved(uuid4(), 1500, "INR", "txn_none")
+        declined = Approved(
+            id=uuid4(), amount_cents=1500, currency="INR", provider_txn_id="txn_none"
+        )
         refund = refund_of(declined, 600)
         provider.script(Fault("decline"))
         asked = "refund" if "refund" in operation else "charge"
@@ -218,7 +220,9 @@ class TestAnswers:
         capture = await gateway.charge(charge_of(), WAIT_S)
         assert isinstance(capture, Approved)
         with pytest.raises(OutcomeUnknown, match="422"):
-            await gateway.charge(ProviderCharge(capture.id, 1600, "INR"), WAIT_S)
+            await gateway.charge(
+                ProviderCharge(payment_id=capture.id, amount_cents=1600, currency="INR"), WAIT_S
+            )
         assert len(provider.ledger(capture.id)) == 1
 
 

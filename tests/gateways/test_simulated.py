@@ -32,8 +32,10 @@ pytestmark = pytest.mark.anyio
 ID = UUID("058c9593-e150-402f-ab5b-37dd4c9816f0")
 OTHER_ID = UUID("11111111-1111-4111-8111-111111111111")
 REFUND_ID = UUID("22222222-2222-4222-8222-222222222222")
-APPROVED = Approved(ID, 1500, "INR", f"sim_{ID.hex}")
-GIVEN_BACK = Approved(REFUND_ID, 500, "INR", f"simre_{REFUND_ID.hex}")
+APPROVED = Approved(id=ID, amount_cents=1500, currency="INR", provider_txn_id=f"sim_{ID.hex}")
+GIVEN_BACK = Approved(
+    id=REFUND_ID, amount_cents=500, currency="INR", provider_txn_id=f"simre_{REFUND_ID.hex}"
+)
 EXCEEDS = Declined("refund_exceeds_capture")
 NOT_CAPTURED = Declined("not_captured")
 
@@ -41,7 +43,7 @@ NOT_CAPTURED = Declined("not_captured")
 def charge_of(
     payment_id: UUID = ID, amount_cents: int = 1500, currency: str = "INR"
 ) -> ProviderCharge:
-    return ProviderCharge(payment_id, amount_cents, currency)
+    return ProviderCharge(payment_id=payment_id, amount_cents=amount_cents, currency=currency)
 
 
 async def charge(gateway: Gateway, payment_id: UUID = ID) -> Approved | Declined | type[Exception]:
@@ -70,7 +72,13 @@ def refund_of(
 ) -> ProviderRefund:
     """A new refund, unless it is given an id."""
     txn_id = txn_id or f"sim_{payment_id.hex}"
-    return ProviderRefund(refund_id or uuid.uuid4(), payment_id, txn_id, amount_cents, currency)
+    return ProviderRefund(
+        refund_id=refund_id or uuid.uuid4(),
+        payment_id=payment_id,
+        provider_txn_id=txn_id,
+        amount_cents=amount_cents,
+        currency=currency,
+    )
 
 
 REFUND = refund_of(refund_id=REFUND_ID)
@@ -146,7 +154,7 @@ class TestDecisions:
     async def test_most_amounts_are_captured(self, amount_cents: int) -> None:
         gateway = SimulatedGateway(None)
         assert await gateway.charge(charge_of(amount_cents=amount_cents), 1) == Approved(
-            ID, amount_cents, "INR", f"sim_{ID.hex}"
+            id=ID, amount_cents=amount_cents, currency="INR", provider_txn_id=f"sim_{ID.hex}"
         )
         await gateway.close()
 
@@ -366,7 +374,9 @@ class TestRefunds:
         await charge(gateway)
         asked = refund_of(500, ID)
         assert await find_refund(gateway, asked) is None
-        answer = Approved(ID, 500, "INR", f"simre_{ID.hex}")
+        answer = Approved(
+            id=ID, amount_cents=500, currency="INR", provider_txn_id=f"simre_{ID.hex}"
+        )
         assert await refund(gateway, asked) == answer
         for _ in range(2):
             assert await refund(gateway, asked) == answer
@@ -549,7 +559,10 @@ asyncio.run(main())
         gateway = SimulatedGateway(ledger)
         ids = [uuid.uuid4() for _ in range(200)]
         answers = await asyncio.gather(*(charge(gateway, payment_id) for payment_id in ids))
-        assert answers == [Approved(i, 1500, "INR", f"sim_{i.hex}") for i in ids]
+        assert answers == [
+            Approved(id=i, amount_cents=1500, currency="INR", provider_txn_id=f"sim_{i.hex}")
+            for i in ids
+        ]
         assert await asyncio.gather(*(find(gateway, i) for i in ids)) == answers
         await gateway.close()
         assert rows(ledger) == 200
@@ -739,18 +752,27 @@ class TestFaults:
         ("text", "faults"),
         [
             ("", []),
-            ("refund:answer_lost*1", [Fault("answer_lost", 0, 1, "refund")]),
+            (
+                "refund:answer_lost*1",
+                [Fault(kind="answer_lost", seconds=0, left=1, operation="refund")],
+            ),
             (
                 "charge:delay=0.5,down",
-                [Fault("delay", 0.5, None, "charge"), Fault("down", 0, None)],
+                [
+                    Fault(kind="delay", seconds=0.5, left=None, operation="charge"),
+                    Fault(kind="down", seconds=0, left=None),
+                ],
             ),
             (" , ", []),
-            ("down", [Fault("down", 0, None)]),
-            ("timeout*3", [Fault("timeout", 0, 3)]),
-            ("delay=0.5", [Fault("delay", 0.5, None)]),
+            ("down", [Fault(kind="down", seconds=0, left=None)]),
+            ("timeout*3", [Fault(kind="timeout", seconds=0, left=3)]),
+            ("delay=0.5", [Fault(kind="delay", seconds=0.5, left=None)]),
             (
                 " delay=2*10 ,answer_lost*1 ",
-                [Fault("delay", 2, 10), Fault("answer_lost", 0, 1)],
+                [
+                    Fault(kind="delay", seconds=2, left=10),
+                    Fault(kind="answer_lost", seconds=0, left=1),
+                ],
             ),
         ],
     )

@@ -26,8 +26,14 @@ from tests.support import ledger_rows
 pytestmark = pytest.mark.anyio
 
 ID = UUID("058c9593-e150-402f-ab5b-37dd4c9816f0")
-CHARGE = ProviderCharge(ID, 1500, "INR")
-REFUND = ProviderRefund(uuid.uuid4(), ID, f"sim_{ID.hex}", 500, "INR")
+CHARGE = ProviderCharge(payment_id=ID, amount_cents=1500, currency="INR")
+REFUND = ProviderRefund(
+    refund_id=uuid.uuid4(),
+    payment_id=ID,
+    provider_txn_id=f"sim_{ID.hex}",
+    amount_cents=500,
+    currency="INR",
+)
 
 # Charges the ids of a seed, all with an amount of its own, and gives back 400 three times; prints
 # what it learns.
@@ -144,7 +150,12 @@ async def test_a_lock_that_is_held_for_longer_than_is_waited_leaves_the_outcome_
     """And nothing of what was asked is decided afterwards."""
     with locked(ledger):
         asked = [
-            *(gateway.charge(ProviderCharge(uuid.uuid4(), 1500, "INR"), 6) for _ in range(5)),
+            *(
+                gateway.charge(
+                    ProviderCharge(payment_id=uuid.uuid4(), amount_cents=1500, currency="INR"), 6
+                )
+                for _ in range(5)
+            ),
             *(gateway.refund(REFUND, 6) for _ in range(5)),
         ]
         with within(2):
@@ -199,17 +210,21 @@ async def test_what_is_asked_together_is_answered_together(
 ) -> None:
     """Charges, the same ones again, refunds and questions, in one turn of the loop."""
     await gateway.charge(CHARGE, 6)
-    other = ProviderCharge(uuid.uuid4(), 1507, "INR")
+    other = ProviderCharge(payment_id=uuid.uuid4(), amount_cents=1507, currency="INR")
     told = await asyncio.gather(
         gateway.charge(other, 6),
         gateway.charge(other, 6),
-        gateway.charge(ProviderCharge(ID, 9900, "INR"), 6),
+        gateway.charge(ProviderCharge(payment_id=ID, amount_cents=9900, currency="INR"), 6),
         gateway.refund(REFUND, 6),
         gateway.refund(REFUND, 6),
         gateway.find_charge(ID, 6),
     )
     assert told[0] == told[1] == await gateway.find_charge(other.payment_id, 6)
-    assert told[2] == told[5] == Approved(ID, 1500, "INR", f"sim_{ID.hex}")
+    assert (
+        told[2]
+        == told[5]
+        == Approved(id=ID, amount_cents=1500, currency="INR", provider_txn_id=f"sim_{ID.hex}")
+    )
     assert told[3] == told[4] == await gateway.find_refund(REFUND, 6)
     assert len(ledger_rows(ledger)) == 3
     check(ledger)

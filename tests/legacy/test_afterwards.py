@@ -190,8 +190,13 @@ async def test_a_capture_of_this_services_provider_can_be_given_back(
     await service.start()
     try:
         for name, error in (("with", RefundDeclined), ("without", PaymentNotRefundable)):
-            request = RefundRequest(uuid.UUID(captured_here.ids[name]), None, "refund", "default")
+            request = RefundRequest(
+                payment_id=uuid.UUID(captured_here.ids[name]),
+                amount_cents=None,
+                idempotency_key="refund",
+                client="default",
+            )
             with pytest.raises(error):
-                await service.refunding.refund(RefundPayment(request))
+                await service.refunding.refund(RefundPayment(request=request))
     finally:
         await service.stop(5)

@@ -12,18 +12,18 @@ from tests.legacy.node import LOOSE_TABLE, insert
 
 AT = datetime(2025, 6, 1, 12, tzinfo=UTC)
 SOUND = LegacyRow(
-    "d4254ff5-4a92-492f-870b-fb095c659001",
-    "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
-    "abc123",
-    "1500",
-    "INR",
-    "SUCCESS",
-    "txn_1",
-    AT,
-    AT,
-    False,
-    False,
-    False,
+    id="d4254ff5-4a92-492f-870b-fb095c659001",
+    merchant_order_id="f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
+    idempotency_key="abc123",
+    amount_cents="1500",
+    currency="INR",
+    status="SUCCESS",
+    provider_txn_id="txn_1",
+    created_at=AT,
+    updated_at=AT,
+    id_is_shared=False,
+    key_is_shared=False,
+    txn_id_is_shared=False,
 )
 
 

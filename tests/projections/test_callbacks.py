@@ -194,8 +194,13 @@ def _theirs_last(history: History) -> History:
     """The younger one of two refunds goes through first."""
     payment, (theirs, ours) = history.payment, history.payment.refunds
     for refund in (ours, theirs):
-        back = Approved(refund.id, refund.amount_cents, payment.currency, f"re-{refund.id}")
-        cause = Cause(uuid.uuid4(), payment.updated_at, "default")
+        back = Approved(
+            id=refund.id,
+            amount_cents=refund.amount_cents,
+            currency=payment.currency,
+            provider_txn_id=f"re-{refund.id}",
+        )
+        cause = Cause(event_id=uuid.uuid4(), occurred_at=payment.updated_at, client="default")
         history._add(record_refund(history.payment, refund, back, cause))
     return history
 

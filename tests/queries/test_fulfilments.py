@@ -76,9 +76,18 @@ async def test_what_is_shown(database: Database, connection: Connection) -> None
     )
     (found,) = await unfulfilled(database, OPEN_STATES, 10)
     assert found == Unfulfilled(
-        *(payment.id, payment.merchant_order_id, 1500, "INR"),
-        *("unfulfilled", "already_processed", "FAILED", None),
-        *(NOW - timedelta(hours=1), NOW, NOW + timedelta(hours=1), None),
+        payment_id=payment.id,
+        order_id=payment.merchant_order_id,
+        amount_cents=1500,
+        currency="INR",
+        state="unfulfilled",
+        said="already_processed",
+        order_status="FAILED",
+        problem=None,
+        found_at=NOW - timedelta(hours=1),
+        checked_at=NOW,
+        next_at=NOW + timedelta(hours=1),
+        given_back_at=None,
     )
     of_it = await fulfilment_of(database, payment.id)
     assert of_it is not None

@@ -137,7 +137,12 @@ async def test_notifications(database: Database) -> None:
 
 
 def held(next_transaction: int, transactions: int, held_s: float = 0.0) -> Horizon:
-    return Horizon(next_transaction, "somebody", transactions, held_s)
+    return Horizon(
+        next_transaction=next_transaction,
+        held_by="somebody",
+        transactions=transactions,
+        held_s=held_s,
+    )
 
 
 def test_an_age_is_known_from_what_was_seen() -> None:

@@ -433,7 +433,14 @@ def exported(count: int = 10, sealed: int = 10) -> list[bytes]:
     for position in range(1, count + 1):
         facts = History(f"k{position}").facts
         state = b'{"n":%d,"amount_cents":1500}' % position
-        event = LogEntry(position, facts[0].payment_id, 1, "PaymentInitiated", state, MOMENT)
+        event = LogEntry(
+            position=position,
+            payment_id=facts[0].payment_id,
+            version=1,
+            topic="PaymentInitiated",
+            state=state,
+            recorded_at=MOMENT,
+        )
         before = seal(before, event)
         lines.append(write_line(event, before if position <= sealed else None))
     return lines

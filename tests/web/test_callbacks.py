@@ -221,7 +221,9 @@ async def test_an_address_that_can_never_work_stops_the_start(
 
 
 async def test_a_database_that_is_away_stops_the_start(settings: Settings) -> None:
-    nowhere = DatabaseAddress("127.0.0.1", 1, "nobody", None, "nothing")
+    nowhere = DatabaseAddress(
+        host="127.0.0.1", port=1, user="nobody", password=None, dbname="nothing"
+    )
     with pytest.raises(StartError, match="does not answer"):
         await Service(settings, nowhere).start()
 

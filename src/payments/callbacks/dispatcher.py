@@ -57,7 +57,7 @@ CUT_OFF_S = 0.8  # at the end, to write down what was cut off
 BEGAN_BEFORE_S = WAIT_MAX_S + 300.0
 
 
-class CallbackBody(msgspec.Struct, frozen=True):
+class CallbackBody(msgspec.Struct, frozen=True, kw_only=True):
     """What Order Service is told. `sequence` grows from one callback of a payment to its next;
     `event_id` is the same whenever a callback is repeated."""
 
@@ -289,19 +289,19 @@ class Dispatcher:
                 **trace_field(claimed.traceparent),
             ).error("a callback is dead: `payments callbacks list --dead`")
         return Result(
-            claimed,
-            state,
-            delay_s,
-            counts,
-            round(exchange.seconds, 4),
-            verdict.outcome,
-            exchange.status,
-            exchange.reason,
-            exchange.answer,
-            verdict.busy_s,
-            verdict.asked_s,
-            verdict.endpoint_down,
-            _said(claimed, exchange) if state == "delivered" else None,
+            claimed=claimed,
+            state=state,
+            delay_s=delay_s,
+            counts=counts,
+            seconds=round(exchange.seconds, 4),
+            outcome=verdict.outcome,
+            status=exchange.status,
+            reason=exchange.reason,
+            answer=exchange.answer,
+            busy_s=verdict.busy_s,
+            asked_s=verdict.asked_s,
+            away=verdict.endpoint_down,
+            said=_said(claimed, exchange) if state == "delivered" else None,
         )
 
     def _note(
@@ -384,14 +384,14 @@ def _prepare(claimed: Claimed) -> bytes:
     """The request's body."""
     return msgspec.json.encode(
         CallbackBody(
-            claimed.order_id,
-            claimed.payment_id,
-            claimed.status,
-            claimed.event_id,
-            claimed.sequence,
-            claimed.occurred_at,
-            claimed.amount_cents,
-            claimed.currency,
+            order_id=claimed.order_id,
+            payment_id=claimed.payment_id,
+            status=claimed.status,
+            event_id=claimed.event_id,
+            sequence=claimed.sequence,
+            occurred_at=claimed.occurred_at,
+            amount_cents=claimed.amount_cents,
+            currency=claimed.currency,
         )
     )
 
@@ -409,4 +409,14 @@ def _reason(exchange: "Exchange") -> str:
 def _released(claimed: Claimed) -> Result:
     """It was not sent."""
     delay_s = max(0.0, claimed.due_in_s)
-    return Result(claimed, "due", delay_s, False, 0.0, outbox.RELEASED, None, "", b"")
+    return Result(
+        claimed=claimed,
+        state="due",
+        delay_s=delay_s,
+        counts=False,
+        seconds=0.0,
+        outcome=outbox.RELEASED,
+        status=None,
+        reason="",
+        answer=b"",
+    )

@@ -61,13 +61,34 @@ def judge(
     running = exchange.sent if status is None else status == 504
     busy_s = timeout_s if running else 0.0
     if outcome == "delivered":
-        return Verdict(outcome, "delivered", 0.0, 0.0, busy_s, endpoint_down)
+        return Verdict(
+            outcome=outcome,
+            final="delivered",
+            delay_max_s=0.0,
+            asked_s=0.0,
+            busy_s=busy_s,
+            endpoint_down=endpoint_down,
+        )
     if outcome == "gone" or (attempt >= ATTEMPTS_MAX and due_for_s >= RETRY_FOR_S):
-        return Verdict(outcome, "dead", 0.0, 0.0, busy_s, endpoint_down)
+        return Verdict(
+            outcome=outcome,
+            final="dead",
+            delay_max_s=0.0,
+            asked_s=0.0,
+            busy_s=busy_s,
+            endpoint_down=endpoint_down,
+        )
     asked_s = 0.0
     if exchange.retry_after is not None and status in RETRY_AFTER_STATUSES:
         asked_s = _retry_after_s(exchange.retry_after, now)
-    return Verdict(outcome, None, _wait_max_s(attempt), asked_s, busy_s, endpoint_down)
+    return Verdict(
+        outcome=outcome,
+        final=None,
+        delay_max_s=_wait_max_s(attempt),
+        asked_s=asked_s,
+        busy_s=busy_s,
+        endpoint_down=endpoint_down,
+    )
 
 
 def jittered(verdict: Verdict, share: float) -> float:
@@ -77,12 +98,14 @@ def jittered(verdict: Verdict, share: float) -> float:
 
 def schedule() -> tuple[Step, ...]:
     """All attempts: as few as it takes to be waiting for RETRY_FOR_S on average."""
-    steps = [Step(1, 0.0, 0.0)]
+    steps = [Step(attempt=1, wait_max_s=0.0, expected_s=0.0)]
     while steps[-1].expected_s < RETRY_FOR_S:
         attempt, _, expected_s = steps[-1]
         wait_max_s = _wait_max_s(attempt)
         # A random share of it is half of it on average.
-        steps.append(Step(attempt + 1, wait_max_s, expected_s + wait_max_s / 2))
+        steps.append(
+            Step(attempt=attempt + 1, wait_max_s=wait_max_s, expected_s=expected_s + wait_max_s / 2)
+        )
     return tuple(steps)
 
 

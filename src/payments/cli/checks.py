@@ -100,7 +100,7 @@ def _page(alert: str) -> str:
 
 
 def failing(name: str, bad: bool, text: str) -> Check:
-    return Check("FAIL" if bad else "ok", name, text)
+    return Check(state="FAIL" if bad else "ok", name=name, text=text)
 
 
 async def server_checks(database: Database) -> list[Check]:
@@ -112,9 +112,9 @@ async def server_checks(database: Database) -> list[Check]:
             "it refuses to write: it is a standby, or read-only; DATABASE_HOST is to name the "
             "primary: `payments settings`"
         )
-        checks.append(Check("FAIL", "database", text))
+        checks.append(Check(state="FAIL", name="database", text=text))
     checks.append(await _log(database, server))
-    checks.append(Check("ok", "role", ROLES[await role_of(database)]))
+    checks.append(Check(state="ok", name="role", text=ROLES[await role_of(database)]))
     checks.append(await _appends(database))
     checks.append(_vacuum(await horizon(database)))
     unread = await unread_notifications(database)
@@ -141,7 +141,7 @@ def _clock(server: Server) -> Check:
 def _standbys(server: Server) -> Check:
     """Of the database."""
     if server.synchronous + server.asynchronous == 0:
-        return Check("off", "standbys", "none: a failover needs one, or a backup")
+        return Check(state="off", name="standbys", text="none: a failover needs one, or a backup")
     text = f"{server.synchronous} synchronous, {server.asynchronous} asynchronous"
     if server.may_lose:
         text += ": a failover may lose what was answered; `SHOW synchronous_standby_names` is to"
@@ -152,9 +152,13 @@ def _standbys(server: Server) -> Check:
 def _durability(unsafe: list[str]) -> Check:
     """Of what the server has committed."""
     if not unsafe:
-        return Check("ok", "durability", "fsync and full_page_writes are on")
+        return Check(state="ok", name="durability", text="fsync and full_page_writes are on")
     remedy = "; ".join(f"ALTER SYSTEM SET {name} = on" for name in unsafe)
-    return Check("FAIL", "durability", f"off: {' and '.join(unsafe)}; {UNSAFE_MEANS}: `{remedy}`")
+    return Check(
+        state="FAIL",
+        name="durability",
+        text=f"off: {' and '.join(unsafe)}; {UNSAFE_MEANS}: `{remedy}`",
+    )
 
 
 async def _log(database: Database, server: Server) -> Check:
@@ -180,16 +184,18 @@ async def _appends(database: Database) -> Check:
             look_for_s = LOOK_ON_FOR_S
             if waits_s > WAITS_S and now - first_seen.setdefault(who, now) > WAITED_S:
                 text = f"they wait for {who}: {_page('appendswait')}"
-                return Check("FAIL", "appends", text)
+                return Check(state="FAIL", name="appends", text=text)
         await asyncio.sleep(LOOK_EVERY_S)
-    return Check("ok", "appends", "none waits for long")
+    return Check(state="ok", name="appends", text="none waits for long")
 
 
 def _vacuum(found: Horizon) -> Check:
     bad = found.held_s > HORIZON_MAX_S or found.transactions > HORIZON_MAX_TRANSACTIONS
     if not bad:
-        return Check("ok", "vacuum", "nobody keeps it from removing dead rows for long")
+        return Check(
+            state="ok", name="vacuum", text="nobody keeps it from removing dead rows for long"
+        )
     since = f"for {found.held_s:.0f} s, " if found.held_s else ""
     text = f"held up {since}for {found.transactions} transactions by {found.held_by}"
     text += f": {_page('vacuumheld')}"
-    return Check("FAIL", "vacuum", text)
+    return Check(state="FAIL", name="vacuum", text=text)

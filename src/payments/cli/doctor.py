@@ -50,15 +50,19 @@ def _checks() -> Iterator[Check]:
         settings = begin()
         gateway = build_gateway(settings, to="look")
     except StartError as error:
-        yield Check("FAIL", "settings", str(error))
+        yield Check(state="FAIL", name="settings", text=str(error))
         return
-    yield Check("ok", "settings", f"the provider is {settings.gateway}")
+    yield Check(state="ok", name="settings", text=f"the provider is {settings.gateway}")
     if settings.payments_api_keys:
         clients = {key.client for key in settings.payments_api_keys}
-        yield Check("ok", "keys", f"{len(clients)} API clients: {', '.join(sorted(clients))}")
+        yield Check(
+            state="ok",
+            name="keys",
+            text=f"{len(clients)} API clients: {', '.join(sorted(clients))}",
+        )
     else:
         text = "whoever reaches the port may charge: `payments keys new NAME`"
-        yield Check("off", "keys", text)
+        yield Check(state="off", name="keys", text=text)
     try:
         with open_database(settings, to="read") as address:
             yield from _database(address)
@@ -76,7 +80,11 @@ def _checks() -> Iterator[Check]:
             yield from with_database(address, look)
     except (StartError, psycopg.Error, DatabaseUnavailable) as error:
         reason = reason_of(error) if isinstance(error, psycopg.Error) else str(error)
-        yield Check("FAIL", "database", f"{reason}; `payments settings` says which one it is")
+        yield Check(
+            state="FAIL",
+            name="database",
+            text=f"{reason}; `payments settings` says which one it is",
+        )
     yield _callback_target(settings)
 
 
@@ -98,7 +106,7 @@ def _database(address: DatabaseAddress) -> Iterator[Check]:
         yield failing("database", bad, f"Postgres {version}, {text}")
         # Opening the connection has compared them.
         text = ", ".join(f"{name} {value}" for name, value in settings_in_force(connection).items())
-        yield Check("ok", "session", f"{text}{_between(connection)}")
+        yield Check(state="ok", name="session", text=f"{text}{_between(connection)}")
 
 
 def _between(connection: psycopg.Connection[Any]) -> str:
@@ -112,7 +120,11 @@ def _callback_target(settings: Settings) -> Check:
     """Whether Order Service can be connected to; nothing is sent."""
     url = settings.order_callback_url
     if url is None:
-        return Check("off", "endpoint", "nobody is called back: ORDER_CALLBACK_URL is not set")
+        return Check(
+            state="off",
+            name="endpoint",
+            text="nobody is called back: ORDER_CALLBACK_URL is not set",
+        )
     from payments.order_service.endpoint import check_target, origin
 
     parts = urlsplit(url)
@@ -140,12 +152,12 @@ def _callback_target(settings: Settings) -> Check:
         text += f"; its certificate ends in {days} days"
         if days < CERTIFICATE_MIN_DAYS:
             return _cannot_be_called(text, origin(url))
-    return Check("ok", "endpoint", text)
+    return Check(state="ok", name="endpoint", text=text)
 
 
 def _cannot_be_called(text: str, origin: str) -> Check:
     """Or soon cannot."""
-    return Check("FAIL", "endpoint", f"{text}: `curl -v {origin}`")
+    return Check(state="FAIL", name="endpoint", text=f"{text}: `curl -v {origin}`")
 
 
 async def _certificate(host: str | None, port: int, context: ssl.SSLContext | None) -> Any:

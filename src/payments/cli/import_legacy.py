@@ -78,7 +78,7 @@ def import_legacy(
     """
     one_is_a_finding()
     settings = begin()
-    asked = Asked(gateway, timezone, leave_out_rows)
+    asked = Asked(gateway=gateway, timezone=timezone, leaves_out=leave_out_rows)
     with open_database(settings, to="look") as address, connect(address, NAME) as lock:
         if lock.execute(TRY_LOCK, LOCK_KEYS).fetchone() != (True,):
             raise StartError("another import is running")

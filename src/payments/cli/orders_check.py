@@ -23,7 +23,7 @@ async def orders_check(database: Database, *, calls_back: bool, asks: bool) -> C
     if silent.payments:
         told.append(f"{silent.payments} whose response did not tell")
     if not told:
-        return Check("ok", "orders", "no payment is known to be unfulfilled")
+        return Check(state="ok", name="orders", text="no payment is known to be unfulfilled")
     text = f"paid, and perhaps not fulfilled: {', '.join(told)}"
     if sum(found[state].payments for state in OPEN_STATES):
         first = await unfulfilled(database, OPEN_STATES, NAMED_MAX)
@@ -31,7 +31,7 @@ async def orders_check(database: Database, *, calls_back: bool, asks: bool) -> C
     if (silent.payments or suspect.payments) and calls_back and not asks:
         text += f"; {UNSET}"
         if not late:
-            return Check("off", "orders", text)
+            return Check(state="off", name="orders", text=text)
     return failing("orders", late, text)
 
 

@@ -80,7 +80,14 @@ def replay_log(
             raise click.UsageError("--as-of goes with --payment, --order and --format alone")
     if type(first) is type(last) and first is not None and last is not None and first > last:  # type: ignore[operator]
         raise click.UsageError("--from must not be after --until")
-    wanted = Wanted(payment, order, types or None, first or 1, last or LAST, limit)
+    wanted = Wanted(
+        payment_id=payment,
+        order_id=order,
+        types=types or None,
+        first=first or 1,
+        last=last or LAST,
+        limit=limit,
+    )
     if following:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with open_database(begin(), to="read") as address:

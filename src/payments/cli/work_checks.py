@@ -48,8 +48,10 @@ class Open(NamedTuple):
     limit_s: float
 
 
-PAYMENTS = Open("payments", "PENDING", ["charge"], PENDING_MAX_S)
-REFUNDS = Open("refunds", "on its way back", ["refund", "late_capture"], RETURN_MAX_S)
+PAYMENTS = Open(name="payments", what="PENDING", kinds=["charge"], limit_s=PENDING_MAX_S)
+REFUNDS = Open(
+    name="refunds", what="on its way back", kinds=["refund", "late_capture"], limit_s=RETURN_MAX_S
+)
 
 
 async def work_checks(database: Database, gateway: str, *, calls_back: bool) -> list[Check]:
@@ -68,7 +70,7 @@ async def work_checks(database: Database, gateway: str, *, calls_back: bool) -> 
     return [
         _work(await followers_at_work(database), followers, unsettled, due),
         *[await _follower(database, follower) for follower in followers],
-        Check("ok", "seals", f"{sealed}; `payments audit verify` checks them"),
+        Check(state="ok", name="seals", text=f"{sealed}; `payments audit verify` checks them"),
         await _open(database, PAYMENTS, unsettled),
         await _open(database, REFUNDS, unsettled),
         await _provider(database, gateway),
@@ -90,7 +92,7 @@ def _work(
 ) -> Check:
     """Whether any process does it. Where nothing is to be done, none need be running."""
     if at_work:
-        return Check("ok", "work", f"somebody follows: {', '.join(at_work)}")
+        return Check(state="ok", name="work", text=f"somebody follows: {', '.join(at_work)}")
     waits = {
         "events": max((follower.lag_events for follower in followers), default=0),
         "open payments": sum(row.payments for row in unsettled),
@@ -99,8 +101,10 @@ def _work(
     waiting = ", ".join(f"{count} {what}" for what, count in waits.items() if count)
     text = "nobody follows the log, settles and calls back"
     if not waiting:
-        return Check("off", "work", f"{text} now: {WORKERS}")
-    return Check("FAIL", "work", f"{text}, and there wait {waiting}: start {WORKERS}")
+        return Check(state="off", name="work", text=f"{text} now: {WORKERS}")
+    return Check(
+        state="FAIL", name="work", text=f"{text}, and there wait {waiting}: start {WORKERS}"
+    )
 
 
 async def _follower(database: Database, follower: FollowerState) -> Check:
@@ -127,7 +131,7 @@ async def _open(
     name, what, kinds, limit_s = looked_for
     rows = [row for row in unsettled if row.kind in kinds]
     if not rows:
-        return Check("ok", name, f"none is {what}")
+        return Check(state="ok", name=name, text=f"none is {what}")
     oldest_s = max(row.oldest_age_s for row in rows)
     count = sum(row.payments for row in rows)
     text = f"{count} {what}, the oldest for {oldest_s:.0f} s"
@@ -146,20 +150,26 @@ async def _provider(database: Database, gateway: str) -> Check:
     others.pop(gateway, None)
     told, told_ids = await contradicted_payments(database, NAMED_MAX)
     if not told and not others:
-        return Check("ok", "provider", "nothing open contradicts it, or belongs to another one")
+        return Check(
+            state="ok",
+            name="provider",
+            text="nothing open contradicts it, or belongs to another one",
+        )
     found = []
     if told:
         what = f"{told} that it contradicts, or that belong to another one"
         found.append(what + _to_explain(told_ids, told))
     for name, (count, ids) in sorted(others.items()):
         found.append(f"{count} begun with {name}" + _to_explain(ids, count))
-    return Check("FAIL", "provider", f"open payments: {', '.join(found)}: docs/stuck.md")
+    return Check(
+        state="FAIL", name="provider", text=f"open payments: {', '.join(found)}: docs/stuck.md"
+    )
 
 
 async def _callbacks(database: Database, owed: Backlog, calls_back: bool) -> Check:
     text = f"{owed.due} due, {owed.dead} dead"
     if not calls_back and not owed.dead:
-        return Check("off", "callbacks", f"{text}; ORDER_CALLBACK_URL is not set")
+        return Check(state="off", name="callbacks", text=f"{text}; ORDER_CALLBACK_URL is not set")
     if owed.due:
         text += f", the oldest for {owed.oldest_age_s:.0f} s"
     late = owed.oldest_age_s > CALLBACK_AGE_MAX_S
@@ -180,11 +190,11 @@ async def brake_check(database: Database, *, gives_back: bool) -> Check:
     """Whether the service has stopped giving back by itself. `gives_back`: the settings say so."""
     if not gives_back:
         text = "nothing is given back by itself: UNFULFILLED is not refund"
-        return Check("off", "brake", text)
+        return Check(state="off", name="brake", text=text)
     stop = await brake.stopped(database)
     if stop is None:
         text = f"{await brake.begun(database)} payments were given back by itself within an hour"
-        return Check("ok", "brake", text)
+        return Check(state="ok", name="brake", text=text)
     since = f"{stop.stopped_at:%Y-%m-%dT%H:%M:%SZ}"
     text = f"nothing is given back by itself since {since}: {stop.reason}"
-    return Check("FAIL", "brake", f"{text}: `payments giving-back resume`")
+    return Check(state="FAIL", name="brake", text=f"{text}: `payments giving-back resume`")

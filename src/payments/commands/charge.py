@@ -53,7 +53,7 @@ from payments.payment.state import Approved, Declined, Payment, Status, Unexpect
 from payments.settings import HOLD_MARGIN_S, Settings
 
 
-class ChargePayment(msgspec.Struct, frozen=True):
+class ChargePayment(msgspec.Struct, frozen=True, kw_only=True):
     """The command: the request, and where it came from (for the events' metadata).
 
     `hold_until` is when the hold of the seats ends, if that was told; of all requests with a key
@@ -263,10 +263,10 @@ class Charging:
                     return found
                 self._check_may_send_again(run, begun.age_s)
             charge = ProviderCharge(
-                payment.id,
-                payment.amount_cents,
-                payment.currency,
-                command.request.payment_method,
+                payment_id=payment.id,
+                amount_cents=payment.amount_cents,
+                currency=payment.currency,
+                payment_method=command.request.payment_method,
             )
             run.check_may_ask()
             run.fallback = Charged(payment, begun.replayed)

@@ -166,6 +166,13 @@ def _entries(payment_id: UUID, events: list[StoredEvent], last: int) -> list[Log
     """As they stand in the log, but for the time."""
     now, first = datetime.now(UTC), last - len(events) + 1
     return [
-        LogEntry(position, payment_id, event.originator_version, event.topic, event.state, now)
+        LogEntry(
+            position=position,
+            payment_id=payment_id,
+            version=event.originator_version,
+            topic=event.topic,
+            state=event.state,
+            recorded_at=now,
+        )
         for position, event in enumerate(events, first)
     ]

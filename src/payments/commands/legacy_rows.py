@@ -132,7 +132,7 @@ async def look_through(
                 found(row.id, reasons)
             elif row.status == Status.PENDING:
                 pending.append(row)
-    return Looked(count, pending, faulty)
+    return Looked(rows=count, pending=pending, faulty=faulty)
 
 
 async def changed(connection: psycopg.AsyncConnection[Any], found: Found) -> int:

@@ -43,7 +43,7 @@ from payments.payment.state import Approved, Declined, Payment, Refund, Status, 
 from payments.settings import Settings
 
 
-class RefundPayment(msgspec.Struct, frozen=True):
+class RefundPayment(msgspec.Struct, frozen=True, kw_only=True):
     """The command. `may_read` is the client whose payments are in reach, None for everyone's."""
 
     request: RefundRequest
@@ -239,7 +239,11 @@ def provider_refund(payment: Payment, refund: Refund) -> ProviderRefund:
     if payment.provider_txn_id is None:
         raise OutcomeMismatch("a refund of a payment that was not captured")
     return ProviderRefund(
-        refund.id, payment.id, payment.provider_txn_id, refund.amount_cents, payment.currency
+        refund_id=refund.id,
+        payment_id=payment.id,
+        provider_txn_id=payment.provider_txn_id,
+        amount_cents=refund.amount_cents,
+        currency=payment.currency,
     )
 
 

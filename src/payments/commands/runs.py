@@ -311,4 +311,10 @@ def _late() -> TooBusy:
 
 def cause(client: str, request_id: str | None = None, traceparent: str | None = None) -> Cause:
     """What goes into an event that is decided now."""
-    return Cause(uuid.uuid4(), datetime.now(UTC), client, request_id, traceparent)
+    return Cause(
+        event_id=uuid.uuid4(),
+        occurred_at=datetime.now(UTC),
+        client=client,
+        request_id=request_id,
+        traceparent=traceparent,
+    )

@@ -237,11 +237,11 @@ class Settler:
         timeout_s: Callable[[], float],
     ) -> Payment:
         order = ProviderRefund(
-            late.refund_id,
-            payment.id,
-            late.provider_txn_id,
-            payment.amount_cents,
-            payment.currency,
+            refund_id=late.refund_id,
+            payment_id=payment.id,
+            provider_txn_id=late.provider_txn_id,
+            amount_cents=payment.amount_cents,
+            currency=payment.currency,
         )
         age_s = _age_at_most_s(loaded, late.version)
         outcome = await self._giving_back.send_again(order, age_s, timeout_s, unsent=True)

@@ -61,10 +61,16 @@ class Unfulfilled:
             return known.status is not Status.FAILED  # that was told when it was recorded
         if not await self._may_begin(loaded):
             return False
-        request = RefundRequest(payment_id, None, None, FULFILMENT, unfulfilled=True)
+        request = RefundRequest(
+            payment_id=payment_id,
+            amount_cents=None,
+            idempotency_key=None,
+            client=FULFILMENT,
+            unfulfilled=True,
+        )
         self._client.enter()
         try:
-            command = RefundPayment(request, traceparent=loaded.traceparent)
+            command = RefundPayment(request=request, traceparent=loaded.traceparent)
             await self._refunding.refund(command)
         finally:
             self._client.leave()

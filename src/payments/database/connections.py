@@ -49,7 +49,7 @@ DATABASE_EXISTS = "SELECT FROM pg_database WHERE datname = %s"
 T = TypeVar("T")
 
 
-class DatabaseAddress(msgspec.Struct, frozen=True):
+class DatabaseAddress(msgspec.Struct, frozen=True, kw_only=True):
     """Where the database is and who we are there. `host` is a name or a socket directory."""
 
     host: str
@@ -64,11 +64,11 @@ class DatabaseAddress(msgspec.Struct, frozen=True):
         if settings.database_host is None:
             raise ValueError("DATABASE_HOST is not set")
         return cls(
-            settings.database_host,
-            settings.database_port,
-            settings.database_username,
-            settings.database_password,
-            settings.database_name,
+            host=settings.database_host,
+            port=settings.database_port,
+            user=settings.database_username,
+            password=settings.database_password,
+            dbname=settings.database_name,
         )
 
     def __repr__(self) -> str:

@@ -68,7 +68,12 @@ class ExportLine(msgspec.Struct, frozen=True, kw_only=True):
         else:
             state = bytes(self.data)
         return LogEntry(
-            self.position, self.payment_id, self.version, self.type, state, self.recorded_at
+            position=self.position,
+            payment_id=self.payment_id,
+            version=self.version,
+            topic=self.type,
+            state=state,
+            recorded_at=self.recorded_at,
         )
 
 

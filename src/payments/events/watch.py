@@ -64,7 +64,7 @@ class Seal(NamedTuple):
     hash: bytes
 
 
-class KeptHead(msgspec.Struct, frozen=True):
+class KeptHead(msgspec.Struct, frozen=True, kw_only=True):
     """The file: the newest seal that a process has seen of this log; `hash` in hexadecimal.
 
     `database` tells a restored copy, which has the same id, from the log itself; `accepted` is the
@@ -287,7 +287,14 @@ class LogWatch:
         if self._data_dir is None or self._log is None or not self._heads:
             return
         position, hash = self._heads[-1]
-        head = KeptHead(*self._log, position, hash.hex(), self._accepted_id)
+        log, database = self._log
+        head = KeptHead(
+            log=log,
+            database=database,
+            position=position,
+            hash=hash.hex(),
+            accepted=self._accepted_id,
+        )
         if head == self._kept:
             return
         try:

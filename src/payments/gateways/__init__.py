@@ -29,7 +29,7 @@ class NeverSent(Exception):
     """The request surely did not reach the provider: nothing was captured by it."""
 
 
-class ProviderCharge(msgspec.Struct, frozen=True):
+class ProviderCharge(msgspec.Struct, frozen=True, kw_only=True):
     """What a provider is asked to capture. `payment_id` is its idempotency key."""
 
     payment_id: UUID
@@ -38,7 +38,7 @@ class ProviderCharge(msgspec.Struct, frozen=True):
     payment_method: str | None = None
 
 
-class ProviderRefund(msgspec.Struct, frozen=True):
+class ProviderRefund(msgspec.Struct, frozen=True, kw_only=True):
     """What a provider is asked to give back. `refund_id` is its idempotency key.
 
     `provider_txn_id` is the provider's own id of the capture that the money comes from.

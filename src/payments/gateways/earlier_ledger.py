@@ -34,7 +34,7 @@ from payments.gateways.simulated_ledger import (
 _BEGINNING = re.compile(rb'\["[0-9a-f-]{0,36}("|\Z)')
 
 
-class _Line(Decision, frozen=True, array_like=True):
+class _Line(Decision, frozen=True, array_like=True, kw_only=True):
     """`payment_id` is a refund's."""
 
     kind: Literal["refund"] | None = None
@@ -105,8 +105,10 @@ def _decisions(lines: Iterable[bytes]) -> Iterator[Decision]:
             line = msgspec.json.decode(text, type=_Line)
         except msgspec.MsgspecError as error:
             raise StartError(f"SIMULATED_LEDGER: line {number}, to be read in: {error}") from None
-        decided = (line.id, line.amount_cents, line.currency, line.outcome)
-        yield Refund(*decided, line.payment_id) if line.payment_id else Decision(*decided)
+        decided = msgspec.structs.asdict(line)
+        del decided["kind"]
+        payment_id = decided.pop("payment_id")
+        yield Refund(**decided, payment_id=payment_id) if payment_id else Decision(**decided)
 
 
 def _kept_as(earlier: Path) -> Path:

@@ -33,7 +33,7 @@ _FAULT = re.compile(
 )
 
 
-class Fault(msgspec.Struct):
+class Fault(msgspec.Struct, kw_only=True):
     """One scripted fault; `left` is how many calls it still applies to, None for all.
 
     `operation` is `charge` or `refund`, None for both.
@@ -69,7 +69,9 @@ def parse_faults(text: str) -> list[Fault]:
             )
         operation, seconds, kind, count = match.group("operation", "seconds", "kind", "count")
         left = int(count) if count else None
-        faults.append(Fault(kind or "delay", float(seconds or 0), left, operation))
+        faults.append(
+            Fault(kind=kind or "delay", seconds=float(seconds or 0), left=left, operation=operation)
+        )
     return faults
 
 
@@ -104,7 +106,12 @@ class SimulatedGateway:
         fault = await self._suffer("charge", timeout_s)
         outcome = "declined_by_simulation" if charge.amount_cents % 10 == 7 else "approved"
         decided = await self._ledger.ask(
-            Decision(charge.payment_id, charge.amount_cents, charge.currency, outcome)
+            Decision(
+                id=charge.payment_id,
+                amount_cents=charge.amount_cents,
+                currency=charge.currency,
+                outcome=outcome,
+            )
         )
         if fault == "answer_lost":
             raise OutcomeUnknown("simulated: the answer was lost")
@@ -184,5 +191,10 @@ def _outcome(decision: Decision, prefix: str) -> Approved | Declined:
     """`prefix` tells the provider's own ids of captures from those of refunds."""
     if decision.outcome == "approved":
         txn_id = f"{prefix}_{decision.id.hex}"
-        return Approved(decision.id, decision.amount_cents, decision.currency, txn_id)
+        return Approved(
+            id=decision.id,
+            amount_cents=decision.amount_cents,
+            currency=decision.currency,
+            provider_txn_id=txn_id,
+        )
     return Declined(decision.outcome)

@@ -94,7 +94,7 @@ _INDEX = re.compile(
 )
 
 
-class Migration(msgspec.Struct, frozen=True):
+class Migration(msgspec.Struct, frozen=True, kw_only=True):
     number: int
     name: str
     sql: str
@@ -151,7 +151,7 @@ class Schema(NamedTuple):
 def known_migrations() -> list[Migration]:
     """The migrations that this version of the software brings, in order."""
     found = [
-        Migration(int(match[1]), match[2], entry.read_text(encoding="utf-8"))
+        Migration(number=int(match[1]), name=match[2], sql=entry.read_text(encoding="utf-8"))
         for entry in resources.files(__name__).iterdir()
         if (match := re.fullmatch(r"([0-9]{4})_([a-z0-9_]+)\.sql", entry.name))
     ]

@@ -55,11 +55,11 @@ def read_status(status: int, content_type: str | None, body: bytes, order_id: UU
         return not_known("another order")
     if word is None:
         return not_known("no status")
-    return Reading(verdict, bounded(word), None)
+    return Reading(verdict=verdict, order_status=bounded(word), problem=None)
 
 
 def not_known(problem: str) -> Reading:
-    return Reading("unknown", None, bounded(problem))
+    return Reading(verdict="unknown", order_status=None, problem=bounded(problem))
 
 
 def bounded(text: str) -> str:

@@ -51,7 +51,7 @@ class OutcomeMismatch(Exception):
     """The provider's answer does not fit what was asked for, or contradicts the events."""
 
 
-class Cause(msgspec.Struct, frozen=True):
+class Cause(msgspec.Struct, frozen=True, kw_only=True):
     """Who asked for an event, and when: what the deciding functions put into every fact.
 
     `client` is the API client's name; `traceparent` is a W3C trace context header.
@@ -64,7 +64,7 @@ class Cause(msgspec.Struct, frozen=True):
     traceparent: str | None = None
 
 
-class ChargeRequest(msgspec.Struct, frozen=True):
+class ChargeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What Order Service asks for. Two requests with one key are the same if all of this is equal.
 
     `payment_method` is a provider's token; it is passed on and never stored.
@@ -78,7 +78,7 @@ class ChargeRequest(msgspec.Struct, frozen=True):
     payment_method: str | None = None
 
 
-class RefundRequest(msgspec.Struct, frozen=True):
+class RefundRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A refund of `amount_cents`, or without it of whatever is left.
 
     The key counts within its payment. Without one there is no amount either, and a request while

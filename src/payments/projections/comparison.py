@@ -140,33 +140,33 @@ def _watched_rows(payment: Payment) -> list[Row]:
 
 TABLES = (
     Table(
-        "payments",
-        PAYMENT_COLUMNS,
-        PAYMENTS,
-        0,
-        lambda payment: [payment_row(payment)],
+        name="payments",
+        columns=PAYMENT_COLUMNS,
+        select=PAYMENTS,
+        payment=0,
+        rows=lambda payment: [payment_row(payment)],
     ),
     Table(
-        "refunds",
-        REFUND_COLUMNS,
-        REFUNDS,
-        1,
-        _refund_rows,
+        name="refunds",
+        columns=REFUND_COLUMNS,
+        select=REFUNDS,
+        payment=1,
+        rows=_refund_rows,
     ),
     Table(
-        "payment_clients",
-        CLIENT_COLUMNS,
-        CLIENTS,
-        0,
-        _client_rows,
+        name="payment_clients",
+        columns=CLIENT_COLUMNS,
+        select=CLIENTS,
+        payment=0,
+        rows=_client_rows,
     ),
     Table(
-        "unsettled_payments",
-        ("payment_id", "kind", "since"),
-        UNSETTLED,
-        0,
-        _unsettled_rows,
-        _watched_rows,
+        name="unsettled_payments",
+        columns=("payment_id", "kind", "since"),
+        select=UNSETTLED,
+        payment=0,
+        rows=_unsettled_rows,
+        or_rows=_watched_rows,
     ),
 )
 
@@ -454,7 +454,12 @@ class _Side:
     def before(self, place: int) -> Iterator[Difference]:
         """Rows of payments before this one: the log has no such payments."""
         while self.upcoming < place:
-            yield Difference(self.table, self._next[self.table.payment], None, self._next)
+            yield Difference(
+                table=self.table,
+                payment_id=self._next[self.table.payment],
+                expected=None,
+                found=self._next,
+            )
             self._advance()
 
     def take(self, place: int) -> list[Row]:
@@ -482,7 +487,9 @@ def _differences(
     there = {row[0]: row for row in found}
     for id in sorted(wanted.keys() | there.keys()):
         if wanted.get(id) != there.get(id):
-            yield Difference(table, payment_id, wanted.get(id), there.get(id))
+            yield Difference(
+                table=table, payment_id=payment_id, expected=wanted.get(id), found=there.get(id)
+            )
 
 
 def _text(value: Any) -> str:

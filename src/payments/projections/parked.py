@@ -37,16 +37,18 @@ def needlessly_parked(source: Source) -> Iterator[NeedlesslyParked]:
     for (follower, position), ids in sorted(parked.items()):
         if follower == SealsProjection.name:
             for payment_id in sorted(ids):
-                yield NeedlesslyParked(follower, payment_id, "although that parks nothing")
+                yield NeedlesslyParked(
+                    follower=follower, payment_id=payment_id, why="although that parks nothing"
+                )
             continue
         for payment_id, payment in _read(source, position, sorted(ids)):
             ids.discard(payment_id)
             if not isinstance(payment, Exception):
                 why = f"although its events can be read: `payments parked retry {payment_id}`"
-                yield NeedlesslyParked(follower, payment_id, why)
+                yield NeedlesslyParked(follower=follower, payment_id=payment_id, why=why)
         for payment_id in sorted(ids):
             why = f"although it has no events: `payments parked retry {payment_id}`"
-            yield NeedlesslyParked(follower, payment_id, why)
+            yield NeedlesslyParked(follower=follower, payment_id=payment_id, why=why)
 
 
 def _read(source: Source, until: int, ids: list[UUID]) -> Iterator[tuple[UUID, Folded]]:

@@ -263,16 +263,16 @@ def check(
             comparison.catch_up(_nothing)
         tables = comparison.end(_nothing, table_totals)
     return Rebuilt(
-        comparison.position,
-        comparison.events,
-        comparison.payments,
-        differing,
-        0,
-        unreadable,
-        len(comparison.parked),
-        comparison.totals,
-        tables,
-        0.0,
+        position=comparison.position,
+        events=comparison.events,
+        payments=comparison.payments,
+        differing=differing,
+        replaced=0,
+        unreadable=unreadable,
+        parked=len(comparison.parked),
+        log=comparison.totals,
+        tables=tables,
+        held_s=0.0,
     )
 
 
@@ -349,16 +349,16 @@ class _Rebuild:
             differing, replaced, held_s = self._write()
         tables = comparison.end(_nothing, table_totals)
         return Rebuilt(
-            comparison.position,
-            comparison.events,
-            comparison.payments,
-            differing,
-            replaced,
-            list(self._unreadable.values()),
-            len(comparison.parked),
-            comparison.totals,
-            tables,
-            held_s,
+            position=comparison.position,
+            events=comparison.events,
+            payments=comparison.payments,
+            differing=differing,
+            replaced=replaced,
+            unreadable=list(self._unreadable.values()),
+            parked=len(comparison.parked),
+            log=comparison.totals,
+            tables=tables,
+            held_s=held_s,
         )
 
     def _catch_up(self, few: int) -> bool:

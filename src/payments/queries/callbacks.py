@@ -103,7 +103,7 @@ class Backlog(NamedTuple):
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
-class AttemptView(msgspec.Struct, frozen=True):
+class AttemptView(msgspec.Struct, frozen=True, kw_only=True):
     """One exchange with Order Service. `outcome`: delivered, gone (410), http_error, unreachable
     (nothing was sent), timeout, end_unknown (sent, and cut off), or interrupted when nobody was
     left to see its end. `status` is that of HTTP."""
@@ -116,7 +116,7 @@ class AttemptView(msgspec.Struct, frozen=True):
     answer: str | None
 
 
-class CallbackView(msgspec.Struct, frozen=True):
+class CallbackView(msgspec.Struct, frozen=True, kw_only=True):
     """An outcome that Order Service is told. `next_at` is when its order is tried next."""
 
     event_id: UUID
@@ -148,26 +148,26 @@ async def get_callbacks(
     for attempt in await attempts(database, [each.event_id for each in deliveries]):
         made[attempt.event_id].append(
             AttemptView(
-                attempt.started_at,
-                attempt.seconds,
-                attempt.outcome,
-                attempt.status,
-                attempt.reason,
-                text_of(attempt.answer),
+                started_at=attempt.started_at,
+                seconds=attempt.seconds,
+                outcome=attempt.outcome,
+                status=attempt.status,
+                reason=attempt.reason,
+                answer=text_of(attempt.answer),
             )
         )
     return PaymentCallbacks(
         [
             CallbackView(
-                each.event_id,
-                each.order_id,
-                each.status,
-                each.sequence,
-                each.state,
-                each.enqueued_at,
-                each.finished_at,
-                each.next_at,
-                made[each.event_id],
+                event_id=each.event_id,
+                order_id=each.order_id,
+                status=each.status,
+                sequence=each.sequence,
+                state=each.state,
+                enqueued_at=each.enqueued_at,
+                finished_at=each.finished_at,
+                next_at=each.next_at,
+                attempts=made[each.event_id],
             )
             for each in deliveries
         ],
@@ -231,7 +231,7 @@ async def ids_since(
 
 async def backlog(database: Database) -> Backlog:
     ((due, dead, oldest_age_s),) = await database.fetch(BACKLOG)
-    return Backlog(due, dead, oldest_age_s or 0.0)
+    return Backlog(due=due, dead=dead, oldest_age_s=oldest_age_s or 0.0)
 
 
 async def oldest_age_s(database: Database, timeout_s: float) -> float:

@@ -34,7 +34,7 @@ from payments.queries.payments import found
 from payments.settings import DISPATCHER
 
 
-class Entry(msgspec.Struct, frozen=True):
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that happened. `at`: the time of the application for events, else the database's.
 
     `by`: the API client, `settling`, or for callbacks `dispatcher`; None if it cannot be read.
@@ -113,9 +113,16 @@ def _of_event(event: LogEntry) -> Entry:
         fact = fact_of(event)
     except UndecodableEvent as error:
         text = f"cannot be read: {error}"
-        return Entry(event.recorded_at, event.topic, None, text, event.position)
+        return Entry(
+            at=event.recorded_at, kind=event.topic, by=None, text=text, position=event.position
+        )
     return Entry(
-        fact.occurred_at, fact.TOPIC, fact.client, _words(fact), event.position, fact.request_id
+        at=fact.occurred_at,
+        kind=fact.TOPIC,
+        by=fact.client,
+        text=_words(fact),
+        position=event.position,
+        request_id=fact.request_id,
     )
 
 
@@ -190,7 +197,10 @@ def _amount(fact: Fact) -> str:
 def _of_delivery(delivery: Delivery, made: list[Attempt]) -> Iterator[Entry]:
     status = f"callback {delivery.event_id} ({delivery.status})"
     yield Entry(
-        delivery.enqueued_at, "callback", DISPATCHER, f"{status}: to be sent to Order Service"
+        at=delivery.enqueued_at,
+        kind="callback",
+        by=DISPATCHER,
+        text=f"{status}: to be sent to Order Service",
     )
     for number, attempt in enumerate(made, 1):
         answer = text_of(attempt.answer)
@@ -202,14 +212,17 @@ def _of_delivery(delivery: Delivery, made: list[Attempt]) -> Iterator[Entry]:
             None if not answer else f"answer: {answer[:200]}",
         ]
         text = ", ".join(part for part in parts if part)
-        yield Entry(attempt.started_at, "attempt", DISPATCHER, text)
+        yield Entry(at=attempt.started_at, kind="attempt", by=DISPATCHER, text=text)
     if delivery.state == "due":
         now = delivery.next_at or delivery.enqueued_at
         text = f"{status}: not delivered yet, tried next at {time_text(now)}"
-        yield Entry(datetime.now(UTC), "due", DISPATCHER, text)
+        yield Entry(at=datetime.now(UTC), kind="due", by=DISPATCHER, text=text)
     elif delivery.state != "delivered" and delivery.finished_at is not None:
         yield Entry(
-            delivery.finished_at, delivery.state, DISPATCHER, f"{status}: {_ENDS[delivery.state]}"
+            at=delivery.finished_at,
+            kind=delivery.state,
+            by=DISPATCHER,
+            text=f"{status}: {_ENDS[delivery.state]}",
         )
 
 

@@ -79,7 +79,7 @@ SELECT 'silent', count(*),
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
-class Unfulfilled(msgspec.Struct, frozen=True):
+class Unfulfilled(msgspec.Struct, frozen=True, kw_only=True):
     """A captured payment whose order may not have been fulfilled.
 
     `state`: suspect (nobody asked yet, or the order's status is not known), unfulfilled (the order
@@ -104,7 +104,7 @@ class Unfulfilled(msgspec.Struct, frozen=True):
     given_back_at: Time | None
 
 
-class FulfilmentView(msgspec.Struct, frozen=True):
+class FulfilmentView(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of whether a captured payment's order was fulfilled: see Unfulfilled."""
 
     state: State
@@ -175,15 +175,15 @@ async def fulfilment_of(database: Database, payment_id: UUID) -> FulfilmentView 
     """None: its order is known to be fulfilled by it, it was refunded, or there was nothing to
     know."""
     for row in await database.fetch(OF_PAYMENT, {"payment_id": payment_id}):
-        found = Unfulfilled(*row)
+        found = _unfulfilled(row)
         return FulfilmentView(
-            found.state,
-            found.said,
-            found.order_status,
-            found.problem,
-            found.found_at,
-            found.checked_at,
-            found.given_back_at,
+            state=found.state,
+            said=found.said,
+            order_status=found.order_status,
+            problem=found.problem,
+            found_at=found.found_at,
+            checked_at=found.checked_at,
+            given_back_at=found.given_back_at,
         )
     return None
 
@@ -213,4 +213,9 @@ async def _page(
         "limit": limit,
     }
     rows = await database.fetch(PAGE, params, prepare=False)
-    return [Unfulfilled(*row) for row in rows]
+    return [_unfulfilled(row) for row in rows]
+
+
+def _unfulfilled(row: Sequence[Any]) -> Unfulfilled:
+    """The columns are selected in the order of the fields."""
+    return Unfulfilled(**dict(zip(Unfulfilled.__struct_fields__, row, strict=True)))

@@ -37,25 +37,39 @@ class Broken(NamedTuple):
 
 
 TRIGGERS = (
-    Trigger("payment_events", "payment_events_append_only", "refuse_change_of_payment_events"),
-    Trigger("log_seals", "log_seals_append_only", "refuse_change_of_log_seals"),
-    Trigger("log_losses", "log_losses_append_only", "refuse_change_of_log_losses"),
-    Trigger("log_identity", "log_identity_append_only", "refuse_change_of_log_losses"),
+    Trigger(
+        table="payment_events",
+        name="payment_events_append_only",
+        function="refuse_change_of_payment_events",
+    ),
+    Trigger(table="log_seals", name="log_seals_append_only", function="refuse_change_of_log_seals"),
+    Trigger(
+        table="log_losses", name="log_losses_append_only", function="refuse_change_of_log_losses"
+    ),
+    Trigger(
+        table="log_identity",
+        name="log_identity_append_only",
+        function="refuse_change_of_log_losses",
+    ),
 )
 CONSTRAINTS = (
     Constraint(
-        "payment_events",
-        "payment_events_stream",
-        frozenset({"originator_id", "originator_version"}),
+        table="payment_events",
+        name="payment_events_stream",
+        columns=frozenset({"originator_id", "originator_version"}),
     ),
-    Constraint("payment_events", "payment_events_position", frozenset({"notification_id"})),
+    Constraint(
+        table="payment_events",
+        name="payment_events_position",
+        columns=frozenset({"notification_id"}),
+    ),
     # Whether it was checked for the rows that stood there before does not matter: see 0007.
     Constraint(
-        "payment_events",
-        "payment_events_sane",
-        frozenset({"notification_id", "originator_version", "recorded_at"}),
+        table="payment_events",
+        name="payment_events_sane",
+        columns=frozenset({"notification_id", "originator_version", "recorded_at"}),
     ),
-    Constraint("log_seals", "log_seals_pkey", frozenset({"position"})),
+    Constraint(table="log_seals", name="log_seals_pkey", columns=frozenset({"position"})),
 )
 NEVER_NULL = (
     *("notification_id", "originator_id", "originator_version", "topic", "state", "recorded_at"),

@@ -17,7 +17,7 @@ SELECT "position", version, type, recorded_at, data::text
 """
 
 
-class PaymentEvent(msgspec.Struct, frozen=True):
+class PaymentEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One event; `position` is its place in the whole log, `version` that in its payment.
 
     `data` is the event as it is stored: an object, unless it was damaged; null if it is not JSON.
@@ -55,7 +55,9 @@ async def get_history(database: Database, payment_id: UUID, client: str | None) 
 def _event(
     position: int, version: int, type: str, recorded_at: datetime, data: str | None
 ) -> PaymentEvent:
-    return PaymentEvent(position, version, type, recorded_at, _raw(data))
+    return PaymentEvent(
+        position=position, version=version, type=type, recorded_at=recorded_at, data=_raw(data)
+    )
 
 
 def _stored(

@@ -94,14 +94,14 @@ def _movement(found: Sealed, asked: Asked) -> Movement | Unreadable | None:
     if isinstance(fact, LateCaptureReturned):
         client = fact.client
     return Movement(
-        event.recorded_at,
-        fact.merchant_order_id,
-        fact.payment_id,
-        kind,
-        fact.amount_cents,
-        fact.currency,
-        provider_id,
-        refund_id,
-        client,
-        request.idempotency_key if request is not None else None,
+        recorded_at=event.recorded_at,
+        order_id=fact.merchant_order_id,
+        payment_id=fact.payment_id,
+        kind=kind,
+        amount_cents=fact.amount_cents,
+        currency=fact.currency,
+        provider_id=provider_id,
+        refund_id=refund_id,
+        client=client,
+        key=request.idempotency_key if request is not None else None,
     )

@@ -1,6 +1,6 @@
 """Reading payments: one as it is now, a list of them as the projector last wrote it."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 from uuid import UUID
@@ -106,7 +106,7 @@ SELECT id, status, amount_cents, currency FROM payments p
 """
 
 
-class PaymentView(msgspec.Struct, frozen=True):
+class PaymentView(msgspec.Struct, frozen=True, kw_only=True):
     """A payment as it is read: the documented columns, and how much was given back."""
 
     id: UUID
@@ -121,7 +121,7 @@ class PaymentView(msgspec.Struct, frozen=True):
     refunded_cents: int
 
 
-class PaymentFilter(msgspec.Struct, frozen=True):
+class PaymentFilter(msgspec.Struct, frozen=True, kw_only=True):
     """Which payments are listed; `created_from` is included, `created_until` is not."""
 
     merchant_order_id: UUID | None = None
@@ -160,16 +160,16 @@ async def get_payment(
 
 def view_of(payment: Payment) -> PaymentView:
     return PaymentView(
-        payment.id,
-        payment.merchant_order_id,
-        payment.idempotency_key,
-        payment.amount_cents,
-        payment.currency,
-        payment.status,
-        payment.provider_txn_id,
-        payment.created_at,
-        payment.updated_at,
-        payment.refunded_cents,
+        id=payment.id,
+        merchant_order_id=payment.merchant_order_id,
+        idempotency_key=payment.idempotency_key,
+        amount_cents=payment.amount_cents,
+        currency=payment.currency,
+        status=payment.status,
+        provider_txn_id=payment.provider_txn_id,
+        created_at=payment.created_at,
+        updated_at=payment.updated_at,
+        refunded_cents=payment.refunded_cents,
     )
 
 
@@ -200,7 +200,7 @@ async def list_payments(
     }
     query = PAGE if client is None else PAGE_OF_CLIENT
     rows = await database.fetch(query, params, prepare=False)
-    payments = [PaymentView(*row[1:]) for row in rows if row[1] is not None]
+    payments = [_view(row[1:]) for row in rows if row[1] is not None]
     more = len(payments) > limit
     last = payments[limit - 1] if more else None
     return PaymentPage(
@@ -208,6 +208,11 @@ async def list_payments(
         write_cursor(Place(last.created_at, last.id)) if last else None,
         rows[0][0],
     )
+
+
+def _view(row: Sequence[Any]) -> PaymentView:
+    """The columns are selected in the order of the fields."""
+    return PaymentView(**dict(zip(PaymentView.__struct_fields__, row, strict=True)))
 
 
 async def payments_of_order(

@@ -55,7 +55,13 @@ async def server_state(database: Database) -> Server:
     ended = time.time()
     ((synchronous, asynchronous, now, log_ahead_s, read_only),) = rows
     skew_s = now - began if now < began else max(0.0, now - ended)
-    return Server(synchronous, asynchronous, skew_s, log_ahead_s, read_only)
+    return Server(
+        synchronous=synchronous,
+        asynchronous=asynchronous,
+        skew_s=skew_s,
+        log_ahead_s=log_ahead_s,
+        read_only=read_only,
+    )
 
 
 # What no session can set for itself.
@@ -120,7 +126,12 @@ class Horizon(NamedTuple):
 async def horizon(database: Database) -> Horizon:
     """Raises DatabaseUnavailable."""
     ((next_transaction, held_by, transactions, held_s),) = await database.fetch(HORIZON)
-    return Horizon(next_transaction, held_by, transactions, max(0.0, held_s))
+    return Horizon(
+        next_transaction=next_transaction,
+        held_by=held_by,
+        transactions=transactions,
+        held_s=max(0.0, held_s),
+    )
 
 
 class HorizonAge:

@@ -262,7 +262,7 @@ class Ends(NamedTuple):
 def ends_of(source: Source) -> Ends:
     """All as of one moment."""
     ((log, seals, sealed),) = source.fetch(READ_ENDS)
-    return Ends(log or 0, seals or 0, sealed)
+    return Ends(log=log or 0, seals=seals or 0, sealed=sealed)
 
 
 def places_of(reader: Reader, ends: Ends) -> Iterator[Place]:

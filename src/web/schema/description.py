@@ -7,7 +7,7 @@ import msgspec
 from payments.errors import PaymentsError
 
 
-class Parameter(msgspec.Struct, frozen=True):
+class Parameter(msgspec.Struct, frozen=True, kw_only=True):
     """A header, a part of the path or of the query; `schema` is its JSON Schema.
 
     `examples` are requests that work, by name: the same name in several places is one request.
@@ -21,7 +21,7 @@ class Parameter(msgspec.Struct, frozen=True):
     examples: dict[str, Any] = {}
 
 
-class Answer(msgspec.Struct, frozen=True):
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """An answer other than a problem; `headers` are names in openapi._HEADERS.
 
     `body` is the Struct that is encoded, None for text. `links` says what can be asked next.
@@ -35,7 +35,7 @@ class Answer(msgspec.Struct, frozen=True):
     links: dict[str, Any] = {}
 
 
-class Operation(msgspec.Struct, frozen=True):
+class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """One method of one path. `body` is the Struct that its JSON is read into.
 
     `problems` leaves out those that every endpoint has; with Unauthorized among them the endpoint

@@ -73,17 +73,18 @@ _NEVER_BUSY = ("/health", "/health/live")
 
 _REQUEST_HEADERS = (
     Parameter(
-        "X-Request-ID",
-        "header",
-        "Names the request in logs, events and the answer: 1 to 128 letters, digits or any of "
-        "`._:/+=@-`. Anything else is replaced by a new id.",
-        {"type": "string"},
+        name="X-Request-ID",
+        place="header",
+        description="Names the request in logs, events and the answer: 1 to 128 letters, digits "
+        "or any of `._:/+=@-`. Anything else is replaced by a new id.",
+        schema={"type": "string"},
     ),
     Parameter(
-        "traceparent",
-        "header",
-        "The W3C trace context of the request; events and callbacks carry it on. Ignored if bad.",
-        {"type": "string"},
+        name="traceparent",
+        place="header",
+        description="The W3C trace context of the request; events and callbacks carry it on. "
+        "Ignored if bad.",
+        schema={"type": "string"},
     ),
 )
 
@@ -261,7 +262,13 @@ def _problem(
     detail = "What is wrong with this very request, and what to do about it."
     content = {"schema": _reference(Problem)} | _examples(
         {
-            code: Problem(f"urn:payments:problem:{code}", title, status, detail, code)
+            code: Problem(
+                type=f"urn:payments:problem:{code}",
+                title=title,
+                status=status,
+                detail=detail,
+                code=code,
+            )
             for code, title in titles.items()
         }
     )
