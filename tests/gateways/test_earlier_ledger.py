@@ -51,7 +51,7 @@ def before(step_name, action):
     return run
 pathlib.Path.rename = before("rename", pathlib.Path.rename)
 earlier_ledger.Decision = before("decision", earlier_ledger.Decision)
-earlier_ledger.Ledger = before("open", earlier_ledger.Ledger)
+earlier_ledger.LedgerFile = before("open", earlier_ledger.LedgerFile)
 gateway = SimulatedGateway(path, earlier=earlier if earlier != path else None)
 print(gateway.ledger[1])
 sys.stdin.readline()
@@ -166,6 +166,15 @@ async def test_a_damaged_line_stops_the_start_and_nothing_is_moved_for_good(
     left.write_text(LINES)
     open_gateway()
     assert ledger_rows(path) == ROWS
+
+
+async def test_a_file_that_is_in_the_way_is_not_replaced(tmp_path: Path) -> None:
+    path, other = tmp_path / "ledger", tmp_path / "ledger.earlier"
+    path.write_text(LINES)
+    other.write_text(LINES[:100])
+    with pytest.raises(StartError, match="in the way"):
+        SimulatedGateway(path)
+    assert (path.read_text(), other.read_text()) == (LINES, LINES[:100])
 
 
 async def test_what_is_no_ledger_is_not_moved(tmp_path: Path) -> None:

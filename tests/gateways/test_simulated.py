@@ -21,7 +21,7 @@ from payments.gateways import (
     OutcomeUnknown,
     ProviderCharge,
     ProviderRefund,
-    simulated_ledger,
+    ledger_file,
 )
 from payments.gateways.simulated import Fault, SimulatedGateway, parse_faults
 from payments.payment.state import Approved, Declined
@@ -138,7 +138,7 @@ async def open_gateway() -> AsyncIterator[Open]:
 
 @pytest.fixture
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulated_ledger, "RECENT_MAX", 3)
+    monkeypatch.setattr(ledger_file, "RECENT_MAX", 3)
 
 
 async def forget(gateway: Gateway) -> None:
@@ -246,7 +246,7 @@ asyncio.run(main())
         await other.close()
 
     async def test_memory_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(simulated_ledger, "RECENT_MAX", 3)
+        monkeypatch.setattr(ledger_file, "RECENT_MAX", 3)
         gateway = SimulatedGateway(None)
         ids = [uuid.uuid4() for _ in range(5)]
         for payment_id in ids:

@@ -15,7 +15,7 @@ from uuid import UUID
 import pytest
 
 from payments.errors import StartError
-from payments.gateways import OutcomeUnknown, ProviderCharge, ProviderRefund, simulated_ledger
+from payments.gateways import OutcomeUnknown, ProviderCharge, ProviderRefund, ledger_file
 from payments.gateways.building import build_gateway
 from payments.gateways.simulated import SimulatedGateway
 from payments.payment.state import Approved
@@ -107,10 +107,13 @@ def test_two_processes_that_are_killed_again_and_again_decide_once(
             assert customer.stdout is not None
             read = [customer.stdout.readline() for _ in range(chance.randrange(20, 60))]
             customer.send_signal(signal.SIGKILL)
-            rest = customer.communicate(timeout=30)[0].splitlines(keepends=True)
-            for line in read + [line for line in rest if line.endswith("\n")]:
+            for line in [*read, *customer.stdout]:
+                if not line.endswith("\n"):  # it was killed in the middle
+                    continue
                 payment_id, amount_cents = line.split()
                 told.setdefault(payment_id, set()).add(amount_cents)
+            customer.wait(timeout=30)
+            customer.stdout.close()
     stored = {str(row.id): row for row in ledger_rows(ledger)}
     assert len(told) > 80
     assert {len(amounts) for amounts in told.values()} == {1}, "an id was captured twice"
@@ -280,6 +283,6 @@ def test_the_database_of_another_program_is_left_alone(ledger: Path) -> None:
 def test_a_file_system_that_shares_no_memory_stops_the_start(
     ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(simulated_ledger, "_journal_mode", lambda _: "delete")
+    monkeypatch.setattr(ledger_file, "_journal_mode", lambda _: "delete")
     with pytest.raises(StartError, match="share no memory"):
         SimulatedGateway(ledger)

@@ -6,8 +6,8 @@ from typing import Literal
 
 from payments.errors import StartError, told
 from payments.gateways import Gateway
+from payments.gateways.ledger_file import LOCK_WAIT_S
 from payments.gateways.simulated import SimulatedGateway
-from payments.gateways.simulated_ledger import LOCK_WAIT_S
 from payments.opening import data_dir
 from payments.settings import Settings
 

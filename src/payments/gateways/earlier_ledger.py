@@ -7,7 +7,6 @@ A file is moved only by the process that holds its lock, and whoever gets the lo
 is still in its place. What was read in twice is the same: a kill at any point harms nothing.
 """
 
-import errno
 import fcntl
 import itertools
 import os
@@ -22,10 +21,10 @@ from uuid import UUID
 import msgspec
 
 from payments.errors import StartError
-from payments.gateways.simulated_ledger import (
+from payments.gateways.ledger_file import (
     START_WAIT_S,
     Decision,
-    Ledger,
+    LedgerFile,
     NotALedger,
     Refund,
     RefundRule,
@@ -43,7 +42,7 @@ class _Line(Decision, frozen=True, array_like=True, kw_only=True):
 
 def open_ledger(
     path: Path, refund_rule: RefundRule, lock_wait_s: float, earlier: Path | None = None
-) -> tuple[Ledger, BinaryIO | None]:
+) -> tuple[LedgerFile, BinaryIO | None]:
     """The ledger, with what the file `earlier` holds, if there is one, and otherwise with what an
     earlier version wrote at `path` itself. Raises StartError.
 
@@ -54,7 +53,7 @@ def open_ledger(
     file = None
     try:
         file = _locked(earlier)
-        ledger = Ledger(path, refund_rule, lock_wait_s, _decisions(file) if file else ())
+        ledger = LedgerFile(path, refund_rule, lock_wait_s, _decisions(file) if file else ())
         if file is not None:
             earlier.rename(_kept_as(earlier))
     except (OSError, StartError) as error:
@@ -62,7 +61,10 @@ def open_ledger(
             file.close()
         if isinstance(error, NotALedger) and _move_aside(path, earlier):
             return open_ledger(path, refund_rule, lock_wait_s, earlier)
-        raise
+        if isinstance(error, StartError):
+            raise
+        reason = f"{error.strerror}: {error.filename!r}"
+        raise StartError(f"SIMULATED_LEDGER: cannot read in: {reason}") from None
     return ledger, file
 
 
@@ -91,7 +93,7 @@ def _move_aside(path: Path, earlier: Path) -> bool:
         if not _BEGINNING.match(beginning):
             return not beginning or beginning.startswith(b"SQLite format 3\0")
         if earlier.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(earlier))
+            raise StartError(f"SIMULATED_LEDGER: move {str(earlier)!r} away, it is in the way")
         path.rename(earlier)
     return True
 

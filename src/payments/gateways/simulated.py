@@ -16,14 +16,15 @@ import msgspec
 from payments.errors import StartError
 from payments.gateways import NeverSent, OutcomeUnknown, ProviderCharge, ProviderRefund
 from payments.gateways.earlier_ledger import open_ledger
-from payments.gateways.simulated_ledger import (
+from payments.gateways.ledger_file import (
     CHARGE,
     LOCK_WAIT_S,
     REFUND,
     Decision,
-    Ledger,
+    LedgerFile,
     Question,
 )
+from payments.gateways.simulated_ledger import Ledger
 from payments.payment.state import Approved, Declined
 
 _FAULT = re.compile(
@@ -92,15 +93,12 @@ class SimulatedGateway:
         """`ledger` is the file, None for memory only; `earlier` one of an earlier version, which
         is read in. Raises StartError if it cannot be opened."""
         self._faults = parse_faults(faults)
+        self._read_in = None
         if ledger is None:
-            self._ledger, self._read_in = Ledger(None, _refund_outcome), None
+            file = LedgerFile(None, _refund_outcome, lock_wait_s)
         else:
-            try:
-                opened = open_ledger(ledger, _refund_outcome, lock_wait_s, earlier)
-            except OSError as error:
-                reason = f"{error.strerror}: {error.filename!r}"
-                raise StartError(f"SIMULATED_LEDGER: cannot read in: {reason}") from None
-            self._ledger, self._read_in = opened
+            file, self._read_in = open_ledger(ledger, _refund_outcome, lock_wait_s, earlier)
+        self._ledger = Ledger(file)
 
     async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined:
         fault = await self._suffer("charge", timeout_s)
@@ -139,8 +137,8 @@ class SimulatedGateway:
     @property
     def ledger(self) -> tuple[Path, UUID] | None:
         """The file, and the id that was made with it; None for memory only."""
-        path = self._ledger.path
-        return None if path is None else (path, self._ledger.id)
+        file = self._ledger.file
+        return None if file.path is None else (file.path, file.id)
 
     async def close(self) -> None:
         await self._ledger.close()
