@@ -197,6 +197,15 @@ async def test_no_name_of_a_file_stands_for_memory(
     assert len(ledger_rows(tmp_path / ":memory:")) == 1
 
 
+async def test_what_cannot_be_stored_harms_nothing_that_comes_after(
+    gateway: SimulatedGateway, ledger: Path
+) -> None:
+    with pytest.raises(OutcomeUnknown):
+        await gateway.refund(ProviderRefund(uuid.uuid4(), ID, "sim_x", 2**70, "INR"), 6)
+    assert isinstance(await gateway.charge(CHARGE, 6), Approved)
+    assert [row.id for row in ledger_rows(ledger)] == [ID]
+
+
 async def test_a_short_lock_is_waited_for(ledger: Path) -> None:
     async with AsyncExitStack() as stack:
         gateway = SimulatedGateway(ledger, lock_wait_s=30)
