@@ -16,7 +16,7 @@ SERVE = """
 import sys
 from benchmarks.process import ServerProcess
 from payments.database.connections import DatabaseAddress
-ServerProcess("floor_post", DatabaseAddress("", 0, "", None, ""), {}).start()
+ServerProcess("floor_post", DatabaseAddress(host="", port=0, user="", password=None, dbname=""), {}).start()
 print("started", flush=True)
 sys.stdin.read()
 """

@@ -122,18 +122,10 @@ def facts_of(row: LegacyRow, gateway: str) -> list[Fact]:
             "currency": currency,
         }
 
-    key = key_of_none(legacy_id) if row.idempotency_key is None else row.idempotency_key
-    # What the version before this one finds the same: nobody named, and no payment method.
-    request = ChargeRequest(
-        idempotency_key=key,
-        merchant_order_id=order_id,
-        amount_cents=amount_cents,
-        currency=currency,
-        client=DEFAULT_CLIENT,
-    )
+    request = _request(row, legacy_id, order_id)
     facts: list[Fact] = [
         PaymentInitiated(
-            idempotency_key=key,
+            idempotency_key=request.idempotency_key,
             fingerprint=fingerprint(request),
             gateway=gateway if row.status in _CAPTURED else NO_GATEWAY,
             legacy=Legacy(legacy_id, row.provider_txn_id, ended_at),
@@ -154,6 +146,18 @@ def facts_of(row: LegacyRow, gateway: str) -> list[Fact]:
         refund_id = imported_event_id(legacy_id, 3)
         facts += _refund(refund_id, amount_cents, metadata(3, ended_at), metadata(4, ended_at))
     return facts
+
+
+def _request(row: LegacyRow, legacy_id: UUID, order_id: UUID) -> ChargeRequest:
+    """What the version before this one finds the same: nobody named, and no payment method."""
+    key = key_of_none(legacy_id) if row.idempotency_key is None else row.idempotency_key
+    return ChargeRequest(
+        idempotency_key=key,
+        merchant_order_id=order_id,
+        amount_cents=int(row.amount_cents or ""),
+        currency=row.currency or "",
+        client=DEFAULT_CLIENT,
+    )
 
 
 def _refund(

@@ -228,7 +228,8 @@ from payments.gateways import ProviderCharge
 from payments.gateways.simulated import SimulatedGateway
 async def main():
     gateway = SimulatedGateway(pathlib.Path(sys.argv[1]))
-    await gateway.charge(ProviderCharge(uuid.UUID(sys.argv[2]), 1500, "INR"), 1)
+    await gateway.charge(ProviderCharge(
+        payment_id=uuid.UUID(sys.argv[2]), amount_cents=1500, currency="INR"), 1)
     os.kill(os.getpid(), signal.SIGKILL)
 asyncio.run(main())
 """
@@ -417,7 +418,8 @@ async def main():
     gateway = SimulatedGateway(pathlib.Path(sys.argv[1]))
     refund_id, payment_id = map(uuid.UUID, sys.argv[2:])
     await gateway.refund(
-        ProviderRefund(refund_id, payment_id, f"sim_{payment_id.hex}", 500, "INR"), 1
+        ProviderRefund(refund_id=refund_id, payment_id=payment_id,
+            provider_txn_id=f"sim_{payment_id.hex}", amount_cents=500, currency="INR"), 1
     )
     os.kill(os.getpid(), signal.SIGKILL)
 asyncio.run(main())
@@ -533,7 +535,8 @@ async def main():
     payment_id = uuid.UUID(sys.argv[2])
     for _ in range(200):
         await gateway.refund(
-            ProviderRefund(uuid.uuid4(), payment_id, f"sim_{payment_id.hex}", 10, "INR"), 1
+            ProviderRefund(refund_id=uuid.uuid4(), payment_id=payment_id,
+                provider_txn_id=f"sim_{payment_id.hex}", amount_cents=10, currency="INR"), 1
         )
 asyncio.run(main())
 """

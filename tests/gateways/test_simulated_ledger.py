@@ -45,11 +45,12 @@ async def main():
     gateway = SimulatedGateway(pathlib.Path(sys.argv[1]), lock_wait_s=60)
     ids, own = random.Random(int(sys.argv[2])), int(sys.argv[3])
     async def one(id):
-        charged = await gateway.charge(ProviderCharge(id, 1000 + own, "INR"), 1)
+        charged = await gateway.charge(ProviderCharge(payment_id=id, amount_cents=1000 + own, currency="INR"), 1)
         print(id, charged.amount_cents, flush=True)
         for _ in range(3):
             await gateway.refund(
-                ProviderRefund(uuid.uuid4(), id, f"sim_{id.hex}", 400, "INR"), 1)
+                ProviderRefund(refund_id=uuid.uuid4(), payment_id=id,
+                    provider_txn_id=f"sim_{id.hex}", amount_cents=400, currency="INR"), 1)
     while True:
         await asyncio.gather(*(one(uuid.UUID(int=ids.getrandbits(128))) for _ in range(5)))
 asyncio.run(main())
@@ -201,7 +202,16 @@ async def test_what_cannot_be_stored_harms_nothing_that_comes_after(
     gateway: SimulatedGateway, ledger: Path
 ) -> None:
     with pytest.raises(OutcomeUnknown):
-        await gateway.refund(ProviderRefund(uuid.uuid4(), ID, "sim_x", 2**70, "INR"), 6)
+        await gateway.refund(
+            ProviderRefund(
+                refund_id=uuid.uuid4(),
+                payment_id=ID,
+                provider_txn_id="sim_x",
+                amount_cents=2**70,
+                currency="INR",
+            ),
+            6,
+        )
     assert isinstance(await gateway.charge(CHARGE, 6), Approved)
     assert [row.id for row in ledger_rows(ledger)] == [ID]
 
@@ -253,7 +263,7 @@ async def main():
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
     while True:
-        charge = ProviderCharge(uuid.uuid4(), 1500, "INR")
+        charge = ProviderCharge(payment_id=uuid.uuid4(), amount_cents=1500, currency="INR")
         try:
             await gateway.charge(charge, 1)
         except OutcomeUnknown as error:

@@ -8,7 +8,8 @@ building.py          the provider that the settings name, built
 http.py              HTTP for gateways: one bounded exchange, and whether it may have been sent
 counted.py           a gateway whose every call is counted and timed
 simulated.py         the simulated provider, the default
-simulated_ledger.py  what that one has decided, for all processes and over every crash
+ledger_file.py       what that one has decided, for all processes and over every crash
+simulated_ledger.py  that file behind one thread
 earlier_ledger.py    reads in the ledgers of earlier versions, once
 ledger_identity.py   whether a ledger is the one of this database's payments
 """

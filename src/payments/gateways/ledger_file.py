@@ -58,7 +58,7 @@ class NotALedger(StartError):
     """The file is no SQLite database."""
 
 
-class Decision(msgspec.Struct, frozen=True, array_like=True):
+class Decision(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """By payment id, or by refund id; `outcome` is `approved` or the code of a decline."""
 
     id: UUID
@@ -67,7 +67,7 @@ class Decision(msgspec.Struct, frozen=True, array_like=True):
     outcome: str
 
 
-class Refund(Decision, frozen=True, array_like=True):
+class Refund(Decision, frozen=True, array_like=True, kw_only=True):
     payment_id: UUID
 
 
@@ -163,11 +163,11 @@ class LedgerFile:
         charge = self._find(CHARGE, refund.payment_id)
         given_back = self._row(REFUNDED, refund.payment_id) or (0,)
         decision = Refund(
-            refund.refund_id,
-            refund.amount_cents,
-            refund.currency,
-            self._refund_rule(refund, charge, *given_back),
-            refund.payment_id,
+            id=refund.refund_id,
+            amount_cents=refund.amount_cents,
+            currency=refund.currency,
+            outcome=self._refund_rule(refund, charge, *given_back),
+            payment_id=refund.payment_id,
         )
         self._add_refund(decision)
         return decision
@@ -188,7 +188,10 @@ class LedgerFile:
 
     def _find(self, query: str, id: UUID) -> Decision | None:
         row = self._row(query, id)
-        return Decision(id, *row) if row else None
+        if row is None:
+            return None
+        amount_cents, currency, outcome = row
+        return Decision(id=id, amount_cents=amount_cents, currency=currency, outcome=outcome)
 
     def _row(self, query: str, id: UUID) -> Any:
         return self._connection.execute(query, [str(id)]).fetchone()

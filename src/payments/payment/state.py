@@ -149,7 +149,7 @@ class Payment(msgspec.Struct, frozen=True, kw_only=True):
         return sum(refund.amount_cents for refund in self.refunds if refund.status is status)
 
 
-class Approved(msgspec.Struct, frozen=True, kw_only=True):
+class Approved(msgspec.Struct, frozen=True):
     """The provider captured the money, or gave it back; everything is as the provider states it.
 
     `id` is ours, which the provider was given: the payment's, or the refund's. `provider_txn_id`
