@@ -212,6 +212,8 @@ def working(**settings: object) -> Iterator[subprocess.Popen[str]]:
         for line in process.stderr:
             if '"working"' in line:
                 break
+        else:
+            raise AssertionError("it ended before it worked")
         yield process
     finally:
         process.terminate()

@@ -241,7 +241,7 @@ def test_parked_streams_are_listed_and_retried(
     )
     append(connection, history.charged().facts)
     append(connection, sound.charged().facts)
-    with working(**at(address)):
+    with working(SIMULATED_LEDGER="", **at(address)):
         eventually(lambda: connection.execute("SELECT FROM parked_streams").fetchall())
     (row,) = json.loads(invoke("parked", "list", "--format", "json", **at(address)).stdout)
     assert (row["follower"], row["payment_id"]) == ("payments", str(history.id))

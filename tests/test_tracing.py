@@ -350,7 +350,7 @@ class TestSettingUp:
     def test_without_the_extra_it_is_a_warning(self) -> None:
         program = (
             "import sys; sys.modules['opentelemetry'] = None\n"
-            "from payments import tracing\n"
+            "from payments.observability import tracing\n"
             f"with tracing.traces({{{ENDPOINT!r}: 'http://127.0.0.1:1'}}):\n"
             "    with tracing.span('work') as opened: assert opened is None\n"
             "import web.serving.server, payments.cli\n"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from eventsourcing.persistence import StoredEvent
@@ -12,11 +12,13 @@ from eventsourcing.persistence import StoredEvent
 from payments.database.connections import Database
 from payments.errors import PaymentUnreadable
 from payments.events import facts
-from payments.events.appender import Appender
 from payments.events.facts import Fact, UndecodableEvent
 from payments.events.store import LOAD_STREAM, belongs_to, fact_at, to_fact, to_stored_event
 from payments.observability.tracing import span
 from payments.payment.state import Payment, Status, UnexpectedEvent, evolve, fold
+
+if TYPE_CHECKING:  # who only reads needs no metrics
+    from payments.events.appender import Appender
 
 
 class EventStore:
@@ -25,7 +27,7 @@ class EventStore:
     `database` is where the tables beside the log are.
     """
 
-    def __init__(self, database: Database, appender: Appender) -> None:
+    def __init__(self, database: Database, appender: "Appender") -> None:
         self.database = database
         self._appender = appender
 

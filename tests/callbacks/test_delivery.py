@@ -136,7 +136,7 @@ async def test_each_outcome_arrives_in_order_whatever_goes_wrong(
     )
     dispatchers = [dispatcher_to(orders.url, database) for _ in range(2)]
     there = {"ORDER_CALLBACK_URL": orders.url, "CALLBACK_TIMEOUT_S": 2 * TIMEOUT_S}
-    with working(**at(address), **there):
+    with working(SIMULATED_LEDGER="", **at(address), **there):
         async with calling_back(database, *dispatchers):
             for number, histories in enumerate(slots):
                 if histories:

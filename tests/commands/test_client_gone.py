@@ -90,7 +90,7 @@ async def test_one_that_comes_while_it_is_looked_whether_the_key_is_known(
         await asyncio.sleep(0.05)
         return await load_charge(*arguments)
 
-    monkeypatch.setattr("payments.commands.charge.load_charge", slow)
+    monkeypatch.setattr("payments.event_store.load_charge", slow)
     charged = await service.charging.charge(charge_of("k"), stale())
     assert charged.payment.status is Status.SUCCESS
     assert (await joined[0]).payment.status is Status.SUCCESS

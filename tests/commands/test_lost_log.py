@@ -6,7 +6,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.commands import charge
+from payments import event_store
 from payments.commands.runs import cause
 from payments.errors import LogRewound
 from payments.event_store import load_charge, load_payment
@@ -135,7 +135,7 @@ class TestCharge:
             lose_after(connection, 0)
             return await load_charge(*arguments)
 
-        monkeypatch.setattr(charge, "load_charge", load)
+        monkeypatch.setattr(event_store, "load_charge", load)
         answered = await service.charging.charge(charge_of("k"))
         assert answered.payment.status is Status.SUCCESS
         assert gateway_of(service).questions == [PAYMENT]  # the run that was lost may have charged

@@ -153,7 +153,7 @@ def test_of_two_processes_one_takes_over_what_the_other_had_begun(
 ) -> None:
     settings = calling(address, orders)
     service, machine = ServiceProcess(tmp_path, **settings).start(), Machine()
-    with working(**settings):
+    with working(PAYMENTS_DATA_DIR=tmp_path, **settings):
         # Each takes as many as it may have under way.
         orders.script(Fault("slow", count=2 * CONCURRENCY_MAX, seconds=3))
         ids = [uuid.uuid4() for _ in range(3 * CONCURRENCY_MAX)]

@@ -23,7 +23,7 @@ from tests.doubles.order_service import Options, OrderServiceProcess
 from tests.edge.raw import Connection, code_of
 from tests.edge.requests import charge
 from tests.process import ServiceProcess, at
-from tests.support import eventually
+from tests.support import eventually, ledger_rows
 
 DEADLINE_S = 3.0
 PER_S, STOPPED_S, TIMES = 12.0, 10.0, 10
@@ -50,13 +50,13 @@ def key(name: str) -> bytes:
 
 
 def captures(ledger: Path) -> set[str]:
-    return {str(msgspec.json.decode(line)[0]) for line in ledger.read_bytes().splitlines()}
+    return {str(row.id) for row in ledger_rows(ledger)}
 
 
 def test_who_gave_up_while_it_was_stopped_is_not_charged(
     address: DatabaseAddress, connection: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
-    ledger = tmp_path / "ledger.jsonl"
+    ledger = tmp_path / "ledger.sqlite"
     settings = {"SIMULATED_LEDGER": ledger, "CHARGE_DEADLINE_S": DEADLINE_S}
     settings |= {"GATEWAY_TIMEOUT_S": DEADLINE_S - 0.5}
     gave_up = [f"gave up {number}" for number in range(8)]
@@ -128,7 +128,7 @@ def test_sales_go_on_while_it_is_stopped_ten_times(
         pytest.skip("it takes minutes: --long")
     sold_at: dict[str, float] = {}
     stops: list[tuple[float, float]] = []
-    ledger = tmp_path / "ledger.jsonl"
+    ledger = tmp_path / "ledger.sqlite"
     with OrderServiceProcess(Options(seating=Seating(unanswered="FAILED"))) as orders:
 
         def sell(seconds: float) -> None:

@@ -61,7 +61,7 @@ def imported(empty_clones: Clones) -> Iterator[Imported]:
 @pytest.fixture
 async def service(imported: Imported, tmp_path: Path) -> AsyncIterator[Service]:
     """Its provider knows of nothing."""
-    settings = Settings(simulated_ledger=str(tmp_path / "ledger.jsonl"))
+    settings = Settings(simulated_ledger="")
     running = Service(settings, imported.address)
     await running.start()
     yield running
@@ -185,7 +185,7 @@ async def test_a_capture_of_this_services_provider_can_be_given_back(
     captured_here: Imported, tmp_path: Path
 ) -> None:
     """It is asked, and declines: it knows of no such capture. Without the id it is not asked."""
-    settings = Settings(simulated_ledger=str(tmp_path / "ledger.jsonl"))
+    settings = Settings(simulated_ledger="")
     service = Service(settings, captured_here.address)
     await service.start()
     try:

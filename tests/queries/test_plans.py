@@ -343,7 +343,7 @@ def test_suspects_are_found_by_their_index(on_big: psycopg.Connection[Any], due:
         )
         on_big.execute("ANALYZE fulfilments")
         claim = {"most": 16, "lease_s": 15.0, "again_s": 3600.0}
-        sweep = {"after": ORDER, "most": 100}
+        sweep = {"after": ORDER, "most": 100, "behind_s": 60.0}
         of_order = {"order_id": ORDER, "payment_id": ORDER, "most": 1000}
         for query, params, indexes, most in (
             (fulfilments.CLAIM, claim, {"fulfilments_next"}, 200),

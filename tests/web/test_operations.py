@@ -119,7 +119,7 @@ async def test_metrics_are_rendered_once_in_a_while_for_all_who_ask_and_beside_t
         return rendered
 
     for name in ("exposition", "openmetrics"):
-        recent: Recent[bytes] = getattr(service, name)
+        recent: Recent[bytes] = getattr(service.health, name)
         render = rendering(getattr(service.telemetry, name))
         monkeypatch.setattr(recent, "_work", partial(service.health._rendered, render))
     for accept in ("text/plain", "application/openmetrics-text"):
