@@ -21,7 +21,7 @@ from benchmarks.process import ServerProcess
 from payments.database.connections import Database
 from payments.events.store import APPEND, append_params, to_stored_event
 from payments.observability.metrics import Telemetry
-from payments.payment.decisions import Cause, ChargeRequest, initiate, record_outcome
+from payments.payment.decisions import Cause, ChargeRequest, charge_outcome, initiate
 from payments.payment.state import Approved, evolve
 from payments.projections.callbacks import begin_at_the_end
 from payments.service import build_dispatcher, build_followers
@@ -123,7 +123,7 @@ def _charge() -> list[StoredEvent]:
     outcome = Approved(
         id=payment.id, amount_cents=1500, currency="INR", provider_txn_id=f"sim_{payment.id.hex}"
     )
-    charged = record_outcome(payment, outcome, cause)
+    charged = charge_outcome(payment, outcome, cause)
     assert charged is not None
     return [to_stored_event(begun), to_stored_event(charged)]
 

@@ -16,10 +16,10 @@ from payments.payment.decisions import (
     Cause,
     ChargeRequest,
     RefundRequest,
+    charge_outcome,
     initiate,
     initiate_refund,
-    record_outcome,
-    record_refund,
+    refund_outcome,
 )
 from payments.payment.state import Approved, Declined, Payment, evolve
 from payments.projections.follower import Follower
@@ -91,7 +91,7 @@ def _history(number: int) -> list[Fact]:
             currency="INR",
             provider_txn_id=f"sim_{payment.id.hex}",
         )
-    fact = record_outcome(payment, outcome, cause)
+    fact = charge_outcome(payment, outcome, cause)
     assert fact is not None
     events.append(fact)
     if number % 100 >= 98:
@@ -109,7 +109,7 @@ def _refund(payment: Payment, cause: Cause) -> list[Fact]:
     outcome = Approved(
         id=refund.id, amount_cents=500, currency="INR", provider_txn_id=f"simre_{refund.id.hex}"
     )
-    done = record_refund(payment, refund, outcome, cause)
+    done = refund_outcome(payment, refund, outcome, cause)
     assert done is not None
     return [begun, done]
 

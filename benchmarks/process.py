@@ -156,7 +156,7 @@ class _WithoutStore(Service):
     async def charge(self, command: ChargePayment) -> Charged:
         return Charged(captured(command))
 
-    def hurry(self, within_s: float) -> None:
+    def answer_all_within(self, within_s: float) -> None:
         pass
 
     def finish(self) -> None:

@@ -23,11 +23,11 @@ from payments.payment.decisions import (
     ChargeRequest,
     RefundRequest,
     abandon,
+    charge_outcome,
     initiate,
     initiate_refund,
-    record_outcome,
-    record_refund,
-    record_return,
+    refund_outcome,
+    return_outcome,
 )
 from payments.payment.state import Approved, Declined, Payment, Refund, evolve, fold
 from payments.projections.follower import Follower
@@ -145,10 +145,10 @@ class History:
         return self.facts[0].payment_id
 
     def charged(self) -> Self:
-        return self._add(record_outcome(self.payment, self._captured(), self._cause()))
+        return self._add(charge_outcome(self.payment, self._captured(), self._cause()))
 
     def declined(self, code: str = "insufficient_funds") -> Self:
-        return self._add(record_outcome(self.payment, Declined(code), self._cause()))
+        return self._add(charge_outcome(self.payment, Declined(code), self._cause()))
 
     def abandoned(self) -> Self:
         return self._add(abandon(self.payment, self._cause()))
@@ -175,12 +175,12 @@ class History:
         """The oldest refund under way goes through."""
         refund = self._under_way()
         back = self._returned(refund.id, refund.amount_cents)
-        return self._add(record_refund(self.payment, refund, back, self._cause()))
+        return self._add(refund_outcome(self.payment, refund, back, self._cause()))
 
     def refund_failed(self, code: str = "account_closed") -> Self:
         """The oldest refund under way is refused."""
         outcome = Declined(code)
-        return self._add(record_refund(self.payment, self._under_way(), outcome, self._cause()))
+        return self._add(refund_outcome(self.payment, self._under_way(), outcome, self._cause()))
 
     def refunded(self, key: str | None = None, amount_cents: int | None = None) -> Self:
         return self.refund_begun(key, amount_cents).refund_succeeded()
@@ -193,7 +193,7 @@ class History:
         found = self.payment.late_capture
         assert found is not None
         back = self._returned(found.refund_id, self.payment.amount_cents)
-        return self._add(record_return(self.payment, found, back, self._cause()))
+        return self._add(return_outcome(self.payment, found, back, self._cause()))
 
     def _captured(self) -> Approved:
         payment = self.payment

@@ -16,7 +16,8 @@ SERVE = """
 import sys
 from benchmarks.process import ServerProcess
 from payments.database.connections import DatabaseAddress
-ServerProcess("floor_post", DatabaseAddress(host="", port=0, user="", password=None, dbname=""), {}).start()
+address = DatabaseAddress(host="", port=0, user="", password=None, dbname="")
+ServerProcess("floor_post", address, {}).start()
 print("started", flush=True)
 sys.stdin.read()
 """

@@ -36,6 +36,7 @@ from payments.payment.decisions import (
     OutcomeMismatch,
     RefundRequest,
     abandon,
+    charge_outcome,
     differing_fields,
     fingerprint,
     initiate,
@@ -43,10 +44,9 @@ from payments.payment.decisions import (
     is_of_unfulfilled,
     known_refund,
     payment_id_for,
-    record_outcome,
-    record_refund,
-    record_return,
     refund_id_for,
+    refund_outcome,
+    return_outcome,
     unfulfilled_refund_id,
 )
 from payments.payment.state import (
@@ -137,7 +137,7 @@ def charge(request: ChargeRequest, payment: Payment | None) -> Decision:
 
 def charge_answered(answer: Approved | Declined, payment: Payment | None) -> Decision:
     assert payment is not None
-    return record_outcome(payment, answer, next_cause(payment))
+    return charge_outcome(payment, answer, next_cause(payment))
 
 
 def give_up(payment: Payment | None) -> Decision:
@@ -184,13 +184,13 @@ def refund_answered(
         provider_txn_id="re-1",
     )
     outcome = msgspec.structs.replace(given, **answer) if isinstance(answer, dict) else answer
-    return record_refund(payment, asked, outcome, next_cause(payment))
+    return refund_outcome(payment, asked, outcome, next_cause(payment))
 
 
 def return_answered(answer: Approved | Declined, payment: Payment | None) -> Decision:
     assert payment is not None
     late = payment.late_capture or LATE_CAPTURE
-    return record_return(payment, late, answer, next_cause(payment))
+    return return_outcome(payment, late, answer, next_cause(payment))
 
 
 NEVER_BEGUN = msgspec.structs.replace(payment_in("500 under way").refunds[0], id=OTHER_ID)
@@ -687,12 +687,12 @@ class TestRecordOutcome:
     def test_another_spelling_of_the_currency_is_another_currency(self) -> None:
         answer = msgspec.structs.replace(CAPTURE, currency="inr")
         with pytest.raises(OutcomeMismatch):
-            record_outcome(payment_in("PENDING"), answer, next_cause(None))
+            charge_outcome(payment_in("PENDING"), answer, next_cause(None))
 
     @pytest.mark.parametrize("state", ["FAILED declined", "FAILED abandoned"])
     def test_another_word_for_a_decline_is_nothing_new(self, state: str) -> None:
         answer = Declined("another word for it")
-        assert record_outcome(payment_in(state), answer, next_cause(None)) is None
+        assert charge_outcome(payment_in(state), answer, next_cause(None)) is None
 
 
 def asks(amount_cents: int | None, key: str | None, client: str = "order") -> RefundRequest:
@@ -847,7 +847,7 @@ class TestGivingBackUnfulfilled:
         assert is_of_unfulfilled(payment_id, id)
         assert not is_of_unfulfilled(UUID(int=1), id)
         assert not is_of_unfulfilled(payment_id, refund_id_for(payment_id, ""))
-        late = record_outcome(payment_in("FAILED abandoned"), CAPTURE, next_cause(None))
+        late = charge_outcome(payment_in("FAILED abandoned"), CAPTURE, next_cause(None))
         assert isinstance(late, LateCaptureFound)
         assert not is_of_unfulfilled(late.payment_id, late.refund_id)
 
@@ -864,11 +864,11 @@ class TestRecordRefund:
         payment = payment_after([*STREAMS["500 under way"], began(4, R2, 300)])
         first, second = payment.refunds
         answer = Approved(id=second.id, amount_cents=300, currency="INR", provider_txn_id="re-1")
-        assert record_refund(payment, second, answer, next_cause(payment)) == given_back(
+        assert refund_outcome(payment, second, answer, next_cause(payment)) == given_back(
             5, R2, 300, 300
         )
         with pytest.raises(OutcomeMismatch):
-            record_refund(payment, first, answer, next_cause(payment))
+            refund_outcome(payment, first, answer, next_cause(payment))
 
     def test_the_last_part_makes_the_whole(self) -> None:
         """Whichever began first; the totals are those of the moment."""
@@ -882,7 +882,7 @@ class TestRecordRefund:
         as_it_was = payment_in("500 under way").refunds[0]
         payment = payment_in("500 back")
         answer = Approved(id=R1, amount_cents=500, currency="INR", provider_txn_id="re-1")
-        assert record_refund(payment, as_it_was, answer, next_cause(payment)) is None
+        assert refund_outcome(payment, as_it_was, answer, next_cause(payment)) is None
 
 
 # Any command with any amounts, about any of the refunds.

@@ -23,7 +23,7 @@ from payments.gateways.counted import CountedGateway
 from payments.observability import logs
 from payments.observability.logs import Repeats
 from payments.observability.metrics import Telemetry
-from payments.payment.decisions import record_outcome
+from payments.payment.decisions import charge_outcome
 from payments.payment.state import Approved
 from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection
@@ -103,7 +103,7 @@ async def test_a_loss_whose_repair_conflicts(
     cause = history._cause()
     with pytest.raises(LookupError):
         await recorder.record(
-            history.payment, [intent], lambda payment: record_outcome(payment, approved, cause)
+            history.payment, [intent], lambda payment: charge_outcome(payment, approved, cause)
         )
     message = "the log lacks events that it had acknowledged; they are appended again"
     assert [line["message"] for line in told] == [message]

@@ -16,7 +16,7 @@ from payments.commands.giving_back import GivingBack
 from payments.commands.refund import Refunding
 from payments.commands.runs import Runs
 from payments.commands.settle import Settler
-from payments.commands.settling_loop import Settling
+from payments.commands.settling_loop import SettlingLoop
 from payments.commands.unfulfilled import Unfulfilled
 from payments.database.connections import Database, DatabaseAddress
 from payments.errors import DatabaseUnavailable, StartError, told
@@ -99,7 +99,7 @@ class Service:
         )
         self.lookups = PaymentLookups(self.database)
         settler = Settler(*shared, giving_back, self.telemetry, settings)
-        self.settling = Settling(settler, self.database, settings)
+        self.settling = SettlingLoop(settler, self.database, settings)
         self._build_followers()
 
     def _build_followers(self) -> None:

@@ -7,7 +7,7 @@ from litestar.params import FromPath
 from payments.queries.callbacks import PaymentCallbacks, get_callbacks
 from web.auth import may_read
 from web.payments import ONE_PAYMENT_PROBLEMS, PAYMENT_ID, json_of
-from web.requests import Anyone, client_of, payment_in_path, service_of
+from web.requests import AnyRequest, client_of, payment_in_path, service_of
 from web.schema.description import Answer, Operation, described
 
 GET_CALLBACKS = Operation(
@@ -56,7 +56,7 @@ GET_CALLBACKS = Operation(
 @get(
     "/payments/{payment_id:str}/callbacks", media_type=MediaType.JSON, opt=described(GET_CALLBACKS)
 )
-async def callbacks(request: Anyone, payment_id: FromPath[str]) -> Response[bytes]:
+async def callbacks(request: AnyRequest, payment_id: FromPath[str]) -> Response[bytes]:
     """What Order Service was told of the payment, and how it went."""
     service, reach = service_of(request), may_read(client_of(request))
     wanted = payment_in_path(request, payment_id)

@@ -33,7 +33,7 @@ from web.problems import UnsupportedMediaType
 from web.requests import (
     KEY_SCHEMA,
     UUID_PATTERN,
-    Anyone,
+    AnyRequest,
     body_of,
     caller_of,
     check_sent_json,
@@ -184,7 +184,7 @@ CHARGE = Operation(
 
 
 @post("/charge", status_code=201, media_type=MediaType.JSON, opt=described(CHARGE))
-async def charge(request: Anyone) -> Response[bytes]:
+async def charge(request: AnyRequest) -> Response[bytes]:
     """Charge a payment, exactly once per Idempotency-Key."""
     headers = headers_of(request)
     client = client_of(request)
@@ -225,7 +225,7 @@ def _hold_until(body: ChargeBody) -> datetime | None:
         raise InvalidRequest("Mend the fields listed in errors.", (error,)) from None
 
 
-def _answer(request: Anyone, charged: Charged) -> Response[bytes]:
+def _answer(request: AnyRequest, charged: Charged) -> Response[bytes]:
     payment = charged.payment
     answer = ChargeAnswer(
         id=payment.id,

@@ -1,24 +1,22 @@
 """Endpoints for operators: health and metrics. Open to everyone, within bounds of their own."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
-from litestar import Request, Response, get
-from litestar.datastructures import State
+from litestar import Response, get
 from litestar.enums import MediaType
 
 from payments.errors import DatabaseUnavailable
 from payments.events.appender import INTENT_TIMEOUT_S
 from payments.service import Service
 from web.accept import preferred
+from web.requests import AnyRequest
 from web.schema.description import Answer, Operation, described
 from web.serving import answers
 
 HEALTH_AGE_S = 1.0  # those that are beyond its bound get what was found no longer ago, or nearly
 METRICS_AGE_S = 1.0  # one rendering of each format in so many seconds, for whoever asks
 STALLED_S = INTENT_TIMEOUT_S - 0.5  # just before waiting intents are given up
-
-Anyone = Request[Any, Any, State]
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,7 +130,7 @@ async def health_of(service: Service) -> answers.Answer:
 
 
 @get("/health", media_type=MediaType.JSON, opt=described(HEALTH))
-async def health(request: Anyone) -> Response[bytes]:
+async def health(request: AnyRequest) -> Response[bytes]:
     """Whether the service can take charges: 200, or 503 while the database is away or read-only."""
     answer = await request.app.state.health()
     return _response(answer)
@@ -149,7 +147,7 @@ def _response(answer: answers.Answer) -> Response[bytes]:
 
 
 @get("/metrics", opt=described(METRICS))
-async def metrics(request: Anyone) -> Response[bytes]:
+async def metrics(request: AnyRequest) -> Response[bytes]:
     """All metrics, in the Prometheus text format, or as OpenMetrics if that is asked for; as JSON
     the five values of the process.
 

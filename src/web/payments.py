@@ -21,7 +21,7 @@ from payments.queries.payments import PaymentPage, PaymentView, get_payment, lis
 from web.as_of import AS_OF, read_as_of
 from web.auth import may_read
 from web.list_query import PARAMETERS, read_list_query
-from web.requests import UUID_SCHEMA, Anyone, client_of, payment_in_path, service_of
+from web.requests import UUID_SCHEMA, AnyRequest, client_of, payment_in_path, service_of
 from web.schema.description import Answer, Operation, Parameter, described
 
 _ID = "058c9593-e150-402f-ab5b-37dd4c9816f0"
@@ -123,7 +123,7 @@ GET_EVENTS = Operation(
 
 
 @get("/payments", media_type=MediaType.JSON, opt=described(LIST_PAYMENTS))
-async def payments(request: Anyone) -> Response[bytes]:
+async def payments(request: AnyRequest) -> Response[bytes]:
     """Payments, newest first; it may be a moment behind, and `position` says where it was."""
     reach = may_read(client_of(request))
     query = read_list_query(request.scope["query_string"])
@@ -134,7 +134,7 @@ async def payments(request: Anyone) -> Response[bytes]:
 
 
 @get("/payments/{payment_id:str}", media_type=MediaType.JSON, opt=described(GET_PAYMENT))
-async def payment(request: Anyone, payment_id: FromPath[str]) -> Response[bytes]:
+async def payment(request: AnyRequest, payment_id: FromPath[str]) -> Response[bytes]:
     """The payment as of now, or as of then."""
     service, reach = service_of(request), may_read(client_of(request))
     wanted = payment_in_path(request, payment_id)
@@ -146,7 +146,7 @@ async def payment(request: Anyone, payment_id: FromPath[str]) -> Response[bytes]
 
 
 @get("/payments/{payment_id:str}/events", media_type=MediaType.JSON, opt=described(GET_EVENTS))
-async def events(request: Anyone, payment_id: FromPath[str]) -> Response[bytes]:
+async def events(request: AnyRequest, payment_id: FromPath[str]) -> Response[bytes]:
     """What happened to the payment, oldest first: its events as they are stored."""
     service, reach = service_of(request), may_read(client_of(request))
     wanted = payment_in_path(request, payment_id)

@@ -33,7 +33,7 @@ from web.problems import UnsupportedMediaType
 from web.requests import (
     KEY_SCHEMA,
     UUID_PATTERN,
-    Anyone,
+    AnyRequest,
     body_of,
     check_sent_json,
     client_of,
@@ -158,7 +158,7 @@ REFUND = Operation(
 
 
 @post("/refund", status_code=201, media_type=MediaType.JSON, opt=described(REFUND))
-async def refund(request: Anyone) -> Response[bytes]:
+async def refund(request: AnyRequest) -> Response[bytes]:
     """Give a captured payment back, or a part of it."""
     headers = headers_of(request)
     client = client_of(request)
@@ -194,7 +194,7 @@ async def refund(request: Anyone) -> Response[bytes]:
     return _answer(request, refunded)
 
 
-def _answer(request: Anyone, refunded: Refunded) -> Response[bytes]:
+def _answer(request: AnyRequest, refunded: Refunded) -> Response[bytes]:
     payment, made = refunded.payment, refunded.refund
     pending = made.status is Status.PENDING
     if pending:

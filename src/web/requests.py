@@ -19,7 +19,7 @@ from web.bodies import check_json, check_not_encoded
 from web.serving.arrivals import CALLER
 from web.serving.heads import Headers
 
-Anyone = Request[Any, Any, State]
+AnyRequest = Request[Any, Any, State]
 
 UUID_PATTERN = "^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
 # Both: generators of clients go by the format, and not every validator looks at it.
@@ -28,15 +28,15 @@ KEY_SCHEMA = {"type": "string", "minLength": 1, "maxLength": KEY_MAX, "pattern":
 _KEY = re.compile(KEY_PATTERN[1:-1].encode())
 
 
-def service_of(request: Anyone) -> Service:
+def service_of(request: AnyRequest) -> Service:
     return cast(Service, request.app.state.service)
 
 
-def headers_of(request: Anyone) -> Headers:
+def headers_of(request: AnyRequest) -> Headers:
     return cast(Headers, request.scope["headers"])
 
 
-def client_of(request: Anyone) -> str:
+def client_of(request: AnyRequest) -> str:
     """The API client that sent the request: the protocol has asked, or else it is asked here;
     raises Unauthorized."""
     state = request.scope["state"]
@@ -67,26 +67,26 @@ def idempotency_key(headers: Headers) -> str | None:
     return key.decode("ascii")
 
 
-def body_of(request: Anyone) -> bytes:
+def body_of(request: AnyRequest) -> bytes:
     """As the guard read it."""
     return cast(bytes, request.scope["state"]["body"])
 
 
-def request_id(request: Anyone) -> str:
+def request_id(request: AnyRequest) -> str:
     return cast(str, request.scope["state"]["request_id"])
 
 
-def caller_of(request: Anyone) -> Caller | None:
+def caller_of(request: AnyRequest) -> Caller | None:
     """Who waits for the answer, as far as our protocol is in front."""
     return cast("Caller | None", request.scope["state"].get(CALLER))
 
 
-def traceparent(request: Anyone) -> str | None:
+def traceparent(request: AnyRequest) -> str | None:
     """The W3C trace context that the request belongs to."""
     return cast("str | None", request.scope["state"]["traceparent"])
 
 
-def log_with(request: Anyone, **fields: Any) -> None:
+def log_with(request: AnyRequest, **fields: Any) -> None:
     """Adds what is known of the request to its line in the access log: see access_log.LOGGED."""
     request.scope["state"].update(fields)
 
@@ -98,7 +98,7 @@ def read_uuid(text: str) -> UUID:
     return UUID(text)
 
 
-def payment_in_path(request: Anyone, text: str) -> UUID:
+def payment_in_path(request: AnyRequest, text: str) -> UUID:
     """Raises InvalidRequest for what is not a UUID."""
     try:
         payment_id = read_uuid(text)
@@ -110,7 +110,7 @@ def payment_in_path(request: Anyone, text: str) -> UUID:
 
 
 def command_answer(
-    request: Anyone, answer: msgspec.Struct, payment_id: UUID, *, pending: bool, replayed: bool
+    request: AnyRequest, answer: msgspec.Struct, payment_id: UUID, *, pending: bool, replayed: bool
 ) -> Response[bytes]:
     """201 for an outcome, 202 while there is none; a replayed outcome says so in a header."""
     log_with(request, payment_id=payment_id)

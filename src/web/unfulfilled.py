@@ -17,7 +17,7 @@ from payments.queries.payments import LIMIT_DEFAULT
 from web.auth import may_read
 from web.list_query import LIMIT, ORDER, Readers, cursor_of, read_parameters
 from web.payments import json_of
-from web.requests import Anyone, client_of, service_of
+from web.requests import AnyRequest, client_of, service_of
 from web.schema.description import Answer, Operation, Parameter, described
 
 _STATES: tuple[State, ...] = get_args(State)
@@ -83,7 +83,7 @@ LIST_UNFULFILLED = Operation(
 
 
 @get("/unfulfilled", media_type=MediaType.JSON, opt=described(LIST_UNFULFILLED))
-async def unfulfilled(request: Anyone) -> Response[bytes]:
+async def unfulfilled(request: AnyRequest) -> Response[bytes]:
     """Payments whose order may not have been fulfilled, the oldest first."""
     service, reach = service_of(request), may_read(client_of(request))
     found = read_parameters(request.scope["query_string"], _READERS)

@@ -702,7 +702,7 @@ async def test_stopping_answers_who_waits(make: Make) -> None:
     service = await make(gateway)
     charge = asyncio.create_task(service.charging.charge(charge_of("k")))
     await until(lambda: gateway.charges)
-    service.runs.hurry(0.1)
+    service.runs.answer_all_within(0.1)
     with within(1):
         assert first_answer(await charge) == (Status.PENDING, False)
     answered.set()

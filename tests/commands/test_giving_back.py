@@ -13,7 +13,7 @@ import pytest
 from payments import sendings
 from payments.commands.runs import cause
 from payments.events.facts import Fact
-from payments.payment.decisions import payment_id_for, record_outcome
+from payments.payment.decisions import charge_outcome, payment_id_for
 from payments.payment.state import Approved, Status
 from payments.service import Service
 from tests.commands.conftest import Make
@@ -252,7 +252,7 @@ async def test_a_late_capture_of_the_version_before_may_have_been_sent(
 
 def _late_capture(connection: Connection) -> Fact:
     captured = Approved(id=PAYMENT, amount_cents=1500, currency="INR", provider_txn_id="txn-late")
-    fact = record_outcome(as_stored(connection), captured, cause("default"))
+    fact = charge_outcome(as_stored(connection), captured, cause("default"))
     assert fact is not None
     return fact
 

@@ -45,7 +45,8 @@ async def main():
     gateway = SimulatedGateway(pathlib.Path(sys.argv[1]), lock_wait_s=60)
     ids, own = random.Random(int(sys.argv[2])), int(sys.argv[3])
     async def one(id):
-        charged = await gateway.charge(ProviderCharge(payment_id=id, amount_cents=1000 + own, currency="INR"), 1)
+        charge = ProviderCharge(payment_id=id, amount_cents=1000 + own, currency="INR")
+        charged = await gateway.charge(charge, 1)
         print(id, charged.amount_cents, flush=True)
         for _ in range(3):
             await gateway.refund(

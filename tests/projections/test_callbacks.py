@@ -10,7 +10,7 @@ from payments.callbacks.outbox import redrive
 from payments.database.connections import Database
 from payments.events.facts import Fact
 from payments.observability.metrics import Telemetry
-from payments.payment.decisions import Cause, record_refund
+from payments.payment.decisions import Cause, refund_outcome
 from payments.payment.state import Approved
 from payments.projections.callbacks import CallbacksProjection, backfill, begin_at_the_end
 from payments.projections.follower import Follower
@@ -201,7 +201,7 @@ def _theirs_last(history: History) -> History:
             provider_txn_id=f"re-{refund.id}",
         )
         cause = Cause(event_id=uuid.uuid4(), occurred_at=payment.updated_at, client="default")
-        history._add(record_refund(history.payment, refund, back, cause))
+        history._add(refund_outcome(history.payment, refund, back, cause))
     return history
 
 

@@ -347,7 +347,7 @@ def test_suspects_are_found_by_their_index(on_big: psycopg.Connection[Any], due:
         of_order = {"order_id": ORDER, "payment_id": ORDER, "most": 1000}
         for query, params, indexes, most in (
             (fulfilments.CLAIM, claim, {"fulfilments_next"}, 200),
-            (fulfilments.SWEEP, sweep, {"fulfilments_pkey", "payments_pkey"}, 500),
+            (fulfilments.SWEEP, sweep, {"fulfilments_pkey", "payments_pkey"}, 600),
             (fulfilments.PRUNE, {"days": 90, "most": 100}, {"fulfilments_found"}, 10),
             (fulfilments.CAPTURED_FOR, of_order, {"payments_of_order", "payments_pkey"}, 20),
         ):

@@ -1,7 +1,7 @@
 """GET /v1/unfulfilled, and the same in a payment's callbacks and the metrics."""
 
-import time
 import hashlib
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 

@@ -43,11 +43,11 @@ from payments.payment.decisions import (
     Cause,
     ChargeRequest,
     OutcomeMismatch,
+    charge_outcome,
     differing_fields,
     initiate,
     is_held_for,
     payment_id_for,
-    record_outcome,
 )
 from payments.payment.state import Approved, Declined, Payment, Status, UnexpectedEvent, evolve
 from payments.settings import HOLD_MARGIN_S, Settings
@@ -167,11 +167,11 @@ class Charging:
         with logger.contextualize(payment_id=payment.id, order_id=payment.merchant_order_id):
             try:
                 outcome = await self._ask(run, command, begun)
-                run.wait_for_storing_only_a_while()
+                run.limit_storing()
                 payment = await self._recorder.record(
                     payment,
                     begun.events,
-                    lambda payment: record_outcome(payment, outcome, _cause(command)),
+                    lambda payment: charge_outcome(payment, outcome, _cause(command)),
                 )
             except OutcomeMismatch as error:
                 self._telemetry.mismatches["charge"].inc()
@@ -204,12 +204,12 @@ class Charging:
                     raise ClientGone(_GONE) from None
                 first = known.payment
             else:
-                run.begun()
+                run.intent_is_durable()
                 return _Begun(evolve(None, intent), (event,), age_s)
             if differing := differing_fields(first, command.request):
                 raise IdempotencyKeyReused(differing)
             # An earlier run may have asked: from here on errors are answered with PENDING.
-            run.fallback = Charged(first, replayed=True)
+            run.pending_answer = Charged(first, replayed=True)
             try:
                 return await self._resume(run, intent)
             except _StreamGone:
@@ -221,7 +221,8 @@ class Charging:
         run.take_slot()
         order_id, client = intent.merchant_order_id, intent.client
         await refuse_if_paid(self._database, intent.payment_id, order_id, client)
-        run.check_may_ask()  # else the key would be used up after its request was told otherwise
+        # Else the key would be used up after its request was told otherwise.
+        run.check_may_call_provider()
 
     async def _resume(self, run: Run[Charged], intent: PaymentInitiated) -> _Begun | None:
         """Waits for what an earlier request with this key comes to; the payment if its run is over.
@@ -232,12 +233,12 @@ class Charging:
             loaded = await self._store.load_charge(intent.payment_id)
             if loaded is None:
                 raise _StreamGone
-            run.begun()
-            run.fallback = Charged(loaded.payment, replayed=True)
+            run.intent_is_durable()
+            run.pending_answer = Charged(loaded.payment, replayed=True)
             # What an imported payment came to, only a person can find out: it is not sent again.
             open_here = loaded.payment.status is Status.PENDING and not loaded.payment.imported
-            if not open_here or not run.may_ask():
-                run.finish(run.fallback)
+            if not open_here or not run.may_call_provider():
+                run.finish(run.pending_answer)
                 return None
             if loaded.age_s() > self._deadline_s:
                 return _Begun(loaded.payment, loaded.events, loaded.age_s())
@@ -255,7 +256,7 @@ class Charging:
         try:
             if begun.age_s is not None:
                 # An earlier run may have charged: look before sending again.
-                run.check_may_ask()
+                run.check_may_call_provider()
                 found = await self._gateway.find_charge(
                     payment.id, run.left_s(self._gateway_timeout_s)
                 )
@@ -268,12 +269,12 @@ class Charging:
                 currency=payment.currency,
                 payment_method=command.request.payment_method,
             )
-            run.check_may_ask()
-            run.fallback = Charged(payment, begun.replayed)
+            run.check_may_call_provider()
+            run.pending_answer = Charged(payment, begun.replayed)
             return await self._gateway.charge(charge, self._timeout_s(run, payment))
         except NeverSent as error:
             if not begun.replayed:
-                run.fallback = None
+                run.pending_answer = None
             unavailable = GatewayUnavailable("The payment provider cannot be reached.")
             # Sooner, a repetition would take this run for one that is still under way.
             unavailable.retry_after_s = math.ceil(self._deadline_s)

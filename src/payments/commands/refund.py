@@ -37,7 +37,7 @@ from payments.payment.decisions import (
     RefundRequest,
     initiate_refund,
     known_refund,
-    record_refund,
+    refund_outcome,
 )
 from payments.payment.state import Approved, Declined, Payment, Refund, Status, evolve
 from payments.settings import Settings
@@ -140,17 +140,17 @@ class Refunding:
 
     async def _make(self, run: Run[Refunded], command: RefundPayment, begun: _Begun) -> None:
         # Its amount is reserved: whatever happens now, the refund goes on.
-        run.fallback = Refunded(begun.payment, begun.refund, begun.age_s is not None)
+        run.pending_answer = Refunded(begun.payment, begun.refund, begun.age_s is not None)
         if begun.payment.gateway != self._gateway.name:
             await tell_other_gateway(self._database, begun.payment, "refund")
             raise OutcomeUnknown("only the provider that was asked knows")
         try:
             outcome = await self._ask(run, begun)
-            run.wait_for_storing_only_a_while()
+            run.limit_storing()
             payment = await self._recorder.record(
                 begun.payment,
                 begun.events,
-                lambda payment: record_refund(payment, begun.refund, outcome, _cause(command)),
+                lambda payment: refund_outcome(payment, begun.refund, outcome, _cause(command)),
             )
         except NeverSent as error:
             raise OutcomeUnknown("the provider cannot be reached") from error
@@ -170,14 +170,14 @@ class Refunding:
             await self._giving_back.check_allowed()  # a refusal would rest on what is left as well
             self.check_refundable(loaded.payment)
             fact = initiate_refund(loaded.payment, command.request, _cause(command))
-            run.check_may_ask()
+            run.check_may_call_provider()
             run.take_slot()
             try:
                 event = await self._store.append_intent(fact, after=loaded.events[-1])
             except StreamConflict:
-                run.store_has_answered()  # another refund of this payment came first
+                run.restart_intent_clock()  # another refund of this payment came first
                 continue
-            run.begun()
+            run.intent_is_durable()
             payment = evolve(loaded.payment, fact)
             return _Begun(payment, (*loaded.events, event), payment.refunds[-1])
 
@@ -189,22 +189,22 @@ class Refunding:
         A run is over when its reservation is older than the deadline, by the database's clock.
         """
         run.release_slot()
-        run.begun()
+        run.intent_is_durable()
         while True:
             payment, stored = loaded.payment, loaded.payment.refund(refund.id)
             if stored is None:  # the log lost it
-                run.fallback = None
+                run.pending_answer = None
                 return await self._begin(run, command)
             refund = stored
             if refund.status is not Status.PENDING:
                 _answer(run, payment, refund, replayed=True)
                 return None
-            run.fallback = Refunded(payment, refund, replayed=True)
+            run.pending_answer = Refunded(payment, refund, replayed=True)
             age_s = loaded.age_at_most_s(refund.version)
             if self._deadline_s < age_s < math.inf:
                 return _Begun(payment, loaded.events, refund, age_s)
-            if not run.may_ask():
-                run.finish(run.fallback)
+            if not run.may_call_provider():
+                run.finish(run.pending_answer)
                 return None
             await asyncio.sleep(OTHER_RUN_POLL_S)
             loaded = await self._load(command)
@@ -221,7 +221,7 @@ class Refunding:
 
     async def _ask(self, run: Run[Refunded], begun: _Begun) -> Approved | Declined:
         def timeout_s() -> float:
-            run.check_may_ask()
+            run.check_may_call_provider()
             return run.left_s(self._gateway_timeout_s)
 
         order = provider_refund(begun.payment, begun.refund)
@@ -252,7 +252,7 @@ def _answer(run: Run[Refunded], payment: Payment, refund: Refund, replayed: bool
     # Not in the log any more: it lost the refund, and the provider has refused it.
     refund = payment.refund(refund.id) or msgspec.structs.replace(refund, status=Status.FAILED)
     if refund.status is Status.FAILED:
-        run.fallback = None  # this error is the outcome
+        run.pending_answer = None  # this error is the outcome
         raise RefundDeclined(
             f"The provider refused the refund {refund.id} ({refund.decline_code}). "
             "Nothing was given back; what is left of the payment can still be refunded."

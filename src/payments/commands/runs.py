@@ -91,11 +91,11 @@ class Run(Generic[A]):
         self.answer_by = answer_by
         # The same, until the intent is durable.
         self.begin_by = 0.0
-        self.store_has_answered()
+        self.restart_intent_clock()
         self.has_begun = False
         self.answer: A | Exception | None = None
         # Set once the provider may have been asked: from then on the answer is never an error.
-        self.fallback: A | None = None
+        self.pending_answer: A | None = None
         # The provider has answered; the event store has not yet.
         self.storing = False
         self.task: asyncio.Task[None] | None = None
@@ -119,11 +119,11 @@ class Run(Generic[A]):
         now = time.monotonic()
         return self.answer is None and any(each.may_be_served(now) for each in self._waiters)
 
-    def store_has_answered(self) -> None:
+    def restart_intent_clock(self) -> None:
         """Before the intent is durable: it may take as long again as at the start."""
         self.begin_by = time.monotonic() + INTENT_PATIENCE_S
 
-    def begun(self) -> None:
+    def intent_is_durable(self) -> None:
         """The intent is durable, or an earlier request's is: now somebody else is waited for.
 
         Saying it again does nothing.
@@ -159,9 +159,9 @@ class Run(Generic[A]):
             self._tell()
 
     def fail(self, error: Exception) -> None:
-        """Tells waiting requests of an error, or gives them the fallback."""
+        """Tells waiting requests of an error, or gives them the pending answer."""
         if self.answer is None:
-            self.answer = error if self.fallback is None else self.fallback
+            self.answer = error if self.pending_answer is None else self.pending_answer
             self._tell()
 
     def _tell(self) -> None:
@@ -182,22 +182,22 @@ class Run(Generic[A]):
             return
         for waiter in overdue:
             self._waiters.remove(waiter)
-            waiter.tell(_late() if self.fallback is None else self.fallback)
+            waiter.tell(_late() if self.pending_answer is None else self.pending_answer)
         self._enter_places(overdue)
 
-    def may_ask(self) -> bool:
+    def may_call_provider(self) -> bool:
         """Looked at immediately before each provider call: a process that was frozen must not send
         late, and nothing may be sent for a request that was told 503."""
         return self.answer is None and time.monotonic() < self.deadline
 
-    def check_may_ask(self) -> None:
-        if not self.may_ask():
+    def check_may_call_provider(self) -> None:
+        if not self.may_call_provider():
             raise _late()
 
     def left_s(self, most_s: float) -> float:
         return min(most_s, self.deadline - time.monotonic())
 
-    def wait_for_storing_only_a_while(self) -> None:
+    def limit_storing(self) -> None:
         self.storing = True
         self.answer_by = min(self.answer_by, time.monotonic() + OUTCOME_STORE_PATIENCE_S)
 
@@ -278,7 +278,7 @@ class Runs:
             self._admission.client(request.client).runs.add(-1)
             del self._runs[request]
 
-    def hurry(self, within_s: float) -> None:
+    def answer_all_within(self, within_s: float) -> None:
         """Every request, of now or to come, is answered by then: the service is stopping."""
         self._stop_by = time.monotonic() + within_s
         for run in self._runs.values():

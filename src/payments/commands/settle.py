@@ -37,9 +37,9 @@ from payments.payment.decisions import (
     Cause,
     OutcomeMismatch,
     abandon,
-    record_outcome,
-    record_refund,
-    record_return,
+    charge_outcome,
+    refund_outcome,
+    return_outcome,
 )
 from payments.payment.state import (
     DECLINED,
@@ -194,7 +194,7 @@ class Settler:
             return await self._recorder.record(
                 payment,
                 loaded.events,
-                lambda payment: record_outcome(payment, found, _cause(loaded)),
+                lambda payment: charge_outcome(payment, found, _cause(loaded)),
             )
         if loaded.age_s() < self._abandon_after_s:
             return payment
@@ -248,7 +248,7 @@ class Settler:
         return await self._recorder.record(
             payment,
             loaded.events,
-            lambda payment: record_return(payment, late, outcome, _cause(loaded)),
+            lambda payment: return_outcome(payment, late, outcome, _cause(loaded)),
         )
 
     async def _settle_refund(
@@ -264,7 +264,7 @@ class Settler:
         return await self._recorder.record(
             payment,
             loaded.events,
-            lambda payment: record_refund(payment, refund, outcome, _cause(loaded)),
+            lambda payment: refund_outcome(payment, refund, outcome, _cause(loaded)),
         )
 
 

@@ -36,7 +36,7 @@ def pause_s(attempts: int, kind: str) -> float:
     return min(2.0 ** min(attempts - 1, 20), most)
 
 
-class Settling:
+class SettlingLoop:
     """Settles what is due. One instance per process."""
 
     def __init__(self, settler: Settler, database: Database, settings: Settings) -> None:

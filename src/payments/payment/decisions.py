@@ -176,7 +176,7 @@ def initiate(
     )
 
 
-def record_outcome(
+def charge_outcome(
     payment: Payment, outcome: Approved | Declined, cause: Cause
 ) -> PaymentCharged | PaymentFailed | LateCaptureFound | None:
     """The event for what the provider says became of a charge.
@@ -298,7 +298,7 @@ def _reservation(
     )
 
 
-def record_refund(
+def refund_outcome(
     payment: Payment, refund: Refund, outcome: Approved | Declined, cause: Cause
 ) -> RefundInitiated | PaymentRefunded | RefundFailed | None:
     """The event for what the provider says became of a refund; OutcomeMismatch as above.
@@ -349,7 +349,7 @@ def _reserve_again(payment: Payment, refund: Refund, cause: Cause) -> RefundInit
     )
 
 
-def record_return(
+def return_outcome(
     payment: Payment, found: LateCapture, outcome: Approved | Declined, cause: Cause
 ) -> LateCaptureFound | LateCaptureReturned | None:
     """The event for sending a late capture back; OutcomeMismatch also if the provider refuses.

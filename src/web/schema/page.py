@@ -15,7 +15,7 @@ from litestar import Response, Router, get
 from litestar.enums import MediaType
 from litestar.response import Redirect
 
-from web.requests import Anyone
+from web.requests import AnyRequest
 
 ASSET_MAX_AGE_S = 3600  # how long an update of the package may go unnoticed
 
@@ -76,7 +76,7 @@ def page() -> Response[str]:
 
 
 @get("/openapi.json", media_type=MediaType.JSON)
-async def document(request: Anyone) -> Response[bytes]:
+async def document(request: AnyRequest) -> Response[bytes]:
     return Response(request.app.state.openapi, media_type=MediaType.JSON)
 
 

@@ -82,7 +82,7 @@ async def serve(
             if not server.should_exit:
                 server.should_exit = True
                 stop_by = time.monotonic() + STOP_S
-                service.runs.hurry(CHARGES_STOP_S)
+                service.runs.answer_all_within(CHARGES_STOP_S)
                 service.finish()
                 logger.info("stopping")
 
