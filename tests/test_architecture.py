@@ -86,7 +86,7 @@ def own_imports(module: str) -> set[str]:
 
 
 def test_there_is_something_to_look_at() -> None:
-    assert {"payments.payment.state", "payments.events.facts", "web.api"} <= set(MODULES)
+    assert {"payments.payment.state", "payments.events.facts", "web.app"} <= set(MODULES)
     assert own_imports("web.auth") == {"payments.errors", "payments.settings"}
     assert "payments.embedded_postgres" in own_imports("payments.opening")
 

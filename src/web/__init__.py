@@ -2,9 +2,9 @@
 
 serving/       from the listening socket to a request
 app.py         the Litestar application
-api.py         /v1: charges.py, refunds.py, payments.py, callbacks.py, unfulfilled.py
+               /v1: charges.py, refunds.py, payments.py, callbacks.py, unfulfilled.py
 requests.py    what they read from headers and path     bodies.py  from JSON bodies
-list_query.py  and from the query of the list; all errors at once     as_of.py  ?as_of=
+list_query.py  and from the query; all errors at once
 operations.py  /health and /metrics                 accept.py     in which media type
 paths.py       which paths there are
 schema/        the OpenAPI document and its page

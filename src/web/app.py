@@ -11,14 +11,23 @@ from payments.errors import PaymentsError, TooBusy
 from payments.observability.metrics import Telemetry
 from payments.service import Service
 from payments.single_flight import Recent
-from web.api import v1
+from web.callbacks import callbacks
+from web.charges import charge
 from web.operations import ALIVE, HEALTH_AGE_S, health, health_of, live, metrics
 from web.paths import Paths
+from web.payments import events, payment, payments
 from web.problems import on_exception, on_http_exception, on_payments_error
+from web.refunds import refund
 from web.schema import document as openapi
 from web.schema.page import docs, root
 from web.serving.door import Door
 from web.serving.guard import Guard
+from web.unfulfilled import unfulfilled
+
+v1 = Router(
+    "/v1",
+    route_handlers=[charge, refund, payments, payment, events, callbacks, unfulfilled],
+)
 
 
 def application(service: Service) -> Litestar:

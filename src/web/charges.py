@@ -27,24 +27,16 @@ from payments.errors import (
 from payments.payment.decisions import ChargeRequest
 from payments.payment.state import Status
 from payments.times import TIME_PATTERN, read_time
-from web.bodies import read_body
 from web.list_query import TIME_TEXT
 from web.problems import UnsupportedMediaType
 from web.requests import (
     KEY_SCHEMA,
     UUID_PATTERN,
     AnyRequest,
-    body_of,
-    caller_of,
-    check_sent_json,
-    client_of,
     command_answer,
-    headers_of,
-    idempotency_key,
     log_with,
-    request_id,
+    read_command,
     service_of,
-    traceparent,
 )
 from web.schema.description import Answer, Operation, Parameter, described
 
@@ -186,31 +178,30 @@ CHARGE = Operation(
 @post("/charge", status_code=201, media_type=MediaType.JSON, opt=described(CHARGE))
 async def charge(request: AnyRequest) -> Response[bytes]:
     """Charge a payment, exactly once per Idempotency-Key."""
-    headers = headers_of(request)
-    client = client_of(request)
-    check_sent_json(headers)
-    key = idempotency_key(headers)
-    if key is None:
-        raise InvalidIdempotencyKey(
-            "Send an Idempotency-Key header: one value per charge, the same one when you retry it."
-        )
-    body = read_body(body_of(request), ChargeBody)
+    sent = read_command(
+        request,
+        ChargeBody,
+        why_a_key="Send an Idempotency-Key header: one value per charge, the same one when you "
+        "retry it.",
+    )
+    body = sent.body
+    assert sent.key is not None
     log_with(request, order_id=body.merchant_order_id)
     charged = await service_of(request).charging.charge(
         ChargePayment(
             request=ChargeRequest(
-                idempotency_key=key,
+                idempotency_key=sent.key,
                 merchant_order_id=UUID(body.merchant_order_id),
                 amount_cents=body.amount_cents,
                 currency=body.currency.value,
-                client=client,
+                client=sent.client,
                 payment_method=body.payment_method,
             ),
-            request_id=request_id(request),
-            traceparent=traceparent(request),
+            request_id=sent.request_id,
+            traceparent=sent.traceparent,
             hold_until=_hold_until(body),
         ),
-        caller_of(request),
+        sent.caller,
     )
     return _answer(request, charged)
 

@@ -1,4 +1,4 @@
-"""The query parameters of lists: strict, and with every one's error at once."""
+"""Query parameters: strict, and with every one's error at once."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from payments.errors import FieldError, InvalidRequest
 from payments.money import DECIMALS
 from payments.payment.state import Status
 from payments.queries.cursor import read_cursor
-from payments.queries.payments import LIMIT_DEFAULT, LIMIT_MAX, PaymentFilter
+from payments.queries.payments import LIMIT_DEFAULT, LIMIT_MAX, Moment, PaymentFilter
 from payments.times import TIME_PATTERN, read_time
 from web.bodies import ERRORS_MAX
 from web.requests import UUID_SCHEMA, read_uuid
@@ -19,6 +19,9 @@ from web.schema.description import Parameter
 # name -> how it is read, what it must be, and the same as JSON Schema; of a schema that a body has
 # as well, generators of clients make one type.
 Readers = Mapping[str, tuple[Callable[[str], Any], str, dict[str, Any]]]
+
+
+POSITION_MAX = 2**63 - 1
 
 
 class ListQuery(NamedTuple):
@@ -40,7 +43,7 @@ def read_parameters(query_string: bytes, readers: Readers) -> dict[str, Any]:
     """The values of those that were sent; InvalidRequest as above."""
     found: dict[str, Any] = {}
     errors: list[FieldError] = []
-    for name, values in parameters(query_string).items():
+    for name, values in _parameters(query_string).items():
         if name not in readers:
             errors.append(FieldError(name[:64], "is not a parameter of this request; leave it out"))
         elif len(values) > 1:
@@ -56,11 +59,16 @@ def read_parameters(query_string: bytes, readers: Readers) -> dict[str, Any]:
     return found
 
 
+def read_as_of(query_string: bytes) -> Moment | None:
+    """As of when a payment is asked for, None for now; InvalidRequest as above."""
+    return read_parameters(query_string, _AS_OF).get("as_of")
+
+
 def _refuse(errors: list[FieldError]) -> NoReturn:
     raise InvalidRequest("Mend the query parameters listed in errors.", tuple(errors[:ERRORS_MAX]))
 
 
-def parameters(query_string: bytes) -> dict[str, list[str]]:
+def _parameters(query_string: bytes) -> dict[str, list[str]]:
     """Names and values as a form sends them: percent-encoded UTF-8, + for a space.
 
     What is not UTF-8 becomes replacement characters, which no parameter takes.
@@ -85,6 +93,15 @@ def _limit(text: str) -> int:
     return int(text)
 
 
+def _moment(text: str) -> Moment:
+    if not re.fullmatch("[0-9]{1,19}", text):
+        return read_time(text)
+    position = int(text)
+    if not 1 <= position <= POSITION_MAX:
+        raise ValueError(text)
+    return position
+
+
 LIMIT = (
     _limit,
     f"a whole number from 1 to {LIMIT_MAX}",
@@ -107,10 +124,10 @@ def cursor_of(name: str) -> tuple[Callable[[str], str], str, dict[str, Any]]:
 
 
 def _hint(name: str, value: str) -> str:
-    return lost_plus(value) if name in ("created_from", "created_until") else ""
+    return _lost_plus(value) if name in ("created_from", "created_until", "as_of") else ""
 
 
-def lost_plus(value: str) -> str:
+def _lost_plus(value: str) -> str:
     """The usual mistake with a time: a + that stands for itself must be written as %2B."""
     try:
         read_time(value.replace(" ", "+"))
@@ -154,4 +171,23 @@ PARAMETERS = tuple(
         examples=_EXAMPLES.get(name, {}),
     )
     for name, (_, description, schema) in _READERS.items()
+)
+_AS_OF: Readers = {
+    "as_of": (
+        _moment,
+        f"{TIME_TEXT}, or a position of the log, from 1",
+        {
+            "oneOf": [
+                _TIME_SCHEMA,
+                {"type": "integer", "minimum": 1, "maximum": POSITION_MAX},
+            ]
+        },
+    )
+}
+AS_OF = Parameter(
+    name="as_of",
+    place="query",
+    description=f"{TIME_TEXT}, or a position of the log: the payment as it was after everything "
+    "that was recorded by then. Without it, or later than now: as of now.",
+    schema=_AS_OF["as_of"][2],
 )

@@ -15,12 +15,16 @@ from payments.errors import (
     TooBusy,
     Unauthorized,
 )
-from payments.queries.as_of import get_payment_as_of
 from payments.queries.history import PaymentHistory, get_history
-from payments.queries.payments import PaymentPage, PaymentView, get_payment, list_payments
-from web.as_of import AS_OF, read_as_of
+from payments.queries.payments import (
+    PaymentPage,
+    PaymentView,
+    get_payment,
+    get_payment_as_of,
+    list_payments,
+)
 from web.auth import may_read
-from web.list_query import PARAMETERS, read_list_query
+from web.list_query import AS_OF, PARAMETERS, read_as_of, read_list_query
 from web.requests import UUID_SCHEMA, AnyRequest, client_of, payment_in_path, service_of
 from web.schema.description import Answer, Operation, Parameter, described
 

@@ -28,22 +28,15 @@ from payments.payment.decisions import RefundRequest
 from payments.payment.state import Status
 from payments.queries.payments import not_found
 from web.auth import may_read
-from web.bodies import read_body
 from web.problems import UnsupportedMediaType
 from web.requests import (
     KEY_SCHEMA,
     UUID_PATTERN,
     AnyRequest,
-    body_of,
-    check_sent_json,
-    client_of,
     command_answer,
-    headers_of,
-    idempotency_key,
     log_with,
-    request_id,
+    read_command,
     service_of,
-    traceparent,
 )
 from web.schema.description import Answer, Operation, Parameter, described
 
@@ -160,11 +153,8 @@ REFUND = Operation(
 @post("/refund", status_code=201, media_type=MediaType.JSON, opt=described(REFUND))
 async def refund(request: AnyRequest) -> Response[bytes]:
     """Give a captured payment back, or a part of it."""
-    headers = headers_of(request)
-    client = client_of(request)
-    check_sent_json(headers)
-    key = idempotency_key(headers)
-    body = read_body(body_of(request), RefundBody)
+    sent = read_command(request, RefundBody)
+    body, key = sent.body, sent.key
     log_with(request, payment_id=body.payment_id)
     amount_cents = None if body.amount_cents is msgspec.UNSET else body.amount_cents
     if amount_cents is not None and key is None:
@@ -177,16 +167,16 @@ async def refund(request: AnyRequest) -> Response[bytes]:
         payment_id=UUID(body.payment_id),
         amount_cents=amount_cents,
         idempotency_key=key,
-        client=client,
+        client=sent.client,
     )
-    reach = may_read(client)
+    reach = may_read(sent.client)
     try:
         refunded = await service.refunding.refund(
             RefundPayment(
                 request=wanted,
                 may_read=reach,
-                request_id=request_id(request),
-                traceparent=traceparent(request),
+                request_id=sent.request_id,
+                traceparent=sent.traceparent,
             )
         )
     except PaymentNotFound:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 import msgspec
@@ -15,11 +15,13 @@ from payments.errors import FieldError, InvalidIdempotencyKey, InvalidRequest
 from payments.payment.decisions import KEY_MAX, KEY_PATTERN
 from payments.service import Service
 from web.auth import authenticate
-from web.bodies import check_json, check_not_encoded
+from web.bodies import check_json, check_not_encoded, read_body
 from web.serving.arrivals import CALLER
 from web.serving.heads import Headers
 
 AnyRequest = Request[Any, Any, State]
+
+B = TypeVar("B", bound=msgspec.Struct)
 
 UUID_PATTERN = "^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
 # Both: generators of clients go by the format, and not every validator looks at it.
@@ -46,13 +48,7 @@ def client_of(request: AnyRequest) -> str:
     return cast(str, state["client"])
 
 
-def check_sent_json(headers: Headers) -> None:
-    """Raises UnsupportedMediaType."""
-    check_json([value for name, value in headers if name == b"content-type"])
-    check_not_encoded([value for name, value in headers if name == b"content-encoding"])
-
-
-def idempotency_key(headers: Headers) -> str | None:
+def _idempotency_key(headers: Headers) -> str | None:
     """The key, None if none was sent; raises InvalidIdempotencyKey."""
     sent = [value for name, value in headers if name == b"idempotency-key"]
     if not sent:
@@ -65,25 +61,6 @@ def idempotency_key(headers: Headers) -> str | None:
             f"The Idempotency-Key must be 1 to {KEY_MAX} printable ASCII characters."
         )
     return key.decode("ascii")
-
-
-def body_of(request: AnyRequest) -> bytes:
-    """As the guard read it."""
-    return cast(bytes, request.scope["state"]["body"])
-
-
-def request_id(request: AnyRequest) -> str:
-    return cast(str, request.scope["state"]["request_id"])
-
-
-def caller_of(request: AnyRequest) -> Caller | None:
-    """Who waits for the answer, as far as our protocol is in front."""
-    return cast("Caller | None", request.scope["state"].get(CALLER))
-
-
-def traceparent(request: AnyRequest) -> str | None:
-    """The W3C trace context that the request belongs to."""
-    return cast("str | None", request.scope["state"]["traceparent"])
 
 
 def log_with(request: AnyRequest, **fields: Any) -> None:
@@ -107,6 +84,41 @@ def payment_in_path(request: AnyRequest, text: str) -> UUID:
         raise InvalidRequest("The payment_id in the path is not a UUID.", (error,)) from None
     log_with(request, payment_id=text)
     return payment_id
+
+
+class Sent(NamedTuple, Generic[B]):
+    """A command as it was sent. `caller` is who waits for the answer, as far as our protocol is in
+    front."""
+
+    client: str
+    key: str | None
+    body: B
+    request_id: str
+    traceparent: str | None
+    caller: Caller | None
+
+
+def read_command(
+    request: AnyRequest, body_type: type[B], *, why_a_key: str | None = None
+) -> Sent[B]:
+    """Reads header section and body. Raises Unauthorized, UnsupportedMediaType, InvalidRequest, and
+    InvalidIdempotencyKey, with `why_a_key` also if there is none."""
+    headers = headers_of(request)
+    client = client_of(request)
+    check_json([value for name, value in headers if name == b"content-type"])
+    check_not_encoded([value for name, value in headers if name == b"content-encoding"])
+    key = _idempotency_key(headers)
+    if key is None and why_a_key is not None:
+        raise InvalidIdempotencyKey(why_a_key)
+    state = request.scope["state"]
+    return Sent(
+        client=client,
+        key=key,
+        body=read_body(cast(bytes, state["body"]), body_type),  # as the guard read it
+        request_id=cast(str, state["request_id"]),
+        traceparent=cast("str | None", state["traceparent"]),  # W3C trace context
+        caller=cast("Caller | None", state.get(CALLER)),
+    )
 
 
 def command_answer(

@@ -3,7 +3,7 @@
 import pytest
 from litestar import Litestar
 
-from web.api import v1
+from web.app import v1
 from web.operations import health, live, metrics
 from web.paths import Paths
 from web.schema.page import docs, root

@@ -19,10 +19,9 @@ from payments.events.chain import write_line
 from payments.events.facts import FACTS
 from payments.events.store import LogEntry
 from payments.opening import open_database
-from payments.queries.as_of import get_payment_as_of
 from payments.queries.explain import summary, time_text
 from payments.queries.log import LAST, Moment, Replay, Sealed, Wanted
-from payments.queries.payments import PaymentView
+from payments.queries.payments import PaymentView, get_payment_as_of
 
 FIELDS = PaymentView.__struct_fields__
 CSV_COLUMNS = (

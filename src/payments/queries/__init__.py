@@ -1,9 +1,8 @@
 """Reading. What is asked about one payment comes from its events, lists come from the read model.
 
 lookups.py       single payments as they are now, several with one query
-payments.py      one payment for the API, and the list
+payments.py      one payment for the API, now and as of a moment, and the list
 cursor.py        where a page of a list ends
-as_of.py         one payment as it was at a moment
 history.py       one payment's events, as stored
 callbacks.py     what Order Service was told, is owed, and answered
 fulfilments.py   which captured payments may not have been fulfilled

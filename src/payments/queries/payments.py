@@ -10,6 +10,8 @@ import msgspec
 from payments import legacy_ids
 from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable, PaymentNotFound
+from payments.event_store import fold_stored
+from payments.events.store import LOAD_STREAM_AS_OF, belongs_to
 from payments.money import amount_text
 from payments.payment.state import Payment, Status
 from payments.queries.cursor import Place, read_cursor, write_cursor
@@ -22,6 +24,8 @@ OF_ORDER_MAX = 5
 # Naming an order's payments is a courtesy of an answer that is certain without it: with the lookup
 # before it the request stays under 3 s.
 COURTESY_TIMEOUT_S = 0.4
+
+Moment = int | datetime  # a position of the log, or a time
 
 # A page of all payments, newest first, and how far the projector was; one row without a payment if
 # none fits. `limit` is one more than the page holds. Always planned for the values of this page: a
@@ -103,6 +107,11 @@ SELECT id, status, amount_cents, currency FROM payments p
         OR EXISTS (SELECT FROM payment_clients c
                     WHERE c.payment_id = p.id AND c.client = %(client)s))
  ORDER BY created_at DESC, id DESC LIMIT %(limit)s
+"""
+
+
+STREAM_EXISTS = """
+SELECT 1 FROM payment_event_log WHERE payment_id = %s LIMIT 1
 """
 
 
@@ -282,3 +291,34 @@ async def not_found(database: Database, payment_id: UUID, client: str | None) ->
 def _column_time(time: datetime | None) -> datetime | None:
     """As the documented columns hold it: UTC without saying so."""
     return None if time is None else time.astimezone(UTC).replace(tzinfo=None)
+
+
+async def get_payment_as_of(
+    database: Database, payment_id: UUID, moment: Moment, client: str | None
+) -> PaymentView:
+    """The payment after the event at this position, or after what was recorded by this time.
+
+    A moment that is still to come is now. `client` and errors are those of get_payment; the
+    PaymentNotFound of a payment that began later says so.
+    """
+
+    async def read(payment_id: UUID) -> PaymentView | None:
+        params = {
+            "payment_id": payment_id,
+            "position": moment if isinstance(moment, int) else None,
+            "time": moment if isinstance(moment, datetime) else None,
+        }
+        rows = await database.fetch(LOAD_STREAM_AS_OF, params)
+        if rows and belongs_to(client, payment_id, rows[0]):
+            return view_of(fold_stored(payment_id, rows))
+        if not rows and client is None and await database.fetch(STREAM_EXISTS, [payment_id]):
+            raise PaymentNotFound(f"Payment {payment_id} did not exist yet {_moment_text(moment)}.")
+        return None
+
+    return await found(database, payment_id, client, read)
+
+
+def _moment_text(moment: Moment) -> str:
+    if isinstance(moment, int):
+        return f"at position {moment}"
+    return f"at {moment.isoformat().replace('+00:00', 'Z')}"
