@@ -20,7 +20,7 @@ from loguru import logger
 from payments.commands.outcomes import Recorder
 from payments.commands.paid_orders import refuse_if_paid
 from payments.commands.runs import OTHER_RUN_POLL_S, Caller, Run, Runs, cause
-from payments.commands.telling import tell_mismatch, tell_other_gateway
+from payments.commands.telling import check_own_gateway, mismatches_told
 from payments.errors import (
     ClientGone,
     FieldError,
@@ -42,7 +42,6 @@ from payments.observability.tracing import span
 from payments.payment.decisions import (
     Cause,
     ChargeRequest,
-    OutcomeMismatch,
     charge_outcome,
     differing_fields,
     initiate,
@@ -165,7 +164,7 @@ class Charging:
             return
         payment = begun.payment
         with logger.contextualize(payment_id=payment.id, order_id=payment.merchant_order_id):
-            try:
+            async with mismatches_told(self._database, self._telemetry, payment.id, "charge"):
                 outcome = await self._ask(run, command, begun)
                 run.limit_storing()
                 payment = await self._recorder.record(
@@ -173,10 +172,6 @@ class Charging:
                     begun.events,
                     lambda payment: charge_outcome(payment, outcome, _cause(command)),
                 )
-            except OutcomeMismatch as error:
-                self._telemetry.mismatches["charge"].inc()
-                await tell_mismatch(self._database, payment.id, "charge", error)
-                raise
         run.finish(Charged(payment, begun.replayed))
 
     async def _begin(self, run: Run[Charged], command: ChargePayment) -> _Begun | None:
@@ -249,9 +244,7 @@ class Charging:
     ) -> Approved | Declined:
         """The provider's outcome. Raises OutcomeUnknown, or Unavailable if it was not asked."""
         payment = begun.payment
-        if payment.gateway != self._gateway.name:
-            await tell_other_gateway(self._database, payment, "charge")
-            raise OutcomeUnknown("only the provider that was asked knows")
+        await check_own_gateway(self._database, payment, self._gateway.name, "charge")
         run.take_slot()
         try:
             if begun.age_s is not None:

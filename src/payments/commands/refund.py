@@ -18,7 +18,7 @@ from payments import legacy_ids
 from payments.commands.giving_back import GivingBack
 from payments.commands.outcomes import Recorder
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
-from payments.commands.telling import tell_mismatch, tell_other_gateway
+from payments.commands.telling import check_own_gateway, mismatches_told
 from payments.errors import (
     PaymentNotFound,
     PaymentNotRefundable,
@@ -141,23 +141,19 @@ class Refunding:
     async def _make(self, run: Run[Refunded], command: RefundPayment, begun: _Begun) -> None:
         # Its amount is reserved: whatever happens now, the refund goes on.
         run.pending_answer = Refunded(begun.payment, begun.refund, begun.age_s is not None)
-        if begun.payment.gateway != self._gateway.name:
-            await tell_other_gateway(self._database, begun.payment, "refund")
-            raise OutcomeUnknown("only the provider that was asked knows")
-        try:
-            outcome = await self._ask(run, begun)
+        await check_own_gateway(self._database, begun.payment, self._gateway.name, "refund")
+        payment_id = begun.payment.id
+        async with mismatches_told(self._database, self._telemetry, payment_id, "refund"):
+            try:
+                outcome = await self._ask(run, begun)
+            except NeverSent as error:
+                raise OutcomeUnknown("the provider cannot be reached") from error
             run.limit_storing()
             payment = await self._recorder.record(
                 begun.payment,
                 begun.events,
                 lambda payment: refund_outcome(payment, begun.refund, outcome, _cause(command)),
             )
-        except NeverSent as error:
-            raise OutcomeUnknown("the provider cannot be reached") from error
-        except OutcomeMismatch as error:
-            self._telemetry.mismatches["refund"].inc()
-            await tell_mismatch(self._database, begun.payment.id, "refund", error)
-            raise
         _answer(run, payment, begun.refund, begun.age_s is not None)
 
     async def _begin(self, run: Run[Refunded], command: RefundPayment) -> _Begun | None:

@@ -5,6 +5,8 @@ When it was told last is kept with the payment, for all processes and over resta
 """
 
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Literal
 from uuid import UUID
 
@@ -13,6 +15,8 @@ from loguru import logger
 from payments import unsettled
 from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable
+from payments.gateways import OutcomeUnknown
+from payments.observability.metrics import Telemetry
 from payments.payment.decisions import OutcomeMismatch
 from payments.payment.state import Payment
 
@@ -55,6 +59,28 @@ async def tell_mismatch(
     """`kind` is that of what was asked about: a charge, refund, late capture or abandoned one."""
     message = "the provider's answer does not fit"
     await tell(database, payment_id, "CRITICAL", message, kind=kind, reason=str(error))
+
+
+@asynccontextmanager
+async def mismatches_told(
+    database: Database, telemetry: Telemetry, payment_id: UUID, kind: Literal["charge", "refund"]
+) -> AsyncIterator[None]:
+    """Counts and tells an OutcomeMismatch on its way."""
+    try:
+        yield
+    except OutcomeMismatch as error:
+        telemetry.mismatches[kind].inc()
+        await tell_mismatch(database, payment_id, kind, error)
+        raise
+
+
+async def check_own_gateway(
+    database: Database, payment: Payment, gateway: str, kind: Literal["charge", "refund"]
+) -> None:
+    """Raises OutcomeUnknown for a payment that was begun with another provider."""
+    if payment.gateway != gateway:
+        await tell_other_gateway(database, payment, kind)
+        raise OutcomeUnknown("only the provider that was asked knows")
 
 
 async def tell_other_gateway(database: Database, payment: Payment, kind: str) -> None:
