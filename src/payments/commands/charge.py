@@ -20,7 +20,7 @@ from loguru import logger
 from payments.commands.outcomes import Recorder
 from payments.commands.paid_orders import refuse_if_paid
 from payments.commands.runs import OTHER_RUN_POLL_S, Caller, Run, Runs, cause
-from payments.commands.telling import check_own_gateway, mismatches_told
+from payments.commands.telling import MismatchesTold, check_own_gateway
 from payments.errors import (
     ClientGone,
     FieldError,
@@ -164,7 +164,7 @@ class Charging:
             return
         payment = begun.payment
         with logger.contextualize(payment_id=payment.id, order_id=payment.merchant_order_id):
-            async with mismatches_told(self._database, self._telemetry, payment.id, "charge"):
+            async with MismatchesTold(self._database, self._telemetry, payment.id, "charge"):
                 outcome = await self._ask(run, command, begun)
                 run.limit_storing()
                 payment = await self._recorder.record(

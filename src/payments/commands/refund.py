@@ -18,7 +18,7 @@ from payments import legacy_ids
 from payments.commands.giving_back import GivingBack
 from payments.commands.outcomes import Recorder
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
-from payments.commands.telling import check_own_gateway, mismatches_told
+from payments.commands.telling import MismatchesTold, check_own_gateway
 from payments.errors import (
     PaymentNotFound,
     PaymentNotRefundable,
@@ -143,7 +143,7 @@ class Refunding:
         run.pending_answer = Refunded(begun.payment, begun.refund, begun.age_s is not None)
         await check_own_gateway(self._database, begun.payment, self._gateway.name, "refund")
         payment_id = begun.payment.id
-        async with mismatches_told(self._database, self._telemetry, payment_id, "refund"):
+        async with MismatchesTold(self._database, self._telemetry, payment_id, "refund"):
             try:
                 outcome = await self._ask(run, begun)
             except NeverSent as error:

@@ -5,8 +5,6 @@ When it was told last is kept with the payment, for all processes and over resta
 """
 
 import math
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any, Literal
 from uuid import UUID
 
@@ -61,17 +59,29 @@ async def tell_mismatch(
     await tell(database, payment_id, "CRITICAL", message, kind=kind, reason=str(error))
 
 
-@asynccontextmanager
-async def mismatches_told(
-    database: Database, telemetry: Telemetry, payment_id: UUID, kind: Literal["charge", "refund"]
-) -> AsyncIterator[None]:
+class MismatchesTold:
     """Counts and tells an OutcomeMismatch on its way."""
-    try:
-        yield
-    except OutcomeMismatch as error:
-        telemetry.mismatches[kind].inc()
-        await tell_mismatch(database, payment_id, kind, error)
-        raise
+
+    __slots__ = ("_about", "_database", "_telemetry")
+
+    def __init__(
+        self,
+        database: Database,
+        telemetry: Telemetry,
+        payment_id: UUID,
+        kind: Literal["charge", "refund"],
+    ) -> None:
+        self._database = database
+        self._telemetry = telemetry
+        self._about = payment_id, kind
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, OutcomeMismatch):
+            self._telemetry.mismatches[self._about[1]].inc()
+            await tell_mismatch(self._database, *self._about, error)
 
 
 async def check_own_gateway(

@@ -22,6 +22,11 @@ CALLER = "caller"
 # tcpi_last_data_recv of struct tcp_info (linux/tcp.h), in milliseconds.
 _LAST_DATA_RECV = struct.Struct("=I")
 _OFFSET = 52
+_TCP_INFO = (
+    (int(socket.IPPROTO_TCP), int(socket.TCP_INFO), _OFFSET + _LAST_DATA_RECV.size)
+    if sys.platform == "linux"
+    else None
+)
 
 
 class Flow(FlowControl):
@@ -29,25 +34,25 @@ class Flow(FlowControl):
 
     reading_since = -math.inf
 
+    def __init__(self, transport: asyncio.Transport) -> None:
+        super().__init__(transport)
+        self._socket = transport.get_extra_info("socket")
+
+    def came_in(self) -> float:
+        """When what was just read had come, by time.monotonic."""
+        now = time.monotonic()
+        return max(now - self._unread_s(), min(now, self.reading_since))
+
+    def _unread_s(self) -> float:
+        if _TCP_INFO is None:
+            return 0.0
+        try:
+            info = self._socket.getsockopt(*_TCP_INFO)
+            return _LAST_DATA_RECV.unpack_from(info, _OFFSET)[0] / 1000  # type: ignore[no-any-return]
+        except (OSError, struct.error):  # no TCP, or a kernel that says less
+            return 0.0
+
     def resume_reading(self) -> None:
         if self.read_paused:
             self.reading_since = time.monotonic()
         super().resume_reading()
-
-
-def came_in(transport: asyncio.Transport, flow: Flow) -> float:
-    """When what was just read had come, by time.monotonic."""
-    now = time.monotonic()
-    return max(now - _unread_s(transport), min(now, flow.reading_since))
-
-
-def _unread_s(transport: asyncio.Transport) -> float:
-    if sys.platform != "linux":
-        return 0.0
-    connection = transport.get_extra_info("socket")
-    size = _OFFSET + _LAST_DATA_RECV.size
-    try:
-        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, size)
-        return _LAST_DATA_RECV.unpack_from(info, _OFFSET)[0] / 1000  # type: ignore[no-any-return]
-    except (OSError, struct.error):  # no TCP, or a kernel that says less
-        return 0.0

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from payments.commands.runs import Caller
 from web.problems import HEAD_TOO_LARGE, MALFORMED_REQUEST, TARGET_TOO_LONG
 from web.serving.answers import TOO_BUSY, Answer, Refused, lines_of
-from web.serving.arrivals import CALLER, WAITED_S, came_in
+from web.serving.arrivals import CALLER, WAITED_S
 from web.serving.connection import Connection
 from web.serving.door import Door, Place
 from web.serving.guard import BODY_ARRIVED, PLACE
@@ -65,7 +65,7 @@ class Protocol(Connection):
                 return
         if self._in_head:
             if self._came_in is None:
-                self._came_in = came_in(self.transport, self.flow)
+                self._came_in = self.flow.came_in()
             # Of a head behind other requests it is not known where in the data it began.
             is_all_head = was_in_head and self._heads_begun <= 1
             self._head_bytes += len(data) if is_all_head else 1
@@ -132,7 +132,7 @@ class Protocol(Connection):
         if place.name is not None:
             state["client"] = place.name
         if self._came_in is None:
-            self._came_in = came_in(self.transport, self.flow)
+            self._came_in = self.flow.came_in()
         state[WAITED_S] = time.monotonic() - self._came_in
         self._is_admitted = is_idle
         super().on_headers_complete()
