@@ -8,6 +8,7 @@ import psycopg
 import pytest
 
 from payments.callbacks import dispatcher as dispatching
+from payments.callbacks import endpoint_health
 from payments.callbacks import outbox as statements
 from tests.callbacks.conftest import (
     Line,
@@ -112,11 +113,11 @@ async def test_an_endpoint_that_refuses_all_is_told_once(
     outbox: Outbox, endpoint: PlayedEndpoint, lines: list[Line], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with a wrong secret: it is alive, so the circuit breaker says nothing."""
-    monkeypatch.setattr(dispatching, "TOLD_AFTER_S", 0.1)
+    monkeypatch.setattr(endpoint_health, "TOLD_AFTER_S", 0.1)
     endpoint.answer = lambda _: answered(401)
     await outbox.log(*of(A, "a").charged().facts)
     async with dispatching_to(endpoint, outbox):
-        await until(lambda: lines and len(endpoint.bodies) >= 4 * dispatching.REFUSED_MAX)
+        await until(lambda: lines and len(endpoint.bodies) >= 4 * endpoint_health.REFUSED_MAX)
         assert lines == [("WARNING", "Order Service refuses callbacks", {"reason": "401"})]
         endpoint.answer = lambda _: answered(200)
         await until(lambda: outbox.states() == ["delivered"])

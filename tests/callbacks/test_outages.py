@@ -6,6 +6,7 @@ import uuid
 import pytest
 
 from payments.callbacks import dispatcher as dispatching
+from payments.callbacks import endpoint_health
 from payments.callbacks.breaker import PROBES_MAX, Breaker
 from payments.callbacks.retry import ATTEMPTS_MAX
 from payments.order_service.endpoint import Exchange
@@ -109,7 +110,7 @@ async def test_what_failed_before_the_process_began_may_be_of_the_same_outage(
     outbox.pause()
     outbox.connection.execute("UPDATE callback_lanes SET away_at = now() - interval '50 minutes'")
     async with dispatching_to(endpoint, outbox, breaker=opened(0.3)) as dispatcher:
-        dispatcher._has_delivered = delivered_before
+        dispatcher._health._has_delivered = delivered_before
         await outbox.log(*charges([uuid.uuid4()]))
         await until(lambda: dispatcher.state == "closed")
         await until(lambda: "delivered" in outbox.states())
@@ -212,7 +213,7 @@ async def test_an_outage_is_told_once_and_its_end_as_well(
     breaker = Breaker(open_min_s=0.01, open_max_s=0.01)
     async with dispatching_to(endpoint, outbox, breaker=breaker) as dispatcher:
         for told_after_s in (5.0, 0.1):
-            monkeypatch.setattr(dispatching, "TOLD_AFTER_S", told_after_s)
+            monkeypatch.setattr(endpoint_health, "TOLD_AFTER_S", told_after_s)
             endpoint.answer = lambda _: failed()
             await outbox.log(*charges(uuid.uuid4() for _ in range(3)))
             dispatcher.wake()
@@ -233,9 +234,9 @@ async def test_many_refusals_that_are_over_soon_are_not_told(
     """They are a matter of these orders."""
     endpoint.answer = lambda body: answered(200 if body["order_id"] == str(A) else 404)
     async with dispatching_to(endpoint, outbox) as dispatcher:
-        await outbox.log(*charges(uuid.uuid4() for _ in range(3 * dispatching.REFUSED_MAX)))
+        await outbox.log(*charges(uuid.uuid4() for _ in range(3 * endpoint_health.REFUSED_MAX)))
         dispatcher.wake()
-        await until(lambda: len(endpoint.bodies) > 3 * dispatching.REFUSED_MAX)
+        await until(lambda: len(endpoint.bodies) > 3 * endpoint_health.REFUSED_MAX)
         await outbox.log(*charges([A]))
         dispatcher.wake()
         await until(lambda: "delivered" in outbox.states())
@@ -246,8 +247,8 @@ async def test_refusals_with_deliveries_between_are_not_told(
     outbox: Outbox, endpoint: PlayedEndpoint, lines: list[Line], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few that are refused are a matter of theirs; many in a row, of Order Service."""
-    monkeypatch.setattr(dispatching, "TOLD_AFTER_S", 0.0)
-    refused_first = dispatching.REFUSED_MAX - 1
+    monkeypatch.setattr(endpoint_health, "TOLD_AFTER_S", 0.0)
+    refused_first = endpoint_health.REFUSED_MAX - 1
     endpoint.answer = lambda body: answered(
         404 if len(endpoint.told(uuid.UUID(body["order_id"]))) <= refused_first else 200
     )

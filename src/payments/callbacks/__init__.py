@@ -3,7 +3,8 @@
 The follower in projections/callbacks.py writes what is owed; here it is sent. dispatcher.py is the
 loop: it claims due deliveries from outbox.py (SQL: claim, record, release), sends each with
 order_service/endpoint.py, and records what came of it. retry.py says whether and when to try again,
-breaker.py whether to send at all; both are pure. ping.py sends one request that tells nothing.
+breaker.py whether to send at all; both are pure. endpoint_health.py notes for it, for people and
+for what failed in an outage how each attempt went. ping.py sends one request that tells nothing.
 """
 
 # A process that was frozen between claim and exchange begins no exchange after this.

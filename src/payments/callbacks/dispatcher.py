@@ -10,7 +10,6 @@ Service: its order waits as long again as an exchange may take.
 """
 
 import asyncio
-import math
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -25,8 +24,9 @@ from loguru import logger
 
 from payments.callbacks import BEGIN_WITHIN_S, lease_s, outbox
 from payments.callbacks.breaker import Breaker, Permit
+from payments.callbacks.endpoint_health import EndpointHealth
 from payments.callbacks.outbox import Claimed, Result
-from payments.callbacks.retry import WAIT_MAX_S, Verdict, jittered, judge
+from payments.callbacks.retry import jittered, judge
 from payments.database.connections import cut_after
 from payments.observability.logs import Repeats, trace_field
 from payments.observability.metrics import Telemetry
@@ -47,14 +47,7 @@ DATABASE_TIMEOUT_S = 4.0
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.1, 2.0
 PRUNE_EVERY_S, PRUNE_ROWS = 60.0, 1000
 REOPEN_LANES = 1000  # at a time, when the endpoint is back
-REFUSED_MAX = 5  # in a row, until somebody is told
-# What orders in trouble of their own look like, when they happen to come one after another, is over
-# before.
-TOLD_AFTER_S = 5.0
 CUT_OFF_S = 0.8  # at the end, to write down what was cut off
-# A process that has delivered nothing yet does not know when an outage began: whatever is still
-# waiting for its next attempt then may be of it.
-BEGAN_BEFORE_S = WAIT_MAX_S + 300.0
 
 
 class CallbackBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +85,7 @@ class Dispatcher:
         self._retention_days = retention_days
         self._suspected = suspected
         self._breaker = breaker or Breaker()
+        self._health = EndpointHealth(self._breaker)
         self._random = rng
         self._repeats = Repeats()
         self._opened: psycopg.AsyncConnection[Any] | None = None
@@ -99,16 +93,6 @@ class Dispatcher:
         self._sending: dict[asyncio.Task[None], Claimed] = {}
         self._results: list[Result] = []
         self._wake = asyncio.Event()
-        self._refused = 0  # in a row, by an endpoint that is there
-        self._refused_since = 0.0
-        self._refusal_told = False
-        self._away_reason = ""
-        self._away_told = False
-        # When the outage began since whose end nothing was delivered; and the one that is over, so
-        # that what failed in it has yet to be made due.
-        self._has_delivered = False
-        self._was_away_since: float | None = None
-        self._reopen_since: float | None = None
         self._prune_at = 0.0
         self._stopping = False
 
@@ -176,11 +160,11 @@ class Dispatcher:
             self._opened = await self._connect("payments callbacks")
         with cut_after(self._opened, DATABASE_TIMEOUT_S):
             await self._record(self._opened)
-            if self._reopen_since is not None:
-                outage_s = time.monotonic() - self._reopen_since
+            if self._health.over_since is not None:
+                outage_s = time.monotonic() - self._health.over_since
                 if await outbox.make_due(self._opened, outage_s, REOPEN_LANES) < REOPEN_LANES:
-                    self._reopen_since = None
-            self._tell_of_an_outage()
+                    self._health.over_since = None
+            self._health.tell_of_an_outage(time.monotonic())
             if not self._stopping:
                 await self._begin(self._opened)
                 await self._prune(self._opened)
@@ -192,16 +176,6 @@ class Dispatcher:
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._wake.wait()
-
-    def _tell_of_an_outage(self) -> None:
-        now = time.monotonic()
-        if self._away_told or self._breaker.state(now) == "closed":
-            return
-        if now - self._breaker.since >= TOLD_AFTER_S:
-            self._away_told = True
-            logger.bind(reason=self._away_reason).warning(
-                "Order Service is away: callbacks wait for it"
-            )
 
     async def _begin(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Claims as many deliveries as may be under way, and begins to send them."""
@@ -271,7 +245,14 @@ class Dispatcher:
         verdict = judge(
             *(exchange, attempt, claimed.due_for_s, self._endpoint.timeout_s, datetime.now(UTC))
         )
-        self._note(claimed, exchange, verdict, permit)
+        self._health.note(
+            verdict,
+            permit,
+            claimed.order_id,
+            claimed.attempt,
+            _reason(exchange),
+            time.monotonic(),
+        )
         self._telemetry.callback_attempts[verdict.outcome].inc()
         self._telemetry.callback_seconds.observe(exchange.seconds)
         state: Literal["due", "delivered", "dead"] = verdict.final or "due"
@@ -303,45 +284,6 @@ class Dispatcher:
             away=verdict.endpoint_down,
             said=_said(claimed, exchange) if state == "delivered" else None,
         )
-
-    def _note(
-        self, claimed: Claimed, exchange: "Exchange", verdict: Verdict, permit: Permit
-    ) -> None:
-        """What it means for the breaker, and for people."""
-        delivered = verdict.final == "delivered"
-        if verdict.endpoint_down:
-            # An order that failed before tells nothing new about the endpoint.
-            if claimed.attempt == 1:
-                self._away_reason = _reason(exchange)
-                self._breaker.failed(permit, claimed.order_id, time.monotonic())
-        elif self._breaker.succeeded(permit) if delivered else self._breaker.answered(permit):
-            since = self._breaker.since - (0.0 if self._has_delivered else BEGAN_BEFORE_S)
-            self._was_away_since = min(self._was_away_since or math.inf, since)
-            if self._away_told:
-                self._away_told = False
-                logger.info("Order Service is back")
-        if delivered:
-            self._has_delivered = True
-            if self._refusal_told:
-                logger.info("Order Service takes callbacks again")
-            self._refused, self._refusal_told = 0, False
-            # Not for an answer that merely shows it alive: each such attempt is to be paid for with
-            # a callback delivered, else one that is always refused would use up all the others'.
-            if self._was_away_since is not None:
-                self._reopen_since = min(self._reopen_since or math.inf, self._was_away_since)
-                self._was_away_since = None
-        elif not verdict.endpoint_down:
-            self._note_refusal(_reason(exchange))
-
-    def _note_refusal(self, reason: str) -> None:
-        now = time.monotonic()
-        if self._refused == 0:
-            self._refused_since = now
-        self._refused += 1
-        lasts = now - self._refused_since >= TOLD_AFTER_S
-        if lasts and self._refused >= REFUSED_MAX and not self._refusal_told:
-            self._refusal_told = True
-            logger.bind(reason=reason).warning("Order Service refuses callbacks")
 
     def _cut_off(self, claimed: Claimed, seconds: float) -> Result:
         """It was under way when the service had to stop."""

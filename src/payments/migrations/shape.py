@@ -25,15 +25,15 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column(name="id", kind="uuid", default="gen_random_uuid()"),
+    Column("id", "uuid", "gen_random_uuid()"),
     Column("merchant_order_id", "uuid"),
     Column("idempotency_key", "text"),
-    Column(name="amount_cents", kind="integer", default="0"),
-    Column(name="currency", kind="text", default="'INR'::text"),
+    Column("amount_cents", "integer", "0"),
+    Column("currency", "text", "'INR'::text"),
     Column("status", "text"),
     Column("provider_txn_id", "text"),
-    Column(name="created_at", kind="timestamp without time zone", default="now()"),
-    Column(name="updated_at", kind="timestamp without time zone", default="now()"),
+    Column("created_at", "timestamp without time zone", "now()"),
+    Column("updated_at", "timestamp without time zone", "now()"),
 )
 PRIMARY_KEY, UNIQUE_KEY = "PRIMARY KEY (id)", "UNIQUE (idempotency_key)"
 KNOWN_STATUS = (
