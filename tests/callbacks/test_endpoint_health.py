@@ -101,8 +101,8 @@ def test_an_outage_that_lasts_is_told_once_and_its_end(endpoint: Endpoint, told:
 
 
 def test_refusals_in_a_row_are_told_once_they_last(endpoint: Endpoint, told: list[str]) -> None:
-    for number in range(REFUSED_MAX - 1):
-        endpoint.note(REFUSED, number * TOLD_AFTER_S)
+    for _ in range(2 * REFUSED_MAX):
+        endpoint.note(REFUSED, 0.0)
     assert told == []
     endpoint.note(REFUSED, REFUSED_MAX * TOLD_AFTER_S)
     endpoint.note(REFUSED, REFUSED_MAX * TOLD_AFTER_S)
@@ -111,3 +111,9 @@ def test_refusals_in_a_row_are_told_once_they_last(endpoint: Endpoint, told: lis
         "Order Service refuses callbacks",
         "Order Service takes callbacks again",
     ]
+
+
+def test_a_few_refusals_tell_nothing_however_far_apart(endpoint: Endpoint, told: list[str]) -> None:
+    for number in range(REFUSED_MAX - 1):
+        endpoint.note(REFUSED, number * TOLD_AFTER_S)
+    assert told == []
