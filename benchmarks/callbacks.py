@@ -21,7 +21,8 @@ from benchmarks.process import ServerProcess
 from payments.database.connections import Database
 from payments.events.store import APPEND, append_params, to_stored_event
 from payments.observability.metrics import Telemetry
-from payments.payment.decisions import Cause, ChargeRequest, charge_outcome, initiate
+from payments.payment.decisions import Cause, charge_outcome, initiate
+from payments.payment.identity import ChargeRequest
 from payments.payment.state import Approved, evolve
 from payments.projections.callbacks import begin_at_the_end
 from payments.service import build_dispatcher, build_followers

@@ -14,13 +14,12 @@ from payments.events.facts import Fact
 from payments.observability.metrics import Telemetry
 from payments.payment.decisions import (
     Cause,
-    ChargeRequest,
-    RefundRequest,
     charge_outcome,
     initiate,
     initiate_refund,
     refund_outcome,
 )
+from payments.payment.identity import ChargeRequest, RefundRequest
 from payments.payment.state import Approved, Declined, Payment, evolve
 from payments.projections.follower import Follower
 from payments.service import build_followers

@@ -28,7 +28,8 @@ from payments.events.notifier import Notifier
 from payments.events.store import to_stored_event
 from payments.migrations import migrate
 from payments.observability.metrics import Telemetry
-from payments.payment.decisions import Cause, ChargeRequest, initiate
+from payments.payment.decisions import Cause, initiate
+from payments.payment.identity import ChargeRequest
 
 CONNECTIONS = 32
 

@@ -35,7 +35,7 @@ from payments.database.connections import DatabaseAddress
 from payments.gateways.building import build_gateway
 from payments.observability.logs import set_up_logs
 from payments.observability.metrics import Telemetry
-from payments.payment.decisions import ChargeRequest, fingerprint, payment_id_for
+from payments.payment.identity import ChargeRequest, fingerprint, payment_id_for
 from payments.payment.state import Payment, Status
 from payments.service import Service
 from payments.settings import Settings, read_settings

@@ -20,8 +20,6 @@ from payments.events.store import APPEND, append_params, to_stored_event
 from payments.observability.metrics import Telemetry
 from payments.payment.decisions import (
     Cause,
-    ChargeRequest,
-    RefundRequest,
     abandon,
     charge_outcome,
     initiate,
@@ -29,6 +27,7 @@ from payments.payment.decisions import (
     refund_outcome,
     return_outcome,
 )
+from payments.payment.identity import ChargeRequest, RefundRequest
 from payments.payment.state import Approved, Declined, Payment, Refund, evolve, fold
 from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection

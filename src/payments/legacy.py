@@ -19,7 +19,7 @@ from payments.events.facts import (
     RefundInitiated,
 )
 from payments.money import DECIMALS, MAX_AMOUNT_CENTS, MIN_AMOUNT_CENTS
-from payments.payment.decisions import (
+from payments.payment.identity import (
     KEY_MAX,
     KEY_PATTERN,
     ChargeRequest,

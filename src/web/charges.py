@@ -24,7 +24,7 @@ from payments.errors import (
     TooBusy,
     Unauthorized,
 )
-from payments.payment.decisions import ChargeRequest
+from payments.payment.identity import ChargeRequest
 from payments.payment.state import Status
 from payments.times import TIME_PATTERN, read_time
 from web.list_query import TIME_TEXT

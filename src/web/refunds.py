@@ -24,7 +24,7 @@ from payments.errors import (
     TooBusy,
     Unauthorized,
 )
-from payments.payment.decisions import RefundRequest
+from payments.payment.identity import RefundRequest
 from payments.payment.state import Status
 from payments.queries.payments import not_found
 from web.auth import may_read

@@ -12,7 +12,7 @@ from litestar.enums import MediaType
 
 from payments.commands.runs import Caller
 from payments.errors import FieldError, InvalidIdempotencyKey, InvalidRequest
-from payments.payment.decisions import KEY_MAX, KEY_PATTERN
+from payments.payment.identity import KEY_MAX, KEY_PATTERN
 from payments.service import Service
 from web.auth import authenticate
 from web.bodies import check_json, check_not_encoded, read_body

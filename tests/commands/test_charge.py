@@ -25,7 +25,7 @@ from payments.errors import (
     Unavailable,
 )
 from payments.gateways import NeverSent, OutcomeUnknown, ProviderCharge
-from payments.payment.decisions import RefundRequest, payment_id_for
+from payments.payment.identity import RefundRequest, payment_id_for
 from payments.payment.state import Status
 from payments.queries.payments import get_payment
 from tests.commands.conftest import Make

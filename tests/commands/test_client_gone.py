@@ -11,7 +11,7 @@ from payments.commands.runs import Caller
 from payments.errors import ClientGone, IdempotencyKeyReused, TooBusy
 from payments.event_store import load_charge
 from payments.gateways import ProviderCharge
-from payments.payment.decisions import payment_id_for
+from payments.payment.identity import payment_id_for
 from payments.payment.state import Status
 from tests.commands.conftest import Make
 from tests.commands.looking import topics

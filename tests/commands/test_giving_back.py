@@ -13,7 +13,8 @@ import pytest
 from payments import sendings
 from payments.commands.runs import cause
 from payments.events.facts import Fact
-from payments.payment.decisions import charge_outcome, payment_id_for
+from payments.payment.decisions import charge_outcome
+from payments.payment.identity import payment_id_for
 from payments.payment.state import Approved, Status
 from payments.service import Service
 from tests.commands.conftest import Make

@@ -11,7 +11,8 @@ from eventsourcing.persistence import StoredEvent
 
 from payments.commands.charge import ChargePayment
 from payments.errors import DatabaseUnavailable, IdempotencyKeyReused, InvalidRequest
-from payments.payment.decisions import is_held_for, payment_id_for
+from payments.payment.decisions import is_held_for
+from payments.payment.identity import payment_id_for
 from payments.payment.state import Status
 from tests.commands.conftest import Make
 from tests.commands.looking import topics

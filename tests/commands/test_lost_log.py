@@ -12,7 +12,8 @@ from payments.errors import LogRewound
 from payments.event_store import load_charge, load_payment
 from payments.events.facts import Fact
 from payments.events.store import LOAD_ENTRIES, LogEntry, fact_of
-from payments.payment.decisions import RefundRequest, abandon, initiate_refund, payment_id_for
+from payments.payment.decisions import abandon, initiate_refund
+from payments.payment.identity import RefundRequest, payment_id_for
 from payments.payment.state import Approved, Payment, Status, fold
 from payments.service import Service
 from tests.commands.conftest import Make

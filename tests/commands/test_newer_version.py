@@ -6,7 +6,7 @@ import psycopg
 import pytest
 
 from payments.events.store import APPEND, append_params
-from payments.payment.decisions import payment_id_for
+from payments.payment.identity import payment_id_for
 from payments.payment.state import Status
 from tests.commands.conftest import Make
 from tests.commands.looking import begin, gateway_of

@@ -23,7 +23,8 @@ from payments.errors import (
     TooBusy,
 )
 from payments.gateways import NeverSent, OutcomeUnknown
-from payments.payment.decisions import REFUNDS_MAX, RefundRequest, payment_id_for
+from payments.payment.decisions import REFUNDS_MAX
+from payments.payment.identity import RefundRequest, payment_id_for
 from payments.payment.state import Status
 from payments.service import Service
 from tests.commands.conftest import Make

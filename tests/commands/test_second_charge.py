@@ -11,7 +11,7 @@ from payments.commands import runs
 from payments.commands.refund import RefundPayment
 from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable, IdempotencyKeyReused, OrderAlreadyPaid
-from payments.payment.decisions import RefundRequest, payment_id_for
+from payments.payment.identity import RefundRequest, payment_id_for
 from payments.payment.state import Status
 from payments.service import Service
 from tests.commands.conftest import Make

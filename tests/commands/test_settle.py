@@ -14,7 +14,7 @@ from payments.commands.settle import CALLS_MAX
 from payments.commands.settling_loop import ABANDONED_MAX, pause_s
 from payments.errors import ClientGone, TooBusy
 from payments.gateways import NeverSent, OutcomeUnknown
-from payments.payment.decisions import payment_id_for
+from payments.payment.identity import payment_id_for
 from payments.payment.state import Approved, Status
 from payments.service import Service
 from payments.unsettled import CLAIM, claim, claim_params, forget, postpone

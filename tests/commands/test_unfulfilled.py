@@ -14,7 +14,7 @@ from payments.commands.unfulfilled import Unfulfilled
 from payments.errors import PaymentAlreadyRefunded, RefundExceedsCapture
 from payments.events.facts import RefundInitiated
 from payments.events.store import fact_at
-from payments.payment.decisions import is_of_unfulfilled, payment_id_for, unfulfilled_refund_id
+from payments.payment.identity import is_of_unfulfilled, payment_id_for, unfulfilled_refund_id
 from payments.payment.state import Status
 from payments.service import Service
 from tests.commands.conftest import Make

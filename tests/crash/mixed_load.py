@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from payments.payment.decisions import payment_id_for
+from payments.payment.identity import payment_id_for
 from tests.crash.client import Caller
 from tests.invariants.checker import ChargeAnswer, RefundAnswer
 from tests.support import ORDER_ID

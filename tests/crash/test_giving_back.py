@@ -13,7 +13,7 @@ import pytest
 
 from payments.database.connections import DatabaseAddress
 from payments.fulfilment import table
-from payments.payment.decisions import payment_id_for, unfulfilled_refund_id
+from payments.payment.identity import payment_id_for, unfulfilled_refund_id
 from tests.callbacks.sales import PAID, Sale
 from tests.crash.test_money import nothing_open, records, settings, settled
 from tests.doubles.order_seats import Seating

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from payments.database.connections import DatabaseAddress
-from payments.payment.decisions import payment_id_for
+from payments.payment.identity import payment_id_for
 from tests.crash.client import Answer, Caller, race
 from tests.doubles.provider import Fault, FaultKind, ProviderProcess
 from tests.invariants.checker import ChargeAnswer, ProviderRecord, RefundAnswer, check

@@ -24,7 +24,7 @@ import pytest
 from payments.commands.refund import RefundPayment
 from payments.database.connections import Database, DatabaseAddress
 from payments.errors import DatabaseUnavailable
-from payments.payment.decisions import RefundRequest, payment_id_for
+from payments.payment.identity import RefundRequest, payment_id_for
 from payments.service import Service
 from tests.crash.mixed_load import PROBE, MixedLoad, Sample
 from tests.crash.test_money import records, settings, settled

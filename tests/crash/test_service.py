@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from payments import embedded_postgres
-from payments.payment.decisions import payment_id_for
+from payments.payment.identity import payment_id_for
 from tests.machine import within
 from tests.outside_postgres import OutsidePostgres
 from tests.process import ServiceProcess

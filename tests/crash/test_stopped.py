@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from payments.database.connections import DatabaseAddress
-from payments.payment.decisions import payment_id_for
+from payments.payment.identity import payment_id_for
 from tests.callbacks.sales import new_orders
 from tests.commands.looking import topics
 from tests.doubles.order_bookings import Purchase

@@ -17,7 +17,7 @@ import pytest
 from benchmarks.load import Load
 from benchmarks.open_loop import Report, drive
 from payments.database.connections import DatabaseAddress
-from payments.payment.decisions import payment_id_for
+from payments.payment.identity import payment_id_for
 from tests.machine import OTHERS_CORES, Machine, late, within
 from tests.process import ServiceProcess, at
 

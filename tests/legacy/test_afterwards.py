@@ -13,7 +13,7 @@ from loguru import logger
 from payments.commands.refund import RefundPayment
 from payments.database.connections import Database, DatabaseAddress, connect
 from payments.errors import IdempotencyKeyReused, PaymentNotRefundable, RefundDeclined
-from payments.payment.decisions import RefundRequest, payment_id_for
+from payments.payment.identity import RefundRequest, payment_id_for
 from payments.payment.state import Status
 from payments.projections.callbacks import CallbacksProjection, backfill
 from payments.service import Service

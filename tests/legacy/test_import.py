@@ -14,7 +14,7 @@ from payments.database.connections import DatabaseAddress, connect
 from payments.events import facts
 from payments.events.store import READ_LOG, LogEntry, fact_of
 from payments.legacy import LegacyRow, facts_of
-from payments.payment.decisions import payment_id_for
+from payments.payment.identity import payment_id_for
 from payments.payment.state import Payment, Status, fold
 from tests.legacy.conftest import Command, Node
 from tests.legacy.node import MANY, insert

@@ -3,7 +3,7 @@
 import re
 import uuid
 
-from payments.payment.decisions import payment_id_for
+from payments.payment.identity import payment_id_for
 from tests.legacy.conftest import Command, Node
 from tests.legacy.node import ORDER_ID, insert
 from tests.process import ROOT

@@ -12,7 +12,7 @@ import msgspec
 import psycopg
 import pytest
 
-from payments.payment.decisions import payment_id_for
+from payments.payment.identity import payment_id_for
 from payments.service import Service
 from payments.settings import ApiKey, Settings
 from tests.events.test_appender import lock_held

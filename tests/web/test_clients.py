@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from payments.events.facts import encode
-from payments.payment.decisions import payment_id_for
+from payments.payment.identity import payment_id_for
 from payments.queries.cursor import Place, write_cursor
 from payments.service import Service
 from payments.settings import ApiKey, Settings

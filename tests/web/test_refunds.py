@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from payments.database.connections import DatabaseAddress
-from payments.payment.decisions import refund_id_for
+from payments.payment.identity import refund_id_for
 from payments.service import Service
 from payments.settings import ApiKey, Settings
 from tests.doubles.gateway import ScriptedGateway, decline, no_answer

@@ -39,15 +39,8 @@ from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
 from payments.observability.logs import Repeats
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import span
-from payments.payment.decisions import (
-    Cause,
-    ChargeRequest,
-    charge_outcome,
-    differing_fields,
-    initiate,
-    is_held_for,
-    payment_id_for,
-)
+from payments.payment.decisions import Cause, charge_outcome, initiate, is_held_for
+from payments.payment.identity import ChargeRequest, differing_fields, payment_id_for
 from payments.payment.state import Approved, Declined, Payment, Status, UnexpectedEvent, evolve
 from payments.settings import HOLD_MARGIN_S, Settings
 

@@ -24,7 +24,8 @@ from payments.events.facts import (
 )
 from payments.observability.logs import Repeats, log_money
 from payments.observability.metrics import Telemetry
-from payments.payment.decisions import OutcomeMismatch, is_of_unfulfilled
+from payments.payment.decisions import OutcomeMismatch
+from payments.payment.identity import is_of_unfulfilled
 from payments.payment.state import Payment, evolve
 
 RELOAD_PAUSE_S = 0.1

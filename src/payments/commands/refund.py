@@ -34,11 +34,11 @@ from payments.observability.tracing import span
 from payments.payment.decisions import (
     Cause,
     OutcomeMismatch,
-    RefundRequest,
     initiate_refund,
     known_refund,
     refund_outcome,
 )
+from payments.payment.identity import RefundRequest
 from payments.payment.state import Approved, Declined, Payment, Refund, Status, evolve
 from payments.settings import Settings
 

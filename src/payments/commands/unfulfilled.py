@@ -1,6 +1,6 @@
 """Give back a payment whose order failed, without being asked to: UNFULFILLED=refund.
 
-At most once per payment: the refund's id is derived from the payment's (payment/decisions.py). All
+At most once per payment: the refund's id is derived from the payment's (payment/identity.py). All
 else is as for a refund that a client asks for (refund.py), and settling goes on with one that is
 under way. How much goes back in an hour is bounded (brake.py). Why: docs/decisions/giving-back.md.
 """
@@ -16,7 +16,7 @@ from payments.commands.refund import Refunding, RefundPayment
 from payments.database.connections import Database
 from payments.errors import PaymentsError
 from payments.event_store import LoadedPayment, load_payment
-from payments.payment.decisions import RefundRequest, unfulfilled_refund_id
+from payments.payment.identity import RefundRequest, unfulfilled_refund_id
 from payments.payment.state import Status
 from payments.settings import FULFILMENT
 

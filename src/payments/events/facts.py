@@ -76,7 +76,7 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True):
 class PaymentInitiated(Fact, frozen=True, kw_only=True):
     """A charge was accepted and is durable; from here on the provider may be asked.
 
-    `fingerprint` is a SHA-256 over the whole request: see deciding.fingerprint. `hold_until` is
+    `fingerprint` is a SHA-256 over the whole request: see identity.fingerprint. `hold_until` is
     when the hold of the seats ends, if that is known: then no capture is sent any more. `legacy`:
     of an imported one.
     """

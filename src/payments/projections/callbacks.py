@@ -22,7 +22,7 @@ from payments.events.facts import (
     UndecodableEvent,
 )
 from payments.events.store import LOAD_STREAMS, READ_LOG, LogEntry, fact_of, read_events
-from payments.payment.decisions import is_of_unfulfilled, unfulfilled_refund_id
+from payments.payment.identity import is_of_unfulfilled, unfulfilled_refund_id
 
 BACKFILL_EVENTS = 1000  # in one transaction
 
