@@ -142,6 +142,6 @@ def lines() -> Iterator[list[Line]]:
         record = message.record
         logged.append((record["level"].name, record["message"], record["extra"]))
 
-    handler = logger.add(keep, level="INFO", filter="payments.callbacks.dispatcher")
+    handler = logger.add(keep, level="INFO", filter="payments.callbacks")
     yield logged
     logger.remove(handler)
