@@ -29,7 +29,7 @@ from payments.payment.identity import RefundRequest, payment_id_for
 from payments.payment.state import Status
 from payments.queries.payments import get_payment
 from tests.commands.conftest import Make
-from tests.commands.looking import topics
+from tests.commands.looking import begin, topics
 from tests.doubles.gateway import (
     ScriptedGateway,
     after,
@@ -77,7 +77,7 @@ async def test_the_intent_is_durable_before_the_provider_is_asked(
         return approve(gateway, charge)
 
     service = await make(ScriptedGateway(look))
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     assert stored_when_asked == ["PaymentInitiated"]
 
 
@@ -124,7 +124,7 @@ async def test_the_key_with_another_request_is_refused(
 ) -> None:
     gateway = ScriptedGateway()
     service = await make(gateway)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     with pytest.raises(IdempotencyKeyReused) as refused:
         await service.charging.charge(other)
     assert [error.field for error in refused.value.errors] == [field]
@@ -274,7 +274,7 @@ async def test_a_retry_before_the_run_is_over_waits_then_settles(make: Make) -> 
 async def test_past_the_safe_retry_window_it_only_asks(make: Make) -> None:
     gateway = ScriptedGateway(no_answer, safe_retry_s=0.1)
     service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await asyncio.sleep(0.4)
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
     assert (len(gateway.charges), len(gateway.questions)) == (1, 1)
@@ -284,7 +284,7 @@ async def test_a_retry_whose_provider_is_down_is_still_pending(make: Make) -> No
     """The first run may have charged: an error would make the caller drop a paid order."""
     gateway = ScriptedGateway(answer_lost)
     service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await asyncio.sleep(0.4)
     gateway.reachable = False
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
@@ -296,7 +296,7 @@ async def test_a_retry_that_learns_nothing_is_still_pending_and_sends_nothing(
 ) -> None:
     gateway = ScriptedGateway(no_answer)
     service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await asyncio.sleep(0.4)
     gateway.reachable, gateway.failure = False, failure
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
@@ -361,7 +361,7 @@ async def test_a_retry_sends_nothing_after_its_deadline(
     """The provider took so long to say that it does not know of the charge."""
     gateway = ScriptedGateway(no_answer)
     service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await asyncio.sleep(0.4)
 
     async def answered_late(payment_id: uuid.UUID, timeout_s: float) -> None:
@@ -585,7 +585,7 @@ async def test_draining_waits_for_charges_whose_requests_were_answered(
     service = await make(
         ScriptedGateway(after(answered)), charge_deadline_s=0.3, gateway_timeout_s=0.2
     )
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     asyncio.get_running_loop().call_later(0.2, answered.set)
     await service.runs.drain(5)
     assert topics(connection, payment_id_for("k")) == ["PaymentInitiated", "PaymentCharged"]
@@ -640,7 +640,7 @@ async def test_dead_pooled_connections_are_nobodys_problem(
 ) -> None:
     """As after a failover: a replay is a replay, another request is 422."""
     service = await make(ScriptedGateway())
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     terminate = (
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE application_name LIKE 'payments%' AND datname = current_database()"
@@ -657,7 +657,7 @@ async def test_only_a_request_that_is_known_to_be_the_same_is_pending(
 ) -> None:
     """The stream can no longer be read when it is found to exist."""
     service = await make(ScriptedGateway())
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
 
     async def away(*_: Any) -> None:
         raise DatabaseUnavailable
@@ -672,7 +672,7 @@ async def test_another_provider_is_not_asked_to_charge_again(make: Make) -> None
     old, new = ScriptedGateway(answer_lost), ScriptedGateway()
     new.name = "other"
     short: dict[str, Any] = {"charge_deadline_s": 0.3, "gateway_timeout_s": 0.2}
-    await (await make(old, **short)).charging.charge(charge_of("k"))
+    await begin(await make(old, **short))
     await asyncio.sleep(0.3)
     service = await make(new, **short)
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
@@ -745,7 +745,7 @@ async def test_a_repetition_waits_no_longer_than_its_deadline(make: Make) -> Non
     service = await make(
         ScriptedGateway(after(answered)), charge_deadline_s=0.4, gateway_timeout_s=0.3
     )
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     started = time.monotonic()
     with within(2):
         assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
@@ -774,7 +774,7 @@ async def test_a_repetition_while_the_outcome_waits_for_the_database(
 
 async def test_the_first_outcome_is_replayed_after_a_refund(make: Make) -> None:
     service = await make(ScriptedGateway())
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await service.refunding.refund(
         RefundPayment(
             request=RefundRequest(

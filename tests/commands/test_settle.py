@@ -372,7 +372,7 @@ async def test_an_answer_about_something_else_settles_nothing(
 async def test_a_payment_of_another_provider_is_never_asked_about(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
-    await (await make(ScriptedGateway(no_answer), **FAST)).charging.charge(charge_of("k"))
+    await begin(await make(ScriptedGateway(no_answer), **FAST))
     other = ScriptedGateway()
     other.name = "other"
     service = await make(other, **SOON)

@@ -13,7 +13,7 @@ from payments.payment.state import Status
 from payments.service import Service
 from payments.unsettled import claim
 from tests.commands.conftest import Make
-from tests.commands.looking import gateway_of, topics
+from tests.commands.looking import begin, gateway_of, topics
 from tests.commands.test_refund import refund_of
 from tests.commands.test_settle import (
     FAST,
@@ -42,13 +42,13 @@ async def audit_finds_nothing(operator: Operator) -> None:
 
 async def with_a_charge(make: Make) -> Service:
     service = await make(ScriptedGateway(answer_lost), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     return service
 
 
 async def with_a_refund(make: Make) -> Service:
     service = await make(ScriptedGateway(refund_script=[answer_lost]), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await service.refunding.refund(refund_of(300, "a"))
     await asyncio.sleep(FAST["charge_deadline_s"])
     return service
@@ -151,7 +151,7 @@ async def test_a_row_without_a_payment_is_left_to_the_audit(
     make: Make, connection: psycopg.Connection[Any], operator: Operator
 ) -> None:
     service = await make(ScriptedGateway(), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     connection.execute(
         "INSERT INTO unsettled_payments (payment_id, kind, since, due_at)"
         " VALUES (gen_random_uuid(), 'charge', now(), now())"
@@ -167,7 +167,7 @@ async def with_a_decline(make: Make, turning_s: float = 3600.0) -> Service:
     gateway = ScriptedGateway(decline)
     gateway.declines_may_turn_s = turning_s
     service = await make(gateway, **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await project(service)
     return service
 

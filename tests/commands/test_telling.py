@@ -16,7 +16,7 @@ from payments.database.connections import Database, DatabaseAddress
 from payments.gateways import OutcomeUnknown
 from payments.service import Service
 from tests.commands.conftest import Make
-from tests.commands.looking import gateway_of, topics
+from tests.commands.looking import begin, gateway_of, topics
 from tests.commands.test_refund import refund_of
 from tests.commands.test_settle import FAST, PAYMENT, abandoned, age, capture_late, settle
 from tests.doubles.gateway import ScriptedGateway, answer_lost, decline, no_answer
@@ -61,7 +61,7 @@ def answer_for_another_amount(service: Service) -> None:
 
 async def mismatching(make: Make, **settings: Any) -> Service:
     service = await make(ScriptedGateway(answer_lost), **FAST, **settings)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     answer_for_another_amount(service)
     return service
 
@@ -126,7 +126,7 @@ async def test_a_mismatch_that_its_own_request_found(
         return other_amount(gateway, charge)
 
     service = await make(ScriptedGateway(listed), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     assert told == [MISMATCH]
     for _ in range(2):
         await asyncio.sleep(FAST["charge_deadline_s"])
@@ -141,7 +141,7 @@ async def test_a_payment_that_is_not_listed_yet_is_told(
 ) -> None:
     service = await mismatching(make)
     await asyncio.sleep(FAST["charge_deadline_s"])
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     assert told == [MISMATCH]
 
 
@@ -153,7 +153,7 @@ async def test_a_payment_of_another_provider(
         service = await make(ScriptedGateway(no_answer), **FAST)
     else:
         service = await make(ScriptedGateway(refund_script=[no_answer]), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     if operation == "refund":
         await service.refunding.refund(refund_of(300, "a"))
     other = ScriptedGateway()
@@ -174,7 +174,7 @@ async def test_a_refund_mismatch_of_its_request_and_of_settling(
     make: Make, connection: Connection, told: list[tuple[str, str]]
 ) -> None:
     service = await make(ScriptedGateway(refund_script=[answer_lost]), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     refund = (await service.refunding.refund(refund_of(300, "a"))).refund
     outcomes = gateway_of(service).refund_outcomes
     outcomes[refund.id] = msgspec.structs.replace(outcomes[refund.id], amount_cents=1)
@@ -249,7 +249,7 @@ async def test_a_refund_that_is_asked_about_for_ever(
 ) -> None:
     """It may have arrived, the provider does not know it, and nothing may be sent any more."""
     service = await make(ScriptedGateway(refund_script=[no_answer]), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await service.refunding.refund(refund_of(300, "a"))
     await age(connection, 30 * 24 * 3600)
     for _ in range(4):
@@ -270,7 +270,7 @@ async def test_a_mismatch_comes_at_once_and_is_not_followed_by_less(
     make: Make, connection: Connection, told: list[tuple[str, str]]
 ) -> None:
     service = await make(ScriptedGateway(answer_lost), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     gateway = gateway_of(service)
     answer_for_another_amount(service)
     await age(connection, 1000)
@@ -284,7 +284,7 @@ async def test_a_payment_that_cannot_be_read_or_is_not_in_the_log(
     make: Make, connection: Connection, told: list[tuple[str, str]]
 ) -> None:
     service = await make(ScriptedGateway(no_answer), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     await settle(service, connection)
     connection.execute("ALTER TABLE payment_events DISABLE TRIGGER payment_events_append_only")
     connection.execute("UPDATE payment_events SET state = '{'")
@@ -307,7 +307,7 @@ async def test_a_defect_is_told_once_with_its_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     service = await make(ScriptedGateway(no_answer), **FAST)
-    await service.charging.charge(charge_of("k"))
+    await begin(service)
     monkeypatch.setattr(Settler, "settle", lambda *_: 1 // 0)
     errors: list[Any] = []
 
