@@ -14,7 +14,7 @@ from payments.queries.payments import PaymentView
 from payments.service import Service
 from payments.settings import ApiKey, Settings
 from tests.queries.rows import insert, insert_fulfilment, view
-from tests.support import History, append
+from tests.support import History, append, until
 from tests.web.test_api import problem
 from tests.web.test_operations import gauge
 
@@ -100,8 +100,14 @@ async def test_of_one_payment(client: httpx.AsyncClient, connection: Connection)
     append(connection, history.facts)
     path = f"/v1/payments/{history.id}/callbacks"
     assert (await client.get(path)).json()["fulfilment"] is None
-    row(connection, "unfulfilled", id=history.id)
-    told = (await client.get(path)).json()["fulfilment"]
+    # The follower writes the payment's row: not beside it.
+    payment = view(NOW, id=history.id)
+    insert_fulfilment(connection, payment, "unfulfilled", "failed", order_status="FAILED")
+
+    async def fulfilment() -> Any:
+        return (await client.get(path)).json()["fulfilment"]
+
+    told = await until(fulfilment)
     assert list(told) == [
         *("state", "said", "order_status", "problem", "found_at", "checked_at", "given_back_at")
     ]
