@@ -1,8 +1,8 @@
 """The HTTP face of the Payment Service.
 
 serving/       from the listening socket to a request
-app.py         the Litestar application
-               /v1: charges.py, refunds.py, payments.py, callbacks.py, unfulfilled.py
+app.py         the Litestar application, with what is under /v1: charges.py, refunds.py,
+               payments.py, callbacks.py, unfulfilled.py
 requests.py    what they read from headers and path     bodies.py  from JSON bodies
 list_query.py  and from the query; all errors at once
 operations.py  /health and /metrics                 accept.py     in which media type

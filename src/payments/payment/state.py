@@ -153,7 +153,8 @@ class Approved(msgspec.Struct, frozen=True):
     """The provider captured the money, or gave it back; everything is as the provider states it.
 
     `id` is ours, which the provider was given: the payment's, or the refund's. `provider_txn_id`
-    is the provider's own id of the capture or of the refund.
+    is the provider's own id of the capture or of the refund. Not for keywords alone: gateways that
+    others wrote build it by position.
     """
 
     id: UUID
