@@ -15,7 +15,7 @@ import pytest
 from loguru import logger
 
 from payments import migrations
-from payments.database.connections import DatabaseAddress
+from payments.database.connections import DatabaseAddress, connect
 from payments.errors import StartError
 from payments.migrations import (
     LOCK_KEYS,
@@ -64,6 +64,24 @@ def test_five_processes_at_once_exactly_one_applies(empty_database: DatabaseAddr
     applied = sorted(int(runner.communicate(timeout=60)[0]) for runner in runners)
     assert [runner.returncode for runner in runners] == [0] * 5
     assert applied == [0, 0, 0, 0, len(known_migrations())]
+
+
+def test_who_looks_while_another_applies_takes_our_table_for_ours(
+    empty_database: DatabaseAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied = migrations._applied
+
+    def just_before_another_applies(connection: Connection) -> dict[int, migrations.Applied]:
+        with monkeypatch.context() as inner:
+            inner.setattr(migrations, "_applied", applied)
+            migrate(empty_database)
+        return {}
+
+    with connect(empty_database, "test") as connection:
+        with monkeypatch.context() as first:
+            first.setattr(migrations, "_applied", just_before_another_applies)
+            assert migrations.schema_of(connection).missing == known_migrations()
+        assert migrations.schema_of(connection).missing == []
 
 
 def test_unmigrated_is_said(empty_database: DatabaseAddress) -> None:

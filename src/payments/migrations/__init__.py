@@ -34,7 +34,7 @@ from psycopg.sql import SQL, Identifier
 from payments.database.connections import DatabaseAddress, again_on_conflict, connect, reason_of
 from payments.errors import StartError
 from payments.migrations import shape
-from payments.migrations.legacy import IMPORT_OPEN, NOT_OURS, Legacy, legacy_table
+from payments.migrations.legacy import IMPORT_OPEN, NOT_OURS, Legacy, legacy_table, tables_here
 
 LOCK_KEYS = (7165010, 2)  # 1 was the lock of the appends, until 0012_append_alone.sql
 LOCK_WAIT_S = 120  # another process may be in the middle of a long migration
@@ -255,8 +255,9 @@ def _restore_shape(connection: psycopg.Connection[Any]) -> None:
 def schema_of(connection: psycopg.Connection[Any], *, importing: bool = False) -> Schema:
     """Only reads. Raises StartError if a file was changed after it was applied, or if the table
     payments is another service's. `importing`: an import that is not complete is no obstacle."""
+    tables = tables_here(connection)
     known, applied = known_migrations(), _applied(connection)
-    legacy = legacy_of(connection)
+    legacy = legacy_table(connection, tables, PAYMENTS_MADE_BY in applied)
     if legacy is Legacy.IN_PLACE:
         raise StartError(NOT_OURS)
     newer = [applied[number] for number in sorted(applied.keys() - {m.number for m in known})]
@@ -280,7 +281,8 @@ def schema_of(connection: psycopg.Connection[Any], *, importing: bool = False) -
 
 def legacy_of(connection: psycopg.Connection[Any]) -> Legacy:
     """How far the import of the Node service's payments has come. Only reads."""
-    return legacy_table(connection, PAYMENTS_MADE_BY in _applied(connection))
+    tables = tables_here(connection)
+    return legacy_table(connection, tables, PAYMENTS_MADE_BY in _applied(connection))
 
 
 def _applied(connection: psycopg.Connection[Any]) -> dict[int, Applied]:

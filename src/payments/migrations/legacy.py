@@ -69,10 +69,16 @@ class Legacy(Enum):
     COMPLETE = auto()
 
 
-def legacy_table(connection: psycopg.Connection[Any], ours_is_made: bool) -> Legacy:
-    """`ours_is_made`: the migration that makes our table is on record. Only reads."""
-    rows = connection.execute(TABLES, [MARK]).fetchall()
-    marked = dict(rows)
+def tables_here(connection: psycopg.Connection[Any]) -> dict[str, bool]:
+    """Which of the tables payments and legacy_payments there are, and whether each has the mark."""
+    return dict(connection.execute(TABLES, [MARK]).fetchall())
+
+
+def legacy_table(
+    connection: psycopg.Connection[Any], marked: dict[str, bool], ours_is_made: bool
+) -> Legacy:
+    """`marked` is what `tables_here` read before `ours_is_made` was: whether the migration that
+    makes our table is on record. Another process may apply it at any time. Only reads."""
     if "payments" in marked and (marked["payments"] or not ours_is_made):
         return Legacy.IN_PLACE
     if not marked.get("legacy_payments"):
