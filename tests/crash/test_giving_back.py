@@ -80,7 +80,7 @@ def sold_and_lost(
     sale: Sale, service: ServiceProcess, provider: ProviderProcess, order_id: str, key: str
 ) -> None:
     """The service dies when the provider has captured, before it answers."""
-    provider.script(Fault("slow", operation="charge", seconds=0.6))
+    provider.script(Fault("slow", operation="charge", seconds=2))
     sale.charge(order_id, key, PAID)
     eventually(lambda: provider.captures(payment_id_for(f"{order_id}-{key}")))
     service.kill()
