@@ -1,8 +1,10 @@
 """Reading in short statements: ahead of whoever works on it, and again where it was cut off."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
+from socket import SHUT_RDWR, socket
 from typing import Any
 
 import psycopg
@@ -71,6 +73,17 @@ def test_who_gives_up_waits_for_nothing(reader: Reader) -> None:
 
     with within(5), pytest.raises(KeyboardInterrupt):
         interrupted()
+
+
+def test_a_connection_that_ends_without_a_word_is_opened_again(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A standby says why it cuts a session off, but that may be lost on the way."""
+    monkeypatch.setattr(database, "CONFLICT_PAUSE_S", 0)
+    with socket(fileno=os.dup(reader._connection.fileno())) as wire:
+        wire.shutdown(SHUT_RDWR)
+    assert reader.fetch("SELECT 1") == [(1,)]
+    assert reader.at_one_moment(lambda snapshot: snapshot.fetch("SELECT 2")) == [(2,)]
 
 
 def cut_off_once(connection: Connection, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> Any:

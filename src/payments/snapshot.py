@@ -78,6 +78,7 @@ class Reader:
         self._address = address
         self._name = application_name
         self._connection = unhurried(address, application_name)
+        self._is_cut = False
         ((self._head,),) = self.fetch(HEAD_POSITION)
 
     def __enter__(self) -> Self:
@@ -112,6 +113,7 @@ class Reader:
                     coming = thread.submit(next, upcoming, None)
                     yield part
             except BaseException:
+                self._is_cut = True
                 cut(self._connection)  # or a server that does not answer would be waited for
                 raise
 
@@ -119,10 +121,14 @@ class Reader:
         def once() -> T:
             try:
                 return read(self._connection)
-            except CONFLICTS:
-                if self._connection.closed:
-                    self._connection = self._opened_again()
-                raise
+            except psycopg.OperationalError as error:
+                if not self._connection.closed or self._is_cut:
+                    raise
+                # Why a standby cuts a connection off does not always arrive.
+                if not isinstance(error, CONFLICTS) and error.sqlstate is not None:
+                    raise
+                self._connection = self._opened_again()
+                raise psycopg.errors.SerializationFailure(str(error)) from error
 
         return again_on_conflict(once)
 
