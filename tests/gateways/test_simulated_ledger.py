@@ -15,8 +15,15 @@ from uuid import UUID
 import pytest
 
 from payments.errors import StartError
-from payments.gateways import OutcomeUnknown, ProviderCharge, ProviderRefund, ledger_file
+from payments.gateways import (
+    OutcomeUnknown,
+    ProviderCharge,
+    ProviderRefund,
+    ledger_tables,
+    simulated_ledger,
+)
 from payments.gateways.building import build_gateway
+from payments.gateways.ledger_file import ROWS_MAX
 from payments.gateways.simulated import SimulatedGateway
 from payments.payment.state import Approved
 from payments.settings import Settings
@@ -253,6 +260,44 @@ async def test_what_is_asked_together_is_answered_together(
     check(ledger)
 
 
+async def test_more_than_one_statement_takes_are_decided_together(
+    gateway: SimulatedGateway, ledger: Path
+) -> None:
+    """Each id twice in one turn of the loop: its first charge stands."""
+    ids = [uuid.uuid4() for _ in range(3 * ROWS_MAX)]
+    told = await asyncio.gather(
+        *(
+            gateway.charge(ProviderCharge(payment_id=id, amount_cents=cents, currency="INR"), 6)
+            for cents in (1500, 9900)
+            for id in ids
+        )
+    )
+    assert [each.id for each in told if isinstance(each, Approved)] == ids * 2
+    assert {each.amount_cents for each in told if isinstance(each, Approved)} == {1500}
+    assert {row.id for row in ledger_rows(ledger)} == set(ids)
+
+
+async def test_the_log_before_the_file_stays_short(
+    gateway: SimulatedGateway, ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is moved into the file now and then, in the thread, since that waits for the disk."""
+    monkeypatch.setattr(simulated_ledger, "CHECKPOINT_EVERY", 50)
+    for _ in range(500):
+        charge = ProviderCharge(payment_id=uuid.uuid4(), amount_cents=1500, currency="INR")
+        await gateway.charge(charge, 6)
+    assert ledger.with_name(f"{ledger.name}-wal").stat().st_size < 150 * 4096
+    assert len(ledger_rows(ledger)) == 500
+
+
+async def test_what_is_asked_after_the_close_is_told_so(gateway: SimulatedGateway) -> None:
+    closing = asyncio.create_task(gateway.close())
+    await asyncio.sleep(0)
+    for _ in range(2):
+        with pytest.raises(OutcomeUnknown, match="closed"):
+            await asyncio.wait_for(gateway.charge(CHARGE, 6), 30)
+        await closing
+
+
 def test_a_full_disk_leaves_the_outcome_unknown(ledger: Path) -> None:
     """And the ledger goes on when there is room again."""
     program = """
@@ -303,6 +348,6 @@ def test_the_database_of_another_program_is_left_alone(ledger: Path) -> None:
 def test_a_file_system_that_shares_no_memory_stops_the_start(
     ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_file, "_journal_mode", lambda _: "delete")
+    monkeypatch.setattr(ledger_tables, "_journal_mode", lambda _: "delete")
     with pytest.raises(StartError, match="share no memory"):
         SimulatedGateway(ledger)

@@ -9,7 +9,8 @@ http.py              HTTP for gateways: one bounded exchange, and whether it may
 counted.py           a gateway whose every call is counted and timed
 simulated.py         the simulated provider, the default
 ledger_file.py       what that one has decided, for all processes and over every crash
-simulated_ledger.py  that file behind one thread
+ledger_tables.py     that file's tables, and how it is opened
+simulated_ledger.py  that file in the event loop, and in a thread where that would wait
 earlier_ledger.py    reads in the ledgers of earlier versions, once
 ledger_identity.py   whether a ledger is the one of this database's payments
 """

@@ -21,14 +21,8 @@ from uuid import UUID
 import msgspec
 
 from payments.errors import StartError
-from payments.gateways.ledger_file import (
-    START_WAIT_S,
-    Decision,
-    LedgerFile,
-    NotALedger,
-    Refund,
-    RefundRule,
-)
+from payments.gateways.ledger_file import Decision, LedgerFile, NotALedger, Refund, RefundRule
+from payments.gateways.ledger_tables import START_WAIT_S
 
 _BEGINNING = re.compile(rb'\["[0-9a-f-]{0,36}("|\Z)')
 

@@ -1,50 +1,28 @@
-"""The file of the simulated provider's ledger: tables, decisions, and how it is opened."""
+"""The file of the simulated provider's ledger: what is decided in it, and its SQL."""
 
 import sqlite3
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import msgspec
 
 from payments.errors import StartError
 from payments.gateways import ProviderRefund
+from payments.gateways.ledger_tables import open_tables
 
+ROWS_MAX = 32  # in a statement
 RECENT_MAX = 20_000  # charges kept where there is no file, and refunds
 LOCK_WAIT_S = 1.0  # another process has the lock for a millisecond
-START_WAIT_S = 60.0  # or reads in the ledger of an earlier version
-APPLICATION_ID = 0x70617973  # in the header of the file
 
-TABLES = """
-CREATE TABLE ledger (id TEXT NOT NULL);
-CREATE TABLE charges (
-    id             TEXT PRIMARY KEY NOT NULL, -- the payment's
-    amount_cents   INTEGER NOT NULL,
-    currency       TEXT NOT NULL,
-    outcome        TEXT NOT NULL, -- approved, or the code of the decline
-    refunded_cents INTEGER NOT NULL DEFAULT 0
-);
-CREATE TABLE refunds (
-    id           TEXT PRIMARY KEY NOT NULL,
-    amount_cents INTEGER NOT NULL,
-    currency     TEXT NOT NULL,
-    outcome      TEXT NOT NULL,
-    payment_id   TEXT NOT NULL
-);
-"""
-NAME = "INSERT INTO ledger (id) VALUES (?)"
 LEDGER_ID = "SELECT id FROM ledger"
-# A JSON array per charge, all in one statement: between two the thread waits for the event loop.
-ADD_CHARGES = """
-INSERT INTO charges (id, amount_cents, currency, outcome)
-SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
-       json_extract(value, '$[2]'), json_extract(value, '$[3]')
-  FROM json_each(?) WHERE true
-    ON CONFLICT DO NOTHING
-"""
+ADD_CHARGE = "INSERT INTO charges (id, amount_cents, currency, outcome) VALUES (?, ?, ?, ?)"
+ADD_CHARGES = [  # one more each: all in one statement, which is a transaction of its own
+    ", ".join([ADD_CHARGE, *["(?, ?, ?, ?)"] * more]) + " ON CONFLICT DO NOTHING"
+    for more in range(ROWS_MAX)
+]
 ADD_REFUND = "INSERT INTO refunds VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
 GIVE_BACK = "UPDATE charges SET refunded_cents = refunded_cents + ? WHERE id = ?"
 CHARGE = "SELECT amount_cents, currency, outcome FROM charges WHERE id = ?"
@@ -102,7 +80,7 @@ class LedgerFile:
         self.path = path
         self._refund_rule = refund_rule
         try:
-            self._connection = _open(path)
+            self._connection = open_tables(path)
             if earlier:
                 self._add(earlier)
             self.id = UUID(self._connection.execute(LEDGER_ID).fetchone()[0])
@@ -113,21 +91,38 @@ class LedgerFile:
             kind = NotALedger if code == sqlite3.SQLITE_NOTADB else StartError
             raise kind(f"SIMULATED_LEDGER: cannot use {str(path)!r}: {reason}") from None
 
+    def without_waiting(self) -> "LedgerFile":
+        """The same ledger for an event loop: instead of waiting for a lock it raises, and it leaves
+        `checkpoint` to others. Raises StartError."""
+        if self.path is None:
+            return self
+        beside = LedgerFile(self.path, self._refund_rule, 0)
+        beside._connection.execute("PRAGMA wal_autocheckpoint = 0")
+        return beside
+
     def decide(self, asked: list[Asked]) -> list[Any]:
         """What stands, of a charge and of a refund the first decision; None if a question finds
         none. All of it in one transaction, or nothing: raises sqlite3.Error."""
+        charges = [each for each in asked if isinstance(each, Decision)]
+        if len(charges) == len(asked) <= ROWS_MAX and self.path is not None:
+            return self._charge(charges)  # a statement is a transaction
         if all(isinstance(each, Question) for each in asked):  # which need no lock
             return [self._find(*each) for each in asked if isinstance(each, Question)]
         with self._transaction():
-            charges = self._charge([each for each in asked if isinstance(each, Decision)])
+            standing = {charge.id: charge for charge in self._charge(charges)}
             return [
-                charges[each.id]
+                standing[each.id]
                 if isinstance(each, Decision)
                 else self._refund(each)
                 if isinstance(each, ProviderRefund)
                 else self._find(*each)
                 for each in asked
             ]
+
+    def checkpoint(self) -> None:
+        """Moves what was written into the file proper, and waits for the disk."""
+        with suppress(sqlite3.Error):  # a full disk, and the next one does what this one did not
+            self._connection.execute("PRAGMA wal_checkpoint")
 
     def close(self) -> None:
         self._connection.close()
@@ -146,16 +141,20 @@ class LedgerFile:
             self._connection.rollback()
             raise
 
-    def _charge(self, charges: list[Decision]) -> dict[UUID, Decision]:
+    def _charge(self, charges: list[Decision]) -> list[Decision]:
         """What stands for each of these ids."""
-        if not charges:
-            return {}
-        asked = msgspec.json.encode(charges).decode()
-        added = self._connection.execute(ADD_CHARGES, [asked]).rowcount
-        standing = {charge.id: charge for charge in charges}
-        if added < len(charges):  # some stood there, or come twice
-            standing |= {id: found for id in standing if (found := self._find(CHARGE, id))}
-        return standing
+        some = (charges[at : at + ROWS_MAX] for at in range(0, len(charges), ROWS_MAX))
+        if sum(map(self._add_charges, some)) == len(charges):
+            return charges
+        # Some stood there, or come twice. What stands is never changed: this needs no lock.
+        return [self._find(CHARGE, charge.id) or charge for charge in charges]
+
+    def _add_charges(self, charges: list[Decision]) -> int:
+        """How many were not known."""
+        values: list[str | int] = []
+        for charge in charges:
+            values += (str(charge.id), charge.amount_cents, charge.currency, charge.outcome)
+        return self._connection.execute(ADD_CHARGES[len(charges) - 1], values).rowcount
 
     def _refund(self, refund: ProviderRefund) -> Decision:
         if standing := self._find(REFUND, refund.refund_id):
@@ -195,58 +194,3 @@ class LedgerFile:
 
     def _row(self, query: str, id: UUID) -> Any:
         return self._connection.execute(query, [str(id)]).fetchone()
-
-
-def _open(path: Path | None) -> sqlite3.Connection:
-    """With its tables; raises OSError and sqlite3.Error."""
-    if path is not None and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(0o600)
-    connection = sqlite3.connect(
-        path.absolute() if path else ":memory:",
-        START_WAIT_S,
-        isolation_level=None,
-        check_same_thread=False,  # it is opened before its thread is started
-    )
-    try:
-        _make_tables(connection)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _make_tables(connection: sqlite3.Connection) -> None:
-    """Unless they are there; raises sqlite3.Error."""
-
-    def is_made() -> bool:
-        (marker,) = connection.execute("PRAGMA application_id").fetchone()
-        return bool(marker == APPLICATION_ID)
-
-    # In this order: another process may be making them, all in one transaction.
-    if connection.execute("SELECT 1 FROM sqlite_master").fetchone() and not is_made():
-        raise sqlite3.DatabaseError("it is the database of another program")
-    if _journal_mode(connection) not in ("wal", "memory"):
-        raise sqlite3.DatabaseError("its file system lets processes share no memory, as WAL does")
-    connection.execute("PRAGMA synchronous = NORMAL")
-    if is_made():
-        return
-    connection.execute("BEGIN IMMEDIATE")
-    if not is_made():
-        for statement in TABLES.split(";")[:-1]:
-            connection.execute(statement)
-        connection.execute(NAME, [str(uuid4())])
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    connection.execute("COMMIT")
-
-
-def _journal_mode(connection: sqlite3.Connection) -> str:
-    """Sets it; SQLite itself does not wait here for another process that does the same."""
-    deadline = time.monotonic() + START_WAIT_S
-    while True:
-        try:
-            return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
