@@ -277,6 +277,25 @@ async def test_more_than_one_statement_takes_are_decided_together(
     assert {row.id for row in ledger_rows(ledger)} == set(ids)
 
 
+async def test_a_ledger_whose_charges_have_a_rowid_is_gone_on_with(
+    ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the version before makes it."""
+    tables = ledger_tables.TABLES.replace("WITHOUT ROWID", "")
+    assert tables != ledger_tables.TABLES
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger_tables, "TABLES", tables)
+        before = SimulatedGateway(ledger)
+    charged = await before.charge(CHARGE, 6)
+    await before.close()
+    after = SimulatedGateway(ledger)
+    assert after.ledger == before.ledger
+    assert await after.charge(CHARGE, 6) == charged
+    assert isinstance(await after.refund(REFUND, 6), Approved)
+    await after.close()
+    check(ledger)
+
+
 async def test_the_log_before_the_file_stays_short(
     gateway: SimulatedGateway, ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

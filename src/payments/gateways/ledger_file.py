@@ -1,5 +1,6 @@
 """The file of the simulated provider's ledger: what is decided in it, and its SQL."""
 
+import itertools
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -151,10 +152,8 @@ class LedgerFile:
 
     def _add_charges(self, charges: list[Decision]) -> int:
         """How many were not known."""
-        values: list[str | int] = []
-        for charge in charges:
-            values += (str(charge.id), charge.amount_cents, charge.currency, charge.outcome)
-        return self._connection.execute(ADD_CHARGES[len(charges) - 1], values).rowcount
+        values = itertools.chain.from_iterable(msgspec.to_builtins(charges))
+        return self._connection.execute(ADD_CHARGES[len(charges) - 1], list(values)).rowcount
 
     def _refund(self, refund: ProviderRefund) -> Decision:
         if standing := self._find(REFUND, refund.refund_id):

@@ -147,6 +147,8 @@ class SimulatedGateway:
 
     async def _suffer(self, operation: str, timeout_s: float) -> str | None:
         """Applies what is scripted for this call; returns the fault if it comes afterwards."""
+        if not self._faults:
+            return None
         if delay := self._next_fault(operation, ("delay",)):
             await asyncio.sleep(min(delay.seconds, timeout_s))
             if delay.seconds > timeout_s:
