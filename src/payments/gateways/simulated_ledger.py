@@ -18,7 +18,8 @@ Waiting = list[tuple[Asked, asyncio.Future[Any]]]
 class Ledger:
     """What is asked in one turn of the event loop is decided in one transaction, and at once: a
     write to the page cache costs less than waking a thread. What has to wait, for a lock or for
-    the disk, waits in a thread.
+    the disk, waits in a thread. (Only the first write after another process's checkpoint may wait
+    for the disk here: SQLite begins its log anew.)
     """
 
     def __init__(self, file: LedgerFile) -> None:
