@@ -23,7 +23,7 @@ SUFFIXES = {"py", "sql", "md", "yml", "json", "jsonl", "lock"}
 LAYERS = (
     (
         *("payments.money", "payments.times", "payments.tasks", "payments.webhook_secrets"),
-        *("payments.environment", "payments.probe"),
+        *("payments.environment", "payments.probe", "payments.backoff"),
     ),
     ("payments.errors", "payments.observability", "payments.embedded_postgres"),
     ("payments.settings", "payments.admission", "payments.single_flight"),

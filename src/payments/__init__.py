@@ -35,7 +35,7 @@
     times.py           times as text, for API and command line;  tasks.py ends background tasks
     money.py           amounts and currencies;  errors.py what is refused, as types
     cli/               the `payments` command;  environment.py what it does not follow
-    probe.py           the health check of containers
+    probe.py           the health check of containers;  backoff.py pauses that double
 
 Imports point one way, and tests/test_architecture.py holds them to it:
 

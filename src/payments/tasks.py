@@ -19,3 +19,13 @@ async def end(tasks: Collection[asyncio.Task[Any]], within_s: float) -> None:
         for task in left:
             task.cancel()
         _, left = await asyncio.wait(left, timeout=min(AGAIN_S, left_s))
+
+
+async def finish(tasks: Collection[asyncio.Task[Any]], timeout_s: float, end_s: float = 0.5) -> int:
+    """Waits so long for the tasks, not at all if that is 0, and ends those that are left, within
+    `end_s`. Returns how many were left."""
+    if tasks and timeout_s > 0:
+        await asyncio.wait(tasks, timeout=timeout_s)
+    left = [task for task in tasks if not task.done()]
+    await end(left, end_s)
+    return len(left)

@@ -13,6 +13,8 @@ Time is handed in, as seconds of a monotonic clock. One per process, used from i
 from typing import Literal, NamedTuple
 from uuid import UUID
 
+from payments.backoff import Backoff
+
 State = Literal["closed", "open", "half_open"]
 
 ORDERS_MIN = 3
@@ -43,12 +45,10 @@ class Breaker:
         open_max_s: float = OPEN_MAX_S,
     ) -> None:
         self._orders_min = orders_min
-        self._open_min_s = open_min_s
-        self._open_max_s = open_max_s
         self._period = 0  # how often it has opened or closed
         self._failed: set[UUID] = set()  # orders, since the last success
         self._since = 0.0  # when the first of them failed
-        self._pause_s = 0.0  # between the last probe and the next
+        self._pauses = Backoff(open_min_s, open_max_s)  # between probes
         self._probe_at: float | None = None  # the next one's time; None: closed
 
     @property
@@ -78,8 +78,7 @@ class Breaker:
             return None
         if self._probe_at is not None:
             # The next ones do not wait for these: they may hang.
-            self._pause_s = min(2 * self._pause_s, self._open_max_s)
-            self._probe_at = now + self._pause_s
+            self._probe_at = now + self._pauses.next_s()
         return Permit(self._period, probe=self._probe_at is not None)
 
     def succeeded(self, permit: Permit) -> bool:
@@ -107,5 +106,5 @@ class Breaker:
         self._failed.add(order_id)
         if len(self._failed) >= self._orders_min:
             self._period += 1
-            self._pause_s = self._open_min_s
-            self._probe_at = now + self._pause_s
+            self._pauses.reset()
+            self._probe_at = now + self._pauses.next_s()

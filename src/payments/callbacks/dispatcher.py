@@ -22,6 +22,7 @@ import msgspec
 import psycopg
 from loguru import logger
 
+from payments.backoff import Backoff
 from payments.callbacks import BEGIN_WITHIN_S, lease_s, outbox
 from payments.callbacks.breaker import Breaker, Permit
 from payments.callbacks.endpoint_health import EndpointHealth
@@ -32,6 +33,7 @@ from payments.observability.logs import Repeats, trace_field
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import current_traceparent, span
 from payments.order_service.responses import Said, said_of
+from payments.tasks import finish
 
 if TYPE_CHECKING:
     from payments.order_service.endpoint import Endpoint, Exchange
@@ -123,14 +125,12 @@ class Dispatcher:
             await asyncio.wait({self._loop}, timeout=max(0.0, timeout_s - CUT_OFF_S))
             for task in self._sending:
                 task.cancel()
-            await asyncio.wait({self._loop}, timeout=CUT_OFF_S)
-            self._loop.cancel()
-            await asyncio.wait({self._loop}, timeout=0.2)
+            await finish({self._loop}, CUT_OFF_S, 0.2)
         await self._close()
         await self._endpoint.close()
 
     async def _run(self) -> None:
-        pause_s = RECONNECT_MIN_S
+        backoff = Backoff(RECONNECT_MIN_S, RECONNECT_MAX_S)
         while not (self._stopping and not self._sending and not self._results):
             try:
                 await self._turn()
@@ -146,12 +146,11 @@ class Dispatcher:
                 # Their leases run out, and they are sent again: better than never.
                 self._results.clear()
             else:
-                pause_s = RECONNECT_MIN_S
+                backoff.reset()
                 await self._sleep()
                 continue
             await self._close()
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, RECONNECT_MAX_S)
+            await asyncio.sleep(backoff.next_s())
 
     async def _turn(self) -> None:
         """Records what is done and begins what may be."""

@@ -20,7 +20,7 @@ from payments.errors import DatabaseUnavailable, PaymentsError, TooBusy
 from payments.gateways import OutcomeUnknown
 from payments.payment.decisions import Cause, OutcomeMismatch
 from payments.settings import INTENT_PATIENCE_S
-from payments.tasks import end
+from payments.tasks import finish
 
 # How often it is looked whether a request's time is up.
 WATCH_S = 0.05
@@ -286,11 +286,8 @@ class Runs:
 
     async def drain(self, timeout_s: float) -> None:
         """Waits for the runs that go on although their requests were answered."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_s)
-        if self._tasks:
-            logger.bind(runs=len(self._tasks)).warning("stopping with unfinished requests")
-            await end(self._tasks, 0.5)
+        if left := await finish(self._tasks, timeout_s):
+            logger.bind(runs=left).warning("stopping with unfinished requests")
 
     def _watch(self) -> None:
         """Answers the requests whose time is up; one timer for all runs."""

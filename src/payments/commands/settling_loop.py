@@ -18,7 +18,7 @@ from payments.event_store import load_payment
 from payments.observability.logs import Repeats
 from payments.payment.state import Status
 from payments.settings import Settings
-from payments.tasks import end
+from payments.tasks import end, finish
 from payments.unsettled import Claim, claim, forget, postpone
 
 CONCURRENCY_MAX = 32  # payments asked about at once, by one process
@@ -58,9 +58,7 @@ class SettlingLoop:
         asked about again once its lease is over."""
         if self._loop is not None:
             await end({self._loop}, 1)
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_s)
-        await end(self._tasks, 0.5)
+        await finish(self._tasks, timeout_s)
 
     async def run_once(self) -> int:
         """Settles what is due; returns how many payments it tried."""

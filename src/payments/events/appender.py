@@ -16,13 +16,14 @@ from typing import Any
 import psycopg
 from eventsourcing.persistence import StoredEvent
 
+from payments.backoff import Backoff
 from payments.database.connections import cut_after
 from payments.errors import DatabaseUnavailable, TooBusy
 from payments.events.store import APPEND, CAPTURED, CONFLICT, append_params
 from payments.events.watch import LogWatch
 from payments.observability.logs import Repeats
 from payments.observability.metrics import Telemetry
-from payments.tasks import end
+from payments.tasks import finish
 
 BATCH_MAX = 256  # appends; at this size the cost per event has long stopped falling
 BATCH_TIMEOUT_S = 1.5  # a round trip takes milliseconds; then the connection is given up
@@ -134,8 +135,7 @@ class Appender:
         self._stopping = True
         self._wake.set()
         if self._task is not None:
-            await asyncio.wait({self._task}, timeout=timeout_s)
-            await end({self._task}, 1)
+            await finish({self._task}, timeout_s, 1)
         for append in self._pending():
             append.resolve(DatabaseUnavailable("The service is stopping."))
         self._waiting.clear()
@@ -277,7 +277,7 @@ class _Writer:
 
         Raises psycopg.Error or Unpackable if it cannot be stored because of its data.
         """
-        pause_s = RECONNECT_MIN_S
+        backoff = Backoff(RECONNECT_MIN_S, RECONNECT_MAX_S)
         while batch:
             try:
                 await self._send(batch)
@@ -293,8 +293,7 @@ class _Writer:
                 self._repeats.tell("WARNING", message, of=reason, reason=reason, appends=len(batch))
             else:
                 return
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, RECONNECT_MAX_S)
+            await asyncio.sleep(backoff.next_s())
             batch = [append for append in batch if not append.given_up()]
 
     async def _send(self, batch: list[_Append]) -> None:

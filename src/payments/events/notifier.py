@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from loguru import logger
 
+from payments.backoff import Backoff
 from payments.database.connections import cut_after
 from payments.tasks import end
 
@@ -62,15 +63,14 @@ class Notifier:
         self._appended.set()
 
     async def _run(self) -> None:
-        pause_s = RECONNECT_MIN_S
+        backoff = Backoff(RECONNECT_MIN_S, RECONNECT_MAX_S)
         while True:
             await self._appended.wait()
             if await self._notify():
-                pause_s = RECONNECT_MIN_S
+                backoff.reset()
                 await asyncio.sleep(PAUSE_S)
             else:
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, RECONNECT_MAX_S)
+                await asyncio.sleep(backoff.next_s())
 
     async def _notify(self) -> bool:
         """Whether it could be sent. If not, it is not sent again: nobody waits for it."""

@@ -19,7 +19,7 @@ from payments.fulfilment import table
 from payments.fulfilment.status import TIMEOUT_S, OrderStatus
 from payments.fulfilment.table import Claimed
 from payments.observability.logs import Repeats
-from payments.tasks import end
+from payments.tasks import end, finish
 
 CONCURRENCY_MAX = 16  # orders asked about at once, by one process
 # For the wait for a connection, and for the statements behind the reading.
@@ -72,9 +72,7 @@ class Checking:
         asked about again once its lease is over."""
         if self._loop is not None:
             await end({self._loop}, 1)
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_s)
-        await end(self._tasks, 0.5)
+        await finish(self._tasks, timeout_s)
         if self._status is not None:
             await self._status.close()
 

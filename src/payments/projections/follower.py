@@ -17,6 +17,7 @@ from uuid import UUID
 
 import psycopg
 
+from payments.backoff import Backoff
 from payments.database.connections import cut_after
 from payments.events.facts import traceparent_of
 from payments.events.notifier import LISTEN
@@ -24,7 +25,7 @@ from payments.events.store import READ_LOG, read_events
 from payments.observability.logs import Repeats
 from payments.observability.tracing import spans_since
 from payments.projections.parking import Parked, Parking, Projection, fetch_one
-from payments.tasks import end
+from payments.tasks import finish
 
 if TYPE_CHECKING:  # commands use what is below, and measure nothing
     from payments.observability.metrics import Telemetry
@@ -94,9 +95,7 @@ class Follower:
         """Stops after the present batch; one that takes too long has not happened."""
         self._stopping = True
         if self._task is not None:
-            if self._applying:
-                await asyncio.wait({self._task}, timeout=timeout_s)
-            await end({self._task}, 1)
+            await finish({self._task}, timeout_s if self._applying else 0, 1)
         await self.close()
 
     def wake(self) -> None:
@@ -176,7 +175,7 @@ class Follower:
 
     async def _run(self) -> None:
         """Follows until cancelled, whatever happens to the database."""
-        pause_s = RETRY_MIN_S
+        backoff = Backoff(RETRY_MIN_S, RETRY_MAX_S)
         while not self._stopping:
             try:
                 connection = await self._connection()
@@ -190,10 +189,9 @@ class Follower:
                 self._limit = max(1, self._limit // 2)
                 with suppress(Exception):
                     await self.close()
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, RETRY_MAX_S)
+                await asyncio.sleep(backoff.next_s())
             else:
-                pause_s = RETRY_MIN_S
+                backoff.reset()
                 self._limit = min(self._limit * 2, self._batch_max)
 
     def _complain(self, error: Exception) -> None:

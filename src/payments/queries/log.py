@@ -16,6 +16,7 @@ from uuid import UUID
 import msgspec
 import psycopg
 
+from payments.backoff import Backoff
 from payments.database.connections import DatabaseAddress, reason_of
 from payments.errors import StartError
 from payments.events.store import (
@@ -165,7 +166,8 @@ class Replay:
 
     def _ask(self, read: Callable[[Reader], T], *, for_ever: bool = False) -> T:
         """What `read` makes of the database, as soon as that answers."""
-        pause_s, give_up_at = RETRY_MIN_S, time.monotonic() + RETRY_FOR_S
+        backoff = Backoff(RETRY_MIN_S, RETRY_MAX_S)
+        give_up_at = time.monotonic() + RETRY_FOR_S
         while True:
             try:
                 return read(self._connected(for_ever))
@@ -175,8 +177,7 @@ class Replay:
                     if isinstance(error, StartError):
                         raise
                     raise StartError(f"the database: {reason_of(error)}") from error
-            time.sleep(pause_s)
-            pause_s = min(pause_s * 2, RETRY_MAX_S)
+            time.sleep(backoff.next_s())
 
     def _connected(self, for_ever: bool) -> Reader:
         if self._reader is None:
