@@ -1,15 +1,18 @@
 """Timers of a connection, made short: on a real one, in this process."""
 
 import asyncio
+import gc
 import socket
 import time
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from tests.web.doors import door, listening, request
-from web.serving import connection
+from tests.web.doors import received as all_received
+from web.serving import slow_clients
 
 pytestmark = pytest.mark.anyio
 
@@ -28,7 +31,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 @pytest.fixture
 async def client(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[socket.socket]:
     """It has asked; what it does not read stays in the server, but for the kernel's buffers."""
-    monkeypatch.setattr(connection, "WRITE_TIMEOUT_S", TIMEOUT_S)
+    monkeypatch.setattr(slow_clients, "WRITE_TIMEOUT_S", TIMEOUT_S)
     async with listening(door(), app) as server:
         with await server.connect(received_max=100_000) as opened:
             await asyncio.get_running_loop().sock_sendall(opened, request(b"/open"))
@@ -56,3 +59,20 @@ async def test_who_takes_an_answer_slowly_gets_all_of_it(client: socket.socket) 
 async def test_who_does_not_take_it_is_cut(client: socket.socket) -> None:
     await asyncio.sleep(3 * TIMEOUT_S)
     assert await received(client, pause_s=0) < len(ANSWER)
+
+
+async def test_a_connection_that_is_over_is_kept_by_nobody() -> None:
+    """It may hold much, and the collector comes seldom."""
+    async with listening(door()) as server:
+        client = await server.connect()
+        gc.disable()
+        try:
+            await asyncio.get_running_loop().sock_sendall(client, request(b"/open"))
+            await all_received(client, b"nobody")
+            (kept,) = (weakref.ref(each) for each in server.connections)
+            client.close()
+            async with asyncio.timeout(3):
+                while kept() is not None:
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()

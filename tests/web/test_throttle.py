@@ -1,10 +1,10 @@
 """A flood is slowed down: how many answers, to whom, and when, with the time handed in."""
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
+from tests.web.timers import Loop
 from web.serving.throttle import (
     AT_ONCE_PER_S,
     GIVEN_MAX,
@@ -14,30 +14,6 @@ from web.serving.throttle import (
     Bucket,
     Throttle,
 )
-
-
-class Loop:
-    """Its clock and its timers, in the hands of a test."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 1000.0
-        self._timers: list[tuple[float, Callable[[], None]]] = []
-        monkeypatch.setattr(asyncio, "get_running_loop", lambda: self)
-
-    def call_later(self, delay_s: float, callback: Callable[[], None]) -> object:
-        self._timers.append((self.now + delay_s, callback))
-        return self._timers[-1]
-
-    def run(self, seconds: float) -> None:
-        ends = self.now + seconds
-        while self._timers and self._timers[0][0] <= ends:
-            self.now, callback = self._timers.pop(0)
-            callback()
-        self.now = ends
-
-    @property
-    def is_quiet(self) -> bool:
-        return not self._timers
 
 
 class Caller:
@@ -63,7 +39,9 @@ class Caller:
 
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
-    return Loop(monkeypatch)
+    loop = Loop()
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: loop)
+    return loop
 
 
 @pytest.fixture

@@ -14,10 +14,7 @@ from web.serving.answers import Refused, lines_of, unreadable
 from web.serving.arrivals import CALLER, Flow
 from web.serving.door import Door
 from web.serving.memory import Memory
-
-HEAD_TIMEOUT_S = 5.0  # also for a connection on which nothing comes at all
-WRITE_TIMEOUT_S = 5.0  # for a client that does not take its answers, or does not go away
-WRITE_MIN = 16 * 1024  # bytes that it has to take in this time, if so many are left
+from web.serving.slow_clients import HeadWatch, WriteWatch
 
 Cycle = RequestResponseCycle | Refused
 
@@ -27,11 +24,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._door = door
         self._memory = Memory(door.anonymous_memory())
-        self._in_head = True
-        self._head_bytes = 0
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._write_timer: asyncio.TimerHandle | None = None
-        self._unwritten = 0  # bytes, when that timer was set
+        self._head = HeadWatch(self.loop, self._end)
         self._is_over = False  # nothing more is written
         self._running: Cycle | None = None  # self.cycle is the one read last
         self._last_words: bytes | None = None  # what ends the connection, after what is under way
@@ -39,13 +32,12 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow: Flow = Flow(transport)
-        self._watch_head()
+        self._writing = WriteWatch(self.loop, transport)
+        self._head.set_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._in_head = False
-        self._watch_head()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
+        self._head.stop()
+        self._writing.stop()
         self._door.forget(self)
         if isinstance(self._running, RequestResponseCycle):
             caller = self._running.scope["state"].get(CALLER)
@@ -60,19 +52,19 @@ class Connection(HttpToolsProtocol):
         """The client will send no more; what it asked for is answered still."""
         if self._is_over:
             return False
-        is_cut_short = self._head_bytes > 0 if self._in_head else self._is_reading_body()
+        is_cut_short = self._head.size > 0 if self._head.is_open else self._is_reading_body()
         detail = "The request ended before it was complete."
         self._end(self._unreadable(MALFORMED_REQUEST, detail) if is_cut_short else b"")
         return not self.transport.is_closing()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_writing()
+        self._writing.start()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._write_timer is not None and not self._is_over:
-            self._write_timer.cancel()
+        if not self._is_over:
+            self._writing.stop()
 
     def on_response_complete(self) -> None:
         self._memory.let_go_of_request()
@@ -125,26 +117,6 @@ class Connection(HttpToolsProtocol):
             self._running.waiting_for_100_continue = False
             self._running.message_event.set()
 
-    def _watch_head(self) -> None:
-        """One timer from where a head is waited for until it is complete."""
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-        self._head_timer = (
-            self.loop.call_later(HEAD_TIMEOUT_S, self._end, b"") if self._in_head else None
-        )
-
-    def _watch_writing(self) -> None:
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-        self._unwritten = self.transport.get_write_buffer_size()
-        self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self._check_writing)
-
-    def _check_writing(self) -> None:
-        if self.transport.get_write_buffer_size() + WRITE_MIN <= self._unwritten:
-            self._watch_writing()  # slow, but it takes it
-        else:
-            self.transport.abort()
-
     def _unreadable(self, refusal: Refusal, detail: str) -> bytes:
         self._door.log.unreadable.add()
         more = lines_of(self.server_state.default_headers)
@@ -156,20 +128,19 @@ class Connection(HttpToolsProtocol):
             return
         self._running = None
         self.cycle = None  # type: ignore[assignment]
-        if not self._in_head:  # of the next request
+        if not self._head.is_open:  # of the next request
             self._forget_head()
 
     def _forget_head(self) -> None:
         """It is not looked at again, and may be large."""
         self.url, self.headers, self.scope = b"", [], {}  # type: ignore[typeddict-item]
 
-    def _end(self, last_words: bytes) -> None:
+    def _end(self, last_words: bytes = b"") -> None:
         """Reads nothing more, and closes the connection once what is under way was answered."""
         if self.transport.is_closing() or self._last_words is not None:
             return
         self._last_words = last_words
-        self._in_head = False
-        self._watch_head()
+        self._head.stop()
         self._memory.let_go_of_head()
         self._forget_head()
         self.parser = None  # type: ignore[assignment] # it holds a part of the head as well
@@ -196,10 +167,10 @@ class Connection(HttpToolsProtocol):
             self.transport.write(self._last_words)
             self.transport.write_eof()
             self._is_over = True
-            self._watch_writing()
+            self._writing.start()
 
     def _close(self) -> None:
         """Once everything was written, which a client that does not read may not hold up."""
         self.transport.close()
         self._is_over = True
-        self._watch_writing()
+        self._writing.start()

@@ -39,7 +39,6 @@ PIPELINE_MAX = 16  # requests of one connection that wait behind the one under w
 class Protocol(Connection):
     def __init__(self, door: Door, *args: Any, **kwargs: Any) -> None:
         super().__init__(door, *args, **kwargs)
-        self._heads_begun = 0  # in the data that is being read
         self._head_size = 0  # bytes of the headers that were read
         self._came_in: float | None = None  # the request that is being read, if it was looked at
         self._is_upgrade = False  # the request that is being read asks for another protocol
@@ -52,7 +51,7 @@ class Protocol(Connection):
         if self._last_words is not None:
             return
         self._unset_keepalive_if_required()
-        was_in_head, self._heads_begun = self._in_head, 0
+        self._head.read_more()
         rest = data
         while rest:
             try:
@@ -63,25 +62,22 @@ class Protocol(Connection):
             except httptools.HttpParserError:
                 self._end(self._objection or self._unreadable(MALFORMED_REQUEST, _NOT_HTTP))
                 return
-        if self._in_head:
+        if self._head.is_open:
             if self._came_in is None:
                 self._came_in = self.flow.came_in()
-            # Of a head behind other requests it is not known where in the data it began.
-            is_all_head = was_in_head and self._heads_begun <= 1
-            self._head_bytes += len(data) if is_all_head else 1
-            if self._head_bytes > HEAD_MAX:
+            self._head.add(len(data))
+            if self._head.size > HEAD_MAX:
                 self._end(self._unreadable(HEAD_TOO_LARGE, HEAD_DETAIL))
             elif not self._memory.hold_head(len(data), len(self.headers or ())):
                 self._end(self._door.refusal(None, b"").written(closes=True))
         elif self._is_idle() and self.timeout_keep_alive_task is None:
             # Empty lines between requests: uvicorn stopped its clock, and no request has begun.
-            self._in_head = True
+            self._head.is_open = True
         elif isinstance(self.cycle, Refused) and self.cycle.more_body:
             # The rest of its body is still to come, and nobody will read it.
             self.cycle.keep_alive = False
             self._end(self.cycle.written())
-        if self._in_head is (self._head_timer is None):
-            self._watch_head()
+        self._head.set_timer()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -90,9 +86,8 @@ class Protocol(Connection):
             self._start_asgi_task(*held_back)
 
     def on_message_begin(self) -> None:
-        self._in_head, self._is_upgrade, self._came_in = True, False, None
-        self._head_bytes = self._head_size = 0
-        self._heads_begun += 1
+        self._head.begin()
+        self._head_size, self._is_upgrade, self._came_in = 0, False, None
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -102,7 +97,7 @@ class Protocol(Connection):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         # What comes later is a trailer, not to be taken for a header (RFC 9110 section 6.5.1).
-        if self._in_head:
+        if self._head.is_open:
             if len(self.headers) == HEADERS_MAX:
                 self._object(self._unreadable(HEAD_TOO_LARGE, HEADERS_DETAIL))
             self._head_size += len(name) + len(value) + 4
@@ -114,7 +109,7 @@ class Protocol(Connection):
         self._is_upgrade = self.parser.should_upgrade()
         if self._is_upgrade:
             return  # the parser stops here; data_received goes on
-        self._in_head = False
+        self._head.is_open = False
         self._memory.let_go_of_head()
         place = self._door.look(method, self.url, self.headers)
         if isinstance(place, Answer):
@@ -245,7 +240,7 @@ class Protocol(Connection):
         lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self._heads_begun -= 1  # the same one begins again
+        self._head.begin_again()
         return b"\r\n".join([*lines, b"", rest])
 
     def _check_head(self, method: bytes, size: int) -> None:
