@@ -74,9 +74,7 @@ class Protocol(Connection):
             # Empty lines between requests: uvicorn stopped its clock, and no request has begun.
             self._head.is_open = True
         elif isinstance(self.cycle, Refused) and self.cycle.more_body:
-            # The rest of its body is still to come, and nobody will read it.
-            self.cycle.keep_alive = False
-            self._end(self.cycle.written())
+            self._end_unread(self.cycle)
         self._head.set_timer()
 
     def resume_writing(self) -> None:
@@ -169,8 +167,7 @@ class Protocol(Connection):
             # It would wait for its client with a place that is meant for work.
             self._held_back = (cycle, app)
         elif isinstance(cycle, Refused):
-            if self._may_answer(cycle):
-                self._write_refusal(cycle)
+            self._answer(cycle)
         elif is_admitted or cycle.scope["state"][PLACE].admit():
             self._start(cycle, app)
         else:
@@ -217,10 +214,18 @@ class Protocol(Connection):
         if self.cycle is cycle:
             self.cycle = refused  # type: ignore[assignment]
         if refused.more_body:
-            refused.keep_alive = False
-            self._end(refused.written())
-        elif self._may_answer(refused):
+            self._end_unread(refused)
+        else:
+            self._answer(refused)
+
+    def _answer(self, refused: Refused) -> None:
+        if self._may_answer(refused):
             self._write_refusal(refused)
+
+    def _end_unread(self, refused: Refused) -> None:
+        """The rest of its body is still to come, and nobody will read it."""
+        refused.keep_alive = False
+        self._end(refused.written())
 
     def _refused(self, answer: Answer, method: bytes, headers: Headers) -> Refused:
         more = b""
