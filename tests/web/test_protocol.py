@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import socket
+import struct
 import time
 import weakref
 from collections.abc import AsyncIterator
@@ -61,7 +62,8 @@ async def test_who_does_not_take_it_is_cut(client: socket.socket) -> None:
     assert await received(client, pause_s=0) < len(ANSWER)
 
 
-async def test_a_connection_that_is_over_is_kept_by_nobody() -> None:
+@pytest.mark.parametrize("is_reset", [False, True])
+async def test_a_connection_that_is_over_is_kept_by_nobody(is_reset: bool) -> None:
     """It may hold much, and the collector comes seldom."""
     async with listening(door()) as server:
         client = await server.connect()
@@ -70,6 +72,7 @@ async def test_a_connection_that_is_over_is_kept_by_nobody() -> None:
             await asyncio.get_running_loop().sock_sendall(client, request(b"/open"))
             await all_received(client, b"nobody")
             (kept,) = (weakref.ref(each) for each in server.connections)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", is_reset, 0))
             client.close()
             async with asyncio.timeout(3):
                 while kept() is not None:
