@@ -23,7 +23,7 @@ SUFFIXES = {"py", "sql", "md", "yml", "json", "jsonl", "lock"}
 LAYERS = (
     (
         *("payments.money", "payments.times", "payments.tasks", "payments.webhook_secrets"),
-        *("payments.environment", "payments.probe", "payments.backoff"),
+        *("payments.environment", "payments.probe", "payments.backoff", "payments.clients"),
     ),
     ("payments.errors", "payments.observability", "payments.embedded_postgres"),
     ("payments.settings", "payments.admission", "payments.single_flight"),
@@ -87,7 +87,7 @@ def own_imports(module: str) -> set[str]:
 
 def test_there_is_something_to_look_at() -> None:
     assert {"payments.payment.state", "payments.events.facts", "web.app"} <= set(MODULES)
-    assert own_imports("web.auth") == {"payments.errors", "payments.settings"}
+    assert own_imports("web.auth") == {"payments.clients", "payments.errors"}
     assert "payments.embedded_postgres" in own_imports("payments.opening")
 
 

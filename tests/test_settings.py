@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from payments.clients import ApiKey
 from payments.errors import StartError
-from payments.settings import VARIABLES, ApiKey, Settings, describe, read_settings
+from payments.settings import VARIABLES, Settings, describe, read_settings
 
 CANARY = "canary7391"
 DIGEST = "ab" * 32

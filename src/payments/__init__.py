@@ -31,6 +31,7 @@
     admission.py       how much one process takes on, and when it refuses
     single_flight.py   one answer for all who ask at the same time
     settings.py        the environment variables;  webhook_secrets.py what signs callbacks
+    clients.py         who asks: API clients, and names of the service's own
     service.py         wires everything together from the settings;  health.py how it is
     times.py           times as text, for API and command line;  tasks.py ends background tasks
     money.py           amounts and currencies;  errors.py what is refused, as types

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
+from payments.clients import DEFAULT_CLIENT
 from payments.events.facts import (
     Fact,
     Legacy,
@@ -28,7 +29,6 @@ from payments.payment.identity import (
     payment_id_for,
 )
 from payments.payment.state import Status
-from payments.settings import DEFAULT_CLIENT
 
 # No provider of ours is called so: nobody is asked about such a payment, nor gives it back.
 NO_GATEWAY = "legacy"

@@ -13,15 +13,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from payments.clients import ApiKey, parse_api_keys
 from payments.errors import StartError
 from payments.webhook_secrets import parse_secrets
 
-DEFAULT_CLIENT = "default"  # who asks when no API keys are configured
-SETTLING = "settling"  # who asks in the events that settling causes
-DISPATCHER = "dispatcher"  # who calls back, where a payment's history is told
-FULFILMENT = "fulfilment"  # who gives back what its order did not fulfil, in its events
-# A client with one of these names would be taken for everyone, or for the service itself.
-RESERVED_CLIENTS = frozenset({DEFAULT_CLIENT, SETTLING, DISPATCHER, FULFILMENT})
 # How long a request may take, reads and appends together, until its intent is durable: design,
 # "with Postgres down or frozen each request is answered in under 3 s".
 INTENT_PATIENCE_S = 2.5
@@ -30,13 +25,6 @@ INTENT_PATIENCE_S = 2.5
 HOLD_MARGIN_S = 5.0
 CALLBACK_STATUSES = ("SUCCESS", "FAILED", "REFUNDED")
 ORDER_ID = "{order_id}"  # what ORDER_STATUS_URL has in the place of an order's id
-
-
-class ApiKey(msgspec.Struct, frozen=True):
-    """One live key of an API client; `sha256` is the digest of the key, never the key itself."""
-
-    client: str
-    sha256: bytes
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -217,29 +205,6 @@ def _networks(value: str) -> tuple[str, ...]:
         ) from None
 
 
-def check_client_name(name: str) -> None:
-    """Raises ValueError."""
-    if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", name):
-        raise ValueError(
-            "must name a client with 1 to 64 of a-z, 0-9, _ and -, the first a letter or digit"
-        )
-    if name in RESERVED_CLIENTS:
-        raise ValueError(f"must not name a client {name!r}: the service uses this name itself")
-
-
-def _api_keys(value: str) -> tuple[ApiKey, ...]:
-    keys = []
-    for entry in value.split(","):
-        name, _, digest = entry.strip().partition(":")
-        if not re.fullmatch("[0-9a-f]{64}", digest):
-            raise ValueError("must be name:sha256hex; several are separated by commas")
-        check_client_name(name)
-        keys.append(ApiKey(name, bytes.fromhex(digest)))
-    if len({key.sha256 for key in keys}) != len(keys):
-        raise ValueError("must not hold the same key twice")
-    return tuple(keys)
-
-
 VARIABLES = (
     Variable("DATABASE_HOST", _hosts, "unset", "Postgres host; unset: the embedded Postgres"),
     Variable("DATABASE_PORT", _whole(1, 65535), "5432", "Postgres port"),
@@ -300,7 +265,7 @@ VARIABLES = (
     ),
     Variable(
         "PAYMENTS_API_KEYS",
-        _api_keys,
+        parse_api_keys,
         "unset",
         "API clients as name:sha256hex, separated by commas; unset: no key is asked for",
         secret=True,

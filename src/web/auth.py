@@ -7,8 +7,8 @@ before anything else is done for it (serving/door.py).
 import hashlib
 import hmac
 
+from payments.clients import DEFAULT_CLIENT, ApiKey
 from payments.errors import Unauthorized
-from payments.settings import DEFAULT_CLIENT, ApiKey
 
 STAFF = "staff"  # may read and refund every client's payments
 SEND_A_KEY = "Send Authorization: Bearer and an API key of this service."

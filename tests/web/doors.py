@@ -13,9 +13,9 @@ from litestar import Litestar, get
 from uvicorn.server import ServerState
 
 from payments.admission import Admission
+from payments.clients import ApiKey
 from payments.errors import Unauthorized
 from payments.observability.metrics import Telemetry
-from payments.settings import ApiKey
 from web.paths import Paths
 from web.schema.description import Operation, described
 from web.serving.answers import Answer

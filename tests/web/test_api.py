@@ -12,9 +12,10 @@ import msgspec
 import psycopg
 import pytest
 
+from payments.clients import ApiKey
 from payments.payment.identity import payment_id_for
 from payments.service import Service
-from payments.settings import ApiKey, Settings
+from payments.settings import Settings
 from tests.events.test_appender import lock_held
 from tests.support import until
 

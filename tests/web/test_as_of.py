@@ -12,9 +12,10 @@ import msgspec
 import psycopg
 import pytest
 
+from payments.clients import ApiKey
 from payments.database.connections import DatabaseAddress
 from payments.service import Service
-from payments.settings import ApiKey, Settings
+from payments.settings import Settings
 from tests.support import History, append, append_stored, stored_event
 from tests.web.test_api import problem
 from web import app

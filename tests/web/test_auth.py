@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from payments.clients import DEFAULT_CLIENT, ApiKey
 from payments.errors import Unauthorized
-from payments.settings import DEFAULT_CLIENT, ApiKey
 from web.auth import KEY_MAX, STAFF, authenticate, may_read
 from web.requests import client_of
 

@@ -10,10 +10,11 @@ import msgspec
 import psycopg
 import pytest
 
+from payments.clients import ApiKey
 from payments.database.connections import DatabaseAddress
 from payments.errors import StartError
 from payments.service import Service
-from payments.settings import ApiKey, Settings
+from payments.settings import Settings
 from tests.doubles.order_service import Fault, OrderService
 from tests.invariants.callbacks import check_callbacks, is_followed, nothing_due
 from tests.support import History, append, until

@@ -10,11 +10,12 @@ import msgspec
 import psycopg
 import pytest
 
+from payments.clients import ApiKey
 from payments.events.facts import encode
 from payments.payment.identity import payment_id_for
 from payments.queries.cursor import Place, write_cursor
 from payments.service import Service
-from payments.settings import ApiKey, Settings
+from payments.settings import Settings
 from tests.queries.rows import insert, view
 from tests.support import ORDER_ID, History, append, append_stored, histories, stored_event
 from tests.web.test_api import problem

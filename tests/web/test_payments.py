@@ -11,9 +11,10 @@ import msgspec
 import psycopg
 import pytest
 
+from payments.clients import ApiKey
 from payments.database.connections import READ_TIMEOUT_S, DatabaseAddress
 from payments.service import Service
-from payments.settings import ApiKey, Settings
+from payments.settings import Settings
 from tests.queries.conftest import FreezingProxy
 from tests.queries.rows import insert, view
 from tests.support import ORDER_ID, History, append, append_stored, stored_event, until

@@ -10,10 +10,11 @@ import msgspec
 import psycopg
 import pytest
 
+from payments.clients import ApiKey
 from payments.database.connections import DatabaseAddress
 from payments.payment.identity import refund_id_for
 from payments.service import Service
-from payments.settings import ApiKey, Settings
+from payments.settings import Settings
 from tests.doubles.gateway import ScriptedGateway, decline, no_answer
 from tests.support import ORDER_ID, until
 from tests.web.test_api import BODY, charge, problem

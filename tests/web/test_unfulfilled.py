@@ -9,10 +9,11 @@ import httpx
 import psycopg
 import pytest
 
+from payments.clients import ApiKey
 from payments.payment.state import Status
 from payments.queries.payments import PaymentView
 from payments.service import Service
-from payments.settings import ApiKey, Settings
+from payments.settings import Settings
 from tests.queries.rows import insert, insert_fulfilment, view
 from tests.support import History, append, until
 from tests.web.test_api import problem

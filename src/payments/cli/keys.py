@@ -5,7 +5,7 @@ import secrets
 
 import click
 
-from payments.settings import check_client_name
+from payments.clients import check_client_name
 
 KEY_BYTES = 32  # of randomness: nobody guesses one, so its plain SHA-256 is enough to know it by
 

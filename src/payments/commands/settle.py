@@ -11,6 +11,7 @@ from collections.abc import Callable
 import msgspec
 from loguru import logger
 
+from payments.clients import SETTLING
 from payments.commands.giving_back import GivingBack
 from payments.commands.outcomes import Recorder
 from payments.commands.refund import provider_refund
@@ -50,7 +51,7 @@ from payments.payment.state import (
     Refund,
     Status,
 )
-from payments.settings import SETTLING, Settings
+from payments.settings import Settings
 
 CALLS_MAX = 3  # an attempt has the time of so many calls that all time out; then it sends no more
 LATE_CAPTURE_S = 24 * 3600.0  # however soon a gateway says that no capture can come any more

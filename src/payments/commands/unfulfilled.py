@@ -11,6 +11,7 @@ from loguru import logger
 
 from payments import brake
 from payments.admission import Admission
+from payments.clients import FULFILMENT
 from payments.commands.giving_back import GivingBack
 from payments.commands.refund import Refunding, RefundPayment
 from payments.database.connections import Database
@@ -18,7 +19,6 @@ from payments.errors import PaymentsError
 from payments.event_store import LoadedPayment, load_payment
 from payments.payment.identity import RefundRequest, unfulfilled_refund_id
 from payments.payment.state import Status
-from payments.settings import FULFILMENT
 
 
 class Unfulfilled:

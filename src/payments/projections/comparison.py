@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
+from payments.clients import DEFAULT_CLIENT
 from payments.events.facts import UndecodableEvent
 from payments.events.store import CHANGED_STREAMS, READ_STREAMS_UNTIL, SLICE_END, fact_at
 from payments.payment.state import ABANDONED, DECLINED, Payment, UnexpectedEvent, evolve
@@ -21,7 +22,6 @@ from payments.projections.payments import (
     payment_row,
     refund_row,
 )
-from payments.settings import DEFAULT_CLIENT
 from payments.snapshot import Reader, Rows, Snapshot, Source
 
 PROGRESS_EVERY = 5000  # payments

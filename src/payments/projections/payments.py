@@ -12,10 +12,10 @@ from uuid import UUID
 import psycopg
 
 from payments import sendings, unsettled
+from payments.clients import DEFAULT_CLIENT
 from payments.database.arrays import BinaryArray, doubles, integers, texts, timestamps, uuids
 from payments.events.store import LOAD_STREAMS, LogEntry, fact_at, fact_of
 from payments.payment.state import DECLINED, Payment, Refund, Status, evolve
-from payments.settings import DEFAULT_CLIENT
 
 Row = tuple[Any, ...]
 

@@ -8,6 +8,7 @@ from uuid import UUID
 import msgspec
 from msgspec import UnsetType
 
+from payments.clients import DISPATCHER
 from payments.database.connections import Database
 from payments.errors import PaymentUnreadable
 from payments.event_store import fold_stored
@@ -31,7 +32,6 @@ from payments.payment.state import Payment
 from payments.queries.callbacks import Attempt, Delivery, attempts, deliveries_of_payment, text_of
 from payments.queries.fulfilments import FulfilmentView, fulfilment_of
 from payments.queries.payments import found
-from payments.settings import DISPATCHER
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):

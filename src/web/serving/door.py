@@ -11,9 +11,9 @@ from typing import Protocol
 from prometheus_client import Counter
 
 from payments.admission import Admission, Client, Share
+from payments.clients import ApiKey
 from payments.errors import Unauthorized
 from payments.observability.metrics import Telemetry
-from payments.settings import ApiKey
 from web.auth import authenticate
 from web.paths import Paths
 from web.serving.access_log import RefusalLog
