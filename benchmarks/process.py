@@ -38,7 +38,8 @@ from payments.observability.metrics import Telemetry
 from payments.payment.identity import ChargeRequest, fingerprint, payment_id_for
 from payments.payment.state import Payment, Status
 from payments.service import Service
-from payments.settings import Settings, read_settings
+from payments.setting_sources import read_settings
+from payments.settings import Settings
 from web import app
 from web.serving import listening, server
 from web.serving.guard import Guard

@@ -29,8 +29,7 @@ def environment(**settings: object) -> dict[str, str]:
     """This process's environment without any setting of the service, and the ones given."""
     from payments.settings import VARIABLES
 
-    names = {variable.name for variable in VARIABLES}
-    inherited = {name: value for name, value in os.environ.items() if name not in names}
+    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return inherited | {name: str(value) for name, value in settings.items()}
 
 
@@ -58,7 +57,7 @@ def invoke(*arguments: str, **settings: object) -> subprocess.CompletedProcess[s
     from payments.cli import main
     from payments.settings import VARIABLES
 
-    given: dict[str, str | None] = {variable.name: None for variable in VARIABLES}
+    given: dict[str, str | None] = dict.fromkeys(VARIABLES)
     given |= {name: str(value) for name, value in settings.items()}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     logger.remove()  # as at the start of a process

@@ -18,7 +18,8 @@ import pytest
 
 from payments.cli.output import print_rows
 from payments.database.connections import DatabaseAddress
-from payments.settings import VARIABLES, read_settings
+from payments.setting_sources import read_settings
+from payments.settings import VARIABLES
 from tests.process import ServiceProcess, at, free_port, invoke, run, working
 from tests.support import History, append, eventually
 from web.auth import authenticate
@@ -29,7 +30,7 @@ def test_settings_lists_every_variable_and_hides_secrets() -> None:
     table = invoke("settings", **given)
     assert (table.returncode, table.stderr) == (0, "")
     assert "canary" not in table.stdout
-    assert all(variable.name in table.stdout for variable in VARIABLES)
+    assert all(name in table.stdout for name in VARIABLES)
     listed = {
         row["variable"]: row
         for row in json.loads(invoke("settings", "--format", "json", **given).stdout)

@@ -12,8 +12,8 @@ from tests.process import ROOT
 DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
 BUILD, FINAL = re.split(r"^FROM .*$", DOCKERFILE, flags=re.MULTILINE)[1:]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-KNOWN = {variable.name for variable in VARIABLES}
-KNOWN |= {f"{variable.name}_FILE" for variable in VARIABLES if variable.secret}
+SECRETS = {name for name, variable in VARIABLES.items() if variable.secret}
+KNOWN = {*VARIABLES, *(f"{name}_FILE" for name in SECRETS)}
 # Other programs' own.
 NOT_OURS = {"PATH", "PYTHONDONTWRITEBYTECODE"}
 OURS = ("payment-service", "api", "worker")
@@ -90,8 +90,7 @@ def test_the_documented_service_is_there_with_its_database() -> None:
 def test_no_secret_is_written_down(name: str) -> None:
     """But for the password that is for trying it out."""
     given = COMPOSE["services"][name]["environment"]
-    secrets = {variable.name for variable in VARIABLES if variable.secret} & given.keys()
-    for secret in secrets:
+    for secret in SECRETS & given.keys():
         assert re.fullmatch(r"\$\{[A-Z_]+:-(postgres)?\}", given[secret]), secret
 
 

@@ -71,7 +71,7 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     for metric in re.findall(r"`(payments_\w+)", text):
         assert re.search(rf"^{metric}(_count)?[ {{]", exposed, re.MULTILINE), metric
     for name in re.findall(r"\b(?:ORDER|CALLBACK)_[A-Z_]*[A-Z]\b", text):
-        assert name.removesuffix("_FILE") in {variable.name for variable in VARIABLES}, name
+        assert name.removesuffix("_FILE") in VARIABLES, name
     for words in re.findall(r"(?:`|bin/)payments ([a-z][^`\n#|>]*)", text):
         options = {option for parameter in named(words).params for option in parameter.opts}
         assert set(re.findall(r"--\w[\w-]*", words)) <= options | {"--help"}, words

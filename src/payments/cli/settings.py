@@ -5,7 +5,8 @@ import os
 import click
 
 from payments.cli.output import format_option, print_rows
-from payments.settings import describe, read_settings
+from payments.setting_sources import read_settings
+from payments.settings import describe
 
 
 @click.command()

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from payments.cli.exits import logs_are_set_up
 from payments.observability.logs import set_up_logs
-from payments.settings import Settings, read_settings
+from payments.setting_sources import read_settings
+from payments.settings import Settings
 
 if TYPE_CHECKING:
     from payments.database.connections import Database, DatabaseAddress

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from payments.order_service.responses import Reading, not_known, read_status
-from payments.settings import ORDER_ID
+from payments.setting_values import ORDER_ID
 
 if TYPE_CHECKING:
     from payments.order_service.endpoint import Endpoint, Exchange

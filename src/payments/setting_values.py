@@ -1,0 +1,135 @@
+"""What the text of an environment variable may be, and the value that it stands for.
+
+Each parser raises ValueError, which says what the value must be and never repeats it: there may be
+a secret in it.
+"""
+
+import ipaddress
+import re
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+CALLBACK_STATUSES = ("SUCCESS", "FAILED", "REFUNDED")
+ORDER_ID = "{order_id}"  # what ORDER_STATUS_URL has in the place of an order's id
+
+
+def parse_line(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("must be one line of printable text")
+    return value
+
+
+def parse_text(value: str) -> str:
+    parse_line(value)
+    # It would be shown, with the password that is often in one.
+    if "://" in value or re.search(r"password\s*=", value, re.IGNORECASE):
+        raise ValueError("must be neither an address with :// nor a connection string")
+    return value
+
+
+def parse_host(value: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", value) and not _is_ip_address(value):
+        raise ValueError("must be a host name or an IP address, without a port")
+    return value
+
+
+def parse_hosts(value: str) -> str:
+    parts = [part.strip() for part in value.split(",")]
+    for part in parts:
+        is_socket = part.startswith("/") or re.fullmatch(r"@[\w./-]+", part)
+        (parse_text if is_socket else parse_host)(part)
+    return ",".join(parts)
+
+
+def _is_ip_address(value: str) -> bool:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return False
+    return True
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,12}", value) or not low <= int(value) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(value)
+
+    return parse
+
+
+def seconds(low: float, high: float) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", value) or not low <= float(value) <= high:
+            raise ValueError(f"must be a number of seconds from {low:g} to {high:g}")
+        return float(value)
+
+    return parse
+
+
+def one_of(*choices: str, upper: bool = False) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        value = value.upper() if upper else value
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return value
+
+    return parse
+
+
+def parse_directory(value: str) -> Path:
+    return Path(parse_text(value)).absolute()
+
+
+def parse_gateway(value: str) -> str:
+    if value != "simulated" and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        raise ValueError("must be simulated, or package.module:factory")
+    return value
+
+
+def parse_yes_no(value: str) -> bool:
+    try:
+        return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+    except KeyError:
+        raise ValueError("must be true or false") from None
+
+
+def parse_callback_url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # its text repeats the address, and there may be a password in it
+        sound = False
+    if not sound or not value.isprintable() or " " in value:
+        raise ValueError("must be an http:// or https:// address")
+    if "@" in parts.netloc or "#" in value:
+        raise ValueError("must hold no user name, password or fragment")
+    return value
+
+
+def parse_order_status_url(value: str) -> str:
+    if value.count(ORDER_ID) != 1:
+        raise ValueError(f"must hold {ORDER_ID} once, in its path or query")
+    filled = value.replace(ORDER_ID, "0" * 8)
+    if ORDER_ID in value.partition("://")[2].partition("/")[0]:
+        raise ValueError(f"must hold {ORDER_ID} in its path or query, not in its host")
+    parse_callback_url(filled)
+    return value
+
+
+def parse_statuses(value: str) -> tuple[str, ...]:
+    chosen = tuple(part.strip() for part in value.split(","))
+    if not set(chosen) <= set(CALLBACK_STATUSES) or len(set(chosen)) != len(chosen):
+        raise ValueError(f"must be some of {', '.join(CALLBACK_STATUSES)}, each once, with commas")
+    return chosen
+
+
+def parse_networks(value: str) -> tuple[str, ...]:
+    try:
+        return tuple(str(ipaddress.ip_network(part.strip())) for part in value.split(","))
+    except ValueError:
+        raise ValueError(
+            "must be networks as CIDRs, like 100.64.0.0/10, the bits of the host zero; several are "
+            "separated by commas"
+        ) from None
