@@ -20,7 +20,9 @@ from benchmarks.parts import Part
 from benchmarks.process import ServerProcess
 from payments.database.connections import Database
 from payments.events.store import APPEND, append_params, to_stored_event
+from payments.http_url import parse_http_url
 from payments.observability.metrics import Telemetry
+from payments.order_service.target import Target
 from payments.payment.decisions import Cause, charge_outcome, initiate
 from payments.payment.identity import ChargeRequest
 from payments.payment.state import Approved, evolve
@@ -86,10 +88,14 @@ class Callbacks(Part):
 
     async def _deliver(self) -> float:
         """Seconds until nothing is due."""
-        settings = Settings(order_callback_url=self._sink.url, order_callback_secret=SECRETS)
+        settings = Settings(
+            order_callback_url=parse_http_url(self._sink.url), order_callback_secret=SECRETS
+        )
         database = Database(self.address, 1)
         await database.open()
-        dispatcher = build_dispatcher(settings, database, Telemetry())
+        dispatcher = build_dispatcher(
+            settings, Target.of_callbacks(settings), database, Telemetry()
+        )
         assert dispatcher is not None
         *_, follower = build_followers(settings, database, Telemetry(), dispatcher.wake)
         started = time.perf_counter()

@@ -18,7 +18,9 @@ from benchmarks.load import Figures
 from benchmarks.parts import Part
 from payments.callbacks.dispatcher import CONCURRENCY_MAX, CallbackBody
 from payments.database.connections import DatabaseAddress
+from payments.http_url import parse_http_url
 from payments.order_service.endpoint import Endpoint
+from payments.order_service.target import Target
 from payments.webhook_secrets import parse_secrets
 
 ANSWER = (
@@ -71,7 +73,10 @@ class ClientLimit(Part):
         return uvloop.run(self._run(seconds))
 
     async def _run(self, seconds: float) -> Figures:
-        endpoint = Endpoint(self._sink.url, SECRETS, connections_max=CONCURRENCY_MAX)
+        endpoint = Endpoint(
+            Target(url=parse_http_url(self._sink.url), keys=SECRETS),
+            connections_max=CONCURRENCY_MAX,
+        )
         await endpoint.open()
         event_id = uuid.uuid4()
         body = msgspec.json.encode(

@@ -32,8 +32,10 @@ from benchmarks.parts import Part
 from benchmarks.process import ServerProcess
 from payments.callbacks import outbox
 from payments.database.connections import Database, DatabaseAddress, connect
+from payments.http_url import parse_http_url
 from payments.observability.logs import set_up_logs
 from payments.observability.metrics import Telemetry
+from payments.order_service.target import Target
 from payments.projections.callbacks import begin_at_the_end
 from payments.service import build_dispatcher, build_followers
 from payments.settings import Settings
@@ -104,11 +106,15 @@ class Callbacks:
         return claimed
 
     async def _run(self) -> None:
-        settings = Settings(order_callback_url=self._url, order_callback_secret=SECRETS)
+        settings = Settings(
+            order_callback_url=parse_http_url(self._url), order_callback_secret=SECRETS
+        )
         database = Database(self._address, 2)
         await database.open()
         await begin_at_the_end(database)
-        dispatcher = build_dispatcher(settings, database, Telemetry())
+        dispatcher = build_dispatcher(
+            settings, Target.of_callbacks(settings), database, Telemetry()
+        )
         assert dispatcher is not None
         *_, follower = build_followers(settings, database, Telemetry(), dispatcher.wake)
         await dispatcher.start()

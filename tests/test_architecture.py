@@ -24,9 +24,9 @@ LAYERS = (
     (
         *("payments.money", "payments.times", "payments.tasks", "payments.webhook_secrets"),
         *("payments.environment", "payments.probe", "payments.backoff", "payments.clients"),
-        *("payments.setting_values",),
+        *("payments.setting_values", "payments.http_url", "payments.errors", "payments.observability"),
+        *("payments.embedded_postgres",),
     ),
-    ("payments.errors", "payments.observability", "payments.embedded_postgres"),
     ("payments.settings", "payments.admission", "payments.single_flight"),
     ("payments.database", "payments.setting_sources"),
     ("payments.migrations", "payments.events", "payments.order_service"),

@@ -1,5 +1,6 @@
 """Each environment variable: its default, good and bad values, and that secrets stay secret."""
 
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from payments.clients import ApiKey
 from payments.errors import StartError
+from payments.http_url import parse_http_url
 from payments.setting_sources import read_settings
 from payments.settings import VARIABLES, Settings, describe
 
@@ -77,8 +79,8 @@ GOOD: list[tuple[str, str, Any]] = [
     ("DATABASE_HOST", "/var/run/postgresql", "/var/run/postgresql"),
     ("DATABASE_HOST", "@abstract", "@abstract"),
     ("DATABASE_USERNAME", "payments@server", "payments@server"),
-    ("ORDER_CALLBACK_URL", "http://order:4002/cb", "http://order:4002/cb"),
-    ("ORDER_CALLBACK_URL", "https://[::1]/cb?x=1", "https://[::1]/cb?x=1"),
+    ("ORDER_CALLBACK_URL", "http://order:4002/cb", parse_http_url("http://order:4002/cb")),
+    ("ORDER_CALLBACK_URL", "https://[::1]/cb?x=1", parse_http_url("https://[::1]/cb?x=1")),
     ("ORDER_CALLBACK_SECRET", WEBHOOK_SECRET, (bytes(24),)),
     (
         "ORDER_CALLBACK_SECRET",
@@ -88,11 +90,23 @@ GOOD: list[tuple[str, str, Any]] = [
     ("ORDER_CALLBACK_STATUSES", "REFUNDED", ("REFUNDED",)),
     ("CALLBACK_TIMEOUT_S", "0.1", 0.1),
     ("CALLBACK_TIMEOUT_S", "120", 120.0),
-    ("HTTP_CALLBACK_NETWORKS", "100.64.0.0/10", ("100.64.0.0/10",)),
-    ("HTTP_CALLBACK_NETWORKS", "34.118.0.7, 2001:DB8::/32", ("34.118.0.7/32", "2001:db8::/32")),
+    ("HTTP_CALLBACK_NETWORKS", "100.64.0.0/10", (IPv4Network("100.64.0.0/10"),)),
+    (
+        "HTTP_CALLBACK_NETWORKS",
+        "34.118.0.7, 2001:DB8::/32",
+        (IPv4Network("34.118.0.7"), IPv6Network("2001:db8::/32")),
+    ),
     ("ORDER_CALLBACK_STATUSES", "SUCCESS, FAILED", ("SUCCESS", "FAILED")),
-    ("ORDER_STATUS_URL", "http://orders:4003/v1/{order_id}", "http://orders:4003/v1/{order_id}"),
-    ("ORDER_STATUS_URL", "https://orders/?id={order_id}", "https://orders/?id={order_id}"),
+    (
+        "ORDER_STATUS_URL",
+        "http://orders:4003/v1/{order_id}",
+        parse_http_url("http://orders:4003/v1/{order_id}"),
+    ),
+    (
+        "ORDER_STATUS_URL",
+        "https://orders/?id={order_id}",
+        parse_http_url("https://orders/?id={order_id}"),
+    ),
     ("UNFULFILLED", "report", "report"),
     ("PAYMENTS_DATA_DIR", "/srv/payments", Path("/srv/payments")),
     ("PAYMENTS_DATA_DIR", "data", Path.cwd() / "data"),
@@ -196,6 +210,7 @@ BAD = [
     ("ORDER_CALLBACK_URL", "http://order/cb\nX: y"),
     ("ORDER_CALLBACK_URL", "http://order:99999/cb"),
     ("ORDER_CALLBACK_URL", "http://order:port/cb"),
+    ("ORDER_CALLBACK_URL", "http://127.1/cb"),
     ("ORDER_CALLBACK_SECRET", CANARY),
     ("ORDER_CALLBACK_SECRET", f"whsec_{CANARY}"),
     ("ORDER_CALLBACK_SECRET", f"{WEBHOOK_SECRET},"),
@@ -431,6 +446,8 @@ class TestDescribe:
             ("CHARGE_DEADLINE_S", "60", "60"),
             ("ORDER_CALLBACK_STATUSES", "SUCCESS, REFUNDED", "SUCCESS,REFUNDED"),
             ("MIGRATE_ON_START", "0", "false"),
+            ("ORDER_CALLBACK_URL", "http://Order:80/cb?x", "http://Order:80/cb?x"),
+            ("HTTP_CALLBACK_NETWORKS", "34.118.0.7, 10.0.0.0/8", "34.118.0.7/32,10.0.0.0/8"),
             ("PAYMENTS_DATA_DIR", "/srv/payments", "/srv/payments"),
             ("LOG_LEVEL", "debug", "DEBUG"),
         ],

@@ -31,7 +31,8 @@
     admission.py       how much one process takes on, and when it refuses
     single_flight.py   one answer for all who ask at the same time
     settings.py        all settings;  setting_sources.py reads them from the environment
-    setting_values.py  what their texts mean;  webhook_secrets.py what signs callbacks
+    setting_values.py  what their texts mean;  http_url.py addresses among them
+    webhook_secrets.py what signs callbacks
     clients.py         who asks: API clients, and names of the service's own
     service.py         wires everything together from the settings;  health.py how it is
     times.py           times as text, for API and command line;  tasks.py ends background tasks

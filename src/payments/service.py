@@ -27,7 +27,7 @@ from payments.events.watch import LogWatch
 from payments.fulfilment.checking import CONCURRENCY_MAX as CHECKS_MAX
 from payments.fulfilment.checking import Checking, GiveBack
 from payments.fulfilment.status import TIMEOUT_S as STATUS_TIMEOUT_S
-from payments.fulfilment.status import OrderStatus, sample
+from payments.fulfilment.status import OrderStatus
 from payments.gateways import Gateway
 from payments.gateways.building import build_gateway
 from payments.gateways.counted import CountedGateway
@@ -35,6 +35,7 @@ from payments.gateways.ledger_identity import check_ledger
 from payments.gateways.simulated import SimulatedGateway
 from payments.health import Health
 from payments.observability.metrics import Telemetry
+from payments.order_service.target import Target, check_target
 from payments.projections.callbacks import CallbacksProjection, begin_at_the_end
 from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection
@@ -106,9 +107,13 @@ class Service:
         """What follows the log and tells Order Service of it, and what looks how that is."""
         settings = self.settings
         give_back = self.unfulfilled.give_back if self.unfulfilled else None
-        self.checking = build_checking(settings, self.database, give_back)
+        self.callback_target = Target.of_callbacks(settings)
+        self.status_target = Target.of_order_status(settings)
+        self.checking = build_checking(settings, self.status_target, self.database, give_back)
         suspected = self.checking.wake if self.checking else None
-        self.dispatcher = build_dispatcher(settings, self.database, self.telemetry, suspected)
+        self.dispatcher = build_dispatcher(
+            settings, self.callback_target, self.database, self.telemetry, suspected
+        )
         applied = self.dispatcher.wake if self.dispatcher else None
         self.followers = build_followers(
             settings, self.database, self.telemetry, applied, self.gateway.declines_may_turn_s
@@ -130,24 +135,13 @@ class Service:
 
         Raises StartError; whatever else it raises, `stop` ends what was begun.
         """
-        url = self.settings.order_callback_url
-        if url is None:
-            logger.info("nobody is called back: ORDER_CALLBACK_URL is not set")
-        else:
-            from payments.order_service.endpoint import check_target, origin
-
-            networks = self.settings.http_callback_networks
-            if (warning := await check_target(url, networks)) is not None:
-                logger.warning(warning)
-            signed = "signed" if self.settings.order_callback_secret else "not signed"
-            logger.info("callbacks go to {}, {}", origin(url), signed)
-        await check_status_url(self.settings)
+        await self._look_at_targets()
         await self.database.open()
         await self.health.open()
         try:
             if self._ledger is not None:
                 await check_ledger(self.database, *self._ledger)
-            if url is not None:
+            if self.callback_target is not None:
                 # Before the first request: its outcome is to be called back.
                 await begin_at_the_end(self.database)
         except (StartError, DatabaseUnavailable) as error:
@@ -167,6 +161,18 @@ class Service:
                 self.telemetry.dispatches()
             if self.checking is not None:
                 await self.checking.start()
+
+    async def _look_at_targets(self) -> None:
+        """Says where requests to Order Service go; StartError if they can never get there."""
+        if self.callback_target is None:
+            logger.info("nobody is called back: ORDER_CALLBACK_URL is not set")
+        else:
+            if (warning := await check_target(self.callback_target)) is not None:
+                logger.warning(warning)
+            origin, signed = self.callback_target.url.origin, self.callback_target.signed
+            logger.info("callbacks go to {}, {}", origin, signed)
+        if self.status_target is not None:
+            await check_status_target(self.status_target)
 
     def _wake_followers(self) -> None:
         for follower in self.followers:
@@ -245,75 +251,51 @@ def build_followers(
 
 def build_dispatcher(
     settings: Settings,
+    target: Target | None,
     database: Database,
     telemetry: Telemetry,
     suspected: Callable[[], None] | None = None,
 ) -> Dispatcher | None:
-    """What sends callbacks, not started; None without ORDER_CALLBACK_URL. `suspected` as of
-    Dispatcher. Raises StartError."""
-    if settings.order_callback_url is None:
+    """What sends callbacks to the target, not started; None without one. `suspected` as of
+    Dispatcher."""
+    if target is None:
         return None
-    endpoint, days = build_endpoint(settings), settings.callback_retention_days
+    endpoint, days = build_endpoint(settings, target), settings.callback_retention_days
     return Dispatcher(database.connect, endpoint, telemetry, days, suspected=suspected)
 
 
-def build_endpoint(settings: Settings) -> "Endpoint":
-    """Where callbacks go, not opened; StartError if ORDER_CALLBACK_URL is not set or unusable."""
+def build_endpoint(settings: Settings, target: Target) -> "Endpoint":
+    """What callbacks are sent with, not opened."""
     from payments.order_service.endpoint import Endpoint
 
-    if settings.order_callback_url is None:
-        raise StartError("ORDER_CALLBACK_URL is not set: nobody is called back")
-    try:
-        return Endpoint(
-            settings.order_callback_url,
-            settings.order_callback_secret,
-            timeout_s=settings.callback_timeout_s,
-            networks=settings.http_callback_networks,
-            connections_max=CONCURRENCY_MAX,
-        )
-    except ValueError as error:
-        raise StartError(f"ORDER_CALLBACK_URL: {error}") from None
+    return Endpoint(target, timeout_s=settings.callback_timeout_s, connections_max=CONCURRENCY_MAX)
 
 
 def build_checking(
-    settings: Settings, database: Database, give_back: GiveBack | None = None
+    settings: Settings,
+    status_target: Target | None,
+    database: Database,
+    give_back: GiveBack | None = None,
 ) -> Checking | None:
     """What finds out whether orders were fulfilled, not started; None if nobody is called back and
-    nobody can be asked. Raises StartError."""
-    if settings.order_callback_url is None and settings.order_status_url is None:
+    nobody can be asked."""
+    if settings.order_callback_url is None and status_target is None:
         return None
-    status = build_order_status(settings) if settings.order_status_url is not None else None
+    status = build_order_status(status_target) if status_target is not None else None
     return Checking(database, status, settings.callback_retention_days, give_back=give_back)
 
 
-def build_order_status(settings: Settings) -> OrderStatus:
-    """What is asked about orders, not opened; StartError if ORDER_STATUS_URL is not set or
-    unusable."""
+def build_order_status(target: Target) -> OrderStatus:
+    """What is asked about orders, not opened."""
     from payments.order_service.endpoint import Endpoint
 
-    url = settings.order_status_url
-    if url is None:
-        raise StartError("ORDER_STATUS_URL is not set: nobody can be asked about orders")
-    try:
-        endpoint = Endpoint(
-            sample(url),
-            timeout_s=STATUS_TIMEOUT_S,
-            networks=settings.http_callback_networks,
-            connections_max=CHECKS_MAX,
-        )
-    except ValueError as error:
-        raise StartError(f"ORDER_STATUS_URL: {error}") from None
-    return OrderStatus(url, endpoint)
+    return OrderStatus(
+        target, Endpoint(target, timeout_s=STATUS_TIMEOUT_S, connections_max=CHECKS_MAX)
+    )
 
 
-async def check_status_url(settings: Settings) -> None:
-    """Looks at ORDER_STATUS_URL before it is used, if it is set; StartError."""
-    if settings.order_status_url is None:
-        return
-    from payments.order_service.endpoint import check_target, origin
-
-    url, networks = sample(settings.order_status_url), settings.http_callback_networks
-    setting, waiting = "ORDER_STATUS_URL", "questions about orders"
-    if (warning := await check_target(url, networks, setting=setting, waiting=waiting)) is not None:
+async def check_status_target(target: Target) -> None:
+    """Looks at that of ORDER_STATUS_URL before it is used; StartError."""
+    if (warning := await check_target(target)) is not None:
         logger.warning(warning)
-    logger.info("{} is asked about orders", origin(url))
+    logger.info("{} is asked about orders", target.url.origin)

@@ -8,7 +8,10 @@ import ipaddress
 import re
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
+
+from payments.http_url import HttpUrl, parse_http_url
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 CALLBACK_STATUSES = ("SUCCESS", "FAILED", "REFUNDED")
 ORDER_ID = "{order_id}"  # what ORDER_STATUS_URL has in the place of an order's id
@@ -95,27 +98,13 @@ def parse_yes_no(value: str) -> bool:
         raise ValueError("must be true or false") from None
 
 
-def parse_callback_url(value: str) -> str:
-    try:
-        parts = urlsplit(value)
-        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # its text repeats the address, and there may be a password in it
-        sound = False
-    if not sound or not value.isprintable() or " " in value:
-        raise ValueError("must be an http:// or https:// address")
-    if "@" in parts.netloc or "#" in value:
-        raise ValueError("must hold no user name, password or fragment")
-    return value
-
-
-def parse_order_status_url(value: str) -> str:
+def parse_order_status_url(value: str) -> HttpUrl:
+    """Its path or query holds ORDER_ID."""
     if value.count(ORDER_ID) != 1:
         raise ValueError(f"must hold {ORDER_ID} once, in its path or query")
-    filled = value.replace(ORDER_ID, "0" * 8)
     if ORDER_ID in value.partition("://")[2].partition("/")[0]:
         raise ValueError(f"must hold {ORDER_ID} in its path or query, not in its host")
-    parse_callback_url(filled)
-    return value
+    return parse_http_url(value)
 
 
 def parse_statuses(value: str) -> tuple[str, ...]:
@@ -125,9 +114,9 @@ def parse_statuses(value: str) -> tuple[str, ...]:
     return chosen
 
 
-def parse_networks(value: str) -> tuple[str, ...]:
+def parse_networks(value: str) -> tuple[Network, ...]:
     try:
-        return tuple(str(ipaddress.ip_network(part.strip())) for part in value.split(","))
+        return tuple(ipaddress.ip_network(part.strip()) for part in value.split(","))
     except ValueError:
         raise ValueError(
             "must be networks as CIDRs, like 100.64.0.0/10, the bits of the host zero; several are "

@@ -7,9 +7,10 @@ from typing import Annotated, Any, NamedTuple, get_args
 import msgspec
 
 from payments.clients import ApiKey, parse_api_keys
+from payments.http_url import HttpUrl, parse_http_url
 from payments.setting_values import (
+    Network,
     one_of,
-    parse_callback_url,
     parse_directory,
     parse_gateway,
     parse_host,
@@ -65,7 +66,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     order_callback_url: Annotated[
-        str | None, Variable(parse_callback_url, "where Order Service takes callbacks")
+        HttpUrl | None, Variable(parse_http_url, "where Order Service takes callbacks")
     ] = None
     order_callback_secret: Annotated[
         tuple[bytes, ...],
@@ -90,7 +91,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 25
     http_callback_networks: Annotated[
-        tuple[str, ...],
+        tuple[Network, ...],
         Variable(
             parse_networks,
             "networks (CIDRs, with commas) that plain http may go to, beside loopback and private "
@@ -98,7 +99,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = ()
     order_status_url: Annotated[
-        str | None,
+        HttpUrl | None,
         Variable(
             parse_order_status_url,
             "where Order Service tells an order's status, with {order_id} in it: "
@@ -248,5 +249,5 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return ",".join(value)
+        return ",".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -16,9 +16,11 @@ from payments.callbacks import dispatcher as dispatching
 from payments.callbacks.breaker import Breaker
 from payments.callbacks.dispatcher import Dispatcher
 from payments.database.connections import Database
+from payments.http_url import parse_http_url
 from payments.observability.metrics import Telemetry
 from payments.order_service import TIMEOUT_S
 from payments.order_service.endpoint import Endpoint, Exchange
+from payments.order_service.target import Target
 from payments.projections.callbacks import begin_at_the_end
 from tests.callbacks.outbox import Outbox
 
@@ -56,7 +58,7 @@ class PlayedEndpoint(Endpoint):
     """Answers as the test says: `answer` is called with the decoded body of each request."""
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
-        super().__init__("http://127.0.0.1:1/", timeout_s=timeout_s)
+        super().__init__(Target(url=parse_http_url("http://127.0.0.1:1/")), timeout_s=timeout_s)
         self.answer: Callable[[dict[str, Any]], Exchange] = lambda body: answered(200)
         self.bodies: list[dict[str, Any]] = []
         self.held: asyncio.Event | None = None  # what begins meanwhile waits for it

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from payments.http_url import parse_http_url
 from payments.order_service.endpoint import Endpoint, Exchange
+from payments.order_service.target import Target
+from payments.setting_values import Network
 from payments.webhook_secrets import parse_secrets
 
 WAIT_S = 10.0
@@ -131,10 +134,11 @@ def endless(beginning: bytes, rest: bytes, pause_s: float = 0) -> Writing:
 
 @asynccontextmanager
 async def endpoint_of(
-    url: str, secrets: str | None = None, **options: Any
+    url: str, secrets: str | None = None, *, networks: tuple[Network, ...] = (), **options: Any
 ) -> AsyncIterator[Endpoint]:
     keys = parse_secrets(secrets) if secrets else ()
-    endpoint = Endpoint(url, keys, **({"timeout_s": WAIT_S} | options))
+    target = Target(url=parse_http_url(url), keys=keys, networks=networks)
+    endpoint = Endpoint(target, **({"timeout_s": WAIT_S} | options))
     await endpoint.open()
     try:
         yield endpoint

@@ -23,8 +23,10 @@ from payments.callbacks import dispatcher as dispatching
 from payments.callbacks.breaker import Breaker
 from payments.callbacks.dispatcher import Dispatcher
 from payments.database.connections import Database, DatabaseAddress
+from payments.http_url import parse_http_url
 from payments.observability.metrics import Telemetry
 from payments.order_service.endpoint import Endpoint
+from payments.order_service.target import Target
 from payments.projections.callbacks import CallbacksProjection, begin_at_the_end
 from payments.projections.follower import Follower
 from tests.callbacks.raw_server import Server, serving
@@ -63,7 +65,7 @@ def dispatcher_to(
         "rng": lambda: random.uniform(0.02, 0.04),
         "breaker": Breaker(open_min_s=0.05, open_max_s=0.2),
     }
-    endpoint = Endpoint(url, timeout_s=timeout_s)
+    endpoint = Endpoint(Target(url=parse_http_url(url)), timeout_s=timeout_s)
     return Dispatcher(database.connect, endpoint, **defaults | options)
 
 

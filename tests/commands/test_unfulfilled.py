@@ -14,6 +14,7 @@ from payments.commands.unfulfilled import Unfulfilled
 from payments.errors import PaymentAlreadyRefunded, RefundExceedsCapture
 from payments.events.facts import RefundInitiated
 from payments.events.store import fact_at
+from payments.http_url import parse_http_url
 from payments.payment.identity import is_of_unfulfilled, payment_id_for, unfulfilled_refund_id
 from payments.payment.state import Status
 from payments.service import Service
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.anyio
 PAYMENT = payment_id_for("k")
 REFUND: dict[str, Any] = {
     "unfulfilled": "refund",
-    "order_status_url": "http://127.0.0.1:1/{order_id}",
+    "order_status_url": parse_http_url("http://127.0.0.1:1/{order_id}"),
 }
 NOTHING_LEFT = RefundExceedsCapture | PaymentAlreadyRefunded
 Connection = psycopg.Connection[Any]

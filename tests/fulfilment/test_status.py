@@ -3,16 +3,17 @@
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
 from loguru import logger
 
 from payments.errors import StartError
-from payments.fulfilment.status import OrderStatus, sample
-from payments.order_service.endpoint import Endpoint, check_target
+from payments.fulfilment.status import OrderStatus
+from payments.order_service.endpoint import Endpoint
 from payments.order_service.responses import Reading
-from payments.service import build_order_status, check_status_url
+from payments.order_service.target import Target, check_target
+from payments.service import check_status_target
+from payments.setting_values import parse_order_status_url
 from payments.settings import Settings
 from tests.callbacks.raw_server import serving
 from tests.doubles.order_faults import FaultKind
@@ -26,10 +27,9 @@ TOKEN = "canary-in-the-query"
 
 
 @asynccontextmanager
-async def asking(
-    template: str, timeout_s: float = 5.0, **options: Any
-) -> AsyncIterator[OrderStatus]:
-    status = OrderStatus(template, Endpoint(sample(template), timeout_s=timeout_s, **options))
+async def asking(template: str, timeout_s: float = 5.0) -> AsyncIterator[OrderStatus]:
+    target = Target(url=parse_order_status_url(template))
+    status = OrderStatus(target, Endpoint(target, timeout_s=timeout_s))
     await status.open()
     try:
         yield status
@@ -151,34 +151,25 @@ async def test_plain_http_goes_to_near_addresses_only() -> None:
         assert await status.ask(ORDER) == not_known("forbidden address")
 
 
-async def test_an_endpoint_asks_its_own_origin_only() -> None:
-    async with serving(response(b"{}")) as server:
-        endpoint = Endpoint("http://127.0.0.1:1/", timeout_s=1)
-        await endpoint.open()
-        done = await endpoint.get(f"{server.url}/")
-        await endpoint.close()
-    assert (done.status, server.connections) == (None, 0)
+def of(template: str) -> Target:
+    settings = Settings(order_status_url=parse_order_status_url(template))
+    target = Target.of_order_status(settings)
+    assert target is not None
+    return target
 
 
 async def test_a_url_that_can_never_work_refuses_the_start() -> None:
-    settings = Settings(order_status_url=f"http://203.0.113.7/{TOKEN}/{{order_id}}")
     with pytest.raises(StartError) as refused:
-        await check_status_url(settings)
+        await check_status_target(of(f"http://203.0.113.7/{TOKEN}/{{order_id}}"))
     assert str(refused.value).startswith("ORDER_STATUS_URL: http://203.0.113.7 has no loopback")
     assert TOKEN not in str(refused.value)
     lines: list[str] = []
     handler = logger.add(lines.append)
-    await check_status_url(Settings(order_status_url=f"http://127.0.0.1/{TOKEN}/{{order_id}}"))
+    await check_status_target(of(f"http://127.0.0.1/{TOKEN}/{{order_id}}"))
     logger.remove(handler)
     assert "http://127.0.0.1 is asked about orders" in lines[0]
     assert TOKEN not in lines[0]
-    with pytest.raises(StartError, match="ORDER_STATUS_URL: the URL must begin"):
-        build_order_status(Settings(order_status_url="ftp://orders/{order_id}"))
-    with pytest.raises(StartError, match="ORDER_STATUS_URL is not set"):
-        build_order_status(Settings())
-    warning = await check_target(
-        "http://orders.invalid/", setting="ORDER_STATUS_URL", waiting="questions about orders"
-    )
-    assert warning == (
+    assert Target.of_order_status(Settings()) is None
+    assert await check_target(of("http://orders.invalid/{order_id}")) == (
         "orders.invalid cannot be resolved yet: questions about orders will wait until it can"
     )

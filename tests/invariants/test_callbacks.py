@@ -12,8 +12,10 @@ import pytest
 
 from payments.callbacks.dispatcher import Dispatcher
 from payments.database.connections import Database, DatabaseAddress, connect
+from payments.http_url import parse_http_url
 from payments.observability.metrics import Telemetry
 from payments.order_service.endpoint import Endpoint
+from payments.order_service.target import Target
 from payments.projections.callbacks import begin_at_the_end
 from tests.callbacks.outbox import Outbox
 from tests.conftest import Clones
@@ -44,7 +46,8 @@ async def tell(address: DatabaseAddress) -> list[Request]:
             )
             outbox = Outbox(database, connection)
             await begin_at_the_end(database)
-            dispatcher = Dispatcher(database.connect, Endpoint(orders.url), Telemetry(), 90)
+            endpoint = Endpoint(Target(url=parse_http_url(orders.url)))
+            dispatcher = Dispatcher(database.connect, endpoint, Telemetry(), 90)
             await dispatcher.start()
             await outbox.log(
                 *History("paid", order_id=PAID).charged().refunded().facts,

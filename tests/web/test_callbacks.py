@@ -13,6 +13,7 @@ import pytest
 from payments.clients import ApiKey
 from payments.database.connections import DatabaseAddress
 from payments.errors import StartError
+from payments.http_url import parse_http_url
 from payments.service import Service
 from payments.settings import Settings
 from tests.doubles.order_service import Fault, OrderService
@@ -36,7 +37,7 @@ async def orders() -> AsyncIterator[OrderService]:
 
 @pytest.fixture
 def settings(orders: OrderService) -> Settings:
-    return Settings(simulated_ledger="", order_callback_url=orders.url)
+    return Settings(simulated_ledger="", order_callback_url=parse_http_url(orders.url))
 
 
 async def test_a_charge_is_called_back_and_shows_it(
@@ -205,17 +206,9 @@ async def test_it_is_called_back_from_the_first_start_with_an_address_on(
     assert msgspec.json.decode(request.body)["payment_id"] == str(after.id)
 
 
-@pytest.mark.parametrize(
-    ("url", "said"),
-    [
-        ("http://8.8.8.8/callback", "no loopback or private address"),
-        ("http://user:canary@127.0.0.1/callback", "user name"),
-    ],
-)
-async def test_an_address_that_can_never_work_stops_the_start(
-    address: DatabaseAddress, url: str, said: str
-) -> None:
-    with pytest.raises(StartError, match=said) as stopped:
+async def test_an_address_that_can_never_work_stops_the_start(address: DatabaseAddress) -> None:
+    url = parse_http_url("http://8.8.8.8/callback?token=canary")
+    with pytest.raises(StartError, match="no loopback or private address") as stopped:
         await Service(Settings(simulated_ledger="", order_callback_url=url), address).start()
     assert "canary" not in str(stopped.value)
     assert "\n" not in str(stopped.value)
@@ -237,7 +230,7 @@ class TestWithKeys:
 
         return Settings(
             simulated_ledger="",
-            order_callback_url=orders.url,
+            order_callback_url=parse_http_url(orders.url),
             payments_api_keys=(key("shop"), key("other"), key("staff")),
         )
 

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from payments.clients import ApiKey
+from payments.http_url import parse_http_url
 from payments.payment.state import Status
 from payments.queries.payments import PaymentView
 from payments.service import Service
@@ -142,7 +143,7 @@ class TestWithKeys:
         return Settings(
             simulated_ledger="",
             payments_api_keys=keys,
-            order_status_url="http://127.0.0.1:1/{order_id}",
+            order_status_url=parse_http_url("http://127.0.0.1:1/{order_id}"),
         )
 
     async def test_a_client_sees_its_own(

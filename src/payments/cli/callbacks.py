@@ -25,6 +25,7 @@ from payments.cli.unfulfilled import print_unfulfilled
 from payments.database.connections import Database
 from payments.errors import StartError
 from payments.opening import open_database
+from payments.order_service.target import Target
 from payments.projections.callbacks import CallbacksProjection, backfill, begin_at_the_end
 from payments.queries.callbacks import (
     Attempt,
@@ -239,18 +240,17 @@ def test_endpoint() -> None:
     """
     one_is_a_finding()
     settings = begin()
-    from payments.order_service.endpoint import origin  # which the other commands do without
-    from payments.service import build_endpoint
+    target = Target.of_callbacks(settings)
+    if target is None:
+        raise StartError("ORDER_CALLBACK_URL is not set: nobody is called back")
+    from payments.service import build_endpoint  # which the other commands do without
 
-    endpoint = build_endpoint(settings)
-
-    to = origin(settings.order_callback_url or "")
-    exchange = asyncio.run(ping(endpoint))
+    exchange = asyncio.run(ping(build_endpoint(settings, target)))
+    to = target.url.origin
     if exchange.status is None:
         sent = "it was sent" if exchange.sent else "nothing was sent"
         raise StartError(f"{to} gave no response: {exchange.reason}; {sent}")
-    signed = "signed" if settings.order_callback_secret else "not signed"
-    click.echo(f"{to} answered {exchange.status} after {exchange.seconds:.3f} s; {signed}")
+    click.echo(f"{to} answered {exchange.status} after {exchange.seconds:.3f} s; {target.signed}")
     if answer := text_of(exchange.answer):
         click.echo(one_line(answer))
     sys.exit(0 if 200 <= exchange.status < 300 else FINDINGS)

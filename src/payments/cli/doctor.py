@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 import psycopg
@@ -21,9 +20,10 @@ from payments.database.connections import Database, DatabaseAddress, connect, re
 from payments.database.session import settings_in_force
 from payments.errors import DatabaseUnavailable, StartError
 from payments.gateways.building import build_gateway
+from payments.http_url import HttpUrl
 from payments.migrations import schema_of, shape
 from payments.opening import open_database
-from payments.settings import Settings
+from payments.order_service.target import Target, check_target
 
 POSTGRES_MIN = 15
 CONNECT_TIMEOUT_S = 5.0
@@ -85,7 +85,7 @@ def _checks() -> Iterator[Check]:
             name="database",
             text=f"{reason}; `payments settings` says which one it is",
         )
-    yield _callback_target(settings)
+    yield _callback_target(Target.of_callbacks(settings))
 
 
 def _database(address: DatabaseAddress) -> Iterator[Check]:
@@ -116,42 +116,36 @@ def _between(connection: psycopg.Connection[Any]) -> str:
     return "" if is_direct else "; through a pooler, which keeps sessions apart"
 
 
-def _callback_target(settings: Settings) -> Check:
+def _callback_target(target: Target | None) -> Check:
     """Whether Order Service can be connected to; nothing is sent."""
-    url = settings.order_callback_url
-    if url is None:
+    if target is None:
         return Check(
             state="off",
             name="endpoint",
             text="nobody is called back: ORDER_CALLBACK_URL is not set",
         )
-    from payments.order_service.endpoint import check_target, origin
-
-    parts = urlsplit(url)
-    context = ssl.create_default_context() if parts.scheme == "https" else None
-    port = parts.port or (443 if context else 80)
+    origin = target.url.origin
     try:
-        warning = asyncio.run(check_target(url, settings.http_callback_networks))
+        warning = asyncio.run(check_target(target))
         if warning is not None:
-            return _cannot_be_called(warning, origin(url))
-        certificate = asyncio.run(_certificate(parts.hostname, port, context))
+            return _cannot_be_called(warning, origin)
+        certificate = asyncio.run(_certificate(target.url))
     except StartError as error:
-        return _cannot_be_called(str(error), origin(url))
+        return _cannot_be_called(str(error), origin)
     except TimeoutError:
-        return _cannot_be_called(f"{origin(url)} does not answer", origin(url))
+        return _cannot_be_called(f"{origin} does not answer", origin)
     except ssl.SSLCertVerificationError as error:
-        return _cannot_be_called(f"{origin(url)}: {error.verify_message}", origin(url))
+        return _cannot_be_called(f"{origin}: {error.verify_message}", origin)
     except OSError as error:
         reason = error.strerror or str(error)
-        return _cannot_be_called(f"{origin(url)} cannot be reached: {reason}", origin(url))
-    signed = "signed" if settings.order_callback_secret else "not signed"
-    text = f"{origin(url)} can be reached; callbacks are {signed}"
+        return _cannot_be_called(f"{origin} cannot be reached: {reason}", origin)
+    text = f"{origin} can be reached; callbacks are {target.signed}"
     if certificate:
         ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(certificate["notAfter"]), UTC)
         days = (ends - datetime.now(UTC)).days
         text += f"; its certificate ends in {days} days"
         if days < CERTIFICATE_MIN_DAYS:
-            return _cannot_be_called(text, origin(url))
+            return _cannot_be_called(text, origin)
     return Check(state="ok", name="endpoint", text=text)
 
 
@@ -160,10 +154,11 @@ def _cannot_be_called(text: str, origin: str) -> Check:
     return Check(state="FAIL", name="endpoint", text=f"{text}: `curl -v {origin}`")
 
 
-async def _certificate(host: str | None, port: int, context: ssl.SSLContext | None) -> Any:
+async def _certificate(url: HttpUrl) -> Any:
     """Connects, and returns what the other side showed for it."""
+    context = ssl.create_default_context() if url.scheme == "https" else None
     async with asyncio.timeout(CONNECT_TIMEOUT_S):
-        _, writer = await asyncio.open_connection(host, port, ssl=context)
+        _, writer = await asyncio.open_connection(url.host, url.port, ssl=context)
     certificate = writer.get_extra_info("peercert")
     writer.transport.abort()
     return certificate

@@ -13,9 +13,11 @@ from payments.cli.output import csv_line, print_rows
 from payments.cli.progress import Progress
 from payments.cli.start import begin
 from payments.database.connections import Database, DatabaseAddress
+from payments.errors import StartError
 from payments.fulfilment.reconciliation import Found, Reconciliation
 from payments.fulfilment.status import OrderStatus
 from payments.opening import open_database
+from payments.order_service.target import Target
 
 CONNECTIONS = 4
 SHOWN_MAX = 100_000  # of a table, and of JSON, which are printed at once; CSV has all
@@ -61,10 +63,13 @@ def orders(since: datetime | None, until: datetime | None, per_s: int, form: str
     if since >= until:
         raise click.UsageError("--since must be before --until")
     settings = begin()
-    from payments.service import build_order_status, check_status_url
+    target = Target.of_order_status(settings)
+    if target is None:
+        raise StartError("ORDER_STATUS_URL is not set: nobody can be asked about orders")
+    from payments.service import build_order_status, check_status_target
 
-    status = build_order_status(settings)
-    asyncio.run(check_status_url(settings))
+    status = build_order_status(target)
+    asyncio.run(check_status_target(target))
     shown: list[Found] = []
 
     def show(found: Found) -> None:

@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from payments.order_service.responses import Reading, not_known, read_status
+from payments.order_service.target import Target
 from payments.setting_values import ORDER_ID
 
 if TYPE_CHECKING:
     from payments.order_service.endpoint import Endpoint, Exchange
 
 TIMEOUT_S = 5.0  # a read by id; what takes longer is asked again later
-SAMPLE_ID = str(UUID(int=0))
 
 _PROBLEMS = {
     "timeout": "timeout",
@@ -20,16 +20,11 @@ _PROBLEMS = {
 }
 
 
-def sample(template: str) -> str:
-    """A URL like those that are asked for: for Endpoint, and to be looked at before the first."""
-    return template.replace(ORDER_ID, SAMPLE_ID)
-
-
 class OrderStatus:
-    """`template` is ORDER_STATUS_URL, the endpoint was made with a sample of it."""
+    """`endpoint` was made with `target`, which is that of ORDER_STATUS_URL."""
 
-    def __init__(self, template: str, endpoint: "Endpoint") -> None:
-        self._template = template
+    def __init__(self, target: Target, endpoint: "Endpoint") -> None:
+        self._path_qs = target.url.path_qs
         self._endpoint = endpoint
 
     async def open(self) -> None:
@@ -42,7 +37,7 @@ class OrderStatus:
     async def ask(self, order_id: UUID) -> Reading:
         """What Order Service says of the order, within the endpoint's time limit; raises nothing
         but CancelledError."""
-        exchange = await self._endpoint.get(self._template.replace(ORDER_ID, str(order_id)))
+        exchange = await self._endpoint.get(self._path_qs.replace(ORDER_ID, str(order_id)))
         return _read(exchange, order_id)
 
 

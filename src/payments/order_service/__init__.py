@@ -1,5 +1,6 @@
 """Order Service as this service meets it: how it is reached, and what its responses mean.
 
+target.py     where requests go and what signs them;  addresses.py where plain http may go
 endpoint.py   one bounded exchange with it: a callback, or a question about an order
 heads.py      header sections of responses, of every form that HTTP allows
 signing.py    signatures of callbacks (Standard Webhooks)

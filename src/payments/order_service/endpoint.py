@@ -7,12 +7,10 @@ plain httpx (gateways/http.py). With 64 exchanges at once aiohttp takes a third 
 
 import asyncio
 import functools
-import ipaddress
-import re
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -24,52 +22,21 @@ from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from payments.database.resolving import addresses_of
-from payments.errors import StartError
+from payments.http_url import HttpUrl
 from payments.order_service import TIMEOUT_S
+from payments.order_service.addresses import is_near
 from payments.order_service.heads import find_head_end, is_http, plain
 from payments.order_service.signing import signature_headers
+from payments.order_service.target import Target
 
 # A name server or a host that is away: nothing was sent, and it is tried again soon.
 CONNECT_TIMEOUT_S = 5.0
-RESOLVE_TIMEOUT_S = 2.0  # at the start, which a slow name server must not hold up
 ANSWER_BYTES_MAX = 64 * 1024  # as received: head, body and everything between them
 ANSWER_BYTES_KEPT = 2048  # of the body, for people who look for a reason
 
 # A server that closes an idle connection just as it is used again costs a callback one attempt.
 # Servers wait at least 2 s (gunicorn), most 5 s (Node, uvicorn) or longer: it is given up before.
 KEEPALIVE_EXPIRY_S = 1.0
-
-# Where plain http may go without being told so, but for METADATA.
-NEAR = tuple(
-    ipaddress.ip_network(block)
-    for block in (
-        "127.0.0.0/8",  # loopback: RFC 1122 section 3.2.1.3
-        "::1/128",
-        "10.0.0.0/8",  # private: RFC 1918
-        "172.16.0.0/12",
-        "192.168.0.0/16",
-        "fc00::/7",  # unique local: RFC 4193
-    )
-)
-
-# Where clouds hand out credentials, as each documents; most do at a link-local address. https may
-# go there: it sends nothing before a certificate is verified, and none of them has one.
-METADATA = tuple(
-    ipaddress.ip_network(block)
-    for block in (
-        "169.254.0.0/16",  # RFC 3927
-        "fe80::/10",  # RFC 4291 section 2.5.6
-        "100.100.100.200",  # Alibaba Cloud
-        "192.0.0.192",  # Oracle Cloud
-        "168.63.129.16",  # Azure
-        "fd00:ec2::/32",  # AWS: ::254, for pods ::23
-        "fd20:ce::254",  # Google Cloud
-        "fd00:c1::a9fe:a9fe",  # Oracle Cloud
-        "fd00:100::100:200",  # Alibaba Cloud
-        "fd00:42::42",  # Scaleway
-        "fd00:a9fe:a9fe::1",  # Akamai, Linode
-    )
-)
 
 
 class Exchange(NamedTuple):
@@ -105,38 +72,32 @@ class AnswerTooLong(aiohttp.ClientError):
 
 
 class Endpoint:
-    """Where callbacks go: exchanges with one URL, on at most `connections_max` connections. Another
-    one may be asked about orders, with `get`.
+    """Exchanges with one target, on at most `connections_max` connections: callbacks to its URL,
+    and with `get` questions to its origin. `tls` replaces the default context.
 
-    Without `secrets`, the keys of signatures, requests are not signed. `tls` replaces the default
-    context.
-    Plain http goes to near addresses only (is_near), with `networks` (CIDRs) beside the usual: each
-    address is looked at as it is connected to, so that a name cannot mean another one by then.
+    Of plain http each address is looked at (is_near) as it is connected to, so that a name cannot
+    mean another one by then.
     """
 
     def __init__(
         self,
-        url: str,
-        secrets: Sequence[bytes] = (),
+        target: Target,
         *,
         timeout_s: float = TIMEOUT_S,
-        networks: Sequence[str] = (),
         connections_max: int = 64,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """Raises ValueError for an unusable URL, without repeating it."""
-        self._url = _parse(url)
-        self._address = _address(self._url, url)
-        self._secrets = secrets
+        self._target = target
+        self._url = target.url
+        self._address = _address(self._url, self._url.path_qs)
         self.timeout_s = timeout_s
         self._connect_timeout_s = min(CONNECT_TIMEOUT_S, timeout_s)
-        self._networks = networks
         self._connections_max = connections_max
         self._tls = tls or (_default_tls() if self._url.scheme == "https" else None)
         self._session: aiohttp.ClientSession | None = None
 
     def __repr__(self) -> str:
-        return f"Endpoint({_origin(self._url)!r})"
+        return f"Endpoint({self._url.origin!r})"
 
     async def open(self) -> None:
         """To be called in the event loop that `post` is called in."""
@@ -177,16 +138,13 @@ class Endpoint:
 
         return await self._bounded(send, ANSWER_BYTES_KEPT)
 
-    async def get(self, url: str) -> Exchange:
-        """Asks for `url`, which must begin with the origin of the endpoint's own; as `post` but not
-        signed, and what was received of the body is kept whole."""
+    async def get(self, path_qs: str) -> Exchange:
+        """Asks for a path and query at the target's origin; as `post` but not signed, and what was
+        received of the body is kept whole."""
 
         async def send(answer: _Answer) -> None:
-            parsed = _parse(url)
-            if _origin(parsed) != _origin(self._url):
-                raise ValueError("another origin")
             headers = _BASIC_HEADERS | {"accept": "application/json"}
-            await self._exchange("GET", _address(parsed, url), headers, None, answer)
+            await self._exchange("GET", _address(self._url, path_qs), headers, None, answer)
 
         return await self._bounded(send, ANSWER_BYTES_MAX)
 
@@ -223,8 +181,8 @@ class Endpoint:
         headers = _BASIC_HEADERS | {"content-type": "application/json"}
         if traceparent is not None:
             headers["traceparent"] = traceparent
-        if self._secrets:
-            headers |= signature_headers(self._secrets, message_id, timestamp, body)
+        if self._target.keys:
+            headers |= signature_headers(self._target.keys, message_id, timestamp, body)
         return headers
 
     async def _exchange(
@@ -249,8 +207,8 @@ class Endpoint:
 
     def _new_socket(self, address: tuple[Any, ...]) -> socket.socket:
         """The socket for one address of the name; the last place where it can be refused."""
-        family, kind, protocol, _, target = address
-        if self._url.scheme == "http" and not is_near(target[0], self._networks):
+        family, kind, protocol, _, socket_address = address
+        if self._url.scheme == "http" and not is_near(socket_address[0], self._target.networks):
             raise ForbiddenAddress
         return socket.socket(family, kind, protocol)
 
@@ -377,73 +335,6 @@ class _Resolver(AbstractResolver):
         pass
 
 
-async def check_target(
-    url: str,
-    networks: Sequence[str] = (),
-    *,
-    setting: str = "ORDER_CALLBACK_URL",
-    waiting: str = "callbacks",
-) -> str | None:
-    """Looks at the setting's URL before it is used; takes at most RESOLVE_TIMEOUT_S.
-
-    Raises StartError if it can never work: it is not valid, or plain http to a host without a near
-    address (is_near). Returns a line to warn with if the host's name cannot be resolved yet, else
-    None.
-    """
-    try:
-        target = _parse(url)
-    except ValueError as error:
-        raise StartError(f"{setting}: {error}") from None
-    try:
-        addresses = await addresses_of(_host(target), RESOLVE_TIMEOUT_S)
-    except OSError:
-        return f"{_host(target)} cannot be resolved yet: {waiting} will wait until it can"
-    if target.scheme == "http" and not any(is_near(address, networks) for address in addresses):
-        raise StartError(
-            f"{setting}: {_origin(target)} has no loopback or private address, metadata "
-            "services of clouds aside, and plain http goes to those only; use https, or name its "
-            "network in HTTP_CALLBACK_NETWORKS"
-        )
-    return None
-
-
-def origin(url: str) -> str:
-    """The part of a callback URL that may be shown: a path or a query may hold a token. Raises
-    ValueError, which repeats nothing of it."""
-    return _origin(_parse(url))
-
-
-def is_near(address: str, networks: Sequence[str] = ()) -> bool:
-    """Whether it is a loopback or a private address, or one of the `networks` (CIDRs), and neither
-    link-local nor one of a cloud's metadata service; an IPv4 address in IPv6's form counts as it
-    is."""
-    parsed = ipaddress.ip_address(address)
-    if isinstance(parsed, ipaddress.IPv6Address):
-        parsed = parsed.ipv4_mapped or parsed
-    near = any(parsed in block for block in (*NEAR, *map(ipaddress.ip_network, networks)))
-    return near and not _is_metadata(parsed)
-
-
-def _is_metadata(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Link-local addresses among them. An IPv6 address that holds one of IPv4 may be that one."""
-    held = [address] if isinstance(address, ipaddress.IPv4Address) else [address, *_held(address)]
-    return any(each in block for each in held for block in METADATA)
-
-
-def _held(address: ipaddress.IPv6Address) -> Iterator[ipaddress.IPv4Address]:
-    """Those of IPv4 in it: of 6to4 (RFC 3056), at its end, or as translators have it behind a
-    shorter prefix (RFC 6052 section 2.2): then octet 8 is 0, and so is all that follows."""
-    if address.sixtofour is not None:
-        yield address.sixtofour
-    value = int(address)
-    yield ipaddress.IPv4Address(value & 0xFFFFFFFF)
-    without_octet_8 = value >> 64 << 56 | value & (1 << 56) - 1
-    for prefix in (32, 40, 48, 56, 64):
-        behind = 120 - prefix - 32
-        if without_octet_8 & (1 << behind) - 1 == 0:
-            yield ipaddress.IPv4Address(without_octet_8 >> behind & 0xFFFFFFFF)
-
-
 def _explain(failure: Exception) -> tuple[str, str]:
     """The error and the reason of an Exchange; never an exception's own text: there may be the URL
     or headers in it."""
@@ -472,40 +363,12 @@ def _causes(failure: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__
 
 
-def _parse(url: str) -> httpx.URL:
-    """Raises ValueError."""
-    try:
-        parsed = httpx.URL(url)
-        host = _host(parsed)
-        if host.replace(".", "").isdigit():
-            ipaddress.IPv4Address(host)  # not 127.1 or 2130706433, which few agree on
-        port = 80 if parsed.port is None else parsed.port
-        sound = parsed.scheme in ("http", "https") and host != "" and 0 < port < 65536
-    except (httpx.InvalidURL, ValueError):  # their texts repeat it
-        sound = False
-    if not sound:
-        raise ValueError("the URL must begin with http:// or https:// and a host")
-    if parsed.userinfo or "#" in url:
-        raise ValueError("the URL must hold no user name, password or fragment")
-    return parsed
-
-
-def _address(parsed: httpx.URL, url: str) -> URL:
-    """For aiohttp, with path and query as they are configured: httpx resolves `..`, and yarl
-    decodes what need not be encoded, like %2F in a query. What no URL may hold (RFC 3986 section 2)
-    is encoded. All of it is the path to yarl, which would leave an empty query out."""
-    target = re.sub("^[^/?]*", "", url.partition("://")[2])
-    authority = parsed.netloc.decode("ascii")
-    path = quote(target if target.startswith("/") else f"/{target}", safe="%/?:@!$&'()*+,;=[]")
-    return URL.build(scheme=parsed.scheme, authority=authority, path=path, encoded=True)
-
-
-def _host(url: httpx.URL) -> str:
-    return url.raw_host.decode("ascii")
-
-
-def _origin(url: httpx.URL) -> str:
-    return f"{url.scheme}://{url.netloc.decode('ascii')}"
+def _address(url: HttpUrl, path_qs: str) -> URL:
+    """For aiohttp, with path and query as they are: yarl decodes what need not be encoded, like %2F
+    in a query. What no URL may hold (RFC 3986 section 2) is encoded. All of it is the path to yarl,
+    which would leave an empty query out."""
+    path = quote(path_qs, safe="%/?:@!$&'()*+,;=[]")
+    return URL.build(scheme=url.scheme, authority=url.authority, path=path, encoded=True)
 
 
 def _default_tls() -> ssl.SSLContext:

@@ -1,0 +1,79 @@
+"""Where requests to Order Service go, as the settings say."""
+
+from typing import Self
+
+import msgspec
+
+from payments.database.resolving import addresses_of
+from payments.errors import StartError
+from payments.http_url import HttpUrl
+from payments.order_service.addresses import is_near
+from payments.setting_values import Network
+from payments.settings import Settings
+
+RESOLVE_TIMEOUT_S = 2.0  # at the start, which a slow name server must not hold up
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """`url` is where requests go; that of ORDER_STATUS_URL holds the place of the order's id.
+
+    `keys` sign them; without any they are not signed. Plain http goes to near addresses only
+    (is_near), with `networks` beside the usual. `variable` is the setting that says so, and
+    `requests` what is sent, both for what people are told.
+    """
+
+    url: HttpUrl
+    keys: tuple[bytes, ...] = ()
+    networks: tuple[Network, ...] = ()
+    variable: str = "ORDER_CALLBACK_URL"
+    requests: str = "callbacks"
+
+    @classmethod
+    def of_callbacks(cls, settings: Settings) -> Self | None:
+        """None without ORDER_CALLBACK_URL."""
+        if settings.order_callback_url is None:
+            return None
+        return cls(
+            url=settings.order_callback_url,
+            keys=settings.order_callback_secret,
+            networks=settings.http_callback_networks,
+        )
+
+    @classmethod
+    def of_order_status(cls, settings: Settings) -> Self | None:
+        """None without ORDER_STATUS_URL. Nothing that is asked there is signed."""
+        if settings.order_status_url is None:
+            return None
+        return cls(
+            url=settings.order_status_url,
+            networks=settings.http_callback_networks,
+            variable="ORDER_STATUS_URL",
+            requests="questions about orders",
+        )
+
+    def __repr__(self) -> str:
+        return f"Target({self.url.origin!r})"
+
+    @property
+    def signed(self) -> str:
+        return "signed" if self.keys else "not signed"
+
+
+async def check_target(target: Target) -> str | None:
+    """Looks at it before it is used; takes at most RESOLVE_TIMEOUT_S.
+
+    Raises StartError if it can never work: it is plain http to a host without a near address.
+    Returns a line to warn with if the host's name cannot be resolved yet, else None.
+    """
+    url = target.url
+    try:
+        addresses = await addresses_of(url.host, RESOLVE_TIMEOUT_S)
+    except OSError:
+        return f"{url.host} cannot be resolved yet: {target.requests} will wait until it can"
+    if url.scheme == "http" and not any(is_near(each, target.networks) for each in addresses):
+        raise StartError(
+            f"{target.variable}: {url.origin} has no loopback or private address, metadata "
+            "services of clouds aside, and plain http goes to those only; use https, or name its "
+            "network in HTTP_CALLBACK_NETWORKS"
+        )
+    return None
