@@ -162,6 +162,19 @@ def test_the_client_for_callbacks_is_imported_where_it_is_used() -> None:
     assert importers == set()
 
 
+def test_an_address_is_parsed_where_it_comes_from_and_nowhere_else() -> None:
+    """From the settings, or from who writes a gateway."""
+    parser = "payments.http_url"
+    others = re.compile(r"\b(urlsplit|urlparse|URL)\(")
+    found = {name for name, path in MODULES.items() if others.search(path.read_text("utf-8"))}
+    assert found == set()
+    calling = re.compile(r"\bparse_http_url\b")
+    callers = {name for name, path in MODULES.items() if calling.search(path.read_text("utf-8"))}
+    assert callers - {parser} == {
+        *("payments.settings", "payments.setting_values", "payments.gateways.http"),
+    }
+
+
 def test_every_connection_to_the_database_is_opened_in_one_place() -> None:
     """There its session is set up."""
     opening = re.compile(r"\b(psycopg|Connection|_Connection)\.connect\(|\bConnectionPool\(")

@@ -12,12 +12,12 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 import msgspec
 
 from payments.gateways import NeverSent, OutcomeUnknown
+from payments.http_url import HttpUrl, parse_http_url
 
 ANSWER_BYTES_MAX = 64 * 1024  # a provider's answer is about 1 KiB
 CONNECTIONS_MAX = 100  # at 200 ms an answer, 500 exchanges a second
@@ -74,7 +74,7 @@ class ProviderHttp:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         """Raises ValueError for an unusable address, without repeating it."""
-        self._origin = _origin(base_url)
+        self._origin = _parsed(base_url).origin
         self._base_url = base_url.rstrip("/")
         self._headers = httpx.Headers({"user-agent": "payment-service"} | dict(headers or {}))
         self._headers["accept-encoding"] = "identity"
@@ -195,15 +195,12 @@ def _merged(common: httpx.Headers, own: Mapping[str, str], body: object) -> http
     return merged
 
 
-def _origin(base_url: str) -> str:
-    """The part of the address that may be shown."""
+def _parsed(base_url: str) -> HttpUrl:
+    """Raises ValueError, which does not repeat it."""
     try:
-        parts = urlsplit(base_url)
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:  # its text repeats the address
-        raise ValueError("the provider's address is not valid") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or not base_url.isprintable():
-        raise ValueError("the provider's address must begin with http:// or https:// and a host")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError("the provider's address must hold no credentials, query or fragment")
-    return f"{parts.scheme}://{parts.hostname}{port}"
+        url = parse_http_url(base_url)
+    except ValueError as error:
+        raise ValueError(f"the provider's address {error}") from None
+    if "?" in url.path_qs:
+        raise ValueError("the provider's address must hold no query")
+    return url
