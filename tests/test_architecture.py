@@ -24,8 +24,11 @@ LAYERS = (
     (
         *("payments.money", "payments.times", "payments.tasks", "payments.webhook_secrets"),
         *("payments.environment", "payments.probe", "payments.backoff", "payments.clients"),
-        *("payments.setting_values", "payments.http_url", "payments.errors", "payments.observability"),
-        *("payments.embedded_postgres",),
+        "payments.http_url",
+    ),
+    (
+        *("payments.errors", "payments.observability", "payments.embedded_postgres"),
+        "payments.setting_values",
     ),
     ("payments.settings", "payments.admission", "payments.single_flight"),
     ("payments.database", "payments.setting_sources"),
