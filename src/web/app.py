@@ -11,11 +11,10 @@ from payments.errors import PaymentsError, TooBusy
 from payments.observability.metrics import Telemetry
 from payments.service import Service
 from payments.single_flight import Recent
-from web.callbacks import callbacks
 from web.charges import charge
 from web.operations import ALIVE, HEALTH_AGE_S, health, health_of, live, metrics
 from web.paths import Paths
-from web.payments import events, payment, payments
+from web.payments import callbacks, events, payment, payments
 from web.problems import on_exception, on_http_exception, on_payments_error
 from web.refunds import refund
 from web.schema import document as openapi
@@ -43,7 +42,7 @@ def application(service: Service) -> Litestar:
 def _expect_requests(app: Litestar, telemetry: Telemetry) -> None:
     """All that is documented is counted from 0 on: an error that comes first with the fifth request
     would else be no increase to Prometheus."""
-    for path, method, operation in openapi.operations(app):
+    for path, method, _, operation in openapi.endpoints(app):
         statuses = {500, *operation.answers, *(problem.status for problem in operation.problems)}
         errors: tuple[type[PaymentsError], ...] = (PaymentsError, TooBusy, *operation.problems)
         for error in errors:

@@ -61,7 +61,12 @@ def read_body(body: bytes, struct: type[T]) -> T:
         return msgspec.convert(value, struct)
     except _NOT_VALID:
         errors = _field_errors(value, struct)
-    raise InvalidRequest("Mend the fields listed in errors.", tuple(errors[:ERRORS_MAX]))
+    raise invalid_fields(*errors)
+
+
+def invalid_fields(*errors: FieldError) -> InvalidRequest:
+    """The error to raise for a body with these."""
+    return InvalidRequest("Mend the fields listed in errors.", errors[:ERRORS_MAX])
 
 
 def _text(body: bytes) -> str:

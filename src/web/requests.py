@@ -1,4 +1,4 @@
-"""What the endpoints under /v1 read from a request, and how commands answer it."""
+"""What the endpoints under /v1 read from a request, and how they answer it."""
 
 import math
 import re
@@ -119,6 +119,13 @@ def read_command(
         traceparent=cast("str | None", state["traceparent"]),  # W3C trace context
         caller=cast("Caller | None", state.get(CALLER)),
     )
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def json_of(answer: Any) -> Response[bytes]:
+    return Response(_encoder.encode(answer), media_type=MediaType.JSON)
 
 
 def command_answer(

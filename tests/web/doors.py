@@ -24,9 +24,7 @@ from web.serving.protocol import Protocol
 
 ALIVE = Answer(200, b"alive", "text/plain")
 KEY = b"Authorization: Bearer shop-key\r\n"
-KEYED = Operation(
-    id="keyed", tag="", summary="", description="", answers={}, problems=(Unauthorized,)
-)
+KEYED = Operation(id="keyed", tag="", description="", answers={}, problems=(Unauthorized,))
 
 App = Callable[[Any, Any, Any], Any]
 

@@ -100,6 +100,8 @@ async def test_every_route_is_described_and_nothing_else(document: Any) -> None:
     assert set(operations(document)) == ENDPOINTS
     ids = [operation["operationId"] for operation in operations(document).values()]
     assert len(set(ids)) == len(ENDPOINTS)
+    summaries = [operation["summary"] for operation in operations(document).values()]
+    assert all(summaries)
 
 
 def test_a_route_without_a_description_stops_the_start() -> None:

@@ -1,6 +1,6 @@
 """The API's description.
 
-description.py  what handlers say of themselves
+operations/     what each operation promises: bodies, answers, problems (description.py: as what)
 document.py     the OpenAPI document made of it
 page.py         /schema: that document, and Swagger UI
 """

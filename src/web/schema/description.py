@@ -1,10 +1,13 @@
-"""What a handler says of itself, in its `opt`; document.py assembles the API's document from it."""
+"""What OpenAPI says of an operation beyond what is running: its handler holds it in its `opt`, and
+document.py assembles the API's document from it."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from payments.errors import PaymentsError
+from web.list_query import Readers
 
 
 class Parameter(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,7 +25,7 @@ class Parameter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """An answer other than a problem; `headers` are names in openapi._HEADERS.
+    """An answer other than a problem; `headers` are names in document._HEADERS.
 
     `body` is the Struct that is encoded, None for text. `links` says what can be asked next.
     """
@@ -36,7 +39,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    """One method of one path. `body` is the Struct that its JSON is read into.
+    """One method of one path. `body` is the Struct that its JSON is read into. Its summary is the
+    first line of its handler's docstring.
 
     `problems` leaves out those that every endpoint has; with Unauthorized among them the endpoint
     takes an API key.
@@ -44,7 +48,6 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     tag: str
-    summary: str
     description: str
     answers: dict[int, Answer]
     parameters: tuple[Parameter, ...] = ()
@@ -56,3 +59,22 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 def described(operation: Operation) -> dict[str, Any]:
     """The `opt` of its handler."""
     return {"operation": operation}
+
+
+def query_parameters(
+    readers: Readers,
+    *,
+    notes: Mapping[str, str] = {},
+    examples: Mapping[str, dict[str, Any]] = {},
+) -> tuple[Parameter, ...]:
+    """Those that `readers` read; the notes follow their descriptions. Both by name."""
+    return tuple(
+        Parameter(
+            name=name,
+            place="query",
+            description=description + notes.get(name, ""),
+            schema=schema,
+            examples=examples.get(name, {}),
+        )
+        for name, (_, description, schema) in readers.items()
+    )

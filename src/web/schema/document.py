@@ -1,14 +1,15 @@
 """The API's description as an OpenAPI 3.1 document, assembled from what is running.
 
 Paths and methods are the application's own; bodies are described by the Structs that read and write
-them; problems by the error classes. The rest stands next to each handler, as its Operation.
+them; problems by the error classes; summaries are the first lines of the handlers' docstrings. The
+rest is in operations/.
 """
 
 import importlib.metadata
 import inspect
 from collections.abc import Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from litestar import Litestar
@@ -131,14 +132,13 @@ _HEADERS: dict[str, dict[str, Any]] = {
 
 def document(app: Litestar) -> bytes:
     """The description of all routes of the application; ValueError if one has none."""
-    all_operations = list(operations(app))
     types: list[Any] = [Problem, *BODIES]
-    for _, _, operation in all_operations:
+    paths: dict[str, dict[str, Any]] = {}
+    for endpoint in endpoints(app):
+        operation = endpoint.operation
         types += [operation.body] if operation.body else []
         types += [answer.body for answer in operation.answers.values() if answer.body]
-    paths: dict[str, dict[str, Any]] = {}
-    for path, method, operation in all_operations:
-        paths.setdefault(path, {})[method] = _operation(path, operation)
+        paths.setdefault(endpoint.path, {})[endpoint.method] = _operation(endpoint)
     return msgspec.json.encode(
         {
             "openapi": "3.1.0",
@@ -163,8 +163,15 @@ def document(app: Litestar) -> bytes:
     )
 
 
-def operations(app: Litestar) -> Iterator[tuple[str, str, Operation]]:
-    """(path, method, description); the framework's own OPTIONS handlers are left out."""
+class Endpoint(NamedTuple):
+    path: str
+    method: str  # in lower case
+    summary: str
+    operation: Operation
+
+
+def endpoints(app: Litestar) -> Iterator[Endpoint]:
+    """All but the framework's own OPTIONS handlers; ValueError if one has no description."""
     for route in sorted(app.routes, key=lambda route: route.path):
         assert isinstance(route, HTTPRoute)
         for handler in route.route_handlers:
@@ -172,12 +179,15 @@ def operations(app: Litestar) -> Iterator[tuple[str, str, Operation]]:
                 operation = handler.opt.get("operation")
                 if operation is None:
                     raise ValueError(f"{method} {route.path_format} has no description")
-                yield route.path_format, method.lower(), operation
+                docstring = inspect.getdoc(handler.fn) or ""  # none with python -OO
+                summary = docstring.partition("\n")[0].removesuffix(".")
+                yield Endpoint(route.path_format, method.lower(), summary, operation)
 
 
-def _operation(path: str, operation: Operation) -> dict[str, Any]:
+def _operation(endpoint: Endpoint) -> dict[str, Any]:
+    operation = endpoint.operation
     problems = operation.problems + _EVERYWHERE
-    if path not in _NEVER_BUSY and TooBusy not in problems:
+    if endpoint.path not in _NEVER_BUSY and TooBusy not in problems:
         problems += (TooBusy,)
     responses = {
         str(status): _answer(answer) for status, answer in operation.answers.items()
@@ -185,7 +195,7 @@ def _operation(path: str, operation: Operation) -> dict[str, Any]:
     found: dict[str, Any] = {
         "operationId": operation.id,
         "tags": [operation.tag],
-        "summary": operation.summary,
+        "summary": endpoint.summary,
         "description": operation.description,
         "parameters": [_parameter(each) for each in operation.parameters + _REQUEST_HEADERS],
         "responses": dict(sorted(responses.items())),

@@ -1,0 +1,160 @@
+"""POST /v1/charge: what it takes and answers."""
+
+from enum import StrEnum
+from typing import Annotated
+from uuid import UUID
+
+import msgspec
+
+from payments import money
+from payments.errors import (
+    ClientGone,
+    DatabaseUnavailable,
+    GatewayUnavailable,
+    IdempotencyKeyReused,
+    InvalidIdempotencyKey,
+    InvalidRequest,
+    OrderAlreadyPaid,
+    PaymentUnreadable,
+    TooBusy,
+    Unauthorized,
+)
+from payments.payment.state import Status
+from payments.times import TIME_PATTERN
+from web.list_query import TIME_TEXT
+from web.problems import UnsupportedMediaType
+from web.requests import KEY_SCHEMA, UUID_PATTERN
+from web.schema.description import Answer, Operation, Parameter
+
+Currency = StrEnum("Currency", [(code, code) for code in sorted(money.DECIMALS)])  # type: ignore[misc]
+
+
+class ChargeBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What POST /v1/charge takes."""
+
+    # The descriptions are also the texts of the field errors. In the patterns `$` alone would let a
+    # final line feed pass; the length or `(?!\n)` does not.
+    merchant_order_id: Annotated[
+        str,
+        msgspec.Meta(
+            pattern=UUID_PATTERN,
+            max_length=36,
+            extra_json_schema={"format": "uuid"},
+            description="the order's UUID, like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
+        ),
+    ]
+    amount_cents: Annotated[
+        int,
+        msgspec.Meta(
+            ge=money.MIN_AMOUNT_CENTS,
+            le=money.MAX_AMOUNT_CENTS,
+            description=f"a whole number from {money.MIN_AMOUNT_CENTS} to "
+            f"{money.MAX_AMOUNT_CENTS}: the amount in the currency's smallest unit",
+        ),
+    ]
+    currency: Annotated[
+        Currency,
+        msgspec.Meta(
+            description=f"an ISO 4217 code in upper case; {money.DEFAULT_CURRENCY} if left out"
+        ),
+    ] = Currency(money.DEFAULT_CURRENCY)
+    payment_method: Annotated[
+        Annotated[str, msgspec.Meta(pattern=r"^[!-~]{1,255}(?!\n)$")] | None,
+        msgspec.Meta(
+            description="the provider's token: 1 to 255 printable ASCII characters without spaces"
+        ),
+    ] = None
+    hold_until: Annotated[
+        Annotated[
+            str,
+            msgspec.Meta(pattern=TIME_PATTERN, extra_json_schema={"format": "date-time"}),
+        ]
+        | None,
+        msgspec.Meta(
+            description=f"{TIME_TEXT}: when the hold of the seats ends. No capture is sent after "
+            "it; when the charge is repeated, the first one counts"
+        ),
+    ] = None
+
+
+class ChargeAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What POST /v1/charge answers: the payment with its first outcome."""
+
+    id: UUID
+    merchant_order_id: UUID
+    provider_txn_id: str | None
+    status: Status
+    amount_cents: int
+    currency: str
+
+
+_CHARGED = {
+    "id": "058c9593-e150-402f-ab5b-37dd4c9816f0",
+    "merchant_order_id": "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
+    "provider_txn_id": "sim_058c9593e150402fab5b37dd4c9816f0",
+    "status": "SUCCESS",
+    "amount_cents": 1500,
+    "currency": "INR",
+}
+_LINKS = {
+    "payment": {"operationId": "get_payment", "parameters": {"payment_id": "$response.body#/id"}},
+    "events": {"operationId": "get_events", "parameters": {"payment_id": "$response.body#/id"}},
+    "refund": {"operationId": "refund", "requestBody": {"payment_id": "$response.body#/id"}},
+}
+CHARGE = Operation(
+    id="charge",
+    tag="payments",
+    description="Answered within 7 s. A declined payment is an outcome, `201` with `FAILED`, and "
+    "not an error. A client that goes away cancels nothing that was begun; a charge "
+    "is not begun if by then its client's connection is lost or 7 s are over.",
+    parameters=(
+        Parameter(
+            name="Idempotency-Key",
+            place="header",
+            description="One value per charge, the same one when the charge is repeated. Keys "
+            "never expire.",
+            schema=KEY_SCHEMA,
+            required=True,
+            examples={"charge": "abc123"},
+        ),
+    ),
+    body=ChargeBody,
+    body_examples={
+        "charge": {
+            "merchant_order_id": "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
+            "amount_cents": 1500,
+            "currency": "INR",
+        }
+    },
+    answers={
+        201: Answer(
+            description="The outcome: `SUCCESS`, or `FAILED` if the provider declined.",
+            body=ChargeAnswer,
+            example=_CHARGED,
+            headers=("Location", "Idempotent-Replayed"),
+            links=_LINKS,
+        ),
+        202: Answer(
+            description="`PENDING`: not known in time. Send the same request again after "
+            "`Retry-After`; it is sent to the provider only if that has never heard of it. Or read "
+            "the payment.",
+            body=ChargeAnswer,
+            example=_CHARGED | {"provider_txn_id": None, "status": "PENDING"},
+            headers=("Location", "Retry-After"),
+            links=_LINKS,
+        ),
+    },
+    problems=(
+        InvalidRequest,
+        InvalidIdempotencyKey,
+        Unauthorized,
+        UnsupportedMediaType,
+        OrderAlreadyPaid,
+        IdempotencyKeyReused,
+        TooBusy,
+        DatabaseUnavailable,
+        GatewayUnavailable,
+        ClientGone,
+        PaymentUnreadable,
+    ),
+)

@@ -1,0 +1,164 @@
+"""GET /v1/payments: the list, one payment, its events and its callbacks: what they answer."""
+
+from payments.errors import (
+    DatabaseUnavailable,
+    InvalidRequest,
+    PaymentNotFound,
+    PaymentUnreadable,
+    TooBusy,
+    Unauthorized,
+)
+from payments.queries.callbacks import PaymentCallbacks
+from payments.queries.history import PaymentHistory
+from payments.queries.payments import PaymentPage, PaymentView
+from web.list_query import AS_OF_READERS, LIST_READERS, TIME_TEXT
+from web.requests import UUID_SCHEMA
+from web.schema.description import Answer, Operation, Parameter, query_parameters
+
+_ID = "058c9593-e150-402f-ab5b-37dd4c9816f0"
+_PAYMENT_ID = Parameter(
+    name="payment_id",
+    place="path",
+    description="The payment's UUID; for an order's, the `404` lists the order's payments.",
+    schema=UUID_SCHEMA,
+    required=True,
+    examples={"payment": _ID},
+)
+_VIEW = {
+    "id": _ID,
+    "merchant_order_id": "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
+    "idempotency_key": "abc123",
+    "amount_cents": 1500,
+    "currency": "INR",
+    "status": "SUCCESS",
+    "provider_txn_id": "sim_058c9593e150402fab5b37dd4c9816f0",
+    "created_at": "2026-01-31T18:30:00.125Z",
+    "updated_at": "2026-01-31T18:30:00.25Z",
+    "refunded_cents": 0,
+}
+
+_ONE_PAYMENT_PROBLEMS = (
+    InvalidRequest,
+    Unauthorized,
+    PaymentNotFound,
+    TooBusy,
+    DatabaseUnavailable,
+    PaymentUnreadable,
+)
+_AS_OF = Parameter(
+    name="as_of",
+    place="query",
+    description=f"{TIME_TEXT}, or a position of the log: the payment as it was after everything "
+    "that was recorded by then. Without it, or later than now: as of now.",
+    schema=AS_OF_READERS["as_of"][2],
+)
+
+LIST_PAYMENTS = Operation(
+    id="list_payments",
+    tag="payments",
+    description="Some milliseconds behind: `position` is the last event that the list takes into "
+    "account. Payments that come while you page neither push others onto the next page nor off it.",
+    parameters=query_parameters(
+        LIST_READERS,
+        notes={
+            "created_from": "; included",
+            "created_until": "; excluded, and not before created_from",
+        },
+        examples={"limit": {"list": 20}, "created_from": {"list": "2026-01-31T18:30:00Z"}},
+    ),
+    answers={
+        200: Answer(
+            description="A page; `next_cursor` is `null` on the last one.",
+            body=PaymentPage,
+            example={"payments": [_VIEW], "next_cursor": None, "position": 2},
+        )
+    },
+    problems=(InvalidRequest, Unauthorized, TooBusy, DatabaseUnavailable),
+)
+GET_PAYMENT = Operation(
+    id="get_payment",
+    tag="payments",
+    description="Read from its events: a payment is there the instant its charge was answered. "
+    "With `as_of` it is as it was then, and `404` if it did not exist yet.",
+    parameters=(_PAYMENT_ID, _AS_OF),
+    answers={200: Answer(description="The payment.", body=PaymentView, example=_VIEW)},
+    problems=_ONE_PAYMENT_PROBLEMS,
+)
+GET_EVENTS = Operation(
+    id="get_events",
+    tag="payments",
+    description="Its events as they are stored, oldest first; also those of a payment that is "
+    "`payment_unreadable`.",
+    parameters=(_PAYMENT_ID,),
+    answers={
+        200: Answer(
+            description="The history.",
+            body=PaymentHistory,
+            example={
+                "events": [
+                    {
+                        "position": 2,
+                        "version": 2,
+                        "type": "PaymentCharged",
+                        "recorded_at": "2026-01-31T18:30:00.25Z",
+                        "data": {
+                            "payment_id": _ID,
+                            "version": 2,
+                            "event_id": "d4807417-6604-43d6-bfcb-fd32680f5f5b",
+                            "occurred_at": "2026-01-31T18:30:00.245Z",
+                            "client": "default",
+                            "request_id": "551be6e7f42bf49ee8b0ed941b1dddd3",
+                            "traceparent": None,
+                            "schema_version": 1,
+                            "merchant_order_id": "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
+                            "amount_cents": 1500,
+                            "currency": "INR",
+                            "provider_txn_id": "sim_058c9593e150402fab5b37dd4c9816f0",
+                        },
+                    }
+                ]
+            },
+        )
+    },
+    problems=(InvalidRequest, Unauthorized, PaymentNotFound, TooBusy, DatabaseUnavailable),
+)
+GET_CALLBACKS = Operation(
+    id="get_callbacks",
+    tag="payments",
+    description="Each outcome that is called back, with every attempt that is on record. None "
+    "without `ORDER_CALLBACK_URL`, and for what is older than `CALLBACK_RETENTION_DAYS`. "
+    "`fulfilment` is not null if the order may not have been fulfilled: `GET /v1/unfulfilled`.",
+    parameters=(_PAYMENT_ID,),
+    answers={
+        200: Answer(
+            description="The callbacks, in order.",
+            body=PaymentCallbacks,
+            example={
+                "callbacks": [
+                    {
+                        "event_id": "d4807417-6604-43d6-bfcb-fd32680f5f5b",
+                        "order_id": "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9",
+                        "status": "SUCCESS",
+                        "sequence": 2,
+                        "state": "delivered",
+                        "enqueued_at": "2026-01-31T18:30:00.26Z",
+                        "finished_at": "2026-01-31T18:30:00.3Z",
+                        "next_at": None,
+                        "attempts": [
+                            {
+                                "started_at": "2026-01-31T18:30:00.27Z",
+                                "seconds": 0.0125,
+                                "outcome": "delivered",
+                                "status": 200,
+                                "reason": None,
+                                "answer": '{"ok":true}',
+                            }
+                        ],
+                    }
+                ],
+                "fulfilment": None,
+            },
+        )
+    },
+    problems=_ONE_PAYMENT_PROBLEMS,
+)
