@@ -20,7 +20,7 @@ import httpx
 import pytest
 from standardwebhooks import Webhook
 
-import web.app  # noqa: F401 - defines every error of the API
+from payments import errors
 from payments.callbacks.dispatcher import CallbackBody
 from payments.callbacks.retry import WAIT_MAX_S, schedule
 from payments.cli import main
@@ -33,7 +33,7 @@ from payments.queries.fulfilments import Said, State
 from payments.settings import VARIABLES
 from tests.process import ROOT, ServiceProcess, at, invoke
 from tests.support import ORDER_ID, eventually
-from web.problems import FRAMEWORK_PROBLEMS, PROTOCOL_PROBLEMS
+from web import problems
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -47,10 +47,23 @@ def subclasses(kind: type[PaymentsError]) -> Iterator[type[PaymentsError]]:
 def test_the_page_on_errors_lists_every_code_with_its_status() -> None:
     page = (ROOT / "docs/errors.md").read_text()
     listed = {(int(status), code) for status, code in re.findall(r"\| (\d+) \| `(\w+)` \|", page)}
-    errors: list[type[PaymentsError]] = [PaymentsError, *subclasses(PaymentsError)]
-    answered = {(error.status, error.code) for error in errors if "code" in vars(error)}
-    answered |= {(status, code) for status, (code, _) in FRAMEWORK_PROBLEMS.items()}
-    assert listed == answered | set(PROTOCOL_PROBLEMS)
+    kinds: list[type[PaymentsError]] = [PaymentsError, *subclasses(PaymentsError)]
+    answered = {(error.status, error.code) for error in kinds if "code" in vars(error)}
+    assert listed == answered
+
+
+def test_every_error_is_drawn_in_the_tree_of_its_module() -> None:
+    """Of one of two, with its code and its status, if they are its own."""
+    found = list(subclasses(PaymentsError))
+    assert {error.__module__ for error in found} == {errors.__name__, problems.__name__}
+    for module in (errors, problems):
+        drawn = re.findall(r"── (\w+)(?: +(\d+))?(?: +(\w+))?$", module.__doc__ or "", re.M)
+        there = {error.__name__: error for error in found if error.__module__ == module.__name__}
+        assert sorted(name for name, _, _ in drawn) == sorted(there)
+        for name, status, code in drawn:
+            assert status in ("", str(there[name].status)), name
+            assert status or "status" not in vars(there[name]), name
+            assert code == vars(there[name]).get("code", ""), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -10,5 +10,5 @@ paths.py       which paths there are
 schema/        what each operation promises, as the OpenAPI document, and its page
 webhooks.py    what Order Service is sent, for that document
 auth.py        API keys
-problems.py    every error as application/problem+json
+problems.py    every error as application/problem+json; exception_handlers.py: of what is raised
 """

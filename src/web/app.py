@@ -12,10 +12,10 @@ from payments.observability.metrics import Telemetry
 from payments.service import Service
 from payments.single_flight import Recent
 from web.charges import charge
+from web.exception_handlers import on_exception, on_http_exception, on_payments_error
 from web.operations import ALIVE, HEALTH_AGE_S, health, health_of, live, metrics
 from web.paths import Paths
 from web.payments import callbacks, events, payment, payments
-from web.problems import on_exception, on_http_exception, on_payments_error
 from web.refunds import refund
 from web.schema import document as openapi
 from web.schema.page import docs, root

@@ -4,47 +4,46 @@
 the fields of a body that are wrong. No SQL, stack or secret gets into one: only PaymentsError
 carries words to the outside. What is wrong with a request as HTTP is here; all else that is refused
 is in payments/errors.py.
+
+PaymentsError
+├── NotFound                     404  not_found
+├── MethodNotAllowed             405  method_not_allowed
+├── BodyTooSlow                  408  body_too_slow
+├── BodyTooLarge                 413  body_too_large
+├── UnsupportedMediaType         415  unsupported_media_type
+└── Unreadable
+    ├── MalformedRequest         400  malformed_request
+    ├── TargetTooLong            414  target_too_long
+    ├── HeadTooLarge             431  head_too_large
+    ├── Unimplemented            501  not_implemented
+    └── VersionNotSupported      505  version_not_supported
 """
 
-from http import HTTPStatus
 from typing import Any
 
 import msgspec
-from litestar import Request, Response
-from litestar.exceptions import HTTPException
-from loguru import logger
 
-from payments.errors import InvalidRequest, PaymentsError
+from payments.errors import PaymentsError
 
 MEDIA_TYPE = "application/problem+json"
 
-Refusal = tuple[int, str]  # status and code
 
-# What the protocol refuses before there is a request, each with a detail of its own.
-MALFORMED_REQUEST: Refusal = (400, "malformed_request")
-TARGET_TOO_LONG: Refusal = (414, "target_too_long")
-HEAD_TOO_LARGE: Refusal = (431, "head_too_large")
-NOT_IMPLEMENTED: Refusal = (501, "not_implemented")
-VERSION_NOT_SUPPORTED: Refusal = (505, "version_not_supported")
-PROTOCOL_PROBLEMS = (
-    MALFORMED_REQUEST,
-    TARGET_TOO_LONG,
-    HEAD_TOO_LARGE,
-    NOT_IMPLEMENTED,
-    VERSION_NOT_SUPPORTED,
-)
+class NotFound(PaymentsError):
+    status = 404
+    code = "not_found"
+    title = "Not Found"
 
-# What the framework itself refuses: status -> (code, detail).
-FRAMEWORK_PROBLEMS = {
-    404: ("not_found", "There is nothing at this path. GET /schema lists the endpoints."),
-    405: ("method_not_allowed", "This path does not take this method; see the Allow header."),
-}
+    def __init__(self) -> None:
+        super().__init__("There is nothing at this path. GET /schema lists the endpoints.")
 
 
-class BodyTooLarge(PaymentsError):
-    status = 413
-    code = "body_too_large"
-    title = "The body is too large"
+class MethodNotAllowed(PaymentsError):
+    status = 405
+    code = "method_not_allowed"
+    title = "Method Not Allowed"
+
+    def __init__(self) -> None:
+        super().__init__("This path does not take this method; see the Allow header.")
 
 
 class BodyTooSlow(PaymentsError):
@@ -53,10 +52,47 @@ class BodyTooSlow(PaymentsError):
     title = "The body did not arrive in time"
 
 
+class BodyTooLarge(PaymentsError):
+    status = 413
+    code = "body_too_large"
+    title = "The body is too large"
+
+
 class UnsupportedMediaType(PaymentsError):
     status = 415
     code = "unsupported_media_type"
     title = "The body's media type or encoding is not supported"
+
+
+class Unreadable(PaymentsError):
+    """Refused by the protocol before there is a request; the connection ends."""
+
+    title = "The request cannot be read"
+
+
+class MalformedRequest(Unreadable):
+    status = 400
+    code = "malformed_request"
+
+
+class TargetTooLong(Unreadable):
+    status = 414
+    code = "target_too_long"
+
+
+class HeadTooLarge(Unreadable):
+    status = 431
+    code = "head_too_large"
+
+
+class Unimplemented(Unreadable):
+    status = 501
+    code = "not_implemented"
+
+
+class VersionNotSupported(Unreadable):
+    status = 505
+    code = "version_not_supported"
 
 
 class FieldProblem(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,36 +137,3 @@ def refused(error: PaymentsError) -> tuple[int, bytes, dict[str, str]]:
         headers |= {"Accept": "application/json", "Accept-Encoding": "identity"}
     body = problem(error.status, error.code, error.title, str(error), error.errors)
     return error.status, body, headers
-
-
-def on_payments_error(request: Request[Any, Any, Any], error: PaymentsError) -> Response[bytes]:
-    status, body, headers = refused(error)
-    request.scope["state"]["problem"] = error.code
-    return Response(body, status_code=status, headers=headers, media_type=MEDIA_TYPE)
-
-
-def on_http_exception(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
-    """Refusals of the framework; their own texts are not ours to promise."""
-    status = error.status_code
-    if status >= 500:
-        return on_exception(request, error)
-    title = HTTPStatus(status).phrase
-    code, detail = FRAMEWORK_PROBLEMS.get(status, (InvalidRequest.code, InvalidRequest.title))
-    headers = dict(error.headers or {})
-    request.scope["state"]["problem"] = code
-    return Response(
-        problem(status, code, title, detail),
-        status_code=status,
-        headers=headers,
-        media_type=MEDIA_TYPE,
-    )
-
-
-def on_exception(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    """A bug: logged with its request id, which the answer names too."""
-    request_id = request.scope["state"].get("request_id", "")
-    request.scope["state"]["problem"] = PaymentsError.code
-    logger.bind(method=request.method).opt(exception=error).error("unhandled error")
-    detail = f"It was logged as request {request_id}."
-    body = problem(500, PaymentsError.code, PaymentsError.title, detail)
-    return Response(body, status_code=500, media_type=MEDIA_TYPE)

@@ -21,7 +21,6 @@ from payments.settings import Settings
 from tests.support import ORDER_ID
 from tests.test_docs import subclasses
 from tests.web.test_auth import key
-from web.problems import FRAMEWORK_PROBLEMS, PROTOCOL_PROBLEMS
 from web.schema import document as openapi
 
 pytestmark = pytest.mark.anyio
@@ -224,8 +223,7 @@ def problems(document: Any) -> set[tuple[int, str]]:
 async def test_every_problem_that_is_answered_is_described(document: Any) -> None:
     errors: list[type[PaymentsError]] = [PaymentsError, *subclasses(PaymentsError)]
     answered = {(error.status, error.code) for error in errors if "code" in vars(error)}
-    answered |= {(status, code) for status, (code, _) in FRAMEWORK_PROBLEMS.items()}
-    assert problems(document) == answered | set(PROTOCOL_PROBLEMS)
+    assert problems(document) == answered
 
 
 async def test_problems_are_as_described(client: httpx.AsyncClient, document: Any) -> None:

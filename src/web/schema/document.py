@@ -8,7 +8,6 @@ rest is in operations/.
 import importlib.metadata
 import inspect
 from collections.abc import Iterator
-from http import HTTPStatus
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,12 +16,13 @@ from litestar.routes import HTTPRoute
 
 from payments.errors import PaymentsError, TooBusy, Unauthorized
 from web.problems import (
-    FRAMEWORK_PROBLEMS,
     MEDIA_TYPE,
-    PROTOCOL_PROBLEMS,
     BodyTooLarge,
     BodyTooSlow,
+    MethodNotAllowed,
+    NotFound,
     Problem,
+    Unreadable,
     UnsupportedMediaType,
 )
 from web.schema.description import Answer, Operation, Parameter
@@ -253,12 +253,16 @@ def _problems(errors: tuple[type[PaymentsError], ...]) -> dict[str, Any]:
 
 def _responses_without_endpoint() -> Iterator[tuple[str, Any]]:
     """What is answered before it is known which endpoint a request is for; no path refers to it."""
-    for status, (code, detail) in FRAMEWORK_PROBLEMS.items():
-        titles = {code: HTTPStatus(status).phrase}
-        yield code, _problem(status, titles, detail, *(["Allow"] if status == 405 else []))
-    for status, code in PROTOCOL_PROBLEMS:
-        titles = {code: "The request cannot be read"}
-        yield code, _problem(status, titles, "The request cannot be read; the connection ends.")
+    yield _response(NotFound, str(NotFound()))
+    yield _response(MethodNotAllowed, str(MethodNotAllowed()), "Allow")
+    for kind in Unreadable.__subclasses__():
+        yield _response(kind, f"{kind.title}; the connection ends.")
+
+
+def _response(
+    kind: type[PaymentsError], description: str, *headers: str
+) -> tuple[str, dict[str, Any]]:
+    return kind.code, _problem(kind.status, {kind.code: kind.title}, description, *headers)
 
 
 def _problem(

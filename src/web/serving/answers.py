@@ -6,7 +6,7 @@ from http import HTTPStatus
 
 from payments.errors import PaymentsError, TooBusy, Unauthorized
 from web.auth import SEND_A_KEY
-from web.problems import FRAMEWORK_PROBLEMS, MEDIA_TYPE, Refusal, problem, refused
+from web.problems import MEDIA_TYPE, NotFound, refused
 
 
 class Answer:
@@ -75,17 +75,7 @@ def of_error(error: PaymentsError, *, waits: bool = True) -> Answer:
     return Answer(status, body, headers=headers, waits=waits, code=error.code)
 
 
-def unreadable(refusal: Refusal, detail: str) -> Answer:
-    status, code = refusal
-    return Answer(status, problem(status, code, "The request cannot be read", detail))
-
-
-def _not_found() -> Answer:
-    code, detail = FRAMEWORK_PROBLEMS[404]
-    return Answer(404, problem(404, code, HTTPStatus(404).phrase, detail), code=code)
-
-
-NOT_FOUND = _not_found()
+NOT_FOUND = of_error(NotFound())
 UNAUTHORIZED = of_error(Unauthorized(SEND_A_KEY))
 _BUSY = "More requests are under way than this service can take on. Send it again."
 # To a client with an API key: at once, so that it may go on.

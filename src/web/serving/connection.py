@@ -9,8 +9,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from web.problems import MALFORMED_REQUEST, Refusal
-from web.serving.answers import Refused, lines_of, unreadable
+from web.problems import MalformedRequest, Unreadable
+from web.serving.answers import Refused, lines_of, of_error
 from web.serving.arrivals import CALLER, Flow
 from web.serving.door import Door
 from web.serving.memory import Memory
@@ -53,8 +53,8 @@ class Connection(HttpToolsProtocol):
         if self._is_over:
             return False
         is_cut_short = self._head.size > 0 if self._head.is_open else self._is_reading_body()
-        detail = "The request ended before it was complete."
-        self._end(self._unreadable(MALFORMED_REQUEST, detail) if is_cut_short else b"")
+        error = MalformedRequest("The request ended before it was complete.")
+        self._end(self._unreadable(error) if is_cut_short else b"")
         return not self.transport.is_closing()
 
     def pause_writing(self) -> None:
@@ -117,10 +117,10 @@ class Connection(HttpToolsProtocol):
             self._running.waiting_for_100_continue = False
             self._running.message_event.set()
 
-    def _unreadable(self, refusal: Refusal, detail: str) -> bytes:
+    def _unreadable(self, error: Unreadable) -> bytes:
         self._door.log.unreadable.add()
         more = lines_of(self.server_state.default_headers)
-        return unreadable(refusal, detail).written(more, closes=True)
+        return of_error(error).written(more, closes=True)
 
     def _forget_answered(self) -> None:
         """What was answered, and is not counted any more: a connection may be idle for long."""

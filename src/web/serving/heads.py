@@ -8,11 +8,11 @@ import os
 import re
 
 from web.problems import (
-    HEAD_TOO_LARGE,
-    MALFORMED_REQUEST,
-    NOT_IMPLEMENTED,
-    VERSION_NOT_SUPPORTED,
-    Refusal,
+    HeadTooLarge,
+    MalformedRequest,
+    Unimplemented,
+    Unreadable,
+    VersionNotSupported,
 )
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -61,17 +61,17 @@ def traceparent_of(headers: Headers) -> str | None:
 
 def objection_to(
     method: bytes, target: bytes, version: str, headers: Headers, size: int
-) -> tuple[Refusal, str] | None:
+) -> Unreadable | None:
     """Why to refuse this head, of `size` bytes, and what to do about it; None if it may pass.
 
     Framing that is not valid at all is the parser's to refuse.
     """
     if version not in ("1.0", "1.1"):
-        return VERSION_NOT_SUPPORTED, "Send HTTP/1.1."
+        return VersionNotSupported("Send HTTP/1.1.")
     if method == b"CONNECT":
-        return NOT_IMPLEMENTED, "This is not a proxy."
+        return Unimplemented("This is not a proxy.")
     if b"#" in target:
-        return MALFORMED_REQUEST, "Send the request without a fragment."
+        return MalformedRequest("Send the request without a fragment.")
     hosts, codings = [], []
     for name, value in headers:
         if name == b"host":
@@ -79,19 +79,19 @@ def objection_to(
         elif name == b"transfer-encoding":
             codings.append(value.strip().lower())
     if size > HEAD_MAX:
-        return HEAD_TOO_LARGE, HEAD_DETAIL
+        return HeadTooLarge(HEAD_DETAIL)
     if len(hosts) > 1 or (not hosts and version == "1.1"):  # RFC 9112 section 3.2
-        return MALFORMED_REQUEST, "Send the Host header once."
+        return MalformedRequest("Send the Host header once.")
     if hosts and not _HOST.fullmatch(hosts[0].strip()):
-        return MALFORMED_REQUEST, "Send a name or address, and maybe a port, as Host."
+        return MalformedRequest("Send a name or address, and maybe a port, as Host.")
     return _objection_to_codings(codings, version) if codings else None
 
 
-def _objection_to_codings(codings: list[bytes], version: str) -> tuple[Refusal, str] | None:
+def _objection_to_codings(codings: list[bytes], version: str) -> Unreadable | None:
     """RFC 9112 section 6.1."""
     if version == "1.0":
-        return MALFORMED_REQUEST, "Send Transfer-Encoding with HTTP/1.1 only."
+        return MalformedRequest("Send Transfer-Encoding with HTTP/1.1 only.")
     # What does not end in chunked is the parser's to refuse.
     if codings != [b"chunked"] and codings[-1].rpartition(b",")[2].strip() == b"chunked":
-        return NOT_IMPLEMENTED, "Send no other Transfer-Encoding than chunked."
+        return Unimplemented("Send no other Transfer-Encoding than chunked.")
     return None

@@ -15,7 +15,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from payments.commands.runs import Caller
-from web.problems import HEAD_TOO_LARGE, MALFORMED_REQUEST, TARGET_TOO_LONG
+from web.problems import HeadTooLarge, MalformedRequest, TargetTooLong
 from web.serving.answers import TOO_BUSY, Answer, Refused, lines_of
 from web.serving.arrivals import CALLER, WAITED_S
 from web.serving.connection import Connection
@@ -60,14 +60,14 @@ class Protocol(Connection):
             except httptools.HttpParserUpgrade as upgrade:
                 rest = self._without_upgrade(rest[upgrade.args[0] :])
             except httptools.HttpParserError:
-                self._end(self._objection or self._unreadable(MALFORMED_REQUEST, _NOT_HTTP))
+                self._end(self._objection or self._unreadable(MalformedRequest(_NOT_HTTP)))
                 return
         if self._head.is_open:
             if self._came_in is None:
                 self._came_in = self.flow.came_in()
             self._head.add(len(data))
             if self._head.size > HEAD_MAX:
-                self._end(self._unreadable(HEAD_TOO_LARGE, HEAD_DETAIL))
+                self._end(self._unreadable(HeadTooLarge(HEAD_DETAIL)))
             elif not self._memory.hold_head(len(data), len(self.headers or ())):
                 self._end(self._door.refusal(None, b"").written(closes=True))
         elif self._is_idle() and self.timeout_keep_alive_task is None:
@@ -91,13 +91,13 @@ class Protocol(Connection):
     def on_url(self, url: bytes) -> None:
         self.url += url
         if len(self.url) > TARGET_MAX:
-            self._object(self._unreadable(TARGET_TOO_LONG, TARGET_DETAIL))
+            self._object(self._unreadable(TargetTooLong(TARGET_DETAIL)))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         # What comes later is a trailer, not to be taken for a header (RFC 9110 section 6.5.1).
         if self._head.is_open:
             if len(self.headers) == HEADERS_MAX:
-                self._object(self._unreadable(HEAD_TOO_LARGE, HEADERS_DETAIL))
+                self._object(self._unreadable(HeadTooLarge(HEADERS_DETAIL)))
             self._head_size += len(name) + len(value) + 4
             super().on_header(name, value)
 
@@ -255,7 +255,7 @@ class Protocol(Connection):
             self.expect_100_continue = False  # RFC 9110 section 10.1.1
         objection = objection_to(method, self.url, version, self.headers, size)
         if objection is not None:
-            self._object(self._unreadable(*objection))
+            self._object(self._unreadable(objection))
         if len(self.pipeline) >= PIPELINE_MAX:
             self._object(TOO_BUSY.written(closes=True))
 
