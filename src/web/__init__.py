@@ -8,7 +8,7 @@ list_query.py  and from the query; all errors at once
 operations.py  /health and /metrics                 accept.py     in which media type
 paths.py       which paths there are
 schema/        what each operation promises, as the OpenAPI document, and its page
-webhooks.py    what Order Service is sent, for that document
 auth.py        API keys
-problems.py    every error as application/problem+json; exception_handlers.py: of what is raised
+problems.py    every error as application/problem+json (exception_handlers.py: what handlers
+               raise)
 """

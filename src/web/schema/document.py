@@ -26,9 +26,9 @@ from web.problems import (
     UnsupportedMediaType,
 )
 from web.schema.description import Answer, Operation, Parameter
+from web.schema.webhooks import BODIES, WEBHOOKS
 from web.serving.guard import BODY_MAX, BODY_TIMEOUT_S
 from web.serving.heads import HEAD_MAX, HEADERS_MAX
-from web.webhooks import BODIES, WEBHOOKS
 
 VERSION = importlib.metadata.version("payment-service")
 
