@@ -12,8 +12,7 @@ from payments.payment.identity import ChargeRequest
 from payments.payment.state import Status
 from payments.times import read_time
 from web.bodies import invalid_fields
-from web.list_query import TIME_TEXT
-from web.requests import AnyRequest, command_answer, log_with, read_command, service_of
+from web.requests import TIME_TEXT, AnyRequest, command_answer, log_with, read_command, service_of
 from web.schema.description import described
 from web.schema.operations.charges import CHARGE, ChargeAnswer, ChargeBody
 

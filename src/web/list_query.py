@@ -14,7 +14,7 @@ from payments.queries.cursor import read_cursor
 from payments.queries.payments import LIMIT_DEFAULT, LIMIT_MAX, Moment, PaymentFilter
 from payments.times import TIME_PATTERN, read_time
 from web.bodies import ERRORS_MAX
-from web.requests import UUID_SCHEMA, read_uuid
+from web.requests import TIME_TEXT, UUID_SCHEMA, read_uuid
 
 # name -> how it is read, what it must be, and the same as JSON Schema; of a schema that a body has
 # as well, generators of clients make one type.
@@ -141,7 +141,6 @@ def _lost_plus(value: str) -> str:
 _STATES: tuple[fulfilments.State, ...] = get_args(fulfilments.State)
 _FIRST = datetime.min.replace(tzinfo=UTC)
 _LAST = datetime.max.replace(tzinfo=UTC)
-TIME_TEXT = "a time with its offset from UTC (RFC 3339), like 2026-01-31T18:30:00Z"
 _TIME_SCHEMA = {"type": "string", "format": "date-time", "pattern": TIME_PATTERN}
 _ORDER = (read_uuid, "the order's UUID, like f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9", UUID_SCHEMA)
 LIST_READERS: Readers = {

@@ -27,6 +27,7 @@ UUID_PATTERN = "^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-
 # Both: generators of clients go by the format, and not every validator looks at it.
 UUID_SCHEMA = {"type": "string", "format": "uuid", "maxLength": 36, "pattern": UUID_PATTERN}
 KEY_SCHEMA = {"type": "string", "minLength": 1, "maxLength": KEY_MAX, "pattern": KEY_PATTERN}
+TIME_TEXT = "a time with its offset from UTC (RFC 3339), like 2026-01-31T18:30:00Z"
 _KEY = re.compile(KEY_PATTERN[1:-1].encode())
 
 

@@ -21,9 +21,8 @@ from payments.errors import (
 )
 from payments.payment.state import Status
 from payments.times import TIME_PATTERN
-from web.list_query import TIME_TEXT
 from web.problems import UnsupportedMediaType
-from web.requests import KEY_SCHEMA, UUID_PATTERN
+from web.requests import KEY_SCHEMA, TIME_TEXT, UUID_PATTERN
 from web.schema.description import Answer, Operation, Parameter
 
 Currency = StrEnum("Currency", [(code, code) for code in sorted(money.DECIMALS)])  # type: ignore[misc]

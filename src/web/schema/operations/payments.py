@@ -11,8 +11,8 @@ from payments.errors import (
 from payments.queries.callbacks import PaymentCallbacks
 from payments.queries.history import PaymentHistory
 from payments.queries.payments import PaymentPage, PaymentView
-from web.list_query import AS_OF_READERS, LIST_READERS, TIME_TEXT
-from web.requests import UUID_SCHEMA
+from web.list_query import AS_OF_READERS, LIST_READERS
+from web.requests import TIME_TEXT, UUID_SCHEMA
 from web.schema.description import Answer, Operation, Parameter, query_parameters
 
 _ID = "058c9593-e150-402f-ab5b-37dd4c9816f0"
