@@ -25,7 +25,7 @@ class Parameter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """An answer other than a problem; `headers` are names in document._HEADERS.
+    """An answer other than a problem; `headers` are names in common.HEADERS.
 
     `body` is the Struct that is encoded, None for text. `links` says what can be asked next.
     """
