@@ -7,7 +7,7 @@ import pytest
 from psycopg import sql
 
 from payments.database.connections import DatabaseAddress
-from payments.queries.guards import CONSTRAINTS, NEVER_NULL, TRIGGERS, broken_guards
+from payments.queries.guards import CONSTRAINTS, FUNCTIONS, NEVER_NULL, TRIGGERS, broken_guards
 from payments.snapshot import Reader
 from tests.support import History, append
 
@@ -141,3 +141,39 @@ def test_a_column_that_takes_null(address: DatabaseAddress, connection: Connecti
         "guard: the column topic of payment_events takes NULL",
         "guard: the column state of payment_events takes NULL",
     ]
+
+
+REPLACED = (
+    "CREATE OR REPLACE FUNCTION readable_time(moment timestamptz) RETURNS timestamptz"
+    " LANGUAGE {} IMMUTABLE AS '{}'"
+)
+READABLE_TIME = "the function readable_time(timestamptz)"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        REPLACED.format("sql", "SELECT moment"),
+        REPLACED.format("plpgsql", "BEGIN RETURN moment; END"),
+        "ALTER FUNCTION readable_time(timestamptz) SET search_path = public",
+        # Found before ours, by whoever does not name the schema.
+        "CREATE SCHEMA elsewhere;"
+        + REPLACED.format("sql", "SELECT moment").replace("readable", "elsewhere.readable", 1)
+        + "; DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = elsewhere, public',"
+        " current_database()); END $$",
+    ],
+    ids=["another body", "another language", "a path of its own", "another one before it"],
+)
+def test_a_function_that_the_audit_reads_with_is_another_one(
+    address: DatabaseAddress, connection: Connection, statement: str
+) -> None:
+    connection.execute(statement.encode())
+    assert found(address) == [f"guard: {READABLE_TIME} {NOT_OURS}"]
+
+
+@pytest.mark.parametrize("signature", FUNCTIONS)
+def test_a_function_that_is_missing(
+    address: DatabaseAddress, connection: Connection, signature: str
+) -> None:
+    connection.execute(f"ALTER FUNCTION {signature} RENAME TO other".encode())
+    assert found(address) == [f"guard: the function {signature} is missing"]

@@ -41,8 +41,7 @@ SELECT originator_version, topic, state, recorded_at, clock_timestamp()
 # A whole stream as rows of the log. A time that Python does not have is told as the epoch.
 LOAD_ENTRIES = """
 SELECT notification_id, originator_id, originator_version, topic, state,
-       CASE WHEN recorded_at >= '0001-01-01Z' AND recorded_at < '10000-01-01Z'
-            THEN recorded_at ELSE 'epoch' END
+       coalesce(readable_time(recorded_at), 'epoch')
   FROM payment_events WHERE originator_id = %s ORDER BY originator_version
 """
 
@@ -123,9 +122,7 @@ SELECT DISTINCT originator_id
 READ_PART_EVENTS = 200
 READ_PART = """
 SELECT e.notification_id, e.originator_id, e.originator_version, coalesce(e.topic, ''),
-       coalesce(e.state, ''),
-       CASE WHEN e.recorded_at >= '0001-01-01Z' AND e.recorded_at < '10000-01-01Z'
-            THEN e.recorded_at END, s.hash
+       coalesce(e.state, ''), readable_time(e.recorded_at), s.hash
   FROM payment_events e
   LEFT JOIN log_seals s ON s.position = e.notification_id
    AND s.position > %(after)s AND s.position <= %(last)s
@@ -138,9 +135,7 @@ SELECT e.notification_id, e.originator_id, e.originator_version, coalesce(e.topi
 READ_MATCHING_EVENTS = 100
 READ_MATCHING = """
 SELECT e.notification_id, e.originator_id, e.originator_version, coalesce(e.topic, ''),
-       coalesce(e.state, ''),
-       CASE WHEN e.recorded_at >= '0001-01-01Z' AND e.recorded_at < '10000-01-01Z'
-            THEN e.recorded_at END, s.hash
+       coalesce(e.state, ''), readable_time(e.recorded_at), s.hash
   FROM payment_events e
   LEFT JOIN log_seals s ON s.position = e.notification_id
    AND s.position > %(after)s AND s.position <= %(last)s
@@ -198,8 +193,7 @@ READ_PLACES = """
 SELECT coalesce(e.notification_id, s.position), e.notification_id IS NOT NULL, e.originator_id,
        e.originator_version, e.topic, e.state, e.recorded_at, s.hash
   FROM (SELECT notification_id, originator_id, originator_version, topic, state,
-               CASE WHEN recorded_at >= '0001-01-01Z' AND recorded_at < '10000-01-01Z'
-                    THEN recorded_at END AS recorded_at
+               readable_time(recorded_at) AS recorded_at
           FROM payment_events
          WHERE notification_id >= %(first)s AND notification_id <= %(last_event)s) e
   FULL JOIN (SELECT position, hash FROM log_seals
@@ -219,7 +213,7 @@ SELECT least((SELECT notification_id FROM payment_events WHERE notification_id >
 # Events that have no position.
 READ_PLACELESS = """
 SELECT 0, originator_id, originator_version, topic, state,
-       CASE WHEN recorded_at >= '0001-01-01Z' AND recorded_at < '10000-01-01Z' THEN recorded_at END
+       readable_time(recorded_at)
   FROM payment_events WHERE notification_id IS NULL
 """
 

@@ -38,10 +38,7 @@ T = TypeVar("T")
 # as none.
 PAYMENTS = """
 SELECT id, merchant_order_id, idempotency_key, amount_cents, currency, status, provider_txn_id,
-       CASE WHEN created_at >= '0001-01-01' AND created_at < '10000-01-01'
-            THEN created_at AT TIME ZONE 'UTC' END,
-       CASE WHEN updated_at >= '0001-01-01' AND updated_at < '10000-01-01'
-            THEN updated_at AT TIME ZONE 'UTC' END
+       readable_time(created_at), readable_time(updated_at)
   FROM payments
  WHERE id >= %(first_id)s AND id <= %(last_id)s
    AND (%(ids)s::uuid[] IS NULL OR id = ANY (%(ids)s::uuid[]))
@@ -50,11 +47,7 @@ SELECT id, merchant_order_id, idempotency_key, amount_cents, currency, status, p
 
 REFUNDS = """
 SELECT id, payment_id, idempotency_key, amount_cents, currency, status, provider_refund_id,
-       decline_code,
-       CASE WHEN created_at >= '0001-01-01' AND created_at < '10000-01-01'
-            THEN created_at AT TIME ZONE 'UTC' END,
-       CASE WHEN updated_at >= '0001-01-01' AND updated_at < '10000-01-01'
-            THEN updated_at AT TIME ZONE 'UTC' END
+       decline_code, readable_time(created_at), readable_time(updated_at)
   FROM refunds
  WHERE payment_id >= %(first_id)s AND payment_id <= %(last_id)s
    AND (%(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]))
@@ -62,9 +55,7 @@ SELECT id, payment_id, idempotency_key, amount_cents, currency, status, provider
 """
 
 CLIENTS = """
-SELECT payment_id, client, status, currency,
-       CASE WHEN created_at >= '0001-01-01' AND created_at < '10000-01-01'
-            THEN created_at AT TIME ZONE 'UTC' END
+SELECT payment_id, client, status, currency, readable_time(created_at)
   FROM payment_clients
  WHERE payment_id >= %(first_id)s AND payment_id <= %(last_id)s
    AND (%(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]))
@@ -72,8 +63,7 @@ SELECT payment_id, client, status, currency,
 """
 
 UNSETTLED = """
-SELECT payment_id, kind,
-       CASE WHEN since >= '0001-01-01' AND since < '10000-01-01' THEN since END
+SELECT payment_id, kind, readable_time(since)
   FROM unsettled_payments
  WHERE payment_id >= %(first_id)s AND payment_id <= %(last_id)s
    AND (%(ids)s::uuid[] IS NULL OR payment_id = ANY (%(ids)s::uuid[]))

@@ -1,4 +1,4 @@
-"""What keeps the log from being altered: whether all of it is in place.
+"""What keeps the log from being altered, and what it is read with: whether all is in place.
 
 A superuser can switch triggers off, drop constraints, and put both back. While they are off, it
 shows here; what was done meanwhile, the seals show.
@@ -74,6 +74,11 @@ CONSTRAINTS = (
 NEVER_NULL = (
     *("notification_id", "originator_id", "originator_version", "topic", "state", "recorded_at"),
 )
+# What the audit reads with: another body could show it what was there before.
+FUNCTIONS = (
+    *("captured_transaction(bytea)", "initiated_gateway(bytea)"),
+    *("readable_time(timestamptz)", "readable_time(timestamp)"),
+)
 TABLES = sorted({guard.table for guard in (*TRIGGERS, *CONSTRAINTS)})
 
 # BEFORE, DELETE, UPDATE and TRUNCATE, for each statement: catalog/pg_trigger.h.
@@ -105,8 +110,17 @@ SELECT attname::text FROM pg_attribute
  ORDER BY attnum
 """
 
+# Those that the queries find by these names. With a search_path of its own one might compute
+# something else.
+FIND_FUNCTIONS = """
+SELECT named.signature, p.prosrc, l.lanname = 'sql' AND p.proconfig IS NULL
+  FROM unnest(%(signatures)s::text[]) AS named (signature)
+  LEFT JOIN pg_proc p ON p.oid = to_regprocedure(named.signature)
+  LEFT JOIN pg_language l ON l.oid = p.prolang
+"""
+
 _FUNCTION = re.compile(
-    r"CREATE (?:OR REPLACE )?FUNCTION (\w+)\(\) RETURNS trigger\s.*?AS \$\$(.*?)\$\$", re.DOTALL
+    r"CREATE (?:OR REPLACE )?FUNCTION (\w+)\(([^)]*)\) RETURNS .*?AS \$\$(.*?)\$\$", re.DOTALL
 )
 
 
@@ -115,6 +129,7 @@ def broken_guards(source: Source) -> Iterator[Broken]:
     yield from _constraints(source)
     for (column,) in source.fetch(FIND_NULLABLE, {"columns": list(NEVER_NULL)}):
         yield Broken(f"the column {column} of payment_events", "takes NULL")
+    yield from _functions(source)
 
 
 def _triggers(source: Source) -> Iterator[Broken]:
@@ -133,7 +148,7 @@ def _triggers(source: Source) -> Iterator[Broken]:
             yield Broken(guard, fires)
         if (kind, function, is_partial) != (REFUSES, trigger.function, False):
             yield Broken(guard, "is not the one that the migrations made")
-        elif body != bodies.get(function):
+        elif body != bodies.get(f"{function}()"):
             yield Broken(f"the function {function}", "is not the one that the migrations made")
 
 
@@ -153,10 +168,21 @@ def _constraints(source: Source) -> Iterator[Broken]:
             yield Broken(guard, "is not the one that the migrations made")
 
 
+def _functions(source: Source) -> Iterator[Broken]:
+    bodies = _bodies()
+    rows = source.fetch(FIND_FUNCTIONS, {"signatures": list(FUNCTIONS)})
+    for signature, body, is_plain in rows:
+        if body is None:
+            yield Broken(f"the function {signature}", "is missing")
+        elif not is_plain or body != bodies.get(signature):
+            yield Broken(f"the function {signature}", "is not the one that the migrations made")
+
+
 def _bodies() -> dict[str, str]:
-    """The trigger functions as the newest migration has them, by name."""
-    return {
-        name: body
-        for migration in known_migrations()
-        for name, body in _FUNCTION.findall(migration.sql)
-    }
+    """The functions as the newest migration has them, by name and types of their arguments."""
+    bodies = {}
+    for migration in known_migrations():
+        for name, arguments, body in _FUNCTION.findall(migration.sql):
+            types = [argument.split()[-1] for argument in arguments.split(",") if argument]
+            bodies[f"{name}({', '.join(types)})"] = body
+    return bodies
