@@ -20,6 +20,7 @@ from payments.database.arrays import (
     integers,
     texts,
     timestamps,
+    utc_times,
     uuids,
 )
 
@@ -44,6 +45,11 @@ KINDS: dict[str, tuple[Make, str, Callable[[Any], Any]]] = {
     "bigints": (bigints, "bigint[]", Int8),
     "doubles": (doubles, "double precision[]", lambda item: item),
     "timestamps": (timestamps, "timestamp with time zone[]", lambda item: item),
+    "utc_times": (
+        utc_times,
+        "timestamp without time zone[]",
+        lambda item: item.replace(tzinfo=None),
+    ),
     "texts": (texts, "text[]", lambda item: item),
     "byteas": (byteas, "bytea[]", lambda item: item),
     "uuids": (uuids, "uuid[]", lambda item: item),
@@ -57,6 +63,7 @@ ITEMS: list[tuple[str, list[Any]]] = [
     ("doubles", [0.1, -1e300, 5e-324, float("inf")]),
     ("timestamps", TIMES[:1]),
     ("timestamps", TIMES),
+    ("utc_times", TIMES),
     ("texts", ["one"]),
     ("texts", ["", " ", "NULL", "null", "{}", 'a,"b"\\', "é☃ \N{GRINNING FACE}", "x" * 70_000]),
     ("texts", ["one", None]),
@@ -99,10 +106,10 @@ def test_they_are_the_bytes_that_psycopg_sends(kind: str, items: Sequence[Any]) 
 def test_they_are_the_bytes_that_postgres_returns(
     connection: psycopg.Connection[Any], kind: str, items: Sequence[Any]
 ) -> None:
-    make, type_, _ = KINDS[kind]
+    make, type_, typed = KINDS[kind]
     array = make(items)
     _, read, returned = sent_and_returned(connection, array, type_)
-    assert read == items
+    assert read == [None if item is None else typed(item) for item in items]
     assert returned == bytes(array)
 
 
@@ -153,14 +160,16 @@ class TestTimestamps:
         ).fetchone()
         assert row == (True,)
 
+    @pytest.mark.parametrize("make", [timestamps, utc_times])
     @pytest.mark.parametrize("hours", [-12, 2, 14])
-    def test_a_moment_of_another_zone_is_the_same_moment(self, hours: int) -> None:
+    def test_a_moment_of_another_zone_is_the_same_moment(self, make: Make, hours: int) -> None:
         elsewhere = [item.astimezone(timezone(timedelta(hours=hours))) for item in TIMES[:6]]
-        assert timestamps(elsewhere) == timestamps(TIMES[:6])
+        assert make(elsewhere) == make(TIMES[:6])
 
-    def test_a_time_without_a_zone_is_no_moment(self) -> None:
+    @pytest.mark.parametrize("make", [timestamps, utc_times])
+    def test_a_time_without_a_zone_is_no_moment(self, make: Make) -> None:
         with pytest.raises(TypeError):
-            timestamps([TIMES[0].replace(tzinfo=None)])
+            make([TIMES[0].replace(tzinfo=None)])
 
 
 class TestUuids:

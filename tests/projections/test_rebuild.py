@@ -3,16 +3,19 @@
 import asyncio
 import uuid
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
+import msgspec
 import psycopg
 import pytest
 
 from payments.commands.settle import LATE_CAPTURE_S
 from payments.database.connections import Database, DatabaseAddress
 from payments.errors import StartError
+from payments.events.facts import Legacy
 from payments.events.store import SLICE_END
+from payments.migrations import shape
 from payments.observability.metrics import Telemetry
 from payments.projections import comparison
 from payments.projections import rebuild as module
@@ -27,6 +30,7 @@ from tests.support import History, append, append_stored, follow, histories, sto
 
 Connection = psycopg.Connection[Any]
 SETTLE_AFTER_S = 7.0
+BEGAN_AT = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
 
 
 def catch_up(address: DatabaseAddress) -> None:
@@ -535,6 +539,57 @@ def test_checking_writes_nothing(
     done = check(address)
     assert done.differing["payments"] == len(known)
     assert rows(connection) == before
+
+
+# As an ORM does it that was told to synchronize: two of our columns stand behind its own now.
+COLUMNS_OF_OTHERS = """
+ALTER TABLE payments ADD seen boolean NOT NULL DEFAULT false,
+    ADD number integer NOT NULL GENERATED ALWAYS AS IDENTITY,
+    ADD twice integer GENERATED ALWAYS AS (amount_cents * 2) STORED,
+    DROP COLUMN currency, DROP COLUMN created_at;
+UPDATE payments SET seen = true
+"""
+
+
+def test_columns_that_others_added_stay_and_ours_may_stand_in_another_order(
+    known: dict[str, History], address: DatabaseAddress, connection: Connection
+) -> None:
+    query = "SELECT id, seen, number, twice, currency, created_at FROM payments ORDER BY id"
+    connection.execute(COLUMNS_OF_OTHERS)
+    shape.restore(connection)
+    theirs = "SELECT id, seen, number FROM payments WHERE status = 'SUCCESS' ORDER BY id"
+    before = connection.execute(theirs).fetchall()
+    gone = connection.execute("DELETE FROM payments WHERE status = 'FAILED'").rowcount
+    repaired(address, connection)
+    assert connection.execute(theirs).fetchall() == before
+    read = connection.execute(query).fetchall()
+    assert len(read) == len(known)
+    assert [seen for _, seen, *_ in read].count(False) == gone
+    payments = {history.id: history.payment for history in known.values()}
+    for id, _, _, twice, currency, created_at in read:
+        of_log = payments[id]
+        assert (twice, currency) == (of_log.amount_cents * 2, of_log.currency)
+        assert created_at.replace(tzinfo=UTC) == of_log.created_at
+
+
+def test_a_time_that_the_log_has_in_another_zone_is_written_in_utc(
+    address: DatabaseAddress, connection: Connection
+) -> None:
+    """By the follower and by the rebuild alike."""
+    elsewhere = BEGAN_AT.astimezone(timezone(timedelta(hours=5, minutes=30)))
+    begun = msgspec.structs.replace(
+        History("k", began_at=BEGAN_AT).facts[0],
+        legacy=Legacy(uuid.uuid4(), "txn", elsewhere + timedelta(hours=1)),
+    )
+    append(connection, [begun])
+    catch_up(address)
+    query = "SELECT updated_at FROM payments"
+    expected = [(BEGAN_AT.replace(tzinfo=None) + timedelta(hours=1),)]
+    assert connection.execute(query).fetchall() == expected
+    connection.execute("DELETE FROM payments")
+    rebuilt(address)
+    assert connection.execute(query).fetchall() == expected
+    assert not any(check(address).differing.values())
 
 
 STRANGERS = """

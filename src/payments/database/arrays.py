@@ -62,6 +62,10 @@ class Timestamps(BinaryArray):
     ELEMENT = adapters.types["timestamptz"]
 
 
+class UtcTimes(BinaryArray):
+    ELEMENT = adapters.types["timestamp"]
+
+
 class Texts(BinaryArray):
     ELEMENT = adapters.types["text"]
 
@@ -90,6 +94,11 @@ def timestamps(items: Sequence[datetime]) -> BinaryArray:
     return Timestamps.of_numbers([(item - _EPOCH) // _MICROSECOND for item in items], "q", 8)
 
 
+def utc_times(items: Sequence[datetime]) -> BinaryArray:
+    """For columns that hold UTC without saying so: the elements are those of `timestamps`."""
+    return UtcTimes.of_numbers([(item - _EPOCH) // _MICROSECOND for item in items], "q", 8)
+
+
 def texts(items: Sequence[str | None]) -> BinaryArray:
     return Texts.of_bytes([None if item is None else item.encode() for item in items])
 
@@ -109,6 +118,6 @@ class _ArrayDumper(Dumper):
         return obj
 
 
-for _array in (Integers, Bigints, Doubles, Timestamps, Texts, Byteas, Uuids):
+for _array in (Integers, Bigints, Doubles, Timestamps, UtcTimes, Texts, Byteas, Uuids):
     _dumper = type(f"{_array.__name__}Dumper", (_ArrayDumper,), {"oid": _array.ELEMENT.array_oid})
     adapters.register_dumper(_array, _dumper)

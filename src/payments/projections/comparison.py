@@ -131,21 +131,21 @@ def _watched_rows(payment: Payment) -> list[Row]:
 TABLES = (
     Table(
         name="payments",
-        columns=PAYMENT_COLUMNS,
+        columns=tuple(PAYMENT_COLUMNS),
         select=PAYMENTS,
         payment=0,
         rows=lambda payment: [payment_row(payment)],
     ),
     Table(
         name="refunds",
-        columns=REFUND_COLUMNS,
+        columns=tuple(REFUND_COLUMNS),
         select=REFUNDS,
         payment=1,
         rows=_refund_rows,
     ),
     Table(
         name="payment_clients",
-        columns=CLIENT_COLUMNS,
+        columns=tuple(CLIENT_COLUMNS),
         select=CLIENTS,
         payment=0,
         rows=_client_rows,

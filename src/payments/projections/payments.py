@@ -4,7 +4,7 @@ Tables payments, refunds, payment_clients and unsettled_payments; one statement 
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 from uuid import UUID
@@ -13,37 +13,63 @@ import psycopg
 
 from payments import sendings, unsettled
 from payments.clients import DEFAULT_CLIENT
-from payments.database.arrays import BinaryArray, doubles, integers, texts, timestamps, uuids
+from payments.database.arrays import (
+    BinaryArray,
+    doubles,
+    integers,
+    texts,
+    timestamps,
+    utc_times,
+    uuids,
+)
 from payments.events.store import LOAD_STREAMS, LogEntry, fact_at, fact_of
 from payments.payment.state import DECLINED, Payment, Refund, Status, evolve
 
 Row = tuple[Any, ...]
+Array = Callable[[Any], BinaryArray]
 
-# Each table's columns in the order in which its rows are written and compared.
-PAYMENT_COLUMNS = (
-    *("id", "merchant_order_id", "idempotency_key", "amount_cents", "currency", "status"),
-    *("provider_txn_id", "created_at", "updated_at"),
-)
-REFUND_COLUMNS = (
-    *("id", "payment_id", "idempotency_key", "amount_cents", "currency", "status"),
-    *("provider_refund_id", "decline_code", "created_at", "updated_at"),
-)
-CLIENT_COLUMNS = ("payment_id", "client", "status", "currency", "created_at")
+# Each table's columns in the order in which its rows are written and compared, and as which array
+# each is sent.
+PAYMENT_COLUMNS: dict[str, Array] = {
+    "id": uuids,
+    "merchant_order_id": uuids,
+    "idempotency_key": texts,
+    "amount_cents": integers,
+    "currency": texts,
+    "status": texts,
+    "provider_txn_id": texts,
+    "created_at": utc_times,
+    "updated_at": utc_times,
+}
+REFUND_COLUMNS: dict[str, Array] = {
+    "id": uuids,
+    "payment_id": uuids,
+    "idempotency_key": texts,
+    "amount_cents": integers,
+    "currency": texts,
+    "status": texts,
+    "provider_refund_id": texts,
+    "decline_code": texts,
+    "created_at": utc_times,
+    "updated_at": utc_times,
+}
+CLIENT_COLUMNS: dict[str, Array] = {
+    "payment_id": uuids,
+    "client": texts,
+    "status": texts,
+    "currency": texts,
+    "created_at": utc_times,
+}
 
 payment_row = attrgetter(*PAYMENT_COLUMNS)
-client_row = attrgetter("id", *CLIENT_COLUMNS[1:])
+client_row = attrgetter("id", *list(CLIENT_COLUMNS)[1:])
 
 YIELD_EVERY = 200  # events; in between the event loop serves requests
 
 UPSERT_PAYMENTS = """
 INSERT INTO payments (id, merchant_order_id, idempotency_key, amount_cents, currency, status,
                       provider_txn_id, created_at, updated_at)
-SELECT id, merchant_order_id, idempotency_key, amount_cents, currency, status, provider_txn_id,
-       created_at AT TIME ZONE 'UTC', updated_at AT TIME ZONE 'UTC'
-  FROM unnest(%b::uuid[], %b::uuid[], %b::text[], %b::integer[], %b::text[], %b::text[],
-              %b::text[], %b::timestamptz[], %b::timestamptz[])
-    AS new (id, merchant_order_id, idempotency_key, amount_cents, currency, status,
-            provider_txn_id, created_at, updated_at)
+SELECT * FROM unnest(%b, %b, %b, %b, %b, %b, %b, %b, %b)
     ON CONFLICT (id) DO UPDATE
    SET merchant_order_id = excluded.merchant_order_id,
        idempotency_key = excluded.idempotency_key,
@@ -58,12 +84,7 @@ SELECT id, merchant_order_id, idempotency_key, amount_cents, currency, status, p
 UPSERT_REFUNDS = """
 INSERT INTO refunds (id, payment_id, idempotency_key, amount_cents, currency, status,
                      provider_refund_id, decline_code, created_at, updated_at)
-SELECT id, payment_id, idempotency_key, amount_cents, currency, status, provider_refund_id,
-       decline_code, created_at AT TIME ZONE 'UTC', updated_at AT TIME ZONE 'UTC'
-  FROM unnest(%b::uuid[], %b::uuid[], %b::text[], %b::integer[], %b::text[], %b::text[],
-              %b::text[], %b::text[], %b::timestamptz[], %b::timestamptz[])
-    AS new (id, payment_id, idempotency_key, amount_cents, currency, status,
-            provider_refund_id, decline_code, created_at, updated_at)
+SELECT * FROM unnest(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b)
     ON CONFLICT (id) DO UPDATE
    SET payment_id = excluded.payment_id,
        idempotency_key = excluded.idempotency_key,
@@ -78,9 +99,7 @@ SELECT id, payment_id, idempotency_key, amount_cents, currency, status, provider
 
 UPSERT_CLIENTS = """
 INSERT INTO payment_clients (payment_id, client, status, currency, created_at)
-SELECT payment_id, client, status, currency, created_at AT TIME ZONE 'UTC'
-  FROM unnest(%b::uuid[], %b::text[], %b::text[], %b::text[], %b::timestamptz[])
-    AS new (payment_id, client, status, currency, created_at)
+SELECT * FROM unnest(%b, %b, %b, %b, %b)
     ON CONFLICT (payment_id) DO UPDATE
    SET client = excluded.client,
        status = excluded.status,
@@ -107,13 +126,13 @@ class PaymentsProjection:
             earlier = await _earlier(cursor, events)
             payments = await _fold(events, earlier)
             await cursor.execute(
-                UPSERT_PAYMENTS.encode(), _params(_PAYMENT_ARRAYS, map(payment_row, payments))
+                UPSERT_PAYMENTS.encode(), _params(PAYMENT_COLUMNS, map(payment_row, payments))
             )
             if refunds := _changed_refunds(payments, earlier):
-                await cursor.execute(UPSERT_REFUNDS.encode(), _params(_REFUND_ARRAYS, refunds))
+                await cursor.execute(UPSERT_REFUNDS.encode(), _params(REFUND_COLUMNS, refunds))
             if of_clients := [p for p in payments if p.client != DEFAULT_CLIENT]:
                 await cursor.execute(
-                    UPSERT_CLIENTS.encode(), _params(_CLIENT_ARRAYS, map(client_row, of_clients))
+                    UPSERT_CLIENTS.encode(), _params(CLIENT_COLUMNS, map(client_row, of_clients))
                 )
             await self._list_unsettled(cursor, payments, earlier)
 
@@ -216,13 +235,7 @@ def refund_row(payment: Payment, refund: Refund) -> Row:
     )
 
 
-_TIMES = (timestamps, timestamps)
-_PAYMENT_ARRAYS = (uuids, uuids, texts, integers, texts, texts, texts, *_TIMES)
-_REFUND_ARRAYS = (uuids, uuids, texts, integers, texts, texts, texts, texts, *_TIMES)
-_CLIENT_ARRAYS = (uuids, texts, texts, texts, timestamps)
-
-
-def _params(arrays: Sequence[Callable[[Any], BinaryArray]], rows: Iterable[Row]) -> list[Any]:
+def _params(columns: Mapping[str, Array], rows: Iterable[Row]) -> list[Any]:
     """One array per column; there is at least one row."""
-    columns = zip(*rows, strict=True)
-    return [array(column) for array, column in zip(arrays, columns, strict=True)]
+    transposed = zip(*rows, strict=True)
+    return [array(values) for array, values in zip(columns.values(), transposed, strict=True)]
