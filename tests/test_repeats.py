@@ -12,7 +12,7 @@ from loguru import logger
 
 from payments.callbacks.dispatcher import Dispatcher
 from payments.commands import outcomes as recording
-from payments.commands.outcomes import Recorder
+from payments.commands.outcomes import Outcomes
 from payments.database.connections import Database, DatabaseAddress
 from payments.event_store import EventStore
 from payments.events.appender import Appender, StreamConflict
@@ -93,16 +93,16 @@ async def test_a_loss_whose_repair_conflicts(
         raise next(errors)
 
     store = EventStore(database, SimpleNamespace(append=append))  # type: ignore[arg-type]
-    recorder = Recorder(store, Telemetry())
+    outcomes = Outcomes(store, Telemetry())
     approved = Approved(id=history.id, amount_cents=1500, currency="INR", provider_txn_id="txn")
 
     async def as_it_stands(*_: object) -> None:  # it is lost again and again
         return None
 
-    monkeypatch.setattr(recorder, "_load", as_it_stands)
+    monkeypatch.setattr(outcomes, "_load", as_it_stands)
     cause = history._cause()
     with pytest.raises(LookupError):
-        await recorder.record(
+        await outcomes.append(
             history.payment, [intent], lambda payment: charge_outcome(payment, approved, cause)
         )
     message = "the log lacks events that it had acknowledged; they are appended again"

@@ -17,7 +17,7 @@ import msgspec
 from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
-from payments.commands.outcomes import Recorder
+from payments.commands.outcomes import Outcomes
 from payments.commands.paid_orders import refuse_if_paid
 from payments.commands.runs import OTHER_RUN_POLL_S, Caller, Run, Runs, cause
 from payments.commands.telling import MismatchesTold, check_own_gateway
@@ -98,7 +98,7 @@ class Charging:
     ) -> None:
         self._runs = runs
         self._store = store
-        self._recorder = Recorder(store, telemetry)
+        self._outcomes = Outcomes(store, telemetry)
         self._database = store.database
         self._gateway = gateway
         self._telemetry = telemetry
@@ -160,7 +160,7 @@ class Charging:
             async with MismatchesTold(self._database, self._telemetry, payment.id, "charge"):
                 outcome = await self._ask(run, command, begun)
                 run.limit_storing()
-                payment = await self._recorder.record(
+                payment = await self._outcomes.append(
                     payment,
                     begun.events,
                     lambda payment: charge_outcome(payment, outcome, _cause(command)),

@@ -34,14 +34,14 @@ RELOAD_PAUSE_S = 0.1
 Decide = Callable[[Payment], ProviderOutcome | RefundInitiated | None]
 
 
-class Recorder:
+class Outcomes:
     """Writes outcomes to the store, however long that takes."""
 
     def __init__(self, store: EventStore, telemetry: Telemetry) -> None:
         self._store = store
         self._telemetry = telemetry
 
-    async def record(
+    async def append(
         self, payment: Payment, known: Sequence[StoredEvent], decide: Decide
     ) -> Payment:
         """Appends what `decide` says of the payment, up to an outcome; the payment afterwards.

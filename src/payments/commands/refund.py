@@ -16,7 +16,7 @@ from loguru import logger
 
 from payments import legacy_ids
 from payments.commands.giving_back import GivingBack
-from payments.commands.outcomes import Recorder
+from payments.commands.outcomes import Outcomes
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
 from payments.commands.telling import MismatchesTold, check_own_gateway
 from payments.errors import (
@@ -87,7 +87,7 @@ class Refunding:
     ) -> None:
         self._runs = runs
         self._store = store
-        self._recorder = Recorder(store, telemetry)
+        self._outcomes = Outcomes(store, telemetry)
         self._database = store.database
         self._gateway = gateway
         self._giving_back = giving_back
@@ -149,7 +149,7 @@ class Refunding:
             except NeverSent as error:
                 raise OutcomeUnknown("the provider cannot be reached") from error
             run.limit_storing()
-            payment = await self._recorder.record(
+            payment = await self._outcomes.append(
                 begun.payment,
                 begun.events,
                 lambda payment: refund_outcome(payment, begun.refund, outcome, _cause(command)),

@@ -13,7 +13,7 @@ from loguru import logger
 
 from payments.clients import SETTLING
 from payments.commands.giving_back import GivingBack
-from payments.commands.outcomes import Recorder
+from payments.commands.outcomes import Outcomes
 from payments.commands.refund import provider_refund
 from payments.commands.runs import cause
 from payments.commands.telling import (
@@ -78,7 +78,7 @@ class Settler:
         telemetry: Telemetry,
         settings: Settings,
     ) -> None:
-        self._recorder = Recorder(store, telemetry)
+        self._outcomes = Outcomes(store, telemetry)
         self._database = store.database
         self._gateway = gateway
         self._giving_back = giving_back
@@ -168,7 +168,7 @@ class Settler:
         if payment.provider_txn_id is None and payment.late_capture is None:
             found = await self._gateway.find_charge(payment.id, timeout_s())
             finished = self._watched_long_enough(loaded, found)
-            payment = await self._record_found(loaded, found)
+            payment = await self._append_found(loaded, found)
         late = payment.late_capture
         if late is not None and late.provider_refund_id is None:
             if attempts == 1 or loaded.payment.late_capture is None:
@@ -187,19 +187,19 @@ class Settler:
         failed_for_s = loaded.age_s(payment.version)
         return payment.declined or found is not None or failed_for_s > self._late_capture_s
 
-    async def _record_found(
+    async def _append_found(
         self, loaded: LoadedPayment, found: Approved | Declined | None
     ) -> Payment:
         payment = loaded.payment
         if found is not None:
-            return await self._recorder.record(
+            return await self._outcomes.append(
                 payment,
                 loaded.events,
                 lambda payment: charge_outcome(payment, found, _cause(loaded)),
             )
         if loaded.age_s() < self._abandon_after_s:
             return payment
-        return await self._recorder.record(
+        return await self._outcomes.append(
             payment, loaded.events, lambda payment: abandon(payment, _cause(loaded))
         )
 
@@ -246,7 +246,7 @@ class Settler:
         )
         age_s = _age_at_most_s(loaded, late.version)
         outcome = await self._giving_back.send_again(order, age_s, timeout_s, unsent=True)
-        return await self._recorder.record(
+        return await self._outcomes.append(
             payment,
             loaded.events,
             lambda payment: return_outcome(payment, late, outcome, _cause(loaded)),
@@ -262,7 +262,7 @@ class Settler:
         age_s = _age_at_most_s(loaded, refund.version)
         order = provider_refund(payment, refund)
         outcome = await self._giving_back.send_again(order, age_s, timeout_s)
-        return await self._recorder.record(
+        return await self._outcomes.append(
             payment,
             loaded.events,
             lambda payment: refund_outcome(payment, refund, outcome, _cause(loaded)),
