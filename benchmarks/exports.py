@@ -99,7 +99,7 @@ class Callbacks:
         taken, self._seconds = self._seconds, []
         return taken
 
-    async def _timed(self, *arguments: Any, **options: Any) -> list[outbox.Claimed]:
+    async def _timed(self, *arguments: Any, **options: Any) -> list[outbox.ClaimedDelivery]:
         began = time.perf_counter()
         claimed = await self._claim(*arguments, **options)
         self._seconds.append(time.perf_counter() - began)

@@ -6,7 +6,7 @@ from typing import Any
 
 import psycopg
 
-from payments.callbacks.outbox import Claimed, Result, claim
+from payments.callbacks.outbox import ClaimedDelivery, Result, claim
 from payments.database.connections import Database
 from payments.events.facts import Fact
 from payments.observability.metrics import Telemetry
@@ -29,11 +29,11 @@ def charges(orders: Iterable[uuid.UUID]) -> list[Fact]:
 
 async def claim_some(
     connection: psycopg.AsyncConnection[Any], *, lease_s: float = 0.3, probing: bool = False
-) -> list[Claimed]:
+) -> list[ClaimedDelivery]:
     return await claim(connection, most=10, failing_max=10, lease_s=lease_s, probing=probing)
 
 
-def result_of(claimed: Claimed, state: Any) -> Result:
+def result_of(claimed: ClaimedDelivery, state: Any) -> Result:
     return Result(
         claimed=claimed,
         state=state,

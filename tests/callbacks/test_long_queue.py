@@ -10,7 +10,7 @@ from typing import Any, Literal
 import psycopg
 import pytest
 
-from payments.callbacks.outbox import Claimed, Result, claim, make_due, record
+from payments.callbacks.outbox import ClaimedDelivery, Result, claim, make_due, record
 from payments.database.connections import Database
 from tests.machine import Machine, bound
 
@@ -103,7 +103,7 @@ async def test_plans_that_were_made_while_the_queue_was_empty_stay_right(
         assert read() - before < 64 * 30
 
 
-def _result(claimed: Claimed, *, sent: bool) -> Result:
+def _result(claimed: ClaimedDelivery, *, sent: bool) -> Result:
     state: Literal["due", "delivered"] = "delivered" if sent else "due"
     return Result(
         claimed=claimed,

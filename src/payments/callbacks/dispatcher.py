@@ -26,7 +26,7 @@ from payments.backoff import Backoff
 from payments.callbacks import BEGIN_WITHIN_S, lease_s, outbox
 from payments.callbacks.breaker import Breaker, Permit
 from payments.callbacks.endpoint_health import EndpointHealth
-from payments.callbacks.outbox import Claimed, Result
+from payments.callbacks.outbox import ClaimedDelivery, Result
 from payments.callbacks.retry import jittered, judge
 from payments.database.connections import cut_after
 from payments.observability.logs import Repeats, trace_field
@@ -92,7 +92,7 @@ class Dispatcher:
         self._repeats = Repeats()
         self._opened: psycopg.AsyncConnection[Any] | None = None
         self._loop: asyncio.Task[None] | None = None
-        self._sending: dict[asyncio.Task[None], Claimed] = {}
+        self._sending: dict[asyncio.Task[None], ClaimedDelivery] = {}
         self._results: list[Result] = []
         self._wake = asyncio.Event()
         self._prune_at = 0.0
@@ -210,7 +210,7 @@ class Dispatcher:
             message = "a callback could not be sent"
             self._repeats.tell("ERROR", message, of=type(error), exception=error)
 
-    async def _deliver(self, claimed: Claimed, permit: Permit, claimed_at: float) -> None:
+    async def _deliver(self, claimed: ClaimedDelivery, permit: Permit, claimed_at: float) -> None:
         """One exchange, and what it means for the delivery and for the breaker."""
         began = time.monotonic()
         if began > claimed_at + BEGIN_WITHIN_S:
@@ -223,7 +223,7 @@ class Dispatcher:
             raise
         self._results.append(self._judged(claimed, exchange, permit))
 
-    async def _send(self, claimed: Claimed, body: bytes) -> "Exchange":
+    async def _send(self, claimed: ClaimedDelivery, body: bytes) -> "Exchange":
         with span(
             "callback",
             kind="client",
@@ -236,7 +236,7 @@ class Dispatcher:
                 str(claimed.event_id), body, int(time.time()), traceparent
             )
 
-    def _judged(self, claimed: Claimed, exchange: "Exchange", permit: Permit) -> Result:
+    def _judged(self, claimed: ClaimedDelivery, exchange: "Exchange", permit: Permit) -> Result:
         # A probe that came before its time takes nothing away from the delivery that it was, nor
         # does what the end of an outage caused.
         counts = claimed.due_in_s <= 0 and not claimed.excused
@@ -284,7 +284,7 @@ class Dispatcher:
             said=_said(claimed, exchange) if state == "delivered" else None,
         )
 
-    def _cut_off(self, claimed: Claimed, seconds: float) -> Result:
+    def _cut_off(self, claimed: ClaimedDelivery, seconds: float) -> Result:
         """It was under way when the service had to stop."""
         self._telemetry.callback_attempts["end_unknown"].inc()
         busy_s, delay_s = self._endpoint.timeout_s, max(0.0, claimed.due_in_s)
@@ -321,7 +321,7 @@ class Dispatcher:
             await connection.close()
 
 
-def _prepare(claimed: Claimed) -> bytes:
+def _prepare(claimed: ClaimedDelivery) -> bytes:
     """The request's body."""
     return msgspec.json.encode(
         CallbackBody(
@@ -337,7 +337,7 @@ def _prepare(claimed: Claimed) -> bytes:
     )
 
 
-def _said(claimed: Claimed, exchange: "Exchange") -> Said | None:
+def _said(claimed: ClaimedDelivery, exchange: "Exchange") -> Said | None:
     if claimed.status != "SUCCESS":
         return None
     return said_of(exchange.answer, claimed.order_id)
@@ -347,7 +347,7 @@ def _reason(exchange: "Exchange") -> str:
     return exchange.reason or str(exchange.status)
 
 
-def _released(claimed: Claimed) -> Result:
+def _released(claimed: ClaimedDelivery) -> Result:
     """It was not sent."""
     delay_s = max(0.0, claimed.due_in_s)
     return Result(

@@ -132,7 +132,7 @@ TOLD_AT_ONCE_S = 60.0  # who confirms later than this after the capture may have
 RELEASED = "released"  # the outcome of what was claimed and not sent; no attempt is noted
 
 
-class Claimed(NamedTuple):
+class ClaimedDelivery(NamedTuple):
     """A delivery that this process may send until its lease is over.
 
     `attempt` is counted from 1. `failing`: it, or what stood before it, was tried in vain.
@@ -168,7 +168,7 @@ class Result(NamedTuple):
     of its order.
     """
 
-    claimed: Claimed
+    claimed: ClaimedDelivery
     state: Literal["due", "delivered", "dead"]
     delay_s: float
     counts: bool
@@ -190,11 +190,11 @@ async def claim(
     failing_max: int,
     lease_s: float,
     probing: bool = False,
-) -> list[Claimed]:
+) -> list[ClaimedDelivery]:
     """What may be sent now: one delivery each of at most so many orders."""
     async with connection.cursor(binary=True) as cursor:
         await cursor.execute(CLAIM.encode(), [most, failing_max, probing, lease_s])
-        return [Claimed(*row) for row in await cursor.fetchall()]
+        return [ClaimedDelivery(*row) for row in await cursor.fetchall()]
 
 
 async def record(connection: psycopg.AsyncConnection[Any], results: Sequence[Result]) -> set[int]:
