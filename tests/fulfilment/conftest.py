@@ -128,7 +128,9 @@ def short_lease(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From when it is called on, whoever claims something has it for a moment only."""
     claim = table.claim
 
-    async def claim_shortly(database: Database, most: int, lease_s: float) -> list[table.Claimed]:
+    async def claim_shortly(
+        database: Database, most: int, lease_s: float
+    ) -> list[table.ClaimedFulfilment]:
         return await claim(database, most, 0.0)
 
     return lambda: monkeypatch.setattr(table, "claim", claim_shortly)

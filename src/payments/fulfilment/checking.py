@@ -17,7 +17,7 @@ from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable
 from payments.fulfilment import table
 from payments.fulfilment.status import TIMEOUT_S, OrderStatus
-from payments.fulfilment.table import Claimed
+from payments.fulfilment.table import ClaimedFulfilment
 from payments.observability.logs import Repeats
 from payments.tasks import end, finish
 
@@ -120,7 +120,7 @@ class Checking:
         if len(self._tasks) == CONCURRENCY_MAX - 1:  # there was no place for more
             self._wake.set()
 
-    async def _check(self, claimed: Claimed, status: OrderStatus) -> None:
+    async def _check(self, claimed: ClaimedFulfilment, status: OrderStatus) -> None:
         """One reading, and what it means. What fails is asked again when the lease is over."""
         try:
             reading = await status.ask(claimed.order_id)
@@ -137,7 +137,7 @@ class Checking:
             self._repeats.tell(*("ERROR", message), exception=error, payment_id=claimed.payment_id)
 
     async def _judge(
-        self, claimed: Claimed, verdict: Literal["confirmed", "failed"], order_status: str
+        self, claimed: ClaimedFulfilment, verdict: Literal["confirmed", "failed"], order_status: str
     ) -> None:
         """Looks at all payments of the order. Others that the reading says the same of may have no
         row: their responses said that the order was confirmed."""
@@ -160,7 +160,7 @@ class Checking:
         else:
             await self._note_failed(claimed, order_status)
 
-    async def _note_failed(self, claimed: Claimed, order_status: str) -> None:
+    async def _note_failed(self, claimed: ClaimedFulfilment, order_status: str) -> None:
         may_give_back = self._give_back is not None
         is_over = await table.record_failed(
             self._database, claimed, order_status, may_give_back=may_give_back
@@ -178,7 +178,9 @@ class Checking:
             note = table.note_given_back if is_given_back else table.release
             await note(self._database, claimed)
 
-    def _tell(self, claimed: Claimed, state: str, message: str, order_status: str) -> None:
+    def _tell(
+        self, claimed: ClaimedFulfilment, state: str, message: str, order_status: str
+    ) -> None:
         """Once: when it was found."""
         if claimed.state != state:
             logger.bind(

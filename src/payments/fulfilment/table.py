@@ -185,7 +185,7 @@ BEHIND_S = 60.0  # so far the read models may be, and then a refund is not in th
 FIRST = UUID(int=0)
 
 
-class Claimed(NamedTuple):
+class ClaimedFulfilment(NamedTuple):
     """A payment that this process may ask about until its lease is over."""
 
     payment_id: UUID
@@ -212,13 +212,15 @@ async def add(database: Database, payments: Sequence[tuple[UUID, UUID]]) -> int:
     return len(await _add(database, payments, None))
 
 
-async def add_beside(database: Database, claimed: Claimed, payment_ids: Sequence[UUID]) -> None:
+async def add_beside(
+    database: Database, claimed: ClaimedFulfilment, payment_ids: Sequence[UUID]
+) -> None:
     """Has other payments of the same order watched, while the claim is held."""
     await _add(database, [(each, claimed.order_id) for each in payment_ids], claimed)
 
 
 async def _add(
-    database: Database, payments: Sequence[tuple[UUID, UUID]], claimed: Claimed | None
+    database: Database, payments: Sequence[tuple[UUID, UUID]], claimed: ClaimedFulfilment | None
 ) -> list[tuple[Any, ...]]:
     params = {
         "payments": uuids([payment_id for payment_id, _ in payments]),
@@ -229,10 +231,10 @@ async def _add(
     return await database.fetch(ADD, params)
 
 
-async def claim(database: Database, most: int, lease_s: float) -> list[Claimed]:
+async def claim(database: Database, most: int, lease_s: float) -> list[ClaimedFulfilment]:
     """What is to be asked about now, at most so many."""
     params = {"most": most, "lease_s": lease_s, "again_s": AGAIN_S}
-    return [Claimed(*row) for row in await database.fetch(CLAIM, params)]
+    return [ClaimedFulfilment(*row) for row in await database.fetch(CLAIM, params)]
 
 
 async def captured_for(
@@ -250,7 +252,7 @@ async def captured_for(
 
 
 async def record_unknown(
-    database: Database, claimed: Claimed, order_status: str | None, problem: str | None
+    database: Database, claimed: ClaimedFulfilment, order_status: str | None, problem: str | None
 ) -> bool:
     """False, here and below: the claim is not held any more, and nothing was changed."""
     return await _change(
@@ -263,7 +265,7 @@ async def record_unknown(
 
 
 async def record_failed(
-    database: Database, claimed: Claimed, order_status: str, *, may_give_back: bool
+    database: Database, claimed: ClaimedFulfilment, order_status: str, *, may_give_back: bool
 ) -> bool | None:
     """Whether this was a second reading or a later one, CONFIRMED_AFTER_S after the first of an
     unbroken series; then who may give back keeps the claim. None: it is not held any more."""
@@ -278,29 +280,33 @@ async def record_failed(
     return bool(rows[0][0]) if rows else None
 
 
-async def record_paid_twice(database: Database, claimed: Claimed, order_status: str) -> bool:
+async def record_paid_twice(
+    database: Database, claimed: ClaimedFulfilment, order_status: str
+) -> bool:
     change = RECORD_PAID_TWICE
     return await _change(database, change, claimed, order_status=order_status, again_s=AGAIN_S)
 
 
-async def remove(database: Database, claimed: Claimed) -> bool:
+async def remove(database: Database, claimed: ClaimedFulfilment) -> bool:
     return await _change(database, REMOVE, claimed)
 
 
-async def note_given_back(database: Database, claimed: Claimed) -> bool:
+async def note_given_back(database: Database, claimed: ClaimedFulfilment) -> bool:
     return await _change(database, GIVEN_BACK, claimed)
 
 
-async def release(database: Database, claimed: Claimed) -> bool:
+async def release(database: Database, claimed: ClaimedFulfilment) -> bool:
     """It is asked about again when it is due."""
     return await _change(database, RELEASE, claimed)
 
 
-async def _change(database: Database, change: str, claimed: Claimed, **values: Any) -> bool:
+async def _change(
+    database: Database, change: str, claimed: ClaimedFulfilment, **values: Any
+) -> bool:
     return bool(await database.fetch(change, {**_key(claimed), **values}))
 
 
-def _key(claimed: Claimed) -> dict[str, Any]:
+def _key(claimed: ClaimedFulfilment) -> dict[str, Any]:
     return {"payment_id": claimed.payment_id, "claim": claimed.claim}
 
 
