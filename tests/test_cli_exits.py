@@ -16,7 +16,7 @@ import pytest
 from click.testing import Result
 
 from payments.cli import main
-from payments.cli.exits import OutputError, _Stderr, _Stdout
+from payments.cli.exits import OutputError, _SilentStderr, _Stdout
 from payments.cli.output import print_rows
 from payments.database.connections import DatabaseAddress
 from tests.process import PAYMENTS, at, environment, run
@@ -165,7 +165,7 @@ def test_whether_python_buffers_does_not_matter(
 def test_what_is_too_large_for_a_buffer() -> None:
     with Path("/dev/full").open("w") as full:
         out, err = (
-            kind(io.FileIO(full.fileno(), "w", closefd=False)) for kind in (_Stdout, _Stderr)
+            kind(io.FileIO(full.fileno(), "w", closefd=False)) for kind in (_Stdout, _SilentStderr)
         )
         with pytest.raises(OutputError, match="the output cannot be written: No space left"):
             out.write(bytes(100_000))

@@ -170,7 +170,7 @@ class _Stdout(io.BufferedWriter):
             raise OutputError(error) from None
 
 
-class _Stderr(io.BufferedWriter):
+class _SilentStderr(io.BufferedWriter):
     """That somebody cannot be told is no reason to fail."""
 
     def write(self, data: Any, /) -> int:
@@ -189,7 +189,7 @@ def _set_up_streams() -> None:
     """
     out = io.FileIO(1, "w", closefd=False)
     sys.stdout = _text(_Stdout(out), sys.stdout, by_line=out.isatty())
-    sys.stderr = _text(_Stderr(io.FileIO(2, "w", closefd=False)), sys.stderr, by_line=True)
+    sys.stderr = _text(_SilentStderr(io.FileIO(2, "w", closefd=False)), sys.stderr, by_line=True)
     if sys.stdin is None:
         sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), "utf-8")
 
