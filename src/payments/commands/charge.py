@@ -68,7 +68,7 @@ class Charged(msgspec.Struct, frozen=True):
     replayed: bool = False
 
 
-class _Begun(msgspec.Struct, frozen=True):
+class _BegunCharge(msgspec.Struct, frozen=True):
     """A payment that is to be charged, and its events as stored; `age_s` if an earlier request
     stored its intent."""
 
@@ -167,7 +167,7 @@ class Charging:
                 )
         run.finish(Charged(payment, begun.replayed))
 
-    async def _begin(self, run: Run[Charged], command: ChargePayment) -> _Begun | None:
+    async def _begin(self, run: Run[Charged], command: ChargePayment) -> _BegunCharge | None:
         """Makes the intent durable; None if an earlier request with this key has an answer."""
         decided, hold_until = _cause(command), command.hold_until
         if hold_until is None and self._seat_hold_s is not None:
@@ -193,7 +193,7 @@ class Charging:
                 first = known.payment
             else:
                 run.intent_is_durable()
-                return _Begun(evolve(None, intent), (event,), age_s)
+                return _BegunCharge(evolve(None, intent), (event,), age_s)
             if differing := differing_fields(first, command.request):
                 raise IdempotencyKeyReused(differing)
             # An earlier run may have asked: from here on errors are answered with PENDING.
@@ -212,7 +212,7 @@ class Charging:
         # Else the key would be used up after its request was told otherwise.
         run.check_may_call_provider()
 
-    async def _resume(self, run: Run[Charged], intent: PaymentInitiated) -> _Begun | None:
+    async def _resume(self, run: Run[Charged], intent: PaymentInitiated) -> _BegunCharge | None:
         """Waits for what an earlier request with this key comes to; the payment if its run is over.
 
         A run is over when its intent is older than the deadline, by the database's clock.
@@ -229,11 +229,11 @@ class Charging:
                 run.finish(run.pending_answer)
                 return None
             if loaded.age_s() > self._deadline_s:
-                return _Begun(loaded.payment, loaded.events, loaded.age_s())
+                return _BegunCharge(loaded.payment, loaded.events, loaded.age_s())
             await asyncio.sleep(OTHER_RUN_POLL_S)
 
     async def _ask(
-        self, run: Run[Charged], command: ChargePayment, begun: _Begun
+        self, run: Run[Charged], command: ChargePayment, begun: _BegunCharge
     ) -> Approved | Declined:
         """The provider's outcome. Raises OutcomeUnknown, or Unavailable if it was not asked."""
         payment = begun.payment
