@@ -63,7 +63,7 @@ class Refunded(msgspec.Struct, frozen=True):
     replayed: bool = False
 
 
-class _Begun(msgspec.Struct, frozen=True):
+class _BegunRefund(msgspec.Struct, frozen=True):
     """A refund that the provider is to make, and its payment's events as stored; `age_s` if an
     earlier request reserved it."""
 
@@ -138,7 +138,7 @@ class Refunding:
             if begun is not None:
                 await self._make(run, command, begun)
 
-    async def _make(self, run: Run[Refunded], command: RefundPayment, begun: _Begun) -> None:
+    async def _make(self, run: Run[Refunded], command: RefundPayment, begun: _BegunRefund) -> None:
         # Its amount is reserved: whatever happens now, the refund goes on.
         run.pending_answer = Refunded(begun.payment, begun.refund, begun.age_s is not None)
         await check_own_gateway(self._database, begun.payment, self._gateway.name, "refund")
@@ -156,7 +156,7 @@ class Refunding:
             )
         _answer(run, payment, begun.refund, begun.age_s is not None)
 
-    async def _begin(self, run: Run[Refunded], command: RefundPayment) -> _Begun | None:
+    async def _begin(self, run: Run[Refunded], command: RefundPayment) -> _BegunRefund | None:
         """Reserves the amount; None if an earlier request like this one has an answer."""
         while True:
             loaded = await self._load(command)
@@ -175,11 +175,11 @@ class Refunding:
                 continue
             run.intent_is_durable()
             payment = evolve(loaded.payment, fact)
-            return _Begun(payment, (*loaded.events, event), payment.refunds[-1])
+            return _BegunRefund(payment, (*loaded.events, event), payment.refunds[-1])
 
     async def _resume(
         self, run: Run[Refunded], command: RefundPayment, loaded: LoadedPayment, refund: Refund
-    ) -> _Begun | None:
+    ) -> _BegunRefund | None:
         """Waits for what an earlier request comes to; the refund if its run is over.
 
         A run is over when its reservation is older than the deadline, by the database's clock.
@@ -198,7 +198,7 @@ class Refunding:
             run.pending_answer = Refunded(payment, refund, replayed=True)
             age_s = loaded.age_at_most_s(refund.version)
             if self._deadline_s < age_s < math.inf:
-                return _Begun(payment, loaded.events, refund, age_s)
+                return _BegunRefund(payment, loaded.events, refund, age_s)
             if not run.may_call_provider():
                 run.finish(run.pending_answer)
                 return None
@@ -215,7 +215,7 @@ class Refunding:
             raise PaymentNotFound(f"There is no payment {payment_id}.")
         return loaded
 
-    async def _ask(self, run: Run[Refunded], begun: _Begun) -> Approved | Declined:
+    async def _ask(self, run: Run[Refunded], begun: _BegunRefund) -> Approved | Declined:
         def timeout_s() -> float:
             run.check_may_call_provider()
             return run.left_s(self._gateway_timeout_s)
