@@ -57,7 +57,7 @@ CALLS_MAX = 3  # an attempt has the time of so many calls that all time out; the
 LATE_CAPTURE_S = 24 * 3600.0  # however soon a gateway says that no capture can come any more
 
 
-class Attempt(msgspec.Struct, frozen=True):
+class SettleAttempt(msgspec.Struct, frozen=True):
     """What one attempt came to: the payment afterwards, and whether it was watched to its end: no
     event says so, but nothing can become of it any more. `due_in_s`: when to ask, if it was too
     early."""
@@ -90,17 +90,17 @@ class Settler:
         self._late_capture_s = max(LATE_CAPTURE_S, gateway.late_capture_s)
         self.declines_may_turn_s = declines_may_turn_s(gateway)
 
-    async def settle(self, loaded: LoadedPayment, attempts: int) -> Attempt:
+    async def settle(self, loaded: LoadedPayment, attempts: int) -> SettleAttempt:
         """One attempt at everything that is open. What it cannot find out it leaves as it is."""
         payment, kind = loaded.payment, self._open_for(loaded.payment)
         if kind is None:
             # Declined, and listed by a process whose gateway's declines may turn.
             done = payment.declined and payment.late_capture is None
-            return Attempt(payment, finished=done)
+            return SettleAttempt(payment, finished=done)
         if kind == DECLINED:
             due_in_s = self.declines_may_turn_s - loaded.age_s(payment.version)
             if due_in_s > 0:
-                return Attempt(payment, finished=False, due_in_s=due_in_s)
+                return SettleAttempt(payment, finished=False, due_in_s=due_in_s)
         with (
             logger.contextualize(
                 payment_id=payment.id,
@@ -118,13 +118,13 @@ class Settler:
         turning = self.declines_may_turn_s > 0 and payment.declined
         return DECLINED if turning and payment.late_capture is None else None
 
-    async def _settle(self, loaded: LoadedPayment, kind: str, attempts: int) -> Attempt:
+    async def _settle(self, loaded: LoadedPayment, kind: str, attempts: int) -> SettleAttempt:
         payment, log = loaded.payment, logger.bind(kind=kind)
         if payment.gateway != self._gateway.name:
             self._telemetry.settling[kind, "other_gateway"].inc()
             await tell_other_gateway(self._database, payment, kind)
-            return Attempt(payment, finished=False)
-        attempt, outcome, reason = Attempt(payment, finished=False), "unknown", ""
+            return SettleAttempt(payment, finished=False)
+        attempt, outcome, reason = SettleAttempt(payment, finished=False), "unknown", ""
         try:
             attempt = await self._ask(loaded, attempts)
             outcome = "settled" if attempt.payment.unsettled is None else "open"
@@ -155,7 +155,7 @@ class Settler:
             kind, open_s = payment.unsettled.kind, _age_at_most_s(loaded, _opened_by(payment))
             await tell_if_open_too_long(self._database, payment.id, kind, open_s, reason)
 
-    async def _ask(self, loaded: LoadedPayment, attempts: int) -> Attempt:
+    async def _ask(self, loaded: LoadedPayment, attempts: int) -> SettleAttempt:
         give_up_at = time.monotonic() + self.attempt_s
 
         def timeout_s() -> float:
@@ -175,7 +175,7 @@ class Settler:
                 logger.warning("a late capture goes back")
             payment = await self._return_late_capture(loaded, payment, late, timeout_s)
         payment = await self._settle_refunds(loaded, payment, attempts, timeout_s)
-        return Attempt(payment, finished)
+        return SettleAttempt(payment, finished)
 
     def _watched_long_enough(
         self, loaded: LoadedPayment, found: Approved | Declined | None
