@@ -17,7 +17,7 @@ from payments.commands.refund import Refunding
 from payments.commands.runs import Runs
 from payments.commands.settle import Settler
 from payments.commands.settling_loop import SettlingLoop
-from payments.commands.unfulfilled import Unfulfilled
+from payments.commands.unfulfilled import UnfulfilledRefunding
 from payments.database.connections import Database, DatabaseAddress
 from payments.errors import DatabaseUnavailable, StartError, told
 from payments.event_store import EventStore
@@ -94,7 +94,7 @@ class Service:
         self.refunding = Refunding(self.runs, *shared, giving_back, self.telemetry, settings)
         # Gives back what its order did not fulfil, if that is wanted.
         self.unfulfilled = (
-            Unfulfilled(self.refunding, giving_back, self.database, self.admission)
+            UnfulfilledRefunding(self.refunding, giving_back, self.database, self.admission)
             if settings.unfulfilled == "refund"
             else None
         )

@@ -10,7 +10,7 @@ import pytest
 from loguru import logger
 
 from payments import brake
-from payments.commands.unfulfilled import Unfulfilled
+from payments.commands.unfulfilled import UnfulfilledRefunding
 from payments.errors import PaymentAlreadyRefunded, RefundExceedsCapture
 from payments.events.facts import RefundInitiated
 from payments.events.store import fact_at
@@ -58,7 +58,7 @@ async def giving(make: Make, *script: Any, **changed: Any) -> Service:
     return await make(ScriptedGateway(refund_script=script), **REFUND, **changed)
 
 
-def of(service: Service) -> Unfulfilled:
+def of(service: Service) -> UnfulfilledRefunding:
     assert service.unfulfilled is not None
     return service.unfulfilled
 

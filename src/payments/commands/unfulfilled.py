@@ -21,7 +21,7 @@ from payments.payment.identity import RefundRequest, unfulfilled_refund_id
 from payments.payment.state import Status
 
 
-class Unfulfilled:
+class UnfulfilledRefunding:
     """Gives back what its order did not fulfil. One instance per process."""
 
     def __init__(
