@@ -16,7 +16,7 @@ from payments.database.connections import Database, DatabaseAddress, connect
 from payments.errors import StartError
 from payments.legacy import NO_GATEWAY
 from payments.migrations import legacy_of, migrate
-from payments.migrations.legacy import Legacy
+from payments.migrations.legacy import LegacyTable
 from payments.money import amount_text
 from payments.observability.metrics import Telemetry
 from payments.opening import open_database
@@ -83,10 +83,10 @@ def import_legacy(
         if lock.execute(TRY_LOCK, LOCK_KEYS).fetchone() != (True,):
             raise StartError("another import is running")
         where = legacy_of(lock)
-        if where is Legacy.COMPLETE:
+        if where is LegacyTable.COMPLETE:
             click.echo("the payments of the Node service are imported already", err=True)
             return
-        if where is Legacy.NONE:
+        if where is LegacyTable.NONE:
             raise StartError(NOTHING.format(address))
         asyncio.run(check(address, asked))
         looked = _looked(address, asked, where, dry_run, ignore_connections)
@@ -98,11 +98,15 @@ def import_legacy(
 
 
 def _looked(
-    address: DatabaseAddress, asked: Asked, where: Legacy, dry_run: bool, ignore_connections: bool
+    address: DatabaseAddress,
+    asked: Asked,
+    where: LegacyTable,
+    dry_run: bool,
+    ignore_connections: bool,
 ) -> Looked:
     """What the table holds; it is set aside by now, unless it must not be."""
-    if where is Legacy.OPEN or dry_run:
-        set_aside = where is Legacy.OPEN
+    if where is LegacyTable.OPEN or dry_run:
+        set_aside = where is LegacyTable.OPEN
         return asyncio.run(look(address, asked.timezone, _tell_of, set_aside=set_aside))
     return asyncio.run(take_over(address, asked, _tell_of, despite_others=ignore_connections))
 

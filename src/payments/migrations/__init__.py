@@ -34,7 +34,7 @@ from psycopg.sql import SQL, Identifier
 from payments.database.connections import DatabaseAddress, again_on_conflict, connect, reason_of
 from payments.errors import StartError
 from payments.migrations import shape
-from payments.migrations.legacy import IMPORT_OPEN, NOT_OURS, Legacy, legacy_table, tables_here
+from payments.migrations.legacy import IMPORT_OPEN, NOT_OURS, LegacyTable, legacy_table, tables_here
 
 LOCK_KEYS = (7165010, 2)  # 1 was the lock of the appends, until 0012_append_alone.sql
 LOCK_WAIT_S = 120  # another process may be in the middle of a long migration
@@ -258,7 +258,7 @@ def schema_of(connection: psycopg.Connection[Any], *, importing: bool = False) -
     tables = tables_here(connection)
     known, applied = known_migrations(), _applied(connection)
     legacy = legacy_table(connection, tables, PAYMENTS_MADE_BY in applied)
-    if legacy is Legacy.IN_PLACE:
+    if legacy is LegacyTable.IN_PLACE:
         raise StartError(NOT_OURS)
     newer = [applied[number] for number in sorted(applied.keys() - {m.number for m in known})]
     for migration in known:
@@ -269,7 +269,7 @@ def schema_of(connection: psycopg.Connection[Any], *, importing: bool = False) -
                 "restore the file and add a new migration"
             )
     oldest = max((record.oldest for record in newer), default=0)
-    refusal = IMPORT_OPEN if legacy is Legacy.OPEN and not importing else None
+    refusal = IMPORT_OPEN if legacy is LegacyTable.OPEN and not importing else None
     if oldest > known[-1].number:
         refusal = (
             f"the database has migration {newer[-1]}, which this version does not know: "
@@ -279,7 +279,7 @@ def schema_of(connection: psycopg.Connection[Any], *, importing: bool = False) -
     return Schema(missing, newer, refusal)
 
 
-def legacy_of(connection: psycopg.Connection[Any]) -> Legacy:
+def legacy_of(connection: psycopg.Connection[Any]) -> LegacyTable:
     """How far the import of the Node service's payments has come. Only reads."""
     tables = tables_here(connection)
     return legacy_table(connection, tables, PAYMENTS_MADE_BY in _applied(connection))

@@ -59,7 +59,7 @@ END $$
 """
 
 
-class Legacy(Enum):
+class LegacyTable(Enum):
     """Where the Node service's table is: nowhere, at our table's place, or set aside, with an
     import that is still open or complete."""
 
@@ -76,13 +76,13 @@ def tables_here(connection: psycopg.Connection[Any]) -> dict[str, bool]:
 
 def legacy_table(
     connection: psycopg.Connection[Any], marked: dict[str, bool], ours_is_made: bool
-) -> Legacy:
+) -> LegacyTable:
     """`marked` is what `tables_here` read before `ours_is_made` was: whether the migration that
     makes our table is on record. Another process may apply it at any time. Only reads."""
     if "payments" in marked and (marked["payments"] or not ours_is_made):
-        return Legacy.IN_PLACE
+        return LegacyTable.IN_PLACE
     if not marked.get("legacy_payments"):
-        return Legacy.NONE
+        return LegacyTable.NONE
     if connection.execute(HAS_IMPORT).fetchone() != (True,):
-        return Legacy.OPEN
-    return Legacy.COMPLETE if connection.execute(IS_COMPLETE).rowcount else Legacy.OPEN
+        return LegacyTable.OPEN
+    return LegacyTable.COMPLETE if connection.execute(IS_COMPLETE).rowcount else LegacyTable.OPEN
