@@ -109,7 +109,7 @@ class Endpoint:
             ssl=self._tls or True,
         )
         loop = asyncio.get_running_loop()
-        connector._factory = functools.partial(_Connection, loop=loop)  # type: ignore[assignment]
+        connector._factory = functools.partial(_EndpointConnection, loop=loop)  # type: ignore[assignment]
         self._session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -229,7 +229,7 @@ class _Answer:
 _current: ContextVar[_Answer] = ContextVar("exchange")
 
 
-class _Connection(ResponseHandler):
+class _EndpointConnection(ResponseHandler):
     """aiohttp's side of one connection, with five things that it leaves out.
 
     - It counts the body only. Here all that is received counts: interim answers, chunk extensions
