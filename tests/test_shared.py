@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from payments.single_flight import Recent, Shared
+from payments.single_flight import Recent, SingleFlight
 
 pytestmark = pytest.mark.anyio
 
@@ -23,7 +23,7 @@ class Work:
 
 async def test_who_asks_meanwhile_gets_the_same_and_who_asks_later_a_new_one() -> None:
     work = Work()
-    shared = Shared(work)
+    shared = SingleFlight(work)
     asked = [asyncio.create_task(shared()) for _ in range(3)]
     await asyncio.sleep(0)
     work.go_on.set()
@@ -33,7 +33,7 @@ async def test_who_asks_meanwhile_gets_the_same_and_who_asks_later_a_new_one() -
 
 async def test_who_goes_away_takes_nobody_with_it() -> None:
     work = Work()
-    shared = Shared(work)
+    shared = SingleFlight(work)
     first, second = (asyncio.create_task(shared()) for _ in range(2))
     await asyncio.sleep(0)
     first.cancel()
@@ -49,7 +49,7 @@ async def test_an_error_is_everyones_and_over() -> None:
         if error := next(outcomes):
             raise error
 
-    shared = Shared(work)
+    shared = SingleFlight(work)
     asked = await asyncio.gather(shared(), shared(), return_exceptions=True)
     assert [str(error) for error in asked] == ["once", "once"]
     await shared()

@@ -29,7 +29,7 @@ from payments.queries.server import (
     unread_notifications,
 )
 from payments.settings import Settings
-from payments.single_flight import Recent, Shared
+from payments.single_flight import Recent, SingleFlight
 
 SWITCH_S = sys.getswitchinterval()
 RENDERING_SWITCH_S = 0.0002
@@ -73,8 +73,8 @@ class Health:
         self._calls_back = settings.order_callback_url is not None
         self._gives_back = settings.unfulfilled == "refund"
         self._horizon_age = HorizonAge()
-        self.reach_database = Shared(self._reach_database)
-        self.observe = Shared(self._observe)
+        self.reach_database = SingleFlight(self._reach_database)
+        self.observe = SingleFlight(self._observe)
         self.exposition = Recent(partial(self._rendered, telemetry.exposition))
         self.openmetrics = Recent(partial(self._rendered, telemetry.openmetrics))
 

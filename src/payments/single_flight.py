@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Shared(Generic[T]):
+class SingleFlight(Generic[T]):
     """Whoever calls it while it runs gets the result of that run, or its error.
 
     It may have begun before they asked. A caller that goes away takes nobody with it.
@@ -24,7 +24,7 @@ class Shared(Generic[T]):
 
     def _begin(self) -> "asyncio.Task[T]":
         if self._running is None:
-            self._running = asyncio.create_task(self._run(), name="shared")
+            self._running = asyncio.create_task(self._run(), name="single-flight")
         return self._running
 
     async def _run(self) -> T:
@@ -34,7 +34,7 @@ class Shared(Generic[T]):
             self._running = None
 
 
-class Recent(Shared[T]):
+class Recent(SingleFlight[T]):
     """Keeps the last result as well, for whoever is content with one that is not from now."""
 
     def __init__(self, work: Callable[[], Awaitable[T]]) -> None:
