@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from payments.gateways import NeverSent, OutcomeUnknown, http
-from payments.gateways.http import ANSWER_BYTES_MAX, Answer, ProviderHttp
+from payments.gateways.http import ANSWER_BYTES_MAX, ProviderHttp, ProviderResponse
 from tests.machine import within
 from tests.process import free_port
 
@@ -70,7 +70,7 @@ async def client_of(url: str, **options: object) -> AsyncIterator[ProviderHttp]:
     await client.close()
 
 
-async def get(client: ProviderHttp, timeout_s: float = WAIT_S) -> Answer:
+async def get(client: ProviderHttp, timeout_s: float = WAIT_S) -> ProviderResponse:
     return await client.exchange("GET", "/", timeout_s=timeout_s)
 
 
@@ -295,9 +295,9 @@ class TestAnswers:
             n: int
 
         decoder = msgspec.json.Decoder(Expected)
-        assert Answer(200, b'{"n": 1, "more": []}').read(decoder) == Expected(1)
+        assert ProviderResponse(200, b'{"n": 1, "more": []}').read(decoder) == Expected(1)
         with pytest.raises(OutcomeUnknown):
-            Answer(200, body).read(decoder)
+            ProviderResponse(200, body).read(decoder)
 
 
 class TestConnections:
@@ -426,7 +426,7 @@ class TestConnections:
                     asyncio.get_running_loop().call_later(dice.random() / 10, each.cancel)
             results = await asyncio.gather(*running, return_exceptions=True)
             kinds = {type(result) for result in results}
-            assert kinds == {Answer, NeverSent, OutcomeUnknown, asyncio.CancelledError}
+            assert kinds == {ProviderResponse, NeverSent, OutcomeUnknown, asyncio.CancelledError}
             assert client._free._value == 4
             assert len(client._idle) <= 4
         async with serving(OK) as server, client_of(server.url, connections_max=4) as client:

@@ -36,7 +36,7 @@ _NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 T = TypeVar("T")
 
 
-class Answer(NamedTuple):
+class ProviderResponse(NamedTuple):
     """HTTP status and body, as received."""
 
     status: int
@@ -95,7 +95,7 @@ class ProviderHttp:
         timeout_s: float,
         headers: Mapping[str, str] | None = None,
         body: object = None,
-    ) -> Answer:
+    ) -> ProviderResponse:
         """Sends one request, `body` as JSON if it is not None, and returns the answer, any status.
 
         Takes at most `timeout_s` in all. Raises NeverSent or OutcomeUnknown, whose messages hold
@@ -174,7 +174,9 @@ class ProviderHttp:
         )
 
 
-async def _exchange(connection: httpx.AsyncHTTPTransport, request: httpx.Request) -> Answer:
+async def _exchange(
+    connection: httpx.AsyncHTTPTransport, request: httpx.Request
+) -> ProviderResponse:
     response = await connection.handle_async_request(request)
     try:
         body = bytearray()
@@ -182,7 +184,7 @@ async def _exchange(connection: httpx.AsyncHTTPTransport, request: httpx.Request
             body += part
             if len(body) > ANSWER_BYTES_MAX:
                 raise OutcomeUnknown(f"answer of more than {ANSWER_BYTES_MAX} bytes")
-        return Answer(response.status_code, bytes(body))
+        return ProviderResponse(response.status_code, bytes(body))
     finally:
         await response.aclose()
 
