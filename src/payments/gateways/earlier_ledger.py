@@ -21,7 +21,13 @@ from uuid import UUID
 import msgspec
 
 from payments.errors import StartError
-from payments.gateways.ledger_file import Decision, LedgerFile, NotALedger, Refund, RefundRule
+from payments.gateways.ledger_file import (
+    Decision,
+    LedgerFile,
+    LedgerRefund,
+    NotALedger,
+    RefundRule,
+)
 from payments.gateways.ledger_tables import START_WAIT_S
 
 _BEGINNING = re.compile(rb'\["[0-9a-f-]{0,36}("|\Z)')
@@ -104,7 +110,7 @@ def _decisions(lines: Iterable[bytes]) -> Iterator[Decision]:
         decided = msgspec.structs.asdict(line)
         del decided["kind"]
         payment_id = decided.pop("payment_id")
-        yield Refund(**decided, payment_id=payment_id) if payment_id else Decision(**decided)
+        yield LedgerRefund(**decided, payment_id=payment_id) if payment_id else Decision(**decided)
 
 
 def _kept_as(earlier: Path) -> Path:

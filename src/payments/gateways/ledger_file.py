@@ -46,7 +46,7 @@ class Decision(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     outcome: str
 
 
-class Refund(Decision, frozen=True, array_like=True, kw_only=True):
+class LedgerRefund(Decision, frozen=True, array_like=True, kw_only=True):
     payment_id: UUID
 
 
@@ -160,7 +160,7 @@ class LedgerFile:
             return standing
         charge = self._find(CHARGE, refund.payment_id)
         given_back = self._row(REFUNDED, refund.payment_id) or (0,)
-        decision = Refund(
+        decision = LedgerRefund(
             id=refund.refund_id,
             amount_cents=refund.amount_cents,
             currency=refund.currency,
@@ -170,7 +170,7 @@ class LedgerFile:
         self._add_refund(decision)
         return decision
 
-    def _add_refund(self, refund: Refund) -> None:
+    def _add_refund(self, refund: LedgerRefund) -> None:
         added = self._connection.execute(ADD_REFUND, msgspec.to_builtins(refund)).rowcount
         if added and refund.outcome == "approved":
             self._connection.execute(GIVE_BACK, [refund.amount_cents, str(refund.payment_id)])
@@ -178,7 +178,7 @@ class LedgerFile:
     def _add(self, earlier: Iterable[Decision]) -> None:
         with self._transaction():
             for decision in earlier:
-                if isinstance(decision, Refund):
+                if isinstance(decision, LedgerRefund):
                     self._add_refund(decision)
                 else:
                     self._charge([decision])
