@@ -19,10 +19,12 @@ STALLED_S = INTENT_TIMEOUT_S - 0.5  # just before waiting intents are given up
 
 JSON = MediaType.JSON.value
 TEXT, OPENMETRICS = "text/plain", "application/openmetrics-text"
-ALIVE = answers.Answer(200, msgspec.json.encode(Alive(ok=True, service="payment-service")), JSON)
+ALIVE = answers.PreparedAnswer(
+    200, msgspec.json.encode(Alive(ok=True, service="payment-service")), JSON
+)
 
 
-async def health_of(service: Service) -> answers.Answer:
+async def health_of(service: Service) -> answers.PreparedAnswer:
     """Looked at now."""
     database, log, callbacks = "ok", None, None
     try:
@@ -42,7 +44,7 @@ async def health_of(service: Service) -> answers.Answer:
         log=log,
         callbacks=callbacks,
     )
-    return answers.Answer(200 if state.ok else 503, msgspec.json.encode(state), JSON)
+    return answers.PreparedAnswer(200 if state.ok else 503, msgspec.json.encode(state), JSON)
 
 
 @get("/health", media_type=MediaType.JSON, opt=described(HEALTH))
@@ -64,7 +66,7 @@ async def live() -> Response[bytes]:
     return _response(ALIVE)
 
 
-def _response(answer: answers.Answer) -> Response[bytes]:
+def _response(answer: answers.PreparedAnswer) -> Response[bytes]:
     return Response(answer.body, status_code=answer.status, media_type=MediaType.JSON)
 
 

@@ -18,11 +18,11 @@ from payments.errors import Unauthorized
 from payments.observability.metrics import Telemetry
 from web.paths import Paths
 from web.schema.description import Operation, described
-from web.serving.answers import Answer
+from web.serving.answers import PreparedAnswer
 from web.serving.door import Door, Known
 from web.serving.protocol import Protocol
 
-ALIVE = Answer(200, b"alive", "text/plain")
+ALIVE = PreparedAnswer(200, b"alive", "text/plain")
 KEY = b"Authorization: Bearer shop-key\r\n"
 KEYED = Operation(id="keyed", tag="", description="", answers={}, problems=(Unauthorized,))
 

@@ -23,7 +23,7 @@ from tests.web.doors import (
     request,
 )
 from web.serving import throttle
-from web.serving.answers import Answer
+from web.serving.answers import PreparedAnswer
 from web.serving.door import OPEN_PER_S
 
 pytestmark = pytest.mark.anyio
@@ -156,7 +156,7 @@ async def test_what_is_known_is_told_to_those_that_are_beyond_the_bound(
     telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("web.serving.door.OPEN_PER_S", 0)
-    known = iter([None, Answer(200, b"{known}", "text/plain"), None])
+    known = iter([None, PreparedAnswer(200, b"{known}", "text/plain"), None])
     async with listening(door(telemetry, known=lambda: next(known))) as server:
         with await server.connect() as client:
             for status, end in ((503, b'"too_busy"}'), (200, b"{known}"), (503, b'"too_busy"}')):

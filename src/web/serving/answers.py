@@ -9,7 +9,7 @@ from web.auth import SEND_A_KEY
 from web.problems import MEDIA_TYPE, NotFound, refused
 
 
-class Answer:
+class PreparedAnswer:
     """One of a few, made in advance. `waits`: in a flood it is given late (see throttle.py). `code`
     is the problem's that it tells, if any."""
 
@@ -53,7 +53,7 @@ class Refused:
     )
     message_event = asyncio.Event()  # nobody waits for it
 
-    def __init__(self, answer: Answer, more: bytes, *, is_to_head: bool) -> None:
+    def __init__(self, answer: PreparedAnswer, more: bytes, *, is_to_head: bool) -> None:
         self.answer = answer
         self.more = more
         self.is_to_head = is_to_head
@@ -70,9 +70,9 @@ def lines_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     return b"".join([b"%s: %s\r\n" % header for header in headers])
 
 
-def of_error(error: PaymentsError, *, waits: bool = True) -> Answer:
+def of_error(error: PaymentsError, *, waits: bool = True) -> PreparedAnswer:
     status, body, headers = refused(error)
-    return Answer(status, body, headers=headers, waits=waits, code=error.code)
+    return PreparedAnswer(status, body, headers=headers, waits=waits, code=error.code)
 
 
 NOT_FOUND = of_error(NotFound())

@@ -17,7 +17,7 @@ from payments.observability.metrics import Telemetry
 from web.auth import authenticate
 from web.paths import Paths
 from web.serving.access_log import RefusalLog
-from web.serving.answers import NOT_FOUND, TOO_BUSY, TOO_BUSY_OPEN, UNAUTHORIZED, Answer
+from web.serving.answers import NOT_FOUND, TOO_BUSY, TOO_BUSY_OPEN, UNAUTHORIZED, PreparedAnswer
 from web.serving.heads import METHODS, Headers
 from web.serving.throttle import Bucket, Throttle, Waiting
 
@@ -29,7 +29,7 @@ _READS = (b"GET", b"HEAD")
 _METHODS = {method.encode(): method for method in METHODS} | {b"HEAD": "GET"}
 
 # What is known of a path without asking anybody; None: nothing.
-Known = Callable[[], Answer | None]
+Known = Callable[[], PreparedAnswer | None]
 
 
 class Place(Protocol):
@@ -77,7 +77,7 @@ class Door:
         admission: Admission,
         telemetry: Telemetry,
         *,
-        alive: Mapping[str, Answer],
+        alive: Mapping[str, PreparedAnswer],
         known: Mapping[str, Known],
     ) -> None:
         """By path: what is always `alive`, with which answer; and what is `known`, which is told
@@ -104,7 +104,9 @@ class Door:
         """For one connection."""
         return self._admission.anonymous_memory.share()
 
-    def look(self, method: bytes, target: bytes, headers: Headers) -> "Client | OpenPath | Answer":
+    def look(
+        self, method: bytes, target: bytes, headers: Headers
+    ) -> "Client | OpenPath | PreparedAnswer":
         """As whom a request comes in, or its answer; ValueError for a target that is none at all.
 
         A client may still be refused when it asks to be admitted.
@@ -124,7 +126,7 @@ class Door:
             self.log.unauthorized.add()
             return self._counted(UNAUTHORIZED, method, path.template)
 
-    def refusal(self, place: Client | OpenPath | None, method: bytes) -> Answer:
+    def refusal(self, place: Client | OpenPath | None, method: bytes) -> PreparedAnswer:
         """For a request that was not admitted; None: it is not known yet what for."""
         if isinstance(place, Client):
             self._telemetry.refusals.inc()
@@ -140,7 +142,7 @@ class Door:
         self.log.too_busy_open.add()
         return TOO_BUSY_OPEN
 
-    def may_answer(self, answer: Answer, who: Waiting) -> bool:
+    def may_answer(self, answer: PreparedAnswer, who: Waiting) -> bool:
         """Whether this may be answered now; if not, `who` hears of its turn."""
         if not answer.waits:
             return True
@@ -151,7 +153,7 @@ class Door:
     def forget(self, who: Waiting) -> None:
         self._throttle.forget(who)
 
-    def _counted(self, answer: Answer, method: bytes, route: str) -> Answer:
+    def _counted(self, answer: PreparedAnswer, method: bytes, route: str) -> PreparedAnswer:
         key = (method, route, answer.status)
         counter = self._counters.get(key)
         if counter is None:

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from payments.commands.runs import Caller
 from web.problems import HeadTooLarge, MalformedRequest, TargetTooLong
-from web.serving.answers import TOO_BUSY, Answer, Refused, lines_of
+from web.serving.answers import TOO_BUSY, PreparedAnswer, Refused, lines_of
 from web.serving.arrivals import CALLER, WAITED_S
 from web.serving.connection import Connection
 from web.serving.door import Door, Place
@@ -110,7 +110,7 @@ class Protocol(Connection):
         self._head.is_open = False
         self._memory.let_go_of_head()
         place = self._door.look(method, self.url, self.headers)
-        if isinstance(place, Answer):
+        if isinstance(place, PreparedAnswer):
             self._refuse(place, method)
             return
         is_idle = self._is_idle()
@@ -189,7 +189,7 @@ class Protocol(Connection):
         self.tasks.discard(task)
         _leave(state)
 
-    def _refuse(self, answer: Answer, method: bytes) -> None:
+    def _refuse(self, answer: PreparedAnswer, method: bytes) -> None:
         """The request whose head was read. It is answered when it is complete and has its turn, or
         when the rest of the data was read and it is not."""
         refused = self._refused(answer, method, self.headers)
@@ -227,7 +227,7 @@ class Protocol(Connection):
         refused.keep_alive = False
         self._end(refused.written())
 
-    def _refused(self, answer: Answer, method: bytes, headers: Headers) -> Refused:
+    def _refused(self, answer: PreparedAnswer, method: bytes, headers: Headers) -> Refused:
         more = b""
         if answer.waits:  # the others are to cost as little as can be
             named = (b"x-request-id", request_id_of(headers).encode())
