@@ -47,7 +47,7 @@ class Reached(NamedTuple):
     rewound: bool
 
 
-class Health:
+class HealthChecks:
     """Looks at the database on connections of its own: health and metrics never wait behind
     requests for one, nor behind one another; however many ask, the database is asked one thing of
     each kind at a time."""

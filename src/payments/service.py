@@ -33,7 +33,7 @@ from payments.gateways.building import build_gateway
 from payments.gateways.counted import CountedGateway
 from payments.gateways.ledger_identity import check_ledger
 from payments.gateways.simulated import SimulatedGateway
-from payments.health import Health
+from payments.health import HealthChecks
 from payments.observability.metrics import Telemetry
 from payments.order_service.target import Target, check_target
 from payments.projections.callbacks import CallbacksProjection, begin_at_the_end
@@ -118,7 +118,7 @@ class Service:
         self.followers = build_followers(
             settings, self.database, self.telemetry, applied, self.gateway.declines_may_turn_s
         )
-        self.health = Health(
+        self.health = HealthChecks(
             settings,
             self.database,
             self.telemetry,
