@@ -11,7 +11,7 @@ from payments.cli.start import begin
 from payments.money import DECIMALS, decimal_text
 from payments.opening import open_database
 from payments.queries.log import Replay, Wanted
-from payments.queries.movements import MOVEMENTS, Movement, Unreadable, movements
+from payments.queries.movements import MOVEMENTS, Movement, UnreadableMovement, movements
 
 COLUMNS = (
     *("time", "order", "payment", "kind", "amount", "currency"),
@@ -39,7 +39,7 @@ def export_money(first: datetime, last: datetime) -> None:
         out.write(csv_line(COLUMNS))
         for part in movements(log):
             for found in part:
-                if isinstance(found, Unreadable):
+                if isinstance(found, UnreadableMovement):
                     unreadable += 1
                     click.echo(f"not readable: the event at position {found.position}", err=True)
                 elif found.currency not in DECIMALS:  # of a newer version

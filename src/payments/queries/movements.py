@@ -43,13 +43,13 @@ class Movement(NamedTuple):
     key: str | None
 
 
-class Unreadable(NamedTuple):
+class UnreadableMovement(NamedTuple):
     """An event that moved money, and cannot be read."""
 
     position: int
 
 
-def movements(log: Replay) -> Iterator[list[Movement | Unreadable]]:
+def movements(log: Replay) -> Iterator[list[Movement | UnreadableMovement]]:
     """Of a replay that wants MOVEMENTS, part by part.
 
     What was imported moved in another service, before it was recorded here, and is left out.
@@ -74,12 +74,12 @@ def _asked_for(log: Replay, payment_ids: Sequence[UUID]) -> Asked:
     return asked
 
 
-def _movement(found: Sealed, asked: Asked) -> Movement | Unreadable | None:
+def _movement(found: Sealed, asked: Asked) -> Movement | UnreadableMovement | None:
     event = found.event
     try:
         fact: Fact = fact_of(event)
     except UndecodableEvent:
-        return Unreadable(event.position)
+        return UnreadableMovement(event.position)
     assert isinstance(fact, Moved)
     if fact.imported is True:
         return None
