@@ -22,7 +22,7 @@ from payments.cli.checks import ALERTS, ROLES, Told
 from payments.database import session
 from payments.database.connections import DatabaseAddress, connect
 from payments.database.session import SETTINGS
-from payments.queries.server import Server
+from payments.queries.server import ServerState
 from tests.process import ROOT, ServiceProcess, at
 from tests.queries.rows import insert, insert_fulfilment, view
 from tests.support import History, append, eventually
@@ -498,8 +498,8 @@ class Incident:
         )
 
     def payments_failover_would_lose(self) -> None:
-        async def lagging(_: object) -> Server:
-            return Server(
+        async def lagging(_: object) -> ServerState:
+            return ServerState(
                 synchronous=0, asynchronous=2, skew_s=0.0, log_ahead_s=0.0, read_only=False
             )
 

@@ -23,7 +23,7 @@ from payments.queries.followers import (
 from payments.queries.fulfilments import Count, counts
 from payments.queries.server import (
     HorizonAge,
-    Server,
+    ServerState,
     horizon,
     server_state,
     unread_notifications,
@@ -127,7 +127,7 @@ class HealthChecks:
         self._show_unfulfilled(unfulfilled)
         self._telemetry.observed(up=True)
 
-    def _show_server(self, server: Server, held_s: float, unread: float) -> None:
+    def _show_server(self, server: ServerState, held_s: float, unread: float) -> None:
         self._telemetry.read_only.set(server.read_only)
         self._telemetry.standbys["synchronous"].set(server.synchronous)
         self._telemetry.standbys["asynchronous"].set(server.asynchronous)

@@ -15,7 +15,7 @@ from payments.queries.server import (
     UNSAFE_MEANS,
     Horizon,
     Role,
-    Server,
+    ServerState,
     horizon,
     role_of,
     server_state,
@@ -125,7 +125,7 @@ async def server_checks(database: Database) -> list[Check]:
     return checks
 
 
-def _clock(server: Server) -> Check:
+def _clock(server: ServerState) -> Check:
     skew_s = abs(server.skew_s)
     where = f"{skew_s:.1f} s apart" if skew_s > 0.1 else "together"
     if server.skew_s < 0:
@@ -138,7 +138,7 @@ def _clock(server: Server) -> Check:
     return failing("clock", bad, f"this machine's and the database's: {where}")
 
 
-def _standbys(server: Server) -> Check:
+def _standbys(server: ServerState) -> Check:
     """Of the database."""
     if server.synchronous + server.asynchronous == 0:
         return Check(state="off", name="standbys", text="none: a failover needs one, or a backup")
@@ -161,7 +161,7 @@ def _durability(unsafe: list[str]) -> Check:
     )
 
 
-async def _log(database: Database, server: Server) -> Check:
+async def _log(database: Database, server: ServerState) -> Check:
     loss, id = await open_loss(database), await log_id(database)
     text = "its id is missing: `payments audit verify`" if id is None else str(id)
     if server.log_ahead_s:

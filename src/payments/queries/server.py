@@ -29,7 +29,7 @@ SELECT (SELECT count(*) FILTER (WHERE r.synchronous) FROM standbys r),
 """
 
 
-class Server(NamedTuple):
+class ServerState(NamedTuple):
     """`skew_s`: the database's clock minus this process's, 0 if the time that asking took may
     explain it. `log_ahead_s`: how far in the future the log's last event is, by the database's
     clock. `read_only`: it is a standby, or refuses to write.
@@ -48,14 +48,14 @@ class Server(NamedTuple):
         return self.asynchronous > 0 and self.synchronous == 0
 
 
-async def server_state(database: Database) -> Server:
+async def server_state(database: Database) -> ServerState:
     """Raises DatabaseUnavailable."""
     began = time.time()
     rows = await database.fetch(SERVER)
     ended = time.time()
     ((synchronous, asynchronous, now, log_ahead_s, read_only),) = rows
     skew_s = now - began if now < began else max(0.0, now - ended)
-    return Server(
+    return ServerState(
         synchronous=synchronous,
         asynchronous=asynchronous,
         skew_s=skew_s,
