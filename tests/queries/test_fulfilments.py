@@ -13,7 +13,7 @@ from payments.database.connections import Database, DatabaseAddress
 from payments.errors import InvalidRequest
 from payments.payment.state import Status
 from payments.queries import fulfilments
-from payments.queries.cursor import Place, write_cursor
+from payments.queries.cursor import ListPlace, write_cursor
 from payments.queries.fulfilments import (
     OPEN_STATES,
     Unfulfilled,
@@ -188,7 +188,7 @@ async def test_paging_and_whose_they_are(database: Database, connection: Connect
 async def test_a_cursor_of_another_list(database: Database) -> None:
     with pytest.raises(InvalidRequest):
         await list_unfulfilled(
-            *(database, UnfulfilledFilter(), None, 2, write_cursor(Place(NOW, uuid.uuid4()))),
+            *(database, UnfulfilledFilter(), None, 2, write_cursor(ListPlace(NOW, uuid.uuid4()))),
             asked=True,
         )
 

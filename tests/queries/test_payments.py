@@ -13,7 +13,7 @@ import pytest
 from payments.database.connections import Database, DatabaseAddress
 from payments.errors import InvalidRequest
 from payments.payment.state import Status
-from payments.queries.cursor import Place, read_cursor, write_cursor
+from payments.queries.cursor import ListPlace, read_cursor, write_cursor
 from payments.queries.payments import (
     PaymentFilter,
     PaymentPage,
@@ -237,7 +237,7 @@ def damaged(cursor: str) -> list[str]:
 
 
 async def test_cursors_that_are_not_ours(database: Database) -> None:
-    cursor = write_cursor(Place(NOON, ORDERS[0]))
+    cursor = write_cursor(ListPlace(NOON, ORDERS[0]))
     assert read_cursor(cursor) == (NOON, ORDERS[0])
     for wrong in damaged(cursor):
         with pytest.raises(InvalidRequest) as raised:
@@ -254,7 +254,7 @@ async def test_cursors_that_are_not_ours(database: Database) -> None:
     ],
 )
 def test_cursors_of_any_time(time: datetime) -> None:
-    assert read_cursor(write_cursor(Place(time, ORDERS[0]))) == (time, ORDERS[0])
+    assert read_cursor(write_cursor(ListPlace(time, ORDERS[0]))) == (time, ORDERS[0])
 
 
 async def test_an_unknown_id_that_is_an_orders(database: Database, connection: Connection) -> None:

@@ -25,7 +25,7 @@ from payments.events.store import (
 )
 from payments.fulfilment import table as fulfilments
 from payments.payment.state import Status
-from payments.queries.cursor import Place, write_cursor
+from payments.queries.cursor import ListPlace, write_cursor
 from payments.queries.history import HISTORY
 from payments.queries.payments import (
     PaymentFilter,
@@ -89,7 +89,7 @@ SELECT 2 * n + v, md5('p' || n)::uuid, v, 'PaymentInitiated', decode(repeat('61'
 
 NEWEST = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=100_000)
 ORDER = uuid.UUID(hashlib.md5(b"o40000").hexdigest())
-MIDDLE = write_cursor(Place(NEWEST - timedelta(hours=15), ORDER))
+MIDDLE = write_cursor(ListPlace(NEWEST - timedelta(hours=15), ORDER))
 CLIENT_INDEXES = {
     frozenset[str](): "payment_clients_newest",
     frozenset({"status"}): "payment_clients_by_status",
@@ -311,9 +311,9 @@ def test_telling_of_a_payment_looks_at_one_row(on_big: psycopg.Connection[Any]) 
         assert plan.looked_at <= 4
 
 
-@pytest.mark.parametrize("after", [None, Place(NEWEST - timedelta(hours=15), ORDER)])
+@pytest.mark.parametrize("after", [None, ListPlace(NEWEST - timedelta(hours=15), ORDER)])
 async def test_a_page_of_orders_to_be_reconciled_stops_early(
-    big: DatabaseAddress, on_big: psycopg.Connection[Any], after: Place | None
+    big: DatabaseAddress, on_big: psycopg.Connection[Any], after: ListPlace | None
 ) -> None:
     database = WatchedDatabase(big, 1)
     await database.open()

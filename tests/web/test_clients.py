@@ -13,7 +13,7 @@ import pytest
 from payments.clients import ApiKey
 from payments.events.facts import encode
 from payments.payment.identity import payment_id_for
-from payments.queries.cursor import Place, write_cursor
+from payments.queries.cursor import ListPlace, write_cursor
 from payments.service import Service
 from payments.settings import Settings
 from tests.queries.rows import insert, view
@@ -224,7 +224,7 @@ async def test_no_filter_and_no_cursor_leads_to_anothers_payments(
     await caught_up(service, connection)
     begun = theirs.payment.created_at
     # A client may make up its cursors: what matters is what follows.
-    before = Place(begun, uuid.UUID(int=2**128 - 1))
+    before = ListPlace(begun, uuid.UUID(int=2**128 - 1))
     for query in (
         {},
         {"merchant_order_id": str(ORDER_ID)},

@@ -9,13 +9,13 @@ import pytest
 
 from payments.errors import InvalidRequest
 from payments.payment.state import Status
-from payments.queries.cursor import Place, write_cursor
+from payments.queries.cursor import ListPlace, write_cursor
 from payments.queries.payments import PaymentFilter
 from payments.times import TIME_PATTERN
 from web.list_query import read_list_query
 
 ORDER = "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9"
-CURSOR = write_cursor(Place(datetime(2026, 1, 1, tzinfo=UTC), UUID(ORDER)))
+CURSOR = write_cursor(ListPlace(datetime(2026, 1, 1, tzinfo=UTC), UUID(ORDER)))
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 

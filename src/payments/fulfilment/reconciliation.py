@@ -17,7 +17,7 @@ from payments.fulfilment import table
 from payments.fulfilment.checking import CONCURRENCY_MAX
 from payments.fulfilment.status import OrderStatus
 from payments.order_service.responses import Reading
-from payments.queries.cursor import Place
+from payments.queries.cursor import ListPlace
 from payments.queries.payments import has_no_money, orders_with_outcomes
 
 PAGE = 200  # orders that are read at a time
@@ -87,7 +87,7 @@ class Reconciliation:
         return found
 
     async def _orders(self, since: datetime, until: datetime) -> AsyncIterator[UUID]:
-        after: Place | None = None
+        after: ListPlace | None = None
         while page := await orders_with_outcomes(self._database, since, until, after, PAGE):
             for _, order_id in page:
                 yield order_id

@@ -18,7 +18,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
 
-class Place(NamedTuple):
+class ListPlace(NamedTuple):
     """The last payment of a page, in the list's order: by a time (of its creation, unless the list
     says otherwise), equal times by id."""
 
@@ -26,14 +26,14 @@ class Place(NamedTuple):
     id: UUID
 
 
-def write_cursor(place: Place, of: str = "") -> str:
+def write_cursor(place: ListPlace, of: str = "") -> str:
     """`of` names the list; that of all payments has no name."""
     packed = _PLACE.pack((place.created_at - _EPOCH) // _MICROSECOND, place.id.bytes)
     checked = packed + _CHECKSUM.pack(zlib.crc32(packed, zlib.crc32(of.encode())))
     return base64.urlsafe_b64encode(checked).rstrip(b"=").decode("ascii")
 
 
-def read_cursor(cursor: str, of: str = "") -> Place:
+def read_cursor(cursor: str, of: str = "") -> ListPlace:
     """Raises InvalidRequest, which names `cursor`."""
     try:
         place = _unpack(base64.b64decode(_padded(cursor), altchars=b"-_", validate=True))
@@ -49,6 +49,6 @@ def _padded(cursor: str) -> bytes:
     return cursor.encode("ascii") + b"=" * (-len(cursor) % 4)
 
 
-def _unpack(checked: bytes) -> Place:
+def _unpack(checked: bytes) -> ListPlace:
     micros, id_bytes = _PLACE.unpack(checked[: _PLACE.size])
-    return Place(_EPOCH + micros * _MICROSECOND, UUID(bytes=id_bytes))
+    return ListPlace(_EPOCH + micros * _MICROSECOND, UUID(bytes=id_bytes))

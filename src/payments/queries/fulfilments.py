@@ -16,7 +16,7 @@ from uuid import UUID
 import msgspec
 
 from payments.database.connections import Database
-from payments.queries.cursor import Place, read_cursor, write_cursor
+from payments.queries.cursor import ListPlace, read_cursor, write_cursor
 
 State = Literal["suspect", "unfulfilled", "paid_twice", "given_back"]
 Said = Literal["nothing", "already_processed", "repeated", "failed", "not_asked"]
@@ -167,7 +167,7 @@ async def list_unfulfilled(
         database, states, limit + 1, wanted.merchant_order_id, client=client, after=after
     )
     last = found[limit - 1] if len(found) > limit else None
-    next_cursor = write_cursor(Place(last.found_at, last.payment_id), LIST) if last else None
+    next_cursor = write_cursor(ListPlace(last.found_at, last.payment_id), LIST) if last else None
     return UnfulfilledPage(found[:limit], next_cursor, asked)
 
 
@@ -202,7 +202,7 @@ async def _page(
     order_id: UUID | None,
     *,
     client: str | None = None,
-    after: Place | None = None,
+    after: ListPlace | None = None,
 ) -> list[Unfulfilled]:
     params: dict[str, Any] = {
         "states": list(states),

@@ -14,7 +14,7 @@ from payments.event_store import fold_stored
 from payments.events.store import LOAD_STREAM_AS_OF, belongs_to
 from payments.money import amount_text
 from payments.payment.state import Payment, Status
-from payments.queries.cursor import Place, read_cursor, write_cursor
+from payments.queries.cursor import ListPlace, read_cursor, write_cursor
 from payments.queries.lookups import PaymentLookups
 
 T = TypeVar("T")
@@ -214,7 +214,7 @@ async def list_payments(
     last = payments[limit - 1] if more else None
     return PaymentPage(
         payments[:limit],
-        write_cursor(Place(last.created_at, last.id)) if last else None,
+        write_cursor(ListPlace(last.created_at, last.id)) if last else None,
         rows[0][0],
     )
 
@@ -250,8 +250,8 @@ async def found(
 
 
 async def orders_with_outcomes(
-    database: Database, since: datetime, until: datetime, after: Place | None, limit: int
-) -> list[tuple[Place, UUID]]:
+    database: Database, since: datetime, until: datetime, after: ListPlace | None, limit: int
+) -> list[tuple[ListPlace, UUID]]:
     """Orders that have a payment with an outcome, which was begun at `since` or later, and before
     `until`: at most so many, behind the place `after`, each with the place to go on from."""
     params = {
@@ -262,7 +262,7 @@ async def orders_with_outcomes(
         "limit": limit,
     }
     rows = await database.fetch(ORDERS, params, prepare=False)
-    return [(Place(created_at, id), order_id) for created_at, id, order_id in rows]
+    return [(ListPlace(created_at, id), order_id) for created_at, id, order_id in rows]
 
 
 async def has_no_money(database: Database, order_id: UUID) -> bool:
