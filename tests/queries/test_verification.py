@@ -17,8 +17,8 @@ from payments.projections.comparison import Comparison
 from payments.queries import verification as module
 from payments.queries.verification import (
     Finding,
+    LogPlace,
     NoExport,
-    Place,
     Verification,
     ends_of,
     missing_seals,
@@ -383,7 +383,7 @@ def test_what_comes_while_it_is_read_is_no_finding(
     if sealed:
         seal()
 
-    def disturbed(places: Iterator[Place]) -> Iterator[Place]:
+    def disturbed(places: Iterator[LogPlace]) -> Iterator[LogPlace]:
         for number, place in enumerate(places):
             if number == EVENTS:
                 append(connection, History("later").charged().refunded().facts)
@@ -557,11 +557,11 @@ def test_every_removal_and_every_swap_is_found() -> None:
         assert of_export(join(mixed), head)[0] == one + 1
 
 
-def places(*steps: tuple[int, bool, bool]) -> Iterator[Place]:
+def places(*steps: tuple[int, bool, bool]) -> Iterator[LogPlace]:
     for position, event, hash in steps:
         read = read_line(exported(position)[position - 1])
         assert read.hash is not None
-        yield Place(
+        yield LogPlace(
             position, read.entry if event else None, bytes.fromhex(read.hash) if hash else None
         )
 

@@ -22,8 +22,8 @@ from payments.queries.guards import broken_guards
 from payments.queries.verification import (
     Finding,
     Head,
+    LogPlace,
     NoExport,
-    Place,
     Verification,
     accepted_losses,
     another_log,
@@ -195,8 +195,8 @@ def _tell(verification: Verification, id: str = "") -> None:
 
 
 def _with_progress(
-    places: Iterator[Place], progress: Progress, total: int | None
-) -> Iterator[Place]:
+    places: Iterator[LogPlace], progress: Progress, total: int | None
+) -> Iterator[LogPlace]:
     for number, place in enumerate(places, 1):
         if number % PROGRESS_EVERY == 0:
             progress("verify", number, total)

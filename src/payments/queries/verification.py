@@ -43,7 +43,7 @@ class Head(NamedTuple):
         return f"{self.position}:{self.hash.hex()}"
 
 
-class Place(NamedTuple):
+class LogPlace(NamedTuple):
     """What stands at a position: the event, its seal, or both."""
 
     position: int
@@ -108,7 +108,7 @@ class Verification:
         self._agreed = 0  # the last position of a head that fits
         self._found = False
 
-    def findings(self, places: Iterable[Place]) -> Iterator[Finding]:
+    def findings(self, places: Iterable[LogPlace]) -> Iterator[Finding]:
         for place in places:
             if self._is_as_sealed(place):
                 continue
@@ -119,7 +119,7 @@ class Verification:
             self._found = True
             yield finding
 
-    def _is_as_sealed(self, place: Place) -> bool:
+    def _is_as_sealed(self, place: LogPlace) -> bool:
         """Nearly every place: its event is the next one and fits its seal, and nothing is open."""
         position, event, hash = place
         if (
@@ -142,7 +142,7 @@ class Verification:
         self.head = Head(position, hash)
         return True
 
-    def _look_at(self, place: Place) -> Iterator[Finding]:
+    def _look_at(self, place: LogPlace) -> Iterator[Finding]:
         position, event, hash = place
         if position < self._expected:
             yield from self._clear(None, None)
@@ -265,16 +265,16 @@ def ends_of(source: Source) -> Ends:
     return Ends(log=log or 0, seals=seals or 0, sealed=sealed)
 
 
-def places_of(reader: Reader, ends: Ends) -> Iterator[Place]:
+def places_of(reader: Reader, ends: Ends) -> Iterator[LogPlace]:
     """The log and its seals side by side, as they were when they ended there.
 
     Read in parts, since neither changes: what is appended and sealed meanwhile is left out.
     """
     for part in reader.ahead(_parts(reader, ends)):
         for position, there, *event, hash in part:
-            yield Place(position, LogEntry(position, *event) if there else None, hash)
+            yield LogPlace(position, LogEntry(position, *event) if there else None, hash)
     for row in reader.fetch(READ_PLACELESS):
-        yield Place(0, LogEntry(*row), None)
+        yield LogPlace(0, LogEntry(*row), None)
 
 
 def _parts(reader: Reader, ends: Ends) -> Iterator[Rows]:
@@ -342,7 +342,7 @@ class NoExport(StartError):
     """The file is no export of a log: its first line is none of `payments replay`."""
 
 
-def places_in(lines: BinaryIO, damaged: list[Finding]) -> Iterator[Place]:
+def places_in(lines: BinaryIO, damaged: list[Finding]) -> Iterator[LogPlace]:
     """The events of an export and their seals. What is no line of an export goes to `damaged`;
     NoExport if it is the first one."""
     position = 0
@@ -352,7 +352,7 @@ def places_in(lines: BinaryIO, damaged: list[Finding]) -> Iterator[Place]:
         try:
             read = read_line(line)
             hash = None if read.hash is None else bytes.fromhex(read.hash)
-            place = Place(read.position, read.entry, hash)
+            place = LogPlace(read.position, read.entry, hash)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             if number == 1:
                 raise NoExport(f"line 1 is no event of an export: {error}") from None
