@@ -254,6 +254,16 @@ def test_no_module_and_no_function_is_too_long() -> None:
     assert found == {}
 
 
+def test_no_two_classes_have_the_same_name() -> None:
+    """A name found by searching is then the only class it can mean."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for module, path in MODULES.items():
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.ClassDef):
+                found[node.name].append(module)
+    assert {name: modules for name, modules in found.items() if len(modules) > 1} == {}
+
+
 def test_every_package_has_a_map_of_its_modules() -> None:
     """Its docstring names each of them, as `name.py` or `name/`, and none that is not there."""
     wrong = []
