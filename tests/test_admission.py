@@ -39,13 +39,13 @@ def enter(client: Client, requests: int = 10_000) -> int:
 class TestOneClient:
     @pytest.fixture
     def admission(self, clock: Clock) -> Admission:
-        return Admission(places=40, slots=3, clock=clock)
+        return Admission(requests_max=40, provider_calls_max=3, clock=clock)
 
     @pytest.fixture
     def client(self, admission: Admission) -> Client:
         return admission.client("default")
 
-    def test_a_burst_may_take_all_places(self, client: Client) -> None:
+    def test_a_burst_may_take_all(self, client: Client) -> None:
         assert enter(client) == 40
 
     def test_after_a_refusal_there_are_fewer_until_nobody_was_refused_for_a_while(
@@ -60,29 +60,29 @@ class TestOneClient:
         clock.now += CALM_S
         assert enter(client) == 31
 
-    def test_who_waits_for_somebody_else_holds_no_place(self, client: Client) -> None:
+    def test_who_waits_for_somebody_else_does_not_count(self, client: Client) -> None:
         assert enter(client) == 40
         client.leave(40)
         assert enter(client, 10) == 10
         client.leave(10)
         client.enter()  # whoever comes back is not asked
-        assert client.places.held == 1
+        assert client.requests.held == 1
 
-    @pytest.mark.parametrize("places", [1, 2, 3])
+    @pytest.mark.parametrize("requests_max", [1, 2, 3])
     @pytest.mark.parametrize("clients", [1, 2])
-    def test_one_place_is_always_there(self, places: int, clients: int, clock: Clock) -> None:
-        client = Admission(places, 1, clients, clock).client("a")
-        assert enter(client) == places
-        client.leave(places)
+    def test_one_is_always_let_in(self, requests_max: int, clients: int, clock: Clock) -> None:
+        client = Admission(requests_max, 1, clients, clock).client("a")
+        assert enter(client) == requests_max
+        client.leave(requests_max)
         assert enter(client) == 1
 
-    def test_slots(self, client: Client) -> None:
+    def test_provider_calls(self, client: Client) -> None:
         for _ in range(3):
-            client.take_slot()
+            client.take_provider_call()
         with pytest.raises(TooBusy):
-            client.take_slot()
-        client.release_slot()
-        client.take_slot()
+            client.take_provider_call()
+        client.release_provider_call()
+        client.take_provider_call()
 
     def test_memory_is_there_for_as_many_as_may_be_under_way(self) -> None:
         assert Admission(512, 1000).memory.total == MEMORY_MIN
@@ -92,7 +92,7 @@ class TestOneClient:
 class TestSeveralClients:
     @pytest.fixture
     def admission(self, clock: Clock) -> Admission:
-        return Admission(places=512, slots=1000, clients=3, clock=clock)
+        return Admission(requests_max=512, provider_calls_max=1000, clients=3, clock=clock)
 
     def test_a_burst_leaves_some_to_the_others(self, admission: Admission) -> None:
         assert enter(admission.client("greedy")) == 448
@@ -103,10 +103,10 @@ class TestSeveralClients:
     ) -> None:
         greedy, other = admission.client("greedy"), admission.client("other")
         enter(greedy)
-        while greedy.places.held:  # all along while the burst is worked off
+        while greedy.requests.held:  # all along while the burst is worked off
             assert enter(other, 50) == 50
             other.leave(50)
-            greedy.leave(min(30, greedy.places.held))
+            greedy.leave(min(30, greedy.requests.held))
             clock.now += 0.01
         assert enter(greedy) == 128
         assert enter(other) == 64
@@ -122,7 +122,7 @@ class TestSeveralClients:
         for turn in range(200):
             for client in greedy:
                 enter(client)
-                client.leave(client.places.held // 4)
+                client.leave(client.requests.held // 4)
             clock.now += 0.01
             if turn > 10:  # what they took at first is worked off
                 assert enter(other, 5) == 5
@@ -131,8 +131,10 @@ class TestSeveralClients:
     def test_a_client_that_is_alone_has_everything_if_there_is_no_other(self, clock: Clock) -> None:
         assert enter(Admission(512, 1000, 1, clock).client("only")) == 512
 
-    def test_neither_slots_nor_runs_nor_memory_can_all_be_taken(self, admission: Admission) -> None:
-        for kind in ("slots", "runs", "memory"):
+    def test_neither_provider_calls_nor_runs_nor_memory_can_all_be_taken(
+        self, admission: Admission
+    ) -> None:
+        for kind in ("provider_calls", "runs", "memory"):
             greedy = getattr(admission.client("greedy"), kind)
             unit = greedy.bound.total // 1000
             while greedy.take(unit):

@@ -512,13 +512,13 @@ async def test_who_waits_for_another_run_takes_no_slot(make: Make) -> None:
     charges = [asyncio.create_task(elsewhere.charging.charge(charge_of("a")))]
     await until(lambda: asked.charges)
     charges += [asyncio.create_task(service.charging.charge(charge_of("a"))) for _ in range(3)]
-    await until(lambda: service.admission.places.taken == -3)
-    assert service.admission.slots.taken == 0
+    await until(lambda: service.admission.requests.taken == -3)
+    assert service.admission.provider_calls.taken == 0
     await service.charging.charge(charge_of("b"))
     answered.set()
     assert {(await charge).payment.status for charge in charges} == {Status.SUCCESS}
     assert gateway.charges[0].payment_id == payment_id_for("b")
-    assert (service.admission.places.taken, service.admission.slots.taken) == (0, 0)
+    assert (service.admission.requests.taken, service.admission.provider_calls.taken) == (0, 0)
 
 
 async def test_places_and_slots_are_free_again_however_a_run_ends(
@@ -542,7 +542,7 @@ async def test_places_and_slots_are_free_again_however_a_run_ends(
     await asyncio.sleep(0)
     request.cancel()
     await service.runs.drain(3)
-    assert (service.admission.places.taken, service.admission.slots.taken) == (0, 0)
+    assert (service.admission.requests.taken, service.admission.provider_calls.taken) == (0, 0)
 
 
 async def test_an_outcome_found_by_another_process_first(
@@ -717,7 +717,7 @@ async def test_no_more_than_so_many_wait_for_runs_of_other_processes(make: Make)
     await until(lambda: len(asked.charges) == 3)
     for waiting, key in enumerate("ab", 1):  # in turn: for a moment each needs the only slot
         charges.append(asyncio.create_task(service.charging.charge(charge_of(key))))
-        await until(lambda: service.admission.places.taken == -waiting)  # noqa: B023
+        await until(lambda: service.admission.requests.taken == -waiting)  # noqa: B023
     with pytest.raises(TooBusy):
         await service.charging.charge(charge_of("c"))
     answered.set()

@@ -209,4 +209,4 @@ async def test_each_of_several_is_answered_by_its_own_deadline(make: Make) -> No
     assert not requests[1].done()
     answered.set()
     assert (await requests[1]).payment.status is Status.SUCCESS
-    assert service.admission.places.taken == 0
+    assert service.admission.requests.taken == 0

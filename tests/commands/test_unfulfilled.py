@@ -275,6 +275,6 @@ async def test_the_brake_stops_every_process_until_a_person_lifts_it(
 async def test_no_place_of_another_request_is_taken(make: Make) -> None:
     service = await giving(make)
     await capture(service)
-    taken = service.admission.places.taken
+    taken = service.admission.requests.taken
     assert await of(service).give_back(PAYMENT)
-    assert service.admission.places.taken == taken
+    assert service.admission.requests.taken == taken

@@ -114,7 +114,7 @@ async def test_without_a_key_nothing_becomes_a_task(
         assert value(telemetry, "http_requests_total", **counted) == 1
         assert value(telemetry, "http_problems_total", code="unauthorized") == 5
         assert value(telemetry, "http_problems_total", code="not_found") == 1
-    assert (admission.places.taken, admission.memory.taken) == (0, 0)
+    assert (admission.requests.taken, admission.memory.taken) == (0, 0)
 
 
 async def test_a_body_of_a_request_without_a_key_is_not_read(server: Listening) -> None:
@@ -185,7 +185,7 @@ async def test_an_open_path_has_so_many_under_way_and_no_place(
         for client in clients:
             await send(client, request(b"/open"))
         assert statuses(await received(clients[2], b'"too_busy"}')) == [503]
-        assert admission.places.taken == 0
+        assert admission.requests.taken == 0
         going_on.set()
         for client in clients[:2]:
             assert statuses(await received(client, b"nobody")) == [200]
@@ -211,7 +211,7 @@ async def test_a_request_hands_its_place_to_the_one_behind_it() -> None:
             await send(client, request(key=KEY) * 5)
             client.shutdown(1)
             assert statuses(await received(client)) == [200] * 5
-    assert admission.places.taken == 0
+    assert admission.requests.taken == 0
 
 
 async def test_who_has_a_key_does_not_wait(flooded: Listening) -> None:
@@ -229,7 +229,7 @@ async def test_who_has_a_key_does_not_wait(flooded: Listening) -> None:
 
 
 async def test_a_client_that_is_refused_does_not_wait(flooded: Listening) -> None:
-    flooded.admission.places.share().add(flooded.admission.places.total)
+    flooded.admission.requests.share().add(flooded.admission.requests.total)
     crowd = await flooded.connect()
     await send(crowd, request())
     with await flooded.connect() as client:
@@ -326,7 +326,7 @@ async def test_heads_count_by_their_bytes(server: Listening, admission: Admissio
     for client in clients:
         client.close()
     await asyncio.sleep(0.2)
-    assert admission.memory.taken == admission.places.taken == 0
+    assert admission.memory.taken == admission.requests.taken == 0
     assert admission.anonymous_memory.taken == 0
 
 

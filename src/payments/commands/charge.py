@@ -177,14 +177,14 @@ class Charging:
         if self._second_is_refused:
             await self._refuse_second(run, intent)
         while True:
-            run.take_slot()
+            run.take_provider_call()
             try:
                 event = await self._store.append_intent(intent, wanted=run.is_awaited)
             except StreamConflict as conflict:
-                run.release_slot()
+                run.release_provider_call()
                 first = _first(intent.payment_id, conflict.first_state)
             except Unwanted:
-                run.release_slot()
+                run.release_provider_call()
                 known = await self._store.load_charge(intent.payment_id)
                 if known is None and run.is_awaited():
                     continue  # for a request that joined meanwhile
@@ -206,7 +206,7 @@ class Charging:
                 age_s = 0.0  # the run that is lost may have asked the provider
 
     async def _refuse_second(self, run: Run[Charged], intent: PaymentInitiated) -> None:
-        run.take_slot()
+        run.take_provider_call()
         order_id, client = intent.merchant_order_id, intent.client
         await refuse_if_paid(self._database, intent.payment_id, order_id, client)
         # Else the key would be used up after its request was told otherwise.
@@ -238,7 +238,7 @@ class Charging:
         """The provider's outcome. Raises OutcomeUnknown, or Unavailable if it was not asked."""
         payment = begun.payment
         await check_own_gateway(self._database, payment, self._gateway.name, "charge")
-        run.take_slot()
+        run.take_provider_call()
         try:
             if begun.age_s is not None:
                 # An earlier run may have charged: look before sending again.
@@ -266,7 +266,7 @@ class Charging:
             unavailable.retry_after_s = math.ceil(self._deadline_s)
             raise unavailable from error
         finally:
-            run.release_slot()
+            run.release_provider_call()
 
     def _timeout_s(self, run: Run[Charged], payment: Payment) -> float:
         """Of a call that may capture: it must end before the seats' hold does."""

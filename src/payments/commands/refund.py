@@ -167,7 +167,7 @@ class Refunding:
             self.check_refundable(loaded.payment)
             fact = initiate_refund(loaded.payment, command.request, _cause(command))
             run.check_may_call_provider()
-            run.take_slot()
+            run.take_provider_call()
             try:
                 event = await self._store.append_intent(fact, after=loaded.events[-1])
             except StreamConflict:
@@ -184,7 +184,7 @@ class Refunding:
 
         A run is over when its reservation is older than the deadline, by the database's clock.
         """
-        run.release_slot()
+        run.release_provider_call()
         run.intent_is_durable()
         while True:
             payment, stored = loaded.payment, loaded.payment.refund(refund.id)
@@ -221,13 +221,13 @@ class Refunding:
             return run.left_s(self._gateway_timeout_s)
 
         order = provider_refund(begun.payment, begun.refund)
-        run.take_slot()
+        run.take_provider_call()
         try:
             if begun.age_s is not None:
                 return await self._giving_back.send_again(order, begun.age_s, timeout_s)
             return await self._giving_back.send(order, timeout_s)
         finally:
-            run.release_slot()
+            run.release_provider_call()
 
 
 def provider_refund(payment: Payment, refund: Refund) -> ProviderRefund:

@@ -100,7 +100,7 @@ class Run(Generic[A]):
         self.storing = False
         self.task: asyncio.Task[None] | None = None
         self._client = client
-        self._has_slot = False
+        self._has_provider_call = False
         self._waiters: list[_Waiter[A]] = []
 
     async def wait(self, caller: Caller, deadline_s: float, *, joined: bool = False) -> A:
@@ -141,17 +141,17 @@ class Run(Generic[A]):
         """To be answered; the request leaves its place itself."""
         self._client.leave(-sum(not waiter.has_place for waiter in waiters))
 
-    def take_slot(self) -> None:
+    def take_provider_call(self) -> None:
         """Before the intent is written, and before each call of the provider; raises TooBusy."""
-        if not self._has_slot:
-            self._client.take_slot()
-            self._has_slot = True
+        if not self._has_provider_call:
+            self._client.take_provider_call()
+            self._has_provider_call = True
 
-    def release_slot(self) -> None:
+    def release_provider_call(self) -> None:
         """At the latest when the run ends."""
-        if self._has_slot:
-            self._client.release_slot()
-            self._has_slot = False
+        if self._has_provider_call:
+            self._client.release_provider_call()
+            self._has_provider_call = False
 
     def finish(self, answer: A) -> None:
         if self.answer is None:
@@ -274,7 +274,7 @@ class Runs:
         finally:
             # Whatever way the run ended, nobody waits for ever.
             run.fail(_late())
-            run.release_slot()
+            run.release_provider_call()
             self._admission.client(request.client).runs.add(-1)
             del self._runs[request]
 
