@@ -8,7 +8,7 @@ import msgspec
 
 from payments.errors import StartError
 from payments.gateways import OutcomeUnknown, ProviderCharge, ProviderRefund
-from payments.gateways.http import Answer, ProviderHttp
+from payments.gateways.http import ProviderHttp, ProviderResponse
 from payments.payment.state import Approved, Declined
 from payments.settings import Settings
 
@@ -96,7 +96,7 @@ class HttpGateway:
 
     async def _post(
         self, path: str, key: UUID, body: dict[str, object], timeout_s: float
-    ) -> Answer:
+    ) -> ProviderResponse:
         headers = {"Idempotency-Key": str(key)}
         return await self._http.exchange(
             "POST", path, timeout_s=timeout_s, headers=headers, body=body
@@ -104,7 +104,7 @@ class HttpGateway:
 
 
 def _outcome(
-    answer: Answer, asked: UUID, decoder: msgspec.json.Decoder[Stated]
+    answer: ProviderResponse, asked: UUID, decoder: msgspec.json.Decoder[Stated]
 ) -> Approved | Declined:
     """What a 2xx answer states; any other answer leaves the outcome unknown."""
     if not 200 <= answer.status < 300:
@@ -122,7 +122,7 @@ def _outcome(
     )
 
 
-def _not_found(answer: Answer, asked: UUID) -> bool:
+def _not_found(answer: ProviderResponse, asked: UUID) -> bool:
     """Whether the provider itself says so: a server in front of it answers 404 as well."""
     if answer.status != 404:
         return False
