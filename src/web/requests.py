@@ -10,7 +10,7 @@ from litestar import Request, Response
 from litestar.datastructures import State
 from litestar.enums import MediaType
 
-from payments.commands.runs import Caller
+from payments.commands.waiters import Caller
 from payments.errors import FieldError, InvalidIdempotencyKey, InvalidRequest
 from payments.payment.identity import KEY_MAX, KEY_PATTERN
 from payments.service import Service

@@ -19,8 +19,9 @@ from loguru import logger
 
 from payments.commands.outcomes import Outcomes
 from payments.commands.paid_orders import refuse_if_paid
-from payments.commands.runs import OTHER_RUN_POLL_S, Caller, Run, Runs, cause
+from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
 from payments.commands.telling import MismatchesTold, check_own_gateway
+from payments.commands.waiters import Caller
 from payments.errors import (
     ClientGone,
     FieldError,

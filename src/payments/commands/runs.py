@@ -9,13 +9,14 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Hashable, Iterable
+from collections.abc import Awaitable, Callable, Hashable
 from datetime import UTC, datetime
 from typing import Any, Generic, Protocol, TypeVar
 
 from loguru import logger
 
 from payments.admission import Admission, Client
+from payments.commands.waiters import Caller, Waiters
 from payments.errors import DatabaseUnavailable, PaymentsError, TooBusy
 from payments.gateways import OutcomeUnknown
 from payments.payment.decisions import Cause, OutcomeMismatch
@@ -26,11 +27,9 @@ from payments.tasks import finish
 WATCH_S = 0.05
 # How often a request looks whether another process has finished its run.
 OTHER_RUN_POLL_S = 0.1
-# How long an answer waits for its outcome to be stored, after which it is PENDING: design, "with
-# Postgres down or frozen each request is answered in under 3 s".
+# How long an answer waits for its outcome to be stored, after which it is PENDING: with Postgres
+# down or frozen each request is answered in under 3 s.
 OUTCOME_STORE_PATIENCE_S = 2.0
-# How long a request that was read late may take at least, to look what an earlier one came to.
-LATE_PATIENCE_S = 1.0
 
 A = TypeVar("A")
 
@@ -42,46 +41,8 @@ class Request(Hashable, Protocol):
     def client(self) -> str: ...
 
 
-class Caller:
-    """Who sent a request: since when it waits (time.monotonic), and whether its connection was
-    lost."""
-
-    __slots__ = ("is_gone", "since")
-
-    def __init__(self, since: float | None = None) -> None:
-        self.since = time.monotonic() if since is None else since
-        self.is_gone = False
-
-
-class _Waiter(Generic[A]):
-    """One request that waits for a run's answer, on a future of its own: when it goes away it takes
-    nobody with it."""
-
-    __slots__ = ("answer_by", "caller", "deadline", "future", "has_place")
-
-    def __init__(self, caller: Caller, deadline_s: float) -> None:
-        self.caller = caller
-        self.deadline = caller.since + deadline_s
-        patience_s = min(deadline_s, LATE_PATIENCE_S)
-        self.answer_by = max(self.deadline, time.monotonic() + patience_s)
-        self.future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
-        self.has_place = True
-
-    def may_be_served(self, now: float) -> bool:
-        """Whether its client still waits, as far as the service can know."""
-        return not self.future.done() and not self.caller.is_gone and now < self.deadline
-
-    def tell(self, answer: A | Exception) -> None:
-        if self.future.done():
-            return
-        if isinstance(answer, Exception):
-            self.future.set_exception(answer)
-        else:
-            self.future.set_result(answer)
-
-
 class Run(Generic[A]):
-    """A request's work in this process, and everyone who waits for its answer."""
+    """A request's work in this process: its clock, its provider call, and its answer."""
 
     def __init__(self, client: Client, answer_by: float) -> None:
         # Until then the provider may be asked: the latest deadline of the requests that came before
@@ -101,23 +62,22 @@ class Run(Generic[A]):
         self.task: asyncio.Task[None] | None = None
         self._client = client
         self._has_provider_call = False
-        self._waiters: list[_Waiter[A]] = []
+        self._waiters: Waiters[A] = Waiters(client)
 
     async def wait(self, caller: Caller, deadline_s: float, *, joined: bool = False) -> A:
         """The answer, for one request."""
-        waiter: _Waiter[A] = _Waiter(caller, deadline_s)
-        self._waiters.append(waiter)
+        waiter = self._waiters.join(caller, deadline_s)
         if not self.has_begun:
             self.deadline = max(self.deadline, waiter.deadline)
         if joined or self.has_begun:
-            self._leave_places([waiter])
-        self._tell()
+            self._waiters.leave(waiter)
+        if self.answer is not None:
+            self._waiters.tell(self.answer)
         return await waiter.future
 
     def is_awaited(self) -> bool:
         """Whether the client of any request still waits: what nobody waits for is not begun."""
-        now = time.monotonic()
-        return self.answer is None and any(each.may_be_served(now) for each in self._waiters)
+        return self.answer is None and self._waiters.any_to_serve()
 
     def restart_intent_clock(self) -> None:
         """Before the intent is durable: it may take as long again as at the start."""
@@ -129,17 +89,7 @@ class Run(Generic[A]):
         Saying it again does nothing.
         """
         self.has_begun = True
-        self._leave_places(self._waiters)
-
-    def _leave_places(self, waiters: Iterable[_Waiter[A]]) -> None:
-        for waiter in waiters:
-            if waiter.has_place:
-                waiter.has_place = False
-                self._client.leave()
-
-    def _enter_places(self, waiters: Iterable[_Waiter[A]]) -> None:
-        """To be answered; the request leaves its place itself."""
-        self._client.leave(-sum(not waiter.has_place for waiter in waiters))
+        self._waiters.leave_all()
 
     def take_provider_call(self) -> None:
         """Before the intent is written, and before each call of the provider; raises TooBusy."""
@@ -154,36 +104,28 @@ class Run(Generic[A]):
             self._has_provider_call = False
 
     def finish(self, answer: A) -> None:
-        if self.answer is None:
-            self.answer = answer
-            self._tell()
+        self._end_with(answer)
 
     def fail(self, error: Exception) -> None:
         """Tells waiting requests of an error, or gives them the pending answer."""
-        if self.answer is None:
-            self.answer = error if self.pending_answer is None else self.pending_answer
-            self._tell()
+        self._end_with(error if self.pending_answer is None else self.pending_answer)
 
-    def _tell(self) -> None:
+    def _end_with(self, answer: A | Exception) -> None:
+        """The first answer stays."""
         if self.answer is None:
-            return
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            waiter.tell(self.answer)
-        self._enter_places(waiters)
+            self.answer = answer
+            self._waiters.tell(answer)
 
     def tell_overdue(self, now: float) -> None:
         """Answers the requests whose own time is up; when none is left the run has its answer."""
-        overdue = [waiter for waiter in self._waiters if now >= waiter.answer_by]
+        overdue = self._waiters.overdue(now)
         if not overdue:
             return
-        if len(overdue) == len(self._waiters):
+        if self._waiters.are_all(overdue):
             self.fail(_late())
             return
-        for waiter in overdue:
-            self._waiters.remove(waiter)
-            waiter.tell(_late() if self.pending_answer is None else self.pending_answer)
-        self._enter_places(overdue)
+        answer = _late() if self.pending_answer is None else self.pending_answer
+        self._waiters.tell_some(overdue, answer)
 
     def may_call_provider(self) -> bool:
         """Looked at immediately before each provider call: a process that was frozen must not send
