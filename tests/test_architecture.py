@@ -33,10 +33,10 @@ LAYERS = (
     ("payments.settings", "payments.admission", "payments.single_flight"),
     ("payments.database", "payments.setting_sources"),
     ("payments.migrations", "payments.events", "payments.order_service"),
-    ("payments.payment", "payments.opening"),
+    ("payments.payment", "payments.opening", "payments.unsettled", "payments.legacy_ids"),
     (
         *("payments.event_store", "payments.snapshot", "payments.gateways", "payments.legacy"),
-        *("payments.unsettled", "payments.sendings", "payments.legacy_ids", "payments.brake"),
+        *("payments.sendings", "payments.brake"),
     ),
     ("payments.commands", "payments.queries", "payments.projections", "payments.callbacks"),
     ("payments.fulfilment", "payments.health"),

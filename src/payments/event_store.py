@@ -4,16 +4,28 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from eventsourcing.persistence import StoredEvent
 
+from payments import legacy_ids, unsettled
+from payments.database.arrays import uuids
 from payments.database.connections import Database
 from payments.errors import PaymentUnreadable
 from payments.events import facts
 from payments.events.facts import Fact, UndecodableEvent
-from payments.events.store import LOAD_STREAM, belongs_to, fact_at, to_fact, to_stored_event
+from payments.events.store import (
+    LOAD_STREAM,
+    LOAD_STREAMS,
+    PERHAPS_PAID,
+    belongs_to,
+    fact_at,
+    to_fact,
+    to_stored_event,
+)
 from payments.observability.tracing import span
 from payments.payment.state import Payment, Status, UnexpectedEvent, evolve, fold
 
@@ -22,22 +34,42 @@ if TYPE_CHECKING:  # who only reads needs no metrics
 
 
 class EventStore:
-    """The one entry point of commands: loads payments from their streams, and appends facts.
-
-    `database` is where the tables beside the log are.
-    """
+    """The one entry point of commands: loads payments from their streams, and appends facts."""
 
     def __init__(self, database: Database, appender: "Appender") -> None:
-        self.database = database
+        self._database = database
         self._appender = appender
 
     async def load(self, payment_id: UUID, client: str | None = None) -> "LoadedPayment | None":
         """As load_payment."""
-        return await load_payment(self.database, payment_id, client)
+        return await load_payment(self._database, payment_id, client)
 
     async def load_charge(self, payment_id: UUID) -> "LoadedPayment | None":
         """As load_charge."""
-        return await load_charge(self.database, payment_id)
+        return await load_charge(self._database, payment_id)
+
+    async def load_imported(
+        self, legacy_id: UUID, client: str | None = None
+    ) -> "LoadedPayment | None":
+        """The same, of the payment that had this id in the Node service."""
+        payment_id = await legacy_ids.find(self._database, legacy_id)
+        return None if payment_id is None else await self.load(payment_id, client)
+
+    async def perhaps_paid(self, order_id: UUID, *, but: UUID) -> list[Payment]:
+        """The payments that may have captured something for an order, as far as their events can
+        be read; none if `but` is a payment that has begun. Raises DatabaseUnavailable."""
+        asked = {"payment_id": but, "order_id": order_id, "order": str(order_id).encode()}
+        found = [id for (id,) in await self._database.fetch(PERHAPS_PAID, asked)]
+        rows = await self._database.fetch(LOAD_STREAMS, [uuids(found)]) if found else []
+        payments = (
+            fold_readable(UUID(bytes=id_bytes), [event[1:] for event in events])
+            for id_bytes, events in groupby(rows, itemgetter(0))
+        )
+        return [payment for payment in payments if payment is not None]
+
+    async def may_tell(self, payment_id: UUID, level: int, again_s: float) -> bool:
+        """As unsettled.may_tell."""
+        return await unsettled.may_tell(self._database, payment_id, level, again_s)
 
     async def append_intent(
         self,

@@ -89,7 +89,8 @@ class Service:
         )
         self.runs = Runs(self.admission)
         giving_back = GivingBack(self.gateway, self.database, self.watch)
-        shared = (EventStore(self.database, self.appender), self.gateway)
+        store = EventStore(self.database, self.appender)
+        shared = (store, self.gateway)
         self.charging = Charging(self.runs, *shared, self.telemetry, settings)
         self.refunding = Refunding(self.runs, *shared, giving_back, self.telemetry, settings)
         # Gives back what its order did not fulfil, if that is wanted.
@@ -100,7 +101,7 @@ class Service:
         )
         self.lookups = PaymentLookups(self.database)
         settler = Settler(*shared, giving_back, self.telemetry, settings)
-        self.settling = SettlingLoop(settler, self.database, settings)
+        self.settling = SettlingLoop(settler, store, self.database, settings)
         self._build_followers()
 
     def _build_followers(self) -> None:

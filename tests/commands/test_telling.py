@@ -13,6 +13,7 @@ from loguru import logger
 from payments.commands.settle import Settler
 from payments.commands.telling import tell
 from payments.database.connections import Database, DatabaseAddress
+from payments.event_store import EventStore
 from payments.gateways import OutcomeUnknown
 from payments.service import Service
 from tests.commands.conftest import Make
@@ -329,7 +330,8 @@ async def test_without_the_database_everything_is_told(told: list[tuple[str, str
     )
     database = Database(nowhere, 1)
     await database.open()
+    store = EventStore(database, appender=None)  # type: ignore[arg-type]
     for _ in range(2):
-        await tell(database, uuid.uuid4(), "CRITICAL", "so it is")
+        await tell(store, uuid.uuid4(), "CRITICAL", "so it is")
     await database.close()
     assert told == [("CRITICAL", "so it is")] * 2

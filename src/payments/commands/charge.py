@@ -100,7 +100,6 @@ class Charging:
         self._runs = runs
         self._store = store
         self._outcomes = Outcomes(store, telemetry)
-        self._database = store.database
         self._gateway = gateway
         self._telemetry = telemetry
         self._deadline_s = settings.charge_deadline_s
@@ -158,7 +157,7 @@ class Charging:
             return
         payment = begun.payment
         with logger.contextualize(payment_id=payment.id, order_id=payment.merchant_order_id):
-            async with MismatchesTold(self._database, self._telemetry, payment.id, "charge"):
+            async with MismatchesTold(self._store, self._telemetry, payment.id, "charge"):
                 outcome = await self._ask(run, command, begun)
                 run.limit_storing()
                 payment = await self._outcomes.append(
@@ -209,7 +208,7 @@ class Charging:
     async def _refuse_second(self, run: Run[Charged], intent: PaymentInitiated) -> None:
         run.take_provider_call()
         order_id, client = intent.merchant_order_id, intent.client
-        await refuse_if_paid(self._database, intent.payment_id, order_id, client)
+        await refuse_if_paid(self._store, intent.payment_id, order_id, client)
         # Else the key would be used up after its request was told otherwise.
         run.check_may_call_provider()
 
@@ -238,7 +237,7 @@ class Charging:
     ) -> Approved | Declined:
         """The provider's outcome. Raises OutcomeUnknown, or Unavailable if it was not asked."""
         payment = begun.payment
-        await check_own_gateway(self._database, payment, self._gateway.name, "charge")
+        await check_own_gateway(self._store, payment, self._gateway.name, "charge")
         run.take_provider_call()
         try:
             if begun.age_s is not None:

@@ -5,33 +5,21 @@ read from its own events. So a capture counts from its commit on, and a payment 
 whole counts no more.
 """
 
-from itertools import groupby
-from operator import itemgetter
 from uuid import UUID
 
-from payments.database.arrays import uuids
-from payments.database.connections import Database
 from payments.errors import OrderAlreadyPaid
-from payments.event_store import fold_readable
-from payments.events.store import LOAD_STREAMS, PERHAPS_PAID
+from payments.event_store import EventStore
 from payments.payment.state import Payment, Status
 
 
-async def refuse_if_paid(database: Database, payment_id: UUID, order_id: UUID, client: str) -> None:
+async def refuse_if_paid(store: EventStore, payment_id: UUID, order_id: UUID, client: str) -> None:
     """Before a charge is begun. Raises OrderAlreadyPaid if another payment of the order is captured
     and was not given back whole, whichever client made it; DatabaseUnavailable.
 
     A payment that has begun is never refused: its key has an outcome, or will have one.
     """
-    order = str(order_id)
-    asked = {"payment_id": payment_id, "order_id": order_id, "order": order.encode()}
-    found = [id for (id,) in await database.fetch(PERHAPS_PAID, asked)]
-    if not found:
-        return
-    rows = await database.fetch(LOAD_STREAMS, [uuids(found)])
-    for id_bytes, events in groupby(rows, itemgetter(0)):
-        payment = fold_readable(UUID(bytes=id_bytes), [event[1:] for event in events])
-        if payment is not None and _pays(payment, order_id):
+    for payment in await store.perhaps_paid(order_id, but=payment_id):
+        if _pays(payment, order_id):
             raise OrderAlreadyPaid(_detail(payment, client))
 
 

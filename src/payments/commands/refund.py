@@ -14,7 +14,6 @@ import msgspec
 from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
-from payments import legacy_ids
 from payments.commands.giving_back import GivingBack
 from payments.commands.outcomes import Outcomes
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
@@ -88,7 +87,6 @@ class Refunding:
         self._runs = runs
         self._store = store
         self._outcomes = Outcomes(store, telemetry)
-        self._database = store.database
         self._gateway = gateway
         self._giving_back = giving_back
         self._telemetry = telemetry
@@ -141,9 +139,9 @@ class Refunding:
     async def _make(self, run: Run[Refunded], command: RefundPayment, begun: _BegunRefund) -> None:
         # Its amount is reserved: whatever happens now, the refund goes on.
         run.pending_answer = Refunded(begun.payment, begun.refund, begun.age_s is not None)
-        await check_own_gateway(self._database, begun.payment, self._gateway.name, "refund")
+        await check_own_gateway(self._store, begun.payment, self._gateway.name, "refund")
         payment_id = begun.payment.id
-        async with MismatchesTold(self._database, self._telemetry, payment_id, "refund"):
+        async with MismatchesTold(self._store, self._telemetry, payment_id, "refund"):
             try:
                 outcome = await self._ask(run, begun)
             except NeverSent as error:
@@ -208,8 +206,8 @@ class Refunding:
     async def _load(self, command: RefundPayment) -> LoadedPayment:
         payment_id = command.request.payment_id
         loaded = await self._store.load(payment_id, command.may_read)
-        if loaded is None and (new_id := await legacy_ids.find(self._database, payment_id)):
-            loaded = await self._store.load(new_id, command.may_read)
+        if loaded is None:
+            loaded = await self._store.load_imported(payment_id, command.may_read)
         if loaded is None:
             await self._giving_back.check_allowed()
             raise PaymentNotFound(f"There is no payment {payment_id}.")

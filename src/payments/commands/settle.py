@@ -79,7 +79,7 @@ class Settler:
         settings: Settings,
     ) -> None:
         self._outcomes = Outcomes(store, telemetry)
-        self._database = store.database
+        self._store = store
         self._gateway = gateway
         self._giving_back = giving_back
         self._telemetry = telemetry
@@ -122,7 +122,7 @@ class Settler:
         payment, log = loaded.payment, logger.bind(kind=kind)
         if payment.gateway != self._gateway.name:
             self._telemetry.settling[kind, "other_gateway"].inc()
-            await tell_other_gateway(self._database, payment, kind)
+            await tell_other_gateway(self._store, payment, kind)
             return SettleAttempt(payment, finished=False)
         attempt, outcome, reason = SettleAttempt(payment, finished=False), "unknown", ""
         try:
@@ -134,12 +134,12 @@ class Settler:
             log.bind(reason=reason).info("the provider's outcome is not known yet")
         except LogRewound:
             reason = "nothing is given back until the loss of the log is accepted"
-            await tell(self._database, payment.id, "WARNING", reason, kind=kind)
+            await tell(self._store, payment.id, "WARNING", reason, kind=kind)
         except OutcomeMismatch as error:
             outcome = "mismatch"
             operation = "refund" if kind in ("refund", "late_capture") else "charge"
             self._telemetry.mismatches[operation].inc()
-            await tell_mismatch(self._database, payment.id, kind, error)
+            await tell_mismatch(self._store, payment.id, kind, error)
         self._telemetry.settling[kind, outcome].inc()
         if outcome in ("unknown", "open"):
             await self._tell_if_open_too_long(loaded, attempt.payment, reason)
@@ -153,7 +153,7 @@ class Settler:
     ) -> None:
         if payment.unsettled is not None:
             kind, open_s = payment.unsettled.kind, _age_at_most_s(loaded, _opened_by(payment))
-            await tell_if_open_too_long(self._database, payment.id, kind, open_s, reason)
+            await tell_if_open_too_long(self._store, payment.id, kind, open_s, reason)
 
     async def _ask(self, loaded: LoadedPayment, attempts: int) -> SettleAttempt:
         give_up_at = time.monotonic() + self.attempt_s

@@ -14,7 +14,7 @@ from payments.commands.settle import Settler
 from payments.commands.telling import tell
 from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable, PaymentUnreadable
-from payments.event_store import load_payment
+from payments.event_store import EventStore
 from payments.observability.logs import Repeats
 from payments.payment.state import Status
 from payments.settings import Settings
@@ -39,8 +39,12 @@ def pause_s(attempts: int, kind: str) -> float:
 class SettlingLoop:
     """Settles what is due. One instance per process."""
 
-    def __init__(self, settler: Settler, database: Database, settings: Settings) -> None:
+    def __init__(
+        self, settler: Settler, store: EventStore, database: Database, settings: Settings
+    ) -> None:
+        """`database` is where the list of unsettled payments is."""
         self._settler = settler
+        self._store = store
         self._database = database
         self._abandon_after_s = settings.pending_abandon_after_s
         self._lease_s = settler.attempt_s + LEASE_MARGIN_S
@@ -108,7 +112,7 @@ class SettlingLoop:
 
     async def _settle(self, claimed: Claim) -> None:
         """One attempt; afterwards the row is due again, or gone if nothing can come any more."""
-        say = partial(tell, self._database, claimed.payment_id, attempts=claimed.attempts)
+        say = partial(tell, self._store, claimed.payment_id, attempts=claimed.attempts)
         wait_s: float | None = PAUSE_MAX_S
         try:
             wait_s = await self._attempt(claimed)
@@ -137,10 +141,10 @@ class SettlingLoop:
         What an event has settled is the projector's to remove, when it comes there: until then the
         log, up to where the projector stands, says that the row is to be there.
         """
-        loaded = await load_payment(self._database, claimed.payment_id)
+        loaded = await self._store.load(claimed.payment_id)
         if loaded is None:
             message = "to be settled, and not in the log: `payments audit verify`"
-            await tell(self._database, claimed.payment_id, "ERROR", message)
+            await tell(self._store, claimed.payment_id, "ERROR", message)
             return PAUSE_MAX_S
         attempt = await self._settler.settle(loaded, claimed.attempts)
         if attempt.finished:

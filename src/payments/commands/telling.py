@@ -10,9 +10,8 @@ from uuid import UUID
 
 from loguru import logger
 
-from payments import unsettled
-from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable
+from payments.event_store import EventStore
 from payments.gateways import OutcomeUnknown
 from payments.observability.metrics import Telemetry
 from payments.payment.decisions import OutcomeMismatch
@@ -28,7 +27,7 @@ Level = Literal["WARNING", "ERROR", "CRITICAL"]
 
 
 async def tell(
-    database: Database,
+    store: EventStore,
     payment_id: UUID,
     level: Level,
     message: str,
@@ -43,7 +42,7 @@ async def tell(
     yet, or while the database is away.
     """
     try:
-        due = await unsettled.may_tell(database, payment_id, logger.level(level).no, again_s)
+        due = await store.may_tell(payment_id, logger.level(level).no, again_s)
     except DatabaseUnavailable:
         due = True
     if due:
@@ -52,26 +51,26 @@ async def tell(
 
 
 async def tell_mismatch(
-    database: Database, payment_id: UUID, kind: str, error: OutcomeMismatch
+    store: EventStore, payment_id: UUID, kind: str, error: OutcomeMismatch
 ) -> None:
     """`kind` is that of what was asked about: a charge, refund, late capture or abandoned one."""
     message = "the provider's answer does not fit"
-    await tell(database, payment_id, "CRITICAL", message, kind=kind, reason=str(error))
+    await tell(store, payment_id, "CRITICAL", message, kind=kind, reason=str(error))
 
 
 class MismatchesTold:
     """Counts and tells an OutcomeMismatch on its way."""
 
-    __slots__ = ("_about", "_database", "_telemetry")
+    __slots__ = ("_about", "_store", "_telemetry")
 
     def __init__(
         self,
-        database: Database,
+        store: EventStore,
         telemetry: Telemetry,
         payment_id: UUID,
         kind: Literal["charge", "refund"],
     ) -> None:
-        self._database = database
+        self._store = store
         self._telemetry = telemetry
         self._about = payment_id, kind
 
@@ -81,25 +80,25 @@ class MismatchesTold:
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, OutcomeMismatch):
             self._telemetry.mismatches[self._about[1]].inc()
-            await tell_mismatch(self._database, *self._about, error)
+            await tell_mismatch(self._store, *self._about, error)
 
 
 async def check_own_gateway(
-    database: Database, payment: Payment, gateway: str, kind: Literal["charge", "refund"]
+    store: EventStore, payment: Payment, gateway: str, kind: Literal["charge", "refund"]
 ) -> None:
     """Raises OutcomeUnknown for a payment that was begun with another provider."""
     if payment.gateway != gateway:
-        await tell_other_gateway(database, payment, kind)
+        await tell_other_gateway(store, payment, kind)
         raise OutcomeUnknown("only the provider that was asked knows")
 
 
-async def tell_other_gateway(database: Database, payment: Payment, kind: str) -> None:
+async def tell_other_gateway(store: EventStore, payment: Payment, kind: str) -> None:
     message = "begun with another provider"
-    await tell(database, payment.id, "CRITICAL", message, kind=kind, gateway=payment.gateway)
+    await tell(store, payment.id, "CRITICAL", message, kind=kind, gateway=payment.gateway)
 
 
 async def tell_if_open_too_long(
-    database: Database, payment_id: UUID, kind: str, open_s: float, reason: str
+    store: EventStore, payment_id: UUID, kind: str, open_s: float, reason: str
 ) -> None:
     """A warning, when it has become so, and each hour for a charge, each day for anything else.
 
@@ -107,7 +106,7 @@ async def tell_if_open_too_long(
     """
     if open_s > TOO_LONG_S.get(kind, math.inf):
         await tell(
-            database,
+            store,
             payment_id,
             "WARNING",
             "open for too long",
