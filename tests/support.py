@@ -4,7 +4,7 @@ import asyncio
 import sqlite3
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,7 +14,8 @@ import psycopg
 from eventsourcing.persistence import StoredEvent
 
 from payments.commands.charge import ChargePayment
-from payments.database.connections import Database
+from payments.database.connections import Database, DatabaseAddress
+from payments.errors import PaymentsError
 from payments.events.facts import Fact
 from payments.events.store import APPEND, append_params, to_stored_event
 from payments.observability.metrics import Telemetry
@@ -32,6 +33,8 @@ from payments.payment.state import Approved, Declined, Payment, Refund, evolve, 
 from payments.projections.follower import Follower
 from payments.projections.payments import PaymentsProjection
 from payments.projections.seals import SealsProjection
+
+Connection = psycopg.Connection[Any]
 
 PATIENCE_S = 30  # with what must happen, and may take its time on a busy machine
 
@@ -323,3 +326,38 @@ def ledger_rows(ledger: Path) -> list[LedgerRow]:
         )
         for id, cents, currency, outcome, payment_id in rows
     ]
+
+
+def subclasses(kind: type[PaymentsError]) -> Iterator[type[PaymentsError]]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from subclasses(subclass)
+
+
+def catch_up(address: DatabaseAddress) -> None:
+    async def run() -> None:
+        database = Database(address, 2)
+        await database.open()
+        await follow(database)
+        await seal_log(database)
+        await database.close()
+
+    asyncio.run(run())
+
+
+def log_id(connection: Connection) -> str:
+    row = connection.execute("SELECT id::text FROM log_identity").fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def spread(connection: Connection, *seconds: int) -> list[datetime]:
+    """Has the events recorded so many seconds after a certain moment; their times."""
+    connection.execute("ALTER TABLE payment_events DISABLE TRIGGER ALL")
+    times = [datetime(2026, 1, 31, 23, tzinfo=UTC) + timedelta(seconds=each) for each in seconds]
+    for position, time_ in enumerate(times, 1):
+        connection.execute(
+            "UPDATE payment_events SET recorded_at = %s WHERE notification_id = %s",
+            [time_, position],
+        )
+    return times

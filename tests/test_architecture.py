@@ -364,3 +364,15 @@ def test_every_dependency_says_what_it_is_for() -> None:
         assert lines, requirement
         for line in lines:
             assert re.search(r'", +# \w', line), f"no comment: {requirement}"
+
+
+def test_no_test_module_is_imported_by_another() -> None:
+    """Then its tests could not be changed alone: what several need is in a module beside them."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        if re.search(r"\btests\b.*\btest_", ast.unparse(node))
+    ]
+    assert wrong == []

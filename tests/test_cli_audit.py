@@ -9,9 +9,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import psycopg
 import pytest
 from click.testing import Result
 
@@ -21,27 +19,18 @@ from payments.database.connections import Database, DatabaseAddress
 from payments.events.facts import encode
 from payments.queries import verification
 from tests.process import PAYMENTS, ROOT, at, environment, peak_mb
-from tests.support import History, append, append_stored, follow, seal_log, stored_event
+from tests.support import (
+    Connection,
+    History,
+    append,
+    append_stored,
+    catch_up,
+    follow,
+    log_id,
+    stored_event,
+)
 
-Connection = psycopg.Connection[Any]
 Operator = Callable[..., Result]
-
-
-def catch_up(address: DatabaseAddress) -> None:
-    async def run() -> None:
-        database = Database(address, 2)
-        await database.open()
-        await follow(database)
-        await seal_log(database)
-        await database.close()
-
-    asyncio.run(run())
-
-
-def log_id(connection: Connection) -> str:
-    row = connection.execute("SELECT id::text FROM log_identity").fetchone()
-    assert row is not None
-    return str(row[0])
 
 
 @pytest.fixture

@@ -23,10 +23,10 @@ from payments.database import session
 from payments.database.connections import DatabaseAddress, connect
 from payments.database.session import SETTINGS
 from payments.queries.server import ServerState
+from tests.alerts import ALERTS as RULES
 from tests.process import ROOT, ServiceProcess, at
 from tests.queries.rows import insert, insert_fulfilment, view
 from tests.support import History, append, eventually
-from tests.test_monitoring import ALERTS as RULES
 
 Connection = psycopg.Connection[Any]
 Operator = Callable[..., Result]

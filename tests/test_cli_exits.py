@@ -20,8 +20,15 @@ from payments.cli.exits import OutputError, _SilentStderr, _Stdout
 from payments.cli.output import print_rows
 from payments.database.connections import DatabaseAddress
 from tests.process import PAYMENTS, at, environment, run
-from tests.support import ORDER_ID, History, append, append_stored, eventually, stored_event
-from tests.test_cli_audit import catch_up
+from tests.support import (
+    ORDER_ID,
+    History,
+    append,
+    append_stored,
+    catch_up,
+    eventually,
+    stored_event,
+)
 
 Connection = psycopg.Connection[Any]
 Operator = Callable[..., Result]

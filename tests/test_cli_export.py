@@ -13,8 +13,7 @@ from click.testing import Result
 
 from payments.cli.export import COLUMNS
 from payments.money import DECIMALS
-from tests.support import ORDER_ID, History, append, append_stored, stored_event
-from tests.test_cli_replay import spread
+from tests.support import ORDER_ID, History, append, append_stored, spread, stored_event
 
 Connection = psycopg.Connection[Any]
 Operator = Callable[..., Result]

@@ -14,8 +14,7 @@ from payments.database.connections import DatabaseAddress
 from payments.events.losses import DATABASE_ID
 from payments.events.watch import KeptHead, write_head
 from tests.lost_log import lose_after
-from tests.support import History, append
-from tests.test_cli_audit import catch_up, log_id
+from tests.support import History, append, catch_up, log_id
 
 Connection = psycopg.Connection[Any]
 Operator = Callable[..., Result]

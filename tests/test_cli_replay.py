@@ -25,7 +25,7 @@ from payments.database.connections import Database, DatabaseAddress
 from payments.events.chain import GENESIS, read_line, seal, write_line
 from payments.events.store import LogEntry
 from tests.process import PAYMENTS, ROOT, at, environment, peak_mb
-from tests.support import ORDER_ID, History, append, append_stored, seal_log, stored_event
+from tests.support import ORDER_ID, History, append, append_stored, seal_log, spread, stored_event
 
 Connection = psycopg.Connection[Any]
 Operator = Callable[..., Result]
@@ -100,18 +100,6 @@ def test_the_order_is_taken_from_the_fact_and_not_from_any_text(
     append(connection, named.facts)
     append_stored(connection, [stored_event(state=b"{broken " + str(OTHER_ORDER).encode())])
     assert positions(operator("replay", "--order", OTHER_ORDER)) == [2]
-
-
-def spread(connection: Connection, *seconds: int) -> list[datetime]:
-    """Has the events recorded so many seconds after a certain moment; their times."""
-    connection.execute("ALTER TABLE payment_events DISABLE TRIGGER ALL")
-    times = [datetime(2026, 1, 31, 23, tzinfo=UTC) + timedelta(seconds=each) for each in seconds]
-    for position, time_ in enumerate(times, 1):
-        connection.execute(
-            "UPDATE payment_events SET recorded_at = %s WHERE notification_id = %s",
-            [time_, position],
-        )
-    return times
 
 
 def test_times(operator: Operator, payments: dict[str, History], connection: Connection) -> None:

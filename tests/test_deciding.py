@@ -61,7 +61,7 @@ from payments.payment.state import (
     evolve,
     fold,
 )
-from tests.test_payment import (
+from tests.payment_states import (
     ABANDONED,
     CAPTURED_CENTS,
     CHARGED,

@@ -32,16 +32,10 @@ from payments.queries.callbacks import CallbackView
 from payments.queries.fulfilments import Said, State
 from payments.settings import VARIABLES
 from tests.process import ROOT, ServiceProcess, at, invoke
-from tests.support import ORDER_ID, eventually
+from tests.support import ORDER_ID, eventually, subclasses
 from web import problems
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
-
-def subclasses(kind: type[PaymentsError]) -> Iterator[type[PaymentsError]]:
-    for subclass in kind.__subclasses__():
-        yield subclass
-        yield from subclasses(subclass)
 
 
 def test_the_page_on_errors_lists_every_code_with_its_status() -> None:

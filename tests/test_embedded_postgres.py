@@ -3,7 +3,6 @@
 Runs as root and as an ordinary user; each sees a few tests skipped.
 """
 
-import contextlib
 import fcntl
 import os
 import pwd
@@ -11,189 +10,39 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import psycopg
 import pytest
 
 from payments import embedded_postgres
-from payments.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, start, supervisor
-from tests.machine import within
-from tests.process import open_directory
-from tests.support import eventually
-
-CLEAN_STOP_S = 3
-STOP_AFTER_KILL_S = 6
-
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="needs an ordinary user")
-
-# Adds a row, then answers each line on its input with the number of rows; leaves at its end.
-USER = """
-import pathlib, signal, subprocess, sys, psycopg
-from payments.embedded_postgres import start
-server = start(pathlib.Path(sys.argv[1]))
-if "draining" in sys.argv:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if "leaves-child" in sys.argv:
-    child = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
-    print(child.pid, flush=True)
-connection = psycopg.connect(
-    host=str(server.socket_dir), port=server.port, user=server.user, dbname="postgres",
-    autocommit=True,
+from payments.embedded_postgres import EmbeddedPostgresError, start, supervisor
+from tests.embedded import (
+    CLEAN_STOP_S,
+    STOP_AFTER_KILL_S,
+    User,
+    about,
+    as_root,
+    assert_fails,
+    assert_gone,
+    connect,
+    kill,
+    plan_of,
+    postmaster,
+    processes,
+    show,
+    supervisor_pid,
+    wait_until,
 )
-connection.execute("SELECT pg_advisory_lock(1)")  # IF NOT EXISTS alone fails in a race
-connection.execute("CREATE TABLE IF NOT EXISTS payment (n int)")
-connection.execute("INSERT INTO payment VALUES (1)")
-connection.execute("SELECT pg_advisory_unlock(1)")
-while True:
-    print(connection.execute("SELECT count(*) FROM payment").fetchone()[0], flush=True)
-    if not sys.stdin.readline():
-        break
-connection.close()
-server.release()
-"""
+from tests.machine import within
 
-
-class User:
-    """Another process that uses the server."""
-
-    all: ClassVar[list["User"]] = []
-
-    def __init__(self, data_dir: Path, *modes: str, **how: Any) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", USER, str(data_dir), *modes],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            **how,
-        )
-        self.all.append(self)
-
-    def read(self) -> int:
-        assert self.process.stdout is not None
-        return int(self.process.stdout.readline())
-
-    def ask(self) -> int:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self.read()
-
-    def leave(self) -> None:
-        self.process.communicate(timeout=10)
-        assert self.process.returncode == 0
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            stream.close()
-
-
-@pytest.fixture
-def room(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory that the server's user can get to; pytest's tmp_path is closed to it."""
-    monkeypatch.delenv("TMPDIR", raising=False)
-    room = open_directory("pg-test-")
-    yield room
-    while User.all:
-        User.all.pop().kill()
-    try:
-        wait_until(lambda: not processes(room), CLEAN_STOP_S)
-    finally:
-        for pid in processes(room):
-            os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(room, ignore_errors=True)
+not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="needs an ordinary user")
 
 
 @pytest.fixture
 def data_dir(room: Path) -> Path:
     return room / "data"
-
-
-def processes(data_dir: Path) -> list[int]:
-    """Every living process that works in `data_dir` or names it in its arguments."""
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
-    return [pid for pid in pids if pid != os.getpid() and str(data_dir) in about(pid)]
-
-
-def about(pid: int) -> str:
-    """The directory and the arguments of a process; neither if it is gone or only a zombie."""
-    try:
-        return (
-            str(Path(f"/proc/{pid}/cwd").readlink())
-            + "\0"
-            + Path(f"/proc/{pid}/cmdline").read_text()
-        )
-    except OSError:
-        return ""
-
-
-def postmaster(data_dir: Path) -> int:
-    return next(pid for pid in processes(data_dir) if "\0-D\0" in about(pid))
-
-
-def supervisor_pid(data_dir: Path) -> int:
-    return next(pid for pid in processes(data_dir) if supervisor.__file__ in about(pid))
-
-
-def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: has_ended(pid), 1)
-
-
-def has_ended(pid: int) -> bool:
-    """All its threads have: the last one takes its locks along."""
-    states = []
-    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
-        with contextlib.suppress(OSError):
-            states.append(task.read_text().rpartition(")")[2].split()[0])
-    return set(states) <= {"Z"}
-
-
-def wait_until(done: Callable[[], object], within_s: float) -> None:
-    if done():  # also where there is no time for it
-        return
-    with within(within_s):
-        eventually(done)
-
-
-def assert_gone(data_dir: Path, within_s: float) -> None:
-    wait_until(lambda: not processes(data_dir), within_s)
-    assert not list((data_dir / "postgres").glob("socket-directory*"))
-
-
-def connect(server: EmbeddedPostgres) -> "psycopg.Connection[tuple[Any, ...]]":
-    return psycopg.connect(
-        host=str(server.socket_dir),
-        port=server.port,
-        user=server.user,
-        dbname="postgres",
-        autocommit=True,
-    )
-
-
-def show(server: EmbeddedPostgres, setting: str) -> str:
-    with connect(server) as connection:
-        row = connection.execute("SELECT current_setting(%s)", [setting]).fetchone()
-    assert row is not None
-    return str(row[0])
-
-
-def assert_fails(data_dir: Path, *words: str, **how: Any) -> None:
-    with pytest.raises(EmbeddedPostgresError) as caught:
-        start(data_dir, **how).release()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
-    wait_until(lambda: not processes(data_dir), CLEAN_STOP_S)
 
 
 def test_starts_and_leaves_nothing_behind(data_dir: Path) -> None:
@@ -434,20 +283,6 @@ def test_a_pid_file_of_another_life_does_not_say_that_this_server_is_ready(tmp_p
     assert not supervisor._is_ready(plan, 24, left)
     pid_file.write_text(f"24\n{cluster}\n1795513999\n5432\n/tmp/new\n\n160 4\nready   \n")
     assert supervisor._is_ready(plan, 24, left)
-
-
-def plan_of(home: Path, uid: int | None = None, gid: int | None = None) -> supervisor.Plan:
-    """What a supervisor of this directory knows."""
-    return supervisor.Plan(
-        home=str(home),
-        package_dir="",
-        version="18",
-        temp_dirs=[str(home)],
-        options={},
-        uid=uid,
-        gid=gid,
-        server_fd=-1,
-    )
 
 
 def test_failed_start_is_one_line_and_leaves_nothing(data_dir: Path) -> None:

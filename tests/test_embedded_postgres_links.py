@@ -12,13 +12,12 @@ import pytest
 from payments import embedded_postgres
 from payments.embedded_postgres import EmbeddedPostgresError, start, supervisor
 from payments.embedded_postgres import _server_user as server_user
-from tests.test_embedded_postgres import (
+from tests.embedded import (
     CLEAN_STOP_S,
     as_root,
     assert_fails,
     assert_gone,
     plan_of,
-    room,  # noqa: F401 - a fixture
     wait_until,
 )
 
@@ -26,7 +25,7 @@ SECRET = "canary5ecretcanary5ecret"
 
 
 @pytest.fixture
-def data_dir(room: Path) -> Path:  # noqa: F811
+def data_dir(room: Path) -> Path:
     return room / "data"
 
 
@@ -39,7 +38,7 @@ def cluster(data_dir: Path) -> Path:
 
 
 @pytest.fixture
-def secret(room: Path) -> Path:  # noqa: F811
+def secret(room: Path) -> Path:
     """A file that only root may read."""
     path = room / "secret"
     path.write_text(f"{SECRET}\n")
@@ -102,7 +101,7 @@ def test_a_pid_file_that_is_a_link(data_dir: Path, cluster: Path, secret: Path) 
 @as_root
 @pytest.mark.usefixtures("in_time")
 @pytest.mark.parametrize("kind", ["link", "pipe", "directory"])
-def test_only_files_of_its_own_are_read(room: Path, secret: Path, kind: str) -> None:  # noqa: F811
+def test_only_files_of_its_own_are_read(room: Path, secret: Path, kind: str) -> None:
     plan = plan_of(room, *server_user())
     replace(room / "file", kind, secret)
     assert supervisor._read(plan, room / "file") == ""
@@ -125,7 +124,7 @@ def test_no_more_is_read_of_a_log_than_says_why_it_does_not_start(tmp_path: Path
 
 
 @as_root
-def test_a_right_that_was_given_up_is_given_up_until_the_end(room: Path) -> None:  # noqa: F811
+def test_a_right_that_was_given_up_is_given_up_until_the_end(room: Path) -> None:
     plan = plan_of(room, *server_user())
     with supervisor._as_server_user(plan):
         with supervisor._as_server_user(plan):
@@ -136,7 +135,7 @@ def test_a_right_that_was_given_up_is_given_up_until_the_end(room: Path) -> None
 
 
 @as_root
-def test_a_link_in_place_of_the_socket_directory(data_dir: Path, room: Path) -> None:  # noqa: F811
+def test_a_link_in_place_of_the_socket_directory(data_dir: Path, room: Path) -> None:
     """Somebody else's socket, of the same name, is not removed."""
     other = room / "other"
     other.mkdir(mode=0o755)
@@ -152,7 +151,7 @@ def test_a_link_in_place_of_the_socket_directory(data_dir: Path, room: Path) -> 
 
 @as_root
 @pytest.mark.parametrize("kind", ["link", "another's", "open", "its own", "missing"])
-def test_which_socket_directory_is_taken_over(room: Path, kind: str) -> None:  # noqa: F811
+def test_which_socket_directory_is_taken_over(room: Path, kind: str) -> None:
     plan = plan_of(room, *server_user())
     own, path = room / "own", room / "path"
     own.mkdir(mode=0o700)
@@ -172,7 +171,7 @@ def test_which_socket_directory_is_taken_over(room: Path, kind: str) -> None:  #
 
 
 @as_root
-def test_nothing_is_given_away_through_a_link(room: Path, secret: Path) -> None:  # noqa: F811
+def test_nothing_is_given_away_through_a_link(room: Path, secret: Path) -> None:
     (room / "directory").mkdir()
     (room / "link").symlink_to(room / "directory")
     with pytest.raises(OSError, match=r"Not a directory|symbolic"):
@@ -182,7 +181,7 @@ def test_nothing_is_given_away_through_a_link(room: Path, secret: Path) -> None:
 
 @as_root
 def test_a_link_in_place_of_a_directory_that_was_just_made(
-    room: Path,  # noqa: F811
+    room: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     private = room / "private"

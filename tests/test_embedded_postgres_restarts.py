@@ -23,7 +23,7 @@ from payments.embedded_postgres import (
 )
 from payments.embedded_postgres import _server_user as server_user
 from payments.embedded_postgres.keeper import Keeper
-from tests.test_embedded_postgres import (
+from tests.embedded import (
     CLEAN_STOP_S,
     STOP_AFTER_KILL_S,
     User,
@@ -34,7 +34,6 @@ from tests.test_embedded_postgres import (
     plan_of,
     postmaster,
     processes,
-    room,  # noqa: F401 - a fixture
     show,
     supervisor_pid,
     wait_until,
@@ -45,7 +44,7 @@ LOST_S = 20
 
 
 @pytest.fixture
-def data_dir(room: Path) -> Path:  # noqa: F811
+def data_dir(room: Path) -> Path:
     return room / "data"
 
 

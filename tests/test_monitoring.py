@@ -20,15 +20,11 @@ from payments.database.connections import DatabaseAddress
 from payments.errors import DatabaseUnavailable, PaymentsError
 from payments.observability.metrics import Telemetry
 from payments.service import Service
+from tests.alerts import ALERTS
 from tests.process import PAYMENTS, ROOT, ServiceProcess, at, environment, free_port
 from tests.support import charge_of, until
 
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/payments.json").read_text())
-ALERTS = [
-    rule
-    for group in yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
-    for rule in group["rules"]
-]
 RULES_TEST = "tests/alerts_test.yml"
 WATCHDOG = "PaymentsWatchdog"  # it always fires
 NOT_OURS = {"up"}  # and ALERTS

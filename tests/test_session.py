@@ -19,7 +19,7 @@ from payments.events.appender import Appender
 from payments.observability.logs import Repeats
 from payments.observability.metrics import Telemetry
 from payments.queries.server import unsafe_settings
-from tests.events.test_appender import commits, let_commits_not_wait, log_of
+from tests.events.commits import commits, let_commits_not_wait, log_of
 from tests.machine import within
 from tests.pooler import WAIT_S, Pooler
 from tests.process import ServiceProcess, at, run

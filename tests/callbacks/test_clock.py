@@ -16,8 +16,8 @@ from payments.order_service import TIMEOUT_S
 from payments.order_service.endpoint import Exchange
 from payments.queries.callbacks import backlog, oldest_age_s
 from tests.callbacks.conftest import PlayedEndpoint, answered, dispatching_to, failed, opened
+from tests.callbacks.long_queue import ORDERS, fill
 from tests.callbacks.outbox import Outbox, charges, claim_some, of
-from tests.callbacks.test_long_queue import ORDERS, fill
 from tests.support import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("looks_often")]

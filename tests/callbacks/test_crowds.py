@@ -13,8 +13,8 @@ from payments.callbacks import outbox as statements
 from payments.callbacks.outbox import record
 from payments.database.connections import Database
 from tests.callbacks.conftest import PlayedEndpoint, dispatching_to
+from tests.callbacks.long_queue import DELIVERIES
 from tests.callbacks.outbox import Outbox, charges, claim_some, result_of
-from tests.callbacks.test_long_queue import DELIVERIES
 from tests.machine import Machine, bound
 from tests.support import until
 

@@ -6,10 +6,18 @@ from uuid import UUID
 
 import psycopg
 
+from payments.commands.charge import Charged
 from payments.errors import ClientGone, TooBusy
+from payments.events.store import LOAD_ENTRIES, LogEntry, fact_of
+from payments.payment.identity import payment_id_for
+from payments.payment.state import Payment, Status, fold
 from payments.service import Service
 from tests.doubles.gateway import ScriptedGateway
 from tests.support import charge_of
+
+Connection = psycopg.Connection[Any]
+
+PAYMENT = payment_id_for("k")
 
 
 def topics(connection: psycopg.Connection[Any], payment_id: UUID) -> list[str]:
@@ -39,3 +47,14 @@ async def capture(service: Service, amount_cents: int = 1500) -> None:
     """Charges `k`; the outcome is stored then, also if the machine took longer than a deadline."""
     await begin(service, amount_cents)
     await service.runs.drain(30)
+
+
+def as_stored(connection: Connection) -> Payment:
+    rows = connection.execute(LOAD_ENTRIES.encode(), [PAYMENT]).fetchall()
+    payment = fold(fact_of(LogEntry(*row)) for row in rows)
+    assert payment is not None
+    return payment
+
+
+def first_answer(charged: Charged) -> tuple[Status, bool]:
+    return charged.payment.status, charged.replayed

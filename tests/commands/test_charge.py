@@ -29,7 +29,7 @@ from payments.payment.identity import RefundRequest, payment_id_for
 from payments.payment.state import Status
 from payments.queries.payments import get_payment
 from tests.commands.conftest import Make
-from tests.commands.looking import begin, topics
+from tests.commands.looking import begin, first_answer, topics
 from tests.doubles.gateway import (
     ScriptedGateway,
     after,
@@ -39,15 +39,11 @@ from tests.doubles.gateway import (
     never_sent,
     no_answer,
 )
-from tests.events.test_appender import LOCK, UNLOCK, waits_for_lock
+from tests.events.commits import LOCK, UNLOCK, waits_for_lock
 from tests.machine import within
 from tests.support import ORDER_ID, charge_of, elapse, stored_event, until
 
 pytestmark = pytest.mark.anyio
-
-
-def first_answer(charged: Charged) -> tuple[Status, bool]:
-    return charged.payment.status, charged.replayed
 
 
 async def test_captured(make: Make, connection: psycopg.Connection[Any]) -> None:

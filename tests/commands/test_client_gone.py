@@ -14,10 +14,9 @@ from payments.gateways import ProviderCharge
 from payments.payment.identity import payment_id_for
 from payments.payment.state import Status
 from tests.commands.conftest import Make
-from tests.commands.looking import topics
-from tests.commands.test_charge import first_answer
+from tests.commands.looking import first_answer, topics
 from tests.doubles.gateway import ScriptedGateway, after, no_answer
-from tests.events.test_appender import lock_held, waits_for_lock
+from tests.events.commits import lock_held, waits_for_lock
 from tests.support import charge_of, elapse, stored_event, until
 
 pytestmark = pytest.mark.anyio

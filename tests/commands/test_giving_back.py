@@ -18,10 +18,9 @@ from payments.payment.identity import payment_id_for
 from payments.payment.state import Approved, Status
 from payments.service import Service
 from tests.commands.conftest import Make
-from tests.commands.looking import begin, capture, gateway_of, topics
-from tests.commands.test_lost_log import as_stored
-from tests.commands.test_refund import refund_of
-from tests.commands.test_settle import FAST, SOON, age, settle
+from tests.commands.looking import as_stored, begin, capture, gateway_of, topics
+from tests.commands.refunding import refund_of
+from tests.commands.settling import FAST, SOON, age, settle
 from tests.doubles.gateway import ScriptedGateway, answer_lost, approve, never_sent, no_answer
 from tests.lost_log import accept_loss
 from tests.support import append, stored_event

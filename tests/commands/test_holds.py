@@ -15,8 +15,7 @@ from payments.payment.decisions import is_held_for
 from payments.payment.identity import payment_id_for
 from payments.payment.state import Status
 from tests.commands.conftest import Make
-from tests.commands.looking import topics
-from tests.commands.test_charge import first_answer
+from tests.commands.looking import first_answer, topics
 from tests.doubles.gateway import ScriptedGateway, after, answer_lost, no_answer
 from tests.support import charge_of, until
 

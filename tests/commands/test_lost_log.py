@@ -3,7 +3,6 @@
 import uuid
 from typing import Any
 
-import psycopg
 import pytest
 
 from payments import event_store
@@ -11,15 +10,22 @@ from payments.commands.runs import cause
 from payments.errors import LogRewound
 from payments.event_store import load_charge, load_payment
 from payments.events.facts import Fact
-from payments.events.store import LOAD_ENTRIES, LogEntry, fact_of
 from payments.payment.decisions import abandon, initiate_refund
 from payments.payment.identity import RefundRequest, payment_id_for
-from payments.payment.state import Approved, Payment, Status, fold
+from payments.payment.state import Approved, Payment, Status
 from payments.service import Service
 from tests.commands.conftest import Make
-from tests.commands.looking import begin, capture, gateway_of, topics
-from tests.commands.test_refund import charged, refund_of
-from tests.commands.test_settle import FAST, SOON, age, project, settle, unsettled
+from tests.commands.looking import (
+    PAYMENT,
+    Connection,
+    as_stored,
+    begin,
+    capture,
+    gateway_of,
+    topics,
+)
+from tests.commands.refunding import charged, refund_of
+from tests.commands.settling import FAST, SOON, age, project, settle, unsettled
 from tests.doubles.gateway import (
     ScriptedGateway,
     Step,
@@ -33,9 +39,6 @@ from tests.lost_log import accept_loss, lose_after
 from tests.support import History, append, charge_of, stored_event
 
 pytestmark = pytest.mark.anyio
-
-PAYMENT = payment_id_for("k")
-Connection = psycopg.Connection[Any]
 
 
 def losing(connection: Connection, position: int, *then: Any, step: Step = approve) -> Step:
@@ -241,13 +244,6 @@ class TestRefund:
         with pytest.raises(Exception, match="refused the refund"):
             await service.refunding.refund(refund_of(400, "a"))
         assert (await stored(service)).reserved_cents == 300
-
-
-def as_stored(connection: Connection) -> Payment:
-    rows = connection.execute(LOAD_ENTRIES.encode(), [PAYMENT]).fetchall()
-    payment = fold(fact_of(LogEntry(*row)) for row in rows)
-    assert payment is not None
-    return payment
 
 
 def other_refund(connection: Connection, amount_cents: int | None) -> Fact:

@@ -10,8 +10,8 @@ from payments.payment.identity import payment_id_for
 from payments.payment.state import Status
 from tests.commands.conftest import Make
 from tests.commands.looking import begin, gateway_of
-from tests.commands.test_refund import FAST
-from tests.commands.test_settle import age
+from tests.commands.refunding import FAST
+from tests.commands.settling import age
 from tests.doubles.gateway import ScriptedGateway, approve, decline, no_answer
 from tests.support import charge_of, stored_event
 

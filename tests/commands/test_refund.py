@@ -11,7 +11,7 @@ import pytest
 from eventsourcing.persistence import StoredEvent
 
 from payments.commands import runs
-from payments.commands.refund import Refunded, RefundPayment
+from payments.commands.refund import Refunded
 from payments.errors import (
     DatabaseUnavailable,
     IdempotencyKeyReused,
@@ -24,11 +24,11 @@ from payments.errors import (
 )
 from payments.gateways import NeverSent, OutcomeUnknown
 from payments.payment.decisions import REFUNDS_MAX
-from payments.payment.identity import RefundRequest, payment_id_for
+from payments.payment.identity import payment_id_for
 from payments.payment.state import Status
-from payments.service import Service
 from tests.commands.conftest import Make
-from tests.commands.looking import capture, gateway_of, topics
+from tests.commands.looking import PAYMENT, gateway_of, topics
+from tests.commands.refunding import FAST, charged, refund_of
 from tests.doubles.gateway import (
     ScriptedGateway,
     after,
@@ -42,33 +42,6 @@ from tests.machine import within
 from tests.support import charge_of, elapse, until
 
 pytestmark = pytest.mark.anyio
-
-PAYMENT = payment_id_for("k")
-FAST: dict[str, Any] = {"charge_deadline_s": 0.4, "gateway_timeout_s": 0.2}
-
-
-def refund_of(
-    amount_cents: int | None = None,
-    key: str | None = None,
-    *,
-    client: str = "default",
-    may_read: str | None = None,
-    payment_id: uuid.UUID = PAYMENT,
-) -> RefundPayment:
-    return RefundPayment(
-        request=RefundRequest(
-            payment_id=payment_id, amount_cents=amount_cents, idempotency_key=key, client=client
-        ),
-        may_read=may_read,
-        request_id="test",
-    )
-
-
-async def charged(make: Make, *script: Any, amount_cents: int = 1000, **changed: Any) -> Service:
-    """A service whose payment `k` is captured; `script` is for its refunds."""
-    service = await make(ScriptedGateway(refund_script=script), **changed)
-    await capture(service, amount_cents)
-    return service
 
 
 def summary(refunded: Refunded) -> tuple[Status, int, int, Status, bool]:

@@ -19,8 +19,19 @@ from payments.payment.state import Approved, Status
 from payments.service import Service
 from payments.unsettled import CLAIM, claim, claim_params, forget, postpone
 from tests.commands.conftest import Make
-from tests.commands.looking import begin, capture, gateway_of, topics
-from tests.commands.test_refund import refund_of
+from tests.commands.looking import PAYMENT, begin, capture, gateway_of, topics
+from tests.commands.refunding import refund_of
+from tests.commands.settling import (
+    FAST,
+    SOON,
+    abandoned,
+    age,
+    capture_late,
+    due_in_s,
+    project,
+    settle,
+    unsettled,
+)
 from tests.doubles.gateway import (
     ScriptedGateway,
     answer_lost,
@@ -32,47 +43,6 @@ from tests.doubles.gateway import (
 from tests.support import charge_of, elapse, until
 
 pytestmark = pytest.mark.anyio
-
-PAYMENT = payment_id_for("k")
-FAST: dict[str, Any] = {"charge_deadline_s": 0.3, "gateway_timeout_s": 0.2}
-SOON: dict[str, Any] = {**FAST, "pending_abandon_after_s": 0.3}
-
-
-async def project(service: Service) -> None:
-    while await service.followers[0].run_once():
-        pass
-
-
-async def settle(service: Service, connection: psycopg.Connection[Any]) -> int:
-    """Lets the time pass that a row waits for, and settles; how many payments were tried."""
-    await project(service)
-    connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
-    tried = await service.settling.run_once()
-    await project(service)
-    return tried
-
-
-def unsettled(connection: psycopg.Connection[Any]) -> list[tuple[str, int]]:
-    return connection.execute("SELECT kind, attempts FROM unsettled_payments").fetchall()
-
-
-def due_in_s(connection: psycopg.Connection[Any]) -> float:
-    row = connection.execute(
-        "SELECT extract(epoch FROM due_at - clock_timestamp())::float8 FROM unsettled_payments"
-    ).fetchone()
-    assert row is not None
-    return float(row[0])
-
-
-async def age(connection: psycopg.Connection[Any], seconds: float) -> None:
-    """Makes all events older, as only a superuser without the trigger can."""
-    connection.execute("ALTER TABLE payment_events DISABLE TRIGGER payment_events_append_only")
-    connection.execute(
-        "UPDATE payment_events SET recorded_at = recorded_at - make_interval(secs => %s)", [seconds]
-    )
-    connection.execute(
-        "ALTER TABLE payment_events ENABLE ALWAYS TRIGGER payment_events_append_only"
-    )
 
 
 @pytest.mark.parametrize(
@@ -136,20 +106,6 @@ async def test_a_payment_the_provider_does_not_know_is_abandoned(
     assert unsettled(connection)[0][0] == "abandoned"
     charged = await service.charging.charge(charge_of("k"))
     assert (charged.payment.status, charged.payment.failure) == (Status.FAILED, "abandoned")
-
-
-async def abandoned(make: Make, connection: psycopg.Connection[Any], *script: Any) -> Service:
-    service = await make(ScriptedGateway(no_answer, refund_script=script), **SOON)
-    await capture(service)
-    await age(connection, 1)
-    await settle(service, connection)
-    assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
-    return service
-
-
-def capture_late(service: Service) -> None:
-    gateway = gateway_of(service)
-    gateway.capture(gateway.charges[0])
 
 
 async def test_a_late_capture_goes_back(make: Make, connection: psycopg.Connection[Any]) -> None:

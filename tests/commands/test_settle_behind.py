@@ -13,11 +13,10 @@ from payments.payment.state import Status
 from payments.service import Service
 from payments.unsettled import claim
 from tests.commands.conftest import Make
-from tests.commands.looking import begin, gateway_of, topics
-from tests.commands.test_refund import refund_of
-from tests.commands.test_settle import (
+from tests.commands.looking import PAYMENT, begin, gateway_of, topics
+from tests.commands.refunding import refund_of
+from tests.commands.settling import (
     FAST,
-    PAYMENT,
     abandoned,
     age,
     due_in_s,

@@ -17,9 +17,9 @@ from payments.event_store import EventStore
 from payments.gateways import OutcomeUnknown
 from payments.service import Service
 from tests.commands.conftest import Make
-from tests.commands.looking import begin, gateway_of, topics
-from tests.commands.test_refund import refund_of
-from tests.commands.test_settle import FAST, PAYMENT, abandoned, age, capture_late, settle
+from tests.commands.looking import PAYMENT, begin, gateway_of, topics
+from tests.commands.refunding import refund_of
+from tests.commands.settling import FAST, abandoned, age, capture_late, settle
 from tests.doubles.gateway import ScriptedGateway, answer_lost, decline, no_answer
 from tests.process import free_port
 from tests.support import charge_of

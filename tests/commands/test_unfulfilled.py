@@ -20,8 +20,8 @@ from payments.payment.state import Status
 from payments.service import Service
 from tests.commands.conftest import Make
 from tests.commands.looking import capture, gateway_of, topics
-from tests.commands.test_refund import refund_of
-from tests.commands.test_settle import FAST, settle
+from tests.commands.refunding import refund_of
+from tests.commands.settling import FAST, settle
 from tests.doubles.gateway import (
     ScriptedGateway,
     after,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.doubles.provider import ProviderProcess
 from tests.machine import within
 from tests.process import database_processes
 from tests.support import eventually
@@ -17,3 +18,9 @@ def data_dir(state_dir: Path) -> Iterator[Path]:
     yield path
     with within(6):
         eventually(lambda: not database_processes(path))
+
+
+@pytest.fixture
+def provider(tmp_path: Path) -> Iterator[ProviderProcess]:
+    with ProviderProcess(tmp_path / "provider.jsonl") as running:
+        yield running

@@ -22,7 +22,7 @@ import pytest
 from payments.callbacks import lease_s
 from payments.callbacks.dispatcher import CONCURRENCY_MAX
 from payments.database.connections import DatabaseAddress
-from tests.crash.test_money import nothing_open
+from tests.crash.money import nothing_open
 from tests.doubles.order_service import Fault, Options, OrderServiceProcess, Request
 from tests.invariants.callbacks import CallbackReport, check_callbacks, is_followed, nothing_due
 from tests.invariants.checker import ChargeAnswer, check

@@ -20,14 +20,13 @@ import pytest
 
 from payments.embedded_postgres import supervisor
 from tests.crash.client import Answer, Caller, race
-from tests.crash.test_money import (
+from tests.crash.money import (
     FAST,
     UNRELIABLE,
     Answers,
     Traffic,
     count,
     nothing_open,
-    provider,  # noqa: F401 - a fixture
     records,
     settled,
 )
@@ -48,7 +47,7 @@ main(["serve"])
 """
 
 
-def settings(provider: ProviderProcess, **more: object) -> dict[str, Any]:  # noqa: F811
+def settings(provider: ProviderProcess, **more: object) -> dict[str, Any]:
     """For the embedded server, and this provider."""
     return {
         **FAST,
@@ -104,7 +103,7 @@ def lines(log: str) -> list[dict[str, Any]]:
     "victim", [postmaster, supervisor_of, everything, appender], ids=lambda each: each.__name__
 )
 def test_killed_under_load(
-    provider: ProviderProcess,  # noqa: F811
+    provider: ProviderProcess,
     data_dir: Path,
     pytestconfig: pytest.Config,
     victim: Callable[[Path], psutil.Process],
@@ -159,7 +158,7 @@ def frozen_backend(data_dir: Path) -> Iterator[Callable[[], int]]:
 
 
 def test_an_outcome_that_waits_in_memory_is_written_afterwards(
-    provider: ProviderProcess,  # noqa: F811
+    provider: ProviderProcess,
     data_dir: Path,
     frozen_backend: Callable[[], int],
 ) -> None:

@@ -15,7 +15,7 @@ from payments.database.connections import DatabaseAddress
 from payments.fulfilment import table
 from payments.payment.identity import payment_id_for, unfulfilled_refund_id
 from tests.callbacks.sales import PAID, Sale
-from tests.crash.test_money import nothing_open, records, settings, settled
+from tests.crash.money import nothing_open, records, settings, settled
 from tests.doubles.order_seats import Seating
 from tests.doubles.order_service import Options, OrderServiceProcess
 from tests.doubles.provider import Fault, ProviderProcess
@@ -32,12 +32,6 @@ LATER = """
 UPDATE fulfilments SET next_at = now(), failed_since = failed_since - make_interval(secs => %s)
  WHERE state <> 'given_back' AND claim IS NULL
 """
-
-
-@pytest.fixture
-def provider(tmp_path: Path) -> Iterator[ProviderProcess]:
-    with ProviderProcess(tmp_path / "provider.jsonl") as running:
-        yield running
 
 
 @pytest.fixture

@@ -6,10 +6,7 @@ Each scenario ends in the one checker of tests/invariants.
 import asyncio
 import random
 import signal
-import threading
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,181 +16,24 @@ import pytest
 from payments.database.connections import DatabaseAddress
 from payments.payment.identity import payment_id_for
 from tests.crash.client import Answer, Caller, race
+from tests.crash.money import (
+    UNRELIABLE,
+    Answers,
+    Traffic,
+    count,
+    nothing_open,
+    records,
+    settings,
+    settled,
+)
 from tests.doubles.provider import Fault, FaultKind, ProviderProcess
-from tests.invariants.checker import ChargeAnswer, ProviderRecord, RefundAnswer, check
+from tests.invariants.checker import check
 from tests.machine import within
 from tests.outside_postgres import OutsidePostgres
-from tests.process import ServiceProcess, at, working
-from tests.support import PATIENCE_S, eventually
+from tests.process import ServiceProcess, working
+from tests.support import eventually
 
 LANES = 4  # so many payments at a time
-FAST = {"CHARGE_DEADLINE_S": 1, "GATEWAY_TIMEOUT_S": 0.8, "PENDING_ABANDON_AFTER_S": 3}
-
-
-@pytest.fixture
-def provider(tmp_path: Path) -> Iterator[ProviderProcess]:
-    with ProviderProcess(tmp_path / "provider.jsonl") as running:
-        yield running
-
-
-def settings(address: DatabaseAddress, provider: ProviderProcess, **more: object) -> dict[str, Any]:
-    return {
-        **at(address),
-        **FAST,
-        "GATEWAY": "tests.doubles.http_gateway:build",
-        "TEST_PROVIDER_URL": provider.url,
-        **more,
-    }
-
-
-def records(provider: ProviderProcess) -> list[ProviderRecord]:
-    """The money that the provider moved."""
-    captures = {line.txn_id: line for line in provider.captures()}
-    return [
-        *(
-            ProviderRecord(
-                "capture",
-                uuid.UUID(line.id),
-                uuid.UUID(line.id),
-                line.amount_cents,
-                line.currency,
-                line.txn_id,
-            )
-            for line in captures.values()
-        ),
-        *(
-            ProviderRecord(
-                "refund",
-                uuid.UUID(line.id),
-                uuid.UUID(captures[line.charge_txn_id].id),
-                line.amount_cents,
-                line.currency,
-                line.txn_id,
-            )
-            for line in provider.refunds()
-        ),
-    ]
-
-
-def nothing_open(connection: psycopg.Connection[Any]) -> bool:
-    """The projector has seen everything, and nothing waits for the provider."""
-    row = connection.execute(
-        "SELECT (SELECT position FROM followers WHERE name = 'payments')"
-        "       = (SELECT coalesce(max(notification_id), 0) FROM payment_events)"
-        "   AND NOT EXISTS (SELECT FROM unsettled_payments WHERE kind <> 'abandoned')"
-    ).fetchone()
-    assert row is not None
-    return bool(row[0])
-
-
-def settled(connection: psycopg.Connection[Any], timeout_s: float = PATIENCE_S) -> None:
-    """Waits until nothing can become of any payment any more.
-
-    What was abandoned is watched with growing pauses: a request that was sent late, by a process
-    that was frozen or on a busy machine, may have been captured since it was asked about last. So
-    each is asked about once more.
-    """
-    eventually(lambda: nothing_open(connection), timeout_s)
-    connection.execute(
-        "UPDATE unsettled_payments SET due_at = now(), attempts = 0,"
-        " change = nextval('unsettled_payments_change_seq') WHERE kind = 'abandoned'"
-    )
-    # The second attempt begins once the first is over.
-    eventually(lambda: nothing_open(connection) and asked_about(connection), timeout_s)
-
-
-def asked_about(connection: psycopg.Connection[Any]) -> bool:
-    row = connection.execute(
-        "SELECT count(*) FROM unsettled_payments WHERE kind = 'abandoned' AND attempts < 2"
-    ).fetchone()
-    assert row is not None
-    return not row[0]
-
-
-class Answers:
-    """What callers were told, for the checker."""
-
-    def __init__(self) -> None:
-        self.charges: list[ChargeAnswer] = []
-        self.refunds: list[RefundAnswer] = []
-        self.unanswered: list[str] = []
-
-    def charged(self, key: str, answer: Answer | None) -> None:
-        if answer is None:
-            self.unanswered.append(key)
-            return
-        assert answer.status in (201, 202, 503), answer
-        if answer.status < 300:
-            payment_id = uuid.UUID(answer.body["id"])
-            self.charges.append(ChargeAnswer(payment_id, answer.status, answer.body["status"]))
-
-    def refunded(self, answer: Answer | None) -> None:
-        if answer is None:
-            return
-        assert answer.status in (201, 202, 409, 503), answer
-        if answer.status < 300:
-            body = answer.body
-            self.refunds.append(
-                RefundAnswer(
-                    uuid.UUID(body["id"]),
-                    uuid.UUID(body["refund_id"]),
-                    answer.status,
-                    body["amount_cents"],
-                )
-            )
-
-
-class Traffic:
-    """Charges, refunds of some, and repetitions of what got no answer, in a thread of its own."""
-
-    def __init__(self, port: int, answers: Answers, callers: int = 8) -> None:
-        self._port = port
-        self._answers = answers
-        self._callers = callers
-        self._stopped = False
-        self.captured = 0
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> "Traffic":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped = True
-        self._thread.join(timeout=30)
-        assert not self._thread.is_alive()
-
-    def _run(self) -> None:
-        async def all_of_them(callers: list[Caller]) -> None:
-            await asyncio.gather(*(self._call(caller) for caller in callers))
-
-        race([self._port], self._callers, all_of_them)
-
-    async def _call(self, caller: Caller) -> None:
-        while not self._stopped:
-            repeat = self._answers.unanswered and random.random() < 0.3
-            key = self._answers.unanswered.pop() if repeat else str(uuid.uuid4())
-            answer = await caller.charge(key)
-            self._answers.charged(key, answer)
-            if answer is None or answer.status == 503:
-                await asyncio.sleep(0.02)
-            elif answer.body["status"] == "SUCCESS":
-                self.captured += 1
-                if self.captured % 3 == 0:
-                    refund_key = f"{key}-refund" if self.captured % 2 else None
-                    amount = 300 if refund_key else None
-                    refunded = await caller.refund(payment_id_for(key), amount, refund_key)
-                    self._answers.refunded(refunded)
-
-
-UNRELIABLE = (
-    Fault("slow", count=None, probability=0.3, seconds=0.1),
-    Fault("answer_lost", count=None, probability=0.05),
-    Fault("500", count=None, probability=0.03),
-    Fault("500_after", count=None, probability=0.03),
-    Fault("reset_after", count=None, probability=0.03),
-    Fault("reset", count=None, probability=0.03),
-)
 
 
 def test_kill_9_loop(
@@ -331,12 +171,6 @@ def test_the_database_goes_away_between_the_providers_answer_and_the_append(
                 eventually(lambda: nothing_open(connection) and count(connection) == 2)
                 assert one.terminate() == 0
                 check(connection, records(provider), answers.charges, settled=True)
-
-
-def count(connection: psycopg.Connection[Any]) -> int:
-    row = connection.execute("SELECT count(*) FROM payment_events").fetchone()
-    assert row is not None
-    return int(row[0])
 
 
 def test_a_frozen_process_wakes_up_after_another_has_settled(

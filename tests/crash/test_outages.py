@@ -27,7 +27,7 @@ from payments.errors import DatabaseUnavailable
 from payments.payment.identity import RefundRequest, payment_id_for
 from payments.service import Service
 from tests.crash.mixed_load import PROBE, MixedLoad, Sample
-from tests.crash.test_money import records, settings, settled
+from tests.crash.money import records, settings, settled
 from tests.doubles.provider import ProviderProcess
 from tests.invariants.checker import check
 from tests.machine import within

@@ -19,8 +19,7 @@ from payments.migrations import migrate
 from payments.queries.server import Horizon, horizon
 from tests.outside_postgres import OutsidePostgres, Standby
 from tests.process import PAYMENTS, ROOT, environment, open_directory, run
-from tests.support import ORDER_ID, History, append, eventually
-from tests.test_cli_audit import catch_up
+from tests.support import ORDER_ID, History, append, catch_up, eventually
 
 PAYMENTS_MADE = 3000
 FIRST = History("k0").id

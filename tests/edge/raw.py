@@ -142,3 +142,8 @@ def code_of(answer: Answer) -> str:
     assert problem["title"]
     assert problem["detail"]
     return str(problem["code"])
+
+
+def said(answer: Answer) -> str:
+    words = [str(answer.status), code_of(answer), "closed" if answer.is_last else ""]
+    return " ".join(filter(None, words))

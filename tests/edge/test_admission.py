@@ -19,7 +19,7 @@ import pytest
 from payments.database.connections import DatabaseAddress
 from tests.edge.raw import Answer, Connection
 from tests.edge.requests import BODY
-from tests.events.test_appender import lock_held
+from tests.events.commits import lock_held
 from tests.machine import within
 from tests.process import ServiceProcess, at
 from tests.support import eventually

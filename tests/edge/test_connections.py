@@ -6,9 +6,8 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from tests.edge.raw import Connection
+from tests.edge.raw import Connection, said
 from tests.edge.requests import BODY, LAST_CHUNK, charge, chunk, chunked, get
-from tests.edge.test_raw_bytes import said
 from tests.machine import within
 from tests.process import ServiceProcess
 from tests.support import eventually

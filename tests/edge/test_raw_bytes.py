@@ -15,7 +15,7 @@ import pytest
 
 from tests.edge.contents import CONTENTS
 from tests.edge.framings import FRAMINGS
-from tests.edge.raw import Answer, Connection, code_of
+from tests.edge.raw import Connection, said
 from tests.edge.requests import BODY, charge, chunk, chunked, get
 from tests.machine import within
 from tests.process import ServiceProcess
@@ -26,11 +26,6 @@ EVENTS_OF_A_CHARGE = 2
 ROWS = {
     f"{table}: {row.name}": row for table, rows in (CONTENTS | FRAMINGS).items() for row in rows
 }
-
-
-def said(answer: Answer) -> str:
-    words = [str(answer.status), code_of(answer), "closed" if answer.is_last else ""]
-    return " ".join(filter(None, words))
 
 
 def stored_events(store: psycopg.Connection[Any]) -> int:

@@ -1,7 +1,6 @@
 """Group commit: every caller hears the truth about its own append, whatever happens to the rest."""
 
 import asyncio
-import contextlib
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -22,14 +21,12 @@ from payments.events.appender import (
 )
 from payments.events.store import APPEND, append_params
 from payments.observability.metrics import Telemetry
+from tests.events.commits import commits, let_commits_not_wait, lock_held, log_of, waits_for_lock
 from tests.machine import within
 from tests.proxy import ServerProxy
 from tests.support import stored_event, until
 
 pytestmark = pytest.mark.anyio
-
-LOCK = "BEGIN; LOCK TABLE append_lock IN SHARE UPDATE EXCLUSIVE MODE"
-UNLOCK = "COMMIT"
 
 
 @pytest.fixture
@@ -38,49 +35,6 @@ async def appender(database: Database) -> AsyncIterator[Appender]:
     appender = Appender(database.connect, Telemetry(), intent_queue_max=300)
     yield appender
     await appender.stop(1)
-
-
-@contextlib.contextmanager
-def lock_held(connection: psycopg.Connection[Any]) -> Any:
-    """While this is open, no append can commit."""
-    connection.execute(LOCK)
-    try:
-        yield
-    finally:
-        connection.execute(UNLOCK)
-
-
-def log_of(connection: psycopg.Connection[Any]) -> list[tuple[int, uuid.UUID, int]]:
-    return connection.execute(
-        "SELECT notification_id, originator_id, originator_version FROM payment_events ORDER BY 1"
-    ).fetchall()
-
-
-def let_commits_not_wait(connection: psycopg.Connection[Any], address: DatabaseAddress) -> None:
-    """As an administrator may have told the database; and from now on it notes what the commit of
-    each event does."""
-    off = f"ALTER DATABASE {address.dbname} SET synchronous_commit = off"
-    connection.execute(off.encode())
-    connection.execute("CREATE TABLE commits (application text, synchronous_commit text)")
-    connection.execute(
-        "CREATE FUNCTION note_commit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-        " INSERT INTO commits SELECT current_setting('application_name'),"
-        " current_setting('synchronous_commit'); RETURN NULL; END $$"
-    )
-    connection.execute(
-        "CREATE CONSTRAINT TRIGGER note_commit AFTER INSERT ON payment_events"
-        " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION note_commit()"
-    )
-
-
-def commits(connection: psycopg.Connection[Any]) -> list[tuple[str, str]]:
-    return connection.execute("SELECT * FROM commits").fetchall()
-
-
-async def waits_for_lock(connection: psycopg.Connection[Any]) -> None:
-    """Until the appender's statement is waiting for the lock that we hold."""
-    waiting = "SELECT 1 FROM pg_locks WHERE relation = 'append_lock'::regclass AND NOT granted"
-    await until(lambda: connection.execute(waiting).fetchone())
 
 
 async def test_positions_follow_the_order_of_arrival(

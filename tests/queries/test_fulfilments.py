@@ -26,8 +26,8 @@ from payments.queries.fulfilments import (
 )
 from payments.queries.payments import PaymentView
 from tests.conftest import Clones
+from tests.queries.plans import Plan
 from tests.queries.rows import insert, insert_fulfilment, view
-from tests.queries.test_plans import Plan
 
 pytestmark = pytest.mark.anyio
 

@@ -16,28 +16,11 @@ from payments.clients import ApiKey
 from payments.payment.identity import payment_id_for
 from payments.service import Service
 from payments.settings import Settings
-from tests.events.test_appender import lock_held
+from tests.events.commits import lock_held
 from tests.support import until
+from tests.web.requests import BODY, ORDER, charge, problem
 
 pytestmark = pytest.mark.anyio
-
-ORDER = "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9"
-BODY = {"merchant_order_id": ORDER, "amount_cents": 1500, "currency": "INR"}
-
-
-async def charge(client: httpx.AsyncClient, key: str = "abc123", **changed: Any) -> httpx.Response:
-    return await client.post("/v1/charge", json=BODY | changed, headers={"Idempotency-Key": key})
-
-
-def problem(response: httpx.Response) -> tuple[int, str]:
-    """Status and code of a problem answer, checked for its form."""
-    assert response.headers["content-type"] == "application/problem+json"
-    body = response.json()
-    assert body["status"] == response.status_code
-    assert body["type"] == f"urn:payments:problem:{body['code']}"
-    assert body["title"]
-    assert body["detail"]
-    return response.status_code, body["code"]
 
 
 async def test_the_documented_charge(client: httpx.AsyncClient) -> None:

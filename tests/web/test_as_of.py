@@ -17,7 +17,7 @@ from payments.database.connections import DatabaseAddress
 from payments.service import Service
 from payments.settings import Settings
 from tests.support import History, append, append_stored, stored_event
-from tests.web.test_api import problem
+from tests.web.requests import problem
 from web import app
 
 pytestmark = pytest.mark.anyio

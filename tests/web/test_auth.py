@@ -8,14 +8,11 @@ import pytest
 
 from payments.clients import DEFAULT_CLIENT, ApiKey
 from payments.errors import Unauthorized
+from tests.web.requests import key
 from web.auth import KEY_MAX, STAFF, authenticate, may_read
 from web.requests import client_of
 
 Headers = list[tuple[bytes, bytes]]
-
-
-def key(client: str, secret: bytes) -> ApiKey:
-    return ApiKey(client, hashlib.sha256(secret).digest())
 
 
 KEYS = (

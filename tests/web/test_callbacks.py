@@ -19,7 +19,7 @@ from payments.settings import Settings
 from tests.doubles.order_service import Fault, OrderService
 from tests.invariants.callbacks import check_callbacks, is_followed, nothing_due
 from tests.support import History, append, until
-from tests.web.test_operations import gauge
+from tests.web.requests import gauge
 
 pytestmark = pytest.mark.anyio
 

@@ -18,8 +18,7 @@ from payments.service import Service
 from payments.settings import Settings
 from tests.queries.rows import insert, view
 from tests.support import ORDER_ID, History, append, append_stored, histories, stored_event
-from tests.web.test_api import problem
-from tests.web.test_payments import caught_up
+from tests.web.requests import caught_up, problem
 
 pytestmark = pytest.mark.anyio
 

@@ -18,9 +18,8 @@ from payments.callbacks.dispatcher import CallbackBody
 from payments.errors import PaymentsError
 from payments.order_service.signing import signature_headers
 from payments.settings import Settings
-from tests.support import ORDER_ID
-from tests.test_docs import subclasses
-from tests.web.test_auth import key
+from tests.support import ORDER_ID, subclasses
+from tests.web.requests import key
 from web.schema import document as openapi
 
 pytestmark = pytest.mark.anyio

@@ -1,7 +1,6 @@
 """What operators see of followers and open payments."""
 
 import asyncio
-import re
 import threading
 import uuid
 from collections import deque
@@ -20,6 +19,7 @@ from payments.settings import Settings
 from payments.single_flight import Recent
 from tests.lost_log import accept_loss, lose_after
 from tests.support import History, append, until
+from tests.web.requests import gauge
 from web import operations
 
 pytestmark = pytest.mark.anyio
@@ -30,13 +30,6 @@ BODY = {"merchant_order_id": "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9", "amount_cen
 @pytest.fixture
 def settings() -> Settings:
     return Settings(simulated_ledger="", simulated_faults="answer_lost*1")
-
-
-async def gauge(client: httpx.AsyncClient, series: str) -> float:
-    text = (await client.get("/metrics")).text
-    match = re.search(rf"^{re.escape(series)} (\S+)$", text, re.MULTILINE)
-    assert match, series
-    return float(match[1])
 
 
 async def test_gauges_show_what_is_open_and_how_far_the_read_model_is(

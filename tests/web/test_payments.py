@@ -4,11 +4,9 @@ import asyncio
 import hashlib
 import re
 import uuid
-from typing import Any
 
 import httpx
 import msgspec
-import psycopg
 import pytest
 
 from payments.clients import ApiKey
@@ -18,27 +16,13 @@ from payments.settings import Settings
 from tests.queries.conftest import FreezingProxy
 from tests.queries.rows import insert, view
 from tests.support import ORDER_ID, History, append, append_stored, stored_event, until
-from tests.web.test_api import charge, problem
+from tests.web.requests import Connection, caught_up, charge, problem
 from web.app import application, guarded
 
 pytestmark = pytest.mark.anyio
 
-Connection = psycopg.Connection[Any]
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
-
-
-async def caught_up(service: Service, connection: Connection) -> None:
-    """Until everything in the log is in the tables."""
-
-    def holds() -> bool:
-        row = connection.execute(
-            "SELECT position = (SELECT max(notification_id) FROM payment_events)"
-            "  FROM followers WHERE name = 'payments'"
-        ).fetchone()
-        return row == (True,)
-
-    await until(holds)
 
 
 async def test_events(client: httpx.AsyncClient) -> None:

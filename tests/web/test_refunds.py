@@ -17,7 +17,7 @@ from payments.service import Service
 from payments.settings import Settings
 from tests.doubles.gateway import ScriptedGateway, decline, no_answer
 from tests.support import ORDER_ID, until
-from tests.web.test_api import BODY, charge, problem
+from tests.web.requests import BODY, charge, problem
 from web.app import application, guarded
 
 pytestmark = pytest.mark.anyio

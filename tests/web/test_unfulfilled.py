@@ -17,8 +17,7 @@ from payments.service import Service
 from payments.settings import Settings
 from tests.queries.rows import insert, insert_fulfilment, view
 from tests.support import History, append, until
-from tests.web.test_api import problem
-from tests.web.test_operations import gauge
+from tests.web.requests import gauge, problem
 
 pytestmark = pytest.mark.anyio
 
