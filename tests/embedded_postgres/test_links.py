@@ -12,7 +12,7 @@ import pytest
 from payments import embedded_postgres
 from payments.embedded_postgres import EmbeddedPostgresError, start, supervisor
 from payments.embedded_postgres import _server_user as server_user
-from tests.embedded import (
+from tests.embedded_postgres.servers import (
     CLEAN_STOP_S,
     as_root,
     assert_fails,
@@ -22,11 +22,6 @@ from tests.embedded import (
 )
 
 SECRET = "canary5ecretcanary5ecret"
-
-
-@pytest.fixture
-def data_dir(room: Path) -> Path:
-    return room / "data"
 
 
 @pytest.fixture

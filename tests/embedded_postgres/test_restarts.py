@@ -23,7 +23,7 @@ from payments.embedded_postgres import (
 )
 from payments.embedded_postgres import _server_user as server_user
 from payments.embedded_postgres.keeper import Keeper
-from tests.embedded import (
+from tests.embedded_postgres.servers import (
     CLEAN_STOP_S,
     STOP_AFTER_KILL_S,
     User,
@@ -41,11 +41,6 @@ from tests.embedded import (
 
 AGAIN_S = 10  # it takes half a second, on a machine that is not busy
 LOST_S = 20
-
-
-@pytest.fixture
-def data_dir(room: Path) -> Path:
-    return room / "data"
 
 
 @pytest.fixture

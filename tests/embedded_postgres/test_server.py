@@ -18,7 +18,7 @@ import pytest
 
 from payments import embedded_postgres
 from payments.embedded_postgres import EmbeddedPostgresError, start, supervisor
-from tests.embedded import (
+from tests.embedded_postgres.servers import (
     CLEAN_STOP_S,
     STOP_AFTER_KILL_S,
     User,
@@ -38,11 +38,6 @@ from tests.embedded import (
 from tests.machine import within
 
 not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="needs an ordinary user")
-
-
-@pytest.fixture
-def data_dir(room: Path) -> Path:
-    return room / "data"
 
 
 def test_starts_and_leaves_nothing_behind(data_dir: Path) -> None:

@@ -2,11 +2,10 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +14,6 @@ import pytest
 
 from payments.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, start, supervisor
 from tests.machine import within
-from tests.process import open_directory
 from tests.support import eventually
 
 CLEAN_STOP_S = 3
@@ -87,22 +85,6 @@ class User:
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
             stream.close()
-
-
-@pytest.fixture
-def room(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory that the server's user can get to; pytest's tmp_path is closed to it."""
-    monkeypatch.delenv("TMPDIR", raising=False)
-    room = open_directory("pg-test-")
-    yield room
-    while User.all:
-        User.all.pop().kill()
-    try:
-        wait_until(lambda: not processes(room), CLEAN_STOP_S)
-    finally:
-        for pid in processes(room):
-            os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(room, ignore_errors=True)
 
 
 def processes(data_dir: Path) -> list[int]:
