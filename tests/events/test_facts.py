@@ -173,13 +173,11 @@ class TestGolden:
         assert decode(topic_of(name), golden(name)) == EXPECTED[name]
 
     @pytest.mark.parametrize("name", EXPECTED)
-    @pytest.mark.parametrize(
-        "added", [None, CANARY, 7391.5, [7391], {"amount_cents": {"deeper": [{"client": None}]}}]
-    )
-    def test_what_a_newer_version_added_is_passed_over(self, name: str, added: Any) -> None:
+    def test_what_a_newer_version_added_is_passed_over(self, name: str) -> None:
         """It may add fields without raising schema_version."""
-        state = json.dumps(widened(json.loads(golden(name)), added)).encode()
-        assert decode(topic_of(name), state) == EXPECTED[name]
+        for added in (None, CANARY, 7391.5, [7391], {"amount_cents": {"deeper": [{"client": 1}]}}):
+            state = json.dumps(widened(json.loads(golden(name)), added)).encode()
+            assert decode(topic_of(name), state) == EXPECTED[name], added
 
     def test_every_version_of_every_fact_has_its_files(self) -> None:
         needed = {
@@ -199,9 +197,9 @@ class TestGolden:
         }
         assert set(UPCASTERS) == needed
 
-    @pytest.mark.parametrize("name", EXPECTED)
-    def test_the_bytes_state_their_version(self, name: str) -> None:
-        assert f".v{json.loads(golden(name))['schema_version']}" in name
+    def test_the_bytes_state_their_version(self) -> None:
+        for name in EXPECTED:
+            assert f".v{json.loads(golden(name))['schema_version']}" in name
 
     @pytest.mark.parametrize("name", EXPECTED)
     def test_the_nulls_are_there_and_only_there(self, name: str) -> None:
@@ -252,14 +250,36 @@ MAY_BE_MISSING["PaymentFailed"] |= {"decline_code"}
 
 def refusal(topic: str, state: bytes) -> str:
     """The message, which must hold no field value; nor may the error behind it."""
-    with pytest.raises(UndecodableEvent) as caught:
+    try:
         decode(topic, state)
-    error: BaseException | None = caught.value
-    while error is not None:
-        assert CANARY not in str(error)
-        assert "7391" not in str(error)
-        error = error.__cause__
-    return str(caught.value)
+    except UndecodableEvent as refused:
+        error: BaseException | None = refused
+        while error is not None:
+            assert CANARY not in str(error)
+            assert "7391" not in str(error)
+            error = error.__cause__
+        return str(refused)
+    pytest.fail(f"a {topic} was made of {state[:1000]!r}")
+
+
+NO_FACTS = [
+    b"",
+    b"null",
+    b"[]",
+    b"7391",
+    f'"{CANARY}"'.encode(),
+    b"{}",
+    f'{{"client": "{CANARY}"'.encode(),
+    f'{{"client": "{CANARY}",}}'.encode(),
+    f"\xef\xbb\xbf{CANARY}".encode(),
+    f'{{"client": "{CANARY}'.encode() + b'\xff"}',
+    f'{{"client": "{CANARY}'.encode() + b'\\ud800"}',
+    f'{{"client": "{CANARY}'.encode() + b'\x00"}',
+    b'{"schema_version": [7391]}',
+    b'{"schema_version": {"7391": 7391}}',
+    b'{"schema_version": 1e400}',
+    b"\x80\x04\x95",
+]
 
 
 class TestUndecodable:
@@ -270,58 +290,33 @@ class TestUndecodable:
         assert "unknown topic" in refusal(topic, altered("PaymentCharged.v1", client=CANARY))
 
     @pytest.mark.parametrize("topic", FACTS)
-    @pytest.mark.parametrize(
-        "state",
-        [
-            b"",
-            b"null",
-            b"[]",
-            b"7391",
-            f'"{CANARY}"'.encode(),
-            b"{}",
-            f'{{"client": "{CANARY}"'.encode(),
-            f'{{"client": "{CANARY}",}}'.encode(),
-            f"\xef\xbb\xbf{CANARY}".encode(),
-            f'{{"client": "{CANARY}'.encode() + b'\xff"}',
-            f'{{"client": "{CANARY}'.encode() + b'\\ud800"}',
-            f'{{"client": "{CANARY}'.encode() + b'\x00"}',
-            b'{"schema_version": [7391]}',
-            b'{"schema_version": {"7391": 7391}}',
-            b'{"schema_version": 1e400}',
-            b"\x80\x04\x95",
-        ],
-    )
-    def test_no_fact_at_all(self, topic: str, state: bytes) -> None:
-        assert refusal(topic, state).startswith(f"{topic}: ")
+    def test_no_fact_at_all(self, topic: str) -> None:
+        for state in NO_FACTS:
+            assert refusal(topic, state).startswith(f"{topic}: ")
 
     @pytest.mark.parametrize("topic", FACTS)
-    @pytest.mark.parametrize("depth", [2_000, 100_000])
-    def test_deeply_nested_bytes(self, topic: str, depth: int) -> None:
-        refusal(topic, b"[" * depth)
-        refusal(topic, b'{"more": ' + b"[" * depth)
+    def test_deeply_nested_bytes(self, topic: str) -> None:
+        for depth in (2_000, 100_000):
+            refusal(topic, b"[" * depth)
+            refusal(topic, b'{"more": ' + b"[" * depth)
 
-    @pytest.mark.parametrize(
-        ("name", "field"),
-        [
-            (name, field)
-            for name in COMPLETE
-            for field in json.loads(golden(name))
-            if field not in MAY_BE_MISSING[topic_of(name)]
-        ],
-    )
-    def test_a_missing_field(self, name: str, field: str) -> None:
-        assert field in refusal(topic_of(name), without(name, field))
+    @pytest.mark.parametrize("name", COMPLETE)
+    def test_a_missing_field(self, name: str) -> None:
+        for field in json.loads(golden(name)):
+            if field not in MAY_BE_MISSING[topic_of(name)]:
+                assert field in refusal(topic_of(name), without(name, field))
 
-    @pytest.mark.parametrize(
-        ("name", "field"),
-        [(name, field) for name in COMPLETE for field in json.loads(golden(name))],
-    )
-    @pytest.mark.parametrize("value", [[CANARY], {CANARY: CANARY}, 7391.5, True])
-    def test_a_value_of_another_type(self, name: str, field: str, value: Any) -> None:
-        if (field, value) == ("whole", True):
-            assert decode(topic_of(name), altered(name, whole=True)) == WHOLE_REFUND_INITIATED
-        else:
-            assert refusal(topic_of(name), altered(name, **{field: value}))
+    @pytest.mark.parametrize("name", COMPLETE)
+    def test_a_value_of_another_type(self, name: str) -> None:
+        """No type of ours is laxer than it reads."""
+        for field in json.loads(golden(name)):
+            for value in ([CANARY], {CANARY: CANARY}, 7391.5, True):
+                if (field, value) != ("whole", True):
+                    refusal(topic_of(name), altered(name, **{field: value}))
+
+    def test_a_whole_refund(self) -> None:
+        state = altered("RefundInitiated.v1", whole=True)
+        assert decode("RefundInitiated", state) == WHOLE_REFUND_INITIATED
 
     @pytest.mark.parametrize(
         ("name", "field", "value"),
@@ -362,22 +357,22 @@ class TestUndecodable:
         assert field in refusal(topic_of(name), altered(name, **{field: value}))
 
     @pytest.mark.parametrize("name", COMPLETE)
-    @pytest.mark.parametrize("version", [0, 2, -1, "1", None, CANARY, 10**40, [1], {"1": 1}])
-    def test_an_unknown_schema_version(self, name: str, version: Any) -> None:
-        refusal(topic_of(name), altered(name, schema_version=version))
+    def test_an_unknown_schema_version(self, name: str) -> None:
+        for version in (0, 2, -1, "1", None, CANARY, 10**40, [1], {"1": 1}):
+            refusal(topic_of(name), altered(name, schema_version=version))
 
     @pytest.mark.parametrize("name", COMPLETE)
-    @pytest.mark.parametrize("topic", FACTS)
-    def test_another_facts_bytes(self, topic: str, name: str) -> None:
+    def test_read_as_another_fact(self, name: str) -> None:
         """Two facts hold all that another one does; folding refuses them in its place."""
         holds_all_of = {
             "LateCaptureFound.v1": "PaymentCharged",
             "PaymentRefunded.v1": "LateCaptureReturned",
         }
-        if topic in (topic_of(name), holds_all_of.get(name)):
-            assert type(decode(topic, golden(name))) is FACTS[topic]
-        else:
-            refusal(topic, golden(name))
+        for topic in FACTS:
+            if topic in (topic_of(name), holds_all_of.get(name)):
+                assert type(decode(topic, golden(name))) is FACTS[topic]
+            else:
+                refusal(topic, golden(name))
 
 
 UTC_TIMES = st.datetimes(timezones=st.just(UTC))
