@@ -99,6 +99,14 @@ def eventually(holds: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
     return found
 
 
+def at_once(connection: Connection, *hold: Callable[[Connection], Any]) -> bool:
+    """Whether all of these hold in one snapshot. Of conditions that are looked at one after the
+    other, the first may hold no longer by the time the last one does."""
+    with connection.transaction():
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        return all(each(connection) for each in hold)
+
+
 async def elapse(seconds: float, *, frozen: bool) -> None:
     """Lets time pass. `frozen`: as if the process had been stopped, so nothing else goes on, and
     whoever called is the first to go on."""

@@ -29,6 +29,7 @@ import payments.observability.logs
 from payments.database.connections import DatabaseAddress
 from payments.observability.logs import log_money, set_up_logs
 from tests.process import PAYMENTS, ServiceProcess, at, environment, free_port
+from tests.support import PATIENCE_S
 
 CANARY = "canary7391"
 HOSTILE = [
@@ -374,7 +375,7 @@ class TestWhenNobodyReads:
         for number in range(2000):  # some 200 kB; a pipe takes 64
             logger.bind(number=number).info("x" * 50)
         read: list[int] = []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while len(read) < 2000:
                 read += [line["number"] for line in pipe.read_all()]
                 await asyncio.sleep(0.01)
@@ -384,7 +385,7 @@ class TestWhenNobodyReads:
     async def test_a_long_line_arrives_whole(self, pipe: Pipe) -> None:
         logger.info("y" * 300_000)
         lines: list[dict[str, Any]] = []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not lines:
                 lines = pipe.read_all()
                 await asyncio.sleep(0.01)
@@ -398,7 +399,7 @@ class TestWhenNobodyReads:
         for number in range(3000):
             logger.bind(number=number).info("z" * 50)
         lines: list[dict[str, Any]] = []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not (lines and "lines" in lines[-1]):
                 lines += pipe.read_all()
                 await asyncio.sleep(0.01)
@@ -428,7 +429,7 @@ class TestWhenNobodyReads:
             patched.setattr("payments.observability.logs.os.write", blocked)
             logger.bind(number=1).info("first")
             logger.bind(number=2).info("second")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             lines: list[dict[str, Any]] = []
             while len(lines) < 2:
                 lines += pipe.read_all()

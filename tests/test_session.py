@@ -23,7 +23,7 @@ from tests.events.commits import commits, let_commits_not_wait, log_of
 from tests.machine import within
 from tests.pooler import WAIT_S, Pooler
 from tests.process import ServiceProcess, at, run
-from tests.support import stored_event
+from tests.support import PATIENCE_S, stored_event
 
 pytestmark = pytest.mark.anyio
 
@@ -215,7 +215,7 @@ async def test_nothing_is_acknowledged_where_a_setting_does_not_hold(
     assert log_of(connection) == []
     assert any(words in line for line in logged)
     monkeypatch.undo()
-    assert await asyncio.wait_for(outcome, 5) == 1
+    assert await asyncio.wait_for(outcome, PATIENCE_S) == 1
     await appender.stop(1)
     assert commits(connection) == [("payments appender", "on")]
 
@@ -271,12 +271,12 @@ async def test_a_server_that_does_not_answer_keeps_nobody(
     monkeypatch.setattr(session, "SET_UP", "SELECT pg_sleep(30)")
     monkeypatch.setattr(database_module, "CONNECT_TIMEOUT_S", 0.3)
     with pytest.raises(psycopg.OperationalError):
-        await asyncio.wait_for(Database(address, 1).connect("tests"), 5)
+        await asyncio.wait_for(Database(address, 1).connect("tests"), 25)  # less than it sleeps
     connecting = asyncio.create_task(Database(address, 1).connect("tests"))
     await asyncio.sleep(0.1)
     connecting.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(connecting, 1)
+        await asyncio.wait_for(connecting, 25)
 
 
 @pytest.mark.usefixtures("logged", "service")  # in this order

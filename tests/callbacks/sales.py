@@ -122,8 +122,9 @@ class Sale:
         return repeated_early(self._orders.requests)
 
     def _is_owed(self, sold: Collection[str]) -> bool:
-        row = self._connection.execute(OWED, [list(sold)]).fetchone()
-        return row != (0,) or not is_followed(self._connection)
+        if not is_followed(self._connection):
+            return True
+        return self._connection.execute(OWED, [list(sold)]).fetchone() != (0,)
 
     def _is_at_work(self) -> bool:
         requests = self._orders.requests

@@ -18,7 +18,7 @@ from payments.queries.callbacks import backlog, oldest_age_s
 from tests.callbacks.conftest import PlayedEndpoint, answered, dispatching_to, failed, opened
 from tests.callbacks.long_queue import ORDERS, fill
 from tests.callbacks.outbox import Outbox, charges, claim_some, of
-from tests.support import until
+from tests.support import PATIENCE_S, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("looks_often")]
 
@@ -107,7 +107,7 @@ async def test_a_lane_that_is_being_changed_is_not_waited_for(outbox: Outbox) ->
     async with await outbox.database.connect("a") as one, await outbox.database.connect("b") as two:
         async with one.transaction():
             await one.execute("SELECT FROM callback_lanes WHERE order_id = %s FOR UPDATE", [A])
-            async with asyncio.timeout(3):
+            async with asyncio.timeout(PATIENCE_S):
                 assert [each.order_id for each in await claim_some(two)] == [B]
         assert [each.order_id for each in await claim_some(two, lease_s=10)] == [A]
 

@@ -326,7 +326,7 @@ async def test_neither_the_secret_nor_the_token_in_the_url_is_ever_shown(
         await asyncio.to_thread(service.start)
         with httpx.Client() as client:
             paid = (await asyncio.to_thread(service.charge, client, "paid")).json()
-        await until(lambda: nothing_due(connection) and len(server.requests) == 2)
+        await until(lambda: len(server.requests) == 2 and nothing_due(connection))
     assert TOKEN.encode() in server.requests[0]
     with httpx.Client() as client:
         assert service.charge(client, "nobody listens").status_code == 201

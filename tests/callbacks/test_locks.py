@@ -13,7 +13,7 @@ import pytest
 from payments.callbacks.outbox import claim, prune, record, redrive
 from payments.projections.callbacks import CallbacksProjection, backfill
 from tests.callbacks.outbox import SENT, Outbox, charges, claim_some, of, result_of
-from tests.support import append, until
+from tests.support import PATIENCE_S, append, until
 
 pytestmark = pytest.mark.anyio
 
@@ -136,7 +136,7 @@ async def test_pruning_does_not_wait_for_what_is_redriven(outbox: Outbox) -> Non
     async with connections(outbox) as (one, two):
         async with two.transaction():
             await redrive(two, [redriven])
-            async with asyncio.timeout(3):
+            async with asyncio.timeout(PATIENCE_S):
                 assert await prune(one, 90, 10) == len(others)
         assert await prune(one, 90, 10) == 0
     assert outbox.rows("event_id", "state") == [(redriven, "due")]

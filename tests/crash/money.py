@@ -14,7 +14,7 @@ from tests.crash.client import Answer, Caller, race
 from tests.doubles.provider import Fault, ProviderProcess
 from tests.invariants.checker import ChargeAnswer, ProviderRecord, RefundAnswer
 from tests.process import at
-from tests.support import PATIENCE_S, eventually
+from tests.support import PATIENCE_S, at_once, eventually
 
 FAST = {"CHARGE_DEADLINE_S": 1, "GATEWAY_TIMEOUT_S": 0.8, "PENDING_ABANDON_AFTER_S": 3}
 
@@ -82,7 +82,7 @@ def settled(connection: psycopg.Connection[Any], timeout_s: float = PATIENCE_S) 
         " change = nextval('unsettled_payments_change_seq') WHERE kind = 'abandoned'"
     )
     # The second attempt begins once the first is over.
-    eventually(lambda: nothing_open(connection) and asked_about(connection), timeout_s)
+    eventually(lambda: at_once(connection, nothing_open, asked_about), timeout_s)
 
 
 def asked_about(connection: psycopg.Connection[Any]) -> bool:

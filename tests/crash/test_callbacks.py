@@ -29,7 +29,7 @@ from tests.invariants.checker import ChargeAnswer, check
 from tests.machine import Machine, bound, within
 from tests.outside_postgres import OutsidePostgres
 from tests.process import ServiceProcess, at, invoke, working
-from tests.support import History, append, eventually
+from tests.support import History, append, at_once, eventually
 
 SEED = 22
 FAST = {
@@ -106,7 +106,7 @@ def all_is_well(
     timeout_s: float = 20,
 ) -> CallbackReport:
     """Waits until nothing is left to be done, and checks everything."""
-    eventually(lambda: nothing_open(connection) and nothing_due(connection), timeout_s)
+    eventually(lambda: at_once(connection, nothing_open, nothing_due), timeout_s)
     check(connection, charges=answers, settled=True)
     report = check_callbacks(connection, received=orders.requests)
     assert orders.findings() == []
@@ -305,7 +305,7 @@ def test_a_charge_that_is_given_up_after_the_orders_money_went_back_is_told(
     with ServiceProcess(tmp_path, **settings) as service, httpx.Client() as client:
         second = service.charge(client, "second", **order)
         assert (second.status_code, second.json()["status"]) == (202, "PENDING")
-        eventually(lambda: nothing_open(connection) and nothing_due(connection))
+        eventually(lambda: at_once(connection, nothing_open, nothing_due))
     told = [(request.outcome, request.get("payment_id")) for request in orders.requests]
     assert told == [("SUCCESS", first["id"]), ("FAILED", second.json()["id"])]
     report = check_callbacks(connection, received=orders.requests)
@@ -331,7 +331,7 @@ def test_a_dead_letter_is_seen_and_sent_again(
         orders.script(Fault("410"))
         for key in ("dead", "next"):
             service.charge(client, key, merchant_order_id=order_id)
-        eventually(lambda: nothing_due(connection) and orders.counts["finished"] == 2)
+        eventually(lambda: orders.counts["finished"] == 2 and nothing_due(connection))
         (dead,) = json.loads(told("list", "--dead", "--format", "json")[0])
         table, cut = told("list", "--limit", "1")
         assert order_id in table
@@ -357,10 +357,10 @@ def test_a_dead_letter_is_seen_and_sent_again(
         assert told("redrive", "--due")[0] == "due again: 0\n"
         assert told("redrive", "--since", of_order[0]["enqueued_at"])[0] == "due again: 0\n"
         assert told("redrive", "--since", "2026-01-01T00:00:00+05:30")[0] == "due again: 2\n"
-        eventually(lambda: nothing_due(connection) and orders.counts["accepted"] == 4)
+        eventually(lambda: orders.counts["accepted"] == 4 and nothing_due(connection))
         failed = {"merchant_order_id": str(uuid.uuid4()), "amount_cents": DECLINED}
         service.charge(client, "declined", **failed)
-        eventually(lambda: nothing_due(connection) and orders.counts["accepted"] == 5)
+        eventually(lambda: orders.counts["accepted"] == 5 and nothing_due(connection))
         since = ("redrive", "--since", "2026-01-01T00:00:00Z")
         assert told(*since)[0] == "due again: 2\n"
         assert told(*since, "--with-failed")[0] == "due again: 3\n"

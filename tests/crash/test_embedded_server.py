@@ -182,7 +182,7 @@ def test_an_outcome_that_waits_in_memory_is_written_afterwards(
         answers.charged("k", answer)
         eventually(service.is_healthy, HEALTHY_AGAIN_S + supervisor.HEADLESS_STOP[0][1])
         with connect(data_dir) as connection:
-            eventually(lambda: nothing_open(connection) and count(connection) == 2)
+            eventually(lambda: count(connection) == 2 and nothing_open(connection))
             check(connection, records(provider), answers.charges, settled=True)
         assert provider.counts().get("charge") == 1
 

@@ -161,7 +161,7 @@ def test_kill_9_between_the_event_and_the_providers_answer(
         service.kill()
     assert paid_and_failed(connection, orders) == [order_id]
     with service:
-        eventually(lambda: nothing_open(connection) and begun(connection) == 1)
+        eventually(lambda: begun(connection) == 1 and nothing_open(connection))
         assert service.terminate() == 0
     payment_id = payment_id_for(f"{order_id}-pay")
     assert [line.id for line in provider.refunds()] == [str(unfulfilled_refund_id(payment_id))]

@@ -168,7 +168,7 @@ def test_the_database_goes_away_between_the_providers_answer_and_the_append(
             assert (answer.status, answer.body["status"]) == (202, "PENDING")
             answers.charged("k", answer)
             with server.connect() as connection:
-                eventually(lambda: nothing_open(connection) and count(connection) == 2)
+                eventually(lambda: count(connection) == 2 and nothing_open(connection))
                 assert one.terminate() == 0
                 check(connection, records(provider), answers.charges, settled=True)
 
@@ -257,6 +257,6 @@ def test_a_provider_that_answers_about_something_else(
         eventually(lambda: provider.counts()["find_charge"] >= 2 * 3)
         assert count(connection) == 3
         provider.script()
-        eventually(lambda: nothing_open(connection) and count(connection) == 2 * 3)
+        eventually(lambda: count(connection) == 2 * 3 and nothing_open(connection))
     assert service.log.read_text().count("does not fit") >= 3
     check(connection, records(provider), answers.charges, settled=True)

@@ -176,7 +176,9 @@ class Ledger:
 
 
 def read_ledger(path: Path) -> list[Line]:
-    return [msgspec.json.decode(text, type=Line) for text in path.read_bytes().splitlines()]
+    """Of a line that another process is still writing, what is there already is passed over."""
+    *texts, _ = path.read_bytes().split(b"\n")
+    return [msgspec.json.decode(text, type=Line) for text in texts]
 
 
 class Script:

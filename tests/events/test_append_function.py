@@ -22,7 +22,7 @@ from payments.events.store import APPEND, SHARED_CAPTURES, append_params, to_sto
 from payments.migrations import migrate
 from payments.observability.metrics import Telemetry
 from tests.outside_postgres import OutsidePostgres
-from tests.support import History, append, stored_event, until
+from tests.support import PATIENCE_S, History, append, stored_event, until
 
 pytestmark = pytest.mark.anyio
 
@@ -304,7 +304,7 @@ class TestWhatIsBelieved:
         assert not waiting.done()
         connection.execute("DROP FUNCTION IF EXISTS swallow CASCADE")
         connection.execute("DROP RULE IF EXISTS swallow ON payment_events")
-        assert await asyncio.wait_for(waiting, 5) == 1
+        assert await asyncio.wait_for(waiting, PATIENCE_S) == 1
         await appender.stop(1)
 
     @pytest.mark.parametrize("sqlstate", ["22003", "22008", "23505", "23514", "09000"])
@@ -326,7 +326,7 @@ class TestWhatIsBelieved:
         await until(lambda: telemetry.append_failures["retried"]._value.get() >= 2)
         assert not waiting.done()
         connection.execute("DROP FUNCTION fail CASCADE")
-        assert await asyncio.wait_for(waiting, 5) == 1
+        assert await asyncio.wait_for(waiting, PATIENCE_S) == 1
         await appender.stop(1)
 
     @pytest.mark.parametrize(

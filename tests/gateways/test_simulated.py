@@ -25,7 +25,7 @@ from payments.gateways import (
 )
 from payments.gateways.simulated import Fault, SimulatedGateway, parse_faults
 from payments.payment.state import Approved, Declined
-from tests.support import ledger_rows
+from tests.support import PATIENCE_S, ledger_rows
 
 pytestmark = pytest.mark.anyio
 
@@ -277,7 +277,7 @@ asyncio.run(main())
         gateway = SimulatedGateway(None)
         await charge(gateway)
         await gateway.close()
-        async with asyncio.timeout(2):  # a caller never hangs
+        async with asyncio.timeout(PATIENCE_S):  # a caller never hangs
             assert await charge(gateway, OTHER_ID) is OutcomeUnknown
             assert await find(gateway) is OutcomeUnknown
 
@@ -466,7 +466,7 @@ asyncio.run(main())
     async def test_a_closed_one_leaves_the_outcome_unknown(self) -> None:
         gateway = SimulatedGateway(None)
         await gateway.close()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE_S):
             assert await refund(gateway) is OutcomeUnknown
             assert await find_refund(gateway) is OutcomeUnknown
 

@@ -27,7 +27,7 @@ from tests.invariants.checker import check
 from tests.machine import Machine, bound, within
 from tests.projections.counting import SCHEMA, Connection, Counting, Place, applied, position
 from tests.proxy import ServerProxy
-from tests.support import History, append, append_stored, stored_event, until
+from tests.support import PATIENCE_S, History, append, append_stored, stored_event, until
 
 pytestmark = pytest.mark.anyio
 
@@ -245,7 +245,7 @@ async def test_a_second_follower_gets_nothing_and_takes_over_from_a_dead_one(
     active = asyncio.create_task(first.run_once())
     await gate.reached.wait()
     (pid,) = backends(counted)
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(PATIENCE_S):
         assert await second.run_once() == 0
     counted.execute("SELECT pg_terminate_backend(%s)", [pid])
     await until(lambda: pid not in backends(counted))
@@ -720,15 +720,13 @@ async def test_trouble_during_a_retry_leaves_the_stream_parked(
 # Waking
 
 
-async def time_to_apply(
-    counted: psycopg.Connection[Any], put: Callable[[], int], timeout_s: float
-) -> float:
+async def time_to_apply(counted: psycopg.Connection[Any], put: Callable[[], int]) -> float:
     """How long until the event that `put` stores was applied and committed."""
     await waits(counted)
     started = time.monotonic()
     last = put()
     while position(counted) < last:
-        assert time.monotonic() - started < timeout_s, "not applied"
+        assert time.monotonic() - started < PATIENCE_S, "not applied"
         await asyncio.sleep(0.002)
     return time.monotonic() - started
 
@@ -737,9 +735,7 @@ async def test_a_notify_wakes_it_at_once(
     build: Build, counted: psycopg.Connection[Any], machine: Machine
 ) -> None:
     build(Counting()).start()
-    latencies = [
-        await time_to_apply(counted, lambda: notified_events(counted), 5) for _ in range(15)
-    ]
+    latencies = [await time_to_apply(counted, lambda: notified_events(counted)) for _ in range(15)]
     bound(statistics.median(latencies), follower_module.POLL_S / 5, machine)
 
 
@@ -756,7 +752,7 @@ async def test_what_its_process_appended_wakes_it_without_a_notify(
         return last
 
     for _ in range(5):
-        await time_to_apply(counted, put, 10)
+        await time_to_apply(counted, put)
 
 
 @pytest.mark.parametrize("how", ["woken", "notified"])
@@ -804,7 +800,7 @@ async def test_lost_notifies_are_found_by_the_poll(
 
     build(Counting()).start()
     for _ in range(2):
-        await time_to_apply(counted, put, timeout_s=5)
+        await time_to_apply(counted, put)
 
 
 async def test_it_listens_again_after_each_lost_connection(
@@ -821,7 +817,7 @@ async def test_it_listens_again_after_each_lost_connection(
         (pid,) = backends(counted)
         counted.execute("SELECT pg_terminate_backend(%s)", [pid])
         await until(lambda pid=pid: pid not in backends(counted))
-        await time_to_apply(counted, lambda: notified_events(counted), 10)
+        await time_to_apply(counted, lambda: notified_events(counted))
     assert applied(counted) == list(range(1, lost + 1))
 
 

@@ -13,6 +13,7 @@ from payments.events.facts import Fact
 from payments.events.store import READ_LOG, LogEntry
 from payments.projections.payments import PaymentsProjection
 from tests.invariants.checker import TABLES, check
+from tests.machine import Machine, bound
 from tests.support import ORDER_ID, History, append, follow, histories
 
 pytestmark = pytest.mark.anyio
@@ -268,12 +269,13 @@ SELECT extract(epoch FROM due_at - clock_timestamp())::float8, attempts FROM uns
 
 
 async def test_what_is_open_is_due_when_its_request_is_over(
-    database: Database, connection: psycopg.Connection[Any]
+    database: Database, connection: psycopg.Connection[Any], machine: Machine
 ) -> None:
     append(connection, History("k1").facts)
     await follow(database)
     ((due_in_s, attempts),) = connection.execute(DUE).fetchall()
-    assert SETTLE_AFTER_S - 2 < due_in_s <= SETTLE_AFTER_S
+    assert due_in_s <= SETTLE_AFTER_S
+    bound(SETTLE_AFTER_S - due_in_s, 2, machine)
     assert attempts == 0
 
 
@@ -283,6 +285,7 @@ async def test_a_new_reason_to_ask_is_due_soon(
     connection: psycopg.Connection[Any],
     was_due_in_s: float,
     is_due_in_s: float,
+    machine: Machine,
 ) -> None:
     """However patient the settling of the earlier reason had become; never later than it was."""
     history = History("k1").abandoned()
@@ -296,7 +299,8 @@ async def test_a_new_reason_to_ask_is_due_soon(
     append(connection, history.late_capture_found().facts[-1:])
     await follow(database)
     ((due_in_s, attempts),) = connection.execute(DUE).fetchall()
-    assert is_due_in_s - 2 < due_in_s <= is_due_in_s
+    assert due_in_s <= is_due_in_s
+    bound(is_due_in_s - due_in_s, 2, machine)
     assert attempts == 0
 
 

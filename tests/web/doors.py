@@ -16,6 +16,7 @@ from payments.admission import Admission
 from payments.clients import ApiKey
 from payments.errors import Unauthorized
 from payments.observability.metrics import Telemetry
+from tests.support import PATIENCE_S
 from web.paths import Paths
 from web.schema.description import Operation, described
 from web.serving.answers import PreparedAnswer
@@ -114,7 +115,7 @@ async def listening(door: Door, app: App = answer_client) -> AsyncIterator[Liste
 
 
 async def received(
-    client: socket.socket, until: bytes | tuple[bytes, ...] = b"", within_s: float = 3.0
+    client: socket.socket, until: bytes | tuple[bytes, ...] = b"", within_s: float = PATIENCE_S
 ) -> bytes:
     """What comes, until it ends so, or the connection does."""
     data = b""

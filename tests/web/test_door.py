@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from payments.admission import ANONYMOUS_MEMORY, MEMORY_MIN, Admission
 from payments.observability.metrics import Telemetry
+from tests.machine import within
 from tests.web.doors import (
     KEY,
     Listening,
@@ -121,13 +122,12 @@ async def test_a_body_of_a_request_without_a_key_is_not_read(server: Listening) 
     """Slow, large or both: the answer comes at once, and the client sees it."""
     for length, sent in ((100, b"x"), (10_000_000, bytes(3_000_000)), (5, b"")):
         with await server.connect() as client:
-            started = time.monotonic()
             more = b"Content-Length: %d\r\n" % length
-            await send(client, request(method=b"POST", more=more) + sent)
-            answer = await received(client)
+            with within(1):
+                await send(client, request(method=b"POST", more=more) + sent)
+                answer = await received(client)
             assert statuses(answer) == [401]
             assert b"\r\nconnection: close\r\n" in answer
-            assert time.monotonic() - started < 1
     with await server.connect() as client:  # one that is there already costs nothing
         await send(client, request(method=b"POST", more=b"Content-Length: 3\r\n") + b"abc")
         await received(client, b'"}')
@@ -196,12 +196,13 @@ async def test_an_open_path_has_so_many_under_way_and_no_place(
 async def test_what_waits_keeps_the_order_of_a_connection(flooded: Listening) -> None:
     with await flooded.connect() as client:
         started = time.monotonic()
-        await send(client, request() + request(key=KEY) + request(b"/x") + request(key=KEY))
-        assert await nothing_comes(client, TURN_S / 2)
-        answers = await received(client, b"shop")
-        answers += await received(client, b"shop")
+        with within(4 * TURN_S):
+            await send(client, request() + request(key=KEY) + request(b"/x") + request(key=KEY))
+            assert await nothing_comes(client, TURN_S / 2)
+            answers = await received(client, b"shop")
+            answers += await received(client, b"shop")
         assert statuses(answers) == [401, 200, 404, 200]
-        assert 2 * TURN_S <= time.monotonic() - started < 4 * TURN_S
+        assert time.monotonic() - started >= 2 * TURN_S
 
 
 async def test_a_request_hands_its_place_to_the_one_behind_it() -> None:
@@ -220,12 +221,11 @@ async def test_who_has_a_key_does_not_wait(flooded: Listening) -> None:
         await send(one, request())
     with await flooded.connect() as client:
         for _ in range(10):
-            started = time.monotonic()
-            await send(client, request(key=KEY))
-            await received(client, b"shop")
-            await send(client, request(b"/alive"))  # nor does who asks whether it lives
-            await received(client, b"alive")
-            assert time.monotonic() - started < TURN_S / 2
+            with within(TURN_S / 2):
+                await send(client, request(key=KEY))
+                await received(client, b"shop")
+                await send(client, request(b"/alive"))  # nor does who asks whether it lives
+                await received(client, b"alive")
 
 
 async def test_a_client_that_is_refused_does_not_wait(flooded: Listening) -> None:
@@ -234,9 +234,8 @@ async def test_a_client_that_is_refused_does_not_wait(flooded: Listening) -> Non
     await send(crowd, request())
     with await flooded.connect() as client:
         for _ in range(3):
-            started = time.monotonic()
-            assert statuses(await ask(client, request(key=KEY))) == [503]
-            assert time.monotonic() - started < TURN_S / 2
+            with within(TURN_S / 2):
+                assert statuses(await ask(client, request(key=KEY))) == [503]
 
 
 async def test_an_answer_that_ends_the_connection_waits_as_well(flooded: Listening) -> None:

@@ -13,6 +13,7 @@ from payments.clients import ApiKey
 from payments.database.connections import READ_TIMEOUT_S, DatabaseAddress
 from payments.service import Service
 from payments.settings import Settings
+from tests.machine import within
 from tests.queries.conftest import FreezingProxy
 from tests.queries.rows import insert, view
 from tests.support import ORDER_ID, History, append, append_stored, stored_event, until
@@ -145,7 +146,7 @@ async def test_reads_while_the_database_is_frozen(
             assert (await client.get(one)).status_code == 200
             proxy.running.clear()
             paths = [one, f"/v1/payments/{uuid.uuid4()}", f"{one}/events", "/v1/payments"] * 10
-            async with asyncio.timeout(READ_TIMEOUT_S + 0.5):
+            with within(READ_TIMEOUT_S + 0.5):
                 answers = await asyncio.gather(*(client.get(path) for path in paths))
             for answer in answers:
                 assert problem(answer) == (503, "database_unavailable")
