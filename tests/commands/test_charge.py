@@ -30,6 +30,7 @@ from payments.payment.state import Status
 from payments.queries.payments import get_payment
 from tests.commands.conftest import Make
 from tests.commands.looking import begin, first_answer, topics
+from tests.commands.settling import age
 from tests.doubles.gateway import (
     ScriptedGateway,
     after,
@@ -238,13 +239,13 @@ async def test_a_client_that_goes_away_cancels_nothing(
 
 @pytest.mark.parametrize("lost", [answer_lost, no_answer])
 async def test_an_unknown_outcome_is_pending_and_the_retry_settles_it(
-    make: Make, lost: Any
+    make: Make, lost: Any, connection: psycopg.Connection[Any]
 ) -> None:
     """The retry comes when the run is over: it asks first, and sends again only if it must."""
     gateway = ScriptedGateway(lost)
     service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, False)
-    await asyncio.sleep(0.4)
+    await age(connection, 1)
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
     assert len(gateway.captures) == 1
     assert len(gateway.questions) == 1
@@ -267,33 +268,37 @@ async def test_a_retry_before_the_run_is_over_waits_then_settles(make: Make) -> 
     assert len(gateway.questions) == gateway_was_asked + 1
 
 
-async def test_past_the_safe_retry_window_it_only_asks(make: Make) -> None:
+async def test_past_the_safe_retry_window_it_only_asks(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
     gateway = ScriptedGateway(no_answer, safe_retry_s=0.1)
     service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
     await begin(service)
-    await asyncio.sleep(0.4)
+    await age(connection, 1)
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
     assert (len(gateway.charges), len(gateway.questions)) == (1, 1)
 
 
-async def test_a_retry_whose_provider_is_down_is_still_pending(make: Make) -> None:
+async def test_a_retry_whose_provider_is_down_is_still_pending(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
     """The first run may have charged: an error would make the caller drop a paid order."""
     gateway = ScriptedGateway(answer_lost)
     service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
     await begin(service)
-    await asyncio.sleep(0.4)
+    await age(connection, 1)
     gateway.reachable = False
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
 
 
 @pytest.mark.parametrize("failure", [NeverSent, OutcomeUnknown], ids=lambda f: f.__name__)
 async def test_a_retry_that_learns_nothing_is_still_pending_and_sends_nothing(
-    make: Make, failure: type[Exception]
+    make: Make, failure: type[Exception], connection: psycopg.Connection[Any]
 ) -> None:
     gateway = ScriptedGateway(no_answer)
     service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
     await begin(service)
-    await asyncio.sleep(0.4)
+    await age(connection, 1)
     gateway.reachable, gateway.failure = False, failure
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.PENDING, True)
     assert (len(gateway.charges), len(gateway.questions)) == (1, 1)
@@ -323,7 +328,7 @@ async def test_nothing_is_sent_after_the_deadline(
         await service.runs.drain(2)
     assert gateway.charges == []
     assert topics(connection, payment_id_for("k")) == ["PaymentInitiated"]
-    await asyncio.sleep(0.4)
+    await age(connection, 1)
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
     assert len(gateway.captures) == 1
 
@@ -352,13 +357,13 @@ async def test_nothing_is_sent_for_a_request_that_was_told_so(
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "answered late"])
 async def test_a_retry_sends_nothing_after_its_deadline(
-    make: Make, monkeypatch: pytest.MonkeyPatch, frozen: bool
+    make: Make, monkeypatch: pytest.MonkeyPatch, frozen: bool, connection: psycopg.Connection[Any]
 ) -> None:
     """The provider took so long to say that it does not know of the charge."""
     gateway = ScriptedGateway(no_answer)
     service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
     await begin(service)
-    await asyncio.sleep(0.4)
+    await age(connection, 1)
 
     async def answered_late(payment_id: uuid.UUID, timeout_s: float) -> None:
         await elapse(0.5, frozen=frozen)
@@ -400,7 +405,7 @@ async def test_a_provider_that_was_never_reached_is_unavailable(
     with pytest.raises(GatewayUnavailable):
         await service.charging.charge(charge_of("k"))
     assert topics(connection, payment_id_for("k")) == ["PaymentInitiated"]
-    await asyncio.sleep(0.4)
+    await age(connection, 1)
     assert first_answer(await service.charging.charge(charge_of("k"))) == (Status.SUCCESS, True)
     assert len(gateway.captures) == 1
 

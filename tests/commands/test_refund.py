@@ -29,6 +29,7 @@ from payments.payment.state import Status
 from tests.commands.conftest import Make
 from tests.commands.looking import PAYMENT, gateway_of, topics
 from tests.commands.refunding import FAST, charged, refund_of
+from tests.commands.settling import age
 from tests.doubles.gateway import (
     ScriptedGateway,
     after,
@@ -157,11 +158,13 @@ async def test_a_payment_of_another_provider(make: Make) -> None:
     assert other.refunds == []
 
 
-async def test_an_open_refund_of_another_provider_stays_open(make: Make) -> None:
+async def test_an_open_refund_of_another_provider_stays_open(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
     """The first provider may have made it: another must neither be asked nor be sent it."""
     first = await charged(make, answer_lost, **FAST)
     await first.refunding.refund(refund_of(300, "a"))
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     other = ScriptedGateway(refund_script=[decline])
     other.name = "other"
     service = await make(other, **FAST)
@@ -206,10 +209,12 @@ async def test_an_unknown_outcome_is_pending_and_stays_reserved(make: Make, step
 
 @pytest.mark.parametrize("step", [no_answer, answer_lost, never_sent], ids=lambda s: s.__name__)
 @pytest.mark.parametrize("key", [None, "a"])
-async def test_a_retry_after_its_run_finds_out(make: Make, step: Any, key: str | None) -> None:
+async def test_a_retry_after_its_run_finds_out(
+    make: Make, step: Any, key: str | None, connection: psycopg.Connection[Any]
+) -> None:
     service = await charged(make, step, **FAST)
     assert (await service.refunding.refund(refund_of(key=key))).refund.status is Status.PENDING
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     again = await service.refunding.refund(refund_of(key=key))
     assert summary(again) == (Status.SUCCESS, 1000, 1000, Status.REFUNDED, True)
     gateway = gateway_of(service)
@@ -217,11 +222,13 @@ async def test_a_retry_after_its_run_finds_out(make: Make, step: Any, key: str |
     assert len(gateway.given_back) == 1
 
 
-async def test_a_retry_that_is_too_late_to_send_again_only_asks(make: Make) -> None:
+async def test_a_retry_that_is_too_late_to_send_again_only_asks(
+    make: Make, connection: psycopg.Connection[Any]
+) -> None:
     service = await charged(make, no_answer, **FAST)
     gateway_of(service).safe_retry_s = service.gateway.safe_retry_s = 0.1
     await service.refunding.refund(refund_of(300, "a"))
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     again = await service.refunding.refund(refund_of(300, "a"))
     assert summary(again) == (Status.PENDING, 300, 0, Status.SUCCESS, True)
     assert len(gateway_of(service).refunds) == 1
@@ -229,11 +236,11 @@ async def test_a_retry_that_is_too_late_to_send_again_only_asks(make: Make) -> N
 
 @pytest.mark.parametrize("failure", [NeverSent, OutcomeUnknown], ids=lambda f: f.__name__)
 async def test_a_retry_that_learns_nothing_is_still_pending_and_sends_nothing(
-    make: Make, failure: type[Exception]
+    make: Make, failure: type[Exception], connection: psycopg.Connection[Any]
 ) -> None:
     service = await charged(make, no_answer, **FAST)
     await service.refunding.refund(refund_of(300, "a"))
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     gateway = gateway_of(service)
     gateway.reachable, gateway.failure = False, failure
     again = await service.refunding.refund(refund_of(300, "a"))
@@ -265,7 +272,7 @@ async def test_nothing_is_sent_after_the_deadline(
         await service.runs.drain(2)
     assert gateway_of(service).refunds == []
     assert topics(connection, PAYMENT)[2:] == ["RefundInitiated"]
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     again = await service.refunding.refund(refund_of(300, "a"))
     assert summary(again) == (Status.SUCCESS, 300, 300, Status.SUCCESS, True)
     assert len(gateway_of(service).given_back) == 1
@@ -294,12 +301,12 @@ async def test_nothing_is_sent_for_a_request_that_was_told_503(
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "answered late"])
 async def test_a_retry_sends_nothing_after_its_deadline(
-    make: Make, monkeypatch: pytest.MonkeyPatch, frozen: bool
+    make: Make, monkeypatch: pytest.MonkeyPatch, frozen: bool, connection: psycopg.Connection[Any]
 ) -> None:
     """The provider took so long to say that it does not know of the refund."""
     service = await charged(make, no_answer, **FAST)
     await service.refunding.refund(refund_of(300, "a"))
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
 
     async def answered_late(refund: Any, timeout_s: float) -> None:
         await elapse(0.5, frozen=frozen)

@@ -255,7 +255,7 @@ async def test_an_open_refund_is_sent_again_while_that_is_safe(
     service = await make(ScriptedGateway(refund_script=[step]), **FAST)
     await capture(service)
     await service.refunding.refund(refund_of(300, "a"))
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     await settle(service, connection)
     assert topics(connection, PAYMENT)[2:] == ["RefundInitiated", "PaymentRefunded"]
     assert len(gateway_of(service).given_back) == 1
@@ -289,7 +289,7 @@ async def test_a_refund_that_nobody_knows_of_does_not_hold_up_the_next(
     await age(connection, 30 * 24 * 3600)
     gateway_of(service).refund_script = [no_answer]
     await service.refunding.refund(refund_of(200, "b"))
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     await settle(service, connection)
     assert topics(connection, PAYMENT)[2:] == [
         "RefundInitiated",
@@ -404,7 +404,7 @@ async def test_a_question_without_an_answer_is_no_outcome_of_a_refund(
     service = await make(ScriptedGateway(refund_script=[answer_lost]), **FAST)
     await capture(service)
     await service.refunding.refund(refund_of(300, "a"))
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     gateway = gateway_of(service)
     gateway.reachable, gateway.failure = False, failure
     await settle(service, connection)
@@ -441,7 +441,7 @@ async def test_a_refund_that_is_sent_again_without_an_answer_stays_open(
     service = await make(ScriptedGateway(refund_script=[no_answer, step]), **FAST)
     await capture(service)
     await service.refunding.refund(refund_of(300, "a"))
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     await settle(service, connection)
     assert len(gateway_of(service).refunds) == 2
     assert topics(connection, PAYMENT)[2:] == ["RefundInitiated"]
@@ -482,7 +482,7 @@ async def test_no_refund_is_sent_again_when_an_attempt_has_taken_too_long(
     service = await make(ScriptedGateway(refund_script=[no_answer]), **FAST)
     await capture(service)
     await service.refunding.refund(refund_of(300, "a"))
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     gateway = gateway_of(service)
 
     async def answered_late(refund: Any, timeout_s: float) -> None:
@@ -552,7 +552,7 @@ async def test_a_new_reason_to_ask_survives_an_attempt_that_saw_none(
     await project(service)
     connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
     (claimed,) = await claim(service.database, 1, lease_s=0.1)
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     assert (await service.charging.charge(charge_of("k"))).payment.status is Status.SUCCESS
     await service.refunding.refund(refund_of())
     await project(service)
@@ -858,7 +858,7 @@ async def test_a_row_that_came_anew_is_not_taken_for_the_one_before(
     await project(service)
     connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
     (frozen,) = await claim(service.database, 1, lease_s=100)
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     assert (await service.charging.charge(charge_of("k"))).payment.status is Status.SUCCESS
     await project(service)
     assert unsettled(connection) == []

@@ -46,11 +46,11 @@ async def with_a_charge(make: Make) -> Service:
     return service
 
 
-async def with_a_refund(make: Make) -> Service:
+async def with_a_refund(make: Make, connection: psycopg.Connection[Any]) -> Service:
     service = await make(ScriptedGateway(refund_script=[answer_lost]), **FAST)
     await begin(service)
     await service.refunding.refund(refund_of(300, "a"))
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     return service
 
 
@@ -102,7 +102,7 @@ async def test_a_row_that_the_projector_removes_meanwhile_is_no_error(
     await project(service)
     connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")
     (claimed,) = await claim(service.database, 1, lease_s=100)
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     assert (await service.charging.charge(charge_of("k"))).payment.status is Status.SUCCESS
     await project(service)
     assert unsettled(connection) == []

@@ -138,10 +138,10 @@ async def test_a_mismatch_that_its_own_request_found(
 
 
 async def test_a_payment_that_is_not_listed_yet_is_told(
-    make: Make, told: list[tuple[str, str]]
+    make: Make, told: list[tuple[str, str]], connection: psycopg.Connection[Any]
 ) -> None:
     service = await mismatching(make)
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     await begin(service)
     assert told == [MISMATCH]
 
@@ -161,7 +161,7 @@ async def test_a_payment_of_another_provider(
     other.name = "other"
     service = await make(other, **FAST)
     await settle(service, connection)
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     if operation == "charge":
         await service.charging.charge(charge_of("k"))
     else:
@@ -179,7 +179,7 @@ async def test_a_refund_mismatch_of_its_request_and_of_settling(
     refund = (await service.refunding.refund(refund_of(300, "a"))).refund
     outcomes = gateway_of(service).refund_outcomes
     outcomes[refund.id] = msgspec.structs.replace(outcomes[refund.id], amount_cents=1)
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     for _ in range(3):
         await settle(service, connection)
         await service.refunding.refund(refund_of(300, "a"))

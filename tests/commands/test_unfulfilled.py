@@ -21,7 +21,7 @@ from payments.service import Service
 from tests.commands.conftest import Make
 from tests.commands.looking import capture, gateway_of, topics
 from tests.commands.refunding import refund_of
-from tests.commands.settling import FAST, settle
+from tests.commands.settling import FAST, age, settle
 from tests.doubles.gateway import (
     ScriptedGateway,
     after,
@@ -137,7 +137,7 @@ async def test_settling_goes_on_with_what_the_provider_did_not_answer(
     assert await of(service).give_back(PAYMENT)  # under way
     assert topics(connection, PAYMENT)[2:] == ["RefundInitiated"]
     assert await of(service).give_back(PAYMENT)
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     await settle(service, connection)
     assert await of(service).give_back(PAYMENT)
     assert topics(connection, PAYMENT)[2:] == ["RefundInitiated", "PaymentRefunded"]
@@ -168,7 +168,7 @@ async def test_a_refusal_that_settling_finds_is_told_as_well(
     service = await giving(make, refused_silently, **FAST)
     await capture(service)
     assert await of(service).give_back(PAYMENT)
-    await asyncio.sleep(FAST["charge_deadline_s"])
+    await age(connection, 1)
     await settle(service, connection)
     assert not await of(service).give_back(PAYMENT)
     assert topics(connection, PAYMENT)[2:] == ["RefundInitiated", "RefundFailed"]
