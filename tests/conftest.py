@@ -31,6 +31,8 @@ from payments.settings import Settings
 from tests.machine import Machine, late
 from tests.process import at, open_directory
 
+TESTS = Path(__file__).parent
+
 environment.forget(os.environ)  # as the command does: no test connects to what PGHOSTADDR names
 
 
@@ -55,9 +57,30 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGHUP, lambda *_: None)
 
 
+# What starts processes, or takes seconds for other reasons: folders and files.
+SLOW = (
+    *("callbacks/test_delivery.py", "callbacks/test_partial_outages.py", "callbacks/test_sales.py"),
+    *("cli", "crash", "doubles", "edge", "embedded_postgres", "fulfilment/test_kills.py"),
+    *("legacy", "test_benchmarks.py", "test_database_care.py", "test_docs.py", "test_logs.py"),
+    *("test_monitoring.py", "test_tracing.py", "test_upgrades.py", "web/test_schemathesis.py"),
+)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With -m "not slow" they are not even imported: each worker would do it."""
+    return (is_slow(collection_path) and "not slow" in config.getoption("-m")) or None
+
+
+def is_slow(path: Path) -> bool:
+    return any(path.is_relative_to(TESTS / slow) for slow in SLOW)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file that takes longest comes first: else the other workers wait for it in the end."""
     items.sort(key=lambda item: item.path.name != "test_schemathesis.py")
+    for item in items:
+        if is_slow(item.path):
+            item.add_marker("slow")
 
 
 @pytest.hookimpl(wrapper=True)
