@@ -8,6 +8,8 @@ python -m benchmarks.open_loop --help       one load at a fixed rate, on a servi
 Every part runs for some seconds per round, the parts take turns, and there are several rounds; a
 ratio is the median of the rounds' ratios. Absolute figures depend on the machine and its mood.
 
+open_loop.py and load.py are the load of tests/edge/test_overload.py as well.
+
 A part that fails is shown, with what its processes said, and takes no further turn; the others go
 on, and the exit code is 1. A new part is a class in the list of benchmarks/__main__.py.
 """

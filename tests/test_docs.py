@@ -35,7 +35,7 @@ from tests.process import ROOT, ServiceProcess, at, invoke
 from tests.support import ORDER_ID, eventually, subclasses
 from web import problems
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_page_on_errors_lists_every_code_with_its_status() -> None:
