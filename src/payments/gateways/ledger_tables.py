@@ -36,7 +36,7 @@ def open_tables(path: Path | None) -> sqlite3.Connection:
         path.touch(0o600)
     connection = sqlite3.connect(
         path.absolute() if path else ":memory:",
-        START_WAIT_S,
+        timeout=START_WAIT_S,
         isolation_level=None,
         check_same_thread=False,  # it is opened before its thread is started
     )
