@@ -41,7 +41,7 @@ from tests.doubles.gateway import (
     no_answer,
 )
 from tests.events.commits import LOCK, UNLOCK, waits_for_lock
-from tests.machine import within
+from tests.machine import Machine, bound, within
 from tests.support import ORDER_ID, charge_of, elapse, stored_event, until
 
 pytestmark = pytest.mark.anyio
@@ -375,14 +375,14 @@ async def test_a_retry_sends_nothing_after_its_deadline(
 
 
 async def test_the_provider_has_what_is_left_of_the_deadline(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    make: Make, monkeypatch: pytest.MonkeyPatch, machine: Machine
 ) -> None:
     gateway = ScriptedGateway()
-    service = await make(gateway, charge_deadline_s=2.0, gateway_timeout_s=1.9)
+    service = await make(gateway, charge_deadline_s=3, gateway_timeout_s=2)
     append_intent, charge, given_s = service.appender.append_intent, gateway.charge, []
 
     async def slow(event: StoredEvent, **options: Any) -> int:
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1.1)
         return await append_intent(event, **options)
 
     async def look(asked: ProviderCharge, timeout_s: float) -> Any:
@@ -393,8 +393,8 @@ async def test_the_provider_has_what_is_left_of_the_deadline(
     await service.charging.charge(charge_of("at once"))
     monkeypatch.setattr(service.appender, "append_intent", slow)
     await service.charging.charge(charge_of("later"))
-    assert given_s[0] == 1.9
-    assert given_s[1] <= 1.5
+    bound(2 - given_s[0], 0.001, machine)
+    assert given_s[1] <= 1.9
 
 
 async def test_a_provider_that_was_never_reached_is_unavailable(

@@ -46,11 +46,10 @@ async def with_a_charge(make: Make) -> Service:
     return service
 
 
-async def with_a_refund(make: Make, connection: psycopg.Connection[Any]) -> Service:
+async def with_a_refund(make: Make) -> Service:
     service = await make(ScriptedGateway(refund_script=[answer_lost]), **FAST)
     await begin(service)
     await service.refunding.refund(refund_of(300, "a"))
-    await age(connection, 1)
     return service
 
 
@@ -69,6 +68,7 @@ async def test_what_is_settled_stays_listed_until_the_projector_comes_there(
     machine: Machine,
 ) -> None:
     service = await begin(make)
+    await age(connection, 1)
     await project(service)
     listed = unsettled(connection)
     with psycopg.connect(address.conninfo("tests")) as holding:
