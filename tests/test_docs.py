@@ -6,6 +6,7 @@ import json
 import operator
 import re
 import secrets
+import shlex
 import sqlite3
 import threading
 import uuid
@@ -16,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, get_args
+from xml.etree import ElementTree
 
 import click
 import httpx
@@ -106,10 +108,51 @@ README = ROOT / "README.md"
 LINES_MAX, BYTES_MAX = 120, 7 * 1024
 
 
+def test_the_lines_of_the_readme_do_what_it_says(address: DatabaseAddress, tmp_path: Path) -> None:
+    """Charge, the same again, another amount, read, refund: the words of each curl line."""
+    text = README.read_text()
+    lines = re.findall(r"^curl (.*?)(?=\n\n|\n```)", text, re.M | re.S)
+    (answer,) = re.findall(r'^\{"id":.*\}$', text, re.M)
+    with ServiceProcess(tmp_path, **at(address)) as service:
+
+        def send(line: str, amount_cents: int = 1500) -> httpx.Response:
+            method, url, headers, body = "", "", {}, None
+            words = iter(shlex.split(line))
+            for word in words:
+                if word == "-X":
+                    method = next(words)
+                elif word == "-H":
+                    name, value = next(words).split(": ")
+                    headers[name] = value
+                elif word == "-d":
+                    body = next(words).replace("1500", str(amount_cents))
+                else:
+                    url = word.replace("http://localhost:4004", service.url)
+            return httpx.request(method, url, headers=headers, content=body, timeout=10)
+
+        charge, read, refund = lines
+        first, again = send(charge), send(charge)
+        assert (first.status_code, first.text) == (201, answer)
+        assert (again.status_code, again.text) == (201, answer)
+        assert again.headers["Idempotent-Replayed"] == "true"
+        assert send(charge, 1600).status_code == 422
+        assert send(read).json()["status"] == "SUCCESS"
+        given_back = send(refund)
+        assert (given_back.status_code, given_back.json()["status"]) == (201, "REFUNDED")
+
+
 def test_the_readme_is_short() -> None:
     text = README.read_text()
     assert len(text.splitlines()) <= LINES_MAX
     assert len(text.encode()) <= BYTES_MAX
+
+
+def test_the_recorded_session_ends_well() -> None:
+    drawn = ElementTree.parse(ROOT / "docs/session.svg").getroot()
+    lines = ["".join(text.itertext()) for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert any("kill -9" in line for line in lines)
+    killed = next(at for at, line in enumerate(lines) if "kill -9" in line)
+    assert '"status":"SUCCESS"' in "".join(lines[killed:])
 
 
 def test_every_page_is_in_the_index() -> None:
@@ -177,7 +220,7 @@ def test_every_callback_that_a_page_shows_has_the_fields_of_one() -> None:
         for page in PAGES
         for body in re.findall(r'^\{"order_id":.*\}$', page.read_text(), re.M)
     ]
-    assert len(shown) >= 3
+    assert len(shown) >= 2
     for body in shown:
         assert list(json.loads(body)) == list(CallbackBody.__struct_fields__)
 
