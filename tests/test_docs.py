@@ -177,7 +177,7 @@ def test_every_stop_of_the_tour_is_a_function_that_is_there() -> None:
 
 def test_the_page_on_settings_has_every_setting_once() -> None:
     listed = first_cells(ROOT / "docs/settings.md", "variable")
-    assert sorted(listed) == sorted(variable.name for variable in VARIABLES)
+    assert sorted(listed) == sorted(VARIABLES)
 
 
 DECISION = ["Question", "Choice", "Measured", "What would change it"]

@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import psycopg
 
+from payments.clients import ApiKey
 from payments.service import Service
-from payments.settings import ApiKey
 from tests.support import until
 
 Connection = psycopg.Connection[Any]
