@@ -59,14 +59,20 @@ def pytest_configure() -> None:
 
 # What starts processes, or takes seconds for other reasons: how its node ids begin, in this folder.
 SLOW = (
-    *("callbacks/test_delivery.py", "callbacks/test_partial_outages.py", "callbacks/test_ping.py"),
-    *("callbacks/test_sales.py", "cli/", "crash/", "doubles/", "edge/", "embedded_postgres/"),
+    *("callbacks/test_delivery.py", "callbacks/test_endpoint.py"),
+    *("callbacks/test_endpoint_responses.py", "callbacks/test_partial_outages.py"),
+    *("callbacks/test_ping.py", "callbacks/test_sales.py", "cli/", "crash/", "doubles/", "edge/"),
+    *("embedded_postgres/", "events/test_append_function.py", "events/test_append_lock.py"),
     *("events/test_log.py", "fulfilment/test_kills.py", "fulfilment/test_service.py"),
-    *("gateways/test_simulated_ledger.py", "legacy/", "projections/test_followers_crash.py"),
-    *("queries/test_plans.py", "test_benchmarks.py", "test_database_care.py"),
-    *("test_docs.py::test_the_receiver", "test_docs.py::test_the_client", "test_environment.py"),
-    *("test_following.py", "test_held.py", "test_logs.py", "test_monitoring.py", "test_tracing.py"),
-    *("test_upgrades.py", "web/test_generated_clients.py", "web/test_schemathesis.py"),
+    *("gateways/test_earlier_ledger.py", "gateways/test_http_gateway.py"),
+    *("gateways/test_ledger_identity.py", "gateways/test_simulated_ledger.py", "legacy/"),
+    *("projections/test_follower.py", "projections/test_followers_crash.py"),
+    *("projections/test_rebuild.py", "queries/test_lookups.py", "queries/test_plans.py"),
+    *("test_benchmarks.py", "test_database_care.py", "test_docs.py::test_the_client"),
+    *("test_docs.py::test_the_receiver", "test_environment.py", "test_following.py"),
+    *("test_held.py", "test_logs.py", "test_migrations.py", "test_monitoring.py"),
+    *("test_session.py", "test_tracing.py", "test_upgrades.py", "web/test_generated_clients.py"),
+    "web/test_schemathesis.py",
 )
 
 
