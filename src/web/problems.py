@@ -11,7 +11,7 @@ PaymentsError
 ├── BodyTooSlow                  408  body_too_slow
 ├── BodyTooLarge                 413  body_too_large
 ├── UnsupportedMediaType         415  unsupported_media_type
-└── Unreadable
+└── UnreadableRequest
     ├── MalformedRequest         400  malformed_request
     ├── TargetTooLong            414  target_too_long
     ├── HeadTooLarge             431  head_too_large
@@ -64,33 +64,33 @@ class UnsupportedMediaType(PaymentsError):
     title = "The body's media type or encoding is not supported"
 
 
-class Unreadable(PaymentsError):
+class UnreadableRequest(PaymentsError):
     """Refused by the protocol before there is a request; the connection ends."""
 
     title = "The request cannot be read"
 
 
-class MalformedRequest(Unreadable):
+class MalformedRequest(UnreadableRequest):
     status = 400
     code = "malformed_request"
 
 
-class TargetTooLong(Unreadable):
+class TargetTooLong(UnreadableRequest):
     status = 414
     code = "target_too_long"
 
 
-class HeadTooLarge(Unreadable):
+class HeadTooLarge(UnreadableRequest):
     status = 431
     code = "head_too_large"
 
 
-class Unimplemented(Unreadable):
+class Unimplemented(UnreadableRequest):
     status = 501
     code = "not_implemented"
 
 
-class VersionNotSupported(Unreadable):
+class VersionNotSupported(UnreadableRequest):
     status = 505
     code = "version_not_supported"
 

@@ -21,10 +21,10 @@ from tests.edge.requests import (
     get,
 )
 from tests.process import ROOT, ServiceProcess
-from web.problems import Unreadable
+from web.problems import UnreadableRequest
 
 SEED = 20260101
-UNREADABLE = {(error.status, error.code) for error in Unreadable.__subclasses__()}
+UNREADABLE = {(error.status, error.code) for error in UnreadableRequest.__subclasses__()}
 
 # Ends whatever is being read, so that nothing waits for the rest: no byte of a head or of a chunk's
 # size is NUL, and more than a body may have.

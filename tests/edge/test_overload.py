@@ -24,6 +24,7 @@ from tests.process import ServiceProcess, at
 pytestmark = pytest.mark.alone
 
 TIMES = (0.5, 1, 1.5, 4)  # the capacity
+TIMES_MAX = 32  # however wrong it was measured
 DEFAULT_S = 3.0
 RAMP_S = 0.5
 GROWTH_MAX_MB = 50  # up to 4,000 connections were open, which take about 12 KB each
@@ -105,7 +106,8 @@ def test_what_is_too_much_is_refused_at_once_and_the_rest_is_charged(
         closed.run(1)  # warm
         peak_per_s = capacity = closed.run(seconds or 1).per_s
         before_mb = resident_mb(service)
-        for times in TIMES if strict else TIMES[-1:]:
+        wanted = list(TIMES if strict else TIMES[-1:])
+        for times in wanted:
             load = Overload(
                 service, times * capacity, seconds or DEFAULT_S, ramp_s=RAMP_S, keys=keys
             )
@@ -118,8 +120,10 @@ def test_what_is_too_much_is_refused_at_once_and_the_rest_is_charged(
             answered = keys.read_text().split()
             assert len(answered) == report.statuses["201"]
             accepted |= {payment_id_for(key) for key in answered}
-        # However wrong the capacity was measured, it was exceeded.
-        assert report.codes.get("too_busy", 0) > report.offered / 10, report
+            is_exceeded = report.codes.get("too_busy", 0) > report.offered / 10
+            if times == wanted[-1] < TIMES_MAX and not is_exceeded:
+                wanted.append(2 * times)  # the machine was disturbed while it was measured
+        assert is_exceeded, report
         assert resident_mb(service) - before_mb < GROWTH_MAX_MB * (1 if strict else 2)
         assert service.terminate() == 0
         assert b"ERROR" not in service.log.read_bytes()

@@ -1051,6 +1051,6 @@ async def test_a_batch_that_takes_too_long_is_tried_in_smaller_ones(
     follower.start()
     try:
         position = "SELECT position FROM followers WHERE name = 'payments'"
-        await until(lambda: connection.execute(position).fetchone() == (300,))
+        await until(lambda: connection.execute(position).fetchone() == (300,), 3 * PATIENCE_S)
     finally:
         await follower.stop()

@@ -174,7 +174,7 @@ def test_a_lost_connection_is_opened_again(filled: Connection, address: Database
 def test_another_server_that_lacks_events_is_no_shorter_log(
     filled: Connection, address: DatabaseAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "RETRY_FOR_S", 0.5)
+    monkeypatch.setattr(module, "RETRY_FOR_S", 3)
     with Replay(address, Wanted()) as log:
         parts = log.parts()
         next(parts)

@@ -22,7 +22,7 @@ from web.problems import (
     MethodNotAllowed,
     NotFound,
     Problem,
-    Unreadable,
+    UnreadableRequest,
     UnsupportedMediaType,
 )
 from web.schema.common import DESCRIPTION, HEADERS, REQUEST_HEADERS, TAGS
@@ -70,14 +70,14 @@ def document(app: Litestar) -> bytes:
     )
 
 
-class Endpoint(NamedTuple):
+class DescribedRoute(NamedTuple):
     path: str
     method: str  # in lower case
     summary: str
     operation: Operation
 
 
-def endpoints(app: Litestar) -> Iterator[Endpoint]:
+def endpoints(app: Litestar) -> Iterator[DescribedRoute]:
     """All but the framework's own OPTIONS handlers; ValueError if one has no description."""
     for route in sorted(app.routes, key=lambda route: route.path):
         assert isinstance(route, HTTPRoute)
@@ -88,10 +88,10 @@ def endpoints(app: Litestar) -> Iterator[Endpoint]:
                     raise ValueError(f"{method} {route.path_format} has no description")
                 docstring = inspect.getdoc(handler.fn) or ""  # none with python -OO
                 summary = docstring.partition("\n")[0].removesuffix(".")
-                yield Endpoint(route.path_format, method.lower(), summary, operation)
+                yield DescribedRoute(route.path_format, method.lower(), summary, operation)
 
 
-def _operation(endpoint: Endpoint) -> dict[str, Any]:
+def _operation(endpoint: DescribedRoute) -> dict[str, Any]:
     operation = endpoint.operation
     problems = operation.problems + _EVERYWHERE
     if endpoint.path not in _NEVER_BUSY and TooBusy not in problems:
@@ -162,7 +162,7 @@ def _responses_without_endpoint() -> Iterator[tuple[str, Any]]:
     """What is answered before it is known which endpoint a request is for; no path refers to it."""
     yield _response(NotFound, str(NotFound()))
     yield _response(MethodNotAllowed, str(MethodNotAllowed()), "Allow")
-    for kind in Unreadable.__subclasses__():
+    for kind in UnreadableRequest.__subclasses__():
         yield _response(kind, f"{kind.title}; the connection ends.")
 
 

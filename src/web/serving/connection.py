@@ -9,7 +9,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from web.problems import MalformedRequest, Unreadable
+from web.problems import MalformedRequest, UnreadableRequest
 from web.serving.answers import Refused, lines_of, of_error
 from web.serving.arrivals import CALLER, Flow
 from web.serving.door import Door
@@ -117,7 +117,7 @@ class Connection(HttpToolsProtocol):
             self._running.waiting_for_100_continue = False
             self._running.message_event.set()
 
-    def _unreadable(self, error: Unreadable) -> bytes:
+    def _unreadable(self, error: UnreadableRequest) -> bytes:
         self._door.log.unreadable.add()
         more = lines_of(self.server_state.default_headers)
         return of_error(error).written(more, closes=True)

@@ -11,7 +11,7 @@ from web.problems import (
     HeadTooLarge,
     MalformedRequest,
     Unimplemented,
-    Unreadable,
+    UnreadableRequest,
     VersionNotSupported,
 )
 
@@ -61,7 +61,7 @@ def traceparent_of(headers: Headers) -> str | None:
 
 def objection_to(
     method: bytes, target: bytes, version: str, headers: Headers, size: int
-) -> Unreadable | None:
+) -> UnreadableRequest | None:
     """Why to refuse this head, of `size` bytes, and what to do about it; None if it may pass.
 
     Framing that is not valid at all is the parser's to refuse.
@@ -87,7 +87,7 @@ def objection_to(
     return _objection_to_codings(codings, version) if codings else None
 
 
-def _objection_to_codings(codings: list[bytes], version: str) -> Unreadable | None:
+def _objection_to_codings(codings: list[bytes], version: str) -> UnreadableRequest | None:
     """RFC 9112 section 6.1."""
     if version == "1.0":
         return MalformedRequest("Send Transfer-Encoding with HTTP/1.1 only.")
