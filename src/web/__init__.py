@@ -1,14 +1,16 @@
-"""The HTTP face of the Payment Service.
+"""The HTTP interface of the Payment Service.
 
 serving/       from the listening socket to a request
-app.py         the Litestar application, with what is under /v1: charges.py, refunds.py,
+app.py         the Litestar application; its endpoints under /v1: charges.py, refunds.py,
                payments.py, unfulfilled.py
-requests.py    what they read from headers and path     bodies.py  from JSON bodies
-list_query.py  and from the query; all errors at once
-operations.py  /health and /metrics                 accept.py     in which media type
-paths.py       which paths there are
-schema/        what each operation promises, as the OpenAPI document, and its page
+requests.py    reads headers and path
+bodies.py      reads JSON bodies
+list_query.py  reads query parameters
+operations.py  /health and /metrics
+accept.py      chooses their media type
+paths.py       the paths of the API
+schema/        describes each operation: the OpenAPI document and its page
 auth.py        API keys
-problems.py    every error as application/problem+json (exception_handlers.py: what handlers
-               raise)
+problems.py    every error as application/problem+json
+exception_handlers.py  the responses to exceptions of handlers
 """

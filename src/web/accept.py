@@ -1,4 +1,4 @@
-"""Which of several media types a client would rather have: RFC 9110 section 12.5.1."""
+"""Content negotiation: which of several media types a client prefers (RFC 9110 section 12.5.1)."""
 
 import re
 from typing import NamedTuple
@@ -7,14 +7,14 @@ _QUALITY = re.compile(r"q=([01](?:\.[0-9]{0,3})?)", re.IGNORECASE)
 
 
 class _Range(NamedTuple):
-    """A part of an Accept header, whose parameters other than q are not looked at."""
+    """A media range of an Accept header. Parameters other than q are ignored."""
 
     type: str
     subtype: str
     quality: float
 
     def closeness(self, media_type: str) -> int | None:
-        """How exactly it names the media type; None: not at all."""
+        """How specifically the range matches the media type, None if it does not."""
         type_, _, subtype = media_type.partition("/")
         if (self.type, self.subtype) == ("*", "*"):
             return 0
@@ -24,8 +24,8 @@ class _Range(NamedTuple):
 
 
 def preferred(accept: str, offered: tuple[str, ...]) -> str | None:
-    """The best of what is offered, None if none is acceptable, as with q=0. Of those that are as
-    good, the one that is named exactly, and earlier; else the first that is offered."""
+    """The offered media type with the highest q, None if none is acceptable (q=0 excludes one).
+    Among equals an exact name wins, then the earlier in Accept, then the earlier offered."""
     ranges = [_range(part) for part in accept.split(",") if part.strip()]
     if not ranges:
         return offered[0]

@@ -30,18 +30,18 @@ v1 = Router(
 
 
 def application(service: Service) -> Litestar:
-    """The endpoints, and what describes them; the service must be started by the caller."""
+    """The endpoints and their description. The caller must start the service."""
     app = _litestar(service, v1)
     app.state.openapi = openapi.document(app)
     _expect_requests(app, service.telemetry)
-    app.register(docs)  # afterwards: it is no part of what it describes
+    app.register(docs)  # afterwards: it does not describe itself
     app.register(root)
     return app
 
 
 def _expect_requests(app: Litestar, telemetry: Telemetry) -> None:
-    """All that is documented is counted from 0 on: an error that comes first with the fifth request
-    would else be no increase to Prometheus."""
+    """Creates the counters of all documented responses at 0. Prometheus would otherwise not see the
+    first error as an increase."""
     for path, method, _, operation in openapi.endpoints(app):
         statuses = {500, *operation.answers, *(problem.status for problem in operation.problems)}
         errors: tuple[type[PaymentsError], ...] = (PaymentsError, TooBusy, *operation.problems)
@@ -58,12 +58,12 @@ def operations_application(service: Service) -> Litestar:
 
 
 def guarded(app: Litestar, service: Service) -> ASGIApp:
-    """An application as it is to be served, behind its door."""
+    """The application behind its guard, as it is served."""
     return Guard(app, service.telemetry, service.settings.access_log_per_s)
 
 
 def door(app: Litestar, service: Service) -> Door:
-    """Where requests for this application come in."""
+    """Decides which requests this application admits."""
     return Door(
         Paths(app),
         service.settings.payments_api_keys,

@@ -1,7 +1,7 @@
 """API keys: `Authorization: Bearer KEY`, where PAYMENTS_API_KEYS holds each key's SHA-256.
 
-Without configured keys everyone is the client `default`. The protocol asks, once for each request,
-before anything else is done for it (serving/door.py).
+Without configured keys every request is from the client `default`. The protocol authenticates each
+request once, before all other work (serving/door.py).
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from payments.errors import Unauthorized
 
 STAFF = "staff"  # may read and refund every client's payments
 SEND_A_KEY = "Send Authorization: Bearer and an API key of this service."
-KEY_MAX = 1024  # bytes: what is longer is no key, and its digest would cost whoever sends none
+KEY_MAX = 1024  # bytes: anything longer is not a key, and hashing it would waste CPU
 
 
 def authenticate(headers: list[tuple[bytes, bytes]], keys: tuple[ApiKey, ...]) -> str:
@@ -21,10 +21,10 @@ def authenticate(headers: list[tuple[bytes, bytes]], keys: tuple[ApiKey, ...]) -
         return DEFAULT_CLIENT
     sent = [value for name, value in headers if name == b"authorization"]
     if len(sent) == 1 and len(sent[0]) <= KEY_MAX and sent[0][:7].lower() == b"bearer ":
-        # Digests of equal length are compared, as bytes: text comparison fails on other than ASCII.
+        # Compare digests, which have equal length, as bytes: compare_digest takes only ASCII text.
         digest = hashlib.sha256(sent[0][7:].strip()).digest()
         found = None
-        for key in keys:  # all of them, so that the time does not tell which one matched
+        for key in keys:  # all of them, so that the time does not reveal which one matched
             if hmac.compare_digest(digest, key.sha256):
                 found = key.client
         if found is not None:

@@ -1,4 +1,4 @@
-"""Reading JSON bodies into Structs: strictly, and with every field's error at once."""
+"""Reads JSON bodies into Structs: strictly, and reports the errors of all fields at once."""
 
 import codecs
 import json
@@ -13,18 +13,18 @@ from payments.errors import FieldError, InvalidRequest
 from web.problems import UnsupportedMediaType
 
 ERRORS_MAX = 20
-_INTEGER_MAX = 10**18  # beyond all fields; an exponent could ask for any number of digits
+_INTEGER_MAX = 10**18  # above the limits of all fields; an exponent could create any size
 _CHARSET = re.compile(rb"""\bcharset\s*=\s*"?([^\s";]*)""", re.IGNORECASE)
 _UTF_8 = (b"utf-8", b"utf8")
 
-# Half a surrogate pair, which JSON can spell, cannot be looked up among the field names and values.
+# JSON can spell an unpaired surrogate, which msgspec cannot encode to compare it with field names.
 _NOT_VALID = (msgspec.ValidationError, UnicodeEncodeError)
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 
 class _Refused(ValueError):
-    """What is no JSON for a reason that can be told, or means different things to readers."""
+    """Not JSON, or ambiguous JSON; the message says why."""
 
 
 def check_json(content_types: list[bytes]) -> None:
@@ -32,7 +32,7 @@ def check_json(content_types: list[bytes]) -> None:
     if len(content_types) == 1:
         media_type, _, parameters = content_types[0].partition(b";")
         if media_type.strip().lower() == b"application/json":
-            # JSON is UTF-8 (RFC 8259 section 8.1): who names another charset means other bytes.
+            # JSON is UTF-8 (RFC 8259 section 8.1): another charset means other bytes.
             if all(charset.lower() in _UTF_8 for charset in _CHARSET.findall(parameters)):
                 return
             raise UnsupportedMediaType("Send JSON as UTF-8, with or without charset=utf-8.")
@@ -40,15 +40,15 @@ def check_json(content_types: list[bytes]) -> None:
 
 
 def check_not_encoded(content_encodings: list[bytes]) -> None:
-    """Raises UnsupportedMediaType for a compressed body (RFC 9110 section 8.4). `identity` stands
-    for no encoding; there are clients that send it."""
+    """Raises UnsupportedMediaType for a compressed body (RFC 9110 section 8.4). `identity` means no
+    encoding; some clients send it."""
     codings = b",".join(content_encodings).split(b",")
     if any(coding.strip().lower() not in (b"", b"identity") for coding in codings):
         raise UnsupportedMediaType("Send the body as it is, without Content-Encoding.")
 
 
 def read_body(body: bytes, struct: type[T]) -> T:
-    """The body as a Struct; InvalidRequest names every field that is wrong and how to mend it."""
+    """The body as a Struct. InvalidRequest names every wrong field and how to correct it."""
     try:
         value = _decoder.decode(_text(body))
     except _Refused as error:
@@ -65,7 +65,7 @@ def read_body(body: bytes, struct: type[T]) -> T:
 
 
 def invalid_fields(*errors: FieldError) -> InvalidRequest:
-    """The error to raise for a body with these."""
+    """The error to raise for a body with these field errors."""
     return InvalidRequest("Mend the fields listed in errors.", errors[:ERRORS_MAX])
 
 
@@ -90,19 +90,19 @@ def _constant(name: str) -> NoReturn:
 
 
 def _number(text: str) -> int | float:
-    """One with a point or an exponent. To JSON Schema 1500.0 and 1.5e3 are integers (section 6.3 of
-    JSON Schema Core), and to clients in languages without them; decided on the text, since a float
-    would round what is none."""
+    """A number with a decimal point or an exponent. 1500.0 and 1.5e3 are integers in JSON Schema
+    (JSON Schema Core section 6.3) and in languages without an integer type. The text decides, since
+    a float would round."""
     try:
         number = Decimal(text)
-    except InvalidOperation:  # its exponent has 20 digits
+    except InvalidOperation:  # an exponent of 20 digits
         return math.inf
     if number.copy_abs() < _INTEGER_MAX and number == number.to_integral_value():
         return int(number)
     return float(text)
 
 
-# The standard library's decoder, since only it shows duplicate names.
+# The standard library's decoder, since only it reports duplicate names.
 _decoder = json.JSONDecoder(
     object_pairs_hook=_object, parse_constant=_constant, parse_float=_number
 )
@@ -128,7 +128,7 @@ def _field_errors(value: dict[str, Any], struct: type[msgspec.Struct]) -> list[F
 
 
 def _description(annotation: Any) -> str:
-    """What the field's annotation says it is; the same words stand in the API's schema."""
+    """The description in the field's annotation, which the API's schema has too."""
     if get_origin(annotation) is Annotated:
         for meta in get_args(annotation)[1:]:
             if isinstance(meta, msgspec.Meta) and meta.description:

@@ -53,7 +53,7 @@ def _hold_until(body: ChargeBody) -> datetime | None:
         return None
     try:
         return read_time(body.hold_until)
-    except ValueError:  # a 31 February
+    except ValueError:  # 31 February
         raise invalid_fields(FieldError("hold_until", f"must be {TIME_TEXT}")) from None
 
 
@@ -63,7 +63,7 @@ def _answer(request: AnyRequest, charged: Charged) -> Response[bytes]:
         id=payment.id,
         merchant_order_id=payment.merchant_order_id,
         provider_txn_id=payment.provider_txn_id,
-        # Not its status: a replay after a refund has the same body as the first answer.
+        # Not the payment's status: a replay after a refund has the body of the first response.
         status=payment.outcome,
         amount_cents=payment.amount_cents,
         currency=payment.currency,

@@ -1,4 +1,4 @@
-"""What is answered when a handler raises, or the framework has no handler for a request."""
+"""Responses when a handler raises, or when the framework has no handler for a request."""
 
 from http import HTTPStatus
 
@@ -20,7 +20,7 @@ def on_payments_error(request: AnyRequest, error: PaymentsError) -> Response[byt
 
 
 def on_http_exception(request: AnyRequest, error: HTTPException) -> Response[bytes]:
-    """Refusals of the framework; their own texts are not ours to promise."""
+    """For errors of the framework. Its texts are replaced, since they are not part of our API."""
     status = error.status_code
     if status >= 500:
         return on_exception(request, error)
@@ -36,7 +36,7 @@ def on_http_exception(request: AnyRequest, error: HTTPException) -> Response[byt
 
 
 def on_exception(request: AnyRequest, error: Exception) -> Response[bytes]:
-    """A bug: logged with its request id, which the answer names too."""
+    """For a bug: logged with its request id, which the response names too."""
     request_id = request.scope["state"].get("request_id", "")
     request.scope["state"]["problem"] = PaymentsError.code
     logger.bind(method=request.method).opt(exception=error).error("unhandled error")

@@ -1,4 +1,4 @@
-"""Query parameters: strict, and with every one's error at once."""
+"""Reads query parameters: strictly, and reports the errors of all parameters at once."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -16,8 +16,8 @@ from payments.times import TIME_PATTERN, read_time
 from web.bodies import ERRORS_MAX
 from web.requests import TIME_TEXT, UUID_SCHEMA, read_uuid
 
-# name -> how it is read, what it must be, and the same as JSON Schema; of a schema that a body has
-# as well, generators of clients make one type.
+# name -> its reader, what it must be as text, and as JSON Schema. A schema that a body uses too
+# becomes one type in generated clients.
 Readers = Mapping[str, tuple[Callable[[str], Any], str, dict[str, Any]]]
 
 _POSITION_MAX = 2**63 - 1
@@ -30,7 +30,7 @@ class ListQuery(NamedTuple):
 
 
 def read_list_query(query_string: bytes) -> ListQuery:
-    """The parameters of GET /v1/payments; raises as read_query."""
+    """The parameters of GET /v1/payments; raises InvalidRequest."""
     found = read_query(query_string, LIST_READERS)
     if found.get("created_until", _LAST) < found.get("created_from", _FIRST):
         _refuse([FieldError("created_until", "must not be before created_from")])
@@ -39,8 +39,8 @@ def read_list_query(query_string: bytes) -> ListQuery:
 
 
 def read_query(query_string: bytes, readers: Readers) -> dict[str, Any]:
-    """The values of the parameters that were sent; InvalidRequest names every one that is wrong and
-    how to mend it."""
+    """The values of the parameters that were sent. InvalidRequest names every wrong parameter and
+    how to correct it."""
     found: dict[str, Any] = {}
     errors: list[FieldError] = []
     for name, values in _parameters(query_string).items():
@@ -64,9 +64,9 @@ def _refuse(errors: list[FieldError]) -> NoReturn:
 
 
 def _parameters(query_string: bytes) -> dict[str, list[str]]:
-    """Names and values as a form sends them: percent-encoded UTF-8, + for a space.
+    """Names and values, decoded as from a form: percent-encoded UTF-8, + for a space.
 
-    What is not UTF-8 becomes replacement characters, which no parameter takes.
+    Bytes that are not UTF-8 become replacement characters, which no parameter accepts.
     """
     parameters: dict[str, list[str]] = {}
     for part in query_string.decode("utf-8", "replace").split("&"):
@@ -112,7 +112,7 @@ _LIMIT = (
 
 
 def _cursor_of(name: str) -> tuple[Callable[[str], str], str, dict[str, Any]]:
-    """How the cursor of the list of this name is read."""
+    """The reader of the cursor of this list, for Readers."""
 
     def read(text: str) -> str:
         try:
@@ -130,7 +130,7 @@ def _hint(name: str, value: str) -> str:
 
 
 def _lost_plus(value: str) -> str:
-    """The usual mistake with a time: a + that stands for itself must be written as %2B."""
+    """A hint for the usual mistake in a time: a literal + must be written as %2B."""
     try:
         read_time(value.replace(" ", "+"))
     except ValueError:

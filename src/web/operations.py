@@ -1,4 +1,4 @@
-"""Endpoints for operators: health and metrics. Open to everyone, within bounds of their own."""
+"""Endpoints for operators: health and metrics. They need no API key and have their own limits."""
 
 import msgspec
 from litestar import Response, get
@@ -13,9 +13,9 @@ from web.schema.description import described
 from web.schema.operations.operators import HEALTH, LIVE, METRICS, Alive, Health
 from web.serving import answers
 
-HEALTH_AGE_S = 1.0  # those that are beyond its bound get what was found no longer ago, or nearly
-METRICS_AGE_S = 1.0  # one rendering of each format in so many seconds, for whoever asks
-STALLED_S = INTENT_TIMEOUT_S - 0.5  # just before waiting intents are given up
+HEALTH_AGE_S = 1.0  # requests beyond the limit of /health get a result of about this age
+METRICS_AGE_S = 1.0  # each format is rendered once in this time, for all clients
+STALLED_S = INTENT_TIMEOUT_S - 0.5  # just before waiting intents time out
 
 JSON = MediaType.JSON.value
 TEXT, OPENMETRICS = "text/plain", "application/openmetrics-text"
@@ -25,7 +25,7 @@ ALIVE = answers.PreparedAnswer(
 
 
 async def health_of(service: Service) -> answers.PreparedAnswer:
-    """Looked at now."""
+    """The response of /health, checked now."""
     database, log, callbacks = "ok", None, None
     try:
         reached = await service.health.reach_database()
@@ -84,7 +84,7 @@ async def metrics(request: AnyRequest) -> Response[bytes]:
         return Response(
             msgspec.json.encode(service.telemetry.documented()), media_type=MediaType.JSON
         )
-    # As a header: for a text media type the framework would add a second charset.
+    # As a header: the framework would add a second charset to a text media type.
     if wanted == OPENMETRICS:
         headers = {"Content-Type": service.telemetry.openmetrics_content_type}
         return Response(await service.health.openmetrics.recent(METRICS_AGE_S), headers=headers)

@@ -1,7 +1,7 @@
-"""Which paths there are, each in one spelling, and which of them need an API key.
+"""The paths of the API, each in one spelling, and which of them need an API key.
 
-The framework takes `//metrics`, `/metrics/` and `/%6detrics` for `/metrics` as well, where a proxy
-with a rule for `/metrics` sees three other paths. Here they are not found.
+The framework also accepts `//metrics`, `/metrics/` and `/%6detrics` as `/metrics`, while a proxy
+with a rule for `/metrics` sees three other paths. Here these are not found.
 """
 
 import re
@@ -13,7 +13,7 @@ from litestar.routes import HTTPRoute
 
 from payments.errors import Unauthorized
 
-# What stands for a parameter: no slash, an encoded one neither, and no name of a directory.
+# The value of a parameter: no slash, also no encoded one, and neither `.` nor `..`.
 _PARAMETER = r"(?!\.\.?(?:/|\Z))(?:[^/%]|%(?!2[fF]))+"
 
 
@@ -23,7 +23,7 @@ class Path(NamedTuple):
 
 
 class Paths:
-    """Those of an application, and of what it has registered by now."""
+    """The paths of an application, including those registered so far."""
 
     def __init__(self, app: Litestar) -> None:
         self.all = [_path(route) for route in app.routes if isinstance(route, HTTPRoute)]
@@ -33,7 +33,7 @@ class Paths:
         ]
 
     def find(self, target: bytes) -> Path | None:
-        """The path that a request's target names; ValueError for a target that is none at all."""
+        """The path of a request target, None if there is none; ValueError for an invalid target."""
         path = target.partition(b"?")[0] if target.startswith(b"/") else _path_of_url(target)
         found = self.fixed.get(path)
         if found is None:
@@ -55,7 +55,7 @@ def _pattern(template: str) -> re.Pattern[bytes]:
 
 
 def _path_of_url(target: bytes) -> bytes:
-    """RFC 9112 section 3.2.2: the absolute form, which is meant for proxies, is taken as well."""
+    """The absolute form, which is meant for proxies, is accepted too (RFC 9112 section 3.2.2)."""
     try:
         path: bytes | None = httptools.parse_url(target).path
     except httptools.HttpParserInvalidURLError as error:

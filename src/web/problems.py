@@ -1,9 +1,8 @@
 """Errors as application/problem+json (RFC 9457).
 
 `type` is urn:payments:problem:CODE, `code` is stable, `detail` names the fix, and `errors` lists
-the fields of a body that are wrong. No SQL, stack or secret gets into one: only PaymentsError
-carries words to the outside. What is wrong with a request as HTTP is here; all else that is refused
-is in payments/errors.py.
+the wrong fields. Problems contain no SQL, stack trace or secret: only the text of a PaymentsError
+is sent. Errors of HTTP are here, all others in payments/errors.py.
 
 PaymentsError
 ├── NotFound                     404  not_found
@@ -65,7 +64,7 @@ class UnsupportedMediaType(PaymentsError):
 
 
 class UnreadableRequest(PaymentsError):
-    """Refused by the protocol before there is a request; the connection ends."""
+    """The protocol cannot read a request; the connection is closed."""
 
     title = "The request cannot be read"
 
@@ -118,7 +117,7 @@ def problem(
     detail: str,
     errors: tuple[Any, ...] = (),
 ) -> bytes:
-    """The body of a problem answer."""
+    """The body of a problem response."""
     fields = [FieldProblem(field=field, message=message) for field, message in errors]
     uri = f"urn:payments:problem:{code}"
     return msgspec.json.encode(
@@ -127,7 +126,7 @@ def problem(
 
 
 def refused(error: PaymentsError) -> tuple[int, bytes, dict[str, str]]:
-    """Status, body and headers for an error of ours."""
+    """Status, body and headers of the response to this error."""
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)

@@ -57,7 +57,7 @@ def _answer(request: AnyRequest, refunded: Refunded) -> Response[bytes]:
     if pending:
         status, refunded_cents = payment.status, payment.refunded_cents
     else:
-        # As of this refund, whatever was refunded since: a replay has the same body.
+        # As of this refund, without later ones: a replay has the same body.
         refunded_cents = made.refunded_cents
         whole = refunded_cents == payment.amount_cents
         status = Status.REFUNDED if whole else Status.SUCCESS

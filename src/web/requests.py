@@ -1,4 +1,4 @@
-"""What the endpoints under /v1 read from a request, and how they answer it."""
+"""Reading requests and building responses, for the endpoints under /v1."""
 
 import math
 import re
@@ -24,7 +24,7 @@ AnyRequest = Request[Any, Any, State]
 B = TypeVar("B", bound=msgspec.Struct)
 
 UUID_PATTERN = "^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
-# Both: generators of clients go by the format, and not every validator looks at it.
+# Both: client generators use the format, and some validators check only the pattern.
 UUID_SCHEMA = {"type": "string", "format": "uuid", "maxLength": 36, "pattern": UUID_PATTERN}
 KEY_SCHEMA = {"type": "string", "minLength": 1, "maxLength": KEY_MAX, "pattern": KEY_PATTERN}
 TIME_TEXT = "a time with its offset from UTC (RFC 3339), like 2026-01-31T18:30:00Z"
@@ -40,8 +40,8 @@ def headers_of(request: AnyRequest) -> Headers:
 
 
 def client_of(request: AnyRequest) -> str:
-    """The API client that sent the request: the protocol has asked, or else it is asked here;
-    raises Unauthorized."""
+    """The API client that sent the request; raises Unauthorized. The protocol has authenticated it;
+    without our protocol this is done here."""
     state = request.scope["state"]
     if "client" not in state:
         keys = service_of(request).settings.payments_api_keys
@@ -56,7 +56,7 @@ def _idempotency_key(headers: Headers) -> str | None:
         return None
     if len(sent) > 1:
         raise InvalidIdempotencyKey("Send the Idempotency-Key header once.")
-    key = sent[0].strip(b" \t")  # no part of the value (RFC 9112 section 5); the parser leaves tabs
+    key = sent[0].strip(b" \t")  # not part of the value (RFC 9112 section 5); the parser keeps tabs
     if not _KEY.fullmatch(key):
         raise InvalidIdempotencyKey(
             f"The Idempotency-Key must be 1 to {KEY_MAX} printable ASCII characters."
@@ -65,19 +65,19 @@ def _idempotency_key(headers: Headers) -> str | None:
 
 
 def log_with(request: AnyRequest, **fields: Any) -> None:
-    """Adds what is known of the request to its line in the access log: see access_log.LOGGED."""
+    """Adds fields to the request's line in the access log: see access_log.LOGGED."""
     request.scope["state"].update(fields)
 
 
 def read_uuid(text: str) -> UUID:
-    """The one spelling with dashes, in either case; raises ValueError for all others."""
+    """Accepts only the form with dashes, in either case; raises ValueError."""
     if not re.fullmatch(UUID_PATTERN[1:-1], text):
         raise ValueError(text)
     return UUID(text)
 
 
 def payment_in_path(request: AnyRequest, text: str) -> UUID:
-    """Raises InvalidRequest for what is not a UUID."""
+    """The payment's id; raises InvalidRequest if it is not a UUID."""
     try:
         payment_id = read_uuid(text)
     except ValueError:
@@ -88,8 +88,8 @@ def payment_in_path(request: AnyRequest, text: str) -> UUID:
 
 
 class Sent(NamedTuple, Generic[B]):
-    """A command as it was sent. `caller` is who waits for the answer, as far as our protocol is in
-    front."""
+    """A command as it was sent. `caller` is the client that waits for the response; None without
+    our protocol."""
 
     client: str
     key: str | None
@@ -102,8 +102,8 @@ class Sent(NamedTuple, Generic[B]):
 def read_command(
     request: AnyRequest, body_type: type[B], *, why_a_key: str | None = None
 ) -> Sent[B]:
-    """Reads header section and body. Raises Unauthorized, UnsupportedMediaType, InvalidRequest, and
-    InvalidIdempotencyKey, with `why_a_key` also if there is none."""
+    """Reads header section and body. Raises Unauthorized, UnsupportedMediaType, InvalidRequest and
+    InvalidIdempotencyKey; with `why_a_key` also for a missing key."""
     headers = headers_of(request)
     client = client_of(request)
     check_json([value for name, value in headers if name == b"content-type"])
@@ -132,11 +132,11 @@ def json_of(answer: Any) -> Response[bytes]:
 def command_answer(
     request: AnyRequest, answer: msgspec.Struct, payment_id: UUID, *, pending: bool, replayed: bool
 ) -> Response[bytes]:
-    """201 for an outcome, 202 while there is none; a replayed outcome says so in a header."""
+    """201 with an outcome, 202 without; a header marks a replayed outcome."""
     log_with(request, payment_id=payment_id)
     headers = {"Location": f"/v1/payments/{payment_id}"}
     if pending:
-        # Sooner, a repetition would only wait for this request's time to be over.
+        # An earlier retry would only wait for the deadline of this request.
         headers["Retry-After"] = str(math.ceil(service_of(request).settings.charge_deadline_s))
     elif replayed:
         headers["Idempotent-Replayed"] = "true"

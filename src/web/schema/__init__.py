@@ -1,9 +1,9 @@
 """The API's description.
 
-operations/     what each operation promises: bodies, answers, problems
-common.py       what is said of all of them
-webhooks.py     what Order Service is sent
-description.py  in which shapes an operation is described
-document.py     the OpenAPI document made of it
-page.py         /schema: that document, and Swagger UI
+operations/     describes each operation: bodies, responses, problems
+common.py       describes what all operations share
+webhooks.py     describes the callbacks to Order Service
+description.py  the types of these descriptions
+document.py     builds the OpenAPI document from them
+page.py         /schema: the document, and Swagger UI
 """

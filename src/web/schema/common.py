@@ -1,4 +1,4 @@
-"""What OpenAPI says of all operations: how to charge safely, and what headers mean."""
+"""The part of the OpenAPI document for all operations: how to charge safely, and the headers."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
-"""What OpenAPI says of an operation beyond what is running: its handler holds it in its `opt`, and
-document.py assembles the API's document from it."""
+"""The description of an operation, beyond what its code states. The handler keeps it in its `opt`;
+document.py builds the OpenAPI document from it."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,9 +11,9 @@ from web.list_query import Readers
 
 
 class Parameter(msgspec.Struct, frozen=True, kw_only=True):
-    """A header, a part of the path or of the query; `schema` is its JSON Schema.
+    """A parameter in header, path or query; `schema` is its JSON Schema.
 
-    `examples` are requests that work, by name: the same name in several places is one request.
+    `examples` are of working requests, by name: the same name in several places is one request.
     """
 
     name: str
@@ -25,9 +25,9 @@ class Parameter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """An answer other than a problem; `headers` are names in common.HEADERS.
+    """A response other than a problem; `headers` are names in common.HEADERS.
 
-    `body` is the Struct that is encoded, None for text. `links` says what can be asked next.
+    `body` is the Struct that is encoded, None for text. `links` names the possible next requests.
     """
 
     description: str
@@ -39,11 +39,11 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    """One method of one path. `body` is the Struct that its JSON is read into. Its summary is the
-    first line of its handler's docstring.
+    """One method of one path. `body` is the Struct of its JSON body. Its summary is the first line
+    of its handler's docstring.
 
-    `problems` leaves out those that every endpoint has; with Unauthorized among them the endpoint
-    takes an API key.
+    `problems` omits those that every endpoint has. With Unauthorized among them the endpoint needs
+    an API key.
     """
 
     id: str
@@ -57,7 +57,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def described(operation: Operation) -> dict[str, Any]:
-    """The `opt` of its handler."""
+    """The `opt` of the operation's handler."""
     return {"operation": operation}
 
 
@@ -67,7 +67,7 @@ def query_parameters(
     notes: Mapping[str, str] = {},
     examples: Mapping[str, dict[str, Any]] = {},
 ) -> tuple[Parameter, ...]:
-    """Those that `readers` read; the notes follow their descriptions. Both by name."""
+    """The parameters of `readers`. A note is appended to its parameter's description, by name."""
     return tuple(
         Parameter(
             name=name,

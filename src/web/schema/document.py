@@ -1,8 +1,7 @@
-"""The API's description as an OpenAPI 3.1 document, assembled from what is running.
+"""Builds the OpenAPI 3.1 document from the running application.
 
-Paths and methods are the application's own; bodies are described by the Structs that read and write
-them; problems by the error classes; summaries are the first lines of the handlers' docstrings. The
-rest is in operations/.
+Paths and methods come from the application, bodies from their Structs, problems from the error
+classes, summaries from the first lines of the handlers' docstrings. The rest is in operations/.
 """
 
 import importlib.metadata
@@ -31,7 +30,7 @@ from web.schema.webhooks import BODIES, WEBHOOKS
 
 VERSION = importlib.metadata.version("payment-service")
 
-# What can become of any request, whatever it is for.
+# Problems that any request can have.
 _EVERYWHERE = (BodyTooSlow, BodyTooLarge, PaymentsError)
 
 _NEVER_BUSY = ("/health", "/health/live")
@@ -78,7 +77,7 @@ class DescribedRoute(NamedTuple):
 
 
 def endpoints(app: Litestar) -> Iterator[DescribedRoute]:
-    """All but the framework's own OPTIONS handlers; ValueError if one has no description."""
+    """All endpoints except the framework's OPTIONS handlers; ValueError if one is not described."""
     for route in sorted(app.routes, key=lambda route: route.path):
         assert isinstance(route, HTTPRoute)
         for handler in route.route_handlers:
@@ -106,7 +105,7 @@ def _operation(endpoint: DescribedRoute) -> dict[str, Any]:
         "description": operation.description,
         "parameters": [_parameter(each) for each in operation.parameters + REQUEST_HEADERS],
         "responses": dict(sorted(responses.items())),
-        # An API key is taken if some are configured.
+        # An API key is needed only if keys are configured.
         "security": [{}, {"bearer": []}] if Unauthorized in problems else [],
     }
     if operation.body:
@@ -143,7 +142,7 @@ def _answer(answer: Answer) -> dict[str, Any]:
 
 
 def _problems(errors: tuple[type[PaymentsError], ...]) -> dict[str, Any]:
-    """The answers for these errors, one for each status."""
+    """The responses for these errors, one for each status."""
     by_status: dict[int, list[type[PaymentsError]]] = {}
     for error in errors:
         by_status.setdefault(error.status, []).append(error)
@@ -159,7 +158,7 @@ def _problems(errors: tuple[type[PaymentsError], ...]) -> dict[str, Any]:
 
 
 def _responses_without_endpoint() -> Iterator[tuple[str, Any]]:
-    """What is answered before it is known which endpoint a request is for; no path refers to it."""
+    """Responses that are sent before the endpoint of a request is known; no path refers to them."""
     yield _response(NotFound, str(NotFound()))
     yield _response(MethodNotAllowed, str(MethodNotAllowed()), "Allow")
     for kind in UnreadableRequest.__subclasses__():
@@ -175,10 +174,10 @@ def _response(
 def _problem(
     status: int, titles: dict[str, str], description: str, *headers: str
 ) -> dict[str, Any]:
-    """An answer with one of these codes; each has its title, and an example of its name.
+    """A response with one of these codes; each code has its title, and an example of its name.
 
-    The schema is the same for all: generators make a type of each that is not, and not many can
-    narrow a text down to some.
+    All share one schema: client generators make a type of each different one, and few support a
+    string that is limited to some values.
     """
     detail = "What is wrong with this very request, and what to do about it."
     content = {"schema": _reference(Problem)} | _examples(
@@ -215,8 +214,7 @@ def _schemas(types: list[Any]) -> dict[str, Any]:
     """The JSON Schemas of these types, and of those that they are made of."""
     _, schemas = msgspec.json.schema_components(types, ref_template=_REFERENCE)
     for schema in schemas.values():
-        # What is left out of a request is said in words, and an answer may leave it out: generators
-        # take a field with a default for one that is always there.
+        # No defaults: client generators take a field with a default for one that is always present.
         for field in schema.get("properties", {}).values():
             field.pop("default", None)
         if "description" in schema:

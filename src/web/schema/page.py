@@ -1,8 +1,7 @@
 """GET /schema: the API's description as Swagger UI; GET /schema/openapi.json for programs.
 
-Who opens the service's address in a browser is sent there.
-
-The page loads nothing from elsewhere: the files of Swagger UI come from an installed package.
+A browser that opens the service's address is redirected here. The page loads nothing from other
+hosts: the files of Swagger UI come from an installed package.
 """
 
 import base64
@@ -17,7 +16,7 @@ from litestar.response import Redirect
 
 from web.requests import AnyRequest
 
-ASSET_MAX_AGE_S = 3600  # how long an update of the package may go unnoticed
+ASSET_MAX_AGE_S = 3600  # how long browsers may keep the files after an update of the package
 
 _START = (
     'SwaggerUIBundle({url: "/schema/openapi.json", dom_id: "#ui", deepLinking: true, '
@@ -45,7 +44,7 @@ _PAGE = f"""\
 
 
 def _policy() -> str:
-    """What the page may load and run: its own two files, and the one line that starts them."""
+    """Content security policy: the page's own two files, and the one line that starts them."""
     start = base64.b64encode(hashlib.sha256(_START.encode()).digest()).decode()
     return (
         f"default-src 'none'; script-src 'self' 'sha256-{start}'; "
@@ -80,7 +79,7 @@ async def document(request: AnyRequest) -> Response[bytes]:
     return Response(request.app.state.openapi, media_type=MediaType.JSON)
 
 
-# In a thread: the first reader waits for the disk, the event loop does not.
+# In a thread: the first request reads from disk, which must not block the event loop.
 @get("/swagger-ui-bundle.js", sync_to_thread=True)
 def script() -> Response[bytes]:
     return _asset("swagger-ui-bundle.js", "text/javascript; charset=utf-8")
@@ -95,7 +94,7 @@ docs = Router("/schema", route_handlers=[page, document, script, style])
 
 
 def _asset(name: str, media_type: str) -> Response[bytes]:
-    # As a header: for a text media type the framework would add a second charset.
+    # As a header: the framework would add a second charset to a text media type.
     headers = _ASSET_HEADERS | {"Content-Type": media_type}
     return Response(_read(name), headers=headers)
 

@@ -1,4 +1,4 @@
-"""What Order Service is sent, as the OpenAPI document's `webhooks` describe it."""
+"""The callbacks to Order Service, as `webhooks` of the OpenAPI document."""
 
 from typing import Any
 

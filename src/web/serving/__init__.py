@@ -1,11 +1,16 @@
 """From the listening socket to a request that the application gets.
 
-server.py      uvicorn inside our own process, and the ordered shutdown (listening.py: its socket)
-protocol.py    reads requests: those that come in become tasks (connection.py: how it ends;
-               slow_clients.py: who is cut; heads.py: what a head may be; arrivals.py: since when it
-               waits; memory.py: what all that holds)
-door.py        whether a request comes in, and as whom (answers.py: to those that do not;
-               throttle.py: how late in a flood)
-guard.py       what every request passes first: limits, request id, metrics (plain ASGI)
-access_log.py  a line for each response
+server.py        runs uvicorn in our process, and the ordered shutdown
+listening.py     the listening socket and uvicorn's server on it
+protocol.py      reads requests; those that are admitted become tasks
+connection.py    closes connections
+slow_clients.py  disconnects slow clients
+heads.py         checks header sections
+arrivals.py      measures how long a request waited before it was read
+memory.py        limits the memory of a connection
+door.py          authenticates a request and admits or rejects it
+answers.py       the responses to rejected requests
+throttle.py      delays these responses in a flood
+guard.py         ASGI middleware around the application: limits, request id, metrics
+access_log.py    a line for each response
 """

@@ -1,6 +1,6 @@
-"""The access log: a line for each answer, thinned above a rate, and what was left out is counted.
+"""The access log: a line for each response; above a rate, lines are dropped and counted.
 
-Never left out are answers of 400 and above. Money that moves has lines of its own, at the moment
+Responses of 400 and above are always logged. Money that moves has log lines of its own, written
 when it is recorded (payments.commands.outcomes).
 """
 
@@ -12,15 +12,15 @@ from loguru import logger
 
 TALLY_S = 1.0
 
-# Asked every few seconds by machines, and open to all.
+# Requested by machines every few seconds, without an API key.
 PROBES = frozenset(("/health", "/health/live", "/metrics"))
 
-# What handlers learn about a request, under the same names in the scope's state.
+# Fields that handlers add, under the same names in the scope's state.
 LOGGED = ("client", "payment_id", "order_id", "problem")
 
 
 class Tally:
-    """Counts what would be too much for a line each, and logs the count once a second."""
+    """Counts events that are too frequent for a line each, and logs the count once a second."""
 
     def __init__(self, level: str, message: str) -> None:
         self._level = level
@@ -29,7 +29,7 @@ class Tally:
 
     def add(self) -> None:
         if not self._count:
-            # A context of its own: its line is about no request.
+            # An empty context: the line belongs to no request.
             asyncio.get_running_loop().call_later(TALLY_S, self._tell, context=Context())
         self._count += 1
 
@@ -39,7 +39,7 @@ class Tally:
 
 
 class RefusalLog:
-    """Tells of what is refused when its head was read, often in thousands; one per port."""
+    """Logs the number of requests that are rejected early, often thousands; one per port."""
 
     def __init__(self) -> None:
         self.too_busy = Tally("WARNING", "requests were refused: too many were under way")
@@ -52,7 +52,7 @@ class RefusalLog:
 
 
 class AccessLog:
-    """One per port; `per_s` lines in a second."""
+    """One per port; writes up to `per_s` lines a second."""
 
     def __init__(self, per_s: int) -> None:
         self._per_s = per_s

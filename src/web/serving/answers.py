@@ -1,4 +1,4 @@
-"""Answers that the protocol writes by itself, for a request that never becomes a task."""
+"""Responses that the protocol writes itself, to requests that never become a task."""
 
 import asyncio
 from collections.abc import Iterable
@@ -10,8 +10,8 @@ from web.problems import MEDIA_TYPE, NotFound, refused
 
 
 class PreparedAnswer:
-    """One of a few, made in advance. `waits`: in a flood it is given late (see throttle.py). `code`
-    is the problem's that it tells, if any."""
+    """A response that is built in advance. `waits`: it is delayed in a flood (see throttle.py).
+    `code` is the code of its problem, None if it is none."""
 
     __slots__ = ("_head", "body", "code", "status", "waits")
 
@@ -35,7 +35,7 @@ class PreparedAnswer:
         self.body = body
 
     def written(self, more: bytes = b"", *, closes: bool, to_head: bool = False) -> bytes:
-        """`more` are header lines; the answer to a HEAD request has no body."""
+        """The bytes of the response. `more` are header lines; a HEAD request gets no body."""
         body = b"" if to_head else self.body
         return self._head + more + (_CLOSE if closes else _END) + body
 
@@ -45,13 +45,13 @@ _CLOSE = b"connection: close\r\n\r\n"
 
 
 class Refused:
-    """A request that is answered so; for uvicorn it is a cycle like any other."""
+    """A rejected request, in the place of uvicorn's request-response cycle."""
 
     __slots__ = (
         *("answer", "disconnected", "is_to_head", "keep_alive", "more", "more_body"),
         *("response_complete", "waiting_for_100_continue"),
     )
-    message_event = asyncio.Event()  # nobody waits for it
+    message_event = asyncio.Event()  # uvicorn sets it; no task waits for it
 
     def __init__(self, answer: PreparedAnswer, more: bytes, *, is_to_head: bool) -> None:
         self.answer = answer
@@ -66,7 +66,7 @@ class Refused:
 
 
 def lines_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """As `more` of an answer."""
+    """These headers as `more` of a response."""
     return b"".join([b"%s: %s\r\n" % header for header in headers])
 
 
@@ -78,6 +78,6 @@ def of_error(error: PaymentsError, *, waits: bool = True) -> PreparedAnswer:
 NOT_FOUND = of_error(NotFound())
 UNAUTHORIZED = of_error(Unauthorized(SEND_A_KEY))
 _BUSY = "More requests are under way than this service can take on. Send it again."
-# To a client with an API key: at once, so that it may go on.
+# To a client with an API key: sent at once, so that it can continue.
 TOO_BUSY = of_error(TooBusy(_BUSY), waits=False)
 TOO_BUSY_OPEN = of_error(TooBusy(_BUSY))

@@ -1,8 +1,8 @@
-"""When a request came in: that may be long before it was read.
+"""When a request arrived, which may be long before it was read.
 
-While the process is stopped, or the machine does not get to it, requests wait in the kernel, and
-their clients give up. Linux tells how long ago the last bytes of a connection came; elsewhere a
-request came in when it was read.
+While the process is stopped or gets no CPU, requests wait in the kernel, and their clients time
+out. Linux reports how long ago the last bytes of a connection arrived; elsewhere the time of
+reading counts.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ import time
 
 from uvicorn.protocols.http.flow_control import FlowControl
 
-# In the scope's state, from our protocol: how long a request had waited when its head was read, in
-# seconds; and from its start on, who waits for it (payments.commands.runs.Caller).
+# Set by our protocol in the scope's state: how long the request had waited when its header section
+# was read, in seconds; and, once it is started, its client (payments.commands.waiters.Caller).
 WAITED_S = "waited_s"
 CALLER = "caller"
 
@@ -30,7 +30,7 @@ _TCP_INFO = (
 
 
 class Flow(FlowControl):
-    """Knows since when what comes is read: what waited because we did not read is not late."""
+    """Flow control that knows since when we read: data is not late while we paused reading."""
 
     reading_since = -math.inf
 
@@ -39,7 +39,7 @@ class Flow(FlowControl):
         self._socket = transport.get_extra_info("socket")
 
     def came_in(self) -> float:
-        """When what was just read had come, by time.monotonic."""
+        """When the data that was just read had arrived, by time.monotonic."""
         now = time.monotonic()
         return max(now - self._unread_s(), min(now, self.reading_since))
 
@@ -49,7 +49,7 @@ class Flow(FlowControl):
         try:
             info = self._socket.getsockopt(*_TCP_INFO)
             return _LAST_DATA_RECV.unpack_from(info, _OFFSET)[0] / 1000  # type: ignore[no-any-return]
-        except (OSError, struct.error):  # no TCP, or a kernel that says less
+        except (OSError, struct.error):  # not TCP, or a kernel with a shorter struct
             return 0.0
 
     def resume_reading(self) -> None:

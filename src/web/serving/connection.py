@@ -1,7 +1,7 @@
-"""How a connection ends: uvicorn's HTTP/1.1 protocol with the limits that it lacks.
+"""Closing connections: uvicorn's HTTP/1.1 protocol with the limits that it lacks.
 
-A client that sends nothing, or only a part of a head, is cut, and so is one that does not take its
-answers. What cannot be read is answered after everything that could.
+A client that sends nothing or an incomplete header section, or does not read its responses, is
+disconnected. The error for an unreadable request is sent after the responses to those before it.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ class Connection(HttpToolsProtocol):
         self._memory = Memory(door.anonymous_memory())
         self._head = HeadWatch(self.loop, self._end)
         self._is_over = False  # nothing more is written
-        self._running: Cycle | None = None  # self.cycle is the one read last
-        self._last_words: bytes | None = None  # what ends the connection, after what is under way
+        self._running: Cycle | None = None  # in progress; self.cycle is the one read last
+        self._last_words: bytes | None = None  # sent before closing, after the running response
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -46,10 +46,10 @@ class Connection(HttpToolsProtocol):
         self._give_up_running()
         self._memory.let_go()
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()  # uvicorn does after an orderly end only
+        self._unset_keepalive_if_required()  # uvicorn does so only after an orderly close
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client will send no more; what it asked for is answered still."""
+        """The client sends no more; its requests still get responses."""
         if self._is_over:
             return False
         is_cut_short = self._head.size > 0 if self._head.is_open else self._is_reading_body()
@@ -76,7 +76,7 @@ class Connection(HttpToolsProtocol):
             self._say_last_words()
 
     def on_turn(self) -> None:
-        """What waited may be answered (throttle.py)."""
+        """The delayed response may be sent (throttle.py)."""
         assert isinstance(self._running, Refused)
         self.flow.resume_reading()
         if self._running.more_body:
@@ -88,7 +88,7 @@ class Connection(HttpToolsProtocol):
         self._close()
 
     def _may_answer(self, refused: Refused) -> bool:
-        """Whether it is its turn already; if not, nothing is read until `on_turn`."""
+        """Whether the response may be sent now; if not, nothing is read until `on_turn`."""
         if self._door.may_answer(refused.answer, self):
             return True
         self.flow.pause_reading()
@@ -110,7 +110,8 @@ class Connection(HttpToolsProtocol):
         return self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete
 
     def _give_up_running(self) -> None:
-        """Of several requests uvicorn itself tells only the last."""
+        """Tells the running request that the client has disconnected; uvicorn tells only the last
+        one read."""
         self.pipeline.clear()
         if self._running is not None:
             self._running.disconnected = True
@@ -123,7 +124,8 @@ class Connection(HttpToolsProtocol):
         return of_error(error).written(more, closes=True)
 
     def _forget_answered(self) -> None:
-        """What was answered, and is not counted any more: a connection may be idle for long."""
+        """Frees a finished request: its memory is not counted any more, and a connection may be
+        idle for long."""
         if self.cycle is None or not self._is_idle() or self.cycle.more_body:
             return
         self._running = None
@@ -132,18 +134,18 @@ class Connection(HttpToolsProtocol):
             self._forget_head()
 
     def _forget_head(self) -> None:
-        """It is not looked at again, and may be large."""
+        """Frees the header section, which may be large and is not needed any more."""
         self.url, self.headers, self.scope = b"", [], {}  # type: ignore[typeddict-item]
 
     def _end(self, last_words: bytes = b"") -> None:
-        """Reads nothing more, and closes the connection once what is under way was answered."""
+        """Stops reading, and closes the connection after the response in progress."""
         if self.transport.is_closing() or self._last_words is not None:
             return
         self._last_words = last_words
         self._head.stop()
         self._memory.let_go_of_head()
         self._forget_head()
-        self.parser = None  # type: ignore[assignment] # it holds a part of the head as well
+        self.parser = None  # type: ignore[assignment] # it holds a part of the header section too
         if self._is_reading_body():
             if not self.pipeline:
                 if not isinstance(self._running, Refused) or self._may_answer(self._running):
@@ -161,8 +163,8 @@ class Connection(HttpToolsProtocol):
         if not self._last_words:
             self._close()
         elif not self.transport.is_closing():
-            # Closed with bytes unread, the connection would be reset, and the client might never
-            # see the answer: it is to close first (RFC 9112 section 9.6).
+            # Closing with unread bytes would reset the connection, and the client might not see the
+            # response. So the client is to close first (RFC 9112 section 9.6).
             self._give_up_running()
             self.transport.write(self._last_words)
             self.transport.write_eof()
@@ -170,7 +172,7 @@ class Connection(HttpToolsProtocol):
             self._writing.start()
 
     def _close(self) -> None:
-        """Once everything was written, which a client that does not read may not hold up."""
+        """Closes once everything is written; WriteWatch cuts a client that does not read."""
         self.transport.close()
         self._is_over = True
         self._writing.start()

@@ -1,8 +1,8 @@
-"""What is decided about a request when its head was read: whether it may come in, and as whom.
+"""Authenticates a request when its header section was read, and admits or rejects it.
 
-What is refused here never becomes a task and holds no place, and its body is not read. Requests
-that need no API key, and those that lack one, must not take from clients what these need: each open
-path has a bound of its own, and all that is answered here together has one as well (throttle.py).
+A rejected request never becomes a task and holds no place, and its body is not read. Requests
+without an API key must not use up the capacity of clients: each open path has its own limit, and
+all responses written here share one as well (throttle.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -21,25 +21,25 @@ from web.serving.answers import NOT_FOUND, TOO_BUSY, TOO_BUSY_OPEN, UNAUTHORIZED
 from web.serving.heads import METHODS, Headers
 from web.serving.throttle import Bucket, Throttle, Waiting
 
-OPEN_MAX = 64  # requests for one open path under way: with a database that is silent they wait
-OPEN_PER_S = 50  # and in a second
-ALIVE_PER_S = 100  # answers of /health/live that wait for no turn
+OPEN_MAX = 64  # concurrent requests for one open path: they wait while the database is silent
+OPEN_PER_S = 50  # requests for one open path in a second
+ALIVE_PER_S = 100  # responses of /health/live in a second that are not delayed
 
 _READS = (b"GET", b"HEAD")
 _METHODS = {method.encode(): method for method in METHODS} | {b"HEAD": "GET"}
 
-# What is known of a path without asking anybody; None: nothing.
+# A path's latest known response, without any I/O; None if there is none.
 Known = Callable[[], PreparedAnswer | None]
 
 
 class Place(Protocol):
-    """What a request holds that came in: a client's, or an open path's."""
+    """Counts admitted requests of a client or of an open path."""
 
     name: str | None  # the client's
     memory: Share | None  # None: its connection's own
 
     def admit(self) -> bool:
-        """Whether one more may come in; if so, it is to `enter`."""
+        """Whether one more may be admitted; if so, the caller must `enter`."""
 
     def enter(self) -> None: ...
 
@@ -80,8 +80,8 @@ class Door:
         alive: Mapping[str, PreparedAnswer],
         known: Mapping[str, Known],
     ) -> None:
-        """By path: what is always `alive`, with which answer; and what is `known`, which is told
-        to those that its bound refuses."""
+        """By path: `alive` holds constant responses; `known` returns the latest response, which is
+        sent to requests beyond the path's limit."""
         self._paths = paths
         self._keys = keys
         self._admission = admission
@@ -101,15 +101,16 @@ class Door:
         self.log = RefusalLog()
 
     def anonymous_memory(self) -> Share:
-        """For one connection."""
+        """The memory limit of one connection without a client."""
         return self._admission.anonymous_memory.share()
 
     def look(
         self, method: bytes, target: bytes, headers: Headers
     ) -> "Client | OpenPath | PreparedAnswer":
-        """As whom a request comes in, or its answer; ValueError for a target that is none at all.
+        """The client or open path of a request, or the response that rejects it; ValueError for an
+        invalid target.
 
-        A client may still be refused when it asks to be admitted.
+        `admit` may still reject a client's request.
         """
         path = self._paths.fixed.get(target) or self._paths.find(target)
         if path is None:
@@ -127,7 +128,7 @@ class Door:
             return self._counted(UNAUTHORIZED, method, path.template)
 
     def refusal(self, place: Client | OpenPath | None, method: bytes) -> PreparedAnswer:
-        """For a request that was not admitted; None: it is not known yet what for."""
+        """The response to a request that was not admitted; None: before its path is known."""
         if isinstance(place, Client):
             self._telemetry.refusals.inc()
             self._busy.inc()
@@ -143,7 +144,7 @@ class Door:
         return TOO_BUSY_OPEN
 
     def may_answer(self, answer: PreparedAnswer, who: Waiting) -> bool:
-        """Whether this may be answered now; if not, `who` hears of its turn."""
+        """Whether the response may be sent now; if not, `who.on_turn` is called later."""
         if not answer.waits:
             return True
         if answer in self._alive.values() and self._alive_at_once.take():

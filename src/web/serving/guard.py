@@ -1,7 +1,7 @@
-"""What every request passes before the framework sees it.
+"""ASGI middleware that every request passes before the framework.
 
-The guard reads the whole body, within limits, into the scope's state, so that nothing behind it
-waits for one; it gives the request its id; and it counts, times and logs every answer.
+The guard reads the whole body, within limits, into the scope's state, so that no handler waits for
+a body; it sets the request id; and it counts, times and logs every response.
 """
 
 import asyncio
@@ -24,12 +24,12 @@ from web.serving.heads import METHODS, request_id_of, traceparent_of
 
 BODY_MAX = 16 * 1024  # bytes; a charge has about 150
 BODY_TIMEOUT_S = 5.0
-LINGER_S = 1.0  # for a client to notice that it is refused
+LINGER_S = 1.0  # for a client that still sends its body to read the error
 
-# In the scope's state, if the server has the whole body already: there is nothing to time then,
-# and the clock would take longer than the reading.
+# Set in the scope's state if the server has the whole body already: then no timeout is needed, and
+# setting one would take longer than reading.
 BODY_ARRIVED = "body_arrived"
-# There too, from our protocol: what the request holds (door.Place).
+# Set there by our protocol: the request's door.Place.
 PLACE = "place"
 
 
@@ -42,7 +42,7 @@ class Guard:
         self._app = app
         self._telemetry = telemetry
         self._access_log = AccessLog(access_log_per_s)
-        # By method, route and status: looking labels up takes longer than counting.
+        # Cached by method, route and status: looking up labels takes longer than counting.
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._problems: dict[str, Counter] = {}  # by code
 
@@ -52,7 +52,7 @@ class Guard:
             return
         started = time.perf_counter()
         if scope["method"] == "HEAD":
-            # The same answer as for GET, of which the server leaves the body away.
+            # The same response as for GET; the server omits the body.
             scope = scope | {"method": "GET"}
         state = scope.setdefault("state", {})
         headers = scope["headers"]
@@ -92,7 +92,7 @@ class Guard:
             await self._app(scope, receive, send)
 
     async def _read_body(self, state: dict[str, Any], receive: Receive) -> bytes:
-        """The body, within limits; who is slow to send it holds no place meanwhile."""
+        """The body, within limits; the request holds no place while its client sends it."""
         if BODY_ARRIVED in state:
             return await _read_body(receive)
         with _without_place(state):
@@ -106,10 +106,10 @@ class Guard:
     async def _refuse(
         self, error: PaymentsError, state: dict[str, Any], receive: Receive, send: Send
     ) -> None:
-        """Answers, and ends the connection: what is left of the body makes it useless.
+        """Sends the error and closes the connection, since the rest of the body may be unread.
 
-        But only after a while in which that is thrown away. Closed with bytes unread, a connection
-        is reset, and a client that is still sending would not see the answer.
+        First it discards that rest for up to LINGER_S. Closing with unread bytes resets a
+        connection, and a client that still sends would not see the response.
         """
         status, body, extra = refused(error)
         state["problem"] = error.code
@@ -144,7 +144,8 @@ class Guard:
 
 @contextmanager
 def _without_place(state: dict[str, Any]) -> Iterator[None]:
-    """Who waits for its client holds no place; without our protocol in front it has none."""
+    """Gives up the request's place while it waits for its client. Without our protocol it has no
+    place."""
     place = state.get(PLACE)
     if place is None:
         yield
@@ -170,13 +171,13 @@ async def _read_body(receive: Receive) -> bytes:
 
 
 def _method_and_route(scope: Any) -> tuple[str, str]:
-    """One of a few methods, and the template instead of the path: paths are without number."""
+    """Labels of bounded number: a known method or `other`, and the template of the path."""
     method = scope["method"] if scope["method"] in METHODS else "other"
     return method, scope.get("path_template") or "unmatched"
 
 
 def _describe(opened: Any, scope: Any, status: int) -> None:
-    """As OpenTelemetry's conventions for HTTP want it."""
+    """Names and describes the span by OpenTelemetry's conventions for HTTP."""
     method, route = _method_and_route(scope)
     opened.update_name(f"{method} {route}")
     attributes = {

@@ -1,7 +1,6 @@
-"""What the head of a request may be: stricter than the parser, by the RFCs' own words.
+"""Checks header sections, more strictly than the parser, as the RFCs require.
 
-What two readers of the same bytes could take for different requests is refused, since there may be
-a proxy in front that reads them otherwise.
+Requests that a proxy in front could read differently (request smuggling) are rejected.
 """
 
 import os
@@ -18,25 +17,25 @@ from web.problems import (
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 Headers = list[tuple[bytes, bytes]]  # names in lower case
 
-HEAD_MAX = 64 * 1024  # bytes of one request's line and headers
-HEADERS_MAX = 100  # header fields: each takes memory however short it is
-TARGET_MAX = 16 * 1024  # bytes; RFC 9112 section 3 wants at least 8,000
+HEAD_MAX = 64 * 1024  # bytes of request line and header section
+HEADERS_MAX = 100  # header fields: even a short one takes memory
+TARGET_MAX = 16 * 1024  # bytes; RFC 9112 section 3 recommends at least 8,000
 HEAD_DETAIL = f"Send at most {HEAD_MAX} bytes of headers."
 HEADERS_DETAIL = f"Send at most {HEADERS_MAX} header fields."
 TARGET_DETAIL = f"Send at most {TARGET_MAX} bytes of path and query."
 
-# RFC 3986 section 3.2.2 and 3.2.3: a name or IPv4 address, or an IP literal; and a port.
+# RFC 3986 sections 3.2.2 and 3.2.3: a name, IPv4 address or IP literal, and an optional port.
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-# W3C Trace Context, section 3.2: version ff and ids of zeros are invalid; what a version to come
-# has more is behind another dash.
+# W3C Trace Context, section 3.2: version ff and ids of zeros are invalid; later versions may add
+# fields after another dash.
 _TRACEPARENT = re.compile(
     rb"(?!ff)([0-9a-f]{2})-((?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
 )
 
 
 def request_id_of(headers: Headers) -> str:
-    """The caller's id of the request if it is harmless to log, else a new one."""
+    """The client's request id if it is safe to log, else a new one."""
     for name, value in headers:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return str(value, "ascii")
@@ -44,10 +43,9 @@ def request_id_of(headers: Headers) -> str:
 
 
 def traceparent_of(headers: Headers) -> str | None:
-    """The W3C trace context of a request, None if it has none, or more than one.
+    """The W3C trace context of a request, None if there is none, or more than one.
 
-    One of a later version is put into ours, 00, of which it says no more (section 4.2): the ids and
-    whether the trace is kept.
+    A later version is converted to version 00 (section 4.2): the ids and the sampled flag.
     """
     sent = [value.strip(b" \t") for name, value in headers if name == b"traceparent"]
     match = _TRACEPARENT.fullmatch(sent[0]) if len(sent) == 1 else None
@@ -62,9 +60,9 @@ def traceparent_of(headers: Headers) -> str | None:
 def objection_to(
     method: bytes, target: bytes, version: str, headers: Headers, size: int
 ) -> UnreadableRequest | None:
-    """Why to refuse this head, of `size` bytes, and what to do about it; None if it may pass.
+    """Why to reject this header section of `size` bytes, and the fix; None if it is valid.
 
-    Framing that is not valid at all is the parser's to refuse.
+    The parser rejects invalid framing.
     """
     if version not in ("1.0", "1.1"):
         return VersionNotSupported("Send HTTP/1.1.")
@@ -91,7 +89,7 @@ def _objection_to_codings(codings: list[bytes], version: str) -> UnreadableReque
     """RFC 9112 section 6.1."""
     if version == "1.0":
         return MalformedRequest("Send Transfer-Encoding with HTTP/1.1 only.")
-    # What does not end in chunked is the parser's to refuse.
+    # The parser rejects codings that do not end in chunked.
     if codings != [b"chunked"] and codings[-1].rpartition(b",")[2].strip() == b"chunked":
         return Unimplemented("Send no other Transfer-Encoding than chunked.")
     return None

@@ -1,4 +1,4 @@
-"""Where connections come in: the listening socket, and uvicorn's server on it."""
+"""The listening socket, and uvicorn's server on it."""
 
 import asyncio
 import contextlib
@@ -14,13 +14,13 @@ from payments.observability.logs import Repeats
 from payments.settings import Settings
 
 BACKLOG = 2048  # connections that may wait to be accepted
-ACCEPTS_MAX = 512  # in one turn of the loop: about 15 ms
+ACCEPTS_MAX = 512  # connections accepted in one iteration of the event loop: about 15 ms
 ACCEPT_PAUSE_S = 0.1
-UNSENT_MAX = 128 * 1024  # bytes of answers that the kernel keeps for a connection
+UNSENT_MAX = 128 * 1024  # unsent bytes of responses in the kernel, for one connection
 
 
 def bind(settings: Settings) -> socket.socket:
-    """The listening socket, bound first of all; raises StartError."""
+    """The listening socket, bound before anything else is started; raises StartError."""
     return _bind(settings.host, "PORT", settings.port)
 
 
@@ -36,15 +36,15 @@ def _bind(host: str, variable: str, port: int) -> socket.socket:
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(info[0], socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit it: an answer in two parts does not wait for the client's kernel.
+        # Connections inherit it: a response in two parts does not wait for the client's ACK.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-            # What a client has not taken stays with us but for this, and so does the knowledge of
-            # whether it takes anything: the kernel would report that in steps of a megabyte.
+            # All further unread bytes stay in our buffer, so that WriteWatch sees whether the
+            # client reads: otherwise the kernel takes them in steps of a megabyte.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_MAX)
         listener.setblocking(False)
         listener.bind(info[4])
-        listener.listen(BACKLOG)  # now, so that a second start notices
+        listener.listen(BACKLOG)  # now, so that a second process fails to start
     except (OSError, UnicodeError) as error:
         place = f"HOST {host!r} and {variable} {port}"
         reason = error.strerror if isinstance(error, OSError) else "not a host name"
@@ -53,18 +53,19 @@ def _bind(host: str, variable: str, port: int) -> socket.socket:
 
 
 def allow_many_connections() -> None:
-    """As many as the system lets us have: a login shell's usual 1,024 would be the first bound."""
+    """Raises the limit of open files to the system's maximum. A login shell's usual 1,024 would be
+    the first limit that is reached."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # some systems allow less than they say
+    with contextlib.suppress(ValueError, OSError):  # some systems allow less than they report
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which accepts connections by itself.
+    """uvicorn's server, with our own accept loop.
 
-    uvloop's accepts one connection per turn of the loop (seen with 0.23, libuv 1.52). Under load a
-    turn takes 25 ms, so new connections would wait for seconds, outside of every bound of ours; and
-    once BACKLOG of them wait, the kernel drops the next, and their clients try again after 1 s.
+    uvloop accepts one connection per iteration (seen with 0.23, libuv 1.52). Under load an
+    iteration takes 25 ms, so new connections would wait for seconds, outside of all our limits.
+    Once BACKLOG connections wait, the kernel drops new ones, and their clients retry after 1 s.
     """
 
     def __init__(self, config: uvicorn.Config) -> None:
@@ -75,7 +76,8 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are ours: uvicorn would end the process before the charges are finished."""
+        """Disables uvicorn's signal handlers, which would end the process before the charges are
+        finished."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -100,7 +102,7 @@ class Server(uvicorn.Server):
                 connection, _ = listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
-            except OSError as error:  # no file is left: first one of those that are open must end
+            except OSError as error:  # no file descriptor is free: wait until one is closed
                 reason = error.strerror
                 self._repeats.tell("WARNING", "cannot accept connections", of=reason, reason=reason)
                 loop.remove_reader(listener)

@@ -1,5 +1,5 @@
-"""How much memory a connection holds: counted in bytes, which whoever sends them cannot make many
-of for free, as requests or headers can be."""
+"""The memory of a connection, counted in bytes: many small requests or headers cost a client
+little, but use memory here."""
 
 from collections import deque
 
@@ -8,17 +8,17 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from payments.admission import REQUEST_BYTES, Share
 from web.serving.guard import BODY_MAX
 
-HEADER_BYTES = 128  # what a header takes besides its own bytes
-BODY_FREE = 1024  # bytes that the body of a request may have without being counted
+HEADER_BYTES = 128  # overhead of one header
+BODY_FREE = 1024  # bytes of a request's body that are not counted
 BODY_HELD_MAX = HIGH_WATER_LIMIT + BODY_MAX  # of one request: in the protocol and in the guard
 
 
 class Memory:
-    """Of one connection: the head that is being read, and the requests that are not answered yet,
-    in their order.
+    """Of one connection: the header section that is being read, and the requests without a
+    response, in order.
 
-    The head counts against the connection's `own` share, a request against its client's. What
-    returns a bool takes nothing if it is False.
+    The header section counts against the connection's `own` share, a request against its client's.
+    Methods that return False have reserved nothing.
     """
 
     def __init__(self, own: Share) -> None:
@@ -27,7 +27,8 @@ class Memory:
         self._requests: deque[tuple[Share, int]] = deque()
 
     def hold_head(self, read: int, headers: int) -> bool:
-        """So many more bytes were read, and it is not complete; so many headers are."""
+        """`read` more bytes of an incomplete header section were read; it has `headers` headers so
+        far."""
         self._read += read
         more = self._read + HEADER_BYTES * headers - self._head
         taken = self.own.take(more)
@@ -35,12 +36,12 @@ class Memory:
         return taken
 
     def let_go_of_head(self) -> None:
-        if self._read:  # most come as a whole
+        if self._read:  # most arrive in one piece and were not counted
             self.own.add(-self._head)
             self._head = self._read = 0
 
     def hold_request(self, share: Share, size: int, headers: int) -> bool:
-        """Its head has so many bytes."""
+        """`size` is of its header section, in bytes."""
         held = REQUEST_BYTES + size + HEADER_BYTES * headers
         if not share.take(held):
             return False
@@ -49,11 +50,11 @@ class Memory:
         return True
 
     def hold_none(self) -> None:
-        """For a request of which nothing is kept."""
+        """For a request that uses no memory, to keep the order."""
         self._requests.append((self.own, 0))
 
     def hold_body(self, read: int) -> bool:
-        """So many more bytes of the last request's body."""
+        """`read` more bytes of the last request's body were read."""
         before, self._body = self._body, min(self._body + read, BODY_HELD_MAX)
         if self._body <= BODY_FREE:
             return True
@@ -65,12 +66,12 @@ class Memory:
         return True
 
     def let_go_of_request(self) -> None:
-        """The first one is answered."""
+        """The oldest request got its response."""
         share, held = self._requests.popleft()
         share.add(-held)
 
     def let_go(self) -> None:
-        """Of everything."""
+        """Frees everything."""
         self.let_go_of_head()
         while self._requests:
             self.let_go_of_request()

@@ -1,8 +1,8 @@
-"""What is read from a connection: requests, and which of them become tasks.
+"""Reads requests from a connection and starts tasks for those that are admitted.
 
-Every limit on a body is the guard's; these are for what comes before there is a request. Requests
-that the door does not let in are answered here too: it takes a quarter of what it would behind the
-framework, and at several times the capacity, or in a flood, most requests are refused.
+The limits here apply before there is a request; the guard limits bodies. Rejected requests get
+their response here: that takes a quarter of the time that it would take in the framework, and in a
+flood most requests are rejected.
 """
 
 import asyncio
@@ -33,18 +33,18 @@ from web.serving.heads import (
     request_id_of,
 )
 
-PIPELINE_MAX = 16  # requests of one connection that wait behind the one under way
+PIPELINE_MAX = 16  # requests of one connection that wait behind the running one
 
 
 class Protocol(Connection):
     def __init__(self, door: Door, *args: Any, **kwargs: Any) -> None:
         super().__init__(door, *args, **kwargs)
-        self._head_size = 0  # bytes of the headers that were read
-        self._came_in: float | None = None  # the request that is being read, if it was looked at
+        self._head_size = 0  # bytes of the headers read so far
+        self._came_in: float | None = None  # when the request that is being read arrived, if known
         self._is_upgrade = False  # the request that is being read asks for another protocol
         self._is_admitted = False  # the request that is about to start
-        self._objection: bytes | None = None  # what to answer when the parser stops
-        # A request whose answer could not be written yet: it is begun once it can.
+        self._objection: bytes | None = None  # the response to send when the parser stops
+        # A request that waits until its response can be written.
         self._held_back: tuple[Any, Any] | None = None
 
     def data_received(self, data: bytes) -> None:
@@ -71,7 +71,7 @@ class Protocol(Connection):
             elif not self._memory.hold_head(len(data), len(self.headers or ())):
                 self._end(self._door.refusal(None, b"").written(closes=True))
         elif self._is_idle() and self.timeout_keep_alive_task is None:
-            # Empty lines between requests: uvicorn stopped its clock, and no request has begun.
+            # Empty lines between requests stopped uvicorn's timer, but no request has begun.
             self._head.is_open = True
         elif isinstance(self.cycle, Refused) and self.cycle.more_body:
             self._end_unread(self.cycle)
@@ -94,7 +94,7 @@ class Protocol(Connection):
             self._object(self._unreadable(TargetTooLong(TARGET_DETAIL)))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # What comes later is a trailer, not to be taken for a header (RFC 9110 section 6.5.1).
+        # After the header section it is a trailer, not a header (RFC 9110 section 6.5.1).
         if self._head.is_open:
             if len(self.headers) == HEADERS_MAX:
                 self._object(self._unreadable(HeadTooLarge(HEADERS_DETAIL)))
@@ -106,7 +106,7 @@ class Protocol(Connection):
         self._check_head(method, size)
         self._is_upgrade = self.parser.should_upgrade()
         if self._is_upgrade:
-            return  # the parser stops here; data_received goes on
+            return  # the parser stops here; data_received continues
         self._head.is_open = False
         self._memory.let_go_of_head()
         place = self._door.look(method, self.url, self.headers)
@@ -143,7 +143,7 @@ class Protocol(Connection):
         if self._is_upgrade:
             return
         cycle = self.cycle
-        # A trailer can say it too, and the parser then reads nothing more.
+        # A trailer can end keep-alive too; the parser then reads nothing more.
         cycle.keep_alive = cycle.keep_alive and self.parser.should_keep_alive()
         if isinstance(cycle, Refused):
             cycle.more_body = False
@@ -152,19 +152,19 @@ class Protocol(Connection):
         else:
             self.scope["state"][BODY_ARRIVED] = True
             super().on_message_complete()
-            cycle.more_body = False  # uvicorn leaves it if it was answered before its body came
+            cycle.more_body = False  # uvicorn does not set it if the response came before the body
             self._forget_answered()
 
     def on_response_complete(self) -> None:
         if isinstance(self._running, RequestResponseCycle):
-            _leave(self._running.scope["state"])  # to the one behind it, perhaps
+            _leave(self._running.scope["state"])  # its place may go to the next request
         super().on_response_complete()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._running, is_admitted = cycle, self._is_admitted
         self._is_admitted = False
         if self.flow.write_paused:
-            # It would wait for its client with a place that is meant for work.
+            # Started now, it would hold a place while it waits for its client.
             self._held_back = (cycle, app)
         elif isinstance(cycle, Refused):
             self._answer(cycle)
@@ -174,9 +174,9 @@ class Protocol(Connection):
             self._refuse_late(cycle)
 
     def _start(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """As uvicorn does; and it has its place until it is answered, or its task ends.
+        """Starts the request's task; it holds its place until its response or the end of its task.
 
-        What it waited for its turn, behind others of its connection, does not count.
+        The time that it waited behind other requests of its connection does not count.
         """
         state = cycle.scope["state"]
         state[CALLER] = Caller(time.monotonic() - state[WAITED_S])
@@ -190,8 +190,8 @@ class Protocol(Connection):
         _leave(state)
 
     def _refuse(self, answer: PreparedAnswer, method: bytes) -> None:
-        """The request whose head was read. It is answered when it is complete and has its turn, or
-        when the rest of the data was read and it is not."""
+        """Rejects the request whose header section was read. The response is sent in the order of
+        the requests, once the request is complete or the received data is read."""
         refused = self._refused(answer, method, self.headers)
         refused.keep_alive = self.parser.get_http_version() != "1.0"
         is_idle = self._is_idle()
@@ -205,7 +205,7 @@ class Protocol(Connection):
             self.pipeline.appendleft((refused, None))  # type: ignore[arg-type]
 
     def _refuse_late(self, cycle: RequestResponseCycle) -> None:
-        """It was read while another one was under way, and now there is no place for it."""
+        """Rejects a request that waited behind another one and now gets no place."""
         scope, method = cycle.scope, cycle.scope["method"].encode()
         answer = self._door.refusal(scope["state"][PLACE], method)
         refused = self._refused(answer, method, list(scope["headers"]))
@@ -223,22 +223,22 @@ class Protocol(Connection):
             self._write_refusal(refused)
 
     def _end_unread(self, refused: Refused) -> None:
-        """The rest of its body is still to come, and nobody will read it."""
+        """Closes the connection after the response, since the rest of the body is not read."""
         refused.keep_alive = False
         self._end(refused.written())
 
     def _refused(self, answer: PreparedAnswer, method: bytes, headers: Headers) -> Refused:
         more = b""
-        if answer.waits:  # the others are to cost as little as can be
+        if answer.waits:  # the others are kept as cheap as possible
             named = (b"x-request-id", request_id_of(headers).encode())
             more = lines_of([named, *self.server_state.default_headers])
         return Refused(answer, more, is_to_head=method == b"HEAD")
 
     def _without_upgrade(self, rest: bytes) -> bytes:
-        """Ignores the wish (RFC 9110 section 7.8), which Java's HTTP client sends unasked.
+        """Ignores an Upgrade (RFC 9110 section 7.8), which Java's HTTP client sends by default.
 
-        The parser takes what follows the head for the other protocol: a new one gets the head
-        without the wish, and then the rest.
+        The parser takes the bytes after the header section for the other protocol. So a new parser
+        reads the header section without Upgrade, then the rest.
         """
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
@@ -249,7 +249,7 @@ class Protocol(Connection):
         return b"\r\n".join([*lines, b"", rest])
 
     def _check_head(self, method: bytes, size: int) -> None:
-        """Stops the parser at a head that it lets through and we do not."""
+        """Stops the parser at a header section that it accepts and we do not."""
         version = self.parser.get_http_version()
         if version == "1.0":
             self.expect_100_continue = False  # RFC 9110 section 10.1.1
@@ -261,7 +261,7 @@ class Protocol(Connection):
 
     def _object(self, answer: bytes) -> None:
         self._objection = answer
-        raise ValueError  # stops the parser; data_received then refuses
+        raise ValueError  # stops the parser; data_received then sends the objection
 
 
 def _leave(state: dict[str, Any]) -> None:

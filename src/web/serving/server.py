@@ -1,8 +1,8 @@
-"""uvicorn inside our own process: one event loop, one ordered shutdown.
+"""uvicorn in our own process: one event loop, one ordered shutdown.
 
-On SIGTERM, SIGINT or SIGHUP: no new connections, requests in flight are answered, charges that go
-on behind them are finished, what waits for the store is written, and the process ends with 0. All
-of it within STOP_S, since container runtimes kill after 10 s.
+On SIGTERM, SIGINT or SIGHUP the process accepts no new connections, responds to the requests in
+progress, finishes charges that continue after their response, writes the waiting appends, and exits
+with 0: all within STOP_S, since container runtimes kill after 10 s.
 """
 
 import asyncio
@@ -28,10 +28,10 @@ from web.serving.listening import Server, allow_many_connections
 from web.serving.protocol import Protocol
 
 STOP_S = 9.0
-CHARGES_STOP_S = 6.5  # every charge is answered by then, PENDING if need be
-REQUESTS_STOP_S = 7  # then uvicorn cancels what is left
-# Longer than load balancers keep an idle connection, most of them for 60 s: the one that sends
-# requests must be the first to close, or one that is just under way is lost.
+CHARGES_STOP_S = 6.5  # every charge has its response by then, PENDING if necessary
+REQUESTS_STOP_S = 7  # then uvicorn cancels the remaining requests
+# Longer than load balancers keep an idle connection, most of them 60 s: the side that sends
+# requests must close first, or a request that is just being sent is lost.
 KEEP_ALIVE_S = 75
 
 
@@ -64,9 +64,9 @@ async def serve(
     work: bool = True,
     on_listening: Callable[[], None] = lambda: None,
 ) -> None:
-    """Starts the service, answers requests, and stops everything in order.
+    """Starts the service, serves requests, and stops everything in order.
 
-    Without `work` another process follows the log, settles and calls back. Raises StartError.
+    Without `work` another process follows the log, settles and sends callbacks. Raises StartError.
     """
     if not service.settings.payments_api_keys:
         logger.warning("PAYMENTS_API_KEYS is not set: whoever reaches the port may charge")
@@ -102,10 +102,8 @@ async def serve(
 
 @asynccontextmanager
 async def operations_port(service: Service, listener: socket.socket | None) -> AsyncIterator[None]:
-    """Answers /health and /metrics on METRICS_PORT meanwhile; without a listener it does nothing.
-
-    Until the end of the block, so that the last minutes of a process can be looked at as well.
-    Raises StartError.
+    """Serves /health and /metrics on METRICS_PORT until the end of the block, so that the shutdown
+    can be observed too. Without a listener it does nothing. Raises StartError.
     """
     if listener is None:
         yield
@@ -123,7 +121,7 @@ async def operations_port(service: Service, listener: socket.socket | None) -> A
 
 
 async def _listen(server: Server, listener: socket.socket) -> asyncio.Task[None]:
-    """The task that serves, once connections are accepted; StartError."""
+    """Returns the serving task once connections are accepted; raises StartError."""
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="serving")
     listening = asyncio.create_task(server.listening.wait())
     with starting():
@@ -144,11 +142,11 @@ def _server(service: Service, app: Litestar) -> Server:
             ws="none",
             lifespan="off",
             log_config=None,
-            workers=1,  # by default WEB_CONCURRENCY says, as a number or not
+            workers=1,  # else uvicorn parses WEB_CONCURRENCY, which may not be a number
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            reset_contextvars=True,  # a request must not inherit the log context of the one before
+            reset_contextvars=True,  # a request must not inherit the previous one's log context
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=REQUESTS_STOP_S,
         )
@@ -156,10 +154,10 @@ def _server(service: Service, app: Litestar) -> Server:
 
 
 def _tame_garbage_collection() -> None:
-    """Takes what lives as long as the process out of the collector's sight.
+    """Freezes the objects that live as long as the process.
 
-    Otherwise every full collection walks all modules and their code: about 30 ms in which nothing
-    is answered, several times a second under load.
+    Otherwise every full collection visits all modules and their code: a pause of about 30 ms,
+    several times a second under load.
     """
     gc.collect()
     gc.freeze()

@@ -1,15 +1,15 @@
-"""How long a client may take: to send a head, and to take what is written to it."""
+"""Time limits for clients: to send a header section, and to read responses."""
 
 import asyncio
 from collections.abc import Callable
 
-HEAD_TIMEOUT_S = 5.0  # also for a connection on which nothing comes at all
-WRITE_TIMEOUT_S = 5.0  # for a client that does not take its answers, or does not go away
-WRITE_MIN = 16 * 1024  # bytes that it has to take in this time, if so many are left
+HEAD_TIMEOUT_S = 5.0  # also for a connection that sends nothing
+WRITE_TIMEOUT_S = 5.0  # for a client that does not read its responses, or does not close
+WRITE_MIN = 16 * 1024  # bytes that a client must read in this time, if that many are left
 
 
 class HeadWatch:
-    """The head that a connection reads or waits for: how much of it came, and how long it takes."""
+    """Size and timeout of the header section that a connection reads or waits for."""
 
     __slots__ = ("_begun", "_loop", "_on_timeout", "_timer", "_was_open", "is_open", "size")
 
@@ -17,13 +17,13 @@ class HeadWatch:
         self._loop = loop
         self._on_timeout: Callable[[], None] | None = on_timeout
         self._timer: asyncio.TimerHandle | None = None
-        self._begun = 0  # heads, in the data that is being read
-        self._was_open = True  # before that data
-        self.is_open = True  # one is read or waited for; else a body, or the next request
-        self.size = 0  # bytes that came of it
+        self._begun = 0  # header sections that began in the data that is being read
+        self._was_open = True  # is_open before that data
+        self.is_open = True  # a header section is read or waited for, not a body or a response
+        self.size = 0  # bytes of it that were received
 
     def read_more(self) -> None:
-        """Data has come that the parser is about to read."""
+        """The parser is about to read new data."""
         self._was_open, self._begun = self.is_open, 0
 
     def begin(self) -> None:
@@ -31,16 +31,16 @@ class HeadWatch:
         self._begun += 1
 
     def begin_again(self) -> None:
-        """The one that is open is read once more from its beginning."""
+        """The open header section is parsed again from its beginning."""
         self._begun -= 1
 
     def add(self, size: int) -> None:
-        """The parser has read the data, of so many bytes, and this head is not complete."""
-        # Of a head behind other requests it is not known where in the data it began.
+        """The parser has read data of `size` bytes, and the header section is not complete."""
+        # Behind other requests the header section began at an unknown place in the data.
         self.size += size if self._was_open and self._begun <= 1 else 1
 
     def set_timer(self) -> None:
-        """One timer from where a head is waited for until it is complete."""
+        """Keeps one timer running while a header section is waited for or incomplete."""
         if self.is_open is (self._timer is not None) or self._on_timeout is None:
             return
         if self._timer is None:
@@ -50,14 +50,14 @@ class HeadWatch:
             self._timer = None
 
     def stop(self) -> None:
-        """Nothing more is read; the connection is forgotten, or it would keep itself alive."""
+        """Nothing more is read. Drops the reference to the connection, so that it can be freed."""
         self.is_open = False
         self.set_timer()
         self._on_timeout = None
 
 
 class WriteWatch:
-    """What a client has still to take: if it takes too little of it, the connection is cut."""
+    """Aborts the connection of a client that reads too little of what is written to it."""
 
     __slots__ = ("_loop", "_timer", "_transport", "_unwritten")
 
@@ -65,10 +65,10 @@ class WriteWatch:
         self._loop = loop
         self._transport = transport
         self._timer: asyncio.TimerHandle | None = None
-        self._unwritten = 0  # bytes, when that timer was set
+        self._unwritten = 0  # bytes, when the timer was set
 
     def start(self) -> None:
-        """From now on it has to take something, until `stop` or the end of the connection."""
+        """From now on the client must read, until `stop` or the end of the connection."""
         self.stop()
         self._unwritten = self._transport.get_write_buffer_size()
         self._timer = self._loop.call_later(WRITE_TIMEOUT_S, self._check)
@@ -79,6 +79,6 @@ class WriteWatch:
 
     def _check(self) -> None:
         if self._transport.get_write_buffer_size() + WRITE_MIN <= self._unwritten:
-            self.start()  # slow, but it takes it
+            self.start()  # slow, but it reads
         else:
             self._transport.abort()

@@ -1,9 +1,9 @@
-"""How a flood of requests that need next to nothing is slowed down.
+"""Slows down a flood of requests that are cheap to reject.
 
-Each of them is answered without a task, but whoever sends the next one upon the answer would get as
-many answers as the event loop can give, and nobody else any. So many a second are answered at once.
-Of what is beyond, the connection is not read meanwhile, and its answer waits for its turn: a closed
-loop of N connections gets N answers in HELD_S, and never more than GIVEN_MAX in TURN_S.
+They need no task, but a client that sends the next one upon each response would take the whole
+event loop. AT_ONCE_PER_S of these responses a second are sent at once. Further ones are queued, and
+their connections are not read meanwhile: a closed loop of N connections gets N responses in HELD_S,
+and never more than GIVEN_MAX in TURN_S.
 """
 
 import asyncio
@@ -15,11 +15,11 @@ from typing import Protocol
 AT_ONCE_PER_S = 500
 HELD_S = 0.5
 TURN_S = 0.01
-GIVEN_MIN, GIVEN_MAX = 5, 20  # answers in one turn
+GIVEN_MIN, GIVEN_MAX = 5, 20  # responses in one turn
 
 
 class Bucket:
-    """Lets so many a second through, and as many at once."""
+    """A token bucket: `per_s` tokens a second, and at most `per_s` saved."""
 
     def __init__(self, per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_s = self._left = per_s
@@ -37,10 +37,10 @@ class Bucket:
 
 
 class Waiting(Protocol):
-    """A connection whose answer waits."""
+    """A connection whose response is delayed."""
 
     def on_turn(self) -> None:
-        """The answer may be given."""
+        """The response may be sent."""
 
 
 class Throttle:
@@ -52,7 +52,7 @@ class Throttle:
         self._timer: asyncio.TimerHandle | None = None
 
     def is_next(self, who: Waiting) -> bool:
-        """Whether it may answer now; if not, it hears of its turn."""
+        """Whether it may respond now; if not, `on_turn` is called later."""
         if not self._waiting and self._at_once.take():
             return True
         self._waiting[who] = None
@@ -61,7 +61,7 @@ class Throttle:
         return False
 
     def forget(self, who: Waiting) -> None:
-        """It has gone."""
+        """Its connection was closed."""
         self._waiting.pop(who, None)
 
     def _give(self) -> None:

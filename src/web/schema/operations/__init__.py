@@ -1,5 +1,5 @@
-"""What the API promises, by resource: the bodies, and what OpenAPI says beyond them. The summary of
-an operation is the first line of its handler's docstring.
+"""The operations of the API, by resource: their bodies and their descriptions. The summary of an
+operation is the first line of its handler's docstring.
 
 charges.py      POST /v1/charge
 refunds.py      POST /v1/refund

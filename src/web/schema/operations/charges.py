@@ -1,4 +1,4 @@
-"""POST /v1/charge: what it takes and answers."""
+"""POST /v1/charge: request and responses."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -31,8 +31,8 @@ Currency = StrEnum("Currency", [(code, code) for code in sorted(money.DECIMALS)]
 class ChargeBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What POST /v1/charge takes."""
 
-    # The descriptions are also the texts of the field errors. In the patterns `$` alone would let a
-    # final line feed pass; the length or `(?!\n)` does not.
+    # The descriptions are also the texts of the field errors. In the patterns `$` alone would
+    # accept a final line feed; the length or `(?!\n)` does not.
     merchant_order_id: Annotated[
         str,
         msgspec.Meta(

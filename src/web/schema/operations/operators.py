@@ -1,4 +1,4 @@
-"""Health and metrics: what they answer."""
+"""Health and metrics: responses."""
 
 from typing import Annotated
 

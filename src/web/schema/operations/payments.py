@@ -1,4 +1,4 @@
-"""GET /v1/payments: the list, one payment, its events and its callbacks: what they answer."""
+"""GET /v1/payments: responses of the list, one payment, its events and its callbacks."""
 
 from payments.errors import (
     DatabaseUnavailable,

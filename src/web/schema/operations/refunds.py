@@ -1,4 +1,4 @@
-"""POST /v1/refund: what it takes and answers."""
+"""POST /v1/refund: request and responses."""
 
 from typing import Annotated
 from uuid import UUID
@@ -40,7 +40,7 @@ class RefundBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             description="the payment's UUID, like 058c9593-e150-402f-ab5b-37dd4c9816f0",
         ),
     ]
-    # Not null: a client that failed to work out an amount must not give back everything.
+    # Not null: a client that failed to compute an amount must not refund everything.
     amount_cents: Annotated[
         Annotated[int, msgspec.Meta(ge=money.MIN_AMOUNT_CENTS, le=money.MAX_AMOUNT_CENTS)]
         | msgspec.UnsetType,

@@ -1,4 +1,4 @@
-"""GET /v1/unfulfilled: what it answers."""
+"""GET /v1/unfulfilled: responses."""
 
 from payments.errors import DatabaseUnavailable, InvalidRequest, TooBusy, Unauthorized
 from payments.queries.fulfilments import UnfulfilledPage
