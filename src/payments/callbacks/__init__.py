@@ -1,17 +1,21 @@
-"""Callbacks: telling Order Service what became of its payments, at least once and in order.
+"""Callbacks: sends the outcomes of payments to Order Service, at least once and in order.
 
-The follower in projections/callbacks.py writes what is owed; here it is sent. dispatcher.py is the
-loop: it claims due deliveries from outbox.py (SQL: claim, record, release), sends each with
-order_service/endpoint.py, and records what came of it. retry.py says whether and when to try again,
-breaker.py whether to send at all; both are pure. endpoint_health.py notes for it, for people and
-for what failed in an outage how each attempt went. ping.py sends one request that tells nothing.
+The follower in projections/callbacks.py enqueues callbacks; this package sends them.
+
+dispatcher.py       the loop: claims due deliveries, sends each with order_service/endpoint.py, and
+                    records the results
+outbox.py           the SQL: claim, record, redrive, prune
+retry.py            decides whether and when to retry; pure
+breaker.py          decides whether to send at all; pure
+endpoint_health.py  passes the result of each attempt to the breaker, and logs outages
+ping.py             sends a test request without an outcome
 """
 
-# A process that was frozen between claim and exchange begins no exchange after this.
+# A process that was frozen between claim and exchange starts no exchange after this.
 BEGIN_WITHIN_S = 4.0
 
 
 def lease_s(timeout_s: float) -> float:
-    """For how long an order belongs to whoever claimed it: an exchange that began as late as it may
-    takes `timeout_s`, and as long again it may be running after its sender died."""
+    """How long a claim of an order lasts: an exchange that starts as late as possible takes
+    `timeout_s`, and Order Service may work on it for as long again after its sender died."""
     return BEGIN_WITHIN_S + 2 * timeout_s + 1.0

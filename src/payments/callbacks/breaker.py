@@ -1,13 +1,14 @@
-"""The circuit breaker of the endpoint: while Order Service is down, next to nothing is sent to it.
+"""The circuit breaker of the endpoint: while Order Service is down, only probes are sent to it.
 
-    closed --orders_min orders fail, no success between--> open: probes, ever farther apart
+    closed --orders_min orders fail, no success between--> open: probes, at growing intervals
        ^                                                            |
        +-----------------------------------------------one succeeds-+
 
-An outage is told from orders in trouble of their own by the orders: several distinct ones fail, and
-none succeeds since the first of them, however long that takes.
+An outage differs from the failures of single orders: several distinct orders fail, and none has
+succeeded since the first failure, however long that takes.
 
-Time is handed in, as seconds of a monotonic clock. One per process, used from its event loop alone.
+Callers pass the time, as seconds of a monotonic clock. One per process, used only from its event
+loop.
 """
 
 from typing import Literal, NamedTuple
@@ -18,24 +19,24 @@ from payments.backoff import Backoff
 State = Literal["closed", "open", "half_open"]
 
 ORDERS_MIN = 3
-OPEN_MIN_S = 0.1  # orders of a part that is down make an outage of it now and then: a short one
-OPEN_MAX_S = 10.0  # for so long it may go unnoticed that the endpoint is back
-PROBES_MAX = 4  # at once
+OPEN_MIN_S = 0.1  # short, since a partial failure can also open the breaker
+OPEN_MAX_S = 10.0  # the longest time until a recovery is noticed
+PROBES_MAX = 4  # concurrent
 
 
 class Permit(NamedTuple):
-    """For exchanges that begin together, each of whose results is told."""
+    """For exchanges that begin together; the result of each must be reported."""
 
     period: int
     probe: bool
 
 
 class Breaker:
-    """A result counts only if nothing opened or closed the breaker since its exchange began.
+    """A result counts only if the breaker has neither opened nor closed since its exchange began.
 
-    What was under way when it opened says how the endpoint was, not how it is: such a success, come
-    between failures, would let everything loose on an endpoint that is going down. The next probe
-    is at most `open_max_s` away, and it is certain.
+    An exchange from before it opened shows a past state of the endpoint. If its success closed the
+    breaker, all callbacks would be sent to an endpoint that is going down. The next probe is
+    certain, after at most `open_max_s`.
     """
 
     def __init__(
@@ -46,24 +47,24 @@ class Breaker:
     ) -> None:
         self._orders_min = orders_min
         self._period = 0  # how often it has opened or closed
-        self._failed: set[UUID] = set()  # orders, since the last success
+        self._failed: set[UUID] = set()  # orders that failed since the last success
         self._since = 0.0  # when the first of them failed
         self._pauses = Backoff(open_min_s, open_max_s)  # between probes
-        self._probe_at: float | None = None  # the next one's time; None: closed
+        self._probe_at: float | None = None  # time of the next probe; None: closed
 
     @property
     def since(self) -> float:
-        """When the outage began that there is, or was last: with the first order that failed."""
+        """When the current or latest outage began: the time of its first failure."""
         return self._since
 
     def state(self, now: float) -> State:
-        """half_open: the next probes may begin."""
+        """half_open: the next probes may be sent."""
         if self._probe_at is None:
             return "closed"
         return "open" if now < self._probe_at else "half_open"
 
     def allowance(self, now: float, wanted: int) -> int:
-        """How many of the wanted exchanges may begin now."""
+        """How many of the `wanted` exchanges may begin now."""
         if self._probe_at is None:
             return wanted
         return 0 if now < self._probe_at else min(wanted, PROBES_MAX)
@@ -73,23 +74,23 @@ class Breaker:
         return 0.0 if self._probe_at is None else max(0.0, self._probe_at - now)
 
     def begin(self, now: float) -> Permit | None:
-        """For as many as were allowed; None if none may begin: it may have opened meanwhile."""
+        """The permit for the exchanges that `allowance` allowed; None if it has opened since."""
         if self.allowance(now, 1) == 0:
             return None
         if self._probe_at is not None:
-            # The next ones do not wait for these: they may hang.
+            # The next probes do not wait for these, which may hang.
             self._probe_at = now + self._pauses.next_s()
         return Permit(self._period, probe=self._probe_at is not None)
 
     def succeeded(self, permit: Permit) -> bool:
-        """A callback was taken. Whether that closed the breaker."""
+        """A callback was accepted. Returns whether that closed the breaker."""
         if permit.period == self._period and not permit.probe:
             self._failed.clear()
         return self.answered(permit)
 
     def answered(self, permit: Permit) -> bool:
-        """Order Service itself refused one order: no failure of the endpoint, and no success. But a
-        probe's proves it alive. Whether that closed the breaker."""
+        """Order Service rejected one order: neither a failure nor a success of the endpoint. As the
+        result of a probe it proves the endpoint alive. Returns whether that closed the breaker."""
         if permit.period != self._period or not permit.probe:
             return False
         self._period += 1
@@ -98,7 +99,7 @@ class Breaker:
         return True
 
     def failed(self, permit: Permit, order_id: UUID, now: float) -> None:
-        """The endpoint seems to be down."""
+        """The result suggests that the endpoint is down."""
         if permit.period != self._period or permit.probe:
             return
         if not self._failed:

@@ -1,12 +1,12 @@
-"""The dispatcher: sends what Order Service is owed, at least once and in order.
+"""The dispatcher: sends due callbacks to Order Service, at least once and in order.
 
-Each delivery goes three steps: `_prepare` makes the request's body, `_send` has one exchange with
-the endpoint, `_record` writes what came of it. One task claims and records, many at a time and on a
-connection of its own; the exchanges run beside it and know nothing of the database.
+Each delivery takes three steps: `_prepare` encodes the request body, `_send` makes one exchange
+with the endpoint, `_record` writes the result. One task claims and records in batches, on its own
+connection; the exchanges run concurrently and do not use the database.
 
-Any number of processes share the work. An order's lane belongs to whoever claimed it until the
-result is recorded or the lease is over. An exchange whose end nobody saw may be running at Order
-Service: its order waits as long again as an exchange may take.
+Any number of processes share the work. The process that claimed an order's lane owns it until the
+result is recorded or the lease expires. An exchange without a known end may still be running at
+Order Service, so its order waits for another exchange timeout.
 """
 
 import asyncio
@@ -38,18 +38,18 @@ from payments.tasks import finish
 if TYPE_CHECKING:
     from payments.order_service.endpoint import Endpoint, Exchange
 
-CONCURRENCY_MAX = 64  # exchanges at once, by one process
-# Of them with orders whose last exchange failed: however many of those there are, the others go on.
-# While few places are free, even less: an order that hangs has its place for the whole time limit.
+CONCURRENCY_MAX = 64  # concurrent exchanges of one process
+# The share for orders whose last exchange failed, so that they do not delay the others. It shrinks
+# while few places are free: an order that hangs keeps its place for the whole timeout.
 FAILING_MAX = CONCURRENCY_MAX // 4
 FAILING_MIN = CONCURRENCY_MAX // 16
-CLAIM_MAX = CONCURRENCY_MAX // 2  # at a time: some are sent while others are claimed
-POLL_S = 1.0  # for what other processes enqueued, and for retries whose time has come
+CLAIM_MAX = CONCURRENCY_MAX // 2  # in one claim: some are sent while others are claimed
+POLL_S = 1.0  # for callbacks that other processes enqueued, and for retries that became due
 DATABASE_TIMEOUT_S = 4.0
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.1, 2.0
 PRUNE_EVERY_S, PRUNE_ROWS = 60.0, 1000
-REOPEN_LANES = 1000  # at a time, when the endpoint is back
-CUT_OFF_S = 0.8  # at the end, to write down what was cut off
+REOPEN_LANES = 1000  # at a time, after an outage
+CUT_OFF_S = 0.8  # of the stop's timeout, to record the exchanges that were cancelled
 
 
 class CallbackBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,17 +109,18 @@ class Dispatcher:
         self._loop = asyncio.create_task(self._run(), name="callbacks")
 
     def wake(self) -> None:
-        """There may be something to send."""
+        """Callbacks may be due."""
         self._wake.set()
 
     def finish(self) -> None:
-        """Claims nothing more; what is under way goes on."""
+        """Claims no more; running exchanges continue."""
         self._stopping = True
         self._wake.set()
 
     async def stop(self, timeout_s: float) -> None:
-        """Finishes and records what is under way, within `timeout_s`. What is cut off then is noted
-        as such, and its order waits as long as Order Service may be working on it."""
+        """Finishes and records the running exchanges within `timeout_s`, and cancels the rest. A
+        cancelled one is recorded as such; its order waits as long as Order Service may work on
+        it."""
         self.finish()
         if self._loop is not None:
             await asyncio.wait({self._loop}, timeout=max(0.0, timeout_s - CUT_OFF_S))
@@ -140,10 +141,10 @@ class Dispatcher:
                     "callbacks lost their database, trying again",
                 )
                 self._repeats.tell("WARNING", message, of=reason, reason=reason)
-            except Exception as error:  # noqa: BLE001 - what is owed must not stop for it
+            except Exception as error:  # noqa: BLE001 - a bug must not stop the other callbacks
                 message = "callbacks cannot be claimed or recorded, trying again"
                 self._repeats.tell("ERROR", message, of=type(error), exception=error)
-                # Their leases run out, and they are sent again: better than never.
+                # Their leases expire, and they are sent again, rather than never.
                 self._results.clear()
             else:
                 backoff.reset()
@@ -153,7 +154,7 @@ class Dispatcher:
             await asyncio.sleep(backoff.next_s())
 
     async def _turn(self) -> None:
-        """Records what is done and begins what may be."""
+        """Records finished exchanges and begins new ones."""
         self._wake.clear()
         if self._opened is None:
             self._opened = await self._connect("payments callbacks")
@@ -169,7 +170,7 @@ class Dispatcher:
                 await self._prune(self._opened)
 
     async def _sleep(self) -> None:
-        """Until something is done. What falls due, or comes from elsewhere, is found by looking."""
+        """Waits until an exchange ends or `wake` is called, at most POLL_S."""
         until_probe_s = self._breaker.admits_in(time.monotonic())
         wait_s = min(POLL_S, until_probe_s or POLL_S)
         with suppress(TimeoutError):
@@ -177,7 +178,7 @@ class Dispatcher:
                 await self._wake.wait()
 
     async def _begin(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        """Claims as many deliveries as may be under way, and begins to send them."""
+        """Claims deliveries up to the limits, and starts sending them."""
         now = time.monotonic()
         free = CONCURRENCY_MAX - len(self._sending)
         allowed = self._breaker.allowance(now, min(free, CLAIM_MAX))
@@ -194,7 +195,7 @@ class Dispatcher:
         )
         permit = self._breaker.begin(now) if claims else None
         for claimed in claims:
-            if permit is None:  # it opened meanwhile
+            if permit is None:  # the breaker has opened since
                 self._results.append(_released(claimed))
                 continue
             task = asyncio.create_task(self._deliver(claimed, permit, now), name="callback")
@@ -211,7 +212,7 @@ class Dispatcher:
             self._repeats.tell("ERROR", message, of=type(error), exception=error)
 
     async def _deliver(self, claimed: ClaimedDelivery, permit: Permit, claimed_at: float) -> None:
-        """One exchange, and what it means for the delivery and for the breaker."""
+        """Makes one exchange, and judges it for the delivery and for the breaker."""
         began = time.monotonic()
         if began > claimed_at + BEGIN_WITHIN_S:
             self._results.append(_released(claimed))
@@ -237,8 +238,8 @@ class Dispatcher:
             )
 
     def _judged(self, claimed: ClaimedDelivery, exchange: "Exchange", permit: Permit) -> Result:
-        # A probe that came before its time takes nothing away from the delivery that it was, nor
-        # does what the end of an outage caused.
+        # Attempts that a probe or the end of an outage made early do not use up the delivery's
+        # attempts.
         counts = claimed.due_in_s <= 0 and not claimed.excused
         attempt = claimed.attempt if counts else max(1, claimed.attempt - 1)
         verdict = judge(
@@ -285,7 +286,7 @@ class Dispatcher:
         )
 
     def _cut_off(self, claimed: ClaimedDelivery, seconds: float) -> Result:
-        """It was under way when the service had to stop."""
+        """The result of an exchange that was cancelled by the stop of the service."""
         self._telemetry.callback_attempts["end_unknown"].inc()
         busy_s, delay_s = self._endpoint.timeout_s, max(0.0, claimed.due_in_s)
         return Result(
@@ -294,7 +295,8 @@ class Dispatcher:
         )
 
     async def _record(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        """Writes down what came of the exchanges that are done; lost to nobody if it fails."""
+        """Records the results of finished exchanges, and keeps them for the next turn if that
+        fails."""
         results = list(self._results)
         if not results:
             return
@@ -309,7 +311,7 @@ class Dispatcher:
             self._suspected()
 
     async def _prune(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        """Now and then, a little: it must not keep the rest waiting."""
+        """Deletes old rows, few at a time, so that sending does not wait."""
         if time.monotonic() >= self._prune_at:
             pruned = await outbox.prune(connection, self._retention_days, PRUNE_ROWS)
             if pruned < PRUNE_ROWS:
@@ -322,7 +324,7 @@ class Dispatcher:
 
 
 def _prepare(claimed: ClaimedDelivery) -> bytes:
-    """The request's body."""
+    """Encodes the request body."""
     return msgspec.json.encode(
         CallbackBody(
             order_id=claimed.order_id,
@@ -348,7 +350,7 @@ def _reason(exchange: "Exchange") -> str:
 
 
 def _released(claimed: ClaimedDelivery) -> Result:
-    """It was not sent."""
+    """The result for a claimed delivery that was not sent."""
     delay_s = max(0.0, claimed.due_in_s)
     return Result(
         claimed=claimed,

@@ -1,7 +1,8 @@
-"""What attempts tell of the endpoint as a whole: to the circuit breaker, to people, and to
-callbacks that failed in an outage which is over.
+"""Derives the health of the endpoint from attempts: for the circuit breaker, for the log, and for
+callbacks that failed in an outage and can be retried when it is over.
 
-Time is handed in, as seconds of a monotonic clock. One per process, used from its event loop alone.
+Callers pass the time, as seconds of a monotonic clock. One per process, used only from its event
+loop.
 """
 
 import math
@@ -12,26 +13,25 @@ from loguru import logger
 from payments.callbacks.breaker import Breaker, Permit
 from payments.callbacks.retry import WAIT_MAX_S, Verdict
 
-REFUSED_MAX = 5  # in a row, until somebody is told
-# What orders in trouble of their own look like, when they happen to come one after another, is over
-# before.
+REFUSED_MAX = 5  # rejected callbacks in a row before a warning
+# Before a warning. Failures of single orders that happen to follow each other are over by then.
 TOLD_AFTER_S = 5.0
-# A process that has delivered nothing yet does not know when an outage began: whatever is still
-# waiting for its next attempt then may be of it.
+# A process that has delivered nothing yet does not know when the outage began: every failure whose
+# retry is still due may belong to it.
 BEGAN_BEFORE_S = WAIT_MAX_S + 300.0
 
 
 class EndpointHealth:
     def __init__(self, breaker: Breaker) -> None:
         self.breaker = breaker
-        # When an outage began that is over, and what failed in it has yet to be made due.
+        # When an ended outage began; None once the callbacks that failed in it are made due.
         self.over_since: float | None = None
-        self._refused = 0  # in a row, by an endpoint that is there
+        self._refused = 0  # rejected in a row by a reachable endpoint
         self._refused_since = 0.0
         self._refusal_told = False
         self._away_reason = ""
         self._away_told = False
-        # When the outage began since whose end nothing was delivered.
+        # When an outage began after whose end nothing was delivered yet.
         self._was_away_since: float | None = None
         self._has_delivered = False
 
@@ -44,10 +44,10 @@ class EndpointHealth:
         reason: str,
         now: float,
     ) -> None:
-        """One attempt's result; `attempt` is which one of its delivery, from 1."""
+        """Notes the result of one attempt; `attempt` is its number, from 1."""
         delivered = verdict.final == "delivered"
         if verdict.endpoint_down:
-            # An order that failed before tells nothing new about the endpoint.
+            # An order that has failed before says nothing new about the endpoint.
             if attempt == 1:
                 self._away_reason = reason
                 self.breaker.failed(permit, order_id, now)
@@ -59,7 +59,7 @@ class EndpointHealth:
             self._was_refused(reason, now)
 
     def tell_of_an_outage(self, now: float) -> None:
-        """Once, when one lasts."""
+        """Logs a lasting outage, once."""
         if self._away_told or self.breaker.state(now) == "closed":
             return
         if now - self.breaker.since >= TOLD_AFTER_S:
@@ -80,8 +80,8 @@ class EndpointHealth:
         if self._refusal_told:
             logger.info("Order Service takes callbacks again")
         self._refused, self._refusal_told = 0, False
-        # Not for an answer that merely shows it alive: each such attempt is to be paid for with a
-        # callback delivered, else one that is always refused would use up all the others'.
+        # Only after a delivery, not after a response that merely shows the endpoint alive: else a
+        # callback that is always rejected could make all others due again and again.
         if self._was_away_since is not None:
             self.over_since = min(self.over_since or math.inf, self._was_away_since)
             self._was_away_since = None

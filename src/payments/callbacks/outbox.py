@@ -1,7 +1,7 @@
-"""The outbox as the dispatcher uses it: claim what is due, record what came of it, and the rest.
+"""The outbox for the dispatcher: claims due deliveries, records results, redrives, prunes.
 
-The two statements that matter are functions of the database, claim_deliveries and
-record_attempts in migrations/0015, called on a connection in autocommit mode, a transaction each.
+Claiming and recording are functions of the database, claim_deliveries and record_attempts in
+migrations/0015, called on a connection in autocommit mode, so each is one transaction.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ RECORD = """
 SELECT * FROM record_attempts(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b)
 """
 
-# The same, and what the responses to each SUCCESS said of its order, if it was delivered: what does
-# not say "confirmed" is watched from now on (fulfilments), in one statement, so that no crash comes
-# between. "Already processed" says more in response to the first attempt that may have arrived. An
-# order that is told again, and confirmed, is no suspect any more.
+# The same, and what the response to each delivered SUCCESS said of its order. Orders that are not
+# "confirmed" become suspects (fulfilments) in the same statement, so that a crash cannot separate
+# the two. "already_processed" becomes "repeated" if an earlier attempt may have arrived. An order
+# that is now confirmed is no suspect any more.
 RECORD_AND_SUSPECT = """
 WITH recorded AS MATERIALIZED (
     SELECT claim
@@ -52,9 +52,9 @@ WITH recorded AS MATERIALIZED (
 SELECT claim FROM recorded
 """
 
-# At the end of an outage nobody sits out a pause that was made for it; who has waited longest is
-# first. Once per lane and outage, whichever processes notice its end. What was asked for is waited
-# for, and what may be running is not repeated.
+# At the end of an outage its failures are due at once, the longest waiting first: once per lane and
+# outage, however many processes notice the end. A Retry-After still applies, and so does the wait
+# for an exchange that may be running.
 MAKE_DUE = """
 UPDATE callback_lanes l
    SET excused = true, excused_at = now(),
@@ -71,8 +71,9 @@ UPDATE callback_lanes l
         ORDER BY waiting.next_at LIMIT %(most)b FOR UPDATE OF waiting SKIP LOCKED))
 """
 
-# The lanes first, in the order of their ids: what is being sent, or may be running, is left alone.
-# New ones count as failing: much that is sent again does not keep new callbacks waiting.
+# The lanes first, in the order of their ids, to avoid deadlocks. A callback that is being sent or
+# may be running is not sent again at once. New lanes count as failing, so that many redriven
+# callbacks do not delay new ones.
 REOPEN_LANES = """
 INSERT INTO callback_lanes AS l (order_id, failing)
 SELECT DISTINCT order_id, true FROM callback_deliveries
@@ -84,7 +85,7 @@ SELECT DISTINCT order_id, true FROM callback_deliveries
 RETURNING order_id
 """
 
-# But for a FAILED or REFUNDED whose order is paid.
+# Except a FAILED or REFUNDED whose order is paid.
 REDRIVE = """
 UPDATE callback_deliveries
    SET state = 'due', attempts = 0, finished_at = NULL,
@@ -98,10 +99,10 @@ CLOSE_LANES = """
 SELECT close_callback_lanes(%b::uuid[])
 """
 
-# Some at a time. The attempts of what is kept are kept as well. What was finished while the clock
-# was ahead has a time that is yet to come, and nobody knows the right one: it goes with what comes
-# behind it in the log. Not clock_timestamp(): the index cannot be searched for what changes
-# meanwhile, and all that is finished would be read.
+# At most `most` at a time, with their attempts. A delivery that was finished while the clock was
+# ahead has a time in the future; it is pruned with deliveries behind it in the log. Not
+# clock_timestamp(), which is volatile: the index could not be used, and all finished rows would be
+# read.
 PRUNE = """
 WITH old AS (
     SELECT event_id, position FROM callback_deliveries
@@ -128,16 +129,16 @@ SELECT count(*) FROM pruned
 """
 
 
-TOLD_AT_ONCE_S = 60.0  # who confirms later than this after the capture may have been told before
-RELEASED = "released"  # the outcome of what was claimed and not sent; no attempt is noted
+TOLD_AT_ONCE_S = 60.0  # later than this after the capture, an earlier response may have differed
+RELEASED = "released"  # the outcome of a claim that was not sent; no attempt is recorded
 
 
 class ClaimedDelivery(NamedTuple):
-    """A delivery that this process may send until its lease is over.
+    """A delivery that this process may send until its lease expires.
 
-    `attempt` is counted from 1. `failing`: it, or what stood before it, was tried in vain.
-    `excused`: the end of an outage made it due. `due_in_s` above 0: it was claimed before its time,
-    as a probe. `due_for_s`: since it was enqueued or redriven.
+    `attempt` counts from 1. `failing`: the last attempt in its lane failed. `excused`: the end of
+    an outage made it due. `due_in_s` above 0: it was claimed early, as a probe. `due_for_s`:
+    seconds since it was enqueued or redriven.
     """
 
     claim: int
@@ -158,14 +159,13 @@ class ClaimedDelivery(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of a claimed delivery. For `due`: it is tried again after `delay_s`, but not before
-    `busy_s` and `asked_s` are over.
+    """The result of a claimed delivery. `due`: it is retried after `delay_s`, but not before
+    `busy_s` and `asked_s` have passed.
 
-    `counts`: whether it is one of the attempts after which a delivery is given up. `status` is that
-    of HTTP, or None and a `reason`; `answer` the first bytes of the answer. For `busy_s` more
-    seconds it may be running at Order Service, which asked to be left alone for `asked_s`. `away`:
-    it spoke against the endpoint as a whole. `said`: what the response to a delivered SUCCESS says
-    of its order.
+    `counts`: whether it counts towards the maximum of attempts. `status` is the HTTP status, or
+    None with a `reason`; `answer` the first bytes of the response body. `busy_s`: how long Order
+    Service may still work on it; `asked_s`: its Retry-After. `away`: the endpoint seems to be down.
+    `said`: what the response to a delivered SUCCESS says of its order.
     """
 
     claimed: ClaimedDelivery
@@ -191,7 +191,8 @@ async def claim(
     lease_s: float,
     probing: bool = False,
 ) -> list[ClaimedDelivery]:
-    """What may be sent now: one delivery each of at most so many orders."""
+    """Claims due deliveries: one of each of at most `most` orders, of which `failing_max` are
+    failing. `probing`: also before they are due."""
     async with connection.cursor(binary=True) as cursor:
         await cursor.execute(CLAIM.encode(), [most, failing_max, probing, lease_s])
         return [ClaimedDelivery(*row) for row in await cursor.fetchall()]
@@ -200,7 +201,8 @@ async def claim(
 async def record(connection: psycopg.AsyncConnection[Any], results: Sequence[Result]) -> set[int]:
     """Records the results; returns the claims that were still held.
 
-    Of the others the lease was over: whoever claimed them next decides. Doing it twice is harmless.
+    The leases of the others have expired: the process with the next claim records those. Recording
+    twice is harmless.
     """
     claimed = [result.claimed for result in results]
     params = (
@@ -229,7 +231,7 @@ async def record(connection: psycopg.AsyncConnection[Any], results: Sequence[Res
 
 
 def _may_change_suspects(result: Result) -> bool:
-    """All others are recorded by the statement that takes less: most orders confirm at once."""
+    """Most orders confirm at once and cannot change suspects; RECORD costs less for them."""
     if result.said in (None, "confirmed"):
         age_s = (datetime.now(UTC) - result.claimed.occurred_at).total_seconds()
         return result.said is not None and age_s > TOLD_AT_ONCE_S
@@ -247,10 +249,10 @@ def _said(told: Sequence[Result]) -> tuple[Any, ...]:
 
 
 async def make_due(connection: psycopg.AsyncConnection[Any], outage_s: float, most: int) -> int:
-    """Ends the pauses of so many orders that failed in an outage which began `outage_s` ago, those
-    that end first; returns of how many. Their next attempts do not count.
+    """Makes orders due that failed in an outage which began `outage_s` ago: at most `most`, those
+    with the earliest retry first; returns how many. Their next attempts do not count.
 
-    What is being sent is left alone.
+    Orders with a running exchange are not changed.
     """
     params = {"outage_s": outage_s, "most": most}
     cursor = await connection.execute(MAKE_DUE.encode(), params)
@@ -260,10 +262,10 @@ async def make_due(connection: psycopg.AsyncConnection[Any], outage_s: float, mo
 async def redrive(
     connection: psycopg.AsyncConnection[Any], event_ids: Sequence[UUID]
 ) -> list[UUID]:
-    """Makes deliveries due, now and with all their attempts before them; returns which.
+    """Makes deliveries due now, with their attempts reset; returns which.
 
-    What is superseded or excluded stays so, and a FAILED or REFUNDED whose order is paid is not
-    sent. In its order's lane each waits for what is due before it, and for what may be running.
+    Superseded and excluded ones stay so, and a FAILED or REFUNDED whose order is paid is not sent.
+    Each still waits for earlier ones in its lane, and for an exchange that may be running.
     """
     events = uuids(event_ids)
     async with connection.transaction():
@@ -276,7 +278,8 @@ async def redrive(
 
 
 async def prune(connection: psycopg.AsyncConnection[Any], older_than_days: int, most: int) -> int:
-    """Forgets what was finished so long ago, but for what is dead; returns how many."""
+    """Deletes up to `most` deliveries that were finished `older_than_days` ago, except dead ones;
+    returns how many."""
     params = {"days": older_than_days, "most": most}
     cursor = await connection.execute(PRUNE.encode(), params)
     row = await cursor.fetchone()

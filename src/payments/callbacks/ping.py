@@ -1,4 +1,4 @@
-"""A ping: one request as callbacks are sent, that tells no outcome."""
+"""A ping: a request that is sent like a callback, but has no outcome."""
 
 import time
 from datetime import UTC, datetime
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class PingBody(msgspec.Struct, frozen=True, tag_field="type", tag="ping"):
-    """No outcome has a `type`; a ping has no order, payment or status."""
+    """Only a ping has a `type`; it has no order, payment or status."""
 
     event_id: UUID
     occurred_at: datetime
 
 
 async def ping(endpoint: "Endpoint") -> "Exchange":
-    """One exchange with an endpoint that is not open."""
+    """Opens the endpoint, makes one exchange and closes it."""
     body = PingBody(uuid4(), datetime.now(UTC))
     await endpoint.open()
     try:
