@@ -1,10 +1,11 @@
-"""Fulfilment: whether the order of a captured payment became what was paid for.
+"""Fulfilment: whether the order of a captured payment was confirmed.
 
-A response to a SUCCESS is only suspicion: the dispatcher writes what does not say "confirmed" into
-`fulfilments`, in the statement that records the delivery. ORDER_STATUS_URL tells the order's status
-itself (status.py: one bounded exchange), and checking.py asks there until it is known.
+If the response to a SUCCESS does not say "confirmed", the dispatcher records a suspect in
+`fulfilments`, in the statement that records the delivery. Only ORDER_STATUS_URL states the order's
+status; order_service/responses.py reads both responses. See docs/decisions/fulfilment.md.
 
-order_service/responses.py says what either response means. table.py is the SQL of `fulfilments`.
-reconciliation.py asks about all payments of a time, for `payments reconcile orders`. Why it is so:
-docs/decisions/fulfilment.md.
+status.py          asks ORDER_STATUS_URL about one order: one bounded exchange
+checking.py        the loop that asks about suspects until their status is known
+table.py           the SQL of `fulfilments`
+reconciliation.py  asks about all payments of a period, for `payments reconcile orders`
 """

@@ -1,7 +1,8 @@
-"""Asks about the orders of suspects until it is known what became of them.
+"""Asks for the status of suspects' orders until it is known.
 
-Every process that works takes what is due, each payment by one process at a time. Without
-ORDER_STATUS_URL nobody is asked; then suspects only go when their money went back, or with time.
+Every process with background work claims due rows; each payment is checked by one process at a
+time. Without ORDER_STATUS_URL there are no checks: suspects are removed when their payment is
+refunded, or after the retention time.
 """
 
 import asyncio
@@ -21,10 +22,10 @@ from payments.fulfilment.table import ClaimedFulfilment
 from payments.observability.logs import Repeats
 from payments.tasks import end, finish
 
-CONCURRENCY_MAX = 16  # orders asked about at once, by one process
-# For the wait for a connection, and for the statements behind the reading.
+CONCURRENCY_MAX = 16  # concurrent status requests of one process
+# The extra time is for a connection from the pool and for the statements after the response.
 LEASE_S = TIMEOUT_S + 10.0
-POLL_S = 1.0  # for what other processes found, and for what is due again
+POLL_S = 1.0  # for suspects that other processes found, and for rows that became due
 SWEEP_EVERY_S, SWEEP_ROWS = 5.0, 1000
 PRUNE_EVERY_S, PRUNE_ROWS = 60.0, 1000
 
@@ -34,9 +35,9 @@ GiveBack = Callable[[UUID], Awaitable[bool]]
 class Checking:
     """One per process. `status` is None without ORDER_STATUS_URL.
 
-    `give_back` gives a payment's whole money back, and says whether that was done. It is called
-    only when a reading has just shown the order as failed, and so did another one at least
-    CONFIRMED_AFTER_S before, and every one between; never for what is paid twice.
+    `give_back` refunds a payment wholly, and returns whether it did. It is called only if all
+    readings of at least CONFIRMED_AFTER_S, including the newest, showed the order as failed; never
+    for an order that is paid twice.
     """
 
     def __init__(
@@ -64,12 +65,12 @@ class Checking:
         self._loop = asyncio.create_task(self._run(), name="fulfilments")
 
     def wake(self) -> None:
-        """There may be something to ask about."""
+        """Suspects may be due."""
         self._wake.set()
 
     async def stop(self, timeout_s: float) -> None:
-        """Claims nothing more and waits a while for what is under way. What is cut off then is
-        asked about again once its lease is over."""
+        """Claims no more, and waits up to `timeout_s` for running checks. Those that are cancelled
+        are repeated once their lease expires."""
         if self._loop is not None:
             await end({self._loop}, 1)
         await finish(self._tasks, timeout_s)
@@ -77,7 +78,7 @@ class Checking:
             await self._status.close()
 
     async def run_once(self) -> int:
-        """Asks about what is due; returns about how many payments. `start` was not called."""
+        """Checks due payments; returns how many. To be used without `start`."""
         tasks = await self._begin_due()
         await asyncio.gather(*tasks)
         return len(tasks)
@@ -88,7 +89,7 @@ class Checking:
             try:
                 await self._begin_due()
                 await self._tidy()
-            except Exception as error:  # noqa: BLE001 - the others' orders must not wait for it
+            except Exception as error:  # noqa: BLE001 - a bug must not stop other checks
                 message = "suspects cannot be looked for, trying again"
                 known = isinstance(error, DatabaseUnavailable)
                 self._repeats.tell(
@@ -117,11 +118,12 @@ class Checking:
 
     def _checked(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if len(self._tasks) == CONCURRENCY_MAX - 1:  # there was no place for more
+        if len(self._tasks) == CONCURRENCY_MAX - 1:  # the limit was reached
             self._wake.set()
 
     async def _check(self, claimed: ClaimedFulfilment, status: OrderStatus) -> None:
-        """One reading, and what it means. What fails is asked again when the lease is over."""
+        """Reads the order's status and judges it. A failed check is repeated once its lease
+        expires."""
         try:
             reading = await status.ask(claimed.order_id)
             if reading.verdict == "unknown":
@@ -132,21 +134,21 @@ class Checking:
         except DatabaseUnavailable:
             message = "what an order's status means cannot be recorded now"
             self._repeats.tell("WARNING", message, payment_id=claimed.payment_id)
-        except Exception as error:  # noqa: BLE001 - other orders are asked about all the same
+        except Exception as error:  # noqa: BLE001 - a bug must not stop other checks
             message = "an order's status cannot be judged"
             self._repeats.tell(*("ERROR", message), exception=error, payment_id=claimed.payment_id)
 
     async def _judge(
         self, claimed: ClaimedFulfilment, verdict: Literal["confirmed", "failed"], order_status: str
     ) -> None:
-        """Looks at all payments of the order. Others that the reading says the same of may have no
-        row: their responses said that the order was confirmed."""
+        """Judges all payments of the order. Others to which the reading applies may have no row,
+        since their responses said that the order was confirmed."""
         database = self._database
         captured = await table.captured_for(database, claimed.order_id, claimed.payment_id)
         if claimed.payment_id in captured.refunded:
             await table.remove(database, claimed)
             return
-        if claimed.payment_id not in captured.standing:  # read models are being written anew
+        if claimed.payment_id not in captured.standing:  # the read models are being rebuilt
             await table.record_unknown(database, claimed, None, "payment is not known")
             return
         for_nothing = captured.paid_for_nothing(verdict)
@@ -181,14 +183,14 @@ class Checking:
     def _tell(
         self, claimed: ClaimedFulfilment, state: str, message: str, order_status: str
     ) -> None:
-        """Once: when it was found."""
+        """Logs the state once, when it is found."""
         if claimed.state != state:
             logger.bind(
                 payment_id=claimed.payment_id, order_id=claimed.order_id, order_status=order_status
             ).warning(f"{message}: `payments callbacks list --unfulfilled`")
 
     async def _tidy(self) -> None:
-        """Now and then, a little."""
+        """Sweeps and prunes, few rows at a time."""
         now = time.monotonic()
         if now >= self._sweep_at:
             self._swept = await table.sweep(self._database, self._swept, SWEEP_ROWS)

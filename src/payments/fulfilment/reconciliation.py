@@ -1,7 +1,8 @@
-"""Asks about every order that was paid in a time, and finds where Order Service and we disagree.
+"""Asks for the status of every order that was paid in a period, and reports contradictions between
+Order Service and the log.
 
-Orders are read by key, some at a time, in statements of their own; nothing is held between them.
-What was paid for nothing, or nobody knows, is watched from then on.
+Orders are read by key, in pages, each with its own statement; no transaction is held between them.
+Payments whose order failed or is unknown become suspects.
 """
 
 import asyncio
@@ -20,20 +21,20 @@ from payments.order_service.responses import Reading
 from payments.queries.cursor import ListPlace
 from payments.queries.payments import has_no_money, orders_with_outcomes
 
-PAGE = 200  # orders that are read at a time
-IN_VAIN_MAX = 50  # paid orders in a row that nothing is told of: something is wrong with the URL
+PAGE = 200  # orders that one statement reads
+IN_VAIN_MAX = 50  # failed requests in a row about paid orders: the URL must be wrong
 
 Kind = Literal["unfulfilled", "paid_twice", "not_known", "unpaid"]
 
 
 class Found(NamedTuple):
-    """Something that an order's status and its payments disagree about.
+    """A contradiction between an order's status and its payments.
 
-    unfulfilled: the payment stands, and its order failed. paid_twice: another payment stands that
-    was captured before it, for the same order, which is confirmed. not_known: the payment stands;
-    `problem` says why the order's status is not known, or `order_status` tells another one. unpaid:
-    the order is confirmed, and each of its payments failed or was refunded whole; `payment_id` is
-    None.
+    unfulfilled: the payment is captured, and its order failed. paid_twice: the order is confirmed,
+    and an earlier captured payment paid it. not_known: the payment is captured, and the order's
+    status is unknown: `problem` says why, or `order_status` is a word that we do not know. unpaid:
+    the order is confirmed, and each of its payments failed or was refunded wholly; `payment_id` is
+    None. A refunded payment does not count as captured.
     """
 
     kind: Kind
@@ -44,8 +45,8 @@ class Found(NamedTuple):
 
 
 class Reconciliation:
-    """`per_s`: so many orders are asked about in a second at the most. `progress` is called with
-    how many were."""
+    """`per_s` is the maximum of status requests in a second. `progress` is called with their number
+    so far."""
 
     def __init__(
         self,
@@ -59,13 +60,13 @@ class Reconciliation:
         self._pause_s = 1 / per_s
         self._progress = progress
         self._next_at = 0.0
-        self._in_vain = 0  # orders in a row
+        self._in_vain = 0  # failed requests in a row
         self.asked = 0  # orders
 
     async def run(self, since: datetime, until: datetime, show: Callable[[Found], None]) -> int:
-        """Shows what it finds about orders that were paid in this time, `until` not included;
-        returns how much that is. DatabaseUnavailable, or StartError if the URL tells
-        nothing."""
+        """Shows the contradictions of orders that were paid from `since` until before `until`;
+        returns their number. Raises DatabaseUnavailable, or StartError if the URL never responds
+        with a status."""
         found, under_way = 0, set[asyncio.Task[list[Found]]]()
         try:
             async for order_id in self._orders(since, until):

@@ -1,8 +1,8 @@
-"""The table `fulfilments`, and its SQL, but for the statement that records a delivery and what its
-response said at once: that is in callbacks/outbox.py.
+"""The SQL of the table `fulfilments`, except the statement that records a delivery together with
+its suspect: that is in callbacks/outbox.py.
 
-Any number of processes share the work. A claimed row has a number of its own until its reading is
-recorded; whoever comes with another number came too late, and changes nothing.
+Any number of processes share the work. A claim sets a new number in its row; a process whose number
+does not match any more is too late, and changes nothing.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from payments.events.store import CAPTURE_POSITIONS
 State = Literal["suspect", "unfulfilled", "paid_twice"]
 
 CONFIRMED_AFTER_S = 900.0  # between the first reading that showed an order as failed and the next
-AGAIN_S = 3600.0  # between readings of what is known to be unfulfilled or paid twice
+AGAIN_S = 3600.0  # between readings of rows that are known to be unfulfilled or paid twice
 UNKNOWN_MIN_S, UNKNOWN_MAX_S = 2.0, 3600.0  # doubling, while the status is not known
 
-OF_ORDER_MAX = 1000  # payments of one order that are looked at
+OF_ORDER_MAX = 1000  # payments of one order that are read
 
-# Found beside a payment of the same order, or by `payments reconcile orders`. What is watched
-# already stays as it is.
+# Adds suspects: other payments of a checked order, or those found by `payments reconcile orders`.
+# Existing rows are not changed.
 ADD = """
 INSERT INTO fulfilments (payment_id, order_id, state, said)
 SELECT payment_id, order_id, 'suspect', 'not_asked'
@@ -35,9 +35,9 @@ SELECT payment_id, order_id, 'suspect', 'not_asked'
 RETURNING payment_id
 """
 
-# What is due, oldest first; nobody else gets it until the lease is over. So is what is due later
-# than any pause lasts: the clock was ahead when that was written. With clock_timestamp(), which
-# changes from row to row, instead of now() the index could not be used.
+# Claims due rows, oldest first, until the lease expires. Rows that are due later than the longest
+# pause are claimed too: they were written while the clock was ahead. now() instead of
+# clock_timestamp(), which is volatile: with that the index could not be used.
 CLAIM = """
 WITH due AS (
     SELECT payment_id FROM fulfilments
@@ -59,8 +59,8 @@ UPDATE fulfilments f
 RETURNING f.payment_id, f.order_id, f.state, f.claim
 """
 
-# Which payments of an order captured something, and whether their money stands: the first ones, and
-# the one at hand. Both the outbox and `payments` are asked, as in paid_orders (migrations/0010):
+# The captured payments of an order, and whether they are not refunded: the first ones, and the one
+# that is checked. Both the outbox and `payments` are read, as in paid_orders (migrations/0010):
 # either of their followers may be behind, and the outbox is pruned.
 CAPTURED_FOR = """
 SELECT known.payment_id, bool_and(known.status = 'SUCCESS')
@@ -81,8 +81,8 @@ SELECT known.payment_id, bool_and(known.status = 'SUCCESS')
  GROUP BY known.payment_id
 """
 
-# The status is not known. A response that told another status ends what was known before; one that
-# told nothing leaves it.
+# The status is not known. A response with another status makes the payment a suspect again; one
+# without a status leaves the state.
 RECORD_UNKNOWN = """
 UPDATE fulfilments
    SET state = CASE WHEN %(problem)b::text IS NULL THEN 'suspect' ELSE state END,
@@ -94,8 +94,9 @@ UPDATE fulfilments
 RETURNING payment_id
 """
 
-# A time in the future was written while the clock was ahead: the series begins anew. The second
-# reading comes CONFIRMED_AFTER_S after the first. Whoever may give the money back keeps its claim.
+# A time in the future was written while the clock was ahead: the series restarts. The second
+# reading comes CONFIRMED_AFTER_S after the first. A process that may give the money back keeps the
+# claim.
 RECORD_FAILED = """
 UPDATE fulfilments f
    SET state = 'unfulfilled', order_status = %(order_status)b, problem = NULL,
@@ -121,7 +122,7 @@ UPDATE fulfilments
 RETURNING payment_id
 """
 
-# It is fulfilled, or its money went back.
+# The order is fulfilled, or the payment refunded.
 REMOVE = """
 DELETE FROM fulfilments WHERE payment_id = %(payment_id)b AND claim = %(claim)b
 RETURNING payment_id
@@ -139,9 +140,9 @@ UPDATE fulfilments SET claim = NULL
 RETURNING payment_id
 """
 
-# Some rows at a time, all in turn: those go whose money went back. One that is claimed is left to
-# whoever claimed it, who may be giving it back. And what was on its way back, and then was refused
-# by the provider, is unfulfilled as before; `payments` may be behind for a while.
+# Pages through all rows. Deletes those whose payment is refunded, except claimed ones: that process
+# may be giving the money back. A row that was given back becomes unfulfilled again if the provider
+# refused the refund. `payments` may be behind for a while.
 SWEEP = """
 WITH looked_at AS (
     SELECT payment_id FROM fulfilments WHERE payment_id > %(after)b
@@ -161,8 +162,8 @@ WITH looked_at AS (
 SELECT payment_id FROM looked_at ORDER BY payment_id OFFSET %(most)b - 1
 """
 
-# What was given back, and what nobody asked about while there was nothing to ask: as long as the
-# callback itself.
+# Old rows: those given back, and those never checked because ORDER_STATUS_URL was not set. They are
+# kept as long as the callbacks.
 PRUNE = """
 WITH given_back AS (
     SELECT payment_id FROM fulfilments
@@ -181,12 +182,12 @@ DELETE FROM fulfilments WHERE payment_id IN (
 RETURNING payment_id
 """
 
-BEHIND_S = 60.0  # so far the read models may be, and then a refund is not in them yet
+BEHIND_S = 60.0  # the read models may lag so far, and then lack the refund
 FIRST = UUID(int=0)
 
 
 class ClaimedFulfilment(NamedTuple):
-    """A payment that this process may ask about until its lease is over."""
+    """A payment that this process may check until its lease expires."""
 
     payment_id: UUID
     order_id: UUID
@@ -195,27 +196,27 @@ class ClaimedFulfilment(NamedTuple):
 
 
 class Captured(NamedTuple):
-    """The payments of an order that captured something: those whose money stands, in the order of
-    their captures, and all others."""
+    """The captured payments of an order: those not refunded, in the order of their captures, and
+    those refunded."""
 
     standing: list[UUID]
     refunded: list[UUID]
 
     def paid_for_nothing(self, verdict: Literal["confirmed", "failed"]) -> list[UUID]:
-        """Those that an order of this status was not fulfilled by: a confirmed one was by the first
-        of them, a failed one by none."""
+        """The payments for which the order was not fulfilled: of a confirmed order all but the
+        first, of a failed one all."""
         return self.standing[1:] if verdict == "confirmed" else self.standing
 
 
 async def add(database: Database, payments: Sequence[tuple[UUID, UUID]]) -> int:
-    """Has payments, each with its order, watched from now on; returns how many were not yet."""
+    """Adds suspects, as (payment, order); returns how many are new."""
     return len(await _add(database, payments, None))
 
 
 async def add_beside(
     database: Database, claimed: ClaimedFulfilment, payment_ids: Sequence[UUID]
 ) -> None:
-    """Has other payments of the same order watched, while the claim is held."""
+    """Adds other payments of the same order as suspects, if the claim is still held."""
     await _add(database, [(each, claimed.order_id) for each in payment_ids], claimed)
 
 
@@ -232,7 +233,7 @@ async def _add(
 
 
 async def claim(database: Database, most: int, lease_s: float) -> list[ClaimedFulfilment]:
-    """What is to be asked about now, at most so many."""
+    """Claims at most `most` due rows."""
     params = {"most": most, "lease_s": lease_s, "again_s": AGAIN_S}
     return [ClaimedFulfilment(*row) for row in await database.fetch(CLAIM, params)]
 
@@ -240,7 +241,7 @@ async def claim(database: Database, most: int, lease_s: float) -> list[ClaimedFu
 async def captured_for(
     database: Database, order_id: UUID, payment_id: UUID | None = None
 ) -> Captured:
-    """Of an order with very many payments the first ones, and `payment_id`."""
+    """At most OF_ORDER_MAX payments of the order, the first ones, and `payment_id`."""
     params = {"order_id": order_id, "payment_id": payment_id, "most": OF_ORDER_MAX}
     rows = await database.fetch(CAPTURED_FOR, params)
     standing = [payment_id for payment_id, stands in rows if stands]
@@ -254,7 +255,7 @@ async def captured_for(
 async def record_unknown(
     database: Database, claimed: ClaimedFulfilment, order_status: str | None, problem: str | None
 ) -> bool:
-    """False, here and below: the claim is not held any more, and nothing was changed."""
+    """False, here and below: the claim is no longer held, and nothing was changed."""
     return await _change(
         *(database, RECORD_UNKNOWN, claimed),
         order_status=order_status,
@@ -267,8 +268,9 @@ async def record_unknown(
 async def record_failed(
     database: Database, claimed: ClaimedFulfilment, order_status: str, *, may_give_back: bool
 ) -> bool | None:
-    """Whether this was a second reading or a later one, CONFIRMED_AFTER_S after the first of an
-    unbroken series; then who may give back keeps the claim. None: it is not held any more."""
+    """Whether an unbroken series of readings that show the order as failed has lasted for
+    CONFIRMED_AFTER_S; then, with `may_give_back`, the claim is kept. None: the claim is no longer
+    held."""
     params = {
         **_key(claimed),
         "order_status": order_status,
@@ -296,7 +298,7 @@ async def note_given_back(database: Database, claimed: ClaimedFulfilment) -> boo
 
 
 async def release(database: Database, claimed: ClaimedFulfilment) -> bool:
-    """It is asked about again when it is due."""
+    """Ends the claim; the row is checked again when it is due."""
     return await _change(database, RELEASE, claimed)
 
 
@@ -311,13 +313,14 @@ def _key(claimed: ClaimedFulfilment) -> dict[str, Any]:
 
 
 async def sweep(database: Database, after: UUID, most: int) -> UUID:
-    """Removes what was refunded among so many rows behind `after`, and takes up again what the
-    provider refused to give back; returns the last one looked at, or FIRST when all were."""
+    """Removes refunded payments among the next `most` rows after `after`, and reopens those that
+    the provider refused to give back. Returns the last row read, or FIRST at the end."""
     params = {"after": after, "most": most, "behind_s": BEHIND_S}
     rows = await database.fetch(SWEEP, params)
     return rows[0][0] if rows else FIRST
 
 
 async def prune(database: Database, older_than_days: int, most: int) -> int:
-    """Forgets what was given back, or never asked about, so long ago; returns how many."""
+    """Deletes up to `most` rows of each kind that were given back, or found and never checked,
+    `older_than_days` ago; returns how many."""
     return len(await database.fetch(PRUNE, {"days": older_than_days, "most": most}))
