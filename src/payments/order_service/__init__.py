@@ -1,15 +1,16 @@
-"""Order Service as this service meets it: how it is reached, and what its responses mean.
+"""The client of Order Service: how it is reached, and what its responses mean.
 
-target.py     where requests go and what signs them;  addresses.py where plain http may go
-endpoint.py   one bounded exchange with it: a callback, or a question about an order
-heads.py      header sections of responses, of every form that HTTP allows
+target.py     the URL and the keys of requests
+addresses.py  the addresses to which plain http may go
+endpoint.py   one bounded exchange: a callback, or a status request
+heads.py      normalises header sections of responses
 signing.py    signatures of callbacks (Standard Webhooks)
-responses.py  what a response says about the order; pure, and the only place for that
+responses.py  the only code that reads what a response says of its order; pure
 
-endpoint.py is imported where an address is set: its HTTP client takes a third of the time in which
-a command starts.
+endpoint.py is imported only where an address is set: importing its HTTP client takes a third of a
+command's start time.
 """
 
-# Order Service answers in milliseconds, or in as long as its seat allocation takes: seconds, on a
-# bad day. What takes longer hangs.
+# Order Service responds in milliseconds, or in as long as its seat allocation takes: seconds, at
+# worst. A longer exchange hangs.
 TIMEOUT_S = 25.0

@@ -1,11 +1,11 @@
-"""Where plain http may go: which addresses are near enough to need no certificate."""
+"""The addresses to which plain http may go, without a certificate."""
 
 import ipaddress
 from collections.abc import Iterator, Sequence
 
 from payments.setting_values import Network
 
-# Where plain http may go without being told so, but for METADATA.
+# Where plain http may go by default, except METADATA.
 NEAR = tuple(
     ipaddress.ip_network(block)
     for block in (
@@ -18,8 +18,8 @@ NEAR = tuple(
     )
 )
 
-# Where clouds hand out credentials, as each documents; most do at a link-local address. https may
-# go there: it sends nothing before a certificate is verified, and none of them has one.
+# Metadata services of clouds, which hand out credentials, as each documents; most are link-local.
+# https may go there: it sends nothing before a certificate is verified, and none of them has one.
 METADATA = tuple(
     ipaddress.ip_network(block)
     for block in (
@@ -39,9 +39,8 @@ METADATA = tuple(
 
 
 def is_near(address: str, networks: Sequence[Network] = ()) -> bool:
-    """Whether it is a loopback or a private address, or in one of the `networks`, and neither
-    link-local nor one of a cloud's metadata service; an IPv4 address in IPv6's form counts as it
-    is."""
+    """Whether it is a loopback or private address, or in one of the `networks`, and neither
+    link-local nor a cloud's metadata service. An IPv4-mapped IPv6 address counts as IPv4."""
     parsed = ipaddress.ip_address(address)
     if isinstance(parsed, ipaddress.IPv6Address):
         parsed = parsed.ipv4_mapped or parsed
@@ -50,14 +49,14 @@ def is_near(address: str, networks: Sequence[Network] = ()) -> bool:
 
 
 def _is_metadata(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Link-local addresses among them. An IPv6 address that holds one of IPv4 may be that one."""
+    """Includes link-local addresses. An IPv6 address may lead to an IPv4 address within it."""
     held = [address] if isinstance(address, ipaddress.IPv4Address) else [address, *_held(address)]
     return any(each in block for each in held for block in METADATA)
 
 
 def _held(address: ipaddress.IPv6Address) -> Iterator[ipaddress.IPv4Address]:
-    """Those of IPv4 in it: of 6to4 (RFC 3056), at its end, or as translators have it behind a
-    shorter prefix (RFC 6052 section 2.2): then octet 8 is 0, and so is all that follows."""
+    """The IPv4 addresses within it: of 6to4 (RFC 3056), in the last 32 bits, or after the shorter
+    prefix of a translator (RFC 6052 section 2.2), where octet 8 and all following bits are 0."""
     if address.sixtofour is not None:
         yield address.sixtofour
     value = int(address)

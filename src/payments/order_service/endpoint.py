@@ -1,8 +1,8 @@
-"""HTTP to Order Service: one bounded exchange, and what came of it.
+"""HTTP to Order Service: one bounded exchange and its result.
 
-Whatever goes wrong means "not delivered", so this may use aiohttp, of which we know only whether a
-request had a connection, and then take it for sent; gateways, who decide about money on that, use
-plain httpx (gateways/http.py). With 64 exchanges at once aiohttp takes a third of httpx's CPU.
+Every error means "not delivered", so aiohttp is good enough here. It tells only whether a request
+had a connection, and then the request counts as sent. Gateways, which decide about money, use plain
+httpx (gateways/http.py). With 64 concurrent exchanges aiohttp takes a third of httpx's CPU time.
 """
 
 import asyncio
@@ -29,25 +29,25 @@ from payments.order_service.heads import find_head_end, is_http, plain
 from payments.order_service.signing import signature_headers
 from payments.order_service.target import Target
 
-# A name server or a host that is away: nothing was sent, and it is tried again soon.
+# For a name server or host that is unavailable: nothing was sent, and the retry comes soon.
 CONNECT_TIMEOUT_S = 5.0
-ANSWER_BYTES_MAX = 64 * 1024  # as received: head, body and everything between them
-ANSWER_BYTES_KEPT = 2048  # of the body, for people who look for a reason
+ANSWER_BYTES_MAX = 64 * 1024  # as received: header section, body and everything between them
+ANSWER_BYTES_KEPT = 2048  # of the body, for diagnosis
 
-# A server that closes an idle connection just as it is used again costs a callback one attempt.
-# Servers wait at least 2 s (gunicorn), most 5 s (Node, uvicorn) or longer: it is given up before.
+# A server that closes an idle connection just when it is reused costs a callback one attempt.
+# Servers close after 2 s (gunicorn), most after 5 s (Node, uvicorn) or later; we close earlier.
 KEEPALIVE_EXPIRY_S = 1.0
 
 
 class Exchange(NamedTuple):
-    """What came of one request.
+    """The result of one request.
 
-    `status` is that of a complete head, whatever became of the body behind it. Without one it is
+    `status` is set once the header section is complete, even if the body is not. Without one it is
     None, and `error` is "timeout", "unreachable" (no connection, or it ended), "forbidden_address"
-    or "protocol". `reason` is for people and holds nothing secret. `retry_after` is the header's
-    text as sent, `answer` the beginning of the body as received, `seconds` the time it all took.
-    `sent`: something of the request may have been sent; False only if that is certain.
-    `content_type` is the header's text; of responses to callbacks only from 500 on.
+    or "protocol". `reason` is for people and contains no secret. `retry_after` is the header's text
+    as sent, `answer` the beginning of the body as received, `seconds` the duration. `sent`: some of
+    the request may have been sent; False only if certainly not. `content_type` is the header's
+    text; of responses to callbacks only from status 500 on.
     """
 
     status: int | None
@@ -68,15 +68,15 @@ class ForbiddenAddress(OSError):
 
 
 class AnswerTooLong(aiohttp.ClientError):
-    """The answer goes on after ANSWER_BYTES_MAX."""
+    """The response is longer than ANSWER_BYTES_MAX."""
 
 
 class Endpoint:
     """Exchanges with one target, on at most `connections_max` connections: callbacks to its URL,
-    and with `get` questions to its origin. `tls` replaces the default context.
+    and with `get` status requests to its origin. `tls` replaces the default context.
 
-    Of plain http each address is looked at (is_near) as it is connected to, so that a name cannot
-    mean another one by then.
+    For plain http each address is checked (is_near) when it is connected to, so that the name
+    cannot resolve to another address after the check.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Endpoint:
         return f"Endpoint({self._url.origin!r})"
 
     async def open(self) -> None:
-        """To be called in the event loop that `post` is called in."""
+        """Must be called in the event loop of `post`."""
         connector = aiohttp.TCPConnector(
             limit=self._connections_max,
             keepalive_timeout=KEEPALIVE_EXPIRY_S,
@@ -113,11 +113,11 @@ class Endpoint:
         self._session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,  # a compressed answer stays small
+            auto_decompress=False,  # a compressed response stays small
             trust_env=False,
-            # The whole exchange has a limit of its own.
+            # The whole exchange has its own timeout.
             timeout=aiohttp.ClientTimeout(sock_connect=self._connect_timeout_s),
-            # All that is received is bounded; aiohttp's own bounds are 8,190 bytes and 128 fields.
+            # We bound all received bytes; aiohttp's own limits are 8,190 bytes and 128 fields.
             max_line_size=ANSWER_BYTES_MAX,
             max_field_size=ANSWER_BYTES_MAX,
             max_headers=ANSWER_BYTES_MAX,
@@ -126,10 +126,10 @@ class Endpoint:
     async def post(
         self, message_id: str, body: bytes, timestamp: int, traceparent: str | None = None
     ) -> Exchange:
-        """Sends one callback within the time limit; raises nothing but CancelledError.
+        """Sends one callback within the timeout; raises only CancelledError.
 
-        `message_id` and `timestamp` (Unix time, seconds) are for the signature. With all
-        connections in use, the time limit covers the wait for one as well.
+        `message_id` and `timestamp` (Unix time, seconds) are for the signature. The timeout
+        includes the wait for a free connection.
         """
 
         async def send(answer: _Answer) -> None:
@@ -139,8 +139,8 @@ class Endpoint:
         return await self._bounded(send, ANSWER_BYTES_KEPT)
 
     async def get(self, path_qs: str) -> Exchange:
-        """Asks for a path and query at the target's origin; as `post` but not signed, and what was
-        received of the body is kept whole."""
+        """Requests a path and query of the target's origin; as `post`, but without signature, and
+        the whole received body is kept."""
 
         async def send(answer: _Answer) -> None:
             headers = _BASIC_HEADERS | {"accept": "application/json"}
@@ -158,7 +158,7 @@ class Endpoint:
         try:
             async with asyncio.timeout(self.timeout_s):
                 await send(answer)
-        except Exception as failure:  # noqa: BLE001 - not only aiohttp's: no library is complete
+        except Exception as failure:  # noqa: BLE001 - not only aiohttp's documented errors
             error, reason = _explain(failure)
         if answer.status is not None:
             error = None
@@ -170,7 +170,7 @@ class Endpoint:
         )
 
     async def close(self) -> None:
-        """Closes all connections; exchanges under way fail."""
+        """Closes all connections; running exchanges fail."""
         if self._session is not None:
             session, self._session = self._session, None
             await session.close()
@@ -206,7 +206,7 @@ class Endpoint:
                 answer.body += part
 
     def _new_socket(self, address: tuple[Any, ...]) -> socket.socket:
-        """The socket for one address of the name; the last place where it can be refused."""
+        """A socket for one address of the name, the last place to reject that address."""
         family, kind, protocol, _, socket_address = address
         if self._url.scheme == "http" and not is_near(socket_address[0], self._target.networks):
             raise ForbiddenAddress
@@ -214,7 +214,7 @@ class Endpoint:
 
 
 class _Answer:
-    """What there is of it so far."""
+    """The part of a response that was received so far."""
 
     def __init__(self, send_until: float) -> None:
         self.send_until = send_until  # by the monotonic clock
@@ -225,30 +225,32 @@ class _Answer:
         self.sent = False
 
 
-# Of the exchange that a task has.
+# The response of the exchange in the current task.
 _current: ContextVar[_Answer] = ContextVar("exchange")
 
 
 class _EndpointConnection(ResponseHandler):
-    """aiohttp's side of one connection, with five things that it leaves out.
+    """aiohttp's side of one connection, changed in five points.
 
-    - It counts the body only. Here all that is received counts: interim answers, chunk extensions
-      and empty lines before the head can be endless as well.
-    - It drops an answer if what follows the head in the same packet is not HTTP: the body of a 204,
-      or a bad chunk. Here heads are parsed alone: the status is the answer.
-    - It refuses heads that HTTP allows. Here it gets them in plain words (heads.py).
-    - It raises for a body that breaks off, or waits. Here the body ends there.
-    - It takes what comes after an answer for the next one. Here that ends the connection.
+    - aiohttp counts only the body. Here all received bytes count: interim responses, chunk
+      extensions and empty lines before the header section can be endless too.
+    - It drops a response if the bytes after the header section, in the same packet, are not HTTP:
+      the body of a 204, or a bad chunk. Here header sections are parsed alone, so that the status
+      counts.
+    - It rejects header sections that HTTP allows. Here they are normalised first (heads.py).
+    - It raises for a body that is cut off, or is late. Here the body ends there.
+    - It takes bytes after a response for the next one. Here they end the connection.
     """
 
     _bytes_left = ANSWER_BYTES_MAX
-    _head = b""  # what was received of one
+    _head = b""  # the received part of a header section
     _has_head = False
 
     def set_response_params(self, **params: Any) -> None:
-        """aiohttp calls it before each request on this connection, in the task of the exchange.
+        """aiohttp calls this before each request on this connection, in the task of the exchange.
 
-        A process that was frozen while it connected sends nothing any more: somebody else may.
+        A process that was frozen while it connected sends nothing, since another process may have
+        claimed the delivery.
         """
         answer = _current.get()
         if time.monotonic() > answer.send_until:
@@ -261,7 +263,7 @@ class _EndpointConnection(ResponseHandler):
         super().set_response_params(**params)
 
     def feed_data(self, data: Any, size: int = 0) -> None:
-        """A head was parsed: the answer's, or that of an interim one (RFC 9110 section 15.2)."""
+        """A header section was parsed: the final or an interim one (RFC 9110 section 15.2)."""
         status = data[0].code
         self._has_head = status >= 200 or status == 101
         super().feed_data(data, size)
@@ -271,7 +273,7 @@ class _EndpointConnection(ResponseHandler):
         if self._bytes_left >= 0:
             self._receive(data)
             return
-        self._receive(data[: self._bytes_left])  # without what is too much
+        self._receive(data[: self._bytes_left])  # up to the limit
         if self.is_connected():
             self.set_exception(AnswerTooLong())
 
@@ -283,10 +285,10 @@ class _EndpointConnection(ResponseHandler):
         if data and self._payload is not None and self._payload.is_eof():
             self.abort()
         else:
-            self._feed(data)  # perhaps nothing: then the parser goes on with what it has
+            self._feed(data)  # may be empty: then the parser continues with its buffer
 
     def _feed_heads(self, data: bytes) -> bytes:
-        """Has each head parsed alone; returns what comes after the answer's."""
+        """Parses each header section alone; returns the bytes after the final one."""
         looked_at = len(self._head)
         self._head += data
         while (end := find_head_end(self._head, looked_at)) is not None:
@@ -296,7 +298,7 @@ class _EndpointConnection(ResponseHandler):
             if self._has_head or not self.is_connected():
                 return self._head
         if not is_http(self._head):
-            self._feed(self._head)  # for the parser to refuse
+            self._feed(self._head)  # the parser rejects it
         return b""
 
     def _feed(self, data: bytes) -> None:
@@ -315,7 +317,7 @@ class _EndpointConnection(ResponseHandler):
             body.feed_eof()
 
     def close(self) -> None:
-        """At once: nothing that is still to be sent or received is worth waiting for."""
+        """Closes at once, without waiting for unsent or unread bytes."""
         self.abort()
 
 
@@ -336,8 +338,8 @@ class _Resolver(AbstractResolver):
 
 
 def _explain(failure: Exception) -> tuple[str, str]:
-    """The error and the reason of an Exchange; never an exception's own text: there may be the URL
-    or headers in it."""
+    """The error and the reason of an Exchange; never an exception's own text, which may contain the
+    URL or headers."""
     causes = list(_causes(failure))
     name = type(causes[-1]).__name__
     if any(isinstance(cause, ForbiddenAddress) for cause in causes):
@@ -356,7 +358,7 @@ def _explain(failure: Exception) -> tuple[str, str]:
 
 
 def _causes(failure: BaseException) -> Iterator[BaseException]:
-    """The failure, then what it was raised from, and so on."""
+    """The exception and its chain of causes."""
     cause: BaseException | None = failure
     while cause is not None and not isinstance(cause, asyncio.CancelledError):
         yield cause
@@ -364,16 +366,16 @@ def _causes(failure: BaseException) -> Iterator[BaseException]:
 
 
 def _address(url: HttpUrl, path_qs: str) -> URL:
-    """For aiohttp, with path and query as they are: yarl decodes what need not be encoded, like %2F
-    in a query. What no URL may hold (RFC 3986 section 2) is encoded. All of it is the path to yarl,
-    which would leave an empty query out."""
+    """The URL for aiohttp, with path and query unchanged: yarl would decode needless escapes, like
+    %2F in a query, and drop an empty query. So both are passed as the path. Characters that no URL
+    may contain (RFC 3986 section 2) are encoded."""
     path = quote(path_qs, safe="%/?:@!$&'()*+,;=[]")
     return URL.build(scheme=url.scheme, authority=url.authority, path=path, encoded=True)
 
 
 def _default_tls() -> ssl.SSLContext:
-    """Trusts the public authorities, and those that this machine or SSL_CERT_FILE names: an Order
-    Service in the same house may have its certificate from the house's own."""
+    """Trusts the public authorities, and those of this machine or SSL_CERT_FILE: the certificate
+    may come from a private authority."""
     context = httpx.create_ssl_context(trust_env=False)
     context.load_default_certs()
     return context

@@ -1,10 +1,9 @@
-"""Heads of responses, put so that aiohttp's parser understands all that HTTP allows.
+"""Normalises header sections of responses, so that aiohttp's parser accepts all that HTTP allows.
 
-It refuses a length that is said twice, though equal (RFC 9110 section 8.6), a length beside chunks,
-which override it (RFC 9112 section 6.3), a minor version to come (RFC 9110 section 2.5), reason
-phrases that are not UTF-8, and control characters in values. Of the fields only those matter here
-that say where the response ends, whether the connection is kept, when to come again, and of what
-kind the body is; no other can do harm then.
+It rejects a repeated equal Content-Length (RFC 9110 section 8.6), a Content-Length beside chunks,
+which override it (RFC 9112 section 6.3), a later minor version (RFC 9110 section 2.5), reason
+phrases that are not UTF-8, and control characters in values. Only the fields that state the end of
+the response, keep-alive, Retry-After and the media type are kept; no other can do harm then.
 """
 
 import re
@@ -15,30 +14,31 @@ _KEPT = (
 )
 _PRINTABLE = re.compile(rb"[ -~]*")
 
-# The end of a head; lenient servers leave the \r out. Not an empty line before the head.
+# The end of a header section; some servers omit the \r. Not an empty line before it.
 _END = re.compile(rb"[^\r\n]\r?\n\r?\n")
 _END_BYTES_MAX = 5
 
 _BEGINNING = re.compile(rb"[\r\n]*([^\r\n]{1,5})")
-_FOLD = re.compile(rb"\r?\n[ \t]+")  # RFC 9112 section 5.2: it stands for a space
+_FOLD = re.compile(rb"\r?\n[ \t]+")  # RFC 9112 section 5.2: equals a space
 _STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([0-9]{3})(?:[ \t].*)?\r?", re.DOTALL)
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*:(.*)", re.DOTALL)
 
 
 def find_head_end(data: bytes, looked_at: int) -> int | None:
-    """Where the first head in the data ends, of which so many bytes were looked at before."""
+    """The end of the first header section in the data; None if it is incomplete. The first
+    `looked_at` bytes were searched before."""
     found = _END.search(data, max(0, looked_at + 1 - _END_BYTES_MAX))
     return found.end() if found else None
 
 
 def is_http(data: bytes) -> bool:
-    """Whether what begins so may become a head."""
+    """Whether the data may be the beginning of a header section."""
     begun = _BEGINNING.match(data)
     return begun is None or b"HTTP/".startswith(begun[1])
 
 
 def plain(head: bytes) -> bytes:
-    """What matters of a head. What is none is returned as it is, for the parser to refuse."""
+    """The normalised header section. Invalid data is returned unchanged; the parser rejects it."""
     first, *lines = _FOLD.sub(b" ", head.strip(b"\r\n")).split(b"\n")
     status_line = _STATUS_LINE.fullmatch(first)
     if status_line is None:
@@ -58,11 +58,11 @@ def plain(head: bytes) -> bytes:
 
 
 def _frame(fields: dict[bytes, list[bytes]]) -> None:
-    """Leaves one way to find the end of the response: RFC 9112 section 6.3."""
+    """Keeps one way to find the end of the response: RFC 9112 section 6.3."""
     lengths = {part.strip() for value in fields[b"content-length"] for part in value.split(b",")}
     if lengths and fields[b"transfer-encoding"]:
         lengths.clear()
-        fields[b"connection"] = [b"close"]  # to others it may be two responses
+        fields[b"connection"] = [b"close"]  # other readers may see two responses
     fields[b"content-length"] = sorted(lengths)  # several are for the parser to refuse
     del fields[b"retry-after"][1:]
     kinds = [value for value in fields[b"content-type"] if _PRINTABLE.fullmatch(value)]

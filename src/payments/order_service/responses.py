@@ -1,8 +1,9 @@
-"""What Order Service's responses say of an order: those to callbacks, and those of its status URL.
+"""Reads what Order Service's responses say of an order: those to callbacks, and those of its status
+URL.
 
-Pure, and the only place that reads them. Both are a JSON object with `order_status` or `status`, at
-the top or within `order` or `data`. A word that stands in neither list below tells nothing: money
-goes back for explicit words only.
+Pure, and the only code that reads them. Both are a JSON object with `order_status` or `status`, at
+the top level or within `order` or `data`. A word in neither list below means unknown: money is
+given back for explicit words only.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -13,15 +14,15 @@ import msgspec
 CONFIRMED = frozenset({"CONFIRMED", "COMPLETED", "FULFILLED"})
 FAILED = frozenset({"FAILED", "CANCELLED", "CANCELED", "EXPIRED", "REJECTED"})
 ALREADY = "already processed"
-WORD_MAX = 64  # characters that are kept of what a response says
+WORD_MAX = 64  # characters of a response's word that are kept
 
 Said = Literal["confirmed", "failed", "already_processed", "nothing"]
 Verdict = Literal["confirmed", "failed", "unknown"]
 
 
 class Reading(NamedTuple):
-    """What a status response told. `order_status` is the order's own word, printable and at most
-    WORD_MAX characters; without one `problem` says why."""
+    """The result of a status response. `order_status` is Order Service's word, printable and at
+    most WORD_MAX characters; if it is None, `problem` says why."""
 
     verdict: Verdict
     order_status: str | None
@@ -29,7 +30,7 @@ class Reading(NamedTuple):
 
 
 def said_of(body: bytes, order_id: UUID) -> Said:
-    """What the 2xx response to a SUCCESS says of its order. `body` may be cut off."""
+    """What the 2xx response to a SUCCESS says of its order. `body` may be truncated."""
     places = _places(body)
     if _names_another(places, None, order_id):
         return "nothing"
@@ -42,7 +43,7 @@ def said_of(body: bytes, order_id: UUID) -> Said:
 
 
 def read_status(status: int, content_type: str | None, body: bytes, order_id: UUID) -> Reading:
-    """What the response of ORDER_STATUS_URL says of the order that it was asked for."""
+    """What the response of ORDER_STATUS_URL says of the order `order_id`."""
     if status != 200:
         return not_known(str(status))
     if not is_json(content_type):
@@ -63,7 +64,7 @@ def not_known(problem: str) -> Reading:
 
 
 def bounded(text: str) -> str:
-    """The text on one line, with what is not printable escaped, and no longer than WORD_MAX."""
+    """The text on one line, with unprintable characters escaped, cut to WORD_MAX."""
     shown = "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode()
         for char in text[:WORD_MAX]
@@ -78,7 +79,8 @@ def is_json(content_type: str | None) -> bool:
 
 
 def _places(body: bytes) -> list[dict[str, Any]]:
-    """Where a status may stand, the most exact place first; none if it is no JSON object."""
+    """The objects that may contain a status, the most specific first; empty if the body is not a
+    JSON object."""
     try:
         content = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -92,8 +94,8 @@ def _places(body: bytes) -> list[dict[str, Any]]:
 def _status_in(
     places: list[dict[str, Any]],
 ) -> tuple[Verdict, str | None, dict[str, Any] | None]:
-    """With the word, and the place where it stands. An envelope may have a status of its own: the
-    most exact place counts, unless another one contradicts it."""
+    """The verdict, the word and the object that contains it. An envelope may have its own status:
+    the most specific object counts, unless another one contradicts it."""
     found = [(word, place) for place in places if (word := _word_of(place)) is not None]
     if not found:
         return "unknown", None, None
@@ -112,7 +114,7 @@ def _word_of(place: dict[str, Any]) -> str | None:
 
 
 def _verdict_on(word: str) -> Verdict:
-    # Upper case makes CONFIRMED of some words that are not ASCII.
+    # upper() turns some non-ASCII words into CONFIRMED.
     known = word.upper() if word.isascii() else ""
     return "confirmed" if known in CONFIRMED else "failed" if known in FAILED else "unknown"
 
@@ -120,7 +122,8 @@ def _verdict_on(word: str) -> Verdict:
 def _names_another(
     places: list[dict[str, Any]], told_by: dict[str, Any] | None, order_id: UUID
 ) -> bool:
-    """`order_id` is an order's wherever it stands; `id` is only beside the order's status."""
+    """Whether the response is about another order. `order_id` counts in every object, `id` only
+    beside the order's status."""
     named = [place["order_id"] for place in places if "order_id" in place]
     if told_by is not None and "order_id" not in told_by and "id" in told_by:
         named.append(told_by["id"])

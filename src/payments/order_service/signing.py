@@ -1,7 +1,7 @@
-"""Signatures of callbacks, as Standard Webhooks 1.0 describes them (standardwebhooks.com).
+"""Signatures of callbacks, by Standard Webhooks 1.0 (standardwebhooks.com).
 
-The receiver computes HMAC-SHA256 over `id.timestamp.body` with the secret that both sides know, and
-accepts a request of which one signature is right and whose timestamp is at most five minutes off.
+The receiver computes HMAC-SHA256 over `id.timestamp.body` with the shared secret, and accepts a
+request if one signature matches and the timestamp is at most five minutes off.
 """
 
 import base64
@@ -15,8 +15,8 @@ def signature_headers(
 ) -> dict[str, str]:
     """The three headers of a request; `timestamp` is its Unix time in seconds.
 
-    The message's id stays the same when it is sent again, the timestamp does not. There is one
-    signature for each secret: with an old and a new one, receivers may hold either.
+    A retry has the same message id and a new timestamp. There is one signature for each secret:
+    with an old and a new secret, receivers may use either.
     """
     signed = b"%s.%d.%s" % (message_id.encode(), timestamp, body)
     signatures = (hmac.digest(secret, signed, hashlib.sha256) for secret in secrets)

@@ -1,4 +1,4 @@
-"""Where requests to Order Service go, as the settings say."""
+"""The target of requests to Order Service, from the settings."""
 
 from typing import Self
 
@@ -11,15 +11,16 @@ from payments.order_service.addresses import is_near
 from payments.setting_values import Network
 from payments.settings import Settings
 
-RESOLVE_TIMEOUT_S = 2.0  # at the start, which a slow name server must not hold up
+RESOLVE_TIMEOUT_S = 2.0  # a slow name server must not delay the start
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """`url` is where requests go; that of ORDER_STATUS_URL holds the place of the order's id.
+    """`url` receives the requests; that of ORDER_STATUS_URL contains a placeholder for the order's
+    id.
 
-    `keys` sign them; without any they are not signed. Plain http goes to near addresses only
-    (is_near), with `networks` beside the usual. `variable` is the setting that says so, and
-    `requests` what is sent, both for what people are told.
+    `keys` sign them; without keys they are not signed. Plain http goes only to near addresses
+    (is_near), including `networks`. `variable`, the name of the setting, and `requests`, the kind
+    of request, are for messages.
     """
 
     url: HttpUrl
@@ -41,7 +42,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of_order_status(cls, settings: Settings) -> Self | None:
-        """None without ORDER_STATUS_URL. Nothing that is asked there is signed."""
+        """None without ORDER_STATUS_URL. Status requests are not signed."""
         if settings.order_status_url is None:
             return None
         return cls(
@@ -60,10 +61,10 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def check_target(target: Target) -> str | None:
-    """Looks at it before it is used; takes at most RESOLVE_TIMEOUT_S.
+    """Checks the target before it is used, within RESOLVE_TIMEOUT_S.
 
-    Raises StartError if it can never work: it is plain http to a host without a near address.
-    Returns a line to warn with if the host's name cannot be resolved yet, else None.
+    Raises StartError if it can never work: plain http to a host without a near address. Returns a
+    warning if the host's name cannot be resolved yet, else None.
     """
     url = target.url
     try:
