@@ -1,4 +1,4 @@
-"""What Order Service was told, is owed, and answered: reads the tables of the callback outbox."""
+"""Callbacks, their attempts and responses: reads the tables of the callback outbox."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from payments.queries.fulfilments import FulfilmentView, fulfilment_of
 from payments.queries.lookups import PaymentLookups
 from payments.queries.payments import get_payment
 
-# With the lane's next_at for what stands first in it, and the last attempt.
+# With the lane's next_at for due deliveries, and the last attempt.
 _DELIVERIES = """
 SELECT d.event_id, d.order_id, d.payment_id, d.status, d.sequence, d.state, d.attempts,
        d.enqueued_at, d.finished_at,
@@ -63,7 +63,7 @@ SELECT greatest(0, extract(epoch FROM clock_timestamp() - due_since))::float8
 class Delivery(NamedTuple):
     """One callback. `state`: due, delivered, dead, superseded or excluded: see migrations/0003.
 
-    `attempts` are those that count towards giving up. `next_at` is when its order's lane may be
+    `attempts` are those that count towards the maximum. `next_at` is when its order's lane may be
     claimed next; None if it is not due. `last_attempt` is for people.
     """
 
@@ -81,7 +81,7 @@ class Delivery(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """One exchange with Order Service; `answer` is the beginning of what it answered."""
+    """One exchange with Order Service; `answer` is the beginning of its response body."""
 
     event_id: UUID
     started_at: datetime
@@ -141,7 +141,7 @@ class PaymentCallbacks(msgspec.Struct, frozen=True):
 async def get_callbacks(
     database: Database, lookups: PaymentLookups, payment_id: UUID, client: str | None
 ) -> PaymentCallbacks:
-    """What Order Service was told of the payment. `client` and errors are get_payment's."""
+    """The callbacks of the payment. `client` and errors are those of get_payment."""
     payment = await get_payment(database, lookups, payment_id, client)
     deliveries = await deliveries_of_payment(database, payment.id)
     made: dict[UUID, list[AttemptView]] = defaultdict(list)
@@ -176,7 +176,7 @@ async def get_callbacks(
 
 
 def text_of(answer: bytes | None) -> str | None:
-    """An answer for people; what is not UTF-8 shows as such."""
+    """A response body as text, with replacement characters for invalid UTF-8."""
     return answer.decode(errors="replace") if answer else None
 
 
@@ -185,7 +185,7 @@ async def newest_deliveries(database: Database, limit: int) -> list[Delivery]:
 
 
 async def due_deliveries(database: Database, limit: int) -> list[Delivery]:
-    """The one that has waited longest first."""
+    """The longest waiting first."""
     return await _deliveries(database, DUE, limit)
 
 
@@ -199,7 +199,7 @@ async def deliveries_of_order(database: Database, order_id: UUID, limit: int) ->
 
 
 async def deliveries_of_payment(database: Database, payment_id: UUID) -> list[Delivery]:
-    """In order; a payment has at most three outcomes."""
+    """Ordered by sequence; a payment has at most three outcomes."""
     return await _deliveries(database, OF_PAYMENT, 100, payment_id)
 
 
@@ -208,7 +208,7 @@ async def delivery(database: Database, event_id: UUID) -> Delivery | None:
 
 
 async def attempts(database: Database, event_ids: Sequence[UUID]) -> list[Attempt]:
-    """All that are on record, by delivery and in order."""
+    """All recorded attempts, grouped by delivery and in order."""
     return [Attempt(*row) for row in await database.fetch(ATTEMPTS, [list(event_ids)])]
 
 
@@ -223,8 +223,8 @@ async def ids_in_state(
 async def ids_since(
     connection: psycopg.AsyncConnection[Any], since: datetime, *, failed: bool
 ) -> list[UUID]:
-    """Of what may be sent again and happened then or later, in the order of the log. `failed`: the
-    FAILED ones as well."""
+    """Deliveries that may be sent again, of events since then, in the order of the log. `failed`:
+    includes FAILED ones."""
     cursor = await connection.execute(IDS_SINCE.encode(), [since, failed])
     return [event_id for (event_id,) in await cursor.fetchall()]
 
@@ -235,7 +235,7 @@ async def backlog(database: Database) -> Backlog:
 
 
 async def oldest_age_s(database: Database, timeout_s: float) -> float:
-    """How long the oldest callback that is due has been; 0 if none is."""
+    """For how long the oldest due callback has been due; 0 if none is."""
     rows = await database.fetch(OLDEST_AGE, timeout_s=timeout_s)
     return float(rows[0][0]) if rows else 0.0
 

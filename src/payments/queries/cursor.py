@@ -1,4 +1,4 @@
-"""Where a page of a list ends, as a text that clients hand back unread."""
+"""Cursors: the end of a list page as an opaque text."""
 
 import base64
 import struct
@@ -9,9 +9,9 @@ from uuid import UUID
 
 from payments.errors import FieldError, InvalidRequest
 
-# Microseconds since 1970 and the payment's id; a CRC-32 follows, which begins with the list's name.
-# A cursor that was cut short or mistyped, or is of another list, must not pass for another place in
-# the list, where payments would be missed in silence.
+# Microseconds since 1970 and the payment's id, then a CRC-32 that includes the list's name. A
+# cursor that is truncated, mistyped or of another list must be rejected: as another place in the
+# list it would silently skip payments.
 _PLACE = struct.Struct(">q16s")
 _CHECKSUM = struct.Struct(">I")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -19,15 +19,15 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 class ListPlace(NamedTuple):
-    """The last payment of a page, in the list's order: by a time (of its creation, unless the list
-    says otherwise), equal times by id."""
+    """The last payment of a page, in the list's order: by time (of creation, if the list does not
+    define another), then by id."""
 
     created_at: datetime
     id: UUID
 
 
 def write_cursor(place: ListPlace, of: str = "") -> str:
-    """`of` names the list; that of all payments has no name."""
+    """`of` names the list; the list of all payments has no name."""
     packed = _PLACE.pack((place.created_at - _EPOCH) // _MICROSECOND, place.id.bytes)
     checked = packed + _CHECKSUM.pack(zlib.crc32(packed, zlib.crc32(of.encode())))
     return base64.urlsafe_b64encode(checked).rstrip(b"=").decode("ascii")

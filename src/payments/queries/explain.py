@@ -1,4 +1,4 @@
-"""What happened to one payment, in words: its events and callbacks, from what is stored alone."""
+"""The history of one payment in words: its stored events and callbacks."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -35,10 +35,10 @@ from payments.queries.payments import found
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that happened. `at`: the time of the application for events, else the database's.
+    """One entry of the history. `at`: for events the application's time, else the database's.
 
     `by`: the API client, `settling`, or for callbacks `dispatcher`; None if it cannot be read.
-    `position` is that of the event; None for an attempt to call back.
+    `position` is that of the event; None for callbacks.
     """
 
     at: Annotated[datetime, msgspec.Meta(tz=True)]
@@ -50,8 +50,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Explanation(msgspec.Struct, frozen=True):
-    """A payment's whole story, oldest first. `state` is what it came to, in words; `fulfilment`
-    says why its order may not have been fulfilled; None: nothing is known against it."""
+    """The history of a payment, oldest first. `state` is the payment's state in words; `fulfilment`
+    says why its order may not be fulfilled, None if there is no such reason."""
 
     payment_id: UUID
     state: str
@@ -60,7 +60,7 @@ class Explanation(msgspec.Struct, frozen=True):
 
 
 async def explain(database: Database, payment_id: UUID) -> Explanation:
-    """Raises PaymentNotFound or DatabaseUnavailable; what cannot be read is told as such."""
+    """Raises PaymentNotFound or DatabaseUnavailable. Unreadable events are listed as such."""
 
     async def read(payment_id: UUID) -> list[LogEntry] | None:
         rows = await database.fetch(LOAD_ENTRIES, [payment_id])
@@ -80,7 +80,7 @@ async def explain(database: Database, payment_id: UUID) -> Explanation:
 
 
 def summary(event: LogEntry) -> str:
-    """What an event says, in a few words."""
+    """An event in a few words."""
     try:
         return _words(fact_of(event))
     except UndecodableEvent as error:
@@ -95,7 +95,7 @@ def time_text(time: datetime | None) -> str:
 
 
 def fulfilment_text(found: FulfilmentView) -> str:
-    """What is known of the order, in a line."""
+    """The known facts about the order, in a line."""
     parts = [
         f"order: {_FULFILMENTS[found.state]}",
         f"found {time_text(found.found_at)}",
@@ -172,7 +172,7 @@ def _words(fact: Fact) -> str:
 
 
 def _imported_words(fact: Fact) -> str | None:
-    """What is told in another way of an imported event; None of any other."""
+    """The words for an imported event; None for other events."""
     match fact:
         case PaymentInitiated(legacy=Legacy(id=legacy_id)):
             key = fact.idempotency_key

@@ -1,4 +1,4 @@
-"""How far the followers are, and what is left open at the provider: for operators."""
+"""The lag of followers, and parked and unsettled payments: for operators."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -7,7 +7,7 @@ from uuid import UUID
 
 from payments.database.connections import Database
 
-# Ages are never below 0, whatever a clock did.
+# Ages are never negative, even if a clock was set back.
 FOLLOWERS = """
 SELECT f.name,
        f.position,
@@ -30,7 +30,7 @@ SELECT notification_id, originator_id FROM payment_events
  WHERE notification_id > %b ORDER BY notification_id LIMIT %b
 """
 
-# Who a session is, is told to all roles.
+# All roles may read the application_name of sessions.
 AT_WORK = """
 SELECT DISTINCT substr(application_name, length('payments follower ') + 1)
   FROM pg_stat_activity
@@ -38,9 +38,9 @@ SELECT DISTINCT substr(application_name, length('payments follower ') + 1)
  ORDER BY 1
 """
 
-# A level of 50 and more: somebody was told that the provider's answer does not fit, or that they
-# belong to another provider. Settling says so as CRITICAL, and again every day while it is so. Such
-# a payment is a case of its own, and stays open until a person has decided.
+# A level of 50 and more: settling has logged, as CRITICAL and every day, that the provider's
+# response contradicts the events, or that the payment belongs to another provider. Such a payment
+# is counted apart: it stays unsettled until manual intervention.
 UNSETTLED = """
 SELECT kind, count(*),
        coalesce(greatest(0, extract(epoch FROM clock_timestamp()
@@ -59,7 +59,7 @@ SELECT count(*), coalesce((array_agg(payment_id ORDER BY since))[:%b], '{}')
   FROM unsettled_payments WHERE told_level >= 50
 """
 
-# The providers that open payments were begun with, not those that are only watched.
+# The providers of open payments, without the kinds that are only watched.
 OPEN_GATEWAYS = """
 SELECT initiated_gateway(e.state), count(*), (array_agg(u.payment_id ORDER BY u.since))[:%b]
   FROM unsettled_payments u
@@ -69,7 +69,7 @@ SELECT initiated_gateway(e.state), count(*), (array_agg(u.payment_id ORDER BY u.
 
 
 class FollowerState(NamedTuple):
-    """`lag_events` is how many events its read model lacks, `lag_s` the oldest one's age."""
+    """`lag_events` is how many events it has not read yet, `lag_s` the age of the oldest."""
 
     name: str
     position: int
@@ -79,7 +79,7 @@ class FollowerState(NamedTuple):
 
 
 class ParkedStream(NamedTuple):
-    """A stream that a follower goes on without; `position` is its first event that is missing."""
+    """A stream that a follower skips; `position` is its first event that was not applied."""
 
     follower: str
     payment_id: UUID
@@ -89,8 +89,8 @@ class ParkedStream(NamedTuple):
 
 
 class UnsettledPayments(NamedTuple):
-    """How many payments are open for one kind of reason, and for how long the oldest of those that
-    contradict no answer of the provider; 0 if there is none."""
+    """How many payments are unsettled for one kind of reason, and the age of the oldest without a
+    contradiction; 0 if there is none."""
 
     kind: str
     payments: int
@@ -102,12 +102,12 @@ async def follower_states(database: Database) -> list[FollowerState]:
 
 
 async def followers_at_work(database: Database) -> list[str]:
-    """The names of those that some process runs."""
+    """The names of the followers that a process runs now."""
     return [name for (name,) in await database.fetch(AT_WORK)]
 
 
 async def next_payments(database: Database, position: int, most: int) -> tuple[int, list[UUID]]:
-    """The first position behind this one, and whose the events are from there on."""
+    """The first position after this one, and the payments of the next `most` events."""
     rows = await database.fetch(NEXT_PAYMENTS, [position, most])
     first = rows[0][0] if rows else position + 1
     return first, list(dict.fromkeys(payment_id for _, payment_id in rows))
@@ -116,7 +116,7 @@ async def next_payments(database: Database, position: int, most: int) -> tuple[i
 async def parked_streams(
     database: Database, follower: str | None = None, most: int | None = None
 ) -> list[ParkedStream]:
-    """Those of one follower or of all, the one that was parked first at the top."""
+    """Of one follower or of all, the first parked first."""
     rows = await database.fetch(PARKED_STREAMS, [follower, most])
     return [ParkedStream(*row) for row in rows]
 
@@ -126,18 +126,19 @@ async def unsettled_payments(database: Database) -> list[UnsettledPayments]:
 
 
 async def oldest_unsettled(database: Database, kinds: Sequence[str], most: int) -> list[UUID]:
-    """Of those that contradict no answer of the provider."""
+    """The payments of the oldest unsettled rows without a contradiction."""
     params = {"kinds": list(kinds), "most": most}
     return [payment_id for (payment_id,) in await database.fetch(OLDEST_UNSETTLED, params)]
 
 
 async def contradicted_payments(database: Database, most: int) -> tuple[int, list[UUID]]:
-    """How many open payments a person has to compare with the provider's records, and the first."""
+    """How many unsettled payments must be compared manually with the provider's records, and the
+    oldest."""
     ((count, ids),) = await database.fetch(CONTRADICTED, [most])
     return count, ids
 
 
 async def open_gateways(database: Database, most: int) -> dict[str, tuple[int, list[UUID]]]:
-    """How many open payments were begun with each provider, by its name, and the first of them."""
+    """How many open payments each provider has, by its name, and the oldest of them."""
     rows = await database.fetch(OPEN_GATEWAYS, [most])
     return {name: (count, ids) for name, count, ids in rows}

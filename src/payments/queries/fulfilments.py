@@ -1,11 +1,11 @@
-"""Which captured payments may not have been fulfilled: reads the table `fulfilments`.
+"""Captured payments whose order may not be fulfilled: reads the table `fulfilments`.
 
-A row counts while its payment is a SUCCESS in `payments`: somebody may have refunded it a moment
-ago. What the service gave back itself counts as that.
+A row counts while its payment is SUCCESS in `payments`, since it may just have been refunded. Rows
+that the service gave back count as given_back.
 
-A suspect is silent if Order Service said nothing of its order, and nobody asked yet: a receiver
-that never says anything would make a suspect of every payment. Silent ones are neither listed nor
-counted as suspects, but counted apart.
+A suspect is silent if the response said nothing of its order and no check was made yet: with a
+receiver that never states it, every payment would be a suspect. Silent ones are not listed, and
+counted separately.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,11 @@ from payments.queries.cursor import ListPlace, read_cursor, write_cursor
 State = Literal["suspect", "unfulfilled", "paid_twice", "given_back"]
 Said = Literal["nothing", "already_processed", "repeated", "failed", "not_asked"]
 OPEN_STATES: tuple[State, ...] = ("suspect", "unfulfilled", "paid_twice")
-LIST = "unfulfilled"  # whose cursors are no others'
+LIST = "unfulfilled"  # the name of the list in its cursors
 COUNTED_MAX = 10_000
 
-# What is in one of these states, the oldest first. Each state's are read from the index by
-# themselves, so that a page reads no more of each than it may list. What is silent is told as the
-# index has it.
+# Rows in these states, oldest first. Each state is read separately from the index, so that a page
+# reads no more rows of each than it may list. The condition for silent rows is that of the index.
 PAGE = """
 SELECT listed.*
   FROM unnest(%(states)s::text[]) AS wanted (state)
@@ -55,7 +54,7 @@ SELECT f.payment_id, f.order_id, p.amount_cents, p.currency, f.state, f.said, f.
  WHERE f.payment_id = %(payment_id)s AND (f.state = 'given_back' OR p.status = 'SUCCESS')
 """
 
-# By state, and of the silent ones; at most COUNTED_MAX of each, the oldest.
+# By state, and of silent rows: counts the oldest COUNTED_MAX of each.
 COUNTS = """
 SELECT wanted.state, counted.*
   FROM unnest(%(states)s::text[]) AS wanted (state)
@@ -130,14 +129,15 @@ class UnfulfilledPage(msgspec.Struct, frozen=True):
 
 
 class UnfulfilledFilter(msgspec.Struct, frozen=True):
-    """Which ones are listed; `state` None: those that are not given back."""
+    """Which rows are listed; `state` None: all except given_back."""
 
     state: State | None = None
     merchant_order_id: UUID | None = None
 
 
 class Count(NamedTuple):
-    """`payments` ends at COUNTED_MAX. `oldest_age_s` is since it was found; 0 if there is none."""
+    """`payments` is at most COUNTED_MAX. `oldest_age_s` counts from when it was found; 0 if there
+    is none."""
 
     payments: int
     oldest_age_s: float
@@ -146,7 +146,7 @@ class Count(NamedTuple):
 async def unfulfilled(
     database: Database, states: Sequence[State], limit: int, order_id: UUID | None = None
 ) -> list[Unfulfilled]:
-    """What is in one of these states, the oldest first; with `order_id`, of that order."""
+    """Rows in these states, oldest first; with `order_id`, only of that order."""
     return await _page(database, states, limit, order_id)
 
 
@@ -159,8 +159,9 @@ async def list_unfulfilled(
     *,
     asked: bool,
 ) -> UnfulfilledPage:
-    """A page of what fits. `client` restricts it to that API client's payments; None reads all.
-    `asked` is whether ORDER_STATUS_URL is set. InvalidRequest for a cursor of another list."""
+    """A page of the wanted rows. `client` restricts it to that API client's payments; None reads
+    all. `asked` is whether ORDER_STATUS_URL is set. Raises InvalidRequest for a cursor of another
+    list."""
     states = OPEN_STATES if wanted.state is None else (wanted.state,)
     after = read_cursor(cursor, LIST) if cursor is not None else None
     found = await _page(
@@ -172,8 +173,8 @@ async def list_unfulfilled(
 
 
 async def fulfilment_of(database: Database, payment_id: UUID) -> FulfilmentView | None:
-    """None: its order is known to be fulfilled by it, it was refunded, or there was nothing to
-    know."""
+    """None if the order is known to be fulfilled, if the payment was refunded, or if it has no
+    row."""
     for row in await database.fetch(OF_PAYMENT, {"payment_id": payment_id}):
         found = _unfulfilled(row)
         return FulfilmentView(
@@ -189,7 +190,7 @@ async def fulfilment_of(database: Database, payment_id: UUID) -> FulfilmentView 
 
 
 async def counts(database: Database) -> dict[str, Count]:
-    """By state, but for given_back; and of those that are `silent`."""
+    """By state, except given_back; and of `silent` rows."""
     params = {"states": list(OPEN_STATES), "most": COUNTED_MAX}
     rows = await database.fetch(COUNTS, params, prepare=False)
     return {state: Count(payments, oldest_age_s) for state, payments, oldest_age_s in rows}

@@ -1,7 +1,7 @@
-"""What keeps the log from being altered, and what it is read with: whether all is in place.
+"""Checks the triggers and constraints that protect the log, and the functions that read it.
 
-A superuser can switch triggers off, drop constraints, and put both back. While they are off, it
-shows here; what was done meanwhile, the seals show.
+A superuser can disable triggers, drop constraints, and restore both. While they are disabled, this
+check reports it; the seals reveal what was altered meanwhile.
 """
 
 import re
@@ -13,7 +13,7 @@ from payments.snapshot import Source
 
 
 class Trigger(NamedTuple):
-    """Refuses UPDATE, DELETE and TRUNCATE, in every session."""
+    """A trigger that refuses UPDATE, DELETE and TRUNCATE in every session."""
 
     table: str
     name: str
@@ -27,7 +27,7 @@ class Constraint(NamedTuple):
 
 
 class Broken(NamedTuple):
-    """A guard that is not as the migrations made it."""
+    """A guard that differs from the migrations."""
 
     guard: str
     text: str
@@ -63,7 +63,7 @@ CONSTRAINTS = (
         name="payment_events_position",
         columns=frozenset({"notification_id"}),
     ),
-    # Whether it was checked for the rows that stood there before does not matter: see 0007.
+    # It need not be validated for the rows from before: see 0007.
     Constraint(
         table="payment_events",
         name="payment_events_sane",
@@ -74,14 +74,14 @@ CONSTRAINTS = (
 NEVER_NULL = (
     *("notification_id", "originator_id", "originator_version", "topic", "state", "recorded_at"),
 )
-# What the audit reads with: another body could show it what was there before.
+# The functions that the audit reads with: with another body they could hide changes.
 FUNCTIONS = (
     *("captured_transaction(bytea)", "initiated_gateway(bytea)"),
     *("readable_time(timestamptz)", "readable_time(timestamp)"),
 )
 TABLES = sorted({guard.table for guard in (*TRIGGERS, *CONSTRAINTS)})
 
-# BEFORE, DELETE, UPDATE and TRUNCATE, for each statement: catalog/pg_trigger.h.
+# BEFORE, DELETE, UPDATE and TRUNCATE, per statement: catalog/pg_trigger.h.
 REFUSES = 2 | 8 | 16 | 32
 
 FIND_TRIGGERS = """
@@ -91,7 +91,7 @@ SELECT c.relname::text, t.tgname::text, t.tgenabled::text, t.tgtype::integer,
  WHERE c.oid IN (SELECT to_regclass(name) FROM unnest(%(tables)s::text[]) AS named (name))
 """
 
-# Postgres 18 and later have constraints that are not enforced.
+# Since Postgres 18, constraints can be NOT ENFORCED.
 FIND_CONSTRAINTS = """
 SELECT c.relname::text, k.conname::text,
        ARRAY(SELECT a.attname::text FROM pg_attribute a
@@ -110,8 +110,8 @@ SELECT attname::text FROM pg_attribute
  ORDER BY attnum
 """
 
-# Those that the queries find by these names. With a search_path of its own one might compute
-# something else.
+# The functions that these names resolve to. One with its own search_path could compute something
+# else.
 FIND_FUNCTIONS = """
 SELECT named.signature, p.prosrc, l.lanname = 'sql' AND p.proconfig IS NULL
   FROM unnest(%(signatures)s::text[]) AS named (signature)
@@ -179,7 +179,7 @@ def _functions(source: Source) -> Iterator[Broken]:
 
 
 def _bodies() -> dict[str, str]:
-    """The functions as the newest migration has them, by name and types of their arguments."""
+    """The bodies of functions in their newest migration, by signature."""
     bodies = {}
     for migration in known_migrations():
         for name, arguments, body in _FUNCTION.findall(migration.sql):

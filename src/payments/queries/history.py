@@ -1,4 +1,4 @@
-"""Reading what happened to one payment: its events, just as they are stored."""
+"""The events of one payment, as they are stored."""
 
 from datetime import datetime
 from typing import Annotated
@@ -10,7 +10,7 @@ from payments.database.connections import Database
 from payments.events.store import belongs_to
 from payments.queries.payments import found
 
-# A whole stream, oldest first; `data` is the stored text itself, NULL where that is not JSON.
+# A whole stream, oldest first; `data` is the stored text, NULL if that is not JSON.
 HISTORY = """
 SELECT "position", version, type, recorded_at, data::text
   FROM payment_event_log WHERE payment_id = %s ORDER BY version
@@ -37,9 +37,9 @@ class PaymentHistory(msgspec.Struct, frozen=True):
 
 
 async def get_history(database: Database, payment_id: UUID, client: str | None) -> PaymentHistory:
-    """The payment's events as of now, also if this version cannot make a payment of them.
+    """The payment's events as of now, even if this version cannot fold them.
 
-    `client` restricts the answer to that API client's payments; None reads all. Raises
+    `client` restricts the result to that API client's payments; None reads all. Raises
     PaymentNotFound or DatabaseUnavailable.
     """
 
@@ -63,14 +63,14 @@ def _event(
 def _stored(
     position: int, version: int, type: str, recorded_at: datetime, data: str | None
 ) -> tuple[int, str, bytes]:
-    """The row as the table has it."""
+    """The version, type and bytes of the stored event."""
     return version, type, (data or "").encode()
 
 
 def _raw(data: str | None) -> msgspec.Raw | None:
-    """The text as it stands; None if it would make the whole answer unreadable.
+    """The text unchanged; None if it would make the whole response unreadable.
 
-    Postgres lets half a surrogate pair and deep nesting pass, which many decoders do not.
+    Postgres accepts unpaired surrogates and deep nesting, which many decoders reject.
     """
     try:
         msgspec.json.decode(data or "")

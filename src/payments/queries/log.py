@@ -1,9 +1,9 @@
-"""Reading the log in order, as a whole or in part, and following it.
+"""Reads the log in order, whole or filtered, and follows it.
 
-By position, in parts of one short statement each: the log is append-only and positions are given
-out in the order of commits, so the events up to a position are the same whenever they are read.
-Between two parts nothing is held. A part fits into what sockets hold, so the server is done with it
-even if whoever asked for it is stopped that moment.
+It reads by position, in parts of one short statement each: the log is append-only and positions are
+assigned in commit order, so the events up to a position never change. No transaction is held
+between two parts. A part fits into the socket buffers, so the server finishes it even if the reader
+is stopped at that moment.
 """
 
 import time
@@ -35,12 +35,13 @@ T = TypeVar("T")
 
 NAME = "payments replay"
 LAST = 2**63 - 1
-# Linux holds 170 KB for a Unix socket that nobody reads from, and more for TCP.
+# Linux buffers 170 KB for a Unix socket that is not read, and more for TCP.
 PART_BYTES = 140_000
-ROW_BYTES = 120  # besides what is stored of an event
-# So many are looked at by a statement that searches, in some 20 ms.
+ROW_BYTES = 120  # overhead of a row, besides the stored event
+# Events that one statement with a filter reads, in about 20 ms.
 SEARCHED_EVENTS = 20_000
-# Not LISTEN: what a listener does not read the server must keep, and in time it can keep no more.
+# Not LISTEN: the server must keep all notifications that a listener has not read, until its queue
+# is full.
 POLL_S = 0.2
 RETRY_MIN_S, RETRY_MAX_S = 0.1, 5.0
 RETRY_FOR_S = 60.0  # a failover, a restart
@@ -49,15 +50,15 @@ Moment = int | datetime  # a position, or a time
 
 
 class Sealed(NamedTuple):
-    """An event of the log and its seal; None: it was not sealed yet."""
+    """An event of the log and its seal; None: not sealed yet."""
 
     event: LogEntry
     hash: bytes | None
 
 
 class Wanted(NamedTuple):
-    """Which events; None: all. A time is that of recording. `first` is included, so is `last` if
-    it is a position; if it is a time, it is not."""
+    """Filters of events; None: no filter. Times are those of recording. `first` is inclusive;
+    `last` is inclusive as a position and exclusive as a time."""
 
     payment_id: UUID | None = None
     order_id: UUID | None = None
@@ -68,7 +69,7 @@ class Wanted(NamedTuple):
 
     @property
     def all(self) -> bool:
-        """Whether every event is wanted that stands between `first` and `last`."""
+        """Whether every event from `first` to `last` is wanted."""
         return self.payment_id is None and self.order_id is None and self.types is None
 
 
@@ -77,13 +78,13 @@ class _MerchantOrder(msgspec.Struct):
 
 
 class Replay:
-    """One reading of the log: what was there when it began, and then what comes.
+    """One pass over the log: first the events up to its end at the start, then new ones.
 
-    A lost connection is opened again; nothing comes twice, and nothing is left out.
+    It reconnects after a lost connection; no event is repeated or skipped.
     """
 
     def __init__(self, address: DatabaseAddress, wanted: Wanted) -> None:
-        """StartError."""
+        """Raises StartError."""
         self._address = address
         self._wanted = wanted
         self._left = wanted.limit
@@ -101,9 +102,9 @@ class Replay:
         self._close()
 
     def parts(self) -> Iterator[list[Sealed]]:
-        """The events that are wanted, up to where the log ended when this began.
+        """The wanted events, up to the end of the log when this was created.
 
-        StartError if the database is away for RETRY_FOR_S, or lacks what it had.
+        Raises StartError if the database is unavailable for RETRY_FOR_S, or has lost events.
         """
         first, last = self._position(self._wanted.first), self._position(self._wanted.last)
         if isinstance(self._wanted.last, datetime):
@@ -111,7 +112,8 @@ class Replay:
         yield from self._between(first - 1, min(last, self._head))
 
     def follow(self) -> Iterator[list[Sealed]]:
-        """Those behind it as they come, for ever, however long the database is away."""
+        """The wanted events after that end as they are appended, for ever, however long the
+        database is unavailable."""
         after = max(self._head, self._position(self._wanted.first) - 1)
         while self._left != 0:
             head = self._ask(head_of, for_ever=True)
@@ -120,12 +122,12 @@ class Replay:
             time.sleep(POLL_S)
 
     def asked_for(self, payment_ids: Sequence[UUID]) -> Rows:
-        """What began the charges and refunds of these payments, as READ_ASKED_FOR has it."""
+        """The intents of the charges and refunds of these payments, as rows of READ_ASKED_FOR."""
         params = {"payment_ids": list(payment_ids)}
         return self._ask(lambda reader: reader.fetch(READ_ASKED_FOR, params))
 
     def _between(self, after: int, last: int, *, for_ever: bool = False) -> Iterator[list[Sealed]]:
-        """Behind one position and up to another, as many as are left."""
+        """After one position and up to another, within the limit."""
         while after < last and self._left != 0:
             found, after = self._ask(
                 lambda reader, after=after: self._part(reader, after, last),  # type: ignore[misc]
@@ -138,7 +140,7 @@ class Replay:
                 yield found
 
     def _part(self, reader: Reader, after: int, last: int) -> tuple[list[Sealed], int]:
-        """What is wanted of the next events, and up to which position was looked."""
+        """The wanted ones of the next events, and the last position that was read."""
         wanted = self._wanted
         if wanted.all:
             most, until = READ_PART_EVENTS, min(last, after + self._rows)
@@ -147,7 +149,7 @@ class Replay:
             self._rows = max(1, min(most, PART_BYTES // (largest + ROW_BYTES)))
         else:
             most = READ_MATCHING_EVENTS
-            # A payment's events have an index, and are few.
+            # The events of one payment are few and have an index.
             until = last if wanted.payment_id is not None else min(last, after + SEARCHED_EVENTS)
             rows = reader.fetch(READ_MATCHING, _params(wanted, after, until))
         if len(rows) >= most:
@@ -165,7 +167,7 @@ class Replay:
         return self._ask(lambda source: position_at(source, moment, self._head))
 
     def _ask(self, read: Callable[[Reader], T], *, for_ever: bool = False) -> T:
-        """What `read` makes of the database, as soon as that answers."""
+        """The result of `read`, retried while the database is unavailable."""
         backoff = Backoff(RETRY_MIN_S, RETRY_MAX_S)
         give_up_at = time.monotonic() + RETRY_FOR_S
         while True:
@@ -182,7 +184,7 @@ class Replay:
     def _connected(self, for_ever: bool) -> Reader:
         if self._reader is None:
             reader = Reader(self._address, NAME)
-            # It may be another server than before.
+            # It may be another server, which lacks events.
             if not for_ever and (head := head_of(reader)) < self._head:
                 reader.close()
                 raise StartError(
@@ -204,10 +206,9 @@ def head_of(source: Source) -> int:
 
 
 def position_at(source: Source, moment: datetime, head: int) -> int:
-    """The first position up to `head` that was recorded then or later; the one behind it if there
-    is none.
+    """The first position up to `head` that was recorded then or later; `head` + 1 if there is none.
 
-    Times never decrease along the log, so a few dozen rows are looked at, however many there are.
+    Times never decrease along the log, so a binary search reads a few dozen rows.
     """
     low, high = 1, head + 1
     while low < high:
@@ -221,7 +222,7 @@ def position_at(source: Source, moment: datetime, head: int) -> int:
 
 
 def _next_position(source: Source, first: int, last: int) -> int:
-    """The first one that is taken, or the one behind `last`: damage may leave wide gaps."""
+    """The first position with an event, or `last` + 1: damage may leave wide gaps."""
     rows = source.fetch(READ_NEXT_TIME, {"position": first}) if first <= last else []
     return min(int(rows[0][0]), last + 1) if rows else last + 1
 
@@ -237,7 +238,7 @@ def _params(wanted: Wanted, after: int, last: int) -> dict[str, object]:
 
 
 def _is_of(order_id: UUID, event: LogEntry) -> bool:
-    """Whether an event that holds the order's id is the order's; one that cannot be read may be."""
+    """Whether an event that contains the order's id belongs to the order; an unreadable one may."""
     try:
         read = msgspec.json.decode(event.state, type=_MerchantOrder)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

@@ -1,8 +1,8 @@
-"""Reading single payments as they are now: from their streams, never from a table written later.
+"""Reads single payments as of now, from their streams, not from a read model.
 
-So a payment can be read the instant its charge was answered, with the projector stopped or its
-stream parked. Lookups that come while a statement is under way share the next one: under load one
-statement reads dozens of streams, and a quiet service answers without waiting for company.
+So a payment is readable at once after its charge, even if the projector is stopped or the stream is
+parked. Lookups that arrive while a statement runs share the next one: under load one statement
+reads dozens of streams, and an idle service reads at once.
 """
 
 import asyncio
@@ -19,10 +19,10 @@ from payments.event_store import fold_stored
 from payments.events.store import LOAD_STREAMS, belongs_to
 from payments.payment.state import Payment
 
-BATCH_MAX = 256  # lookups in one statement: about 4 ms of work for the event loop when it returns
+BATCH_MAX = 256  # lookups in one statement: about 4 ms of event loop time for its result
 
 _Rows = list[tuple[Any, ...]]
-_Lookup = tuple[UUID, float, "asyncio.Future[_Rows]"]  # id, deadline, who waits
+_Lookup = tuple[UUID, float, "asyncio.Future[_Rows]"]  # id, deadline, waiter
 _stream = itemgetter(0)
 
 
@@ -40,36 +40,36 @@ class PaymentLookups:
 
         Raises DatabaseUnavailable, or PaymentUnreadable if its events cannot be decoded or folded.
         """
-        # A future of its own, so that a request which goes away takes nobody with it.
+        # Each lookup has its own future, so that a cancelled request cancels no other.
         waiter: asyncio.Future[_Rows] = asyncio.get_running_loop().create_future()
         self._waiting.append((payment_id, time.monotonic() + READ_TIMEOUT_S, waiter))
         if self._reading is None:
             self._reading = asyncio.create_task(self._read_all(), name="lookups")
         rows = await waiter
-        # Folded by each request for itself: a damaged stream is its own lookups' trouble.
+        # Each request folds its own stream: a damaged one affects only its own lookups.
         if not rows or not belongs_to(client, payment_id, rows[0][1:]):
             return None
         return fold_stored(payment_id, (row[1:] for row in rows))
 
     async def _read_all(self) -> None:
-        """Reads until nobody waits; one statement at a time."""
+        """Reads until no lookup waits; one statement at a time."""
         batch: list[_Lookup] = []
         try:
             while self._waiting:
-                # Taken before the statement begins: whoever comes from here on waits for the next
-                # one, since this one may not see what was appended before they asked.
+                # Taken before the statement begins: later lookups wait for the next one, since this
+                # one may not see events that were appended before they arrived.
                 batch, self._waiting = self._waiting[:BATCH_MAX], self._waiting[BATCH_MAX:]
                 await self._read(batch)
         finally:
-            # Whatever way this ended, nobody waits for ever.
+            # Also after an error, so that no lookup waits for ever.
             self._reading = None
             _fail([*batch, *self._waiting], DatabaseUnavailable("The service is stopping."))
             self._waiting.clear()
 
     async def _read(self, batch: list[_Lookup]) -> None:
-        """One statement for all of them; if it fails, it fails for them alone."""
+        """Reads a batch with one statement; its error concerns only this batch."""
         try:
-            # A statement that comes late has what is left of the time of its oldest lookup.
+            # The timeout is the remaining time of the oldest lookup.
             left_s = batch[0][1] - time.monotonic()
             ids = uuids([payment_id for payment_id, _, _ in batch])
             rows = await self._database.fetch(LOAD_STREAMS, [ids], timeout_s=left_s)

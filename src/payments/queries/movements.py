@@ -1,4 +1,4 @@
-"""What money moved: each capture and each refund that the provider carried out, from the log."""
+"""Movements of money: each capture and refund that the provider carried out, from the log."""
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -22,14 +22,13 @@ Moved = PaymentCharged | LateCaptureFound | PaymentRefunded | LateCaptureReturne
 MOVEMENTS = [fact.TOPIC for fact in (PaymentCharged, LateCaptureFound)]
 MOVEMENTS += [fact.TOPIC for fact in (PaymentRefunded, LateCaptureReturned)]
 
-# A charge by its payment, a refund by its own id as well.
+# A charge by its payment's id, a refund by its own id too.
 Asked = dict[tuple[UUID, UUID | None], PaymentInitiated | RefundInitiated]
 
 
 class Movement(NamedTuple):
-    """A capture or a refund. `client` and `key` are those of the request for it, and None if that
-    cannot be read; a late capture is returned at nobody's request. `provider_id` is the provider's.
-    """
+    """A capture or a refund. `client` and `key` are those of its request, None if that cannot be
+    read, or if there is none: the return of a late capture. `provider_id` is the provider's id."""
 
     recorded_at: datetime | None
     order_id: UUID
@@ -44,15 +43,15 @@ class Movement(NamedTuple):
 
 
 class UnreadableMovement(NamedTuple):
-    """An event that moved money, and cannot be read."""
+    """An unreadable event that moved money."""
 
     position: int
 
 
 def movements(log: Replay) -> Iterator[list[Movement | UnreadableMovement]]:
-    """Of a replay that wants MOVEMENTS, part by part.
+    """The movements of a replay that wants MOVEMENTS, part by part.
 
-    What was imported moved in another service, before it was recorded here, and is left out.
+    Imported events are left out: their money moved in another service.
     """
     for part in log.parts():
         asked = _asked_for(log, list({event.payment_id for event, _ in part}))

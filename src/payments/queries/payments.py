@@ -1,4 +1,4 @@
-"""Reading payments: one as it is now, a list of them as the projector last wrote it."""
+"""Reads payments: one as of now from its events, a list from the read model."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -21,15 +21,15 @@ T = TypeVar("T")
 
 LIMIT_DEFAULT, LIMIT_MAX = 50, 200
 OF_ORDER_MAX = 5
-# Naming an order's payments is a courtesy of an answer that is certain without it: with the lookup
-# before it the request stays under 3 s.
+# Naming an order's payments is an optional part of a 404: with the lookup before it the request
+# stays under 3 s.
 COURTESY_TIMEOUT_S = 0.4
 
 Moment = int | datetime  # a position of the log, or a time
 
-# A page of all payments, newest first, and how far the projector was; one row without a payment if
-# none fits. `limit` is one more than the page holds. Always planned for the values of this page: a
-# filter that is not asked for is then no part of the plan.
+# A page of all payments, newest first, and the projector's position; one row without a payment if
+# none matches. `limit` is the page size plus one. Always planned for the values of this page, so
+# that unused filters are not part of the plan.
 PAGE = """
 SELECT f.position, p.id, p.merchant_order_id, p.idempotency_key, p.amount_cents, p.currency,
        p.status, p.provider_txn_id,
@@ -51,11 +51,11 @@ SELECT f.position, p.id, p.merchant_order_id, p.idempotency_key, p.amount_cents,
  ORDER BY p.created_at DESC, p.id DESC
 """
 
-# The same of one API client's payments. payment_clients has what they are filtered by, as payments
-# has it, and an index for each filter and for status and currency together: a page reads the rows
-# that it lists, however many the client has of another kind. Of an order all payments are read,
-# whosever they are: they are few. At worst, on a table never vacuumed where nearly all is of the
-# kind asked for, but nothing of the client's, its rows here are walked: 500,000 take 0.12 s.
+# The same for one API client. payment_clients has the columns of the filters, as payments has them,
+# and an index for each filter and for status and currency together: a page reads only the rows that
+# it lists. Of an order all clients' payments are read, since they are few. The worst case is a
+# table that was never vacuumed, where nearly all payments match the filter but none of the
+# client's: all of the client's rows are read, 500,000 in 0.12 s.
 PAGE_OF_CLIENT = """
 SELECT f.position, p.id, p.merchant_order_id, p.idempotency_key, p.amount_cents, p.currency,
        p.status, p.provider_txn_id,
@@ -78,8 +78,8 @@ SELECT f.position, p.id, p.merchant_order_id, p.idempotency_key, p.amount_cents,
  ORDER BY p.created_at DESC, p.id DESC
 """
 
-# A page of the orders that have a payment from a time with an outcome, oldest first: each once, at
-# the first such payment.
+# A page of the orders that have a payment with an outcome in a period, oldest first: each once, at
+# its first such payment.
 ORDERS = """
 SELECT p.created_at AT TIME ZONE 'UTC', p.id, p.merchant_order_id
   FROM payments p
@@ -93,13 +93,13 @@ SELECT p.created_at AT TIME ZONE 'UTC', p.id, p.merchant_order_id
  ORDER BY p.created_at, p.id LIMIT %(limit)s
 """
 
-# Whether no payment of an order has its money, or may still get it.
+# Whether no payment of an order is captured or may still be.
 NO_MONEY = """
 SELECT coalesce(bool_and(status IN ('FAILED', 'REFUNDED')), false)
   FROM payments WHERE merchant_order_id = %(order_id)s
 """
 
-# The newest payments of an order, with `client` only that API client's.
+# The newest payments of an order; with `client` only that API client's.
 OF_ORDER = """
 SELECT id, status, amount_cents, currency FROM payments p
  WHERE merchant_order_id = %(merchant_order_id)s
@@ -131,7 +131,7 @@ class PaymentView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PaymentFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """Which payments are listed; `created_from` is included, `created_until` is not."""
+    """Filters of the list; `created_from` is inclusive, `created_until` exclusive."""
 
     merchant_order_id: UUID | None = None
     status: Status | None = None
@@ -154,9 +154,9 @@ class PaymentPage(msgspec.Struct, frozen=True):
 async def get_payment(
     database: Database, lookups: PaymentLookups, payment_id: UUID, client: str | None
 ) -> PaymentView:
-    """The payment as of now, however far the projector is.
+    """The payment as of now, independent of the projector's lag.
 
-    `client` restricts the answer to that API client's payments; None reads all. Raises
+    `client` restricts the result to that API client's payments; None reads all. Raises
     PaymentNotFound, PaymentUnreadable or DatabaseUnavailable.
     """
 
@@ -189,11 +189,11 @@ async def list_payments(
     limit: int = LIMIT_DEFAULT,
     cursor: str | None = None,
 ) -> PaymentPage:
-    """The payments that fit, newest first, as the projector wrote them.
+    """The matching payments of the read model, newest first.
 
-    What was written before the first page was read is on exactly one page, whatever is written
-    meanwhile: a page goes on after a payment, not after a number of them. `client` is as for
-    get_payment. Raises InvalidRequest for a cursor that is not of an earlier page.
+    A payment that was written before the first page was read is on exactly one page, since a page
+    continues after a payment, not at an offset. `client` is as for get_payment. Raises
+    InvalidRequest for a cursor that is not of an earlier page.
     """
     before = read_cursor(cursor) if cursor is not None else None
     params: Mapping[str, Any] = {
@@ -239,8 +239,8 @@ async def found(
     client: str | None,
     read: Callable[[UUID], Awaitable[T | None]],
 ) -> T:
-    """What `read` finds for this id, or for the payment that had it in the service before this one;
-    PaymentNotFound."""
+    """The result of `read` for this id, or for the imported payment that had this id in the earlier
+    service. Raises PaymentNotFound."""
     result = await read(payment_id)
     if result is None and (new_id := await legacy_ids.find(database, payment_id)) is not None:
         result = await read(new_id)
@@ -252,8 +252,8 @@ async def found(
 async def orders_with_outcomes(
     database: Database, since: datetime, until: datetime, after: ListPlace | None, limit: int
 ) -> list[tuple[ListPlace, UUID]]:
-    """Orders that have a payment with an outcome, which was begun at `since` or later, and before
-    `until`: at most so many, behind the place `after`, each with the place to go on from."""
+    """Orders with a payment that has an outcome and was begun from `since` until before `until`: at
+    most `limit`, after the place `after`, each with its place for the next page."""
     params = {
         "since": _column_time(since),
         "until": _column_time(until),
@@ -266,13 +266,13 @@ async def orders_with_outcomes(
 
 
 async def has_no_money(database: Database, order_id: UUID) -> bool:
-    """Whether all payments of the order failed, or were refunded, as the projector wrote them."""
+    """Whether all payments of the order failed or were refunded, in the read model."""
     ((none,),) = await database.fetch(NO_MONEY, {"order_id": order_id})
     return bool(none)
 
 
 async def not_found(database: Database, payment_id: UUID, client: str | None) -> PaymentNotFound:
-    """The error for an id that no payment has; it says so if the id is an order's."""
+    """The error for an id that no payment has. If it is an order's id, the error says so."""
     detail = f"There is no payment {payment_id}."
     try:
         of_order = await payments_of_order(database, payment_id, client, OF_ORDER_MAX + 1)
@@ -289,17 +289,17 @@ async def not_found(database: Database, payment_id: UUID, client: str | None) ->
 
 
 def _column_time(time: datetime | None) -> datetime | None:
-    """As the documented columns hold it: UTC without saying so."""
+    """The time as in the documented columns: UTC without a time zone."""
     return None if time is None else time.astimezone(UTC).replace(tzinfo=None)
 
 
 async def get_payment_as_of(
     database: Database, payment_id: UUID, moment: Moment, client: str | None
 ) -> PaymentView:
-    """The payment after the event at this position, or after what was recorded by this time.
+    """The payment as of the event at this position, or as of the events recorded by this time.
 
-    A moment that is still to come is now. `client` and errors are those of get_payment; the
-    PaymentNotFound of a payment that began later says so.
+    A future moment means now. `client` and errors are those of get_payment; the PaymentNotFound of
+    a payment that began later says so.
     """
 
     async def read(payment_id: UUID) -> PaymentView | None:

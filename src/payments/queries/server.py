@@ -1,5 +1,5 @@
-"""What the database server is to this service: its standbys, its clock, whether it is writable,
-whether it keeps what it was given, and what keeps it from clearing up."""
+"""The state of the database server: standbys, clock, whether it is writable and durable, and what
+blocks vacuum."""
 
 import time
 from bisect import bisect_right
@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 
 from payments.database.connections import Database
 
-# A role that may not see others' sessions sees no more of a standby than that there is one; then it
-# counts by whether the server waits for any. What takes a base backup, receives WAL for an archive
-# or decodes it is no standby.
+# A role that may not see other sessions sees only that there is a standby; then it counts by
+# whether the server waits for any. Base backups, WAL archivers and logical decoding are not
+# standbys.
 SERVER = """
 WITH standbys AS (
     SELECT coalesce(r.sync_state IN ('sync', 'quorum'),
@@ -30,7 +30,7 @@ SELECT (SELECT count(*) FILTER (WHERE r.synchronous) FROM standbys r),
 
 
 class ServerState(NamedTuple):
-    """`skew_s`: the database's clock minus this process's, 0 if the time that asking took may
+    """`skew_s`: the database's clock minus this process's, 0 if the duration of the query may
     explain it. `log_ahead_s`: how far in the future the log's last event is, by the database's
     clock. `read_only`: it is a standby, or refuses to write.
     """
@@ -43,8 +43,8 @@ class ServerState(NamedTuple):
 
     @property
     def may_lose(self) -> bool:
-        """Whether a failover may lose what was acknowledged: it goes to a standby that nothing
-        waits for."""
+        """Whether a failover may lose acknowledged events: there is a standby, and commits do not
+        wait for it."""
         return self.asynchronous > 0 and self.synchronous == 0
 
 
@@ -64,7 +64,7 @@ async def server_state(database: Database) -> ServerState:
     )
 
 
-# What no session can set for itself.
+# Settings that no session can override.
 UNSAFE = """
 SELECT name FROM pg_settings
  WHERE name IN ('fsync', 'full_page_writes') AND setting <> 'on' ORDER BY name
@@ -75,15 +75,15 @@ UNSAFE_MEANS = "a crash of the database's machine may lose or damage what was an
 
 
 async def unsafe_settings(database: Database) -> list[str]:
-    """The server's settings with which a crash of its machine may lose, or damage, what it had
-    committed. Raises DatabaseUnavailable."""
+    """The server's settings with which a crash of its machine may lose or damage committed data.
+    Raises DatabaseUnavailable."""
     return [name for (name,) in await database.fetch(UNSAFE)]
 
 
-# What the oldest of these may still see, vacuum must not remove from any table. Since when sessions
-# of other roles do so is told to pg_read_all_stats alone; who they are and what they hold, to all.
-# VACUUM itself holds nothing. A session of another database counts if it writes: while it does, no
-# snapshot is newer.
+# Vacuum must keep all rows, of every table, that the oldest of these may still see. Only
+# pg_read_all_stats may read since when another role's session holds them; all roles may read which
+# session it is and what it holds. VACUUM itself holds nothing. A session of another database counts
+# if it writes: until it ends, no snapshot is newer.
 HORIZON = """
 WITH holders AS (
     SELECT format('session %%s (%%s)', a.pid, coalesce(nullif(a.application_name, ''), a.usename)),
@@ -112,9 +112,9 @@ SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint, o.who, coalesce(ag
 
 
 class Horizon(NamedTuple):
-    """The oldest that vacuum must not remove. `next_transaction` is the number of the next one that
-    writes; `held_by`, if anybody, is who began when the one `transactions` before it was the next
-    or still open, `held_s` ago if this role may see that.
+    """The oldest transaction that vacuum must respect. `next_transaction` is the number of the next
+    writing transaction; `held_by` is the oldest holder, None if there is none, `transactions`
+    behind the next one, since `held_s` seconds if this role may read that, else 0.
     """
 
     next_transaction: int
@@ -135,29 +135,29 @@ async def horizon(database: Database) -> Horizon:
 
 
 class HorizonAge:
-    """For how long the horizon has been held at the least, also by what tells no time: as far as
-    this process remembers which transactions there were by when."""
+    """The minimum age of the horizon, also for holders without a time: this process remembers which
+    transaction was the next one at what time."""
 
     KEPT = 10_000
     EVERY_S = 10.0
 
     def __init__(self) -> None:
-        self._next: list[int] = []  # ascending, with the time at which each was the next one
+        self._next: list[int] = []  # ascending; _times has when each was the next one
         self._times: list[float] = []
 
     def seconds(self, found: Horizon, now: float) -> float:
-        """`now` by a clock that is never set back."""
+        """`now` is from a monotonic clock."""
         if not self._times or now - self._times[-1] >= self.EVERY_S:
             self._next.append(found.next_transaction)
             self._times.append(now)
             del self._next[: -self.KEPT], self._times[: -self.KEPT]
-        # By then the one that is held had been given out.
+        # By that time the held transaction had been assigned.
         known = bisect_right(self._next, found.next_transaction - found.transactions)
         since = self._times[known] if known < len(self._times) else now
         return max(found.held_s, now - since)
 
 
-# The appends that wait at this moment: for which sessions, or for a standby, and for how long.
+# The appends that wait now: for which session or standby, and for how long.
 WAITING_APPENDS = """
 SELECT format('session %%s (%%s)', b.pid, coalesce(nullif(b.application_name, ''), b.usename)),
        coalesce(extract(epoch FROM clock_timestamp() - l.waitstart), 0)::float8
@@ -176,8 +176,9 @@ SELECT 'a synchronous standby',
 
 
 async def waiting_appends(database: Database) -> dict[str, float]:
-    """Whom they wait for at this moment, and for how many seconds. Under load each waits for the
-    one before it, and gives up and tries again about once a second. Raises DatabaseUnavailable."""
+    """The sessions or standby that appends wait for now, with the longest wait in seconds. Under
+    load each append waits for the one before, with a timeout and retry of about a second. Raises
+    DatabaseUnavailable."""
     found: dict[str, float] = {}
     for who, waits_s in await database.fetch(WAITING_APPENDS):
         found[who] = max(waits_s, found.get(who, 0.0))
@@ -190,14 +191,14 @@ SELECT pg_notification_queue_usage()::float8
 
 
 async def unread_notifications(database: Database) -> float:
-    """How full the server's queue of them is, 0 to 1: it keeps what a listener has not read.
+    """How full the server's notification queue is, 0 to 1: it keeps what a listener has not read.
     Raises DatabaseUnavailable."""
     ((usage,),) = await database.fetch(NOTIFICATIONS)
     return float(usage)
 
 
-# owner: it may do everything to the log, a superuser as well; inserts: it may insert directly;
-# appends: only through the append function; reads: neither.
+# owner: may do everything to the log, like a superuser; inserts: may insert directly; appends: only
+# through the append function; reads: neither.
 Role = Literal["owner", "inserts", "appends", "reads"]
 
 ROLE = """
@@ -212,6 +213,6 @@ SELECT CASE WHEN pg_has_role(c.relowner, 'USAGE') THEN 'owner'
 
 
 async def role_of(database: Database) -> Role:
-    """What the role that is connected may do to the log."""
+    """What the connected role may do to the log."""
     ((role,),) = await database.fetch(ROLE)
     return role  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""Whether the log is what was sealed: the hash chain recomputed, from the database or an export.
-And whether it is the log that was meant, and names no capture twice.
+"""Verifies the log against its seals: recomputes the hash chain, from the database or an export.
+Also checks that it is the expected log, and that no two payments name the same capture.
 
-Each event is checked against its own seal and the one before, so every position that was tampered
-with is named, and what follows it is judged on its own.
+Each event is checked against its own seal and the previous one, so every altered position is named,
+and the events after it are judged on their own.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,13 +28,12 @@ HEAD = """
 SELECT position, hash FROM log_seals ORDER BY position DESC LIMIT 1
 """
 
-PART_POSITIONS = 2000  # looked at by one statement
+PART_POSITIONS = 2000  # read by one statement
 CAPTURES_POSITIONS = 10_000
 
 
 class Head(NamedTuple):
-    """The seal of a position: whoever keeps it elsewhere can tell whether what came before it was
-    altered since."""
+    """The seal of a position. Kept elsewhere, it reveals whether the log up to it was altered."""
 
     position: int
     hash: bytes
@@ -44,7 +43,7 @@ class Head(NamedTuple):
 
 
 class LogPlace(NamedTuple):
-    """What stands at a position: the event, its seal, or both."""
+    """A position of the log: its event, its seal, or both."""
 
     position: int
     event: LogEntry | None
@@ -52,7 +51,7 @@ class LogPlace(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """Something that is not as it was sealed; it begins at `position`."""
+    """A difference from the seals; it begins at `position`."""
 
     position: int
     text: str
@@ -77,35 +76,36 @@ class SharedCapture(NamedTuple):
 
 
 async def newest_head(database: Database) -> Head | None:
-    """None: nothing is sealed yet."""
+    """None if nothing is sealed yet."""
     rows = await database.fetch(HEAD)
     return Head(*rows[0]) if rows else None
 
 
 class Verification:
-    """One pass over the log. Use `findings` once; the rest is complete when it is exhausted.
+    """One pass over the log. Use `findings` once; the attributes are complete when it is exhausted.
 
-    `events` were looked at, `sealed` of them had a seal; `head` is the last of these. `last` is the
-    last position of an event.
+    `events` is the number of events, `sealed` of those with a seal; `head` is the last seal. `last`
+    is the last position of an event.
     """
 
     def __init__(self, heads: Mapping[int, bytes], losses: Sequence[AcceptedLoss] = ()) -> None:
-        """`heads`: what was kept elsewhere, by position; `losses`: what a failover or a restore
-        took back. A head of what was lost is no finding, and goes to `lost_heads`."""
+        """`heads`: the hashes that were kept elsewhere, by position; `losses`: events that were
+        lost in a failover or restore. A head of lost events is not a finding, and goes to
+        `lost_heads`."""
         self._heads = heads
         self._losses = losses
         self.lost_heads: list[str] = []
         self.events = self.sealed = self.last = 0
         self.head: Head | None = None
         self._expected = 1
-        # The chain as the events make it; None if it is not known, behind what is missing.
+        # The chain computed from the events; None if it is unknown, after missing events.
         self._own: bytes | None = GENESIS
-        # The seal before, as it is stored; or what it should be, if it is missing.
+        # The previous seal as stored; the computed one if it is missing.
         self._before: bytes | None = GENESIS
         self._unsealed_from: int | None = None
-        # An event that does not fit its seal, and the seal that would fit it.
+        # The position of an event that does not match its seal, and the seal that would match.
         self._suspect: tuple[int, bytes | None] | None = None
-        self._agreed = 0  # the last position of a head that fits
+        self._agreed = 0  # the last position of a head that matches
         self._found = False
 
     def findings(self, places: Iterable[LogPlace]) -> Iterator[Finding]:
@@ -120,7 +120,8 @@ class Verification:
             yield finding
 
     def _is_as_sealed(self, place: LogPlace) -> bool:
-        """Nearly every place: its event is the next one and fits its seal, and nothing is open."""
+        """The fast path for nearly every place: its event is the next one and matches its seal,
+        and no earlier finding is pending."""
         position, event, hash = place
         if (
             event is None
@@ -178,7 +179,7 @@ class Verification:
         yield from self._compare_head(position)
 
     def _clear(self, event: LogEntry | None, hash: bytes | None) -> Iterator[Finding]:
-        """Says what is wrong with the suspect, now that it is known what comes after it."""
+        """Reports the suspect, now that the event after it is known."""
         if self._suspect is None:
             return
         (position, fitting), self._suspect = self._suspect, None
@@ -211,7 +212,7 @@ class Verification:
         yield Finding(position, text)
 
     def _is_lost(self, position: int) -> bool:
-        """Whether the head was taken of what the log has lost, and somebody has accepted that."""
+        """Whether the head is of events in an accepted loss."""
         for loss in self._losses:
             if loss.covers(position):
                 self.lost_heads.append(
@@ -229,7 +230,8 @@ class Verification:
 
 
 def _seal(before: bytes | None, event: LogEntry) -> bytes | None:
-    """None if it cannot be known; a row with impossible values has no seal that could fit."""
+    """The seal of the event; None if the previous one is unknown, or if the row has impossible
+    values, which no seal can match."""
     if before is None:
         return None
     try:
@@ -251,8 +253,8 @@ def _unsealed(first: int, last: int) -> Finding:
 
 
 class Ends(NamedTuple):
-    """The last position of the log and of its seals, 0 for none, and up to where the sealing
-    follower says that it sealed; None: there is no such follower."""
+    """The last position of the log and of its seals, 0 for none, and the position of the sealing
+    follower; None: there is no such follower."""
 
     log: int
     seals: int
@@ -260,15 +262,15 @@ class Ends(NamedTuple):
 
 
 def ends_of(source: Source) -> Ends:
-    """All as of one moment."""
+    """Reads all three in one statement."""
     ((log, seals, sealed),) = source.fetch(READ_ENDS)
     return Ends(log=log or 0, seals=seals or 0, sealed=sealed)
 
 
 def places_of(reader: Reader, ends: Ends) -> Iterator[LogPlace]:
-    """The log and its seals side by side, as they were when they ended there.
+    """The log and its seals side by side, up to `ends`.
 
-    Read in parts, since neither changes: what is appended and sealed meanwhile is left out.
+    Read in parts, since neither changes; events and seals after `ends` are left out.
     """
     for part in reader.ahead(_parts(reader, ends)):
         for position, there, *event, hash in part:
@@ -288,12 +290,12 @@ def _parts(reader: Reader, ends: Ends) -> Iterator[Rows]:
 
 
 def accepted_losses(source: Source) -> list[AcceptedLoss]:
-    """What the log lost, and somebody has accepted, oldest first."""
+    """The losses of the log that an operator has accepted, oldest first."""
     return [AcceptedLoss(*row) for row in source.fetch(ACCEPTED_LOSSES)]
 
 
 def open_losses(source: Source) -> Iterator[Finding]:
-    """What the log lost, and nobody has accepted."""
+    """The losses of the log that are not accepted."""
     for loss in map(OpenLoss._make, source.fetch(OPEN_LOSS)):
         yield Finding(
             loss.kept_position + 1,
@@ -303,7 +305,7 @@ def open_losses(source: Source) -> Iterator[Finding]:
 
 
 def missing_seals(ends: Ends, head: Head | None) -> Iterator[Finding]:
-    """What the sealing follower says that it sealed, and is not there."""
+    """The seals that are missing, by the position of the sealing follower."""
     last = head.position if head is not None else 0
     if ends.sealed is None or ends.sealed == last:
         return
@@ -316,13 +318,13 @@ def missing_seals(ends: Ends, head: Head | None) -> Iterator[Finding]:
 
 
 def log_id_in(source: Source) -> UUID | None:
-    """As `log_id`."""
+    """The id of the log in a source, as `log_id`."""
     rows = source.fetch(LOG_ID)
     return rows[0][0] if rows else None
 
 
 def another_log(id: UUID | None, wanted: UUID | None, events: int) -> Iterator[str]:
-    """What says that this is not the log that was meant; `wanted` is the id of that, if given."""
+    """Reasons why this is not the expected log; `wanted` is the expected id, if given."""
     if id is None:
         yield "log: its id is missing"
     elif wanted not in (None, id):
@@ -332,19 +334,19 @@ def another_log(id: UUID | None, wanted: UUID | None, events: int) -> Iterator[s
 
 
 def shared_captures(source: Source, ends: Ends) -> Iterator[SharedCapture]:
-    """Read in parts. Damaged events that name none share nothing."""
+    """Read in parts. Damaged events without a transaction are skipped."""
     for first, last in windows(source, ends.log, CAPTURES_POSITIONS):
         for row in source.fetch(SHARED_CAPTURES, {"first": first, "last": last}):
             yield SharedCapture(*row)
 
 
 class NoExport(StartError):
-    """The file is no export of a log: its first line is none of `payments replay`."""
+    """The file is not an export: its first line is not one of `payments replay`."""
 
 
 def places_in(lines: BinaryIO, damaged: list[Finding]) -> Iterator[LogPlace]:
-    """The events of an export and their seals. What is no line of an export goes to `damaged`;
-    NoExport if it is the first one."""
+    """The events of an export and their seals. Lines that are not of an export go to `damaged`;
+    raises NoExport if the first one is not."""
     position = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
