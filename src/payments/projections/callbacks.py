@@ -1,9 +1,8 @@
-"""The callback outbox: what Order Service is owed, one row for each outcome of a payment.
+"""The callback outbox: one row for each outcome of a payment.
 
-Written in the transaction of the follower's position, so no outcome is left out and none comes
-twice. An order that is owed something has a lane: see callback_lanes in migrations/0003. Which
-order is paid, and not told of a FAILED or of another payment's REFUNDED: paid_orders in
-migrations/0010.
+Written in the transaction of the follower's position, so no outcome is skipped or repeated. An
+order with due callbacks has a lane: see callback_lanes in migrations/0003. A paid order receives
+neither a FAILED nor the REFUNDED of another payment: see paid_orders in migrations/0010.
 """
 
 from collections.abc import Collection, Sequence
@@ -24,9 +23,9 @@ from payments.events.facts import (
 from payments.events.store import LOAD_STREAMS, READ_LOG, LogEntry, fact_of, read_events
 from payments.payment.identity import is_of_unfulfilled, unfulfilled_refund_id
 
-BACKFILL_EVENTS = 1000  # in one transaction
+BACKFILL_EVENTS = 1000  # events in one transaction
 
-# Where the follower begins: it calls back nothing that happened before it was first wanted.
+# The follower begins at the end of the log: no callbacks for events from before it existed.
 BEGIN_AT_THE_END = """
 INSERT INTO followers (name, position)
 SELECT 'callbacks', coalesce(max(notification_id), 0) FROM payment_events
@@ -34,9 +33,9 @@ SELECT 'callbacks', coalesce(max(notification_id), 0) FROM payment_events
 RETURNING position
 """
 
-# Locks the lanes first, in the order of their ids; their turns are in that of the log. A SUCCESS
-# does not wait until a FAILED or REFUNDED is tried again that it supersedes, but until none may be
-# running; every other lane keeps its pause.
+# Locks the lanes first, in the order of their ids, to avoid deadlocks; new turns are in log order.
+# A SUCCESS does not wait for the retry of a FAILED or REFUNDED that it supersedes, but for an
+# exchange that may be running; every other lane keeps its pause.
 OPEN_LANES = """
 INSERT INTO callback_lanes AS l (order_id, next_at, failing)
 SELECT id, now() + place * interval '1 microsecond', %(late)b
@@ -70,7 +69,7 @@ SELECT event_id, position, order_id, payment_id, sequence, status, amount_cents,
     ON CONFLICT (event_id) DO NOTHING
 """
 
-# What is left without anything due has no lane.
+# Orders without a due callback have no lane.
 SUPERSEDE = """
 SELECT supersede_callbacks(%(orders)b::uuid[]), close_callback_lanes(%(orders)b::uuid[])
 """
@@ -85,16 +84,16 @@ class _Owed(NamedTuple):
 
 
 async def begin_at_the_end(database: Database) -> None:
-    """Creates the follower's position if it has none; DatabaseUnavailable."""
+    """Creates the follower's position if it has none; raises DatabaseUnavailable."""
     await database.fetch(BEGIN_AT_THE_END)
 
 
 class CallbacksProjection:
-    """`statuses`: which outcomes Order Service wants to hear of; others are `excluded`.
+    """`statuses`: the outcomes that are sent; others are `excluded`.
 
-    So are imported ones, of which the service before this one told; and a REFUNDED of what the
-    service gave back by itself, whatever is wanted: the order is known to have failed, and its
-    seats may be somebody else's by now.
+    Also excluded are imported outcomes, which the earlier service sent, and a REFUNDED that the
+    service gave back by itself: its order has failed, and its seats may belong to another order
+    now.
     """
 
     name = "callbacks"
@@ -105,7 +104,7 @@ class CallbacksProjection:
     async def apply(
         self, connection: psycopg.AsyncConnection[Any], events: Sequence[LogEntry]
     ) -> None:
-        """Raises UndecodableEvent for the whole batch: it might have been an outcome."""
+        """Raises UndecodableEvent for the whole batch: the event may be an outcome."""
         await self.enqueue(connection, events)
 
     async def enqueue(
@@ -115,14 +114,14 @@ class CallbacksProjection:
         *,
         late: bool = False,
     ) -> int:
-        """Adds what these events mean and is not there yet; returns how many rows that is.
+        """Adds the callbacks of these events that are missing; returns how many.
 
-        `late`: much of it may come at once, and it keeps no new callback waiting.
+        `late`: they may be many, and must not delay new callbacks.
         """
         owed = [found for event in events if (found := _owed(event)) is not None]
         if not owed:
             return 0
-        # Also of those that are owed nothing new: it decides about what they are owed already.
+        # Also orders without a new row: the outcome may supersede callbacks that are due already.
         orders = uuids(list(dict.fromkeys(each.outcome.merchant_order_id for each in owed)))
         refunded = {each.outcome.payment_id for each in owed if each.status == "REFUNDED"}
         paid = {
@@ -142,7 +141,7 @@ class CallbacksProjection:
     async def exclude(
         self, connection: psycopg.AsyncConnection[Any], events: Sequence[LogEntry]
     ) -> None:
-        """Adds what imported events mean. Nothing of it is due, so it needs no lane."""
+        """Adds the outcomes of imported events as excluded. None is due, so they need no lane."""
         owed = [found for event in events if (found := _owed(event)) is not None]
         if owed:
             async with connection.cursor(binary=True) as cursor:
@@ -171,7 +170,7 @@ class CallbacksProjection:
 
 
 class Backfilled(NamedTuple):
-    """How many callbacks were enqueued, and which events could not be read."""
+    """How many callbacks were enqueued, and the positions of unreadable events."""
 
     enqueued: int
     unreadable: list[int]
@@ -180,9 +179,9 @@ class Backfilled(NamedTuple):
 async def backfill(
     connection: psycopg.AsyncConnection[Any], projection: CallbacksProjection, first: int
 ) -> Backfilled:
-    """Enqueues what is missing from the position `first` up to where the follower is.
+    """Enqueues missing callbacks from the position `first` up to the follower's position.
 
-    The follower's position stays; what it enqueues meanwhile does not come twice.
+    That position does not move; callbacks that the follower enqueues meanwhile are not repeated.
     """
     cursor = await connection.execute(POSITION)
     row = await cursor.fetchone()
@@ -206,7 +205,7 @@ async def backfill(
 
 
 def _owed(event: LogEntry) -> _Owed | None:
-    """What an event means to Order Service; most mean nothing."""
+    """The outcome to send for an event; most events have none."""
     match event.topic:
         case PaymentCharged.TOPIC:
             status = "SUCCESS"
@@ -221,15 +220,15 @@ def _owed(event: LogEntry) -> _Owed | None:
     fact = fact_of(event)
     assert isinstance(fact, Outcome)
     if isinstance(fact, PaymentRefunded) and fact.refunded_cents < fact.captured_cents:
-        return None  # the payment stays a SUCCESS
+        return None  # a partial refund: the payment stays SUCCESS
     return _Owed(event.position, status, fact)
 
 
 async def _unfulfilled(
     connection: psycopg.AsyncConnection[Any], owed: Sequence[_Owed]
 ) -> set[UUID]:
-    """The payments among these that are REFUNDED and that the service gave back by itself: all that
-    was left then, at the end or before somebody else's refund that had been under way."""
+    """The REFUNDED payments that the service gave back by itself: its refund took the whole rest,
+    and was the last, or was followed by a refund that a client had requested before."""
     found, others = set[UUID](), list[UUID]()
     for fact in (each.outcome for each in owed):
         if isinstance(fact, PaymentRefunded):
@@ -240,7 +239,7 @@ async def _unfulfilled(
     if others:
         async with connection.cursor(binary=True) as cursor:
             await cursor.execute(LOAD_STREAMS.encode(), [uuids(others)])
-            # Not decoded: an event that cannot be read is told where it is applied.
+            # Not decoded: unreadable events are reported when they are applied.
             for id, _, topic, state in await cursor.fetchall():
                 payment_id = UUID(bytes=id)
                 ours = str(unfulfilled_refund_id(payment_id)).encode()
@@ -250,5 +249,5 @@ async def _unfulfilled(
 
 
 def _amount_cents(outcome: Outcome) -> int:
-    """The payment's amount, whatever the event's."""
+    """The amount of the payment, not of the event."""
     return outcome.captured_cents if isinstance(outcome, PaymentRefunded) else outcome.amount_cents

@@ -1,9 +1,9 @@
-"""Compares the payments read model with what the log says, row by row.
+"""Compares the payments read model with the log, row by row.
 
-In one snapshot the follower's position fits its rows, so nothing is locked and nobody waits. Each
-has some payments, in the order of their ids, and has ended when they are compared: memory is
-constant, and vacuum is held up for milliseconds, however long it all takes. So each payment is
-compared as of a moment of its own.
+Within one snapshot the rows match the follower's position, so no lock is needed. Each snapshot
+reads a slice of the payments, in the order of their ids, and ends before they are compared: memory
+is constant, and vacuum is blocked for milliseconds only. So each slice is compared as of its own
+moment.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +25,7 @@ from payments.projections.payments import (
 from payments.snapshot import Reader, Rows, Snapshot, Source
 
 PROGRESS_EVERY = 5000  # payments
-CHANGED_PAYMENTS = 5000  # that are compared again at once
+CHANGED_PAYMENTS = 5000  # that are compared again in one slice
 END = 1 << 128  # after every id
 FIRST_ID, LAST_ID = UUID(int=0), UUID(int=END - 1)
 LAST = 2**63 - 1  # position
@@ -33,9 +33,8 @@ NO_ROWS: Rows = []
 Row = tuple[Any, ...]
 T = TypeVar("T")
 
-# As in events/store.py: of the payments with ids from one up to another, or of some of them, in the
-# order of their ids. A time that Python does not have (infinity, a year of five digits) is as wrong
-# as none.
+# As in events/store.py: of the payments with ids in a range, or of the given ones, in the order of
+# their ids. A time outside Python's range (infinity, a year of five digits) is read as NULL.
 PAYMENTS = """
 SELECT id, merchant_order_id, idempotency_key, amount_cents, currency, status, provider_txn_id,
        readable_time(created_at), readable_time(updated_at)
@@ -84,7 +83,7 @@ ALL_PARKED = """
 SELECT payment_id FROM parked_streams WHERE follower = 'payments'
 """
 
-# How many payments and refunds there are of each status and currency, and for how much.
+# The number and sum of payments and refunds of each status and currency.
 TOTALS = """
 SELECT 'payments', status, currency, count(*), sum(amount_cents)::bigint
   FROM payments GROUP BY status, currency
@@ -95,8 +94,8 @@ SELECT 'refunds', status, currency, count(*), sum(amount_cents)::bigint
 
 
 class Table(NamedTuple):
-    """A table of the read model. `rows` is what a payment's rows in it should be, by id; `or_rows`
-    is what they may be instead: the log does not tell which."""
+    """A table of the read model. `rows` computes a payment's expected rows, by id; `or_rows` an
+    alternative that is also correct, if the log does not determine which."""
 
     name: str
     columns: tuple[str, ...]
@@ -122,8 +121,8 @@ def _unsettled_rows(payment: Payment) -> list[Row]:
 
 
 def _watched_rows(payment: Payment) -> list[Row]:
-    """A declined payment is watched where its gateway's declines may turn, until settling has asked
-    once more."""
+    """A declined payment is watched until settling has asked once more, if the gateway may reverse
+    declines."""
     watched = payment.declined and payment.late_capture is None
     return [(payment.id, DECLINED, payment.updated_at)] if watched else NO_ROWS
 
@@ -162,8 +161,8 @@ TABLES = (
 
 
 class Difference(NamedTuple):
-    """A row that is not what the log says. `expected` None: there should be none; `found` None:
-    it is missing."""
+    """A row that differs from the log. `expected` None: the row is surplus; `found` None: it is
+    missing."""
 
     table: Table
     payment_id: UUID
@@ -178,8 +177,8 @@ class Difference(NamedTuple):
 
     @property
     def may_be(self) -> bool:
-        """Settling forgets an abandoned payment once it cannot be captured any more: whether it
-        has, the log does not say."""
+        """Whether the row may be missing: settling deletes an abandoned payment once it cannot be
+        captured any more, which the log does not record."""
         row = self.expected
         return self.found is None and row is not None and row[1] == ABANDONED
 
@@ -198,7 +197,7 @@ class Difference(NamedTuple):
 
 
 class Unreadable(NamedTuple):
-    """A payment whose events cannot be read; its rows are not compared."""
+    """A payment with unreadable events; its rows are not compared."""
 
     payment_id: UUID
     reason: str
@@ -208,7 +207,7 @@ class Unreadable(NamedTuple):
 
 
 class Totals(dict[tuple[str, str, str], tuple[int, int]]):
-    """(table, status, currency): how many payments or refunds, and their minor units in all."""
+    """(table, status, currency): the number of payments or refunds, and the sum in minor units."""
 
     def add(self, payment: Payment) -> None:
         """Counts a payment and its refunds."""
@@ -218,7 +217,7 @@ class Totals(dict[tuple[str, str, str], tuple[int, int]]):
             self._add(kind, 1, refund.amount_cents)
 
     def replace(self, before: "Totals", after: "Totals") -> None:
-        """Some payments amounted to `before` and now amount to `after`."""
+        """Replaces the totals `before` of some payments by `after`."""
         for kind, (count, cents) in before.items():
             self._add(kind, -count, -cents)
         for kind, (count, cents) in after.items():
@@ -233,10 +232,10 @@ class Totals(dict[tuple[str, str, str], tuple[int, int]]):
 
 
 class Slice(NamedTuple):
-    """What log and tables had of some payments when the follower stood at `position`.
+    """Log and tables of some payments, with the follower at `position`.
 
-    `ids` names them, where they do not just follow one another. `events` are READ_STREAMS_UNTIL's
-    rows, `tables` the rows of each of TABLES, and `parked` where streams of them were parked.
+    `ids` names them; None if they are a range. `events` are READ_STREAMS_UNTIL's rows, `tables` the
+    rows of each of TABLES, and `parked` the positions at which their streams were parked.
     """
 
     ids: list[UUID] | None
@@ -247,7 +246,7 @@ class Slice(NamedTuple):
 
 
 def slices(reader: Reader) -> Iterator[Slice]:
-    """All payments, each slice as of its own moment."""
+    """Slices of all payments, each as of its own moment."""
     first_id: UUID | None = FIRST_ID
     while first_id is not None:
         part, first_id = reader.at_one_moment(
@@ -257,12 +256,12 @@ def slices(reader: Reader) -> Iterator[Slice]:
 
 
 def slice_of(snapshot: Snapshot, payment_ids: list[UUID]) -> Slice:
-    """These payments."""
+    """The slice of these payments."""
     return _slice(snapshot, {"ids": payment_ids, "first_id": FIRST_ID, "last_id": LAST_ID})
 
 
 def _next_slice(snapshot: Snapshot, first_id: UUID) -> tuple[Slice, UUID | None]:
-    """The payments from an id on, and the id that comes behind them; None: there is none."""
+    """The slice of payments from an id on, and the first id of the next one; None at the end."""
     ((last_id,),) = snapshot.fetch(SLICE_END, {"first_id": first_id})
     params = {"ids": None, "first_id": first_id, "last_id": last_id or LAST_ID}
     part = _slice(snapshot, params)
@@ -281,7 +280,7 @@ def _slice(snapshot: Snapshot, params: dict[str, Any]) -> Slice:
 
 
 def position_of(source: Source) -> int:
-    """Where the follower stands."""
+    """The follower's position."""
     rows = source.fetch(POSITION)
     return rows[0][0] if rows else 0
 
@@ -290,15 +289,15 @@ Take = Callable[[Slice, Iterator[Difference | Unreadable]], None]
 
 
 class Comparison:
-    """Log and tables side by side. `totals` is what the payments amounted to when the follower
-    stood at `position`, though they may be compared as of later; parked ones as they were before.
+    """Compares log and tables. `totals` are those of the log at `position`, though payments may be
+    compared as of later; parked payments count as of when they were parked.
 
-    Whoever takes differences takes them all.
+    Iterators of differences must be exhausted.
     """
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        # Is told now and then how many events were read.
+        # Called from time to time with the number of events read.
         self.progress: Callable[[int], None] = lambda _: None
         self.position = position_of(reader)
         self.parked: dict[UUID, int] = {}
@@ -306,13 +305,14 @@ class Comparison:
         self.totals = Totals()
 
     def of_all(self) -> Iterator[Difference | Unreadable]:
-        """What differs, of all payments. To be called once."""
+        """The differences of all payments. To be called once."""
         for part in self._reader.ahead(slices(self._reader)):
             yield from self._of(part)
 
     def catch_up(self, take: Take) -> None:
-        """Compares again what changed since, some payments at a time; `take` takes what differs of
-        each slice. `position` is then where the follower stood when this began."""
+        """Compares the payments that have changed since, slice by slice; `take` receives the
+        differences of each. `position` then is the follower's position at the start of this
+        call."""
         until = position_of(self._reader)
         ids = self._changed(self._reader, until)
         parts = (
@@ -325,7 +325,7 @@ class Comparison:
         self._again(parts, until, take)
 
     def end(self, take: Take, read: Callable[[Snapshot], T]) -> T:
-        """The same as of one moment, when little has changed, and what `read` finds then."""
+        """Compares the last changed payments in one snapshot; returns what `read` reads in it."""
 
         def read_all(snapshot: Snapshot) -> tuple[Slice, T]:
             ids = self._changed(snapshot, position_of(snapshot))
@@ -338,7 +338,7 @@ class Comparison:
     def _changed(self, source: Source, until: int) -> list[UUID]:
         bounds = {"after": self.position, "until": until}
         ids = {row[0] for row in source.fetch(CHANGED_STREAMS, bounds)}
-        # The follower may have caught up with parked ones, or parked them again elsewhere.
+        # Parked streams may have been unparked, or parked again at another position.
         ids |= self.parked.keys() | {row[0] for row in source.fetch(ALL_PARKED)}
         return sorted(ids)
 
@@ -383,10 +383,10 @@ Folded = Payment | Exception | None
 def payments_of(
     rows: Iterable[Row], parked: Mapping[UUID, int], then: int = LAST
 ) -> Iterator[tuple[UUID, Folded, Folded]]:
-    """Each payment that READ_STREAMS_UNTIL's rows make, or why they do not make one; and the same
-    as it was at the position `then`.
+    """Folds READ_STREAMS_UNTIL's rows: yields each id with its payment or error, and the same as of
+    the position `then`.
 
-    A parked stream stands where it was when it was parked; None: at its beginning.
+    A parked stream is folded up to where it was parked; None: it was parked at its first event.
     """
     current: UUID | None = None
     payment: Payment | None = None
@@ -414,7 +414,7 @@ def payments_of(
 
 
 def totals_of(rows: Iterable[Row], parked: Mapping[UUID, int], then: int) -> Totals:
-    """What the payments of READ_STREAMS_UNTIL's rows amounted to at the position `then`."""
+    """The totals of READ_STREAMS_UNTIL's rows as of the position `then`."""
     totals = Totals()
     for _, _, payment in payments_of(rows, parked, then):
         if isinstance(payment, Payment):
@@ -423,7 +423,7 @@ def totals_of(rows: Iterable[Row], parked: Mapping[UUID, int], then: int) -> Tot
 
 
 def table_totals(source: Source) -> Totals:
-    """The same, as the tables have it."""
+    """The totals of the tables."""
     return Totals(
         ((table, str(status), str(currency)), (count, cents or 0))
         for table, status, currency, count, cents in source.fetch(TOTALS)
@@ -433,7 +433,7 @@ def table_totals(source: Source) -> Totals:
 class _Side:
     """A table's rows, read in step with the log's payments.
 
-    `upcoming` is the payment of the next row, as the number that its id is; END: none is left.
+    `upcoming` is the payment id of the next row, as an integer; END: no rows are left.
     """
 
     def __init__(self, table: Table, rows: Iterator[Row]) -> None:
@@ -442,7 +442,7 @@ class _Side:
         self._advance()
 
     def before(self, place: int) -> Iterator[Difference]:
-        """Rows of payments before this one: the log has no such payments."""
+        """Rows of payments before this one, which are not in the log."""
         while self.upcoming < place:
             yield Difference(
                 table=self.table,

@@ -1,10 +1,10 @@
-"""The follower: reads the log in order and hands it to a projection, batch by batch.
+"""The follower: reads the log in order and passes it to a projection, batch by batch.
 
-One transaction holds a batch's rows and the position behind it, so each event is applied once. The
-follower's row in `followers` is locked meanwhile, so among any number of processes one is active;
-its lock goes with its transaction, and another takes over.
+One transaction writes a batch's rows and the new position, so each event is applied once. It locks
+the follower's row in `followers`, so only one of any number of processes is active; when its
+transaction ends, another can take over.
 
-A stream that cannot be applied is parked, and the others go on: see parking.py.
+A stream that cannot be applied is parked, and the others continue: see parking.py.
 """
 
 import asyncio
@@ -27,24 +27,24 @@ from payments.observability.tracing import spans_since
 from payments.projections.parking import Parked, Parking, Projection, fetch_one
 from payments.tasks import finish
 
-if TYPE_CHECKING:  # commands use what is below, and measure nothing
+if TYPE_CHECKING:  # CLI commands use followers without metrics
     from payments.observability.metrics import Telemetry
 
-BATCH_MAX = 1000  # events; larger ones save nothing and keep the event loop for longer
-# A batch takes milliseconds; a server that does not answer is given up after this, so that lists
-# are up to date again within 5 s of an outage that nobody was told of.
+BATCH_MAX = 1000  # events; larger batches save nothing and block the event loop for longer
+# A batch takes milliseconds. With this timeout lists are up to date again within 5 s after the
+# server stopped responding without closing the connection.
 BATCH_TIMEOUT_S = 4.0
 POLL_S = 1.0  # a NOTIFY is a hint that may be lost
-# Events that come together are applied together: the two of a charge stand for one row.
+# Waits for further events of the same row: a charge has two.
 GATHER_S = 0.01
 BUSY_GATHER_S = 0.1
 BUSY_EVENTS = 64
 RETRY_MIN_S, RETRY_MAX_S = 0.05, 2.0
-# A process that knows more than the one which parked a stream may have been running all along.
+# A newer process may be able to apply a stream that an older one has parked meanwhile.
 RETRY_PARKED_S = 600.0
 RETRY_PARKED_FOR_S = 0.1
 
-# Without a row another process is active.
+# No row: another process is active.
 TAKE_POSITION = """
 SELECT position FROM followers WHERE name = %s FOR UPDATE SKIP LOCKED
 """
@@ -59,7 +59,7 @@ UPDATE followers SET position = %s, updated_at = clock_timestamp() WHERE name = 
 
 
 class Follower:
-    """Follows the log for one projection, on a connection of its own."""
+    """Follows the log for one projection, on its own connection."""
 
     def __init__(
         self,
@@ -71,8 +71,8 @@ class Follower:
         applied: Callable[[], None] | None = None,
         listens: bool = True,
     ) -> None:
-        """`applied` is called whenever a batch is committed. One that does not listen looks at the
-        log every POLL_S only: its batches are larger, and cost the appends less."""
+        """`applied` is called after each committed batch. Without `listens` the follower only polls
+        every POLL_S: its batches are larger, and slow the appends less."""
         self._connect = connect
         self._parking = Parking(projection)
         self._name = projection.name
@@ -92,14 +92,14 @@ class Follower:
         self._task = asyncio.create_task(self._run(), name=f"follower {self._name}")
 
     async def stop(self, timeout_s: float = 2.0) -> None:
-        """Stops after the present batch; one that takes too long has not happened."""
+        """Stops after the current batch; one that takes longer than `timeout_s` is rolled back."""
         self._stopping = True
         if self._task is not None:
             await finish({self._task}, timeout_s if self._applying else 0, 1)
         await self.close()
 
     def wake(self) -> None:
-        """There are events that this process has appended."""
+        """This process has appended events."""
         self._woken.set()
 
     @property
@@ -112,9 +112,8 @@ class Follower:
             await connection.close()
 
     async def run_once(self) -> int:
-        """Applies one batch; returns by how many events the position moved.
-
-        0 if there are none, or if another process is active.
+        """Applies one batch; returns how many events it read, 0 if there are none or another
+        process is active.
         """
         started = time.perf_counter()
         connection = await self._connection()
@@ -143,9 +142,9 @@ class Follower:
             return await self._parking.parked(connection)
 
     async def retry_parked(self, payment_ids: Collection[UUID] | None = None) -> list[Parked]:
-        """Applies what parked streams have missed (all, or these); returns those still parked.
+        """Applies the missed events of parked streams (all, or these); returns those still parked.
 
-        Waits for its turn if another process is active.
+        Waits while another process is active.
         """
         for parked in await self.parked():
             if payment_ids is None or parked.payment_id in payment_ids:
@@ -157,8 +156,8 @@ class Follower:
         ]
 
     async def _retry_some_parked(self) -> None:
-        """At the start, and now and then, what is parked gets another chance, a few streams at a
-        time: following must not wait for it."""
+        """Retries parked streams at the start and every RETRY_PARKED_S, a few at a time, so that
+        following does not wait."""
         now = time.monotonic()
         if now >= self._retry_parked_at:
             self._retry_parked_at = now + RETRY_PARKED_S
@@ -174,7 +173,7 @@ class Follower:
                 await self._parking.retry(connection, payment_id, position)
 
     async def _run(self) -> None:
-        """Follows until cancelled, whatever happens to the database."""
+        """Follows until cancelled, with retries after any error."""
         backoff = Backoff(RETRY_MIN_S, RETRY_MAX_S)
         while not self._stopping:
             try:
@@ -183,9 +182,9 @@ class Follower:
                 await self._run_connected(connection)
             except asyncio.CancelledError:
                 raise
-            except Exception as error:  # noqa: BLE001 - it must go on, whatever it is
+            except Exception as error:  # noqa: BLE001 - the follower must continue after any error
                 self._complain(error)
-                # Perhaps it was too much for the time that a batch has.
+                # The batch may have been too large for its timeout.
                 self._limit = max(1, self._limit // 2)
                 with suppress(Exception):
                     await self.close()
@@ -203,7 +202,7 @@ class Follower:
             tell("ERROR", "the follower failed, trying again", exception=error)
 
     async def _run_connected(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        """Applies a batch; if there is none, waits until it is woken, for a NOTIFY or the poll."""
+        """Applies a batch; without events it waits for `wake`, a NOTIFY or POLL_S."""
         self._woken.clear()
         moved = await self._run_batch()
         if self._stopping:
@@ -217,7 +216,7 @@ class Follower:
             await asyncio.sleep(BUSY_GATHER_S if moved > BUSY_EVENTS else GATHER_S)
 
     async def _wait(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        """Until this process appends something, or the server says something; POLL_S at most."""
+        """Waits until this process appends events or the server sends data, at most POLL_S."""
         loop, socket = asyncio.get_running_loop(), connection.fileno()
         loop.add_reader(socket, self._woken.set)
         try:
@@ -240,8 +239,8 @@ class Follower:
         if self._opened is None:
             self._opened = await self._connect(f"payments follower {self._name}")
             with cut_after(self._opened, BATCH_TIMEOUT_S):
-                # Nothing is lost if a crash of the server undoes the last batches: their position
-                # goes with them. Waiting for the disk would only slow the appends down.
+                # A server crash may undo the last batches, but together with their position, so
+                # nothing is lost. Waiting for the disk would only slow the appends.
                 await self._opened.execute("SET synchronous_commit = off")
                 if self._listens:
                     await self._opened.execute(LISTEN)
@@ -249,6 +248,6 @@ class Follower:
 
 
 async def _was_notified(connection: psycopg.AsyncConnection[Any]) -> bool:
-    """Whether a NOTIFY has come, also during a batch: psycopg keeps them for whoever asks, without
-    bound. Raises OperationalError if the connection is lost."""
+    """Whether a NOTIFY has arrived, also during a batch; empties psycopg's queue, which is
+    unbounded. Raises OperationalError if the connection is lost."""
     return bool([None async for _ in connection.notifies(timeout=0)])

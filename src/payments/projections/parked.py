@@ -1,5 +1,5 @@
-"""Streams that are parked without a reason: whoever parks a payment by hand hides what is done to
-its rows, since they are compared as they were before."""
+"""Finds streams that are parked without a reason. Parking a payment manually would hide changes of
+its rows, since these are compared as of when it was parked."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from payments.projections.comparison import Folded, payments_of
 from payments.projections.seals import SealsProjection
 from payments.snapshot import Source
 
-PART_PAYMENTS = 500  # read at once
+PART_PAYMENTS = 500  # read by one statement
 
-# With the position up to which the follower has looked: what comes later has parked nothing yet.
+# With the follower's position: later events cannot have parked the stream.
 PARKED = """
 SELECT p.follower, f.position, p.payment_id
   FROM parked_streams p JOIN followers f ON f.name = p.follower ORDER BY p.payment_id
@@ -30,7 +30,7 @@ class NeedlesslyParked(NamedTuple):
 
 
 def needlessly_parked(source: Source) -> Iterator[NeedlesslyParked]:
-    """What this version can read, up to where its follower stands."""
+    """Parked streams that this version can fold up to the follower's position."""
     parked: dict[tuple[str, int], set[UUID]] = defaultdict(set)
     for follower, position, payment_id in source.fetch(PARKED):
         parked[follower, position].add(payment_id)

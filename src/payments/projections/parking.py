@@ -1,6 +1,6 @@
-"""Parking: a stream that a projection cannot apply is set aside, and the others go on.
+"""Parking: a stream that a projection cannot apply is skipped, and the others continue.
 
-Everything here runs within the follower's transaction, with its row in `followers` locked.
+All of this runs in the follower's transaction, with its row in `followers` locked.
 """
 
 import traceback
@@ -15,7 +15,7 @@ from payments.events.facts import UndecodableEvent
 from payments.events.store import READ_STREAM_PART, LogEntry, read_events
 from payments.payment.state import UnexpectedEvent
 
-# To be read once the position is taken: the follower before may just have parked one.
+# Must be read after the position is locked: the previous follower may just have parked a stream.
 PARKED_IDS = """
 SELECT payment_id FROM parked_streams WHERE follower = %s
 """
@@ -40,23 +40,23 @@ DELETE FROM parked_streams WHERE follower = %s AND payment_id = %s
 
 
 class Projection(Protocol):
-    """What a follower keeps up to date. Its name is that of its row in `followers`."""
+    """Applies events for a follower. `name` is that of its row in `followers`."""
 
     name: str
 
     async def apply(
         self, connection: psycopg.AsyncConnection[Any], events: Sequence[LogEntry]
     ) -> None:
-        """Writes what these events mean, within the follower's transaction.
+        """Writes the rows of these events, in the follower's transaction.
 
-        The events are in order, and of each stream nothing is left out between what was applied
-        before and these. Raises for the whole batch if one of them cannot be applied.
+        The events are in order, and each stream's continue without a gap after those applied
+        before. Raises for the whole batch if one of them cannot be applied.
         """
         ...
 
 
 class Parked(NamedTuple):
-    """A stream that is parked; `position` is its first event that was not applied."""
+    """A parked stream; `position` is its first event that was not applied."""
 
     payment_id: UUID
     position: int
@@ -65,14 +65,14 @@ class Parked(NamedTuple):
 
 
 class Parking:
-    """Applies events to one projection, without the streams that are parked."""
+    """Applies events to one projection, except those of parked streams."""
 
     def __init__(self, projection: Projection) -> None:
         self._projection = projection
         self._follower = projection.name
 
     async def apply(self, connection: psycopg.AsyncConnection[Any], events: list[LogEntry]) -> None:
-        """All but those of parked streams; parks the streams that cannot be applied."""
+        """Applies all events except those of parked streams; parks streams that fail."""
         cursor = await connection.execute(PARKED_IDS, [self._follower])
         parked = {payment_id for (payment_id,) in await cursor.fetchall()}
         events = [event for event in events if event.payment_id not in parked]
@@ -87,23 +87,23 @@ class Parking:
     async def retry(
         self, connection: psycopg.AsyncConnection[Any], payment_id: UUID, position: int
     ) -> None:
-        """Applies what a parked stream has missed, up to the follower's position."""
-        # Another process may have retried it since, and parked it again further on.
+        """Applies the missed events of a parked stream, up to the follower's position."""
+        # Another process may have retried it since, and parked it again at a later position.
         first = await fetch_one(connection, PARKED_POSITION, [self._follower, payment_id])
         if first is None:
             return
         events = await read_events(connection, READ_STREAM_PART, [payment_id, first, position])
-        # Without any it was parked by hand, and there is nothing to apply.
+        # No events: it was parked manually, and there is nothing to apply.
         if not events or await self._apply_or_park(connection, events):
             await connection.execute(UNPARK, [self._follower, payment_id])
 
     async def _apply_or_park(
         self, connection: psycopg.AsyncConnection[Any], events: list[LogEntry]
     ) -> bool:
-        """Applies the events, but parks the streams that cannot be; returns whether there is none.
+        """Applies the events, but parks streams that fail; returns whether none failed.
 
-        A batch that fails is halved until the culprits are alone, each part in a savepoint: stream
-        by stream, one of them would make a large batch take longer than it may.
+        A failing batch is halved until the failing streams are isolated, each part in a savepoint:
+        stream by stream, a large batch would exceed its timeout.
         """
         try:
             async with connection.transaction():
@@ -141,15 +141,16 @@ async def fetch_one(connection: psycopg.AsyncConnection[Any], query: str, params
 
 
 def _is_the_events_fault(error: Exception) -> bool:
-    """Whether it would fail again: not for a lost connection, a lock, or a full disk."""
+    """Whether the events cause the error, so that a retry would fail too; not for a lost
+    connection, a lock or a full disk."""
     if isinstance(error, psycopg.Error):
-        # SQLSTATE classes 22 and 23, and what psycopg itself refuses to send.
+        # SQLSTATE classes 22 and 23, and values that psycopg cannot send.
         return isinstance(error, psycopg.DataError | psycopg.IntegrityError)
     return not isinstance(error, OSError | MemoryError)
 
 
 def _reason(error: Exception) -> str:
-    """For people. Other messages than our own may quote what is in a row."""
+    """The reason, for people. Foreign messages are left out: they may quote values of a row."""
     kind = type(error).__name__
     if isinstance(error, UndecodableEvent | UnexpectedEvent):
         return f"{kind}: {error}"[:500]

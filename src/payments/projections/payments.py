@@ -1,4 +1,4 @@
-"""The payments read model: what the events of a batch change in its tables.
+"""The payments read model: writes the changes of a batch of events.
 
 Tables payments, refunds, payment_clients and unsettled_payments; one statement each per batch.
 """
@@ -28,8 +28,7 @@ from payments.payment.state import DECLINED, Payment, Refund, Status, evolve
 Row = tuple[Any, ...]
 Array = Callable[[Any], BinaryArray]
 
-# Each table's columns in the order in which its rows are written and compared, and as which array
-# each is sent.
+# Each table's columns, in the order of its rows, and the array type of each.
 PAYMENT_COLUMNS: dict[str, Array] = {
     "id": uuids,
     "merchant_order_id": uuids,
@@ -64,7 +63,7 @@ CLIENT_COLUMNS: dict[str, Array] = {
 payment_row = attrgetter(*PAYMENT_COLUMNS)
 client_row = attrgetter("id", *list(CLIENT_COLUMNS)[1:])
 
-YIELD_EVERY = 200  # events; in between the event loop serves requests
+YIELD_EVERY = 200  # events; then the event loop can serve requests
 
 UPSERT_PAYMENTS = """
 INSERT INTO payments (id, merchant_order_id, idempotency_key, amount_cents, currency, status,
@@ -110,7 +109,7 @@ SELECT * FROM unnest(%b, %b, %b, %b, %b)
 
 class PaymentsProjection:
     """`settle_after_s`: how long an open payment is left to the request that opened it;
-    `declines_may_turn_s`: as of the gateway."""
+    `declines_may_turn_s`: that of the gateway."""
 
     name = "payments"
 
@@ -152,7 +151,7 @@ class PaymentsProjection:
                 since.append(payment.updated_at if reason is None else reason.since)
                 wait_s = self._declines_may_turn_s if reason is None else self._settle_after_s
                 due_in_s.append(wait_s)
-            elif payment.id in earlier:  # what began in this batch was never listed
+            elif payment.id in earlier:  # one that began in this batch was never listed
                 settled.append(payment.id)
         if open_ids:
             params = (uuids(open_ids), texts(kinds), timestamps(since), doubles(due_in_s))
@@ -166,7 +165,7 @@ class PaymentsProjection:
 async def _earlier(
     cursor: psycopg.AsyncCursor[Any], events: Sequence[LogEntry]
 ) -> dict[UUID, Payment]:
-    """The payments that began before this batch, as they were then."""
+    """The payments of the batch that began before it, as of then."""
     first_versions: dict[UUID, int] = {}
     for event in events:
         first_versions.setdefault(event.payment_id, event.version)
@@ -186,7 +185,7 @@ async def _earlier(
 
 
 async def _fold(events: Sequence[LogEntry], earlier: dict[UUID, Payment]) -> list[Payment]:
-    """Each payment of the batch as it is after it."""
+    """Each payment of the batch, as of its end."""
     payments: dict[UUID, Payment] = {}
     for number, event in enumerate(events):
         if number % YIELD_EVERY == YIELD_EVERY - 1:
@@ -198,7 +197,7 @@ async def _fold(events: Sequence[LogEntry], earlier: dict[UUID, Payment]) -> lis
 
 
 def _changed_refunds(payments: Iterable[Payment], earlier: dict[UUID, Payment]) -> list[Row]:
-    """The rows of refunds that this batch began or brought further."""
+    """The rows of refunds that this batch began or changed."""
     changed: list[Row] = []
     for payment in payments:
         if payment.refunds:
@@ -210,7 +209,7 @@ def _changed_refunds(payments: Iterable[Payment], earlier: dict[UUID, Payment]) 
 
 
 def _ended_refunds(payments: Iterable[Payment]) -> list[UUID]:
-    """Refunds that have an outcome, and late captures that went back."""
+    """Refunds with an outcome, and late captures that were returned."""
     ended: list[UUID] = []
     for payment in payments:
         ended += (each.id for each in payment.refunds if each.status is not Status.PENDING)
@@ -236,6 +235,6 @@ def refund_row(payment: Payment, refund: Refund) -> Row:
 
 
 def _params(columns: Mapping[str, Array], rows: Iterable[Row]) -> list[Any]:
-    """One array per column; there is at least one row."""
+    """One array per column; needs at least one row."""
     transposed = zip(*rows, strict=True)
     return [array(values) for array, values in zip(columns.values(), transposed, strict=True)]

@@ -1,13 +1,13 @@
-"""`payments rebuild`: makes the payments read model what the log says, while the service runs.
+"""`payments rebuild`: corrects the payments read model from the log, while the service runs.
 
-1. Compare, slice by slice: nobody waits. What differs is staged in temporary tables, which go with
-   the connection however this ends.
-2. Catch up: payments that got events since it began are compared again, until few are left.
-3. Hold the follower's row, so that tables and log stand at one position; compare the last few; in
-   the same transaction write the rows that differ, and keep those that they replace.
+1. Compare, slice by slice, without locks. Differences are staged in temporary tables, which end
+   with the connection.
+2. Catch up: payments with events since the start are compared again, until few are left.
+3. Lock the follower's row, so that tables and log are at the same position; compare the last few;
+   in the same transaction write the rows that differ, and keep those that they replace.
 
-The live tables are written and never swapped: their readers neither wait nor see anything between
-before and after. Nothing here calls back or calls a gateway.
+The live tables are updated, not swapped: readers neither wait nor see intermediate states. A
+rebuild sends no callbacks and calls no gateway.
 """
 
 import os
@@ -43,15 +43,15 @@ LOCK_KEYS = (7165010, 3)  # 2: migrations/__init__.py
 NAME = "payments rebuild"
 LOCK_POLL_S = 0.05
 STAGE_ROWS = 2000
-CATCH_UP_EVENTS = 500  # so few are compared while the follower waits
+CATCH_UP_EVENTS = 500  # the maximum that is compared while the follower waits
 CATCH_UPS_MAX = 20
-# The follower's batch is done in milliseconds, `payments parked retry` takes seconds at worst.
+# A batch of the follower takes milliseconds, `payments parked retry` takes seconds at worst.
 POSITION_WAIT_S = 60
-# An abandoned payment may be captured late; what was abandoned longer ago is not watched again.
-# Gateways declare days at most, and asking once too often harms nobody.
+# An abandoned payment may be captured late; payments abandoned longer ago are not watched again.
+# Gateways declare days at most, and one needless request does no harm.
 WATCHED_FOR = timedelta(days=30)
 
-# While the follower waits, the last payments are compared in between.
+# The transaction is idle while the last payments are compared.
 BEGIN_WRITING = f"""
 SET LOCAL lock_timeout = '{POSITION_WAIT_S}s';
 SET LOCAL idle_in_transaction_session_timeout = '{POSITION_WAIT_S}s'
@@ -65,7 +65,7 @@ UNLOCK = """
 SELECT pg_advisory_unlock(%s, %s)
 """
 
-# Who holds it: the name that the other's connection goes by.
+# The application name of the connection that holds the lock.
 LOCK_HOLDER = """
 SELECT a.application_name, a.backend_start
   FROM pg_locks l JOIN pg_stat_activity a USING (pid)
@@ -73,8 +73,8 @@ SELECT a.application_name, a.backend_start
    AND (l.classid, l.objid) = (%s, %s)
 """
 
-# The rows that differ, as the log has them, and those that should not be there. A table of the
-# columns alone: what others added to the live one, and what it demands, is nothing to the log.
+# The rows that differ, as computed from the log, and surplus rows. Only the columns are copied:
+# columns that others added to the live tables, and constraints, do not concern the log.
 STAGING = """
 CREATE TEMPORARY TABLE rebuilt_payments AS
 SELECT id, merchant_order_id, idempotency_key, amount_cents, currency, status, provider_txn_id,
@@ -124,7 +124,7 @@ HOLD_POSITION = """
 SELECT position FROM followers WHERE name = 'payments' FOR UPDATE
 """
 
-# Each table's rows as they are before they are replaced or removed.
+# Copies each table's rows before they are replaced or removed.
 KEEP = """
 INSERT INTO replaced_rows (rebuilt_at, table_name, id, row)
 SELECT now(), 'payments', p.id, to_jsonb(p) FROM payments p
@@ -144,7 +144,7 @@ SELECT now(), 'unsettled_payments', u.payment_id, to_jsonb(u) FROM unsettled_pay
     OR payment_id IN (SELECT id FROM surplus_rows WHERE table_name = 'unsettled_payments')
 """
 
-# Keys are given up first: one row may have got another's.
+# Keys are cleared first: a row may hold the key of another.
 REPLACE = (
     "DELETE FROM payments WHERE id IN (SELECT id FROM surplus_rows WHERE table_name = 'payments')",
     "DELETE FROM refunds WHERE id IN (SELECT id FROM surplus_rows WHERE table_name = 'refunds')",
@@ -166,7 +166,7 @@ UPDATE payments p
   FROM rebuilt_payments r
  WHERE p.id = r.id
 """,
-    # In the order of most of its indexes: a third faster than ON CONFLICT in the order of ids.
+    # In the order of most indexes: a third faster than ON CONFLICT in the order of ids.
     """
 INSERT INTO payments (id, merchant_order_id, idempotency_key, amount_cents, currency, status,
                       provider_txn_id, created_at, updated_at)
@@ -202,10 +202,10 @@ SELECT * FROM rebuilt_payment_clients
 
 
 class Rebuilt(NamedTuple):
-    """What a rebuild found and did. `log` and `tables` are the totals at `position`, side by side.
+    """The result of a rebuild. `log` and `tables` are the totals at `position`.
 
-    `differing`: rows by table. `replaced` of them stood there, and are kept in replaced_rows.
-    `held_s`: for how long the follower had to wait.
+    `differing`: rows by table. `replaced` of them existed, and are kept in replaced_rows. `held_s`:
+    for how long the follower had to wait.
     """
 
     position: int
@@ -221,7 +221,7 @@ class Rebuilt(NamedTuple):
 
 
 Found = Callable[[Difference | Unreadable], None]
-# (step, events done, of how many): `compare`, `catch up`, `write`.
+# (step, events done, their total); the steps are `compare`, `catch up`, `write`.
 Progress = Callable[[str, int, int], None]
 
 
@@ -230,7 +230,7 @@ def check(
     found: Found = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> Rebuilt:
-    """Only compares; `found` is told of each row that differs. Raises StartError, psycopg.Error."""
+    """Only compares; `found` is called with each difference. Raises StartError, psycopg.Error."""
     differing = dict.fromkeys((table.name for table in TABLES), 0)
     unreadable = []
     with Reader(address, NAME) as reader:
@@ -268,10 +268,10 @@ def rebuild(
     found: Found = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> Rebuilt:
-    """Compares and repairs. `settle_after_s`: as for PaymentsProjection.
+    """Compares and corrects. `settle_after_s`: as for PaymentsProjection.
 
-    `found` is told of what differed at the first comparison. Raises StartError if another rebuild
-    is running, or psycopg.Error; then nothing was changed.
+    `found` is called with each difference of the first comparison. Raises StartError if another
+    rebuild is running, or psycopg.Error; then nothing was changed.
     """
     writer = unhurried(address, f"{NAME} {os.getpid()}@{socket.gethostname()}"[:63])
     with writer, _the_only_one(writer), Reader(address, NAME) as reader:
@@ -285,20 +285,20 @@ def _comparison(reader: Reader, progress: Progress) -> Comparison:
 
 
 def _nothing(_: Slice, differences: Iterator[Difference | Unreadable]) -> None:
-    """What differs was told before: only the totals are of interest."""
+    """Ignores differences, which were reported before: only the totals are needed."""
     deque(differences, maxlen=0)
 
 
 @contextmanager
 def _the_only_one(connection: psycopg.Connection[Any]) -> Iterator[None]:
-    """StartError says who runs a rebuild already."""
+    """Holds the lock of rebuilds; StartError names the process that holds it already."""
     while not (row := connection.execute(TRY_LOCK, LOCK_KEYS).fetchone()) or not row[0]:
         if (row := connection.execute(LOCK_HOLDER, LOCK_KEYS).fetchone()) is not None:
             name, since = row
             raise StartError(f"a rebuild is running already: {name}, since {since:%F %T} UTC")
         time.sleep(LOCK_POLL_S)  # it has just ended
     yield
-    # What fails ends the connection, and the lock with it.
+    # After an error the connection is closed, which releases the lock.
     connection.execute(UNLOCK, LOCK_KEYS)
 
 
@@ -348,7 +348,7 @@ class _Rebuild:
         )
 
     def _catch_up(self, few: int) -> bool:
-        """Compares what changed meanwhile; False if only a few events are left."""
+        """Compares payments that have changed; False if at most `few` events are left."""
         position = position_of(self._reader)
         if position - self._comparison.position <= few:
             return False
@@ -357,7 +357,7 @@ class _Rebuild:
         return True
 
     def _stage_again(self, part: Slice, differences: Iterator[Difference | Unreadable]) -> None:
-        """What was found of these payments before is not true any more."""
+        """Replaces the earlier differences of these payments."""
         ids = part.ids or []
         for query in UNSTAGE:
             self._writer.execute(query, [uuids(ids)])
@@ -392,7 +392,7 @@ class _Rebuild:
         return differing
 
     def _write(self) -> tuple[dict[str, int], int, float]:
-        """Returns how many rows differed by table, how many were replaced, and the time it took."""
+        """Returns how many rows differed by table, how many were replaced, and the duration."""
         with self._writer.transaction():
             self._writer.execute(BEGIN_WRITING)
             self._writer.execute(HOLD_POSITION)
@@ -408,7 +408,7 @@ class _Rebuild:
 
 
 class _Staged:
-    """Rows on their way into the temporary tables."""
+    """Buffers rows for the temporary tables."""
 
     def __init__(self, writer: psycopg.Connection[Any]) -> None:
         self._writer = writer
@@ -440,5 +440,5 @@ class _Staged:
 
 
 def _in_utc(value: Any) -> Any:
-    """Columns without a zone take a time as it is written, whatever its zone."""
+    """Times in UTC, since columns without a time zone drop the offset."""
     return value.astimezone(UTC) if isinstance(value, datetime) else value

@@ -1,7 +1,7 @@
-"""The seals of the log: one per event, each over its event and the seal before (events/chain.py).
+"""The seals of the log: one per event, each over its event and the previous seal (events/chain.py).
 
-Written after the commit, so that no append waits for it. What cannot be decoded is sealed like
-anything else: nothing is parked here.
+Written after the commit, so that no append waits for it. Undecodable events are sealed too: this
+projection parks nothing.
 """
 
 import asyncio
@@ -14,11 +14,11 @@ from payments.database.arrays import bigints, byteas
 from payments.events.chain import GENESIS, seal
 from payments.events.store import LogEntry
 
-BATCH_MAX = 1000  # events; a larger one keeps the event loop for longer than a request should wait
-YIELD_EVERY = 200  # events; in between the event loop serves requests
+BATCH_MAX = 1000  # events; a larger batch would block the event loop for too long
+YIELD_EVERY = 200  # events; then the event loop can serve requests
 
-# After a position that is missing from the log the chain goes on from the seal before it. What
-# somebody put behind the follower's position is not part of it.
+# After a position that is missing from the log the chain continues from the previous seal. Seals
+# that were inserted after the follower's position are ignored.
 SEAL_BEFORE = """
 SELECT hash FROM log_seals WHERE position < %b ORDER BY position DESC LIMIT 1
 """
@@ -35,7 +35,7 @@ class SealsProjection:
     async def apply(
         self, connection: psycopg.AsyncConnection[Any], events: Sequence[LogEntry]
     ) -> None:
-        """Seals these events; they follow what was sealed before."""
+        """Seals these events, which follow the last sealed one."""
         async with connection.cursor(binary=True) as cursor:
             await cursor.execute(SEAL_BEFORE.encode(), [events[0].position])
             row = await cursor.fetchone()
