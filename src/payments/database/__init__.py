@@ -1,7 +1,7 @@
-"""The database: connections, and what each is set to.
+"""The database: connections and their settings.
 
-connections.py  opens every connection of the service, reads, and tells what failed
-session.py      what each connection is set to, and verified to be
-resolving.py    host names, looked up beside the event loop
-arrays.py       arrays in Postgres' binary form, for statements with many rows
+connections.py  opens all connections of the service, and the pool that queries read through
+session.py      sets and verifies the settings of each session
+resolving.py    resolves host names outside the event loop
+arrays.py       arrays in Postgres' binary format, for statements with many rows
 """

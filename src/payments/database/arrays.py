@@ -1,9 +1,9 @@
-"""Postgres arrays in their binary form, for statements that write many rows at once.
+"""Postgres arrays in binary format, for statements that write many rows.
 
-psycopg turns lists into arrays one element at a time, in Python; under load that was an eighth of
-the time of a service that only appended. The form is that of array_send in the Postgres sources:
+psycopg converts lists to arrays one element at a time, in Python; under load that took an eighth of
+the time of a service that only appended. The format is that of array_send in the Postgres sources:
 number of dimensions, whether there are NULLs, element type, then length and lower bound of the one
-dimension, then each element with its length before it; the length of NULL is -1.
+dimension, then each element after its length; the length of NULL is -1.
 """
 
 import struct
@@ -26,7 +26,7 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 class BinaryArray(bytes):
-    """An array that is ready to be sent; a subclass per element type."""
+    """An encoded array; one subclass per element type."""
 
     ELEMENT: ClassVar[TypeInfo]
 
@@ -95,7 +95,7 @@ def timestamps(items: Sequence[datetime]) -> BinaryArray:
 
 
 def utc_times(items: Sequence[datetime]) -> BinaryArray:
-    """For columns that hold UTC without saying so: the elements are those of `timestamps`."""
+    """For columns in UTC without a time zone: the elements are those of `timestamps`."""
     return UtcTimes.of_numbers([(item - _EPOCH) // _MICROSECOND for item in items], "q", 8)
 
 

@@ -1,7 +1,7 @@
-"""Connections to Postgres: how they are opened, pooled and given up.
+"""Connections to Postgres: opens, pools and cuts them.
 
-Postgres 15 or newer, direct or through a session-mode pooler. Every connection is set up as
-session.py says before anybody gets it. TLS is libpq's: set PGSSLMODE and PGSSLROOTCERT.
+Postgres 15 or newer, direct or through a session-mode pooler. session.py sets up every connection
+before it is used. TLS is libpq's: set PGSSLMODE and PGSSLROOTCERT.
 """
 
 import asyncio
@@ -26,20 +26,20 @@ from payments.errors import DatabaseUnavailable, StartError
 from payments.observability.logs import Repeats
 from payments.settings import Settings
 
-CONNECT_TIMEOUT_S = 2  # libpq takes no less, and a healthy server answers in milliseconds
-POOLER_TIMEOUT_S = 5.0  # a pooler lets a connection wait while all of its own are taken
-RESOLVE_TIMEOUT_S = 2.0  # for the name of the host; the C library itself takes 10 s and more
+CONNECT_TIMEOUT_S = 2  # libpq's minimum; a healthy server responds in milliseconds
+POOLER_TIMEOUT_S = 5.0  # a pooler makes a client wait while all its server connections are used
+RESOLVE_TIMEOUT_S = 2.0  # for the host name; the C library's own timeout is 10 s and more
 QUERY_TIMEOUT_S = 1.5  # with the wait for a connection, a request gets its 503 in under 3 s
 POOL_WAIT_S = 1.0
-SILENCE_S = 1.0  # without an answer for so long a connection was cut off, and others may have been
+SILENCE_S = 1.0  # a connection without a response for so long is dead, and others may be too
 READ_TIMEOUT_S = POOL_WAIT_S + QUERY_TIMEOUT_S
-# A connection's prepared statements are not those of its session: a pooler gave it another one.
+# The session lacks the connection's prepared statements: a pooler has switched sessions.
 OTHER_SESSION = (
     psycopg.errors.InvalidSqlStatementName,
     psycopg.errors.DuplicatePreparedStatement,
 )
-# A standby cancels, or cuts off, who sees rows that the primary has removed since; if told to wait
-# for nobody, whoever reads at that moment.
+# A standby cancels or disconnects queries that need rows which the primary has removed since; with
+# a delay of 0 any query at that moment.
 CONFLICTS = (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected)
 CONFLICT_PAUSE_S = 0.1
 CONFLICT_FOR_S = 30.0
@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 
 class DatabaseAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the database is and who we are there. `host` is a name or a socket directory."""
+    """Address and credentials of the database. `host` is a name or a socket directory."""
 
     host: str
     port: int
@@ -60,7 +60,7 @@ class DatabaseAddress(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "DatabaseAddress":
-        """The outside database that the settings name."""
+        """The external database of the settings."""
         if settings.database_host is None:
             raise ValueError("DATABASE_HOST is not set")
         return cls(
@@ -75,10 +75,10 @@ class DatabaseAddress(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.user}@{self.host}:{self.port}/{self.dbname}"
 
     def conninfo(self, application_name: str = "payments") -> str:
-        """What libpq connects with; it holds the password."""
+        """The connection string for libpq, including the password."""
         return make_conninfo(
             host=self.host,
-            hostaddr="",  # what PGHOSTADDR holds would be connected to instead
+            hostaddr="",  # else PGHOSTADDR would replace the host
             port=self.port,
             user=self.user,
             password=self.password,
@@ -86,24 +86,25 @@ class DatabaseAddress(msgspec.Struct, frozen=True, kw_only=True):
             application_name=application_name,
             client_encoding="UTF8",
             connect_timeout=CONNECT_TIMEOUT_S,
-            # A peer that vanished without a word is noticed by the kernel: 3 s after something was
-            # sent, or while only an answer is waited for, after 7 s (Linux would take 2 hours).
+            # The kernel detects a dead peer: 3 s after data was sent, or 7 s while only a response
+            # is awaited (by default Linux takes 2 hours).
             tcp_user_timeout=3000,
             keepalives_idle=5,
             keepalives_interval=2,
-            options="",  # nor what PGOPTIONS holds: a pooler refuses it
-            # Of several hosts only one takes events.
+            options="",  # else PGOPTIONS would be sent, which a pooler rejects
+            # Of several hosts only one is writable.
             target_session_attrs="read-write" if "," in self.host else None,
         )
 
 
 def connect(address: DatabaseAddress, application_name: str) -> psycopg.Connection[Any]:
-    """A blocking connection for start-up and the CLI; StartError says in one line why not."""
+    """A blocking connection for start-up and the CLI; raises StartError with the reason in one
+    line."""
     return again_on_conflict(lambda: _connect(address, application_name))[0]
 
 
 def again_on_conflict(read: Callable[[], T]) -> T:
-    """Tries again while a standby cancels it, for CONFLICT_FOR_S."""
+    """Retries `read` while a standby cancels it, for CONFLICT_FOR_S."""
     give_up_at = time.monotonic() + CONFLICT_FOR_S
     while True:
         try:
@@ -115,14 +116,14 @@ def again_on_conflict(read: Callable[[], T]) -> T:
 
 
 def refuse_pooling(address: DatabaseAddress) -> None:
-    """StartError unless two connections that are open at once have each its own session."""
+    """Raises StartError unless two concurrent connections each have their own session."""
     with ExitStack() as opened:
         both = []
         for _ in range(2):
             both.append(_connect(address, "payments start"))
             opened.callback(both[-1][0].close)
         try:
-            # Twice in a row each: a pooler may take its sessions in turn.
+            # Twice in a row each: a pooler may rotate its sessions.
             for connection, mark in (both[0], both[0], both[1], both[1], both[0]):
                 session.check(_ask(connection, session.LOOK), mark)
         except psycopg.Error as error:
@@ -130,8 +131,8 @@ def refuse_pooling(address: DatabaseAddress) -> None:
 
 
 def set_up(connection: psycopg.Connection[Any]) -> str:
-    """Sets a new session up, and looks whether it holds; its mark. Otherwise the connection is
-    closed; raises psycopg.Error."""
+    """Sets up a new session and verifies it; returns its mark. On failure closes the connection and
+    raises psycopg.Error."""
     try:
         mark = session.mark_of_new(_ask(connection, session.SET_UP))
         session.check(_ask(connection, session.LOOK), mark)
@@ -142,7 +143,7 @@ def set_up(connection: psycopg.Connection[Any]) -> str:
 
 
 def _connect(address: DatabaseAddress, name: str) -> tuple[psycopg.Connection[Any], str]:
-    """With the mark of its session."""
+    """A connection, with the mark of its session."""
     conninfo = address.conninfo(name)
     try:
         try:
@@ -163,7 +164,7 @@ def _connect(address: DatabaseAddress, name: str) -> tuple[psycopg.Connection[An
 
 
 def _ask(connection: psycopg.Connection[Any], query: str) -> tuple[Any, ...]:
-    """The one row of a query, within POOLER_TIMEOUT_S; psycopg.Error."""
+    """The one row of a query, within POOLER_TIMEOUT_S; raises psycopg.Error."""
     began = time.monotonic()
     timer = threading.Timer(POOLER_TIMEOUT_S, cut, [connection])
     timer.start()
@@ -186,19 +187,19 @@ def _unfit(address: DatabaseAddress, error: psycopg.Error) -> StartError:
 
 
 def reason_of(error: psycopg.Error) -> str:
-    """The server's or libpq's own words, on one line; they never hold the password."""
+    """The message of the server or libpq, on one line; it never contains the password."""
     lines = (error.diag.message_primary or str(error)).strip().splitlines()
     # libpq: `connection failed: connection to server at … failed: REASON`, then a hint.
     return lines[0].rpartition(" failed: ")[2] if lines else type(error).__name__
 
 
 def create_database_if_missing(address: DatabaseAddress) -> None:
-    """For the embedded server, where nobody else would create it."""
+    """For the embedded server, whose database the service must create."""
     maintenance = msgspec.structs.replace(address, dbname="postgres")
     statement = SQL("CREATE DATABASE {}").format(Identifier(address.dbname))
     with connect(maintenance, "payments create database") as connection:
         if connection.execute(DATABASE_EXISTS, [address.dbname]).rowcount:
-            return  # a server that is read-only would refuse
+            return  # a read-only server would refuse CREATE DATABASE
         connection.execute("SET statement_timeout = '60s'")  # it copies the template's files
         try:
             connection.execute(statement)
@@ -211,8 +212,8 @@ def create_database_if_missing(address: DatabaseAddress) -> None:
 def cut(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
     """Ends a connection whose server may be frozen.
 
-    Closing it would ask the server first, and cancelling a query opens another connection to it.
-    Shutting the socket down makes whoever waits on it see an end at once.
+    Closing it would contact the server first, and cancelling a query opens another connection to
+    it. After a shutdown of the socket, waiting readers see its end at once.
     """
     with suppress(OSError, psycopg.OperationalError):
         borrowed = socket.socket(fileno=connection.fileno())
@@ -223,7 +224,7 @@ def cut(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> N
 
 
 async def _resolve(host: str) -> list[str]:
-    """The addresses of a host name, within RESOLVE_TIMEOUT_S; OperationalError."""
+    """The addresses of a host name, within RESOLVE_TIMEOUT_S; raises OperationalError."""
     try:
         return await addresses_of(host, RESOLVE_TIMEOUT_S)
     except TimeoutError:
@@ -233,30 +234,31 @@ async def _resolve(host: str) -> list[str]:
 
 
 def _is_a_name(host: str) -> bool:
-    """Neither a socket directory nor an address."""
+    """Whether it is a host name: neither a socket directory nor an address."""
     if host.startswith(("/", "@")):
         return False
     try:
         ipaddress.ip_address(host)
     except ValueError:
-        return "," not in host  # several hosts are left to psycopg
+        return "," not in host  # psycopg handles several hosts
     return False
 
 
 def _to_write(conninfo: str) -> str:
-    """For a name, which may have the addresses of several servers: only one takes events."""
+    """Asks for a writable server: a name may have the addresses of several, of which one is."""
     return make_conninfo(conninfo, target_session_attrs="read-write")
 
 
 def _is_read_only(error: psycopg.OperationalError) -> bool:
-    """Whether libpq found none of a name's servers that writes, and one that reads."""
+    """Whether libpq found only read-only servers."""
     return "session is read-only" in str(error)
 
 
 class _Connection(psycopg.AsyncConnection[Any]):
-    """Its session is set up. Neither connecting nor giving up takes long, whatever the server does.
+    """A connection with a session that is set up. Connecting and closing take bounded time, even
+    with a frozen server.
 
-    Cancelling whoever waits for a query cuts the connection: psycopg would open a second one to
+    Cancelling a task that waits for a query cuts the connection: psycopg would open a second one to
     cancel the query, and wait up to 10 s for a server that may be frozen.
     """
 
@@ -283,7 +285,7 @@ class _Connection(psycopg.AsyncConnection[Any]):
         return connection
 
     async def check_session(self) -> None:
-        """SessionUnfit unless what was set up holds in another transaction."""
+        """Raises SessionUnfit unless the settings hold in another transaction."""
         async with self._closed_if_unfit():
             session.check(await self._ask(session.LOOK), self._mark)
 
@@ -318,13 +320,13 @@ async def _fetch(
     try:
         await cursor.execute(query.encode(), params, prepare=prepare)
     except OTHER_SESSION:
-        await connection.close()  # else the pool would hand it out again
+        await connection.close()  # else the pool would reuse it
         raise
     return await cursor.fetchall()
 
 
 class cut_after:  # noqa: N801 - used like a function
-    """Cuts the connection if the body takes longer; what waits on it raises OperationalError."""
+    """Cuts the connection if the body takes longer; queries on it raise OperationalError."""
 
     def __init__(self, connection: psycopg.AsyncConnection[Any], timeout_s: float) -> None:
         self._connection = connection
@@ -343,8 +345,8 @@ class cut_after:  # noqa: N801 - used like a function
 
 
 class Database:
-    """The pool that queries read through. Nothing holds a connection while it waits for anything
-    but the database."""
+    """The pool that queries read through. No connection is held while waiting for anything but the
+    database."""
 
     def __init__(self, address: DatabaseAddress, pool_max: int) -> None:
         self.address = address
@@ -356,8 +358,8 @@ class Database:
             max_size=pool_max,
             open=False,
             timeout=POOL_WAIT_S,
-            # After an outage the pool must not sleep through an exponential back-off: it gives up
-            # soon, and the next request makes it try again.
+            # After an outage the pool must not sleep in an exponential back-off: it stops
+            # reconnecting soon, and the next request makes it start again.
             reconnect_timeout=2.0,
             num_workers=1,
         )
@@ -369,7 +371,7 @@ class Database:
         await self._pool.close(timeout=1.0)
 
     def pool_connections(self) -> dict[str, int]:
-        """How many are used, idle, and waited for."""
+        """The numbers of used and idle connections, and of requests that wait for one."""
         stats = self._pool.get_stats()
         idle = stats.get("pool_available", 0)
         return {
@@ -386,13 +388,12 @@ class Database:
         timeout_s: float = READ_TIMEOUT_S,
         prepare: bool | None = None,
     ) -> list[tuple[Any, ...]]:
-        """All rows of one statement, within `timeout_s` seconds, READ_TIMEOUT_S at the most.
+        """All rows of one statement, within `timeout_s` seconds, at most READ_TIMEOUT_S.
 
-        It may be carried out twice: it only reads, or doing it again is harmless.
-        `prepare=False` has each execution planned for its own values; by default a statement that
-        comes often keeps its plan. Pooled connections may have died unnoticed, for example in a
-        failover: then the next one is tried, until all of them and a new one were. Raises
-        DatabaseUnavailable.
+        It may be executed twice, so it must only read or be repeatable. With `prepare=False` each
+        execution is planned for its own values; by default a frequent statement keeps its plan.
+        Pooled connections may have died unnoticed, for example in a failover: then the next one is
+        tried, up to all of them and a new one. Raises DatabaseUnavailable.
         """
         deadline = time.monotonic() + min(timeout_s, READ_TIMEOUT_S)
 
@@ -410,7 +411,7 @@ class Database:
                         return await _fetch(connection, query, params, prepare)
             except (psycopg.OperationalError, psycopg.InterfaceError, *OTHER_SESSION) as error:
                 if cutting is not None and cutting.has_cut and limit_s >= SILENCE_S:
-                    # Those that idle may be as dead, each at the cost of another request.
+                    # Idle connections may be dead too, and each would cost another request.
                     await self._pool.drain()
                 late = time.monotonic() > deadline - min(timeout_s / 2, POOL_WAIT_S)
                 if late or not tries_left or isinstance(error, PoolTimeout):
@@ -418,7 +419,7 @@ class Database:
                 tries_left -= not isinstance(error, CONFLICTS)
 
     async def connect(self, application_name: str) -> psycopg.AsyncConnection[Any]:
-        """A connection of one's own, outside the pool, set up in the same way, and checked."""
+        """A connection outside the pool, set up in the same way, and checked."""
         conninfo = self.address.conninfo(application_name)
         connection = await _Connection.connect(conninfo, autocommit=True)
         await connection.check_session()

@@ -1,4 +1,4 @@
-"""Host names: looked up without holding up the event loop, or the end of the process."""
+"""Resolves host names without blocking the event loop or the end of the process."""
 
 import asyncio
 import concurrent.futures
@@ -8,15 +8,16 @@ from contextlib import suppress
 
 
 async def addresses_of(host: str, timeout_s: float) -> list[str]:
-    """The addresses of a name, or of an address itself; OSError, TimeoutError if it takes longer.
+    """The addresses of a name, or an address itself. Raises OSError, TimeoutError after
+    `timeout_s`.
 
-    In a thread of its own, which is left alone if it takes longer. The event loop has four for
-    this: hanging, they would keep the next attempts waiting, and the process from ending.
+    Runs in its own thread, which is abandoned after the timeout. The event loop has few threads for
+    this; if they hang, they block further lookups and the end of the process.
     """
     found: concurrent.futures.Future[list[str]] = concurrent.futures.Future()
 
     def look_up() -> None:
-        with suppress(concurrent.futures.InvalidStateError):  # nobody waits any more
+        with suppress(concurrent.futures.InvalidStateError):  # the waiter has timed out
             try:
                 infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
             except OSError as error:

@@ -1,13 +1,13 @@
-"""What every session is set to, and whether that holds.
+"""Sets and verifies the settings of every session.
 
-It is set by a statement once the connection is there: as startup parameters a pooler would refuse
-the settings, or drop them without a word (PgBouncer's ignore_startup_parameters).
+A statement sets them after connecting: a pooler would reject them as startup parameters, or drop
+them silently (PgBouncer's ignore_startup_parameters).
 
-A session must be one connection's own, from its first statement to its last. LISTEN, advisory
-locks, prepared statements and the settings do not survive a pooler that gives the same session to
-several connections in turn (transaction and statement pooling), or to the next one as it was left.
-So each connection leaves a mark in its session: a new one must find none, and later its own. (The
-server's process id would not tell a session that is reset after each transaction.)
+A session must belong to one connection from its first statement to its last. LISTEN, advisory
+locks, prepared statements and the settings do not survive a pooler that shares a session between
+connections (transaction and statement pooling), or passes it on without a reset. So each connection
+leaves a mark in its session: a new connection must find none, and later its own. (The server's
+process id does not reveal a session that is reset after each transaction.)
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from typing import Any
 
 import psycopg
 
-# As the server shows them. Its timeouts stand behind ours: they free what a client that was cut off
-# or frozen still holds.
+# As the server shows them. Its timeouts are longer than ours: they free the locks of a client that
+# was cut off or frozen.
 SETTINGS = {
     "TimeZone": "UTC",
     # append_payment_events must see what the previous holder of its lock committed.
     "default_transaction_isolation": "read committed",
     "synchronous_commit": "on",
-    # A plan that was made while a table was small is kept while it grows, until its statistics are
-    # new: a scan that was right for ten rows would then read them all. Every query has its index.
+    # A plan from when a table was small is kept while it grows, until new statistics: a scan that
+    # suited ten rows would then read the whole table. Every query has its index.
     "enable_seqscan": "off",
-    "jit": "off",  # compiling takes longer than any of our queries
+    "jit": "off",  # compiling takes longer than our queries
     "statement_timeout": "2s",
     "lock_timeout": "1200ms",
     "idle_in_transaction_session_timeout": "5s",
@@ -33,13 +33,13 @@ SETTINGS = {
 
 MARK = "payments.database.session"
 
-# The mark of whoever had the session before, the new one, and what each setting is from now on.
+# The mark of the session's previous connection, the new mark, and the new value of each setting.
 SET_UP = f"""
 SELECT current_setting('{MARK}', true), set_config('{MARK}', gen_random_uuid()::text, false),
        {", ".join(f"set_config('{name}', '{value}', false)" for name, value in SETTINGS.items())}
 """
 
-# The mark, and what each setting is.
+# The mark, and the value of each setting.
 LOOK = f"""
 SELECT current_setting('{MARK}', true), {", ".join(f"current_setting('{n}')" for n in SETTINGS)}
 """
@@ -52,11 +52,12 @@ POOLED = (
 
 
 class SessionUnfit(psycopg.OperationalError):
-    """The session is not the connection's own, or not set as asked; one line that says so."""
+    """The session is shared with other connections, or its settings are wrong; the message is one
+    line."""
 
 
 def mark_of_new(row: Sequence[Any]) -> str:
-    """The mark that SET_UP left, by its answer; SessionUnfit."""
+    """The new mark, from the row of SET_UP; raises SessionUnfit."""
     left, mark, *values = row
     if left:  # a session that was reset has ''
         raise SessionUnfit(POOLED)
@@ -65,7 +66,7 @@ def mark_of_new(row: Sequence[Any]) -> str:
 
 
 def check(row: Sequence[Any], mark: str) -> None:
-    """SessionUnfit unless by the answer of LOOK the session has this mark, and all settings."""
+    """Raises SessionUnfit unless the row of LOOK shows this mark and all settings."""
     found, *values = row
     if found != mark:
         raise SessionUnfit(POOLED)
@@ -73,7 +74,7 @@ def check(row: Sequence[Any], mark: str) -> None:
 
 
 def settings_in_force(connection: psycopg.Connection[Any]) -> dict[str, str]:
-    """What each setting is in a session; psycopg.Error."""
+    """The value of each setting in a session; raises psycopg.Error."""
     ((_, *values),) = connection.execute(LOOK.encode()).fetchall()
     return dict(zip(SETTINGS, values, strict=True))
 
