@@ -1,6 +1,6 @@
-"""What operators see: metrics, log lines, traces.
+"""Observability: metrics, log lines, traces.
 
-metrics.py  every metric
-logs.py     the log lines, and their sink, which never blocks
-tracing.py  spans, and the trace context that is passed on
+metrics.py  all metrics
+logs.py     log lines, and their sink, which never blocks
+tracing.py  spans and trace context
 """

@@ -1,11 +1,11 @@
 """Logs: JSON lines on stderr, or readable lines on a terminal.
 
-Which request, trace, payment and order a line belongs to is in its fields: who works on one says
-`with logger.contextualize(payment_id=…)`, and all lines of that task carry it. Text from outside is
-only ever the value of a field, never a message with braces.
+Fields name the request, trace, payment and order of a line: `with
+logger.contextualize(payment_id=…)` adds a field to all lines of a task. Text from outside is only
+ever the value of a field, never a message with braces.
 
-A process that logs must not depend on who reads its log: where that one does not read, lines wait
-in memory, and the newest are dropped and counted at BUFFER_MAX.
+Logging never blocks on the reader of stderr: up to BUFFER_MAX bytes are buffered, then new lines
+are dropped and counted.
 """
 
 import asyncio
@@ -29,11 +29,11 @@ from loguru import logger
 if TYPE_CHECKING:
     from loguru import Message
 
-BUFFER_MAX = 4 * 1024 * 1024  # bytes of lines that nobody has read yet
-PIPE_BUF = 4096  # bytes that a pipe which is ready for writing takes at once: pipe(7)
+BUFFER_MAX = 4 * 1024 * 1024  # bytes of buffered lines
+PIPE_BUF = 4096  # bytes that a writable pipe accepts without blocking: pipe(7)
 RETRY_S = 0.05
 EXIT_S = 1.0  # for the last lines, at the end of the process
-REPEAT_S = 60.0  # until a failure that goes on is told again
+REPEAT_S = 60.0  # until a continuing failure is logged again
 
 # Select graphic rendition: ECMA-48 section 8.3.117.
 _COLOURS = {"WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[1;31m"}
@@ -44,7 +44,7 @@ _encoder = msgspec.json.Encoder()
 
 
 def set_up_logs(format: Literal["auto", "json", "text"], level: str) -> None:
-    """Everything that is logged, also by libraries, goes to stderr from now on."""
+    """Sends all log lines, also those of libraries, to stderr."""
     global _json_stderr
     logger.remove()
     stderr = _Stderr()
@@ -66,12 +66,12 @@ def set_up_logs(format: Literal["auto", "json", "text"], level: str) -> None:
 
 
 class Repeats:
-    """Tells failures that come again and again when they are new, and then once in REPEAT_S with
-    how often they came unsaid: else nobody finds the line that matters."""
+    """Logs a repeated failure when it is new, and then once in REPEAT_S with the number of
+    suppressed repetitions, so that it does not hide other lines."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._told: dict[object, tuple[float, int]] = {}  # when, and how often since
+        self._told: dict[object, tuple[float, int]] = {}  # time of the line, repetitions since
 
     def tell(
         self,
@@ -82,14 +82,15 @@ class Repeats:
         exception: BaseException | None = None,
         **fields: Any,
     ) -> None:
-        """Logs it, unless that was told of the same thing lately. `of` is one of a few, no id."""
+        """Logs the message, unless it was logged for the same `of` within REPEAT_S. `of` has few
+        values; it is not an id."""
         unsaid = self.due((message, of))
         if unsaid is not None:
             fields |= unsaid
             logger.bind(**fields).opt(exception=exception).log(level, message)
 
     def due(self, what: object) -> dict[str, int] | None:
-        """Further fields of the line that is due; None if none is."""
+        """The extra fields of the line, None if it must not be logged now."""
         now = self._clock()
         told_at, unsaid = self._told.get(what, (-math.inf, 0))
         if now - told_at < REPEAT_S:
@@ -100,15 +101,15 @@ class Repeats:
 
 
 def trace_field(traceparent: str | None) -> dict[str, str]:
-    """For `contextualize`: the trace's id, or nothing."""
+    """The field for `contextualize`: the trace id, or none."""
     return {} if traceparent is None else {"trace_id": traceparent[3:35]}
 
 
 def log_money(message: str, traceparent: str | None, **fields: Any) -> None:
-    """An INFO line that an outcome was recorded; as JSON it has these fields and no others.
+    """Logs at INFO that an outcome was recorded; as JSON with exactly these fields.
 
-    There is one for each charge. For JSON it therefore goes past loguru, which takes several times
-    as long.
+    There is one line for each charge, so JSON lines bypass loguru, which takes several times as
+    long.
     """
     fields |= trace_field(traceparent)
     if _json_stderr is None:
@@ -130,7 +131,7 @@ def _json_line(message: "Message") -> bytes:
         line["exception"] = _traceback(message)
     try:
         encoded = msgspec.json.encode(line, enc_hook=str)
-    except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write
+    except UnicodeEncodeError:  # an unpaired surrogate, which must be escaped
         encoded = json.dumps(line, default=str).encode()
     return encoded + b"\n"
 
@@ -151,7 +152,8 @@ def _text_line(message: "Message", is_terminal: bool) -> bytes:
 
 
 def _shown(value: object) -> str:
-    """As it is if it is one word, else quoted: it cannot pose as another field or line."""
+    """A single word unchanged, other values quoted, so that they cannot imitate another field or
+    line."""
     text = str(value)
     return text if re.fullmatch(r"[\w.:/+@-]+", text, re.ASCII) else repr(text)
 
@@ -161,7 +163,7 @@ def _traceback(message: "Message") -> str:
 
 
 class _Stderr:
-    """Writes lines, and never waits for whoever reads them."""
+    """Writes lines, and never waits for their reader."""
 
     def __init__(self) -> None:
         self._waiting = bytearray()
@@ -186,7 +188,7 @@ class _Stderr:
         self._flush()
 
     def _flush(self, timeout_s: float = 0.0) -> None:
-        """Writes what is taken at once; waits for a reader for `timeout_s` at most."""
+        """Writes as much as possible; waits for the reader for at most `timeout_s`."""
         give_up_at = time.monotonic() + timeout_s
         with self._lock:
             while self._waiting:
@@ -196,13 +198,13 @@ class _Stderr:
                     return
 
     def _write_some(self) -> bool:
-        """False if someone else has just filled what was ready."""
+        """False if another process has just filled the pipe."""
         assert self._fd is not None
         try:
             written = os.write(self._fd, self._waiting[:PIPE_BUF])
         except BlockingIOError:
             return False
-        except OSError:  # nobody will ever read it, or the disk is full
+        except OSError:  # the reader is gone for good, or the disk is full
             written = len(self._waiting)
         del self._waiting[:written]
         if self._dropped and not self._waiting:
@@ -215,7 +217,7 @@ class _Stderr:
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            return  # with the next line, or at the end of the process
+            return  # retried with the next line, or at the end of the process
         if not self._is_retrying:
             self._is_retrying = True
             loop.call_later(RETRY_S, self._retry)
@@ -228,12 +230,12 @@ class _Stderr:
 def _descriptor() -> int | None:
     try:
         return sys.stderr.fileno()
-    except (OSError, ValueError):  # something in its place that only looks like a file
+    except (OSError, ValueError):  # replaced by a file-like object without a descriptor
         return None
 
 
 class _ToLoguru(logging.Handler):
-    """Libraries that log through the standard library end up in the same place."""
+    """Passes the log lines of libraries that use `logging` to loguru."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,7 +243,7 @@ class _ToLoguru(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         unsaid: dict[str, int] | None = {}
-        if record.name.startswith("psycopg"):  # a line for each attempt to connect
+        if record.name.startswith("psycopg"):  # it logs each attempt to connect
             unsaid = self._repeats.due((record.name, record.msg))
         if unsaid is None:
             return
@@ -250,7 +252,7 @@ class _ToLoguru(logging.Handler):
         except ValueError:
             level = record.levelno
         try:
-            # Handed over as an argument: the text may hold braces that loguru would expand.
+            # As an argument: loguru would expand braces in the text.
             bound = logger.bind(logger=record.name, **unsaid).opt(exception=record.exc_info)
             bound.log(level, "{}", record.getMessage())
         except Exception:  # noqa: BLE001 - a library must not fail because of its logging

@@ -1,7 +1,7 @@
-"""What the service tells its operators in figures: every metric.
+"""All metrics of the service.
 
-Metric names and labels are an interface: dashboards and alerts name them. Labels never hold ids,
-keys, paths or anything else that grows with the number of payments.
+Metric names and labels are an interface for dashboards and alerts. Labels never contain ids, keys,
+paths or anything else that grows with the number of payments.
 """
 
 import importlib.metadata
@@ -52,8 +52,8 @@ POOL_STATES = ("used", "idle", "waited_for")
 
 
 class _WhileKnown(CollectorRegistry):
-    """Metrics that are left out while this process does not know them: a value that stands still
-    looks like one that is well."""
+    """Metrics that are omitted while this process does not know them: an old value would look
+    healthy."""
 
     known = False
 
@@ -62,11 +62,11 @@ class _WhileKnown(CollectorRegistry):
 
 
 class Telemetry:
-    """The metrics of one service, in a registry of their own.
+    """The metrics of one service, in their own registry.
 
     A metric with fixed label values is a dict from these to its children: all series exist from
-    the first scrape, and counting looks nothing up. What only the database knows is there while it
-    answers: `observed`.
+    the first scrape, and counting needs no lookup. Metrics from the database are present while it
+    responds: see `observed`.
     """
 
     content_type = CONTENT_TYPE_PLAIN_0_0_4
@@ -148,7 +148,7 @@ class Telemetry:
             ["outcome"],
             REFUND_OUTCOMES,
         )
-        # There are 160 currencies, and most services need one: each has series once it was used.
+        # Of 160 currencies most services need one, so each gets its series at its first use.
         self.amounts = Counter(
             "payments_amount_minor_units",
             "Money that the provider captured or gave back, as this process recorded it",
@@ -245,7 +245,7 @@ class Telemetry:
         registry: CollectorRegistry | None = None,
         **options: Any,
     ) -> dict[Value, Metric]:
-        """A metric's children, by the value of its label, or by the tuple of them."""
+        """A metric's children, by the value of its label, or by the tuple of its labels' values."""
         metric = kind(name, text, labels, registry=registry or self.registry, **options)
         return {
             value: metric.labels(*(value if isinstance(value, tuple) else (value,)))
@@ -263,7 +263,7 @@ class Telemetry:
             "How long ago it last did, or since the start",
             registry=registry,
         ).set_function(lambda: time.monotonic() - self._observed_at)
-        # This process acts upon it, whether or not the database answers.
+        # The state that this process acts upon, even without a database.
         self.log_rewound = Gauge(
             "payments_log_rewound",
             "1 while the log lacks events that it had acknowledged, and nobody has accepted that",
@@ -272,7 +272,7 @@ class Telemetry:
         self._add_server_metrics(self._of_database)
 
     def _add_server_metrics(self, registry: CollectorRegistry) -> None:
-        """As of the scrape: queries/server.py."""
+        """Read from the database at each scrape: queries/server.py."""
         self.read_only = Gauge(
             "payments_database_read_only",
             "1 while the database refuses to write, or is a standby",
@@ -321,7 +321,7 @@ class Telemetry:
             buckets=(*_SECONDS, 15, 30),
             registry=registry,
         )
-        # What the database says, as of the scrape: queries/callbacks.py.
+        # Read from the database at each scrape: queries/callbacks.py.
         self.callbacks_due = Gauge(
             "payments_callbacks_due",
             "Callbacks owed and not delivered yet",
@@ -348,7 +348,7 @@ class Telemetry:
         self._add_fulfilment_metrics()
 
     def _add_fulfilment_metrics(self) -> None:
-        """As of the scrape: queries/fulfilments.py, which counts so many at the most."""
+        """Read from the database at each scrape: queries/fulfilments.py, up to its COUNTED_MAX."""
         self.unfulfilled = self._labelled(
             Gauge,
             "payments_unfulfilled",
@@ -382,7 +382,7 @@ class Telemetry:
             FOLLOWERS,
             buckets=_SECONDS,
         )
-        # What the database says, as of the scrape: queries/followers.py.
+        # Read from the database at each scrape: queries/followers.py.
         known = self._of_database
         self.follower_lag = self._labelled(
             Gauge,
@@ -441,14 +441,14 @@ class Telemetry:
         )
 
     def observed(self, *, up: bool) -> None:
-        """Whether the database told what only it knows, and that was set, at this moment."""
+        """Sets whether the metrics from the database are up to date now, and so are exposed."""
         self._database_up.set(up)
         self._of_database.known = up
         if up:
             self._observed_at = time.monotonic()
 
     def dispatches(self) -> None:
-        """This process sends callbacks, so it has a breaker."""
+        """Exposes the metrics of the dispatcher, since this process has one."""
         self._of_dispatcher.known = True
 
     def _add_process_gauges(self, process: psutil.Process) -> None:
@@ -476,8 +476,8 @@ class Telemetry:
                 gauge.set_function(self._documented[documented])
 
     def documented(self) -> dict[str, float]:
-        """The five values that were documented before there was anything else: a load per core,
-        bytes, bytes, seconds, and Unix time."""
+        """The five values of the JSON form of /metrics: a load per core, bytes, bytes, seconds, and
+        Unix time."""
         return {name: value() for name, value in self._documented.items()}
 
     def exposition(self) -> bytes:
@@ -497,6 +497,6 @@ def _cpu_load() -> float:
 def _heap_bytes() -> float:
     try:
         heap = psutil.heap_info()
-    except (AttributeError, OSError):  # not with every C library
+    except (AttributeError, OSError):  # not available in every C library
         return 0.0
     return float(heap.heap_used + heap.mmap_used)

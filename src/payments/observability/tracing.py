@@ -1,8 +1,8 @@
-"""Traces by OpenTelemetry, if the extra `otel` is installed and OTEL_* variables ask for them.
+"""Traces by OpenTelemetry, if the extra `otel` is installed and OTEL_* variables enable them.
 
-Otherwise every function here does nothing, and a request's traceparent goes through the service as
-it came: into the metadata of its events, and from there to the callback. With traces that is our
-own span's, so that projection and callback, which know only the event, are of the same trace.
+Otherwise every function here does nothing, and a request's traceparent is passed on unchanged: into
+its events, and from there to the callback. With traces the event has the traceparent of our own
+span, so that projection and callback, which know only the event, belong to the same trace.
 
 A traceparent is the text of that header (W3C Trace Context, section 3.2).
 """
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 Kind = Literal["internal", "server", "client"]
 
-SHUTDOWN_S = 1.0  # for the last spans; a collector that is away must not hold up the end
+SHUTDOWN_S = 1.0  # for the last spans; an unavailable collector must not delay the exit
 
 _EXPORTERS = {"otlp", "console"}
 _PROTOCOL = "http/protobuf"
 
 _tracer: "Tracer | None" = None
 _provider: "TracerProvider | None" = None
-_api: Any = None  # the module opentelemetry.trace, which is not everywhere
+_api: Any = None  # the module opentelemetry.trace, if it is installed
 _NO_SPAN: AbstractContextManager[None] = nullcontext()
 
 
 @contextmanager
 def traces(environ: Mapping[str, str]) -> Iterator[None]:
-    """Traces meanwhile, if OTEL_TRACES_EXPORTER, or an endpoint for OTLP, asks for it.
+    """Traces within the block, if OTEL_TRACES_EXPORTER or an endpoint for OTLP is set.
 
     The SDK reads the other OTEL_* variables itself. Operators of clusters set them in every
-    container, for programs that can do more: whatever this service cannot do is a warning. At the
-    end the spans that wait are sent, for SHUTDOWN_S at most.
+    container, so values that this service does not support only cause a warning. At the end the
+    remaining spans are sent, within SHUTDOWN_S.
     """
     _begin(environ)
     try:
@@ -66,7 +66,7 @@ def _begin(environ: Mapping[str, str]) -> None:
 
 
 def _exporters_named(environ: Mapping[str, str]) -> list[str]:
-    """Those that there are, in alphabetical order."""
+    """The supported exporters among those named, in alphabetical order."""
     if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return []
     endpoints = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -77,7 +77,7 @@ def _exporters_named(environ: Mapping[str, str]) -> list[str]:
         logger.warning("OTEL_TRACES_EXPORTER: spans go to otlp and console only")
     named &= _EXPORTERS
     protocols = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-    given = [name for name in protocols if environ.get(name)][:1]  # the first is for traces alone
+    given = [name for name in protocols if environ.get(name)][:1]  # the first is only for traces
     if "otlp" in named and given and environ[given[0]].strip() != _PROTOCOL:
         logger.warning(f"{given[0]}: spans are sent by {_PROTOCOL} only, so none are")
         named -= {"otlp"}
@@ -90,7 +90,7 @@ def _build(exporters: Iterable[str], environ: Mapping[str, str]) -> "TracerProvi
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
 
-    # It repeats a header that it cannot read, with the credentials in it.
+    # It logs headers that it cannot parse, including credentials.
     logging.getLogger("opentelemetry.util.re").addFilter(_hide_values)
     named = "OTEL_SERVICE_NAME" in environ or "service.name=" in environ.get(
         "OTEL_RESOURCE_ATTRIBUTES", ""
@@ -109,7 +109,7 @@ def _hide_values(record: logging.LogRecord) -> bool:
 
 
 def _use(provider: "TracerProvider | None") -> None:
-    global _api, _provider, _tracer  # one per process, as the logs are
+    global _api, _provider, _tracer  # one per process, like the logs
     if _api is None:
         from opentelemetry import trace
 
@@ -134,10 +134,10 @@ def span(
     parent: str | None = None,
     **attributes: Any,
 ) -> "AbstractContextManager[Span | None]":
-    """The span of a block, below the present one or that of a traceparent.
+    """The span of a block, a child of the current one or of a traceparent.
 
-    Names in `attributes` have underscores for dots. An exception that leaves the block marks it as
-    failed, with the exception's type and not its text, in which there may be secrets.
+    Names in `attributes` have underscores for dots. An exception that leaves the block marks the
+    span as failed, with the exception's type; its text may contain secrets.
     """
     if _tracer is None or _is_left_out(kind, parent):
         return _NO_SPAN
@@ -145,7 +145,7 @@ def span(
 
 
 def _is_left_out(kind: Kind, parent: str | None) -> bool:
-    """Whether its trace is not kept: what is below a request then need not be made."""
+    """Whether its trace is not sampled, so that child spans of a request are not needed."""
     if kind == "server":
         return False  # the sampler decides
     if parent is not None:
@@ -155,7 +155,7 @@ def _is_left_out(kind: Kind, parent: str | None) -> bool:
 
 
 def _is_sampled(traceparent: str) -> bool:
-    """The lowest bit of the last field. What is no traceparent begins a trace, and may be kept."""
+    """The lowest bit of the flags. An invalid traceparent begins a trace, which may be sampled."""
     return not traceparent or traceparent[-1] not in "02468ace"
 
 
@@ -183,9 +183,9 @@ def mark_failed(opened: "Span", reason: str) -> None:
 
 
 def spans_since(name: str, seconds: float, parents: Iterable[str | None]) -> None:
-    """One span below each traceparent, for work on all of them that has just ended.
+    """One child span of each traceparent, for shared work that has just ended.
 
-    `parents` is not even read without traces.
+    Without traces `parents` is not read.
     """
     if _tracer is None:
         return
@@ -197,7 +197,7 @@ def spans_since(name: str, seconds: float, parents: Iterable[str | None]) -> Non
 
 
 def current_traceparent(default: str | None) -> str | None:
-    """The present span's; `default` without traces."""
+    """The traceparent of the current span; `default` without traces."""
     if _tracer is None:
         return default
     context = _api.get_current_span().get_span_context()
@@ -210,7 +210,7 @@ def current_traceparent(default: str | None) -> str | None:
 def _context_of(traceparent: str) -> Any:
     try:
         trace_id, span_id, flags = (int(part, 16) for part in traceparent.split("-")[1:4])
-    except ValueError:  # in an event that another version wrote: a trace of its own
+    except ValueError:  # from an event of another version: begins a new trace
         return None
     context = _api.SpanContext(
         trace_id, span_id, is_remote=True, trace_flags=_api.TraceFlags(flags)
