@@ -1,23 +1,22 @@
-"""Numbered SQL files and the runner that applies them, each in a transaction of its own.
+"""Numbered SQL files and the runner that applies them, each in its own transaction.
 
-A file that was applied never changes: its checksum is kept, and a difference stops the start. To
+An applied file must not change: its checksum is recorded, and a difference stops the start. To
 change the schema, add the next number.
 
-A version of the service must be able to run on a schema that a newer one migrated: beside it while
-processes are replaced, and instead of it when it proves bad. So the first line of a file names the
-oldest version that may, by the newest migration which that one knows: `-- oldest: 0005`. Where the
-file is not known, the database tells: `oldest` is recorded with each migration.
+A version of the service must be able to run on a schema that a newer one has migrated: beside it in
+a rolling update, and instead of it after a rollback. So the first line of a file names the oldest
+version that can, by the newest migration which that version knows: `-- oldest: 0005`. `oldest` is
+also recorded with each migration, for versions that do not have the file.
 
-The first release refuses whatever it does not know in `schema_migrations`. Only its own migrations,
-up to 0005, are recorded there; later ones are in `schema_versions`, at which it does not look.
+The first release refuses unknown rows in `schema_migrations`. So only its own migrations, up to
+0005, are recorded there; later ones are in `schema_versions`, which it does not read.
 
-A file that begins with CREATE INDEX CONCURRENTLY, behind its comments, holds that statement alone
-and runs outside a transaction. What a killed run leaves of it is removed by the next.
+A file that begins, after its comments, with CREATE INDEX CONCURRENTLY contains only that statement
+and runs outside a transaction. The next run removes the rest of a killed one.
 
-shape.py puts the documented table `payments` back as it was; legacy.py knows that of the Node
-service.
+shape.py restores the documented table `payments`; legacy.py detects that of the Node service.
 
-docs/decisions/upgrades.md has the rules for files, and why.
+docs/decisions/upgrades.md has the rules for files, with reasons.
 """
 
 import hashlib
@@ -37,10 +36,10 @@ from payments.migrations import shape
 from payments.migrations.legacy import IMPORT_OPEN, NOT_OURS, LegacyTable, legacy_table, tables_here
 
 LOCK_KEYS = (7165010, 2)  # 1 was the lock of the appends, until 0012_append_alone.sql
-LOCK_WAIT_S = 120  # another process may be in the middle of a long migration
+LOCK_WAIT_S = 120  # another process may be running a long migration
 LOCK_POLL_S = 0.1
-PAYMENTS_MADE_BY = 2  # the migration that makes our table payments
-FIRST_RELEASE = 5  # the newest migration of the version that knows schema_migrations alone
+PAYMENTS_MADE_BY = 2  # the migration that creates our table payments
+FIRST_RELEASE = 5  # the newest migration of the version that knows only schema_migrations
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS schema_migrations (
@@ -88,7 +87,7 @@ INSERT INTO schema_versions (number, name, checksum, oldest) VALUES (%s, %s, %s,
 
 IS_INVALID = "SELECT FROM pg_index WHERE indexrelid = to_regclass(%s) AND NOT indisvalid"
 
-# Comments, then the statement. IF NOT EXISTS: it may be there and only not recorded.
+# Comments, then the statement. IF NOT EXISTS: the index may exist without its record.
 _INDEX = re.compile(
     r"(?:\s|--.*\n)*CREATE(?: UNIQUE)? INDEX CONCURRENTLY IF NOT EXISTS ([a-z0-9_]+)\s"
 )
@@ -108,25 +107,25 @@ class Migration(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def statements(self) -> bytes:
-        """What is sent. A database that is not in UTF-8 (LATIN1, SQL_ASCII) refuses characters that
-        it cannot hold, also in a comment; elsewhere there are none."""
+        """The SQL as sent, in ASCII: a database in another encoding than UTF-8 (LATIN1, SQL_ASCII)
+        refuses characters that it cannot store. Only comments have any."""
         return self.sql.encode("ascii", "replace")
 
     @property
     def oldest(self) -> int:
-        """The newest migration that the oldest version knows which may run on the schema."""
+        """The oldest version that may run on the schema, as the newest migration that it knows."""
         stated = re.match(r"-- oldest: ([0-9]{4})\n", self.sql)
         return int(stated[1]) if stated else self.number
 
     @property
     def index(self) -> str | None:
-        """What it makes by CREATE INDEX CONCURRENTLY, if that is what it does."""
+        """The index of its CREATE INDEX CONCURRENTLY, None if it is another migration."""
         found = _INDEX.match(self.sql)
         return found[1] if found else None
 
 
 class Applied(NamedTuple):
-    """A migration as the database has it on record."""
+    """A migration as recorded in the database."""
 
     number: int
     name: str
@@ -138,18 +137,18 @@ class Applied(NamedTuple):
 
 
 class Schema(NamedTuple):
-    """What of a database's schema and of this version of the software is not in the other.
+    """The differences between a database's schema and this version of the software.
 
-    `missing` is not applied yet, `newer` is not known here; both in order.
+    `missing` is not applied yet, `newer` is unknown to this version; both in order.
     """
 
     missing: list[Migration]
     newer: list[Applied]
-    refusal: str | None  # why this version must not run on it, and what to do
+    refusal: str | None  # why this version must not run on it, and the fix
 
 
 def known_migrations() -> list[Migration]:
-    """The migrations that this version of the software brings, in order."""
+    """The migrations of this version of the software, in order."""
     found = [
         Migration(number=int(match[1]), name=match[2], sql=entry.read_text(encoding="utf-8"))
         for entry in resources.files(__name__).iterdir()
@@ -159,20 +158,20 @@ def known_migrations() -> list[Migration]:
 
 
 def migrate(address: DatabaseAddress, *, importing: bool = False) -> list[Migration]:
-    """Brings the database up to date; returns what it applied.
+    """Brings the schema up to date; returns the applied migrations.
 
-    Any number of processes may call this at once: one applies, the others wait for it. Raises
-    StartError if a newer version migrated the database to what this one cannot run on, if an
-    applied file was changed, if another service's table stands where ours would, or, unless it is
-    the import that calls, if its payments are imported in part only.
+    Any number of processes may call this concurrently: one applies, the others wait. Raises
+    StartError if a newer version has migrated the database to a schema that this one cannot run on,
+    if an applied file was changed, if another service's table payments exists, or, unless
+    `importing`, if the import of its payments is not complete.
     """
     with connect(address, "payments migrate") as connection:
-        # A migration may rightly take longer than a request.
+        # A migration may take longer than a request.
         connection.execute("SET statement_timeout = 0; SET lock_timeout = 0")
         try:
             schema = schema_of(connection, importing=importing)
             if not schema.missing:
-                # The lock is one that every session may take: no start is to wait for it in vain.
+                # Without the lock, which any session can hold: a start must not wait needlessly.
                 _refuse(schema)
                 _restore_shape(connection)
                 return []
@@ -189,7 +188,8 @@ def migrate(address: DatabaseAddress, *, importing: bool = False) -> list[Migrat
 
 
 def check_migrated(address: DatabaseAddress) -> None:
-    """StartError unless every known migration is applied, and this version may run on the rest."""
+    """Raises StartError unless all known migrations are applied and this version may run on newer
+    ones."""
     with connect(address, "payments migrate") as connection:
         schema = schema_of(connection)
         _refuse(schema)
@@ -198,9 +198,8 @@ def check_migrated(address: DatabaseAddress) -> None:
 
 
 def check_readable(address: DatabaseAddress) -> None:
-    """StartError unless every known migration is applied: who only reads may find newer ones.
-
-    The worst that can come of it is a query that fails.
+    """Raises StartError unless all known migrations are applied. Reading is allowed with newer
+    ones: at worst a query fails.
     """
 
     def read() -> Schema:
@@ -218,7 +217,8 @@ def check_readable(address: DatabaseAddress) -> None:
 
 
 def restore_shape(address: DatabaseAddress) -> None:
-    """Gives our table payments its shape back, if something else changed it; psycopg.Error."""
+    """Restores the shape of the table payments if other software changed it; raises
+    psycopg.Error."""
     with connect(address, "payments migrate") as connection:
         connection.execute("SET statement_timeout = 0")
         if shape.lost(connection):
@@ -234,7 +234,8 @@ def _tell_of_shape(connection: psycopg.Connection[Any]) -> None:
 
 
 def _restore_shape(connection: psycopg.Connection[Any]) -> None:
-    """Or says why not: no payment is refused for the shape of a read model."""
+    """Logs a failure instead of raising it: payments must work even if a read model's table is
+    wrong."""
     if not (changed := shape.lost(connection)):
         return
     log = logger.bind(changed=", ".join(changed))
@@ -254,7 +255,7 @@ def _restore_shape(connection: psycopg.Connection[Any]) -> None:
 
 def schema_of(connection: psycopg.Connection[Any], *, importing: bool = False) -> Schema:
     """Only reads. Raises StartError if a file was changed after it was applied, or if the table
-    payments is another service's. `importing`: an import that is not complete is no obstacle."""
+    payments is another service's. `importing`: accepts an incomplete import."""
     tables = tables_here(connection)
     known, applied = known_migrations(), _applied(connection)
     legacy = legacy_table(connection, tables, PAYMENTS_MADE_BY in applied)
@@ -280,7 +281,7 @@ def schema_of(connection: psycopg.Connection[Any], *, importing: bool = False) -
 
 
 def legacy_of(connection: psycopg.Connection[Any]) -> LegacyTable:
-    """How far the import of the Node service's payments has come. Only reads."""
+    """The state of the import of the Node service's payments. Only reads."""
     tables = tables_here(connection)
     return legacy_table(connection, tables, PAYMENTS_MADE_BY in _applied(connection))
 
@@ -312,10 +313,10 @@ def _demand(schema: Schema) -> None:
 
 
 def _lock(connection: psycopg.Connection[Any]) -> None:
-    """One migrator at a time.
+    """Takes the lock of migrations.
 
-    Polled: waiting inside pg_advisory_lock would hold a snapshot, and a CREATE INDEX CONCURRENTLY
-    of the process that has the lock would wait for that snapshot: a deadlock.
+    Polls: waiting inside pg_advisory_lock would hold a snapshot, for which a CREATE INDEX
+    CONCURRENTLY of the process with the lock would wait: a deadlock.
     """
     deadline = time.monotonic() + LOCK_WAIT_S
     while not _one(connection, "SELECT pg_try_advisory_lock(%s, %s)", LOCK_KEYS):
@@ -325,17 +326,17 @@ def _lock(connection: psycopg.Connection[Any]) -> None:
 
 
 def _apply(connection: psycopg.Connection[Any], migration: Migration) -> None:
-    """With its record in one transaction, or else so that it can be done again."""
+    """Applies and records it in one transaction, or, for an index, so that it can be repeated."""
     log = logger.bind(migration=str(migration))
     if migration.index is not None:
-        # It waits for every transaction that is open, a long audit's as well, and nobody for it.
+        # It waits for all open transactions, even a long audit's, but blocks no others.
         log.info("an index is built, as soon as the transactions that are open have ended")
         _drop_if_invalid(connection, migration.index)
         connection.execute(migration.statements)
         _record(connection, migration)
     else:
         with connection.transaction():
-            # Requests queue behind whoever waits for a table.
+            # Requests queue behind a session that waits for a table lock.
             connection.execute("SET LOCAL lock_timeout = '60s'")
             connection.execute(migration.statements)
             _record(connection, migration)
@@ -343,8 +344,8 @@ def _apply(connection: psycopg.Connection[Any], migration: Migration) -> None:
 
 
 def _drop_if_invalid(connection: psycopg.Connection[Any], index: str) -> None:
-    """A build that was killed leaves it: writes keep it up, nothing reads it, and IF NOT EXISTS
-    would take it for the index."""
+    """Drops the invalid index of a killed build: writes update it, no query uses it, and IF NOT
+    EXISTS would skip the build."""
     if connection.execute(IS_INVALID, [index]).rowcount:
         connection.execute(SQL("DROP INDEX CONCURRENTLY {}").format(Identifier(index)))
 

@@ -1,8 +1,8 @@
-"""The table of the Node service that had this database before, and how far its import came.
+"""The table of the Node service that used this database before, and the state of its import.
 
-Its table is called payments as well, so it is looked for before anything is migrated. The import
-(commands/importing.py) gives it another name and a comment, by which it is known from then on; to
-go back to the Node service is to give it its name again.
+Its table is called payments too, so it is detected before any migration. The import
+(commands/importing.py) renames it and adds a comment, which marks it from then on; renaming it back
+is the way back to the Node service.
 """
 
 from enum import Enum, auto
@@ -29,8 +29,8 @@ SELECT c.relname::text, obj_description(c.oid, 'pg_class') IS NOT DISTINCT FROM 
 HAS_IMPORT = "SELECT to_regclass('legacy_import') IS NOT NULL"
 IS_COMPLETE = "SELECT FROM legacy_import WHERE completed_at IS NOT NULL"
 
-# The names of its constraints and indexes are ours as well. Where the Node service had the database
-# back for a while, our table was given another name for it, and what it wrote is imported, too.
+# Its constraints and indexes have the same names as ours. If the Node service used the database
+# again for a while, our table was renamed for it, and the rows that it wrote are imported too.
 SET_ASIDE = """
 ALTER TABLE payments RENAME TO legacy_payments;
 COMMENT ON TABLE legacy_payments IS 'Payments of the Node service: docs/migrating-from-node.md';
@@ -60,8 +60,8 @@ END $$
 
 
 class LegacyTable(Enum):
-    """Where the Node service's table is: nowhere, at our table's place, or set aside, with an
-    import that is still open or complete."""
+    """The state of the Node service's table: absent, in place of ours, or set aside, with an import
+    that is incomplete or complete."""
 
     NONE = auto()
     IN_PLACE = auto()
@@ -70,15 +70,16 @@ class LegacyTable(Enum):
 
 
 def tables_here(connection: psycopg.Connection[Any]) -> dict[str, bool]:
-    """Which of the tables payments and legacy_payments there are, and whether each has the mark."""
+    """Which of the tables payments and legacy_payments exist, and whether each is marked."""
     return dict(connection.execute(TABLES, [MARK]).fetchall())
 
 
 def legacy_table(
     connection: psycopg.Connection[Any], marked: dict[str, bool], ours_is_made: bool
 ) -> LegacyTable:
-    """`marked` is what `tables_here` read before `ours_is_made` was: whether the migration that
-    makes our table is on record. Another process may apply it at any time. Only reads."""
+    """`ours_is_made`: whether the migration that creates our table is recorded. `marked`, from
+    `tables_here`, must be read before it, since another process may apply that migration at any
+    time. Only reads."""
     if "payments" in marked and (marked["payments"] or not ours_is_made):
         return LegacyTable.IN_PLACE
     if not marked.get("legacy_payments"):

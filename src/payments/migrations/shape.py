@@ -1,10 +1,10 @@
-"""Whether the table payments has the shape that 0002_read_models.sql gave it, and giving it back.
+"""Checks and restores the shape that 0002_read_models.sql gave the table payments.
 
-It is the documented table, so others may take it for theirs: an ORM that is told to synchronize
-drops columns and adds them again, and drops the constraints and indexes that it does not know.
+The table is documented, so other software may treat it as its own: an ORM with schema
+synchronization drops and adds columns, and drops constraints and indexes that it does not know.
 
-Compared is what was there; what others added stays. Names do not matter, but for indexes that are
-put back. Rows are not looked at: `payments rebuild` writes those that differ from the log.
+Only the original shape is compared; additions stay. Names do not matter, except of restored
+indexes. Rows are not checked: `payments rebuild` writes those that differ from the log.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ LOCK_WAIT = "5s"
 
 
 class Column(NamedTuple):
-    """`kind` and `default` as Postgres words them; `default` "" if there is none."""
+    """`kind` and `default` as Postgres prints them; `default` "" if there is none."""
 
     name: str
     kind: str
@@ -47,7 +47,7 @@ INDEXES = {
     "payments_by_currency": "btree (currency, created_at DESC, id DESC)",
 }
 
-# (what, name, definition) of all that there is.
+# (what, name, definition) of all columns, constraints and indexes.
 FIND = """
 WITH payments AS (SELECT to_regclass('payments') AS id)
 SELECT 'column', a.attname::text,
@@ -66,7 +66,7 @@ SELECT 'index', c.relname::text, split_part(pg_get_indexdef(i.indexrelid), ' USI
  WHERE i.indisvalid
 """
 
-# What a constraint that is put back would not take; the log says what is right.
+# Values that a restored constraint would reject; the log has the right ones.
 GIVE_UP_STATUSES = """
 UPDATE payments SET status = NULL
  WHERE status NOT IN ('PENDING', 'SUCCESS', 'FAILED', 'REFUNDED')
@@ -83,7 +83,7 @@ DELETE FROM payments p
 
 
 class Shape(NamedTuple):
-    """What the table has: its columns and what they are, the constraints, the indexes."""
+    """The columns, constraints and indexes of the table."""
 
     columns: dict[str, str]
     constraints: set[str]
@@ -91,7 +91,7 @@ class Shape(NamedTuple):
 
 
 def lost(connection: psycopg.Connection[Any]) -> list[str]:
-    """What is missing or changed, in words; one query of the catalogs."""
+    """The missing or changed parts, in words; one query of the catalogs."""
     shape = _shape(connection)
     changed = [f"column {each.name}" for each in COLUMNS if not _stands(each, shape)]
     for definition, name in (
@@ -105,8 +105,7 @@ def lost(connection: psycopg.Connection[Any]) -> list[str]:
 
 
 def restore(connection: psycopg.Connection[Any]) -> None:
-    """Gives the table its shape back, in one transaction, waiting for nobody for long;
-    psycopg.Error."""
+    """Restores the shape in one transaction, with a short lock timeout; raises psycopg.Error."""
     with connection.transaction():
         connection.execute(f"SET LOCAL lock_timeout = '{LOCK_WAIT}'")
         connection.execute("CREATE TABLE IF NOT EXISTS payments ()")
@@ -166,7 +165,7 @@ def _restore_column(connection: psycopg.Connection[Any], column: Column, is_ther
 
 
 def _constraints(shape: Shape) -> Iterator[str]:
-    """The statements that put back what is missing, after what would not fit."""
+    """The statements that restore missing constraints, after clearing conflicting values."""
     if PRIMARY_KEY not in shape.constraints:
         yield GIVE_UP_IDS
         yield f"ALTER TABLE payments ADD {PRIMARY_KEY}"
