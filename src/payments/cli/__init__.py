@@ -1,32 +1,32 @@
 """The `payments` command. Data goes to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 could not (one line says why), 2 wrong arguments, or what it prints cannot be
-written. `audit verify`, `doctor`, `rebuild --dry-run`, `import-legacy` and `reconcile orders`: 0
-nothing was found, 1 something was, 2 anything else. `callbacks test`: 0 taken, 1 refused, 2
-anything else. `psql`: its own.
+Exit codes: 0 success, 1 failure (with the reason in one line), 2 wrong arguments, or the output
+cannot be written. `audit verify`, `doctor`, `rebuild --dry-run`, `import-legacy` and `reconcile
+orders`: 0 no findings, 1 findings, 2 any other failure. `callbacks test`: 0 accepted, 1 rejected, 2
+any other failure. `psql`: its own.
 
 processes.py    serve and work                   greeting.py     what ./run prints
 schema.py       migrate                          settings.py     settings
-doctor.py       doctor, which looks at what checks.py, work_checks.py and orders_check.py say
+doctor.py       doctor, with the checks of checks.py, work_checks.py and orders_check.py
 audit.py        audit verify and audit head      rebuild.py      rebuild
 replay.py       replay                           explain.py      explain
-export.py       export                           moments.py      a time or a position as argument
+export.py       export                           moments.py      times and positions as arguments
 callbacks.py    callbacks                        unfulfilled.py  callbacks list --unfulfilled
 reconcile.py    reconcile orders                 giving_back.py  giving-back
 parked.py       parked                           log.py          log accept-loss
 backup.py       dump and restore                 psql.py         psql
-programs.py     the Postgres programs of those   keys.py         keys
-import_legacy.py  import-legacy                  start.py        what most commands begin with
-exits.py        how commands end                 output.py       tables and JSON
-progress.py     how far a long command is
+programs.py     runs the Postgres programs       keys.py         keys
+import_legacy.py  import-legacy                  start.py        settings, logs, connection
+exits.py        errors and exit codes            output.py       tables, JSON and CSV
+progress.py     progress of long commands
 """
 
 import click
 
 from payments.cli.exits import Commands
 
-# Name: where it is, and its first sentence. A command is imported when it is called, since most of
-# the time of a short one would go into importing all the others.
+# Name: module and attribute, and the first sentence of its help. A command is imported when it is
+# called: importing all of them would take most of the time of a short one.
 COMMANDS = {
     "serve": ("processes:serve", "Start the service and run until SIGTERM."),
     "work": (

@@ -1,4 +1,4 @@
-"""`payments audit`: whether the log and the read model are what they should be."""
+"""`payments audit`: verifies the log and the read model."""
 
 import re
 import sys

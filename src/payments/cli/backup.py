@@ -1,4 +1,4 @@
-"""`payments dump` and `payments restore`: the whole database as one file, and back."""
+"""`payments dump` and `payments restore`: the whole database to one file, and from it."""
 
 import os
 import secrets
@@ -22,7 +22,7 @@ from payments.database.connections import connect
 from payments.errors import StartError
 from payments.opening import open_database
 
-# What else than a log is in the way of a restore.
+# A relation without a log also prevents a restore.
 FIRST_RELATION = """
 SELECT format('%I.%I', n.nspname, c.relname)
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -30,9 +30,9 @@ SELECT format('%I.%I', n.nspname, c.relname)
 """
 HAS_LOG = "SELECT to_regclass('payment_events') IS NOT NULL"
 
-# Servers before 17 do not know it, and it is off unless somebody set it.
+# Unknown to servers before 17, and off by default.
 NOT_EVERYWHERE = b"SET transaction_timeout = 0;\n"
-HEADER_LINES = 100  # it comes among the first
+HEADER_LINES = 100  # it is among the first lines
 
 NEXT = """\
 Next, with the same settings:
@@ -96,7 +96,7 @@ def _refuse_existing(file: Path) -> None:
 
 
 def _new_file(file: Path) -> Path:
-    """Beside it, and readable by its owner alone."""
+    """A new file beside it, readable only by its owner."""
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
     try:
         os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -107,7 +107,8 @@ def _new_file(file: Path) -> Path:
 
 
 def _end_in_order() -> None:
-    """What was begun is removed, whatever ends it. Where a hang-up is ignored, it is (nohup)."""
+    """Turns signals into an exit, so that partial files are removed. An ignored SIGHUP stays
+    ignored (nohup)."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -146,9 +147,9 @@ def _refuse_unless_empty(connection: psycopg.Connection[Any]) -> None:
 
 
 def _restore(file: Path, env: Mapping[str, str]) -> None:
-    """In one transaction, which is committed when the file was read to its end.
+    """Restores in one transaction, which is committed once the file was read to its end.
 
-    By way of psql: pg_restore alone would send what older servers refuse.
+    Through psql: pg_restore alone would send settings that older servers refuse.
     """
     with tempfile.TemporaryFile() as read_said, tempfile.TemporaryFile() as write_said:
         reading = programs.start(
@@ -167,7 +168,7 @@ def _restore(file: Path, env: Mapping[str, str]) -> None:
         assert reading.stdout is not None
         assert writing.stdin is not None
         try:
-            with suppress(BrokenPipeError):  # it says why
+            with suppress(BrokenPipeError):  # psql reports the reason
                 copy_script(reading.stdout, writing.stdin)
                 if reading.wait():
                     raise programs.failure("pg_restore", read_said)
@@ -183,7 +184,7 @@ def _restore(file: Path, env: Mapping[str, str]) -> None:
 
 
 def copy_script(script: IO[bytes], to: IO[bytes]) -> None:
-    """Into a transaction that is still to be committed."""
+    """Copies the script into a transaction, which the caller must commit."""
     to.write(b"BEGIN;\n")
     to.writelines(line for line in islice(script, HEADER_LINES) if line != NOT_EVERYWHERE)
     shutil.copyfileobj(script, to)

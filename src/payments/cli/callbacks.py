@@ -1,4 +1,4 @@
-"""`payments callbacks`: what Order Service is owed and was told, and sending it again."""
+"""`payments callbacks`: lists callbacks, and sends them again."""
 
 import asyncio
 import sys
@@ -43,7 +43,7 @@ from payments.queries.callbacks import (
 
 LIMIT_MAX = 100_000
 REDRIVE_ROWS = 500  # in one transaction
-# Of a delivery; in 130 columns. As JSON or CSV there are all.
+# The fields of a delivery that fit into 130 columns. JSON and CSV have all.
 IN_THE_TABLE = ("event_id", "order_id", "status", "state", "attempts", "next_at", "last_attempt")
 T = TypeVar("T")
 
@@ -243,7 +243,7 @@ def test_endpoint() -> None:
     target = Target.of_callbacks(settings)
     if target is None:
         raise StartError("ORDER_CALLBACK_URL is not set: nobody is called back")
-    from payments.service import build_endpoint  # which the other commands do without
+    from payments.service import build_endpoint  # the other commands do not need it
 
     exchange = asyncio.run(ping(build_endpoint(settings, target)))
     to = target.url.origin

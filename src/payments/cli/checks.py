@@ -1,8 +1,8 @@
-"""What `payments doctor` looks at, a line for each thing, and how the server does.
+"""The checks of `payments doctor`, a line for each, and those of the database server.
 
-Of every alert what the database can tell is among them: ALERTS says where, and a test compares it
-with deploy/prometheus/alerts.yml. A line that is not ok names what to do next, and the first of the
-payments or callbacks that it is about.
+They cover every alert that the database can answer: ALERTS names the check, and a test compares it
+with deploy/prometheus/alerts.yml. A line that is not ok names the next step, and the first affected
+payments or callbacks.
 """
 
 import asyncio
@@ -31,8 +31,8 @@ ROLES: dict[Role, str] = {
     "appends": "only the append function may write to the log",
     "reads": "this role may only read the log",
 }
-SKEW_MAX_S = 2.0  # deadlines and ages are told by the database's clock, occurred_at by ours
-# As the alerts.
+SKEW_MAX_S = 2.0  # deadlines and ages are by the database's clock, occurred_at by ours
+# The limits of the alerts.
 LAG_MAX_S = 30.0
 PENDING_MAX_S = 120.0
 RETURN_MAX_S = 3600.0
@@ -41,23 +41,23 @@ UNFULFILLED_MAX_S = 1800.0
 SUSPECT_MAX_S = 3600.0
 HORIZON_MAX_S = 600.0
 QUEUE_MAX = 0.1
-# Where it cannot be seen for how long: as many as there are in that time at full load.
+# If the age is not visible: the transactions of that time at full load.
 HORIZON_MAX_TRANSACTIONS = 500_000
-# An append that waits for a lock for more than a second gives up, and tries again a moment later.
-# One that waits for so long, for the same session as another one so long before, shows that it is
-# held. If any is seen to wait, they are looked at for longer.
+# An append that waits for a lock times out after about a second, and is retried. The lock is held
+# if an append waits for WAITS_S, and one waited for the same session WAITED_S before. If any append
+# waits, the check takes longer.
 WAITS_S, WAITED_S = 0.5, 1.5
 LOOK_EVERY_S, LOOK_FOR_S, LOOK_ON_FOR_S = 0.15, 0.4, 4.0
 
 
 class Told(NamedTuple):
-    """By the line `check`, which fails beyond `limit`, or before that."""
+    """The line `check` covers the alert; it fails beyond `limit`, or earlier."""
 
     check: str
     limit: float = 0.0
 
 
-# Where doctor tells what an alert does, or why it cannot.
+# The check for each alert, or the reason why doctor has none.
 ALERTS: dict[str, Told | str] = {
     "PaymentsWatchdog": "it always fires",
     "PaymentsGone": "whether a process takes requests is asked at its port",
@@ -88,7 +88,7 @@ ALERTS: dict[str, Told | str] = {
 
 
 class Check(NamedTuple):
-    """`off`: it is switched off, which is no fault."""
+    """`off`: switched off, which is not a failure."""
 
     state: Literal["ok", "off", "FAIL"]
     name: str
@@ -104,7 +104,7 @@ def failing(name: str, bad: bool, text: str) -> Check:
 
 
 async def server_checks(database: Database) -> list[Check]:
-    """What the server is to the service, and whether the log went back."""
+    """Checks the database server, and whether the log has lost events."""
     server = await server_state(database)
     checks = [_clock(server), _standbys(server), _durability(await unsafe_settings(database))]
     if server.read_only:
@@ -139,7 +139,7 @@ def _clock(server: ServerState) -> Check:
 
 
 def _standbys(server: ServerState) -> Check:
-    """Of the database."""
+    """Checks the standbys of the database."""
     if server.synchronous + server.asynchronous == 0:
         return Check(state="off", name="standbys", text="none: a failover needs one, or a backup")
     text = f"{server.synchronous} synchronous, {server.asynchronous} asynchronous"
@@ -150,7 +150,7 @@ def _standbys(server: ServerState) -> Check:
 
 
 def _durability(unsafe: list[str]) -> Check:
-    """Of what the server has committed."""
+    """Checks whether committed data survives a crash."""
     if not unsafe:
         return Check(state="ok", name="durability", text="fsync and full_page_writes are on")
     remedy = "; ".join(f"ALTER SYSTEM SET {name} = on" for name in unsafe)
@@ -177,7 +177,7 @@ async def _log(database: Database, server: ServerState) -> Check:
 
 
 async def _appends(database: Database) -> Check:
-    """Those of all processes."""
+    """Checks the appends of all processes."""
     began, look_for_s, first_seen = time.monotonic(), LOOK_FOR_S, dict[str, float]()
     while (now := time.monotonic()) < began + look_for_s:
         for who, waits_s in (await waiting_appends(database)).items():

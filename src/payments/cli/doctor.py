@@ -1,4 +1,4 @@
-"""`payments doctor`: whether everything that the service needs is as it should be."""
+"""`payments doctor`: checks everything that the service needs."""
 
 import asyncio
 import ssl
@@ -89,7 +89,7 @@ def _checks() -> Iterator[Check]:
 
 
 def _database(address: DatabaseAddress) -> Iterator[Check]:
-    """The server, its schema, which is not behind or it had not been opened, and the session."""
+    """Checks the server, its schema, which open_database has found up to date, and the session."""
     with connect(address, "payments doctor") as connection:
         version = connection.info.server_version // 10_000
         schema = schema_of(connection)
@@ -104,20 +104,20 @@ def _database(address: DatabaseAddress) -> Iterator[Check]:
             text += "`payments migrate`, then `payments rebuild`"
         bad = version < POSTGRES_MIN or schema.refusal is not None or bool(changed)
         yield failing("database", bad, f"Postgres {version}, {text}")
-        # Opening the connection has compared them.
+        # They were verified when the connection was opened.
         text = ", ".join(f"{name} {value}" for name, value in settings_in_force(connection).items())
         yield Check(state="ok", name="session", text=f"{text}{_between(connection)}")
 
 
 def _between(connection: psycopg.Connection[Any]) -> str:
-    """A pooler gives out process ids of its own."""
+    """Detects a pooler, which reports its own process ids."""
     row = connection.execute("SELECT pg_backend_pid()").fetchone()
     is_direct = row == (connection.info.backend_pid,)
     return "" if is_direct else "; through a pooler, which keeps sessions apart"
 
 
 def _callback_target(target: Target | None) -> Check:
-    """Whether Order Service can be connected to; nothing is sent."""
+    """Checks whether Order Service accepts connections; sends nothing."""
     if target is None:
         return Check(
             state="off",
@@ -150,12 +150,12 @@ def _callback_target(target: Target | None) -> Check:
 
 
 def _cannot_be_called(text: str, origin: str) -> Check:
-    """Or soon cannot."""
+    """Cannot be called now, or soon."""
     return Check(state="FAIL", name="endpoint", text=f"{text}: `curl -v {origin}`")
 
 
 async def _certificate(url: HttpUrl) -> Any:
-    """Connects, and returns what the other side showed for it."""
+    """Connects, and returns the server's certificate, None for plain http."""
     context = ssl.create_default_context() if url.scheme == "https" else None
     async with asyncio.timeout(CONNECT_TIMEOUT_S):
         _, writer = await asyncio.open_connection(url.host, url.port, ssl=context)

@@ -1,10 +1,11 @@
-"""How commands end: one line on stderr says what went wrong, and the exit code what kind it was.
+"""How commands end: one line on stderr states the error, the exit code its kind.
 
-0 done, 1 could not, 2 wrong arguments, or output that cannot be written. Where 1 means that
-something was found, whatever else goes wrong is 2 as well: a night job must be able to tell an
-alteration from a full disk.
+0 success, 1 failure, 2 wrong arguments, or output that cannot be written. For commands where 1
+means findings, other failures are 2 too, so that a scheduled job can distinguish an alteration from
+a full disk.
 
-A command is imported when it is called, and what only a failure needs when there is one.
+A command is imported when it is called; modules for error handling are imported when there is an
+error.
 """
 
 import importlib
@@ -25,27 +26,26 @@ _CHECKS, _LOGS = "payments.cli.checks", "payments.cli.logs"
 
 
 class OutputError(Exception):
-    """What a command prints cannot be written."""
+    """The output of a command cannot be written."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"the output cannot be written: {error.strerror or error}")
 
 
 def one_is_a_finding() -> None:
-    """To be said first by a command that checks: whatever makes it end early is exit code 2."""
+    """A checking command calls this first: then any error that ends it is exit code 2."""
     click.get_current_context().meta[_CHECKS] = True
 
 
 def logs_are_set_up() -> None:
-    """Until then nobody has said where to log."""
+    """Marks that log lines may be written from now on."""
     click.get_current_context().meta[_LOGS] = True
 
 
 class Commands(click.Group):
-    """Turns what goes wrong into one line and an exit code.
+    """Turns errors into one line and an exit code.
 
-    `commands_at`: of each command's name its place, module:attribute, and the first sentence of its
-    help.
+    `commands_at`: by name, each command's module:attribute and the first sentence of its help.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Commands(click.Group):
         _set_up_streams()
         try:
             return super().__call__(*args, **extra)
-        except OutputError as error:  # --help and --version are printed before a command is invoked
+        except OutputError as error:  # --help and --version print before a command is invoked
             discard(sys.stdout)
             _end(str(error), COULD_NOT_WRITE)
 
@@ -85,7 +85,7 @@ class Commands(click.Group):
             try:
                 return super().invoke(ctx)
             finally:
-                sys.stdout.flush()  # as long as its failure can be told
+                sys.stdout.flush()  # here, where an error can still be reported
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except (Exception, KeyboardInterrupt) as error:
@@ -114,8 +114,8 @@ def _log_where(error: BaseException) -> None:
 
 
 def _reason(error: BaseException, checks: bool) -> str | None:
-    """What went wrong, for people. None: a defect, for whoever develops this, or Ctrl-C. They are
-    told only where exit code 1 would pass for a finding."""
+    """The error as text for people. None for a bug, which keeps its traceback, or Ctrl-C; but with
+    `checks` they have a text too, since exit code 1 would mean a finding."""
     if isinstance(error, StartError | PaymentsError | OutputError):
         return str(error)
     if "psycopg" in sys.modules and (reason := _reason_of_database(error, checks)) is not None:
@@ -135,11 +135,11 @@ def _reason_of_database(error: BaseException, checks: bool) -> str | None:
     if not isinstance(error, psycopg.Error):
         return None
     match error:
-        case psycopg.OperationalError():  # a lock that is held, a server that is gone
+        case psycopg.OperationalError():  # a lock timeout, an unavailable server
             return f"the database: {reason_of(error)}: try again later"
         case psycopg.errors.ReadOnlySqlTransaction():
             return "the database refuses to write: it is a standby, or read-only"
-        # A query that was written for another schema: see docs/decisions/upgrades.md.
+        # The query is for another schema: see docs/decisions/upgrades.md.
         case (
             psycopg.errors.UndefinedTable()
             | psycopg.errors.UndefinedColumn()
@@ -152,9 +152,9 @@ def _reason_of_database(error: BaseException, checks: bool) -> str | None:
 
 
 class _Stdout(io.BufferedWriter):
-    """Says of an error that it was the output's.
+    """Raises OutputError for errors of stdout.
 
-    Not a raw stream: Ctrl-C between its write and the buffer's note of it would write twice.
+    Buffered: with a raw stream, Ctrl-C between a write and its bookkeeping would write twice.
     """
 
     def write(self, data: Any, /) -> int:
@@ -171,7 +171,7 @@ class _Stdout(io.BufferedWriter):
 
 
 class _SilentStderr(io.BufferedWriter):
-    """That somebody cannot be told is no reason to fail."""
+    """Ignores errors of stderr: a message that cannot be written is not a failure."""
 
     def write(self, data: Any, /) -> int:
         with suppress(OSError):
@@ -184,9 +184,8 @@ class _SilentStderr(io.BufferedWriter):
 
 
 def _set_up_streams() -> None:
-    """Python leaves out what is closed (environment.py has put something in its place), and writes
-    in the encoding of the locale, or of PYTHONIOENCODING, in which most of Unicode may be missing.
-    """
+    """Replaces the streams: Python omits closed ones (environment.py has opened a substitute), and
+    uses the encoding of the locale or PYTHONIOENCODING, which may lack most of Unicode."""
     out = io.FileIO(1, "w", closefd=False)
     sys.stdout = _text(_Stdout(out), sys.stdout, by_line=out.isatty())
     sys.stderr = _text(_SilentStderr(io.FileIO(2, "w", closefd=False)), sys.stderr, by_line=True)
@@ -195,15 +194,15 @@ def _set_up_streams() -> None:
 
 
 def _text(buffer: io.BufferedWriter, before: TextIO | None, *, by_line: bool) -> io.TextIOWrapper:
-    """Programs get UTF-8, as JSON has to be; terminals what they show, the rest as escapes."""
+    """UTF-8 for programs, as JSON requires; for terminals their own encoding, with escapes."""
     encoding = before.encoding if before is not None and buffer.isatty() else "utf-8"
     return io.TextIOWrapper(buffer, encoding, "backslashreplace", None, by_line)
 
 
 def discard(stream: TextIO) -> None:
-    """What could not be written is not tried again at the end of the process, whose exit code
-    would then be 120."""
-    with suppress(OSError):  # it has no descriptor
+    """Redirects the stream to /dev/null. Else Python would retry the write at exit, and end with
+    exit code 120."""
+    with suppress(OSError):  # the stream has no descriptor
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)

@@ -1,4 +1,4 @@
-"""`payments explain`: one payment's story."""
+"""`payments explain`: the history of one payment."""
 
 from uuid import UUID
 

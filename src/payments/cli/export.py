@@ -1,4 +1,4 @@
-"""`payments export`: a month for the accountant."""
+"""`payments export`: movements of money as CSV, for accounting."""
 
 import sys
 from datetime import UTC, datetime
@@ -42,7 +42,7 @@ def export_money(first: datetime, last: datetime) -> None:
                 if isinstance(found, UnreadableMovement):
                     unreadable += 1
                     click.echo(f"not readable: the event at position {found.position}", err=True)
-                elif found.currency not in DECIMALS:  # of a newer version
+                elif found.currency not in DECIMALS:  # from a newer version
                     unreadable += 1
                     text = f"of payment {found.payment_id}: the currency {found.currency!r}"
                     click.echo(f"not readable: {text} is not known", err=True)
@@ -53,7 +53,7 @@ def export_money(first: datetime, last: datetime) -> None:
 
 
 def _cells(found: Movement) -> list[str]:
-    """No zone and no fraction in the time: a spreadsheet would take it for a text."""
+    """The time has no zone and no fraction: a spreadsheet would treat it as text."""
     at = found.recorded_at
     return [
         f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}" if at is not None else "",

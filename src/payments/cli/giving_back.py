@@ -1,4 +1,4 @@
-"""`payments giving-back`: what the service gives back by itself."""
+"""`payments giving-back`: payments that the service gives back by itself."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""What `./run` prints once the service listens: where, on which data, and what to try."""
+"""What `./run` prints once the service listens: its address, its data and sample requests."""
 
 from payments.database.connections import DatabaseAddress
 from payments.opening import data_dir

@@ -1,4 +1,4 @@
-"""`payments import-legacy`: the payments of the Node service that had the database before."""
+"""`payments import-legacy`: imports the payments of the Node service from its database."""
 
 import asyncio
 import re
@@ -104,7 +104,7 @@ def _looked(
     dry_run: bool,
     ignore_connections: bool,
 ) -> Looked:
-    """What the table holds; it is set aside by now, unless it must not be."""
+    """Reads the table, and sets it aside unless `dry_run`, or faulty rows must not be left out."""
     if where is LegacyTable.OPEN or dry_run:
         set_aside = where is LegacyTable.OPEN
         return asyncio.run(look(address, asked.timezone, _tell_of, set_aside=set_aside))
@@ -138,7 +138,7 @@ def _import(settings: Settings, address: DatabaseAddress, asked: Asked, looked: 
 
 
 async def _catch_up(settings: Settings, address: DatabaseAddress, progress: Progress) -> None:
-    """What the log now holds is sealed, and listed, before a service starts."""
+    """Seals and projects the imported events before a service starts."""
     database, telemetry = Database(address, 1), Telemetry()
     listed, sealed = PaymentsProjection(settings.charge_deadline_s), SealsProjection()
     followers = (
@@ -160,7 +160,7 @@ async def _catch_up(settings: Settings, address: DatabaseAddress, progress: Prog
 
 
 def _tell_pending(looked: Looked) -> None:
-    """What only a person can find out, at the provider."""
+    """Reports payments that must be checked manually at the provider."""
     for row in looked.pending:
         amount = amount_text(int(row.amount_cents or 0), row.currency or "")
         began = f"{row.created_at or row.updated_at:%Y-%m-%dT%H:%M:%SZ}"

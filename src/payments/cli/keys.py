@@ -7,7 +7,7 @@ import click
 
 from payments.clients import check_client_name
 
-KEY_BYTES = 32  # of randomness: nobody guesses one, so its plain SHA-256 is enough to know it by
+KEY_BYTES = 32  # random, so it cannot be guessed, and a plain SHA-256 of it is enough
 
 
 @click.group()

@@ -1,4 +1,4 @@
-"""`payments log`: what a person decides about the log."""
+"""`payments log`: manual decisions about the log."""
 
 import click
 
@@ -16,7 +16,7 @@ TOLD_MAX = 500  # characters
 
 
 def one_line_of_text(_: click.Context, __: click.Parameter, value: str) -> str:
-    """For an option whose value is kept for others to read."""
+    """Validates an option whose value is stored for operators to read."""
     if not value.strip() or not value.isprintable() or len(value) > TOLD_MAX:
         raise click.BadParameter(f"must be one line of 1 to {TOLD_MAX} printable characters")
     return value.strip()

@@ -1,4 +1,4 @@
-"""Moments on the command line: a time, or a position of the log."""
+"""Moments as command line arguments: a time, or a position of the log."""
 
 import re
 from contextlib import suppress
@@ -12,7 +12,7 @@ POSITION_MAX = 2**63 - 1
 
 
 class _Time(click.ParamType[datetime | int]):
-    """RFC 3339, or what is copied from our tables or from psql; in UTC."""
+    """A time in RFC 3339, or copied from our tables or psql; converted to UTC."""
 
     name = "time"
 
@@ -27,12 +27,12 @@ class _Time(click.ParamType[datetime | int]):
 
 
 def _as_rfc_3339(copied: str) -> str:
-    """With a T for the space before the time, and the offset's minutes, which psql leaves out."""
+    """Replaces the space before the time by T, and adds the offset's minutes, which psql omits."""
     return re.sub(r"([+-]\d\d)\Z", r"\1:00", re.sub(r"\A(\S{10}) ", r"\1T", copied))
 
 
 class _Moment(_Time):
-    """The same, or a position: a whole number from 1."""
+    """A time as above, or a position: a whole number from 1."""
 
     name = "position|time"
 

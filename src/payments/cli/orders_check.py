@@ -1,4 +1,4 @@
-"""What `payments doctor` says of orders that are paid, and perhaps not fulfilled."""
+"""The check of `payments doctor` for paid orders that may not be fulfilled."""
 
 from payments.cli.checks import SUSPECT_MAX_S, UNFULFILLED_MAX_S, Check, failing
 from payments.database.connections import Database
@@ -10,8 +10,9 @@ UNSET = "ORDER_STATUS_URL is not set, and would tell: docs/order-service.md"
 
 
 async def orders_check(database: Database, *, calls_back: bool, asks: bool) -> Check:
-    """`asks`: whether ORDER_STATUS_URL is set. Suspects wait for an answer for a while, and what is
-    unfulfilled for the service or a person to give it back; what nobody can judge is no fault."""
+    """`asks`: whether ORDER_STATUS_URL is set. Suspects may wait for a status for SUSPECT_MAX_S,
+    and unfulfilled payments for their refund for UNFULFILLED_MAX_S. Orders whose status cannot be
+    known are not a failure."""
     found = await counts(database)
     suspect, silent = found["suspect"], found["silent"]
     late = (

@@ -1,7 +1,6 @@
-"""How commands print what they found: a table for people, JSON for programs, CSV for spreadsheets.
+"""Output of commands: a table for people, JSON for programs, CSV for spreadsheets.
 
-Values are printed as they are, but for what is not printable: nobody's data begins a line of its
-own or speaks to the terminal.
+Unprintable characters are escaped, so that data cannot begin a new line or control the terminal.
 """
 
 import csv
@@ -13,7 +12,7 @@ from typing import Any
 import click
 import msgspec
 
-# With these a spreadsheet begins a formula, some of them in full width (OWASP: CSV Injection).
+# Characters that begin a formula in spreadsheets, also in full width (OWASP: CSV Injection).
 FORMULA_BEGINS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 UNWRAPPED = 10_000_000  # columns; an environment variable, the longest of values, has 131,072
@@ -41,37 +40,37 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str)
 
 
 def say_if_more(found: Sequence[object], limit: int) -> None:
-    """`found` has one more than `limit` if there are more than are shown."""
+    """`found` was read with `limit` + 1, to detect that there are more."""
     if len(found) > limit:
         click.echo(f"there are more than the {limit} of --limit", err=True)
 
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    from rich.console import Console  # the other forms do without
+    from rich.console import Console  # the other forms do not need it
     from rich.measure import Measurement
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     texts = [["" if value is None else one_line(str(value)) for value in row] for row in rows]
     for place, column in enumerate(columns):
-        # Ids and the like stay whole, to be copied.
+        # Single words, like ids, are not wrapped, so that they can be copied.
         table.add_column(column, no_wrap=all(" " not in row[place] for row in texts))
     for row in texts:
         table.add_row(*row)
-    # Off a terminal nothing is wrapped, so that grep finds whole lines.
+    # Without a terminal nothing is wrapped, so that grep finds whole lines.
     console = Console(highlight=False, markup=False, emoji=False)
     unwrapped = console.options.update(width=UNWRAPPED)
     least = Measurement.get(console, unwrapped, table).minimum
     console.width = max(console.width, least) if sys.stdout.isatty() else UNWRAPPED
-    # Rich itself would end the process where nobody reads on.
+    # Rich itself would end the process after a broken pipe.
     with console.capture() as shown:
         console.print(table)
     click.echo(shown.get(), nl=False)
 
 
 def csv_line(cells: Iterable[object]) -> bytes:
-    """A line as RFC 4180 has it. Texts are from outside, and whoever opens them must not run them:
-    what could be a formula gets an apostrophe before it. Numbers stay numbers."""
+    """A line by RFC 4180. Texts are untrusted and must not become formulas in a spreadsheet: those
+    that could get a leading apostrophe. Numbers stay numbers."""
     line = io.StringIO()
     csv.writer(line).writerow(_no_formula(cell) for cell in cells)
     return line.getvalue().encode()
@@ -87,7 +86,7 @@ def print_json(value: Any) -> None:
 
 
 def one_line(text: str) -> str:
-    r"""The text with what is not printable as in Python: \n, \x1b, \u202e."""
+    r"""The text with unprintable characters escaped as in Python: \n, \x1b, \u202e."""
     return _printable(text, lambda char: char.encode("unicode_escape").decode())
 
 

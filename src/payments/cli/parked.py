@@ -1,4 +1,4 @@
-"""`payments parked`: streams that a read model goes on without."""
+"""`payments parked`: streams that a follower skips."""
 
 import asyncio
 import sys
@@ -52,11 +52,11 @@ def retry(payments: tuple[UUID, ...], every: bool) -> None:
 async def _retry(
     settings: Settings, address: DatabaseAddress, payments: tuple[UUID, ...] | None
 ) -> "tuple[list[UUID], list[Parked]]":
-    """Which of the payments are not parked, and which streams still are."""
+    """Returns which of the payments are not parked, and which streams still are."""
     from payments.gateways import declines_may_turn_s
     from payments.gateways.building import build_gateway
     from payments.observability.metrics import Telemetry
-    from payments.service import build_followers  # which the list does without
+    from payments.service import build_followers  # the list does not need it
 
     unknown, left = set(payments or ()), []
     turning_s = declines_may_turn_s(build_gateway(settings, to="look"))

@@ -1,4 +1,4 @@
-"""What runs the service: `serve` and `work`."""
+"""The commands that run the service: `serve` and `work`."""
 
 import asyncio
 import importlib
@@ -23,8 +23,8 @@ WORK_STOP_S = 8.0  # container runtimes kill after 10 s
 
 
 def _end_on_signals() -> None:
-    """Until an event loop takes over, a signal to stop ends the start-up in an orderly way; SIGINT
-    does by itself."""
+    """Makes stop signals end the start-up in order, until an event loop handles them. SIGINT does
+    so by default."""
     for signum in set(stop_signals()) - {signal.SIGINT}:
         signal.signal(signum, lambda *_: sys.exit(0))
 
@@ -38,7 +38,7 @@ def serve(api_only: bool, examples: bool) -> None:
     """Start the service and run until SIGTERM."""
     _end_on_signals()
     settings = begin(told=True)
-    # By name: nothing in payments imports web.
+    # By name, since payments must not import web.
     server = importlib.import_module("web.serving.server")
     listening = importlib.import_module("web.serving.listening")
     listener, metrics = listening.bind(settings), listening.bind_metrics(settings)

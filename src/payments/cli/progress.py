@@ -1,4 +1,4 @@
-"""How far a long command is, on stderr: a bar on a terminal, a line every few seconds elsewhere."""
+"""Progress of a long command on stderr: a bar on a terminal, else a line every few seconds."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ LINE_EVERY_S = 5.0
 
 
 class Progress:
-    """Called with a step's name, how much of it is done, and of how much, if that is known."""
+    """Called with a step's name, the amount done, and the total, None if unknown."""
 
     def __init__(self) -> None:
         self._bars: Bars | None = None

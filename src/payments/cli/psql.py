@@ -11,7 +11,7 @@ from payments.cli.start import begin
 from payments.database.connections import connect
 from payments.opening import open_database
 
-# -h is psql's host.
+# -h is an option of psql: the host.
 AS_THEY_ARE = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
 
 
@@ -27,7 +27,8 @@ def open_psql(arguments: tuple[str, ...]) -> None:
         with connect(address, "payments psql") as connection:
             programs.check_version(connection)
             env = programs.environment(address, connection, "payments psql")
-        # Ctrl-C is for psql, which gets it as well; the embedded server lives as long as this does.
+        # psql receives Ctrl-C too and handles it. This process must continue, since the embedded
+        # server runs only as long as it does.
         signal.signal(signal.SIGINT, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         process = subprocess.Popen([programs.program("psql"), *arguments], env=env)  # noqa: S603

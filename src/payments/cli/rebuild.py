@@ -1,4 +1,4 @@
-"""`payments rebuild`: makes a read model what the log says."""
+"""`payments rebuild`: corrects a read model from the log."""
 
 import sys
 from typing import Literal
@@ -14,7 +14,7 @@ from payments.opening import open_database
 from payments.projections.comparison import Difference, Totals, Unreadable
 from payments.projections.rebuild import Rebuilt, check, rebuild
 
-SHOWN_MAX = 20  # differing rows; all are counted
+SHOWN_MAX = 20  # differing rows that are shown; all are counted
 
 
 @click.command("rebuild")

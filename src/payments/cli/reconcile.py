@@ -1,4 +1,4 @@
-"""`payments reconcile`: what others know of what was captured."""
+"""`payments reconcile`: compares captures with the records of others."""
 
 import asyncio
 import sys
@@ -20,7 +20,7 @@ from payments.opening import open_database
 from payments.order_service.target import Target
 
 CONNECTIONS = 4
-SHOWN_MAX = 100_000  # of a table, and of JSON, which are printed at once; CSV has all
+SHOWN_MAX = 100_000  # rows of a table or JSON, which are printed at once; CSV has all
 PER_S_MAX = 1000
 
 

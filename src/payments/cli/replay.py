@@ -1,4 +1,4 @@
-"""`payments replay`: the log, and what a payment was at a moment."""
+"""`payments replay`: prints the log, or a payment as of a moment."""
 
 import base64
 import signal
@@ -114,7 +114,7 @@ def _print_events(address: DatabaseAddress, wanted: Wanted, form: str, following
 def _states(
     address: DatabaseAddress, payment: UUID | None, order: UUID | None, moment: Moment
 ) -> list[PaymentView]:
-    """The payment, or the order's payments in the order in which they began."""
+    """The payment, or the order's payments by their beginning."""
     ids = [payment] if payment is not None else []
     if order is not None:
         began = Wanted(order_id=order, types=["PaymentInitiated"])
@@ -156,14 +156,14 @@ def _print_states(states: list[PaymentView], form: str) -> None:
 
 
 def _writer(form: str) -> Callable[[Sealed], bytes]:
-    """What makes a line of an event; tables and CSV begin with a line of names."""
+    """The function that formats an event as a line; tables and CSV begin with a header line."""
     out = sys.stdout.buffer
     if form == "jsonl":
         return lambda found: write_line(found.event, found.hash) + b"\n"
     if form == "csv":
         out.write(csv_line(CSV_COLUMNS))
         return lambda found: csv_line(_cells(found))
-    encoding = sys.stdout.encoding  # the other forms are UTF-8 wherever they are read
+    encoding = sys.stdout.encoding  # the other forms are always UTF-8
     out.write(_TABLE.format(*_TABLE_COLUMNS).rstrip().encode() + b"\n")
     return lambda found: _table_line(found.event).encode(encoding, "backslashreplace")
 

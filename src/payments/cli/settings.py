@@ -1,4 +1,4 @@
-"""`payments settings`: what the environment says."""
+"""`payments settings`: the settings in effect."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What most commands begin with: the settings, the logs, and a connection."""
+"""The beginning of most commands: the settings, the logs, and a connection."""
 
 import asyncio
 import os
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 
 def begin(*, told: bool = False) -> Settings:
-    """Reads the settings and sets up the logs; StartError.
+    """Reads the settings and sets up the logs; raises StartError.
 
-    Unless `told`, the log tells no more than what is wrong: what a command does it prints itself.
+    Unless `told`, INFO lines are not logged: commands print their results themselves.
     """
     settings = read_settings(os.environ)
     quiet = settings.log_level == "INFO" and not told
@@ -29,7 +29,7 @@ def begin(*, told: bool = False) -> Settings:
 
 
 def with_database(address: "DatabaseAddress", use: "Callable[[Database], Awaitable[T]]") -> T:
-    """What a coroutine makes of the database, on one connection of a pool."""
+    """The result of `use`, with a pool of one connection."""
     from payments.database.connections import Database
 
     async def run() -> T:

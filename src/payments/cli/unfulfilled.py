@@ -1,4 +1,4 @@
-"""`payments callbacks list --unfulfilled`: payments whose order may not have been fulfilled."""
+"""`payments callbacks list --unfulfilled`: payments whose order may not be fulfilled."""
 
 from uuid import UUID
 
@@ -19,12 +19,12 @@ from payments.queries.fulfilments import (
     unfulfilled,
 )
 
-# `amount` has its currency. As JSON or CSV there are all fields.
+# `amount` includes the currency. JSON and CSV have all fields.
 IN_THE_TABLE = ("payment_id", "order_id", "state", "amount", "said", "order_status", "problem")
 
 
 def print_unfulfilled(*, given_back: bool, order_id: UUID | None, limit: int, form: str) -> None:
-    """Those that wait for somebody, or those that the service gave back; the oldest first."""
+    """Prints the open ones, or those that the service gave back, oldest first."""
     settings = begin()
     states: tuple[State, ...] = ("given_back",) if given_back else OPEN_STATES
 

@@ -1,4 +1,4 @@
-"""What `payments doctor` says of the work that is to be done, and of what is left open."""
+"""The checks of `payments doctor` for background work and unsettled payments."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -40,7 +40,7 @@ WORKERS = "`payments serve` or `payments work`"
 
 
 class Open(NamedTuple):
-    """Payments that are left open for these kinds of reason, and how long they may be."""
+    """Payments that are open for these kinds of reason, and the time limit for that."""
 
     name: str
     what: str
@@ -55,9 +55,8 @@ REFUNDS = Open(
 
 
 async def work_checks(database: Database, gateway: str, *, calls_back: bool) -> list[Check]:
-    """`gateway` is the name of the provider that the settings name; `calls_back`: they say where.
-
-    If not, what is behind or due for callbacks is meant to wait.
+    """`gateway` is the name of the configured provider; `calls_back`: ORDER_CALLBACK_URL is set.
+    Without it, due callbacks and the lag of their follower are not failures.
     """
     followers = await follower_states(database)
     if not calls_back:
@@ -79,7 +78,7 @@ async def work_checks(database: Database, gateway: str, *, calls_back: bool) -> 
 
 
 def _named(ids: Sequence[object], count: int) -> str:
-    """The first of so many."""
+    """The first ids, and how many more there are."""
     more = count - len(ids)
     return ", ".join(map(str, ids)) + (f" and {more} more" if more > 0 else "")
 
@@ -90,7 +89,7 @@ def _work(
     unsettled: Sequence[UnsettledPayments],
     due: int,
 ) -> Check:
-    """Whether any process does it. Where nothing is to be done, none need be running."""
+    """Checks whether a process does the background work, if there is any to do."""
     if at_work:
         return Check(state="ok", name="work", text=f"somebody follows: {', '.join(at_work)}")
     waits = {
@@ -127,7 +126,7 @@ async def _follower(database: Database, follower: FollowerState) -> Check:
 async def _open(
     database: Database, looked_for: Open, unsettled: Sequence[UnsettledPayments]
 ) -> Check:
-    """What is left open at the provider."""
+    """Checks how long payments have been unsettled."""
     name, what, kinds, limit_s = looked_for
     rows = [row for row in unsettled if row.kind in kinds]
     if not rows:
@@ -145,7 +144,7 @@ def _to_explain(ids: Sequence[UUID], count: int) -> str:
 
 
 async def _provider(database: Database, gateway: str) -> Check:
-    """Whether a person has to compare."""
+    """Checks for payments that need manual comparison with the provider."""
     others = await open_gateways(database, NAMED_MAX)
     others.pop(gateway, None)
     told, told_ids = await contradicted_payments(database, NAMED_MAX)
@@ -181,13 +180,14 @@ async def _callbacks(database: Database, owed: Backlog, calls_back: bool) -> Che
 
 
 def _to_show(what: str, first: Sequence[Delivery], count: int) -> str:
-    """None are left if they were sent meanwhile."""
+    """The command that shows the first; "" if all were sent meanwhile."""
     ids = [delivery.event_id for delivery in first]
     return f": {what} {_named(ids, count)}: `payments callbacks show {ids[0]}`" if ids else ""
 
 
 async def brake_check(database: Database, *, gives_back: bool) -> Check:
-    """Whether the service has stopped giving back by itself. `gives_back`: the settings say so."""
+    """Checks whether the service has stopped giving back by itself. `gives_back`: UNFULFILLED is
+    refund."""
     if not gives_back:
         text = "nothing is given back by itself: UNFULFILLED is not refund"
         return Check(state="off", name="brake", text=text)
