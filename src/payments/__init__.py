@@ -4,43 +4,43 @@
                                                   | wakes, NOTIFY
     query by id  <- fold of the stream  <---------+
     lists, SQL   <- payments read model <- follower (rows and position in one transaction)
-    settling     <- what is left open   <-+
+    settling     <- unsettled payments  <-+
     dispatcher   <- callback outbox     <-+
        |-> Order Service                  |
-       `-> fulfilments: is the order what was paid for?
+       `-> fulfilments: was the order confirmed?
     audit        <- seals of the log    <-+
 
     commands/          decide and append, one file per intent: charge, refund, settle, unfulfilled
-    queries/           read; never imported by commands, nor the other way round
-    projections/       the follower, and what it writes from the log; comparing, rebuilding
-    callbacks/         sends what the outbox holds: dispatcher, retries, breaker
-    fulfilment/        whether the orders of captured payments were fulfilled
-    order_service/     how Order Service is reached, and what its responses mean
+    queries/           read; commands and queries never import each other
+    projections/       the follower and its projections; compares and rebuilds read models
+    callbacks/         sends the callbacks of the outbox: dispatcher, retries, breaker
+    fulfilment/        checks whether the orders of captured payments were fulfilled
+    order_service/     the client of Order Service, and the meaning of its responses
     gateways/          payment providers behind one protocol
-    event_store.py     the log as commands use it: loads payments, appends facts
-    payment/           what a payment is, and which event may come next: pure, no I/O, no clock
-    events/            what can happen (facts), and where it is kept (store, appender)
-    database/          connections, and what each is set to;  migrations/ the schema
+    event_store.py     the log for commands: loads payments, appends facts
+    payment/           the state of a payment, and which event may follow: pure, no I/O, no clock
+    events/            the events (facts), and their storage (store, appender)
+    database/          connections and their settings;  migrations/ the schema
     observability/     metrics, log lines, traces
-    opening.py         the database that the settings name;  embedded_postgres/ one of our own
-    snapshot.py        reading much and holding nothing, for exports, audits and rebuilds
-    unsettled.py       the list of what the provider must be asked about again
-    sendings.py        which refunds were sent, and since when
-    legacy.py          a row of the Node service as events;  legacy_ids.py the ids they had there
-    brake.py           how much the service gives back by itself, and that it stops
-    admission.py       how much one process takes on, and when it refuses
-    single_flight.py   one answer for all who ask at the same time
+    opening.py         opens the database of the settings;  embedded_postgres/ the embedded one
+    snapshot.py        long reads without long transactions, for exports, audits and rebuilds
+    unsettled.py       the table of unsettled payments
+    sendings.py        the table of refunds that were sent, and since when
+    legacy.py          converts a row of the Node service to events;  legacy_ids.py its ids there
+    brake.py           limits how much the service gives back by itself
+    admission.py       limits the concurrent work of one process
+    single_flight.py   one run and result for concurrent callers
     settings.py        all settings;  setting_sources.py reads them from the environment
-    setting_values.py  what their texts mean;  http_url.py addresses among them
-    webhook_secrets.py what signs callbacks
-    clients.py         who asks: API clients, and names of the service's own
-    service.py         wires everything together from the settings;  health.py how it is
+    setting_values.py  parses their values;  http_url.py parses URLs
+    webhook_secrets.py parses the secrets that sign callbacks
+    clients.py         names of API clients, and of the service's own actors
+    service.py         builds the service from the settings;  health.py its health and gauges
     times.py           times as text, for API and command line;  tasks.py ends background tasks
-    money.py           amounts and currencies;  errors.py what is refused, as types
-    cli/               the `payments` command;  environment.py what it does not follow
-    probe.py           the health check of containers;  backoff.py pauses that double
+    money.py           amounts and currencies;  errors.py error types
+    cli/               the `payments` command;  environment.py removes ignored variables
+    probe.py           the health check of containers;  backoff.py growing pauses
 
-Imports point one way, and tests/test_architecture.py holds them to it:
+Imports point one way; tests/test_architecture.py enforces this:
 
 web, cli > service > fulfilment > commands, queries, projections, callbacks
     > gateways, event_store > payment > events, order_service > database > settings > errors

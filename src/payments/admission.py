@@ -1,19 +1,17 @@
-"""The bounds on what one process takes on for API clients, and who is told to come back later.
+"""Limits the concurrent work of one process for API clients; further requests are rejected.
 
-A request counts against `requests_max` (INTENT_QUEUE_MAX) from when it has arrived until its intent
-is durable, or its answer is sent; once so many are under way, the next one is refused before
-anything is done for it (web/serving/protocol.py).
-Requests that wait for somebody else do not count: for the rest of their body, for the provider, for
-another request with the same key. Those are bounded by `provider_calls_max`
-(GATEWAY_CONCURRENCY_MAX), the charges and refunds that may be with the provider, and by runs. A
-provider call is taken before the intent is written, so nothing is stored for a request that would
-not get one. And every request counts by the bytes that it holds.
+A request counts against `requests_max` (INTENT_QUEUE_MAX) from its arrival until its intent is
+durable, or its response is sent; at the limit the next one is rejected before any work is done for
+it (web/serving/protocol.py). Requests that wait for the rest of their body, for the provider, or
+for another request with the same key do not count. These are limited by `provider_calls_max`
+(GATEWAY_CONCURRENCY_MAX), the concurrent charges and refunds at the provider, and by runs. A
+provider call is reserved before the intent is written, so nothing is stored for a request that
+would not get one. Every request also counts by the bytes that it holds.
 
-A burst may reach `requests_max`. Once one was refused fewer are let in, until nobody was refused
-for a while: a long queue costs everyone in it time and gets nobody through sooner. Of several
-clients none can take everything, and while it is crowded each may have an equal share of requests.
-Requests that need no API key are bounded apart (web/serving/door.py).
-Why, and what was measured: docs/decisions/admission.md.
+A burst may reach `requests_max`. After a rejection fewer are admitted, until none was rejected for
+CALM_S: a long queue only adds waiting time. No client of several can take all capacity, and while
+requests are rejected each client gets an equal share. Requests without an API key have separate
+limits (web/serving/door.py). Reasons and measurements: docs/decisions/admission.md.
 """
 
 import math
@@ -23,22 +21,21 @@ from functools import partial
 
 from payments.errors import TooBusy
 
-CROWDED_PART = 4  # while requests are being refused, so many times fewer are let in
-CALM_S = 1.0  # without a refusal for so long, `requests_max` are let in again
-CLIENT_TIMES = 7  # of several clients, each may have so many times what is left for the others
+CROWDED_PART = 4  # while requests are rejected, the limit is divided by this
+CALM_S = 1.0  # after this time without a rejection, the limit is `requests_max` again
+CLIENT_TIMES = 7  # one of several clients may hold this multiple of what is left for the others
 
-# Memory: a request counts by the bytes that came of it, and by these for the objects around them, a
-# small body included.
+# Memory: a request counts its received bytes, and these for its objects, including a small body.
 REQUEST_BYTES = 6 * 1024
 MEMORY_MIN = 14 * 1024 * 1024
 MEMORY_OF_A_RUN = 9 * 1024  # enough for each request and each provider call
-# For heads of which only a part came yet, and requests without a client; of a connection each.
+# For incomplete header sections and requests without a client; each connection is a holder.
 ANONYMOUS_MEMORY = 8 * 1024 * 1024
 ANONYMOUS_TIMES = 1 / 16
 
 
 class Bound:
-    """So many units; each holder may have up to `times` as many as are left for the others."""
+    """`total` units; each holder may have up to `times` the units that are left for the others."""
 
     def __init__(self, total: int, times: float = math.inf) -> None:
         self.total = total
@@ -46,12 +43,12 @@ class Bound:
         self.taken = 0
 
     def share(self) -> "Share":
-        """A new holder, which has nothing yet."""
+        """A new holder without units."""
         return Share(self)
 
 
 class Share:
-    """What one holder has of a bound."""
+    """The units of one holder."""
 
     __slots__ = ("bound", "held")
 
@@ -60,7 +57,7 @@ class Share:
         self.held = 0
 
     def take(self, count: int = 1) -> bool:
-        """Takes so many more, or nothing: then it is False."""
+        """Takes `count` more units, or none and returns False."""
         bound = self.bound
         left = bound.total - bound.taken
         if count > left or self.held + count > bound.times * left:
@@ -70,13 +67,13 @@ class Share:
         return True
 
     def add(self, count: int) -> None:
-        """Without a look at the bound; negative to give back."""
+        """Adds units without checking the bound; negative to release them."""
         self.held += count
         self.bound.taken += count
 
 
 class Client:
-    """One API client, and what it has of the bounds."""
+    """One API client, with its shares of the bounds."""
 
     def __init__(self, name: str, admission: "Admission") -> None:
         self.name = name
@@ -84,15 +81,15 @@ class Client:
         self.provider_calls = admission.provider_calls.share()
         self.runs = admission.runs.share()
         self.memory = admission.memory.share()
-        # Whether to take on one more request; if so, it is to `enter`.
+        # Whether one more request may be admitted; if so, the caller must `enter`.
         self.admit: Callable[[], bool] = partial(admission.admits, self.requests)
 
     def enter(self) -> None:
-        """One more request counts: a new one, or one that waited for somebody else."""
+        """One more request counts: a new one, or one that continues after a wait."""
         self.requests.add(1)
 
     def leave(self, requests: int = 1) -> None:
-        """So many count no more: they are answered, or wait for somebody else."""
+        """These requests no longer count: they got their response, or wait."""
         self.requests.add(-requests)
 
     def take_provider_call(self) -> None:
@@ -105,7 +102,7 @@ class Client:
 
 
 class Admission:
-    """One per process; used from its event loop alone."""
+    """One per process; used only from its event loop."""
 
     def __init__(
         self,
@@ -114,7 +111,7 @@ class Admission:
         clients: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clients` is how many there are: a single one may have everything."""
+        """`clients` is their number: a single one may take all capacity."""
         times = CLIENT_TIMES if clients > 1 else math.inf
         self.requests = Bound(requests_max, times)
         self.provider_calls = Bound(provider_calls_max, times)
@@ -135,7 +132,8 @@ class Admission:
         return found
 
     def admits(self, requests: Share) -> bool:
-        """Whether a client with so many requests may have one more; if not, it is now crowded."""
+        """Whether a client with these requests may have one more; if not, fewer are admitted for
+        CALM_S."""
         bound = self.requests
         left = bound.total - bound.taken
         if left > 0 and requests.held < bound.times * left:
@@ -147,6 +145,6 @@ class Admission:
         return False
 
     def _share_of(self, requests: Share) -> int:
-        """While it is crowded: an equal one for each client with any requests, and this one."""
+        """The reduced limit in equal shares for this client and all others with requests."""
         holders = sum(client.requests.held > 0 for client in self._clients.values())
         return self._crowded_max // (holders + (requests.held <= 0))

@@ -1,8 +1,8 @@
-"""How much the service gives back by itself, and that it stops: giving_back_stopped and
+"""Limits how much the service gives back by itself: the tables giving_back_stopped and
 giving_back_begun, and all of their SQL.
 
-If very many orders seem to have failed, it is more likely that whoever says so is wrong. Then a
-person has to look, and lets it go on.
+If very many orders seem to have failed, ORDER_STATUS_URL is probably wrong. Then giving back stops
+until an operator resumes it.
 """
 
 from datetime import datetime
@@ -11,7 +11,7 @@ from uuid import UUID
 
 from payments.database.connections import Database
 
-# Within an hour; if that is more, one in so many of the payments that were captured in it.
+# The limit within an hour: FEWEST, or one in ONE_IN of the payments captured in it if that is more.
 FEWEST = 20
 ONE_IN = 20
 
@@ -27,7 +27,7 @@ BEGUN = """
 SELECT count(*) FROM giving_back_begun WHERE begun_at > clock_timestamp() - interval '1 hour'
 """
 
-# What was given back before counts no more.
+# Payments that were given back before no longer count.
 LIFT = """
 WITH lifted AS (
     UPDATE giving_back_stopped
@@ -42,15 +42,15 @@ SELECT stopped_at, reason FROM lifted
 
 
 class Stop(NamedTuple):
-    """Since when the service gives nothing back by itself, and why."""
+    """Since when and why the service gives nothing back by itself."""
 
     stopped_at: datetime
     reason: str
 
 
 async def begin(database: Database, payment_id: UUID) -> Literal["begun", "stops", "stopped"]:
-    """To be called before the service gives this payment back. `begun`: it may, and it counts.
-    `stops`: that would be too much, and from now on none may; then it is `stopped`.
+    """Must be called before the service gives this payment back. `begun`: it may, and it counts.
+    `stops`: the limit is reached, and giving back stops. `stopped`: it had stopped before. Raises
     DatabaseUnavailable."""
     params = {"payment_id": payment_id, "fewest": FEWEST, "one_in": ONE_IN}
     ((outcome,),) = await database.fetch(BEGIN, params)
@@ -58,18 +58,18 @@ async def begin(database: Database, payment_id: UUID) -> Literal["begun", "stops
 
 
 async def stopped(database: Database) -> Stop | None:
-    """None while it gives back; DatabaseUnavailable."""
+    """None while giving back is not stopped. Raises DatabaseUnavailable."""
     rows = await database.fetch(STOPPED)
     return Stop(*rows[0]) if rows else None
 
 
 async def begun(database: Database) -> int:
-    """How many payments the last hour counts; DatabaseUnavailable."""
+    """How many payments count in the last hour. Raises DatabaseUnavailable."""
     ((count,),) = await database.fetch(BEGUN)
     return int(count)
 
 
 async def lift(database: Database, by: str, reason: str) -> Stop | None:
-    """Lets it go on; what had stopped it, None if nothing had. DatabaseUnavailable."""
+    """Resumes giving back; returns the stop that it ended, if any. Raises DatabaseUnavailable."""
     rows = await database.fetch(LIFT, {"by": by, "reason": reason})
     return Stop(*rows[0]) if rows else None

@@ -1,19 +1,19 @@
-"""Who asks: the clients that API keys tell apart, and the names that are the service's own."""
+"""Actors: the clients that API keys identify, and the service's own reserved names."""
 
 import re
 
 import msgspec
 
-DEFAULT_CLIENT = "default"  # who asks when no API keys are configured
-SETTLING = "settling"  # who asks in the events that settling causes
-DISPATCHER = "dispatcher"  # who calls back, where a payment's history is told
-FULFILMENT = "fulfilment"  # who gives back what its order did not fulfil, in its events
-# A client with one of these names would be taken for everyone, or for the service itself.
+DEFAULT_CLIENT = "default"  # every client, when no API keys are configured
+SETTLING = "settling"  # the actor in events that settling appends
+DISPATCHER = "dispatcher"  # the actor of callbacks, in a payment's history
+FULFILMENT = "fulfilment"  # the actor that gives back payments of failed orders
+# A client with one of these names would count as every client, or as the service itself.
 RESERVED_CLIENTS = frozenset({DEFAULT_CLIENT, SETTLING, DISPATCHER, FULFILMENT})
 
 
 class ApiKey(msgspec.Struct, frozen=True):
-    """One live key of an API client; `sha256` is the digest of the key, never the key itself."""
+    """A valid key of an API client; `sha256` is the digest of the key, never the key itself."""
 
     client: str
     sha256: bytes
@@ -30,8 +30,8 @@ def check_client_name(name: str) -> None:
 
 
 def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
-    """The keys of `name:sha256hex`, or of several such with commas between them. Raises ValueError,
-    which repeats no digest."""
+    """The keys of `name:sha256hex`, or of several separated by commas. Raises ValueError, which
+    contains no digest."""
     keys = []
     for entry in text.split(","):
         name, _, digest = entry.strip().partition(":")

@@ -1,5 +1,4 @@
-"""What commands and queries refuse or fail at, as types; what is wrong with a request as HTTP is in
-web/problems.py.
+"""The errors of commands and queries, as types. Errors of HTTP requests are in web/problems.py.
 
 PaymentsError
 ├── InvalidRequest               400  invalid_request
@@ -20,8 +19,8 @@ PaymentsError
     ├── ClientGone                    client_gone
     └── LogRewound                    log_rewound
 
-A class carries the HTTP status, the stable code and the title of its answer; the message of an
-instance is the answer's `detail`, so it names the fix and holds nothing that is secret.
+A class defines the HTTP status, the stable code and the title of its response. The message of an
+instance is the response's `detail`, so it names the fix and contains no secret.
 
 StartError is for people who start the service or run a command: one line, no traceback, exit code
 1, or 2 where 1 is a finding.
@@ -31,7 +30,7 @@ from typing import ClassVar, NamedTuple
 
 
 class FieldError(NamedTuple):
-    """One thing that is wrong with one field of a request, and how to put it right."""
+    """An error of one field of a request, and its fix."""
 
     field: str
     message: str
@@ -127,7 +126,7 @@ class PaymentUnreadable(PaymentsError):
 
 
 class Unavailable(PaymentsError):
-    """Nothing was captured: the same key may be sent again."""
+    """Nothing was captured: the client may retry with the same key."""
 
     status = 503
     title = "The service cannot take this request now"
@@ -147,14 +146,14 @@ class GatewayUnavailable(Unavailable):
 
 
 class ClientGone(Unavailable):
-    """Nothing was begun for a request whose client had left, or had waited for too long."""
+    """Nothing was begun for a request whose client had disconnected, or had waited too long."""
 
     code = "client_gone"
     title = "The request was read too late to begin a charge for it"
 
 
 class LogRewound(Unavailable):
-    """Nothing is given back until a person has accepted what the log lost."""
+    """Nothing is given back until an operator has accepted the loss of the log."""
 
     code = "log_rewound"
     title = "The event log lost events; nothing is given back until that is accepted"
@@ -162,10 +161,10 @@ class LogRewound(Unavailable):
 
 
 class StartError(Exception):
-    """The service cannot start or a command cannot run; the message is one line for a person."""
+    """The service cannot start or a command cannot run; the message is one line for people."""
 
 
 def told(error: Exception) -> str:
-    """An error of somebody else's code in one line."""
+    """An error from foreign code in one line."""
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"

@@ -1,4 +1,4 @@
-"""How the process and its database are: what /health says, and the metrics as of a scrape."""
+"""Health of the process and its database: for /health, and for the metrics of a scrape."""
 
 import asyncio
 import sys
@@ -33,14 +33,15 @@ from payments.single_flight import Recent, SingleFlight
 
 SWITCH_S = sys.getswitchinterval()
 RENDERING_SWITCH_S = 0.0002
-OBSERVE_TIMEOUT_S = 2.0  # a scrape is answered in under 3 s
-HEALTH_TIMEOUT_S = 2.0  # probes often give up after 3 s
-CALLBACKS_LATE_S = 60.0  # callbacks that are due for so long show that their endpoint is in trouble
+OBSERVE_TIMEOUT_S = 2.0  # a scrape gets its response in under 3 s
+HEALTH_TIMEOUT_S = 2.0  # probes often time out after 3 s
+CALLBACKS_LATE_S = 60.0  # a callback that is due for longer shows a problem of the endpoint
 
 
 class Reached(NamedTuple):
-    """What /health says of a database that answers: how callbacks are (ok, degraded, or off without
-    an address for them), whether it refuses to write, and whether the log went back."""
+    """The result of /health with a database that responds: the state of callbacks (ok, degraded, or
+    off without ORDER_CALLBACK_URL), whether it is read-only, and whether the log has lost
+    events."""
 
     callbacks: str
     read_only: bool
@@ -48,9 +49,8 @@ class Reached(NamedTuple):
 
 
 class HealthChecks:
-    """Looks at the database on connections of its own: health and metrics never wait behind
-    requests for one, nor behind one another; however many ask, the database is asked one thing of
-    each kind at a time."""
+    """Checks the database on its own connections: health and metrics never wait for those of
+    requests, nor for each other. Of each kind only one check runs at a time, for all callers."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class HealthChecks:
         breaker_state: Callable[[], str],
         followed: Collection[str],
     ) -> None:
-        """`pool` is what requests read with; `breaker_state` that of callbacks; `followed` are the
+        """`pool` is the one of requests; `breaker_state` that of callbacks; `followed` are the
         followers that this service may run."""
         self._pool = pool
         self._database = Database(pool.address, 2)
@@ -85,7 +85,7 @@ class HealthChecks:
         await self._database.close()
 
     async def _reach_database(self) -> Reached:
-        """Within HEALTH_TIMEOUT_S, or DatabaseUnavailable."""
+        """Raises DatabaseUnavailable after HEALTH_TIMEOUT_S."""
         database = self._database
         late_s = await oldest_age_s(database, HEALTH_TIMEOUT_S / 2)
         await self._watch.look(database, HEALTH_TIMEOUT_S / 2)
@@ -98,8 +98,8 @@ class HealthChecks:
         )
 
     async def _observe(self) -> None:
-        """Brings the gauges that are set by looking up to date, within OBSERVE_TIMEOUT_S. Raises
-        DatabaseUnavailable; then those that only the database knows are left out."""
+        """Updates the gauges that are read at a scrape, within OBSERVE_TIMEOUT_S. Raises
+        DatabaseUnavailable; then those from the database are omitted."""
         breaker = self._breaker_state()
         for state in BREAKER_STATES:
             self._telemetry.callback_breaker[state].set(state == breaker)
@@ -142,7 +142,7 @@ class HealthChecks:
         callbacks: Backlog,
         unsettled: Iterable[UnsettledPayments],
     ) -> None:
-        # Callbacks that were switched off are not behind.
+        # The follower of callbacks has no lag while they are switched off.
         for follower in followers:
             if follower.name in self._followed:
                 self._telemetry.follower_lag[follower.name].set(follower.lag_events)
@@ -166,11 +166,11 @@ class HealthChecks:
             self._telemetry.unfulfilled_age[state].set(count.oldest_age_s)
 
     async def _rendered(self, render: Callable[[], bytes]) -> bytes:
-        """All metrics as of now, without a database but for those that only it knows."""
+        """All metrics as of now; while the database is unavailable, without those from it."""
         with suppress(DatabaseUnavailable):
             await self.observe()
-        # In a thread: it takes tens of milliseconds, in which the loop would answer nobody. By
-        # default the loop would wait for 5 ms whenever it has something to do meanwhile.
+        # In a thread: it takes tens of milliseconds, which would block the event loop. With the
+        # default switch interval the loop would wait 5 ms for the GIL each time.
         sys.setswitchinterval(RENDERING_SWITCH_S)
         try:
             return await asyncio.to_thread(render)

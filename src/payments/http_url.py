@@ -1,4 +1,4 @@
-"""HTTP addresses, as settings name them: parsed once, and used as they were parsed."""
+"""HTTP URLs in settings: parsed once, and used as parsed."""
 
 import ipaddress
 import re
@@ -17,11 +17,10 @@ _UNUSABLE = "must be an http:// or https:// address"
 
 
 class HttpUrl(msgspec.Struct, frozen=True, kw_only=True):
-    """An address that begins with http:// or https://, made by parse_http_url.
+    """An http:// or https:// URL, made by parse_http_url.
 
     `host` is ASCII and in lower case, without the brackets of an IPv6 address. `path_qs` is path
-    and query as they were given. They may hold a token, and so may the text: what is shown to
-    people is the origin.
+    and query as given. They and `text` may contain a token, so messages show only the origin.
     """
 
     text: str
@@ -38,7 +37,7 @@ class HttpUrl(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def authority(self) -> str:
-        """The host, and the port unless it is the scheme's own."""
+        """The host, with the port if it is not the scheme's default."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
 
@@ -48,7 +47,7 @@ class HttpUrl(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_http_url(text: str) -> HttpUrl:
-    """Raises ValueError, which repeats nothing of the text: there may be a password in it."""
+    """Raises ValueError, which does not contain the text: it may have a password."""
     found = _HTTP_URL.fullmatch(text) if text.isprintable() and " " not in text else None
     if found is None:
         raise ValueError(_UNUSABLE)
@@ -72,14 +71,14 @@ def _ascii_host(host: str) -> str:
         return host
     host = host.lower()
     if not host.isascii():
-        from yarl import URL  # which takes its time to import
+        from yarl import URL  # slow to import
 
         url = URL.build(scheme="http", host=host)
-        if url.raw_host is None or url.host != host:  # of another name: IDNA maps some characters
+        if url.raw_host is None or url.host != host:  # another name: IDNA maps some characters
             raise ValueError
         host = url.raw_host
     if host.replace(".", "").isdigit():
-        ipaddress.IPv4Address(host)  # not 127.1 or 2130706433, which few agree on
+        ipaddress.IPv4Address(host)  # not 127.1 or 2130706433, which software reads differently
     return host
 
 

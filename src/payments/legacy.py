@@ -1,6 +1,6 @@
-"""A row of the Node service's table as events of ours, or why it cannot be.
+"""Converts a row of the Node service's table to events, or says why it cannot.
 
-Pure. docs/migrating-from-node.md says what becomes of each.
+Pure. docs/migrating-from-node.md describes each conversion.
 """
 
 import re
@@ -30,10 +30,10 @@ from payments.payment.identity import (
 )
 from payments.payment.state import Status
 
-# No provider of ours is called so: nobody is asked about such a payment, nor gives it back.
+# Not the name of a provider: such a payment is neither settled nor refunded.
 NO_GATEWAY = "legacy"
 NO_DECLINE_CODE = "not_recorded"
-TXN_ID_MAX = 255  # the provider's ids are indexed, and an index takes no long values
+TXN_ID_MAX = 255  # the provider's ids are indexed, and index entries have a maximum size
 
 _UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _KEY = re.compile(KEY_PATTERN[1:-1])
@@ -41,10 +41,10 @@ _CAPTURED = (Status.SUCCESS, Status.REFUNDED)
 
 
 class LegacyRow(NamedTuple):
-    """A row as it stands there, all but its times as text: whatever types the columns have.
+    """A row of the table, with all columns except times as text, whatever their types.
 
-    A time is None also where Python has none for it. `id_is_shared` and so on: another row has the
-    same; of the provider's id only among those that were captured.
+    A time outside Python's range is None too. `id_is_shared` and so on: another row has the same
+    value; for the provider's id, another captured row.
     """
 
     id: str | None
@@ -62,14 +62,15 @@ class LegacyRow(NamedTuple):
 
     @property
     def payment_id(self) -> UUID:
-        """The payment that a sound row becomes: what has a key is found by it for ever."""
+        """The payment id for a row without faults; with a key it is derived from the key, by which
+        retries find it."""
         return (
             UUID(self.id) if self.idempotency_key is None else payment_id_for(self.idempotency_key)
         )
 
 
 def faults(row: LegacyRow) -> Iterator[str]:
-    """Why a row cannot be imported, each in a few words; none if it can."""
+    """The reasons why a row cannot be imported, in a few words each."""
     if row.id is None or not _UUID.fullmatch(row.id):
         yield "id is not a UUID"
     elif row.id_is_shared:
@@ -95,15 +96,15 @@ def faults(row: LegacyRow) -> Iterator[str]:
 
 
 def key_of_none(legacy_id: UUID) -> str:
-    """What stands for the key of a row that has none. Blanks are no part of a header's value, so no
-    request has a key that begins with one."""
+    """The substitute for the key of a row without one. It begins with a blank, which the key of a
+    request cannot: header values have no leading blanks."""
     return f" legacy:{legacy_id}"
 
 
 def facts_of(row: LegacyRow, gateway: str) -> list[Fact]:
-    """The events that a sound row becomes. `gateway`: the provider that captured what was captured.
+    """The events of a row without faults. `gateway`: the provider of the captured rows.
 
-    Where one of its times is missing, the other one stands for it.
+    A missing time is replaced by the other one.
     """
     legacy_id, payment_id, order_id = UUID(row.id), row.payment_id, UUID(row.merchant_order_id)
     amount_cents, currency = int(row.amount_cents or ""), row.currency or ""
@@ -137,7 +138,7 @@ def facts_of(row: LegacyRow, gateway: str) -> list[Fact]:
             PaymentFailed(reason="declined", decline_code=NO_DECLINE_CODE, **metadata(2, ended_at))
         )
     if row.status in _CAPTURED:
-        # When what was given back since had been captured, the row does not say.
+        # A refunded row does not have the time of its capture.
         captured_at = ended_at if row.status == Status.SUCCESS else began_at
         facts.append(
             PaymentCharged(provider_txn_id=row.provider_txn_id or "", **metadata(2, captured_at))
@@ -149,7 +150,8 @@ def facts_of(row: LegacyRow, gateway: str) -> list[Fact]:
 
 
 def _request(row: LegacyRow, legacy_id: UUID, order_id: UUID) -> ChargeRequest:
-    """What the version before this one finds the same: nobody named, and no payment method."""
+    """A request whose fingerprint the previous version finds equal: default client, no payment
+    method."""
     key = key_of_none(legacy_id) if row.idempotency_key is None else row.idempotency_key
     return ChargeRequest(
         idempotency_key=key,
@@ -163,7 +165,7 @@ def _request(row: LegacyRow, legacy_id: UUID, order_id: UUID) -> ChargeRequest:
 def _refund(
     refund_id: UUID, amount_cents: int, begun: dict[str, Any], ended: dict[str, Any]
 ) -> list[Fact]:
-    """The whole amount given back; `begun` and `ended` are the metadata of the two events."""
+    """A refund of the whole amount; `begun` and `ended` are the metadata of its two events."""
     return [
         RefundInitiated(refund_id=refund_id, idempotency_key=None, whole=True, **begun),
         PaymentRefunded(
@@ -177,7 +179,7 @@ def _refund(
 
 
 def _times(row: LegacyRow) -> tuple[datetime, datetime]:
-    """When it began and when it was changed last, which is not earlier."""
+    """The time of the beginning, and of the last change, which is not earlier."""
     began_at = row.created_at or row.updated_at
     assert began_at is not None
     return began_at, max(began_at, row.updated_at or began_at)

@@ -1,14 +1,14 @@
-"""The ids that imported payments had in the service before this one, and all SQL of their table.
+"""The ids that imported payments had in the earlier service, and all SQL of their table.
 
-Where an id is asked for that no payment has, it may be one of these. (What had no idempotency key
-there kept its id, and is listed with it: the import goes by this table when it is run again.)
+An id that no payment has may be one of these. (Payments without an idempotency key kept their id,
+and are listed too: a repeated import reads this table.)
 """
 
 from uuid import UUID
 
 from payments.database.connections import Database
 
-# Only who is about to be told that there is no such payment waits for it.
+# Delays only requests that would otherwise get a 404.
 TIMEOUT_S = 0.4
 
 FIND = """
@@ -21,6 +21,6 @@ INSERT INTO legacy_payment_ids (legacy_id, payment_id) SELECT * FROM unnest(%b::
 
 
 async def find(database: Database, legacy_id: UUID) -> UUID | None:
-    """The payment that had this id; None if none had. DatabaseUnavailable."""
+    """The payment that had this id, None if there is none. Raises DatabaseUnavailable."""
     rows = await database.fetch(FIND, [legacy_id], timeout_s=TIMEOUT_S)
     return rows[0][0] if rows else None

@@ -1,7 +1,7 @@
 """Amounts and currencies.
 
-An amount is a whole number of the currency's minor unit (cents, paise; yen have none): the
-documented column is called amount_cents and is a Postgres INT, hence MAX_AMOUNT_CENTS.
+An amount is a whole number of the currency's minor unit (cents, paise; yen have none). The
+documented column amount_cents is a Postgres INT, hence MAX_AMOUNT_CENTS.
 """
 
 from decimal import Decimal
@@ -26,18 +26,18 @@ _DECIMALS_2 = (
     "XAD XCD XCG YER ZAR ZMW ZWG"
 )
 
-# ISO 4217 list one: the active codes that have a minor unit, and how many decimals it has. Codes
-# without one (metals, funds, test codes) cannot be charged.
+# ISO 4217 list one: the active codes with a minor unit, and its decimals. Codes without one
+# (metals, funds, test codes) cannot be charged.
 DECIMALS: dict[str, int] = dict.fromkeys(_DECIMALS_2.split(), 2) | {
     code: decimals for decimals, codes in _DECIMALS_OTHER_THAN_2.items() for code in codes.split()
 }
 
 
 def decimal_text(amount_cents: int, currency: str) -> str:
-    """15.00 of INR, 1500 of JPY, 1.500 of KWD; KeyError for a currency that is not known."""
+    """15.00 for INR, 1500 for JPY, 1.500 for KWD; raises KeyError for an unknown currency."""
     return str(Decimal(amount_cents).scaleb(-DECIMALS[currency]))
 
 
 def amount_text(amount_cents: int, currency: str) -> str:
-    """For people: 15.00 INR. A currency that is not known is taken to have two decimals."""
+    """For people: 15.00 INR. An unknown currency is shown with two decimals."""
     return f"{Decimal(amount_cents).scaleb(-DECIMALS.get(currency, 2))} {currency}"

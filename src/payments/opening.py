@@ -1,4 +1,4 @@
-"""The database that the settings name: joined or started, checked, and let go again."""
+"""Opens the database of the settings: connects to it or starts it, checks it, and releases it."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def data_dir(settings: Settings) -> Path:
 
 
 def heads_dir(settings: Settings) -> Path | None:
-    """Where the newest seal is kept; None if there is no place for it."""
+    """The directory of the newest seal; None if there is no data directory."""
     try:
         return data_dir(settings)
     except StartError:
@@ -48,12 +48,12 @@ def heads_dir(settings: Settings) -> Path | None:
 def open_database(
     settings: Settings, *, to: Purpose, lasting: bool = False
 ) -> Iterator[DatabaseAddress]:
-    """The database that the settings name, up to date; the embedded one lives while this is open.
+    """The database of the settings; the embedded one runs while the block does.
 
-    `to` says what for: "migrate" brings the schema up to date, "run" checks that it is, and that
-    this version may write to it, "read" does with one that is newer, and "look" with any or none.
-    `lasting`: the embedded one is started again whenever it ends; if it cannot be, this process
-    gets a SIGTERM. Raises StartError, in that case at the end of the block.
+    `to` is the purpose: "migrate" brings the schema up to date, "run" checks that it is, and that
+    this version may write to it, "read" also accepts a newer one, and "look" any or none.
+    `lasting`: the embedded one is restarted whenever it ends; if that fails, this process receives
+    a SIGTERM. Raises StartError, in that case at the end of the block.
     """
     make_sure = _MAKE_SURE[to]
     if settings.database_host is not None:
@@ -67,7 +67,7 @@ def open_database(
     except embedded_postgres.EmbeddedPostgresError as error:
         raise StartError(str(error)) from None
     with server:
-        level = "INFO" if lasting else "DEBUG"  # a command's own words are what it is run for
+        level = "INFO" if lasting else "DEBUG"  # commands print their own results
         logger.bind(socket=str(server.socket_dir)).log(level, "embedded Postgres is running")
         address = DatabaseAddress(
             host=str(server.socket_dir),

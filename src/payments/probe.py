@@ -1,7 +1,8 @@
-"""`python -m payments.probe [VARIABLE [PATH]]`: exit code 0 if this machine's service answers 200.
+"""`python -m payments.probe [VARIABLE [PATH]]`: exit code 0 if the local service responds with 200.
 
-For the health checks of containers, every few seconds: it imports nothing but the standard library,
-and goes through no proxy. VARIABLE is the one that holds the port, PORT by default, PATH /health.
+For the health checks of containers, every few seconds: it imports only the standard library, and
+uses no proxy. VARIABLE names the variable with the port, by default PORT; PATH is /health by
+default.
 """
 
 import http.client
@@ -15,7 +16,7 @@ EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - compared with
 
 
 def address(environ: Mapping[str, str], variable: str = "PORT") -> tuple[str, int]:
-    """Where a service with these settings is to be asked."""
+    """Host and port of a service with these settings."""
     host = environ.get("HOST", "")
     port = environ.get(variable) or DEFAULTS[variable]
     return "127.0.0.1" if host in EVERYWHERE else host, int(port)

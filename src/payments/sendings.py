@@ -1,9 +1,9 @@
-"""The table of refunds that were sent, or were not, and all of its SQL.
+"""The table of the sendings of refunds, and all of its SQL.
 
-A refund may be sent again under the same id for as long as the provider surely remembers that id:
-from the first sending on that may have arrived. The log says when a refund was accepted, not when
-that was. So it is noted before each repetition, and taken back when the provider was provably not
-reached. Without a note a refund counts as sent when it was accepted.
+A refund may be resent under the same id only while the provider certainly remembers that id: from
+the first sending that may have arrived. The log records when a refund was accepted, not when it was
+sent. So each repetition is noted before it is sent, and the note is revoked if the provider
+certainly was not reached. Without a note a refund counts as sent when it was accepted.
 """
 
 import math
@@ -13,11 +13,11 @@ from uuid import UUID
 
 from payments.database.connections import Database
 
-AGE_MAX_S = 315_360_000.0  # ten years, for an age that nobody knows
+AGE_MAX_S = 315_360_000.0  # ten years, for an unknown age
 
-# A note from before a loss of the log says nothing: what happened after it may be lost. Of the two
-# clocks the one counts that makes a refund older. `unsent`: without a note it was never sent, if it
-# was accepted since notes are made (migration 0009).
+# A note from before a loss of the log does not count: later notes may be lost. Of the two clocks
+# the one that makes the refund older counts. `unsent`: a refund without a note was never sent, if
+# it was accepted after migration 0009, which introduced notes.
 BEGIN = """
 WITH clock AS (
     SELECT least(clock_timestamp(), %(told)s::timestamptz) AS earlier,
@@ -61,16 +61,16 @@ UPDATE refund_sendings SET first_sent_at = NULL, noted_at = clock_timestamp()
 RETURNING refund_id
 """
 
-# From the projector: of refunds that have an outcome.
+# Used by the projector, for refunds with an outcome.
 REMOVE = """
 DELETE FROM refund_sendings WHERE refund_id = ANY(%b::uuid[])
 """
 
 
 class Sending(NamedTuple):
-    """The `number`th sending of a refund. `never_before`: none before it can have arrived. `age_s`:
-    since the first one that may have arrived, infinite if it lies in the future: the clock was set
-    back, and nobody knows how old it is.
+    """The `number`th sending of a refund. `never_before`: no earlier one can have arrived. `age_s`:
+    seconds since the first one that may have arrived; infinite if its time is in the future, since
+    the clock was set back and the age is unknown.
     """
 
     number: int
@@ -81,8 +81,8 @@ class Sending(NamedTuple):
 async def begin(
     database: Database, refund_id: UUID, payment_id: UUID, age_s: float, *, unsent: bool = False
 ) -> Sending:
-    """To be called before a refund is sent again. `age_s`: how long ago it was accepted, at the
-    most. `unsent`: whoever sends it first notes that, so without a note it was never sent."""
+    """Must be called before a refund is resent. `age_s`: the maximum time since it was accepted.
+    `unsent`: its first sending is noted too, so without a note it was never sent."""
     params = {
         "refund_id": refund_id,
         "payment_id": payment_id,
@@ -95,10 +95,10 @@ async def begin(
 
 
 async def note_never_sent(database: Database, refund_id: UUID, payment_id: UUID) -> None:
-    """The first sending of a refund did not arrive; nothing changes if another one was begun."""
+    """Notes that the first sending did not arrive; no effect if another one has begun since."""
     await database.fetch(NOTE_NEVER_SENT, [refund_id, payment_id])
 
 
 async def take_back(database: Database, refund_id: UUID, number: int) -> None:
-    """This sending did not arrive either; nothing changes if another one was begun since."""
+    """Revokes the note of a sending that did not arrive; no effect if another one has begun."""
     await database.fetch(TAKE_BACK, [refund_id, number])

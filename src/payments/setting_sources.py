@@ -1,7 +1,7 @@
-"""Where the settings come from: environment variables, and files for secrets.
+"""Reads the settings from environment variables, and from files for secrets.
 
-A wrong value raises StartError with one line that names the variable. A variable marked secret can
-also be given as a file, by the variable's name with _FILE behind it.
+A wrong value raises StartError with one line that names the variable. A secret variable can also be
+given as a file, whose path is in the variable with the suffix _FILE.
 """
 
 import re
@@ -12,12 +12,12 @@ from typing import Any
 from payments.errors import StartError
 from payments.settings import VARIABLES, Settings, Variable
 
-# What Kubernetes sets in every container for a service called `database` or `metrics`: not meant.
+# Set by Kubernetes in every container for a service called `database` or `metrics`: ignored.
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://[0-9A-Fa-f.:\[\]]+:[0-9]+")
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
-    """Settings from the environment; raises StartError for the first wrong variable."""
+    """The settings of the environment; raises StartError for the first wrong variable."""
     values: dict[str, Any] = {}
     for name, variable in VARIABLES.items():
         given = _given(name, variable, environ)
@@ -25,7 +25,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             continue
         try:
             values[name.lower()] = variable.parse(given)
-        except ValueError as error:  # not with the value: there may be a secret in it
+        except ValueError as error:  # without the value, which may be a secret
             raise StartError(f"{name}: the value given {error}") from None
     settings = Settings(**values)
     _check_together(settings, values)
@@ -43,15 +43,15 @@ def _given(name: str, variable: Variable, environ: Mapping[str, str]) -> str | N
         value = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        # Not with the path: in its place there may be the secret itself.
+        # Without the path, since it may be the secret itself by mistake.
         raise StartError(f"{name}_FILE: the file cannot be read: {reason}") from None
-    if not value:  # a named and empty file is a mistake, not a wish to do without
+    if not value:  # an empty file is a mistake, not an unset secret
         raise StartError(f"{name}_FILE: the file is empty")
     return value
 
 
 def _check_together(settings: Settings, given: Mapping[str, Any]) -> None:
-    """Rules about more than one variable."""
+    """Checks the rules about several variables."""
     if settings.database_host is None:
         for name in ("DATABASE_PORT", "DATABASE_USERNAME", "DATABASE_PASSWORD"):
             if name.lower() in given:

@@ -1,7 +1,7 @@
-"""What the text of an environment variable may be, and the value that it stands for.
+"""Parsers of environment variables.
 
-Each parser raises ValueError, which says what the value must be and never repeats it: there may be
-a secret in it.
+Each raises ValueError, which says what the value must be and never contains it, since it may be a
+secret.
 """
 
 import ipaddress
@@ -14,7 +14,7 @@ from payments.http_url import HttpUrl, parse_http_url
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 CALLBACK_STATUSES = ("SUCCESS", "FAILED", "REFUNDED")
-ORDER_ID = "{order_id}"  # what ORDER_STATUS_URL has in the place of an order's id
+ORDER_ID = "{order_id}"  # the placeholder for an order's id in ORDER_STATUS_URL
 
 
 def parse_line(value: str) -> str:
@@ -25,7 +25,7 @@ def parse_line(value: str) -> str:
 
 def parse_text(value: str) -> str:
     parse_line(value)
-    # It would be shown, with the password that is often in one.
+    # The value is shown in messages, and a URL or connection string often has a password.
     if "://" in value or re.search(r"password\s*=", value, re.IGNORECASE):
         raise ValueError("must be neither an address with :// nor a connection string")
     return value
@@ -99,7 +99,7 @@ def parse_yes_no(value: str) -> bool:
 
 
 def parse_order_status_url(value: str) -> HttpUrl:
-    """Its path or query holds ORDER_ID."""
+    """A URL with ORDER_ID in its path or query."""
     if value.count(ORDER_ID) != 1:
         raise ValueError(f"must hold {ORDER_ID} once, in its path or query")
     if ORDER_ID in value.partition("://")[2].partition("/")[0]:

@@ -1,4 +1,4 @@
-"""The settings: one frozen Struct, whose fields say all that there is to say of each variable."""
+"""The settings: one frozen Struct, whose fields define each variable."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,22 +26,23 @@ from payments.setting_values import (
 )
 from payments.webhook_secrets import parse_secrets
 
-# How long a request may take, reads and appends together, until its intent is durable: with
-# Postgres down or frozen each is answered in under 3 s.
+# The time limit of a request until its intent is durable, reads and appends included: with Postgres
+# down or frozen each gets its response in under 3 s.
 INTENT_PATIENCE_S = 2.5
-# How much longer than a call of the provider its seats must be held: clocks differ, and a gateway
-# may overrun its timeout.
+# The seats must be held for longer than a provider call by this: clocks differ, and a gateway may
+# exceed its timeout.
 HOLD_MARGIN_S = 5.0
 
 
 class Variable(NamedTuple):
-    """How an environment variable becomes a field of Settings, which has its name in lower case."""
+    """The parser and description of an environment variable. Its field in Settings has its name in
+    lower case."""
 
     parse: Callable[[str], Any]  # raises ValueError
     meaning: str
     secret: bool = False
-    default: str | None = None  # in words, where the field's default does not say it itself
-    may_be_empty: bool = False  # any other variable that is set to nothing counts as not set
+    default: str | None = None  # in words, if the field's default does not show it
+    may_be_empty: bool = False  # other variables that are empty count as unset
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,7 +214,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def hold_needed_s(self) -> float:
-        """For so long seats must still be held when a charge comes, or it cannot begin."""
+        """The minimum hold time that is left when a charge arrives; with less it cannot begin."""
         return INTENT_PATIENCE_S + self.gateway_timeout_s + HOLD_MARGIN_S
 
     def __repr__(self) -> str:
@@ -227,12 +228,12 @@ def _variables() -> Iterator[tuple[str, Variable]]:
         yield field.name.upper(), variable
 
 
-VARIABLES = dict(_variables())  # by their names, in the order of the fields
+VARIABLES = dict(_variables())  # by name, in the order of the fields
 _DEFAULTS = Settings()
 
 
 def describe(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
-    """(variable, value, default, meaning) of each setting; secrets show only that they are set."""
+    """(variable, value, default, meaning) of each setting; of secrets only whether they are set."""
     for name, variable in VARIABLES.items():
         value, default = (getattr(each, name.lower()) for each in (settings, _DEFAULTS))
         default_shown = variable.default or _shown(default)

@@ -1,4 +1,4 @@
-"""Doing something once for all who ask for it at the same time, or shortly afterwards."""
+"""One run of an operation for all concurrent callers, or also for those shortly afterwards."""
 
 import asyncio
 import math
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 class SingleFlight(Generic[T]):
-    """Whoever calls it while it runs gets the result of that run, or its error.
+    """Callers during a run get its result or its error, though it may have begun before their call.
 
-    It may have begun before they asked. A caller that goes away takes nobody with it.
+    A cancelled caller does not cancel the run.
     """
 
     def __init__(self, work: Callable[[], Awaitable[T]]) -> None:
@@ -35,22 +35,22 @@ class SingleFlight(Generic[T]):
 
 
 class Recent(SingleFlight[T]):
-    """Keeps the last result as well, for whoever is content with one that is not from now."""
+    """Also keeps the last result, for callers that accept an older one."""
 
     def __init__(self, work: Callable[[], Awaitable[T]]) -> None:
         super().__init__(work)
         self._last: T | None = None
-        self._began_at = -math.inf  # the run that it is from
+        self._began_at = -math.inf  # the beginning of the run of `_last`
 
     async def recent(self, age_s: float) -> T:
-        """The last result if its run began no longer ago than that, else the next one."""
+        """The last result if its run began at most `age_s` ago, else the next one."""
         if self._last is not None and time.monotonic() - self._began_at <= age_s:
             return self._last
         return await self()
 
     def last(self, age_s: float) -> T | None:
-        """The last result, at once; None if there is none. If it is older than that, another run
-        begins, whose result the next one gets."""
+        """The last result, without waiting; None if there is none. If it is older than `age_s`, a
+        run is started, for later calls."""
         if time.monotonic() - self._began_at > age_s:
             self._begin()
         return self._last

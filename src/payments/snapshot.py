@@ -1,10 +1,10 @@
-"""Reading much of the database, for exports, audits and rebuilds, and holding nothing for long.
+"""Reads large parts of the database without long transactions, for exports, audits and rebuilds.
 
-What a transaction or a cursor may still look at, no vacuum removes, from any table. So what is much
-is read in many short statements, each to its end: between two of them nothing is held, however long
-whoever reads is paused. docs/decisions/exports.md says why nothing else is needed.
+Vacuum keeps all rows, of every table, that an open transaction or cursor may still see. So large
+reads consist of many short statements, each read to its end: between two of them no snapshot is
+held, however long the reader pauses. docs/decisions/exports.md says why that is enough.
 
-Blocking, on connections of its own: it is used by commands, never while requests are served.
+Blocking, on its own connections: used by CLI commands, never while requests are served.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,8 +28,8 @@ from payments.events.store import HEAD_POSITION, READ_NEXT_PLACE
 T = TypeVar("T")
 Rows = list[tuple[Any, ...]]
 
-# A read of everything takes as long as it takes, and may sort or scan where requests may not.
-# A server that cannot reach its client any more ends what it does for it.
+# A full read has no timeout, and may sort or scan where requests may not. The server ends a
+# statement when its client has disconnected.
 UNHURRIED = """
 SET statement_timeout = 0;
 SET enable_seqscan = on;
@@ -41,26 +41,26 @@ BEGIN = """
 BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY
 """
 
-POSITION_MIN = -(2**63)  # no row has one below it, whatever was done to it
+POSITION_MIN = -(2**63)  # the minimum of the column's type, even for altered rows
 
 
 def unhurried(address: DatabaseAddress, application_name: str) -> psycopg.Connection[Any]:
-    """A connection without the limits that requests have; StartError."""
+    """A connection without the limits of requests; raises StartError."""
     connection = connect(address, application_name)
     connection.execute(UNHURRIED)
     return connection
 
 
 class Source(Protocol):
-    """Where statements are sent to."""
+    """Executes statements."""
 
     def fetch(self, query: str, params: Mapping[str, Any] | None = None) -> Rows:
-        """All rows of a statement that has few."""
+        """All rows of a statement with few rows."""
         ...
 
 
 class Snapshot:
-    """Statements that see the same state of the database."""
+    """Executes statements that see the same state of the database."""
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
@@ -70,11 +70,11 @@ class Snapshot:
 
 
 class Reader:
-    """Statements that see the database as it is then, each by itself, on one connection. What a
-    standby cancels is read again."""
+    """Executes statements on one connection; each sees the database as of its own moment. Those
+    that a standby cancels are retried."""
 
     def __init__(self, address: DatabaseAddress, application_name: str) -> None:
-        """StartError."""
+        """Raises StartError."""
         self._address = address
         self._name = application_name
         self._connection = unhurried(address, application_name)
@@ -95,16 +95,16 @@ class Reader:
     def fetch(
         self, query: str, params: Mapping[str, Any] | None = None, *, prepare: bool = False
     ) -> Rows:
-        """`prepare`: it comes often, and one plan is good for all values."""
+        """`prepare`: for a frequent statement with the same plan for all values."""
         return self._again(lambda connection: _fetch(connection, query, params, prepare))
 
     def at_one_moment(self, read: Callable[[Snapshot], T]) -> T:
-        """What `read` makes of a snapshot; it must not take long, and may be called again."""
+        """The result of `read` in a snapshot. `read` must be short, and may be called again."""
         return self._again(lambda connection: _at_one_moment(connection, read))
 
     def ahead(self, parts: Iterable[T]) -> Iterator[T]:
-        """Parts that this reader makes, none of which is None: whoever takes one works on it while
-        a thread reads the next. Nothing else may be read meanwhile."""
+        """Yields parts that are read with this reader, none of them None: a thread reads the next
+        one while the caller processes the last. The caller must not read with it meanwhile."""
         upcoming = iter(parts)
         with ThreadPoolExecutor(1) as thread:
             coming = thread.submit(next, upcoming, None)
@@ -114,7 +114,7 @@ class Reader:
                     yield part
             except BaseException:
                 self._is_cut = True
-                cut(self._connection)  # or a server that does not answer would be waited for
+                cut(self._connection)  # else the thread would wait for a frozen server
                 raise
 
     def _again(self, read: Callable[[psycopg.Connection[Any]], T]) -> T:
@@ -124,7 +124,7 @@ class Reader:
             except psycopg.OperationalError as error:
                 if not self._connection.closed or self._is_cut:
                     raise
-                # Why a standby cuts a connection off does not always arrive.
+                # The reason of a standby that disconnects does not always arrive.
                 if not isinstance(error, CONFLICTS) and error.sqlstate is not None:
                     raise
                 self._connection = self._opened_again()
@@ -133,7 +133,7 @@ class Reader:
         return again_on_conflict(once)
 
     def _opened_again(self) -> psycopg.Connection[Any]:
-        """It may be another server than before, and that one behind; StartError."""
+        """A new connection. Raises StartError if it leads to another server, which lacks events."""
         connection = unhurried(self._address, self._name)
         ((head,),) = _fetch(connection, HEAD_POSITION, None)
         if head < self._head:
@@ -147,13 +147,13 @@ def _at_one_moment(connection: psycopg.Connection[Any], read: Callable[[Snapshot
     try:
         return read(Snapshot(connection))
     finally:
-        with suppress(psycopg.OperationalError):  # what it failed for is told
+        with suppress(psycopg.OperationalError):  # the first error is raised
             connection.rollback()
 
 
 def windows(source: Source, last: int, size: int) -> Iterator[tuple[int, int]]:
-    """The first and last positions of the parts, in order, that the log up to `last` consists of.
-    Wide gaps, which only damage leaves, are left out."""
+    """The first and last positions of consecutive parts of the log up to `last`. Wide gaps, which
+    only damage leaves, are skipped."""
     first = _next_place(source, POSITION_MIN)
     while first is not None and first <= last:
         until = min(last, first + size - 1)

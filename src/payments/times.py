@@ -1,9 +1,9 @@
-"""Times as text: RFC 3339, read in one way by the API and on the command line."""
+"""Times as text: RFC 3339, parsed alike by the API and the command line."""
 
 import re
 from datetime import UTC, datetime
 
-# Any number of digits behind the second: Go and Java write nine.
+# Any number of fractional digits: Go and Java write nine.
 TIME_PATTERN = (
     r"^(?!0000)[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
     r"[Tt]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?"
@@ -13,10 +13,10 @@ _TIME = re.compile(TIME_PATTERN[1:-1])
 
 
 def read_time(text: str) -> datetime:
-    """In UTC, and cut to microseconds, which is what Postgres keeps. Raises ValueError."""
+    """The time in UTC, cut to microseconds, the precision of Postgres. Raises ValueError."""
     if not _TIME.fullmatch(text):
         raise ValueError(text)
     try:
         return datetime.fromisoformat(text.upper()).astimezone(UTC)
-    except OverflowError:  # it is before the year 1, or after 9999
+    except OverflowError:  # before the year 1, or after 9999
         raise ValueError(text) from None

@@ -1,8 +1,9 @@
-"""The table of payments that the provider must be asked about again, and all of its SQL.
+"""The table of unsettled payments, about which the provider must be asked again, and all of its
+SQL.
 
-The projector adds and removes rows in the transaction of its position; settling claims rows that
-are due. Both give the row a new `change`, which no row had before: a process that finds another one
-than it claimed came too late, or there is a new reason to ask, and it leaves the row alone.
+The projector adds and removes rows in the transaction of its position; settling claims due rows.
+Both set a new unique `change` in the row. If a process finds another value than it claimed, it is
+too late, or there is a new reason to ask, and it does not change the row.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from payments.database.connections import Database
 # A lease and every pause end within this (commands/settling_loop.py).
 DUE_WITHIN_S = 3600.0
 
-# One row per payment. A new reason to ask makes it due soon, however patient it had become.
+# One row per payment. A new reason to ask makes it due soon, even after long pauses.
 ADD = """
 INSERT INTO unsettled_payments AS u (payment_id, kind, since, due_at)
 SELECT payment_id, kind, since, clock_timestamp() + make_interval(secs => due_in_s)
@@ -28,7 +29,7 @@ REMOVE = """
 DELETE FROM unsettled_payments WHERE payment_id = ANY(%b::uuid[])
 """
 
-# From projections/rebuild.py: rows that are missing, or say another reason than the log.
+# Used by projections/rebuild.py: for rows that are missing or have another reason than the log.
 ADD_REBUILT = """
 INSERT INTO unsettled_payments AS u (payment_id, kind, since, due_at)
 SELECT payment_id, kind, since, clock_timestamp() + make_interval(secs => %b)
@@ -38,10 +39,10 @@ SELECT payment_id, kind, since, clock_timestamp() + make_interval(secs => %b)
        due_at = least(u.due_at, excluded.due_at), attempts = 0, change = excluded.change
 """
 
-# What is due, oldest first, of those that are only watched (abandoned or declined), or of all
-# others; nobody else gets it until the lease is over. So is what is due later than any pause lasts:
-# the clock was ahead when that was written. With clock_timestamp(), which changes from row to row,
-# instead of now() the index could not be used.
+# Claims due rows, oldest first, either of watched payments (abandoned or declined) or of all
+# others, until the lease expires. Rows that are due later than the longest pause are claimed too:
+# they were written while the clock was ahead. now() instead of clock_timestamp(), which is
+# volatile: with that the index could not be used.
 CLAIM = """
 WITH due AS (
     SELECT payment_id FROM unsettled_payments
@@ -72,16 +73,16 @@ UPDATE unsettled_payments
 RETURNING payment_id
 """
 
-# Only what the projector has listed as watched: while it is behind, its row is still another one.
+# Only rows that the projector has marked as watched: while it lags, the row has another kind.
 FORGET = """
 DELETE FROM unsettled_payments
  WHERE payment_id = %(payment_id)s AND change = %(change)s AND abandoned
 RETURNING payment_id
 """
 
-# Whether something of this level is to be logged of a payment: nothing of it, or of a higher one,
-# was in a while. A time in the future was written while the clock was ahead. What is not listed,
-# or not yet, is always told.
+# Whether to log a message of this level about a payment: none of this or a higher level was logged
+# within `again_s`. A time in the future was written while the clock was ahead. A payment without a
+# row is always logged.
 TELL = """
 WITH told AS (
     UPDATE unsettled_payments SET told_at = clock_timestamp(), told_level = %(level)s
@@ -96,7 +97,7 @@ SELECT EXISTS (SELECT FROM told)
 
 
 class Claim(NamedTuple):
-    """A payment that this process may ask about, for the `attempts`th time."""
+    """A payment about which this process may ask the provider; `attempts` counts this time too."""
 
     payment_id: UUID
     attempts: int
@@ -106,8 +107,8 @@ class Claim(NamedTuple):
 def claim_params(
     limit: int, lease_s: float, *, abandoned: bool = False, declines_may_turn_s: float = 0.0
 ) -> dict[str, Any]:
-    """`abandoned`: of those that are only watched. `declines_may_turn_s`: so much later than now a
-    declined payment may be due."""
+    """`abandoned`: claims watched payments instead of all others. `declines_may_turn_s`: how far in
+    the future a declined payment may be due."""
     return {
         "limit": limit,
         "lease_s": lease_s,
@@ -125,7 +126,7 @@ async def claim(
     abandoned: bool = False,
     declines_may_turn_s: float = 0.0,
 ) -> list[Claim]:
-    """Parameters as of claim_params."""
+    """Claims at most `limit` due payments; parameters as of claim_params."""
     params = claim_params(
         limit, lease_s, abandoned=abandoned, declines_may_turn_s=declines_may_turn_s
     )
@@ -138,15 +139,15 @@ async def postpone(database: Database, claimed: Claim, pause_s: float) -> None:
 
 
 async def forget(database: Database, claimed: Claim) -> bool:
-    """Nothing can become of a watched payment any more, and no event says so: it is long past.
+    """Removes the row of a watched payment whose outcome cannot change any more; no event says so.
 
-    False: the row stays, since it is not one of a watched payment, or not the one that was claimed.
+    False: the row stays, since its payment is not watched, or it changed after the claim.
     """
     return bool(await database.fetch(FORGET, claimed._asdict()))
 
 
 async def may_tell(database: Database, payment_id: UUID, level: int, again_s: float) -> bool:
-    """Whether to log something of this level: see TELL. True is said once, to one process."""
+    """Whether to log a message of this level: see TELL. Only one process gets True."""
     params = {"payment_id": payment_id, "level": level, "again_s": again_s}
     ((due,),) = await database.fetch(TELL, params)
     return bool(due)
