@@ -33,5 +33,5 @@ def authenticate(headers: list[tuple[bytes, bytes]], keys: tuple[ApiKey, ...]) -
 
 
 def may_read(client: str) -> str | None:
-    """Whose payments a client may read: a client name, or None for everyone's."""
+    """Whose payments a client may read: a client name, or None for all payments."""
     return None if client in (STAFF, DEFAULT_CLIENT) else client

@@ -144,7 +144,7 @@ class Guard:
 
 @contextmanager
 def _without_place(state: dict[str, Any]) -> Iterator[None]:
-    """Gives up the request's place while it waits for its client. Without our protocol it has no
+    """Releases the request's place while it waits for its client. Without our protocol it has no
     place."""
     place = state.get(PLACE)
     if place is None:
