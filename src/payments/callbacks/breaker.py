@@ -48,7 +48,7 @@ class Breaker:
         self._orders_min = orders_min
         self._period = 0  # how often it has opened or closed
         self._failed: set[UUID] = set()  # orders that failed since the last success
-        self._since = 0.0  # when the first of them failed
+        self._since = 0.0  # the time of the first of these failures
         self._pauses = Backoff(open_min_s, open_max_s)  # between probes
         self._probe_at: float | None = None  # time of the next probe; None: closed
 

@@ -100,7 +100,7 @@ SELECT close_callback_lanes(%b::uuid[])
 """
 
 # At most `most` at a time, with their attempts. A delivery that was finished while the clock was
-# ahead has a time in the future; it is pruned with deliveries behind it in the log. Not
+# ahead has a time in the future; it is pruned when a later one in the log is. Not
 # clock_timestamp(), which is volatile: the index could not be used, and all finished rows would be
 # read.
 PRUNE = """
