@@ -1,6 +1,6 @@
 """The checks of `payments doctor`, a line for each, and those of the database server.
 
-They cover every alert that the database can answer: ALERTS names the check, and a test compares it
+They cover every alert that the database has data for: ALERTS names the check, a test compares it
 with deploy/prometheus/alerts.yml. A line that is not ok names the next step, and the first affected
 payments or callbacks.
 """
