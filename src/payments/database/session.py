@@ -15,8 +15,8 @@ from typing import Any
 
 import psycopg
 
-# As the server shows them. Its timeouts are longer than ours: they free the locks of a client that
-# was cut off or frozen.
+# As the server shows them. Its timeouts back up ours: they free the locks of a client that was cut
+# off or frozen.
 SETTINGS = {
     "TimeZone": "UTC",
     # append_payment_events must see what the previous holder of its lock committed.
