@@ -35,9 +35,9 @@ GiveBack = Callable[[UUID], Awaitable[bool]]
 class Checking:
     """One per process. `status` is None without ORDER_STATUS_URL.
 
-    `give_back` refunds a payment wholly, and returns whether it did. It is called only if all
-    readings of at least CONFIRMED_AFTER_S, including the newest, showed the order as failed; never
-    for an order that is paid twice.
+    `give_back` refunds a payment wholly, and returns whether it did. It is called only after an
+    unbroken series of readings, over at least CONFIRMED_AFTER_S and up to now, that show the order
+    as failed; never for an order that is paid twice.
     """
 
     def __init__(
