@@ -204,7 +204,7 @@ class _Stderr:
             written = os.write(self._fd, self._waiting[:PIPE_BUF])
         except BlockingIOError:
             return False
-        except OSError:  # the reader is gone for good, or the disk is full
+        except OSError:  # the reader has closed the pipe, or the disk is full
             written = len(self._waiting)
         del self._waiting[:written]
         if self._dropped and not self._waiting:

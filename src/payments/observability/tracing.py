@@ -57,7 +57,7 @@ def _begin(environ: Mapping[str, str]) -> None:
     except ImportError:
         logger.warning("nothing is traced: OTEL_* variables need pip install payment-service[otel]")
         return
-    except Exception as error:  # noqa: BLE001 - each variable has an error of its own
+    except Exception as error:  # noqa: BLE001 - each variable raises its own error type
         reason = f"{type(error).__name__}: {error}"
         logger.bind(reason=reason).warning("nothing is traced: an OTEL_* variable is wrong")
         return
