@@ -63,7 +63,7 @@ def _frame(fields: dict[bytes, list[bytes]]) -> None:
     if lengths and fields[b"transfer-encoding"]:
         lengths.clear()
         fields[b"connection"] = [b"close"]  # other readers may see two responses
-    fields[b"content-length"] = sorted(lengths)  # several are for the parser to refuse
+    fields[b"content-length"] = sorted(lengths)  # the parser rejects several
     del fields[b"retry-after"][1:]
     kinds = [value for value in fields[b"content-type"] if _PRINTABLE.fullmatch(value)]
     fields[b"content-type"] = kinds[:1]
