@@ -303,8 +303,6 @@ def _the_only_one(connection: psycopg.Connection[Any]) -> Iterator[None]:
 
 
 class _Rebuild:
-    """One rebuild."""
-
     def __init__(
         self,
         reader: Reader,
