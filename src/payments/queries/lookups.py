@@ -73,7 +73,7 @@ class PaymentLookups:
             left_s = batch[0][1] - time.monotonic()
             ids = uuids([payment_id for payment_id, _, _ in batch])
             rows = await self._database.fetch(LOAD_STREAMS, [ids], timeout_s=left_s)
-        except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
+        except Exception as error:  # noqa: BLE001 - the waiters receive any error
             _fail(batch, error)
             return
         streams = {id_bytes: list(group) for id_bytes, group in groupby(rows, _stream)}
