@@ -80,7 +80,7 @@ class Telemetry:
         self._observed_at = time.monotonic()
         registry.register(self._of_database)
         registry.register(self._of_dispatcher)
-        Info("payments_build", "What runs", registry=registry).info(
+        Info("payments_build", "Versions of the service and of Python", registry=registry).info(
             {
                 "version": importlib.metadata.version("payment-service"),
                 "python": platform.python_version(),
@@ -88,7 +88,7 @@ class Telemetry:
         )
         self.role = Gauge(
             "payments_process_role",
-            "api: this process takes requests; work: it follows the log, settles and calls back",
+            "api: serves requests; work: follows the log, settles payments and sends callbacks",
             ["role"],
             registry=registry,
         )
@@ -105,31 +105,31 @@ class Telemetry:
     def _add_request_metrics(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
             "http_requests",
-            "Requests answered",
+            "HTTP responses by method, route and status",
             ["method", "route", "status"],
             registry=registry,
         )
         self.request_seconds = Histogram(
             "http_request_duration_seconds",
-            "From the first byte of a request to the end of its answer",
+            "Time from the first byte of a request to the end of its response",
             ["method", "route"],
             buckets=_SECONDS,
             registry=registry,
         )
         self.problems = Counter(
             "http_problems",
-            "Answers of 400 and above by the code of their problem",
+            "Responses with a status of 400 or above, by problem code",
             ["code"],
             registry=registry,
         )
         self.refusals = Counter(
             "http_requests_refused",
-            "Requests refused with 503 before they were read, since too many were under way",
+            "Requests rejected early with 503, since too many were in progress",
             registry=registry,
         )
         self.open_refusals = Counter(
             "http_requests_refused_open",
-            "The same of those that need no API key, which have a bound of their own",
+            "Requests to paths without an API key that were rejected early with 503",
             registry=registry,
         )
 
@@ -137,21 +137,21 @@ class Telemetry:
         self.charges = self._labelled(
             Counter,
             "payments_charges",
-            "Charge requests by their answer",
+            "Charge requests by outcome",
             ["outcome"],
             CHARGE_OUTCOMES,
         )
         self.refunds = self._labelled(
             Counter,
             "payments_refunds",
-            "Refund requests by their answer",
+            "Refund requests by outcome",
             ["outcome"],
             REFUND_OUTCOMES,
         )
         # Of 160 currencies most services need one, so each gets its series at its first use.
         self.amounts = Counter(
             "payments_amount_minor_units",
-            "Money that the provider captured or gave back, as this process recorded it",
+            "Captured and refunded amounts, as recorded by this process",
             ["kind", "currency"],
             registry=registry,
         )
@@ -160,14 +160,14 @@ class Telemetry:
         self.settling = self._labelled(
             Counter,
             "payments_settling_attempts",
-            "Attempts to settle an open payment by what was open and what came of it",
+            "Attempts to settle a payment, by what is unsettled and by outcome",
             ["kind", "outcome"],
             product(UNSETTLED_KINDS, SETTLING_OUTCOMES),
         )
         self.mismatches = self._labelled(
             Counter,
             "payments_provider_mismatches",
-            "Answers of the provider that do not fit what was asked, or contradict the events",
+            "Provider responses that contradict the request or the recorded events",
             ["operation"],
             ("charge", "refund"),
         )
@@ -176,14 +176,14 @@ class Telemetry:
         self.gateway_calls = self._labelled(
             Counter,
             "payments_gateway_calls",
-            "Calls of the payment provider by what came of them",
+            "Provider calls by operation and outcome",
             ["operation", "outcome"],
             product(GATEWAY_OPERATIONS, GATEWAY_OUTCOMES),
         )
         self.gateway_seconds = self._labelled(
             Histogram,
             "payments_gateway_call_duration_seconds",
-            "Duration of answered provider calls",
+            "Duration of provider calls that had an outcome",
             ["operation"],
             GATEWAY_OPERATIONS,
             buckets=_SECONDS,
@@ -192,44 +192,44 @@ class Telemetry:
     def _add_append_metrics(self, registry: CollectorRegistry) -> None:
         self.append_batch_size = Histogram(
             "payments_append_batch_size",
-            "Appends written together in one transaction",
+            "Appends per transaction",
             buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
             registry=registry,
         )
         self.append_seconds = Histogram(
             "payments_append_duration_seconds",
-            "Round trip of one batch to the event store",
+            "Time to write one batch of appends to the event store",
             buckets=_SECONDS,
             registry=registry,
         )
         self.append_failures = self._labelled(
             Counter,
             "payments_append_failures",
-            "Batches that had to be sent again, or single appends that were refused",
+            "Batches of appends that were retried, and single appends that were rejected",
             ["kind"],
             APPEND_FAILURES,
         )
         self.append_backlog = Gauge(
             "payments_append_backlog",
-            "Appends that wait for the event store, or are being written",
+            "Appends that are waiting or being written",
             registry=registry,
         )
         self.append_oldest_age = Gauge(
             "payments_append_oldest_age_seconds",
-            "How long the oldest of them has",
+            "Age of the oldest append that is waiting or being written",
             registry=registry,
         )
         self.notifications = self._labelled(
             Counter,
             "payments_notifications",
-            "NOTIFY statements that tell other processes of new events",
+            "NOTIFY statements that inform other processes of new events",
             ["outcome"],
             NOTIFICATIONS,
         )
         self.database_pool = self._labelled(
             Gauge,
             "payments_database_pool_connections",
-            "Connections for reading that are in use, idle, or waited for",
+            "Read connections in use and idle, and requests that wait for one",
             ["state"],
             POOL_STATES,
         )
@@ -255,18 +255,18 @@ class Telemetry:
     def _add_database_metrics(self, registry: CollectorRegistry) -> None:
         self._database_up = Gauge(
             "payments_database_up",
-            "Whether the database answered this scrape; what only it knows is left out if not",
+            "1 if the database responded to this scrape; if 0, metrics read from it are omitted",
             registry=registry,
         )
         Gauge(
             "payments_database_refresh_age_seconds",
-            "How long ago it last did, or since the start",
+            "Time since the database last responded to a scrape, or since the start",
             registry=registry,
         ).set_function(lambda: time.monotonic() - self._observed_at)
         # The state that this process acts upon, even without a database.
         self.log_rewound = Gauge(
             "payments_log_rewound",
-            "1 while the log lacks events that it had acknowledged, and nobody has accepted that",
+            "1 while the log lacks acknowledged events and no operator has accepted the loss",
             registry=registry,
         )
         self._add_server_metrics(self._of_database)
@@ -275,7 +275,7 @@ class Telemetry:
         """Read from the database at each scrape: queries/server.py."""
         self.read_only = Gauge(
             "payments_database_read_only",
-            "1 while the database refuses to write, or is a standby",
+            "1 while the database rejects writes or is a standby",
             registry=registry,
         )
         self.standbys = self._labelled(
@@ -288,22 +288,22 @@ class Telemetry:
         )
         self.clock_skew = Gauge(
             "payments_clock_skew_seconds",
-            "The database's clock minus that of this process",
+            "Clock of the database minus clock of this process",
             registry=registry,
         )
         self.log_ahead = Gauge(
             "payments_log_ahead_seconds",
-            "How far ahead of the database's clock the log's last event is, 0 if it is not",
+            "Time of the log's last event minus clock of the database, 0 if negative",
             registry=registry,
         )
         self.horizon_age = Gauge(
             "payments_database_horizon_age_seconds",
-            "For how long, at the least, somebody has kept vacuum from removing dead rows",
+            "For at least how long a session or slot has kept vacuum from removing dead rows",
             registry=registry,
         )
         self.notification_queue = Gauge(
             "payments_database_notification_queue_ratio",
-            "How full the server's queue is of notifications that a listener has not read, 0 to 1",
+            "Fill level of the server's queue of unread notifications, 0 to 1",
             registry=registry,
         )
 
@@ -311,36 +311,36 @@ class Telemetry:
         self.callback_attempts = self._labelled(
             Counter,
             "payments_callback_attempts",
-            "Attempts to call Order Service back by what came of them",
+            "Attempts to send a callback to Order Service, by outcome",
             ["outcome"],
             CALLBACK_OUTCOMES,
         )
         self.callback_seconds = Histogram(
             "payments_callback_duration_seconds",
-            "Duration of one attempt",
+            "Duration of one callback attempt",
             buckets=(*_SECONDS, 15, 30),
             registry=registry,
         )
         # Read from the database at each scrape: queries/callbacks.py.
         self.callbacks_due = Gauge(
             "payments_callbacks_due",
-            "Callbacks owed and not delivered yet",
+            "Callbacks that are due and not delivered yet",
             registry=self._of_database,
         )
         self.callbacks_dead = Gauge(
             "payments_callbacks_dead",
-            "Callbacks given up until redriven",
+            "Dead callbacks, which are not sent until an operator redrives them",
             registry=self._of_database,
         )
         self.callbacks_oldest_age = Gauge(
             "payments_callbacks_oldest_age_seconds",
-            "How long the oldest callback that is due has been",
+            "Time since the oldest due callback became due",
             registry=self._of_database,
         )
         self.callback_breaker = self._labelled(
             Gauge,
             "payments_callback_breaker_state",
-            "1 for the state that this process's circuit breaker is in, 0 for the others",
+            "1 for the current state of this process's circuit breaker, 0 for the others",
             ["state"],
             BREAKER_STATES,
             registry=self._of_dispatcher,
@@ -352,7 +352,7 @@ class Telemetry:
         self.unfulfilled = self._labelled(
             Gauge,
             "payments_unfulfilled",
-            "Captured payments whose order may not have been fulfilled, up to 10,000 of a state",
+            "Captured payments whose order may not be fulfilled, up to 10,000 per state",
             ["state"],
             UNFULFILLED_STATES,
             registry=self._of_database,
@@ -360,7 +360,7 @@ class Telemetry:
         self.unfulfilled_age = self._labelled(
             Gauge,
             "payments_unfulfilled_oldest_age_seconds",
-            "How long ago the oldest of them was found",
+            "Time since the oldest payment in payments_unfulfilled was found",
             ["state"],
             UNFULFILLED_STATES,
             registry=self._of_database,
@@ -370,14 +370,14 @@ class Telemetry:
         self.follower_applied = self._labelled(
             Counter,
             "payments_follower_applied_events",
-            "Events that this process wrote to a read model",
+            "Events that a follower of this process applied",
             ["follower"],
             FOLLOWERS,
         )
         self.follower_seconds = self._labelled(
             Histogram,
             "payments_follower_batch_duration_seconds",
-            "Reading, applying and committing one batch",
+            "Time to read, apply and commit one batch of events",
             ["follower"],
             FOLLOWERS,
             buckets=_SECONDS,
@@ -387,7 +387,7 @@ class Telemetry:
         self.follower_lag = self._labelled(
             Gauge,
             "payments_follower_lag_events",
-            "Events that a read model does not show yet",
+            "Events that a follower has not applied yet",
             ["follower"],
             FOLLOWERS,
             registry=known,
@@ -395,7 +395,7 @@ class Telemetry:
         self.follower_lag_seconds = self._labelled(
             Gauge,
             "payments_follower_lag_seconds",
-            "How long ago the oldest event was recorded that a read model does not show yet",
+            "Age of the oldest event that a follower has not applied yet",
             ["follower"],
             FOLLOWERS,
             registry=known,
@@ -403,7 +403,7 @@ class Telemetry:
         self.parked_streams = self._labelled(
             Gauge,
             "payments_parked_streams",
-            "Streams that a follower could not apply",
+            "Parked payments: a follower cannot apply an event of theirs and skips them",
             ["follower"],
             FOLLOWERS,
             registry=known,
@@ -414,7 +414,7 @@ class Telemetry:
         self.unsettled = self._labelled(
             Gauge,
             "payments_unsettled",
-            "Payments left open at the provider",
+            "Payments whose charge, refund or late capture is unsettled",
             ["kind"],
             UNSETTLED_KINDS,
             registry=known,
@@ -422,21 +422,21 @@ class Telemetry:
         self.unsettled_age = self._labelled(
             Gauge,
             "payments_unsettled_oldest_age_seconds",
-            "How long the oldest has been open of those that contradict no answer of the provider",
+            "Age of the oldest unsettled payment, mismatches excluded",
             ["kind"],
             UNSETTLED_KINDS,
             registry=known,
         )
-        self.pending = Gauge("payments_pending", "Payments whose status is PENDING", registry=known)
+        self.pending = Gauge("payments_pending", "Payments with status PENDING", registry=known)
         self.pending_age = Gauge(
             "payments_pending_oldest_age_seconds",
-            "How long the oldest has been of those that contradict no answer of the provider",
+            "Age of the oldest payment with status PENDING, mismatches excluded",
             registry=known,
         )
 
         self.giving_back_stopped = Gauge(
             "payments_giving_back_stopped",
-            "1 while nothing is given back by itself (UNFULFILLED=refund), since it was too much",
+            "1 while automatic refunds (UNFULFILLED=refund) are stopped: there were too many",
             registry=known,
         )
 
@@ -465,11 +465,11 @@ class Telemetry:
             "timestamp": time.time,
         }
         for documented, name, text in (
-            ("cpu_load", "process_cpu_load_ratio", "CPU load average of a minute per core"),
-            ("memory", "process_resident_memory_bytes", "Resident memory"),
-            ("heap", "process_heap_bytes", "What the C library's heap holds; 0 if it does not say"),
-            ("uptime", "process_uptime_seconds", "Since the process began"),
-            ("timestamp", "process_timestamp_seconds", "Now, as Unix time"),
+            ("cpu_load", "process_cpu_load_ratio", "CPU load per core, averaged over one minute"),
+            ("memory", "process_resident_memory_bytes", "Resident memory in bytes"),
+            ("heap", "process_heap_bytes", "Heap of the C library in bytes; 0 if unknown"),
+            ("uptime", "process_uptime_seconds", "Time since the process started"),
+            ("timestamp", "process_timestamp_seconds", "Current Unix time"),
         ):
             if name not in known:
                 gauge = Gauge(name, text, registry=self.registry)
