@@ -404,7 +404,7 @@ class TestWhenNobodyReads:
                 lines += pipe.read_all()
                 await asyncio.sleep(0.01)
         *written, told = lines
-        assert told["message"] == "log lines were dropped: nobody read them"
+        assert told["message"] == "log lines were dropped: the log was not read"
         assert told["level"] == "WARNING"
         assert [line["number"] for line in written] == list(range(len(written)))
         assert len(written) + told["lines"] == 3000
@@ -513,7 +513,7 @@ def test_a_service_s_log_is_lines_of_json_without_secrets(
         assert secret not in text
     messages = Counter(line["message"] for line in lines)
     assert messages["PaymentCharged"] == statuses.count(201)
-    assert messages["requests were refused: they could not be read"] == 1
+    assert messages["requests were rejected: not valid HTTP, or above a limit"] == 1
     by_level = Counter(line["level"] for line in lines)
     assert by_level["CRITICAL"] == by_level["ERROR"] == 0
 
@@ -548,7 +548,7 @@ def test_what_is_refused_at_the_door_is_counted(tmp_path: Path, address: Databas
         text = httpx.get(f"{service.url}/metrics").text
         assert service.terminate() == 0
     (refused,) = re.findall(r"^http_requests_refused_total (\S+)$", text, re.MULTILINE)
-    told = [line for line in lines_of(service) if line["message"].endswith("under way")]
+    told = [line for line in lines_of(service) if line["message"].endswith("in progress")]
     assert sum(line["requests"] for line in told) == float(refused) > 0
     assert {line["level"] for line in told} == {"WARNING"}
     assert len(told) < statuses[503]

@@ -105,7 +105,7 @@ async def test_a_loss_whose_repair_conflicts(
         await outcomes.append(
             history.payment, [intent], lambda payment: charge_outcome(payment, approved, cause)
         )
-    message = "the log lacks events that it had acknowledged; they are appended again"
+    message = "the log lacks acknowledged events; they are appended again"
     assert [line["message"] for line in told] == [message]
 
 
@@ -183,4 +183,6 @@ def test_a_log_that_cannot_be_watched(told: Lines, address: DatabaseAddress) -> 
     watch = LogWatch(Database(address, 1), Telemetry())
     for _ in range(10):
         watch._log_failure(psycopg.ProgrammingError())
-    assert told == [{"message": "the log cannot be watched", "reason": "ProgrammingError"}]
+    assert told == [
+        {"message": "the log cannot be checked for losses", "reason": "ProgrammingError"}
+    ]

@@ -290,11 +290,11 @@ class TestSettingUp:
     @pytest.mark.parametrize(
         ("environ", "told", "is_traced"),
         [
-            ({"OTEL_TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER: spans go to", False),
-            ({"OTEL_TRACES_EXPORTER": "zipkin,console"}, "OTEL_TRACES_EXPORTER: spans go", True),
+            ({"OTEL_TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER: only otlp", False),
+            ({"OTEL_TRACES_EXPORTER": "zipkin,console"}, "OTEL_TRACES_EXPORTER: only otlp", True),
             (
                 {ENDPOINT: "http://x", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
-                "OTEL_EXPORTER_OTLP_PROTOCOL: spans are sent by http/protobuf only",
+                "OTEL_EXPORTER_OTLP_PROTOCOL: only http/protobuf is supported",
                 False,
             ),
             (
@@ -303,12 +303,12 @@ class TestSettingUp:
                     "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
                     "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc",
                 },
-                "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL: spans are sent by",
+                "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL: only",
                 True,
             ),
             (
                 {"OTEL_TRACES_EXPORTER": "console", "OTEL_BSP_MAX_QUEUE_SIZE": "-1"},
-                "nothing is traced: an OTEL_* variable is wrong",
+                "tracing is off: an OTEL_* variable is invalid",
                 False,
             ),
         ],

@@ -166,12 +166,12 @@ class Service:
     async def _look_at_targets(self) -> None:
         """Says where requests to Order Service go; StartError if they can never get there."""
         if self.callback_target is None:
-            logger.info("nobody is called back: ORDER_CALLBACK_URL is not set")
+            logger.info("no callbacks are sent: ORDER_CALLBACK_URL is not set")
         else:
             if (warning := await check_target(self.callback_target)) is not None:
                 logger.warning(warning)
             origin, signed = self.callback_target.url.origin, self.callback_target.signed
-            logger.info("callbacks go to {}, {}", origin, signed)
+            logger.info("callbacks are sent to {}, {}", origin, signed)
         if self.status_target is not None:
             await check_status_target(self.status_target)
 
@@ -299,4 +299,4 @@ async def check_status_target(target: Target) -> None:
     """Looks at that of ORDER_STATUS_URL before it is used; StartError."""
     if (warning := await check_target(target)) is not None:
         logger.warning(warning)
-    logger.info("{} is asked about orders", target.url.origin)
+    logger.info("order statuses are read from {}", target.url.origin)

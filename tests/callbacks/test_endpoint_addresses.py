@@ -396,7 +396,7 @@ class TestCheckTarget:
     ) -> None:
         names(monkeypatch, [])
         warning = await check_target(to(f"{scheme}://{NAME}/{CANARY}"))
-        assert warning == f"{NAME} cannot be resolved yet: callbacks will wait until it can"
+        assert warning == f"{NAME} cannot be resolved yet: callbacks will wait until it can be"
 
     async def test_a_name_server_that_hangs_does_not_hold_up_the_start(
         self, monkeypatch: pytest.MonkeyPatch

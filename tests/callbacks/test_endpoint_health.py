@@ -95,8 +95,8 @@ def test_an_outage_that_lasts_is_told_once_and_its_end(endpoint: Endpoint, told:
         endpoint.health.tell_of_an_outage(TOLD_AFTER_S + late)
     endpoint.note(DELIVERED, 100.0)
     assert told == [
-        "Order Service is away: callbacks wait for it",
-        "Order Service is back",
+        "Order Service is unavailable: callbacks wait",
+        "Order Service is available again",
     ]
 
 
@@ -108,8 +108,8 @@ def test_refusals_in_a_row_are_told_once_they_last(endpoint: Endpoint, told: lis
     endpoint.note(REFUSED, REFUSED_MAX * TOLD_AFTER_S)
     endpoint.note(DELIVERED, REFUSED_MAX * TOLD_AFTER_S)
     assert told == [
-        "Order Service refuses callbacks",
-        "Order Service takes callbacks again",
+        "Order Service rejects callbacks",
+        "Order Service accepts callbacks again",
     ]
 
 

@@ -118,10 +118,10 @@ async def test_an_endpoint_that_refuses_all_is_told_once(
     await outbox.log(*of(A, "a").charged().facts)
     async with dispatching_to(endpoint, outbox):
         await until(lambda: lines and len(endpoint.bodies) >= 4 * endpoint_health.REFUSED_MAX)
-        assert lines == [("WARNING", "Order Service refuses callbacks", {"reason": "401"})]
+        assert lines == [("WARNING", "Order Service rejects callbacks", {"reason": "401"})]
         endpoint.answer = lambda _: answered(200)
         await until(lambda: outbox.states() == ["delivered"])
-    assert lines[1:] == [("INFO", "Order Service takes callbacks again", {})]
+    assert lines[1:] == [("INFO", "Order Service accepts callbacks again", {})]
 
 
 async def test_a_callback_that_dies_is_told(

@@ -227,8 +227,8 @@ async def test_an_outage_is_told_once_and_its_end_as_well(
             await until(lambda: set(outbox.states()) == {"delivered"})
             assert bool(lines) is (told_after_s < 1)
     assert lines == [
-        ("WARNING", "Order Service is away: callbacks wait for it", {"reason": "ConnectError"}),
-        ("INFO", "Order Service is back", {}),
+        ("WARNING", "Order Service is unavailable: callbacks wait", {"reason": "ConnectError"}),
+        ("INFO", "Order Service is available again", {}),
     ]
 
 

@@ -378,7 +378,9 @@ def test_a_server_that_does_not_wait_for_the_disk(
             connection.execute("SELECT pg_sleep(0.01)")
     done = operator("doctor")
     assert done.exit_code == 1
-    words = f"off: {name}; a crash of the database's machine may lose or damage what was answered"
+    words = (
+        f"off: {name}; a crash of the database's machine may lose or damage acknowledged payments"
+    )
     assert only(done, "durability") == ("FAIL", f"{words}: `ALTER SYSTEM SET {name} = on`")
 
 

@@ -26,10 +26,10 @@ from tests.support import charge_of
 
 pytestmark = pytest.mark.anyio
 
-MISMATCH = ("CRITICAL", "the provider's answer does not fit")
+MISMATCH = ("CRITICAL", "provider response contradicts the recorded events")
 ELSEWHERE = ("CRITICAL", "begun with another provider")
 TOO_LONG = ("WARNING", "open for too long")
-GOES_BACK = ("WARNING", "a late capture goes back")
+GOES_BACK = ("WARNING", "a late capture is returned")
 DAY = "1 day"
 
 Connection = psycopg.Connection[Any]
@@ -296,7 +296,7 @@ async def test_a_payment_that_cannot_be_read_or_is_not_in_the_log(
     for _ in range(3):
         await settle(service, connection)
     assert sorted(told) == [
-        ("ERROR", "to be settled, and not in the log: `payments audit verify`"),
+        ("ERROR", "unsettled, but not in the log: `payments audit verify`"),
         ("WARNING", "cannot be settled now"),
     ]
 

@@ -153,7 +153,7 @@ async def test_a_refusal_is_told_and_not_tried_again(
         assert not await of(service).give_back(PAYMENT)
     assert len(gateway_of(service).refunds) == 1
     (told,) = errors
-    assert "refused to give back" in told
+    assert "declined an automatic refund" in told
     refunded = await service.refunding.refund(refund_of(key="by hand"))
     assert refunded.payment.status is Status.REFUNDED
 

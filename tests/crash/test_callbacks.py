@@ -427,4 +427,4 @@ def test_postgres_goes_and_comes_back(
             assert set(report.states) == {"delivered", "superseded"}
             assert service.terminate() == 0
         assert "unhandled error" not in service.log.read_text()
-        assert "trying again" in service.log.read_text()
+        assert "retrying" in service.log.read_text()

@@ -100,7 +100,7 @@ def test_a_failover_that_loses_is_noticed_and_accepted(
         assert service.charge(client, "c").status_code == 201
         again = service.charge(client, "b")  # the provider has it, and answers the same
         assert (again.status_code, again.json()["id"]) == (201, b)
-        assert "the log went back" in service.log.read_text()
+        assert "the log was rewound" in service.log.read_text()
         assert re.search("FAIL +log +.* it went back", invoke("doctor", **given).stdout)
         found = invoke("audit", "verify", "--head", head, **given)
         assert found.returncode == 1

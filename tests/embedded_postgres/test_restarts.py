@@ -244,7 +244,7 @@ def test_a_server_that_ends_again_and_again_is_given_up(
             for pid in processes(data_dir):
                 if "\0-D\0" in about(pid) and answers(server):
                     kill(pid)
-        assert "it ended 3 times in a row" in str(keeping.lost)
+        assert "it stopped 3 times in a row" in str(keeping.lost)
         assert [level for level, _ in told].count("CRITICAL") == 1
 
 

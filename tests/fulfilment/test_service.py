@@ -68,7 +68,7 @@ def test_a_paid_order_that_failed_is_found_within_seconds(
         bound(time.monotonic() - began, 5, machine)
         eventually(lambda: orders.orders.get(good) == "CONFIRMED")
     assert good not in orders.lookups
-    assert "an order is paid, and failed" in service.log.read_text()
+    assert "an order is paid, but failed" in service.log.read_text()
 
 
 def test_killed_between_the_response_and_its_record(

@@ -167,9 +167,9 @@ async def test_a_url_that_can_never_work_refuses_the_start() -> None:
     handler = logger.add(lines.append)
     await check_status_target(of(f"http://127.0.0.1/{TOKEN}/{{order_id}}"))
     logger.remove(handler)
-    assert "http://127.0.0.1 is asked about orders" in lines[0]
+    assert "order statuses are read from http://127.0.0.1" in lines[0]
     assert TOKEN not in lines[0]
     assert Target.of_order_status(Settings()) is None
     assert await check_target(of("http://orders.invalid/{order_id}")) == (
-        "orders.invalid cannot be resolved yet: questions about orders will wait until it can"
+        "orders.invalid cannot be resolved yet: order status queries will wait until it can be"
     )

@@ -138,11 +138,11 @@ class Dispatcher:
             except (psycopg.OperationalError, psycopg.InterfaceError, OSError) as error:
                 reason, message = (
                     type(error).__name__,
-                    "callbacks lost their database, trying again",
+                    "callbacks lost the database connection, retrying",
                 )
                 self._repeats.tell("WARNING", message, of=reason, reason=reason)
             except Exception as error:  # noqa: BLE001 - a bug must not stop the other callbacks
-                message = "callbacks cannot be claimed or recorded, trying again"
+                message = "callbacks cannot be claimed or recorded, retrying"
                 self._repeats.tell("ERROR", message, of=type(error), exception=error)
                 # Their leases expire, and they are sent again, rather than never.
                 self._results.clear()
@@ -305,7 +305,7 @@ class Dispatcher:
         for result in results:
             if result.claimed.claim not in held:
                 logger.bind(event_id=result.claimed.event_id).warning(
-                    "a callback's result came after its lease was over"
+                    "a callback's result came after its lease had expired"
                 )
         if self._suspected and any(r.said not in (None, "confirmed") for r in results):
             self._suspected()

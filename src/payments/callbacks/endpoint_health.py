@@ -65,7 +65,7 @@ class EndpointHealth:
         if now - self.breaker.since >= TOLD_AFTER_S:
             self._away_told = True
             logger.bind(reason=self._away_reason).warning(
-                "Order Service is away: callbacks wait for it"
+                "Order Service is unavailable: callbacks wait"
             )
 
     def _is_back(self) -> None:
@@ -73,12 +73,12 @@ class EndpointHealth:
         self._was_away_since = min(self._was_away_since or math.inf, since)
         if self._away_told:
             self._away_told = False
-            logger.info("Order Service is back")
+            logger.info("Order Service is available again")
 
     def _delivered(self) -> None:
         self._has_delivered = True
         if self._refusal_told:
-            logger.info("Order Service takes callbacks again")
+            logger.info("Order Service accepts callbacks again")
         self._refused, self._refusal_told = 0, False
         # Only after a delivery, not after a response that merely shows the endpoint alive: else a
         # callback that is always rejected could make all others due again and again.
@@ -93,4 +93,4 @@ class EndpointHealth:
         lasts = now - self._refused_since >= TOLD_AFTER_S
         if lasts and self._refused >= REFUSED_MAX and not self._refusal_told:
             self._refusal_told = True
-            logger.bind(reason=reason).warning("Order Service refuses callbacks")
+            logger.bind(reason=reason).warning("Order Service rejects callbacks")

@@ -201,7 +201,7 @@ class Charging:
             try:
                 return await self._resume(run, intent)
             except _StreamGone:
-                message = "the log lost a payment that it had acknowledged; it begins again"
+                message = "the log lost an acknowledged payment; it is initiated again"
                 repeats.tell("CRITICAL", message, payment_id=intent.payment_id)
                 age_s = 0.0  # the run that is lost may have asked the provider
 
@@ -272,14 +272,14 @@ class Charging:
         """Of a call that may capture: it must end before the seats' hold does."""
         timeout_s = run.left_s(self._gateway_timeout_s)
         if not is_held_for(payment.hold_until, datetime.now(UTC), timeout_s + HOLD_MARGIN_S):
-            raise OutcomeUnknown("its seats may be sold again soon: a capture would come too late")
+            raise OutcomeUnknown("the hold of its seats ends too soon for a capture")
         return timeout_s
 
     def _check_may_send_again(self, run: Run[Charged], age_s: float) -> None:
         if not run.is_awaited():
-            raise OutcomeUnknown("nobody waits for it any more")
+            raise OutcomeUnknown("no client waits for it any more")
         if age_s > self._gateway.safe_retry_s:
-            raise OutcomeUnknown("too old to be sent again under the same provider key")
+            raise OutcomeUnknown("too old for a retry with the same provider key")
         if age_s + self._deadline_s > self._abandon_after_s:
             raise OutcomeUnknown("about to be abandoned: a capture would come too late")
 

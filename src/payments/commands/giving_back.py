@@ -58,7 +58,7 @@ class GivingBack:
             self._database, order.refund_id, order.payment_id, age_s, unsent=unsent
         )
         if sending.age_s > self._gateway.safe_retry_s:
-            raise OutcomeUnknown("too old to be sent again under the same provider key")
+            raise OutcomeUnknown("too old for a retry with the same provider key")
         take_back = partial(sendings.take_back, self._database, order.refund_id, sending.number)
         return await self._send(order, timeout_s, take_back if sending.never_before else None)
 

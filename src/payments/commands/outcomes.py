@@ -81,7 +81,7 @@ class Outcomes:
                 if len(stored) >= len(known) or stored != tuple(known[: len(stored)]):
                     return loaded.payment, stored
             missing = known[len(stored) :]
-            message = "the log lacks events that it had acknowledged; they are appended again"
+            message = "the log lacks acknowledged events; they are appended again"
             repeats.tell("CRITICAL", message, payment_id=payment.id, events=len(missing))
             try:
                 await self._store.append_again(missing, after=stored[-1] if stored else None)
@@ -106,7 +106,7 @@ class Outcomes:
 
 
 def _taken() -> OutcomeMismatch:
-    return OutcomeMismatch("another payment names this capture of the provider")
+    return OutcomeMismatch("the provider's transaction belongs to another payment")
 
 
 def _log(fact: ProviderOutcome) -> None:
@@ -124,6 +124,6 @@ def _log(fact: ProviderOutcome) -> None:
     )
     if isinstance(fact, RefundFailed) and is_of_unfulfilled(fact.payment_id, fact.refund_id):
         logger.bind(payment_id=fact.payment_id, decline_code=fact.decline_code).error(
-            "the provider refused to give back a payment whose order failed; it is not tried again "
-            "by itself: refund it by hand, or return the money in another way"
+            "the provider declined an automatic refund, which is not retried: refund the payment "
+            "manually, or return the money in another way"
         )

@@ -128,12 +128,12 @@ class Settler:
         try:
             attempt = await self._ask(loaded, attempts)
             outcome = "settled" if attempt.payment.unsettled is None else "open"
-            reason = "the provider does not know of it"
+            reason = "unknown to the provider"
         except (OutcomeUnknown, NeverSent) as error:
             reason = str(error)
             log.bind(reason=reason).info("the provider's outcome is not known yet")
         except LogRewound:
-            reason = "nothing is given back until the loss of the log is accepted"
+            reason = "no refund is sent until the loss of the log is accepted"
             await tell(self._store, payment.id, "WARNING", reason, kind=kind)
         except OutcomeMismatch as error:
             outcome = "mismatch"
@@ -161,7 +161,7 @@ class Settler:
         def timeout_s() -> float:
             """Looked at before each call: a process that was frozen must not send late."""
             if time.monotonic() > give_up_at:
-                raise OutcomeUnknown("this attempt has taken too long")
+                raise OutcomeUnknown("this attempt took too long")
             return self._gateway_timeout_s
 
         payment, finished = loaded.payment, False
@@ -172,7 +172,7 @@ class Settler:
         late = payment.late_capture
         if late is not None and late.provider_refund_id is None:
             if attempts == 1 or loaded.payment.late_capture is None:
-                logger.warning("a late capture goes back")
+                logger.warning("a late capture is returned")
             payment = await self._return_late_capture(loaded, payment, late, timeout_s)
         payment = await self._settle_refunds(loaded, payment, attempts, timeout_s)
         return SettleAttempt(payment, finished)

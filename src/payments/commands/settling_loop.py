@@ -78,7 +78,7 @@ class SettlingLoop:
             except Exception as error:  # noqa: BLE001 - payments must not stay open for it
                 begun = []
                 if self._looks:
-                    logger.bind(reason=str(error)).error("settling cannot look for work")
+                    logger.bind(reason=str(error)).error("unsettled payments cannot be read")
                 self._looks = False
             if begun:  # there may be more as soon as one of these is done
                 await asyncio.wait(begun, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
@@ -143,7 +143,7 @@ class SettlingLoop:
         """
         loaded = await self._store.load(claimed.payment_id)
         if loaded is None:
-            message = "to be settled, and not in the log: `payments audit verify`"
+            message = "unsettled, but not in the log: `payments audit verify`"
             await tell(self._store, claimed.payment_id, "ERROR", message)
             return PAUSE_MAX_S
         attempt = await self._settler.settle(loaded, claimed.attempts)

@@ -54,7 +54,7 @@ async def tell_mismatch(
     store: EventStore, payment_id: UUID, kind: str, error: OutcomeMismatch
 ) -> None:
     """`kind` is that of what was asked about: a charge, refund, late capture or abandoned one."""
-    message = "the provider's answer does not fit"
+    message = "provider response contradicts the recorded events"
     await tell(store, payment_id, "CRITICAL", message, kind=kind, reason=str(error))
 
 
@@ -89,7 +89,7 @@ async def check_own_gateway(
     """Raises OutcomeUnknown for a payment that was begun with another provider."""
     if payment.gateway != gateway:
         await tell_other_gateway(store, payment, kind)
-        raise OutcomeUnknown("only the provider that was asked knows")
+        raise OutcomeUnknown("only the other provider knows the outcome")
 
 
 async def tell_other_gateway(store: EventStore, payment: Payment, kind: str) -> None:

@@ -49,7 +49,9 @@ class UnfulfilledRefunding:
                 return await self._give_back(payment_id)
             except PaymentsError as error:
                 reason = f"{error.code}: {error}"
-                logger.bind(reason=reason).info("not given back now, though its order failed")
+                logger.bind(reason=reason).info(
+                    "no automatic refund now, although the order failed"
+                )
                 return False
 
     async def _give_back(self, payment_id: UUID) -> bool:
@@ -86,8 +88,8 @@ class UnfulfilledRefunding:
         outcome = await brake.begin(self._database, payment.id)
         if outcome != "begun" and not self._stopped:
             logger.error(
-                "no payment is given back by itself any more, since too many were: look why their "
-                "orders failed, then `payments giving-back resume`"
+                "automatic refunds are stopped, since there were too many: check why the orders "
+                "failed, then `payments giving-back resume`"
             )
         self._stopped = outcome != "begun"
         return not self._stopped

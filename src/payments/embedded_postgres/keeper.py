@@ -57,7 +57,7 @@ class Keeper:
                 return
             in_a_row, last_at = in_a_row + 1, time.monotonic()
             if in_a_row > STARTS_MAX:
-                self._lose(failure or f"it ended {STARTS_MAX} times in a row")
+                self._lose(failure or f"it stopped {STARTS_MAX} times in a row")
                 return
             _tell(in_a_row, failure)
 
@@ -74,6 +74,8 @@ def _pause_s(in_a_row: int) -> float:
 def _tell(in_a_row: int, failure: str | None) -> None:
     log = logger.bind(starts_in_a_row=in_a_row)
     if failure is None:
-        log.warning("the embedded Postgres had ended, and was started again")
+        log.warning("the embedded Postgres had stopped and was restarted")
     else:
-        log.bind(reason=failure).warning("the embedded Postgres is away, and cannot be started yet")
+        log.bind(reason=failure).warning(
+            "the embedded Postgres is stopped and cannot be restarted yet"
+        )

@@ -268,9 +268,9 @@ class _Writer:
         except (psycopg.Error, Unpackable) as error:
             self._telemetry.append_failures["refused"].inc()
             reason = getattr(error, "sqlstate", None) or type(error).__name__
-            message = "the event store refused an append"
+            message = "the event store rejected an append"
             self._repeats.tell("ERROR", message, of=reason, reason=reason)
-            append.resolve(AppendRefused(f"refused: {reason}"))
+            append.resolve(AppendRefused(f"rejected: {reason}"))
 
     async def _write(self, batch: list[_Append]) -> None:
         """Sends the batch until its fate is known, whatever happens to the connection.
@@ -288,7 +288,7 @@ class _Writer:
                 self._telemetry.append_failures["retried"].inc()
                 reason, message = (
                     type(error).__name__,
-                    "the event store does not answer, trying again",
+                    "the event store does not respond, retrying",
                 )
                 self._repeats.tell("WARNING", message, of=reason, reason=reason, appends=len(batch))
             else:

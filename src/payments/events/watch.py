@@ -173,7 +173,7 @@ class LogWatch:
             self._log_failure(error)
         if self.read_only:
             # It may become the primary before anything else is asked on this connection.
-            raise psycopg.OperationalError("the server refuses to write")
+            raise psycopg.OperationalError("the server rejects writes")
 
     async def _look(self, fetch: Fetch) -> None:
         # As of now: another look may come back sooner than this one, with what came since.
@@ -239,7 +239,7 @@ class LogWatch:
         if self._complained != lost:
             self._complained = lost
             logger.bind(position=lost).critical(
-                "the log went back: it lacks what it had acknowledged; nothing is given back until "
+                "the log was rewound: it lacks acknowledged events; no refund is sent until "
                 "`payments log accept-loss`"
             )
 
@@ -258,7 +258,9 @@ class LogWatch:
 
     def _log_failure(self, error: Exception) -> None:
         reason = type(error).__name__
-        self._repeats.tell("ERROR", "the log cannot be watched", of=reason, reason=reason)
+        self._repeats.tell(
+            "ERROR", "the log cannot be checked for losses", of=reason, reason=reason
+        )
 
     async def take_up(self, heads: Sequence[Seal] = ()) -> None:
         """Takes up what a process before this one has kept, and these heads, and compares each.
@@ -302,7 +304,9 @@ class LogWatch:
             self._kept, self._keeps = head, True
         except OSError as error:
             if self._keeps:
-                logger.bind(reason=error.strerror).info("the newest seal cannot be kept in a file")
+                logger.bind(reason=error.strerror).info(
+                    "the newest seal cannot be written to a file"
+                )
             self._keeps = False
 
 

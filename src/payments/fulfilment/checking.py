@@ -90,7 +90,7 @@ class Checking:
                 await self._begin_due()
                 await self._tidy()
             except Exception as error:  # noqa: BLE001 - a bug must not stop other checks
-                message = "suspects cannot be looked for, trying again"
+                message = "suspect payments cannot be claimed, retrying"
                 known = isinstance(error, DatabaseUnavailable)
                 self._repeats.tell(
                     "WARNING" if known else "ERROR",
@@ -132,10 +132,10 @@ class Checking:
             else:
                 await self._judge(claimed, reading.verdict, reading.order_status or "")
         except DatabaseUnavailable:
-            message = "what an order's status means cannot be recorded now"
+            message = "the result of an order status query cannot be recorded"
             self._repeats.tell("WARNING", message, payment_id=claimed.payment_id)
         except Exception as error:  # noqa: BLE001 - a bug must not stop other checks
-            message = "an order's status cannot be judged"
+            message = "an order status query failed"
             self._repeats.tell(*("ERROR", message), exception=error, payment_id=claimed.payment_id)
 
     async def _judge(
@@ -169,7 +169,7 @@ class Checking:
         )
         if is_over is None:
             return
-        self._tell(claimed, "unfulfilled", "an order is paid, and failed", order_status)
+        self._tell(claimed, "unfulfilled", "an order is paid, but failed", order_status)
         if is_over and self._give_back is not None:
             try:
                 is_given_back = await self._give_back(claimed.payment_id)

@@ -83,9 +83,9 @@ class CountedGateway:
             logger.bind(operation=operation, reason=str(error)).info("the provider gave no outcome")
             raise
         except TimeoutError as error:
-            message = "the gateway does not keep its timeout"
+            message = "the gateway exceeded its timeout"
             self._repeats.tell("ERROR", message, of=operation, operation=operation)
-            raise OutcomeUnknown("the gateway does not return") from error
+            raise OutcomeUnknown("the gateway exceeded its timeout") from error
         except Exception as error:
             what = f"{operation} {type(error).__name__}"
             message = "the gateway failed"

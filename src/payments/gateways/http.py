@@ -47,7 +47,7 @@ class ProviderResponse(NamedTuple):
         try:
             return decoder.decode(self.body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise OutcomeUnknown(f"answer {self.status} makes no sense") from None
+            raise OutcomeUnknown(f"invalid response with status {self.status}") from None
 
 
 class ProviderHttp:
@@ -115,7 +115,7 @@ class ProviderHttp:
         except _NEVER_SENT as error:
             raise NeverSent(f"{self._origin}: {type(error).__name__}") from None
         except TimeoutError:
-            raise OutcomeUnknown(f"{self._origin}: no answer within {timeout_s:g} s") from None
+            raise OutcomeUnknown(f"{self._origin}: no response within {timeout_s:g} s") from None
         except Exception as error:  # noqa: BLE001 - not only httpx's own: no library is complete
             raise OutcomeUnknown(f"{self._origin}: {type(error).__name__}") from None
 
@@ -183,7 +183,7 @@ async def _exchange(
         async for part in response.aiter_raw():  # undecoded: a compressed answer stays small
             body += part
             if len(body) > ANSWER_BYTES_MAX:
-                raise OutcomeUnknown(f"answer of more than {ANSWER_BYTES_MAX} bytes")
+                raise OutcomeUnknown(f"response of more than {ANSWER_BYTES_MAX} bytes")
         return ProviderResponse(response.status_code, bytes(body))
     finally:
         await response.aclose()

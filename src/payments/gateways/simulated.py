@@ -112,7 +112,7 @@ class SimulatedGateway:
             )
         )
         if fault == "answer_lost":
-            raise OutcomeUnknown("simulated: the answer was lost")
+            raise OutcomeUnknown("simulated: the response was lost")
         return _outcome(decided, "sim")
 
     async def find_charge(self, payment_id: UUID, timeout_s: float) -> Approved | Declined | None:
@@ -124,7 +124,7 @@ class SimulatedGateway:
         fault = await self._suffer("refund", timeout_s)
         decided = await self._ledger.ask(refund)
         if fault == "answer_lost":
-            raise OutcomeUnknown("simulated: the answer was lost")
+            raise OutcomeUnknown("simulated: the response was lost")
         return _outcome(decided, "simre")
 
     async def find_refund(
@@ -160,7 +160,7 @@ class SimulatedGateway:
             raise NeverSent("simulated: the provider is down")
         if fault.kind == "timeout":
             await asyncio.sleep(timeout_s)
-            raise OutcomeUnknown("simulated: no answer")
+            raise OutcomeUnknown("simulated: no response")
         return fault.kind
 
     def _refuse_if_down(self, operation: str) -> None:

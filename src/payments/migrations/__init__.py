@@ -212,7 +212,7 @@ def check_readable(address: DatabaseAddress) -> None:
     schema = again_on_conflict(read)
     if schema.newer:
         logger.bind(migration=str(schema.newer[-1])).warning(
-            "the database is newer than this version, which may not find its way in it"
+            "the database is newer than this version, and may not be compatible with it"
         )
 
 
@@ -229,7 +229,7 @@ def restore_shape(address: DatabaseAddress) -> None:
 def _tell_of_shape(connection: psycopg.Connection[Any]) -> None:
     if changed := shape.lost(connection):
         logger.bind(changed=", ".join(changed)).warning(
-            "something else changed the table payments: `payments migrate`, then `payments rebuild`"
+            "other software changed the table payments: `payments migrate`, then `payments rebuild`"
         )
 
 
@@ -244,12 +244,12 @@ def _restore_shape(connection: psycopg.Connection[Any]) -> None:
         shape.restore(connection)
     except psycopg.Error as error:
         log.bind(reason=reason_of(error)).warning(
-            "something else changed the table payments, and it cannot be restored"
+            "other software changed the table payments, and its shape cannot be restored"
         )
     else:
         log.warning(
-            "something else changed the table payments; it has its shape again: `payments rebuild` "
-            "writes its rows"
+            "other software changed the table payments; its shape is restored: `payments rebuild` "
+            "restores its rows"
         )
 
 
@@ -302,7 +302,7 @@ def _refuse(schema: Schema) -> None:
         raise StartError(schema.refusal)
     if schema.newer:
         logger.bind(migration=str(schema.newer[-1])).warning(
-            "the database is newer than this version, which may run on it"
+            "the database is newer than this version, but compatible with it"
         )
 
 
@@ -330,7 +330,7 @@ def _apply(connection: psycopg.Connection[Any], migration: Migration) -> None:
     log = logger.bind(migration=str(migration))
     if migration.index is not None:
         # It waits for all open transactions, even a long audit's, but blocks no others.
-        log.info("an index is built, as soon as the transactions that are open have ended")
+        log.info("building an index, once all open transactions have ended")
         _drop_if_invalid(connection, migration.index)
         connection.execute(migration.statements)
         _record(connection, migration)

@@ -208,7 +208,9 @@ class _Stderr:
             written = len(self._waiting)
         del self._waiting[:written]
         if self._dropped and not self._waiting:
-            told = _line(datetime.now(UTC), "WARNING", "log lines were dropped: nobody read them")
+            told = _line(
+                datetime.now(UTC), "WARNING", "log lines were dropped: the log was not read"
+            )
             self._waiting += _encoder.encode(told | {"lines": self._dropped}) + b"\n"
             self._dropped = 0
         return True

@@ -55,14 +55,14 @@ def _begin(environ: Mapping[str, str]) -> None:
     try:
         provider = _build(exporters, environ)
     except ImportError:
-        logger.warning("nothing is traced: OTEL_* variables need pip install payment-service[otel]")
+        logger.warning("tracing is off: OTEL_* variables need pip install payment-service[otel]")
         return
     except Exception as error:  # noqa: BLE001 - each variable raises its own error type
         reason = f"{type(error).__name__}: {error}"
-        logger.bind(reason=reason).warning("nothing is traced: an OTEL_* variable is wrong")
+        logger.bind(reason=reason).warning("tracing is off: an OTEL_* variable is invalid")
         return
     _use(provider)
-    logger.bind(exporter=",".join(exporters)).info("requests are traced")
+    logger.bind(exporter=",".join(exporters)).info("tracing is on")
 
 
 def _exporters_named(environ: Mapping[str, str]) -> list[str]:
@@ -74,12 +74,12 @@ def _exporters_named(environ: Mapping[str, str]) -> list[str]:
     text = environ.get("OTEL_TRACES_EXPORTER", "").strip() or default
     named = {name.strip() for name in text.split(",")} - {"", "none"}
     if named - _EXPORTERS:
-        logger.warning("OTEL_TRACES_EXPORTER: spans go to otlp and console only")
+        logger.warning("OTEL_TRACES_EXPORTER: only otlp and console are supported")
     named &= _EXPORTERS
     protocols = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
     given = [name for name in protocols if environ.get(name)][:1]  # the first is only for traces
     if "otlp" in named and given and environ[given[0]].strip() != _PROTOCOL:
-        logger.warning(f"{given[0]}: spans are sent by {_PROTOCOL} only, so none are")
+        logger.warning(f"{given[0]}: only {_PROTOCOL} is supported, so no spans are sent")
         named -= {"otlp"}
     return sorted(named)
 

@@ -49,7 +49,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
             url=settings.order_status_url,
             networks=settings.http_callback_networks,
             variable="ORDER_STATUS_URL",
-            requests="questions about orders",
+            requests="order status queries",
         )
 
     def __repr__(self) -> str:
@@ -70,7 +70,7 @@ async def check_target(target: Target) -> str | None:
     try:
         addresses = await addresses_of(url.host, RESOLVE_TIMEOUT_S)
     except OSError:
-        return f"{url.host} cannot be resolved yet: {target.requests} will wait until it can"
+        return f"{url.host} cannot be resolved yet: {target.requests} will wait until it can be"
     if url.scheme == "http" and not any(is_near(each, target.networks) for each in addresses):
         raise StartError(
             f"{target.variable}: {url.origin} has no loopback or private address, metadata "

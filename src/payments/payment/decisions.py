@@ -266,12 +266,12 @@ def return_outcome(
     `found` is the late capture that was sent back. If the log lost it, it is found again first.
     """
     if isinstance(outcome, Declined):
-        raise OutcomeMismatch("the provider refuses to take a late capture back")
+        raise OutcomeMismatch("the provider declines to return a late capture")
     _check_answer(outcome, found.refund_id, payment.amount_cents, payment.currency)
     stored = payment.late_capture
     if stored is None:
         if payment.status is not Status.FAILED:
-            raise OutcomeMismatch("the provider took back a capture that now counts as paid")
+            raise OutcomeMismatch("the provider returned a capture that now counts as paid")
         return LateCaptureFound(
             refund_id=found.refund_id,
             provider_txn_id=found.provider_txn_id,
@@ -279,7 +279,7 @@ def return_outcome(
         )
     if stored.provider_refund_id is not None:
         if stored.provider_refund_id != outcome.provider_txn_id:
-            raise OutcomeMismatch("the provider has taken a late capture back twice")
+            raise OutcomeMismatch("the provider has returned a late capture twice")
         return None
     return LateCaptureReturned(
         refund_id=stored.refund_id,
@@ -290,7 +290,7 @@ def return_outcome(
 
 def _check_answer(outcome: Approved, id: UUID, amount_cents: int, currency: str) -> None:
     if (outcome.id, outcome.amount_cents, outcome.currency) != (id, amount_cents, currency):
-        raise OutcomeMismatch("the provider answered for another id, amount or currency")
+        raise OutcomeMismatch("the provider responded with another id, amount or currency")
 
 
 def _next(payment: Payment, about: Payment | Refund, cause: Cause) -> dict[str, Any]:

@@ -197,9 +197,9 @@ class Follower:
         reason = type(error).__name__
         tell = partial(self._repeats.tell, of=reason, follower=self._name, reason=reason)
         if isinstance(error, psycopg.Error | OSError):
-            tell("WARNING", "the follower lost its database, trying again")
+            tell("WARNING", "the follower lost the database connection, retrying")
         else:
-            tell("ERROR", "the follower failed, trying again", exception=error)
+            tell("ERROR", "the follower failed, retrying", exception=error)
 
     async def _run_connected(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Applies a batch; without events it waits for `wake`, a NOTIFY or POLL_S."""

@@ -128,7 +128,7 @@ class Parking:
         self, connection: psycopg.AsyncConnection[Any], first: LogEntry, reason: str
     ) -> None:
         logger.bind(follower=self._follower, payment_id=first.payment_id, reason=reason).error(
-            "a stream is parked: `payments parked list`"
+            "a payment is parked: `payments parked list`"
         )
         await connection.execute(PARK, [self._follower, first.payment_id, first.position, reason])
 

@@ -71,7 +71,7 @@ SELECT name FROM pg_settings
 """
 
 
-UNSAFE_MEANS = "a crash of the database's machine may lose or damage what was answered"
+UNSAFE_MEANS = "a crash of the database's machine may lose or damage acknowledged payments"
 
 
 async def unsafe_settings(database: Database) -> list[str]:

@@ -42,13 +42,13 @@ class RefusalLog:
     """Logs the number of requests that are rejected early, often thousands; one per port."""
 
     def __init__(self) -> None:
-        self.too_busy = Tally("WARNING", "requests were refused: too many were under way")
+        self.too_busy = Tally("WARNING", "requests were rejected: too many in progress")
         self.too_busy_open = Tally(
-            "WARNING", "requests were refused: too many came that need no API key"
+            "WARNING", "requests were rejected: too many on paths without an API key"
         )
-        self.unauthorized = Tally("WARNING", "requests were refused: they had no valid API key")
-        self.not_found = Tally("INFO", "requests were refused: there is nothing at their paths")
-        self.unreadable = Tally("INFO", "requests were refused: they could not be read")
+        self.unauthorized = Tally("WARNING", "requests were rejected: no valid API key")
+        self.not_found = Tally("INFO", "requests were rejected: unknown path")
+        self.unreadable = Tally("INFO", "requests were rejected: not valid HTTP, or above a limit")
 
 
 class AccessLog:

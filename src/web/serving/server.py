@@ -69,7 +69,7 @@ async def serve(
     Without `work` another process follows the log, settles and sends callbacks. Raises StartError.
     """
     if not service.settings.payments_api_keys:
-        logger.warning("PAYMENTS_API_KEYS is not set: whoever reaches the port may charge")
+        logger.warning("PAYMENTS_API_KEYS is not set: any client that reaches the port may charge")
     stop_by = time.monotonic() + STOP_S
     try:
         with starting():
@@ -112,7 +112,7 @@ async def operations_port(service: Service, listener: socket.socket | None) -> A
         server = _server(service, operations_application(service))
     serving = await _listen(server, listener)
     port = listener.getsockname()[1]
-    logger.bind(port=port).info("metrics have a port of their own")
+    logger.bind(port=port).info("metrics are served on a separate port")
     try:
         yield
     finally:
