@@ -61,7 +61,7 @@ def test_each_setting_is_compared(name: str) -> None:
     """In the new session, and in a later transaction."""
     row = [*ROW]
     row[2 + list(SETTINGS).index(name)] = "another"
-    text = f"^the session is not set as it was asked to be: {name} is 'another' instead of"
+    text = f"^the session does not have the requested settings: {name} is 'another' instead of"
     with pytest.raises(SessionUnfit, match=text):
         session.mark_of_new(row)
     with pytest.raises(SessionUnfit, match=text):
@@ -139,7 +139,7 @@ def test_a_pooler_that_has_no_connection_free(
 ) -> None:
     monkeypatch.setattr(database_module, "POOLER_TIMEOUT_S", 0.5)
     with within(WAIT_S), Pooler(address, "session", size=1) as pooler:
-        assert "has the pooler a connection free?" in refusal(pooler.address)
+        assert "does the pooler have a free connection?" in refusal(pooler.address)
 
 
 def test_the_commands_say_so_in_one_line(

@@ -115,7 +115,7 @@ def test_but_not_on_a_server_that_is_behind(
 ) -> None:
     connection.execute("ALTER TABLE payment_events DISABLE TRIGGER ALL")
     connection.execute("DELETE FROM payment_events WHERE notification_id = 3")
-    with pytest.raises(StartError, match="the log ends at position 2 now; before, at 3"):
+    with pytest.raises(StartError, match="the log ends at position 2; before, it ended at 3"):
         cut_off_once(connection, reader, monkeypatch)
 
 

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException) as error:
         return _told(error)
-    return 0 if status == 200 else _told(f"answered {status}")
+    return 0 if status == 200 else _told(f"responded with status {status}")
 
 
 def _told(reason: object) -> int:

@@ -138,7 +138,7 @@ class Reader:
         ((head,),) = _fetch(connection, HEAD_POSITION, None)
         if head < self._head:
             connection.close()
-            raise StartError(f"the log ends at position {head} now; before, at {self._head}")
+            raise StartError(f"the log ends at position {head}; before, it ended at {self._head}")
         return connection
 
 

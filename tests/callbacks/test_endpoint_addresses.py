@@ -264,7 +264,7 @@ class TestAddresses:
         assert done[:3] == (
             None,
             "forbidden_address",
-            "plain http to a metadata service, or not to a near network",
+            "plain http to a metadata service, or to an address that is not loopback or private",
         )
         assert server.connections == 0
 
@@ -385,9 +385,9 @@ class TestCheckTarget:
         with pytest.raises(StartError) as raised:
             await check_target(to(f"http://{host}/{CANARY}?token={CANARY}"))
         assert str(raised.value) == (
-            f"ORDER_CALLBACK_URL: http://{host} has no loopback or private address, metadata "
-            "services of clouds aside, and plain http goes to those only; use https, or name its "
-            "network in HTTP_CALLBACK_NETWORKS"
+            f"ORDER_CALLBACK_URL: http://{host} has no loopback or private address, and plain "
+            "http is allowed to those only (never to cloud metadata services); use https, or add "
+            "its network to HTTP_CALLBACK_NETWORKS"
         )
 
     @pytest.mark.parametrize("scheme", ["http", "https"])

@@ -69,7 +69,7 @@ async def test_nobody_there_is_told_from_nobody_who_answers() -> None:
     [
         ({"ORDER_CALLBACK_URL": ""}, "ORDER_CALLBACK_URL is not set"),
         ({"ORDER_CALLBACK_SECRET": "secret"}, "ORDER_CALLBACK_SECRET"),
-        ({"ORDER_CALLBACK_URL": "http://192.0.2.1/"}, "not to a near network"),
+        ({"ORDER_CALLBACK_URL": "http://192.0.2.1/"}, "not loopback or private"),
     ],
 )
 async def test_what_cannot_be_tried_is_no_finding(settings: dict[str, object], words: str) -> None:

@@ -172,7 +172,7 @@ async def test_a_file_that_is_in_the_way_is_not_replaced(tmp_path: Path) -> None
     path, other = tmp_path / "ledger", tmp_path / "ledger.earlier"
     path.write_text(LINES)
     other.write_text(LINES[:100])
-    with pytest.raises(StartError, match="in the way"):
+    with pytest.raises(StartError, match="exists already"):
         SimulatedGateway(path)
     assert (path.read_text(), other.read_text()) == (LINES, LINES[:100])
 

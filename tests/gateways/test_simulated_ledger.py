@@ -372,5 +372,5 @@ def test_a_file_system_that_shares_no_memory_stops_the_start(
     ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ledger_tables, "_journal_mode", lambda _: "delete")
-    with pytest.raises(StartError, match="share no memory"):
+    with pytest.raises(StartError, match="shared memory"):
         SimulatedGateway(ledger)

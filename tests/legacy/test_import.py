@@ -138,7 +138,7 @@ def test_nobody_else_may_be_connected(
     with connect(empty_database, "node-app"):
         done = payments("import-legacy")
         assert done.exit_code == 2
-        assert "others are connected to the database: node-app (postgres)" in done.stderr
+        assert "other sessions are connected to the database: node-app (postgres)" in done.stderr
         assert node.execute("SELECT to_regclass('legacy_payments')").fetchone() == (None,)
         assert payments("import-legacy", "--ignore-connections").exit_code == 0
 

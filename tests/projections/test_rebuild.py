@@ -524,7 +524,7 @@ def test_a_second_one_says_who_runs(
     between(monkeypatch, happens)
     rebuilt(address)
     (message,) = refused
-    assert message.startswith("a rebuild is running already: payments rebuild ")
+    assert message.startswith("a rebuild is already running: payments rebuild ")
     assert ", since 2" in message
     rebuilt(address)
 

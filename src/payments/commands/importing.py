@@ -119,7 +119,7 @@ async def import_rows(
             async for rows in batches(reader, ROWS_LEFT):
                 sound = [row for row in rows if not any(faults(row))]
                 if len(sound) < len(rows) and not asked.leaves_out:
-                    raise StartError("rows were changed since they were looked through")
+                    raise StartError("rows have changed since they were checked")
                 if sound:
                     await _append(writer, sound, asked.gateway, exclude)
                 imported += len(sound)
@@ -136,8 +136,8 @@ async def _wait_for_others(connection: psycopg.AsyncConnection[Any]) -> None:
         await asyncio.sleep(LEAVE_POLL_S)
     named = ", ".join(f"{name} ({user})" for name, user in others)
     raise StartError(
-        f"others are connected to the database: {named}: stop the Node service; if none of these "
-        "is it, --ignore-connections goes on"
+        f"other sessions are connected to the database: {named}: stop the Node service; if it is "
+        "none of these, continue with --ignore-connections"
     )
 
 
@@ -154,8 +154,8 @@ async def _append(
             rows, ids, appends, await cursor.fetchall(), strict=True
         ):
             if outcome not in (APPENDED, REPEATED):
-                why = "names a capture that another payment names"
-                other = "its payment is in the log already, and differs"
+                why = "has the provider_txn_id of another payment"
+                other = "its payment is already in the log, and differs"
                 raise StartError(f"row {row.id}: {why if outcome == CAPTURED else other}")
             entries += _entries(payment_id, events, position)
         await exclude(writer, entries)

@@ -98,17 +98,21 @@ async def check(address: DatabaseAddress, asked: Asked) -> None:
     """Whether it can be done as asked for; StartError."""
     async with unhurried(address, "UTC") as connection:
         if not (await connection.execute(IS_ZONE, [asked.timezone])).rowcount:
-            raise StartError(f"the server knows no time zone {asked.timezone!r}; try Asia/Kolkata")
+            raise StartError(
+                f"the server does not know the time zone {asked.timezone!r}; try Asia/Kolkata"
+            )
         if await _has_ours(connection):
             async for begun in await connection.execute(BEGUN):
                 if begun != (asked.gateway, asked.timezone):
                     options = "--gateway {} --timezone {}".format(*begun)
-                    raise StartError(f"it was begun with {options}: run it with the same")
+                    raise StartError(f"the import was begun with {options}: use the same options")
         for table in ("legacy_payments", "payments"):
             cursor = await connection.execute(COLUMNS, [table])
             there = {name for (name,) in await cursor.fetchall()}
             if there and (missing := ", ".join(name for name in NEEDED if name not in there)):
-                raise StartError(f"{table} lacks {missing}: it is not that of the Node service")
+                raise StartError(
+                    f"{table} lacks {missing}: it is not the table of the Node service"
+                )
 
 
 async def look(address: DatabaseAddress, timezone: str, found: Found, *, set_aside: bool) -> Looked:

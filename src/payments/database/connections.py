@@ -175,7 +175,7 @@ def _ask(connection: psycopg.Connection[Any], query: str) -> tuple[Any, ...]:
         if time.monotonic() - began < POOLER_TIMEOUT_S:
             raise
         raise psycopg.errors.ConnectionTimeout(
-            f"no answer for {POOLER_TIMEOUT_S:.0f} s; has the pooler a connection free?"
+            f"no response for {POOLER_TIMEOUT_S:.0f} s; does the pooler have a free connection?"
         ) from error
     finally:
         timer.cancel()

@@ -45,8 +45,8 @@ SELECT current_setting('{MARK}', true), {", ".join(f"current_setting('{n}')" for
 """
 
 POOLED = (
-    "sessions are not kept apart: a pooler gives one to several connections in turn, or to the "
-    "next one as it was left; use session pooling (PgBouncer: pool_mode = session, with "
+    "sessions are not kept apart: a pooler shares one between connections, or passes it on without "
+    "a reset; use session pooling (PgBouncer: pool_mode = session, with "
     "server_reset_query = DISCARD ALL) or a direct connection"
 )
 
@@ -86,4 +86,4 @@ def _compare(values: Sequence[str]) -> None:
         if value != wanted
     ]
     if unlike:
-        raise SessionUnfit(f"the session is not set as it was asked to be: {', '.join(unlike)}")
+        raise SessionUnfit(f"the session does not have the requested settings: {', '.join(unlike)}")

@@ -77,7 +77,7 @@ class EmbeddedPostgres:
         another socket."""
         address = _address(self._data_dir / "postgres")
         if address not in (None, self.socket_dir):
-            raise EmbeddedPostgresError(f"its socket is in {address} now, not in {self.socket_dir}")
+            raise EmbeddedPostgresError(f"its socket is now in {address}, not in {self.socket_dir}")
         return address is not None
 
     def release(self) -> None:
@@ -216,9 +216,7 @@ def _run_supervisor(plan: Plan, deadline: float) -> None:
             report, _ = child.communicate(timeout=max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             child.kill()
-            raise EmbeddedPostgresError(
-                f"Postgres does not get ready in time (log: {log})"
-            ) from None
+            raise EmbeddedPostgresError(f"Postgres was not ready in time (log: {log})") from None
     if report:
         raise EmbeddedPostgresError(report.decode(errors="replace"))
 
@@ -241,8 +239,8 @@ def _make_home(home: Path) -> None:
     for path in home.parents:
         if path.stat().st_uid == server_uid:  # that user could replace our files
             raise EmbeddedPostgresError(
-                f"{path} belongs to the user nobody, as whom Postgres runs: "
-                "give it to root or choose another PAYMENTS_DATA_DIR"
+                f"{path} belongs to the user nobody, which Postgres runs as: "
+                "chown it to root or choose another PAYMENTS_DATA_DIR"
             )
 
 
@@ -294,6 +292,6 @@ def _server_user() -> tuple[int | None, int | None]:
     except KeyError as error:
         raise EmbeddedPostgresError(
             "Postgres does not run as root and there is no user nobody to run it as: "
-            "add that user, run as an ordinary one, or set DATABASE_HOST"
+            "add that user, run as another user than root, or set DATABASE_HOST"
         ) from error
     return nobody.pw_uid, nobody.pw_gid

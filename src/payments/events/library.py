@@ -100,8 +100,8 @@ class LogRecorder(PostgresApplicationRecorder):
         last = self.max_notification_id() or 0
         if gt is not None and gt > last:
             raise LogWentBack(
-                f"the log ends at position {last}, before position {gt}: events were lost, "
-                "so build the read model anew from an empty one"
+                f"the log ends at position {last}, before position {gt}: events were lost; "
+                "rebuild the read model from an empty one"
             )
         return LogSubscription(self, gt, topics)
 

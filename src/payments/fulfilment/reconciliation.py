@@ -119,7 +119,7 @@ class Reconciliation:
         self._in_vain = 0 if reading.problem is None else self._in_vain + 1
         if self._in_vain >= IN_VAIN_MAX:
             raise StartError(
-                f"ORDER_STATUS_URL told nothing about {IN_VAIN_MAX} paid orders in a row, last: "
+                f"ORDER_STATUS_URL gave no status of {IN_VAIN_MAX} paid orders in a row, last: "
                 f"{reading.problem}"
             )
 

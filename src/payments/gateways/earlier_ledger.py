@@ -64,7 +64,7 @@ def open_ledger(
         if isinstance(error, StartError):
             raise
         reason = f"{error.strerror}: {error.filename!r}"
-        raise StartError(f"SIMULATED_LEDGER: cannot read in: {reason}") from None
+        raise StartError(f"SIMULATED_LEDGER: cannot be imported: {reason}") from None
     return ledger, file
 
 
@@ -83,7 +83,7 @@ def _locked(path: Path) -> BinaryIO | None:
                 return None
             except BlockingIOError:  # it is being written, or read in: then it is moved afterwards
                 time.sleep(0.01)
-    raise StartError(f"SIMULATED_LEDGER: another process keeps {str(path)!r} locked")
+    raise StartError(f"SIMULATED_LEDGER: another process has locked {str(path)!r}")
 
 
 def _move_aside(path: Path, earlier: Path) -> bool:
@@ -93,7 +93,7 @@ def _move_aside(path: Path, earlier: Path) -> bool:
         if not _BEGINNING.match(beginning):
             return not beginning or beginning.startswith(b"SQLite format 3\0")
         if earlier.exists():
-            raise StartError(f"SIMULATED_LEDGER: move {str(earlier)!r} away, it is in the way")
+            raise StartError(f"SIMULATED_LEDGER: {str(earlier)!r} exists already: move it away")
         path.rename(earlier)
     return True
 
@@ -106,7 +106,9 @@ def _decisions(lines: Iterable[bytes]) -> Iterator[Decision]:
         try:
             line = msgspec.json.decode(text, type=_Line)
         except msgspec.MsgspecError as error:
-            raise StartError(f"SIMULATED_LEDGER: line {number}, to be read in: {error}") from None
+            raise StartError(
+                f"SIMULATED_LEDGER: line {number} cannot be imported: {error}"
+            ) from None
         decided = msgspec.structs.asdict(line)
         del decided["kind"]
         payment_id = decided.pop("payment_id")

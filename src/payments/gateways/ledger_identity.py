@@ -26,7 +26,7 @@ async def check_ledger(database: Database, path: Path, id: UUID) -> None:
         known = made or await database.fetch(KNOWN)
     if known != [(id,)]:
         raise StartError(
-            f"SIMULATED_LEDGER: {str(path)!r} is not the ledger in which this database's payments "
-            "are: all processes need the same file, from a volume that they share; if that one is "
-            f"lost, `payments psql -c '{FORGET}'` accepts the next: docs/simulated-gateway.md"
+            f"SIMULATED_LEDGER: {str(path)!r} is not the ledger of this database: all "
+            "processes need the same file, on a shared volume; if that file is lost, "
+            f"`payments psql -c '{FORGET}'` accepts the next: docs/simulated-gateway.md"
         )

@@ -60,7 +60,9 @@ def _make_tables(connection: sqlite3.Connection, tables: str) -> None:
     if connection.execute("SELECT 1 FROM sqlite_master").fetchone() and not is_made():
         raise sqlite3.DatabaseError("it is the database of another program")
     if _journal_mode(connection) not in ("wal", "memory"):
-        raise sqlite3.DatabaseError("its file system lets processes share no memory, as WAL does")
+        raise sqlite3.DatabaseError(
+            "its file system does not support the shared memory that WAL needs"
+        )
     connection.execute("PRAGMA synchronous = NORMAL")
     if is_made():
         return

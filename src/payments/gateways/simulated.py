@@ -65,8 +65,8 @@ def parse_faults(text: str) -> list[Fault]:
         if not (match := _FAULT.fullmatch(entry)):
             raise StartError(
                 f"SIMULATED_FAULTS: {entry!r} must be delay=SECONDS, timeout, answer_lost or down, "
-                "each with *COUNT behind it if it is for the first calls only, and with charge: "
-                "or refund: before it if it is for one of them only"
+                "optionally followed by *COUNT (for the first calls only) and preceded by charge: "
+                "or refund: (for one operation only)"
             )
         operation, seconds, kind, count = match.group("operation", "seconds", "kind", "count")
         left = int(count) if count else None

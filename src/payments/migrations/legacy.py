@@ -13,7 +13,7 @@ import psycopg
 MARK = "Payments of the Node service: docs/migrating-from-node.md"
 
 NOT_OURS = (
-    "the table payments in this database is that of the Node service: stop that one and run "
+    "the table payments in this database is that of the Node service: stop that service and run "
     "`payments import-legacy` (docs/migrating-from-node.md); nothing was changed"
 )
 IMPORT_OPEN = (

@@ -345,7 +345,7 @@ def _explain(failure: Exception) -> tuple[str, str]:
     if any(isinstance(cause, ForbiddenAddress) for cause in causes):
         return (
             "forbidden_address",
-            "plain http to a metadata service, or not to a near network",
+            "plain http to a metadata service, or to an address that is not loopback or private",
         )
     if any(isinstance(cause, TimeoutError) for cause in causes):
         return "timeout", "TimeoutError"

@@ -73,8 +73,8 @@ async def check_target(target: Target) -> str | None:
         return f"{url.host} cannot be resolved yet: {target.requests} will wait until it can be"
     if url.scheme == "http" and not any(is_near(each, target.networks) for each in addresses):
         raise StartError(
-            f"{target.variable}: {url.origin} has no loopback or private address, metadata "
-            "services of clouds aside, and plain http goes to those only; use https, or name its "
-            "network in HTTP_CALLBACK_NETWORKS"
+            f"{target.variable}: {url.origin} has no loopback or private address, and plain "
+            "http is allowed to those only (never to cloud metadata services); use https, or add "
+            "its network to HTTP_CALLBACK_NETWORKS"
         )
     return None

@@ -295,7 +295,7 @@ def _the_only_one(connection: psycopg.Connection[Any]) -> Iterator[None]:
     while not (row := connection.execute(TRY_LOCK, LOCK_KEYS).fetchone()) or not row[0]:
         if (row := connection.execute(LOCK_HOLDER, LOCK_KEYS).fetchone()) is not None:
             name, since = row
-            raise StartError(f"a rebuild is running already: {name}, since {since:%F %T} UTC")
+            raise StartError(f"a rebuild is already running: {name}, since {since:%F %T} UTC")
         time.sleep(LOCK_POLL_S)  # it has just ended
     yield
     # After an error the connection is closed, which releases the lock.

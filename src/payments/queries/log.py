@@ -188,7 +188,7 @@ class Replay:
             if not for_ever and (head := head_of(reader)) < self._head:
                 reader.close()
                 raise StartError(
-                    f"the log ends at position {head} now; when this began, at {self._head}"
+                    f"the log ends at position {head}; before, it ended at {self._head}"
                 )
             self._reader = reader
         return self._reader
