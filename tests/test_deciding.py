@@ -774,20 +774,20 @@ class TestInitiateRefund:
     @pytest.mark.parametrize(
         ("state", "detail"),
         [
-            ("SUCCESS", "Of 1500 captured, 0 were given back: at most 1500 can be refunded."),
+            ("SUCCESS", "Of 1500 captured, 0 are refunded: at most 1500 can be refunded."),
             (
                 "all under way",
-                "Of 1500 captured, 0 were given back and 1500 are under way: "
+                "Of 1500 captured, 0 are refunded and 1500 are being refunded: "
                 "at most 0 can be refunded.",
             ),
             (
                 "500 back, 300 going",
-                "Of 1500 captured, 500 were given back and 300 are under way: "
+                "Of 1500 captured, 500 are refunded and 300 are being refunded: "
                 "at most 700 can be refunded.",
             ),
             (
                 "300 back, 500 refused",
-                "Of 1500 captured, 300 were given back: at most 1200 can be refunded.",
+                "Of 1500 captured, 300 are refunded: at most 1200 can be refunded.",
             ),
         ],
     )

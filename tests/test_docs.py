@@ -283,7 +283,7 @@ def test_the_client_for_order_service_comes_to_an_outcome(
         found = {key: outcome and outcome["status"] for key, outcome in outcomes.items()}
         assert found == {"a": "SUCCESS", "b": "FAILED", "a again": "SUCCESS"}
         assert outcomes["a"] == outcomes["a again"]
-        with pytest.raises(ValueError, match="another amount_cents"):
+        with pytest.raises(ValueError, match="different amount_cents"):
             example(client, str(ORDER_ID), "a", 1600, hold_s=20)
     unknown = httpx.Client(base_url=service.url)  # nobody listens there any more
     with unknown:

@@ -95,7 +95,7 @@ class Client:
     def take_provider_call(self) -> None:
         """Raises TooBusy."""
         if not self.provider_calls.take():
-            raise TooBusy("As many requests as may be are with the payment provider.")
+            raise TooBusy("The limit of concurrent provider requests is reached.")
 
     def release_provider_call(self) -> None:
         self.provider_calls.add(-1)

@@ -39,7 +39,7 @@ class FieldError(NamedTuple):
 class PaymentsError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
-    title: ClassVar[str] = "Something went wrong on our side"
+    title: ClassVar[str] = "The service failed unexpectedly"
     errors: tuple[FieldError, ...] = ()
     retry_after_s: int | None = None
 
@@ -68,7 +68,7 @@ class Unauthorized(PaymentsError):
 class PaymentNotFound(PaymentsError):
     status = 404
     code = "payment_not_found"
-    title = "There is no such payment"
+    title = "The payment does not exist"
 
 
 class PaymentNotRefundable(PaymentsError):
@@ -80,13 +80,13 @@ class PaymentNotRefundable(PaymentsError):
 class PaymentAlreadyRefunded(PaymentsError):
     status = 409
     code = "payment_already_refunded"
-    title = "The payment is refunded already"
+    title = "The payment is already refunded in full"
 
 
 class RefundExceedsCapture(PaymentsError):
     status = 409
     code = "refund_exceeds_capture"
-    title = "The refund is more than is left of the payment"
+    title = "The refund exceeds the refundable amount"
 
 
 class RefundDeclined(PaymentsError):
@@ -98,21 +98,21 @@ class RefundDeclined(PaymentsError):
 class OrderAlreadyPaid(PaymentsError):
     status = 409
     code = "order_already_paid"
-    title = "Another payment has paid this order"
+    title = "The order is already paid by another payment"
 
 
 class IdempotencyKeyReused(PaymentsError):
     status = 422
     code = "idempotency_key_reused"
-    title = "This Idempotency-Key was used for another request"
+    title = "The Idempotency-Key was used for a different request"
 
     def __init__(self, differing: tuple[str, ...]) -> None:
         if "client" in differing:
-            detail = "Another client has used this key. Keys are shared by all clients: begin "
-            detail += "yours with something that no other client can guess."
+            detail = "Another client has used this key. All clients share one key namespace: "
+            detail += "prefix your keys with something that no other client can guess."
         else:
-            detail = f"The key was first used with another {', '.join(differing)}. "
-            detail += "Send the first request again as it was, or use a new key."
+            detail = f"The key was first used with a different {', '.join(differing)}. To retry "
+            detail += "the first request, send it unchanged; for a new request, use a new key."
         super().__init__(detail)
         self.errors = tuple(
             FieldError(name, "differs from the first request with this key") for name in differing
@@ -122,14 +122,14 @@ class IdempotencyKeyReused(PaymentsError):
 class PaymentUnreadable(PaymentsError):
     status = 503
     code = "payment_unreadable"
-    title = "The payment's history cannot be read"
+    title = "The payment's events cannot be read"
 
 
 class Unavailable(PaymentsError):
     """Nothing was captured: the client may retry with the same key."""
 
     status = 503
-    title = "The service cannot take this request now"
+    title = "The service cannot process this request now"
     retry_after_s = 1
 
 
@@ -149,14 +149,14 @@ class ClientGone(Unavailable):
     """Nothing was begun for a request whose client had disconnected, or had waited too long."""
 
     code = "client_gone"
-    title = "The request was read too late to begin a charge for it"
+    title = "The request was read too late to start the charge"
 
 
 class LogRewound(Unavailable):
     """Nothing is given back until an operator has accepted the loss of the log."""
 
     code = "log_rewound"
-    title = "The event log lost events; nothing is given back until that is accepted"
+    title = "The event log lost events; refunds are stopped until an operator accepts the loss"
     retry_after_s = 60
 
 

@@ -179,7 +179,7 @@ def fold_stored(payment_id: UUID, rows: Iterable[tuple[int, str, bytes]]) -> Pay
         payment = fold(fact_at(payment_id, *row) for row in rows)
     except (UndecodableEvent, UnexpectedEvent) as error:
         raise PaymentUnreadable(
-            f"Payment {payment_id} has an event that this version cannot read."
+            f"Payment {payment_id} has an event that this version of the service cannot read."
         ) from error
     assert payment is not None
     return payment

@@ -117,7 +117,7 @@ class HealthChecks:
                 stop = await brake.stopped(self._database)
         except TimeoutError:
             self._telemetry.observed(up=False)
-            raise DatabaseUnavailable("The database does not answer.") from None
+            raise DatabaseUnavailable("The database does not respond.") from None
         except Exception:
             self._telemetry.observed(up=False)
             raise

@@ -11,7 +11,7 @@ from payments.clients import DEFAULT_CLIENT, ApiKey
 from payments.errors import Unauthorized
 
 STAFF = "staff"  # may read and refund every client's payments
-SEND_A_KEY = "Send Authorization: Bearer and an API key of this service."
+SEND_A_KEY = "Send the header Authorization: Bearer, with an API key of this service."
 KEY_MAX = 1024  # bytes: anything longer is not a key, and hashing it would waste CPU
 
 

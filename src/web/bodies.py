@@ -44,7 +44,7 @@ def check_not_encoded(content_encodings: list[bytes]) -> None:
     encoding; some clients send it."""
     codings = b",".join(content_encodings).split(b",")
     if any(coding.strip().lower() not in (b"", b"identity") for coding in codings):
-        raise UnsupportedMediaType("Send the body as it is, without Content-Encoding.")
+        raise UnsupportedMediaType("Send the body uncompressed, without Content-Encoding.")
 
 
 def read_body(body: bytes, struct: type[T]) -> T:
@@ -66,12 +66,12 @@ def read_body(body: bytes, struct: type[T]) -> T:
 
 def invalid_fields(*errors: FieldError) -> InvalidRequest:
     """The error to raise for a body with these field errors."""
-    return InvalidRequest("Mend the fields listed in errors.", errors[:ERRORS_MAX])
+    return InvalidRequest("Correct the fields listed in errors.", errors[:ERRORS_MAX])
 
 
 def _text(body: bytes) -> str:
     if body.startswith(codecs.BOM_UTF8):
-        raise _Refused("The body begins with a byte order mark; send it without.")
+        raise _Refused("The body begins with a byte order mark; remove it.")
     try:
         return body.decode("utf-8")
     except UnicodeDecodeError:
@@ -81,12 +81,12 @@ def _text(body: bytes) -> str:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise _Refused("The body names a field twice; send each field once.")
+        raise _Refused("The body contains a field twice; send each field once.")
     return fields
 
 
 def _constant(name: str) -> NoReturn:
-    raise _Refused(f"{name} is not JSON.")
+    raise _Refused(f"{name} is not valid JSON.")
 
 
 def _number(text: str) -> int | float:
@@ -123,7 +123,7 @@ def _field_errors(value: dict[str, Any], struct: type[msgspec.Struct]) -> list[F
     known = {field.encode_name for field in fields}
     for name in sorted(value.keys() - known):
         shown = name[:64].encode("utf-8", "replace").decode()
-        errors.append(FieldError(shown, "is not a field of this request; leave it out"))
+        errors.append(FieldError(shown, "is not a field of this request; remove it"))
     return errors
 
 
@@ -133,4 +133,4 @@ def _description(annotation: Any) -> str:
         for meta in get_args(annotation)[1:]:
             if isinstance(meta, msgspec.Meta) and meta.description:
                 return meta.description
-    return "another value"
+    return "a different value"

@@ -23,8 +23,8 @@ async def charge(request: AnyRequest) -> Response[bytes]:
     sent = read_command(
         request,
         ChargeBody,
-        why_a_key="Send an Idempotency-Key header: one value per charge, the same one when you "
-        "retry it.",
+        why_a_key="Send an Idempotency-Key header: a new value for each charge, and the same "
+        "value for its retries.",
     )
     body = sent.body
     assert sent.key is not None

@@ -40,6 +40,6 @@ def on_exception(request: AnyRequest, error: Exception) -> Response[bytes]:
     request_id = request.scope["state"].get("request_id", "")
     request.scope["state"]["problem"] = PaymentsError.code
     logger.bind(method=request.method).opt(exception=error).error("unhandled error")
-    detail = f"It was logged as request {request_id}."
+    detail = f"The error is logged with the request id {request_id}."
     body = problem(500, PaymentsError.code, PaymentsError.title, detail)
     return Response(body, status_code=500, media_type=MEDIA_TYPE)

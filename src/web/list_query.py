@@ -45,9 +45,9 @@ def read_query(query_string: bytes, readers: Readers) -> dict[str, Any]:
     errors: list[FieldError] = []
     for name, values in _parameters(query_string).items():
         if name not in readers:
-            errors.append(FieldError(name[:64], "is not a parameter of this request; leave it out"))
+            errors.append(FieldError(name[:64], "is not a parameter of this request; remove it"))
         elif len(values) > 1:
-            errors.append(FieldError(name, f"was sent {len(values)} times; send it once"))
+            errors.append(FieldError(name, f"is present {len(values)} times; send it once"))
         else:
             read, description, _ = readers[name]
             try:
@@ -60,7 +60,9 @@ def read_query(query_string: bytes, readers: Readers) -> dict[str, Any]:
 
 
 def _refuse(errors: list[FieldError]) -> NoReturn:
-    raise InvalidRequest("Mend the query parameters listed in errors.", tuple(errors[:ERRORS_MAX]))
+    raise InvalidRequest(
+        "Correct the query parameters listed in errors.", tuple(errors[:ERRORS_MAX])
+    )
 
 
 def _parameters(query_string: bytes) -> dict[str, list[str]]:
@@ -122,7 +124,7 @@ def _cursor_of(name: str) -> tuple[Callable[[str], str], str, dict[str, Any]]:
         return text
 
     schema = {"type": "string", "pattern": "^[A-Za-z0-9_-]{38}$"}
-    return read, "the next_cursor of an earlier answer, unchanged", schema
+    return read, "the next_cursor of an earlier response, unchanged", schema
 
 
 def _hint(name: str, value: str) -> str:
@@ -135,7 +137,7 @@ def _lost_plus(value: str) -> str:
         read_time(value.replace(" ", "+"))
     except ValueError:
         return ""
-    return ". A + in a query stands for a space: write it as %2B, or use Z"
+    return ". A + in a query means a space: encode it as %2B, or use Z"
 
 
 _STATES: tuple[fulfilments.State, ...] = get_args(fulfilments.State)

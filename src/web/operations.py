@@ -49,7 +49,7 @@ async def health_of(service: Service) -> answers.PreparedAnswer:
 
 @get("/health", media_type=MediaType.JSON, opt=described(HEALTH))
 async def health(request: AnyRequest) -> Response[bytes]:
-    """Whether charges can be taken.
+    """Readiness: whether the service can process charges.
 
     200, or 503 while the database is away or read-only.
     """
@@ -59,7 +59,7 @@ async def health(request: AnyRequest) -> Response[bytes]:
 
 @get("/health/live", media_type=MediaType.JSON, opt=described(LIVE))
 async def live() -> Response[bytes]:
-    """Whether the process answers at all.
+    """Liveness: whether the process responds.
 
     For restarts, so it looks at nothing else.
     """

@@ -30,7 +30,7 @@ async def payments(request: AnyRequest) -> Response[bytes]:
 
 @get("/payments/{payment_id:str}", media_type=MediaType.JSON, opt=described(GET_PAYMENT))
 async def payment(request: AnyRequest, payment_id: FromPath[str]) -> Response[bytes]:
-    """A payment as of now, or as of then."""
+    """A payment as of now, or as of a past time or position."""
     service, reach = service_of(request), may_read(client_of(request))
     wanted = payment_in_path(request, payment_id)
     if query := request.scope["query_string"]:
@@ -42,7 +42,7 @@ async def payment(request: AnyRequest, payment_id: FromPath[str]) -> Response[by
 
 @get("/payments/{payment_id:str}/events", media_type=MediaType.JSON, opt=described(GET_EVENTS))
 async def events(request: AnyRequest, payment_id: FromPath[str]) -> Response[bytes]:
-    """What happened to a payment.
+    """The events of a payment.
 
     Its events as they are stored, oldest first.
     """
@@ -55,7 +55,7 @@ async def events(request: AnyRequest, payment_id: FromPath[str]) -> Response[byt
     "/payments/{payment_id:str}/callbacks", media_type=MediaType.JSON, opt=described(GET_CALLBACKS)
 )
 async def callbacks(request: AnyRequest, payment_id: FromPath[str]) -> Response[bytes]:
-    """What Order Service was told of a payment."""
+    """The callbacks of a payment, with their attempts."""
     service, reach = service_of(request), may_read(client_of(request))
     wanted = payment_in_path(request, payment_id)
     return json_of(await get_callbacks(service.database, service.lookups, wanted, reach))

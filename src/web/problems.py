@@ -33,7 +33,7 @@ class NotFound(PaymentsError):
     title = "Not Found"
 
     def __init__(self) -> None:
-        super().__init__("There is nothing at this path. GET /schema lists the endpoints.")
+        super().__init__("This path does not exist. GET /schema lists the endpoints.")
 
 
 class MethodNotAllowed(PaymentsError):
@@ -42,7 +42,9 @@ class MethodNotAllowed(PaymentsError):
     title = "Method Not Allowed"
 
     def __init__(self) -> None:
-        super().__init__("This path does not take this method; see the Allow header.")
+        super().__init__(
+            "This path does not support this method; the Allow header lists those it does."
+        )
 
 
 class BodyTooSlow(PaymentsError):
@@ -100,7 +102,7 @@ class FieldProblem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """An error (RFC 9457). `code` is stable; `errors` lists the fields or parameters at fault."""
+    """An error (RFC 9457). `code` is stable; `errors` lists the invalid fields or parameters."""
 
     type: str
     title: str

@@ -19,15 +19,15 @@ from web.schema.operations.refunds import REFUND, RefundAnswer, RefundBody
 
 @post("/refund", status_code=201, media_type=MediaType.JSON, opt=described(REFUND))
 async def refund(request: AnyRequest) -> Response[bytes]:
-    """Give a captured payment back, or a part of it."""
+    """Refund a captured payment, in full or in part."""
     sent = read_command(request, RefundBody)
     body, key = sent.body, sent.key
     log_with(request, payment_id=body.payment_id)
     amount_cents = None if body.amount_cents is msgspec.UNSET else body.amount_cents
     if amount_cents is not None and key is None:
         raise InvalidIdempotencyKey(
-            "Send an Idempotency-Key header with amount_cents: without one, a partial refund that "
-            "is retried would be made twice."
+            "Send an Idempotency-Key header with amount_cents: without one, a retry would "
+            "refund the amount a second time."
         )
     service = service_of(request)
     wanted = RefundRequest(

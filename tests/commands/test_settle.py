@@ -73,7 +73,7 @@ async def test_settling_only_asks_about_charges(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
     service = await make(ScriptedGateway(never_sent), **FAST)
-    with pytest.raises(Exception, match="cannot be reached"):
+    with pytest.raises(Exception, match="is unavailable"):
         await service.charging.charge(charge_of("k"))
     for attempts in (1, 2, 3):
         assert await settle(service, connection) == 1

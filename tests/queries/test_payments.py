@@ -259,13 +259,13 @@ def test_cursors_of_any_time(time: datetime) -> None:
 
 async def test_an_unknown_id_that_is_an_orders(database: Database, connection: Connection) -> None:
     order = uuid.uuid4()
-    plain = f"There is no payment {order}."
+    plain = f"Payment {order} does not exist."
     assert str(await not_found(database, order, None)) == plain
     failed = view(NOON, merchant_order_id=order, status=Status.FAILED, currency="JPY")
     charged = view(NOON + timedelta(seconds=1), merchant_order_id=order, amount_cents=5)
     insert(connection, [failed, charged], "shop")
     expected = (
-        f"{plain} An order with this id has the payments {charged.id} (SUCCESS, 0.05 INR), "
+        f"{plain} It is the id of an order with the payments {charged.id} (SUCCESS, 0.05 INR), "
         f"{failed.id} (FAILED, 1500 JPY): use one of these ids."
     )
     for client in (None, "shop"):
@@ -280,5 +280,5 @@ async def test_an_unknown_id_that_is_an_orders(database: Database, connection: C
 async def test_the_error_is_certain_without_the_list(address: DatabaseAddress) -> None:
     gone = Database(msgspec.structs.replace(address, host="/nowhere"), 1)
     await gone.open()
-    assert str(await not_found(gone, ORDERS[0], None)) == f"There is no payment {ORDERS[0]}."
+    assert str(await not_found(gone, ORDERS[0], None)) == f"Payment {ORDERS[0]} does not exist."
     await gone.close()

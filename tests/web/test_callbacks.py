@@ -218,7 +218,7 @@ async def test_a_database_that_is_away_stops_the_start(settings: Settings) -> No
     nowhere = DatabaseAddress(
         host="127.0.0.1", port=1, user="nobody", password=None, dbname="nothing"
     )
-    with pytest.raises(StartError, match="does not answer"):
+    with pytest.raises(StartError, match="does not respond"):
         await Service(settings, nowhere).start()
 
 

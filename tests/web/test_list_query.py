@@ -22,7 +22,7 @@ NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 def errors_of(query: bytes) -> dict[str, str]:
     with pytest.raises(InvalidRequest) as raised:
         read_list_query(query)
-    assert str(raised.value) == "Mend the query parameters listed in errors."
+    assert str(raised.value) == "Correct the query parameters listed in errors."
     return {error.field: error.message for error in raised.value.errors}
 
 
@@ -120,7 +120,7 @@ def test_what_is_not_utf_8_or_has_no_value(query: bytes) -> None:
 
 def test_a_lost_plus_is_explained() -> None:
     errors = errors_of(b"created_from=2026-01-31T17:30:00+05:30&created_until=a+b&status=a+b")
-    assert errors["created_from"].endswith("write it as %2B, or use Z")
+    assert errors["created_from"].endswith("encode it as %2B, or use Z")
     assert "%2B" not in errors["created_until"] + errors["status"]
 
 
@@ -129,12 +129,12 @@ def test_every_wrong_one_is_named() -> None:
     assert errors_of(query) == {
         "limit": "must be a whole number from 1 to 200",
         "status": "must be one of PENDING, SUCCESS, FAILED, REFUNDED",
-        "page": "is not a parameter of this request; leave it out",
-        "currency": "was sent 2 times; send it once",
-        "cursor": "must be the next_cursor of an earlier answer, unchanged",
+        "page": "is not a parameter of this request; remove it",
+        "currency": "is present 2 times; send it once",
+        "cursor": "must be the next_cursor of an earlier response, unchanged",
         "created_from": "must be a time with its offset from UTC (RFC 3339), "
         "like 2026-01-31T18:30:00Z",
-        "sort": "is not a parameter of this request; leave it out",
+        "sort": "is not a parameter of this request; remove it",
     }
 
 

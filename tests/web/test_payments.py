@@ -111,7 +111,7 @@ async def test_an_orders_id_leads_to_its_payments(
 ) -> None:
     unknown = await client.get(path.format(ORDER_ID))
     assert problem(unknown) == (404, "payment_not_found")
-    assert unknown.json()["detail"] == f"There is no payment {ORDER_ID}."
+    assert unknown.json()["detail"] == f"Payment {ORDER_ID} does not exist."
     payment_id = (await charge(client)).json()["id"]
     await caught_up(service, connection)
     response = await client.get(path.format(ORDER_ID))

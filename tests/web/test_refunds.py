@@ -108,7 +108,7 @@ async def test_an_amount_needs_a_key(
     payment_id = await charged(client)
     response = await refund(client, payment_id, amount_cents=500)
     assert problem(response) == (400, "invalid_idempotency_key")
-    assert "made twice" in response.json()["detail"]
+    assert "a second time" in response.json()["detail"]
     assert connection.execute("SELECT count(*) FROM payment_events").fetchone() == (2,)
 
 

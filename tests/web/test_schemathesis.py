@@ -28,12 +28,12 @@ CASES_PER_EXAMPLE = 15
 
 # What is true of fields together, or of what was there before, no schema can say.
 BEYOND_THE_SCHEMA = {
-    ("cursor", "must be the next_cursor of an earlier answer, unchanged"),
+    ("cursor", "must be the next_cursor of an earlier response, unchanged"),
     ("created_until", "must not be before created_from"),
     (
         "hold_until",
-        "must be at least 13.5 s from now, or the charge may end after it: hold the seats for "
-        "longer, and send their new end with the same key",
+        "must be at least 13.5 s from now, so that the charge can finish before it: extend the "
+        "hold, and retry with the same key and the new hold_until",
     ),
 }
 

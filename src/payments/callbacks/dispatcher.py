@@ -53,8 +53,8 @@ CUT_OFF_S = 0.8  # of the stop's timeout, to record the exchanges that were canc
 
 
 class CallbackBody(msgspec.Struct, frozen=True, kw_only=True):
-    """What Order Service is told. `sequence` grows from one callback of a payment to its next;
-    `event_id` is the same whenever a callback is repeated."""
+    """The body of a callback. `sequence` grows from one callback of a payment to its next;
+    `event_id` stays the same when a callback is retried."""
 
     order_id: UUID
     payment_id: UUID

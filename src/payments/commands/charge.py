@@ -143,11 +143,12 @@ class Charging:
             return
         if await self._store.load_charge(payment_id_for(request.idempotency_key)) is None:
             message = (
-                f"must be at least {self._hold_needed_s:g} s from now, or the charge may end after "
-                "it: hold the seats for longer, and send their new end with the same key"
+                f"must be at least {self._hold_needed_s:g} s from now, so that the charge can "
+                "finish before it: extend the hold, and retry with the same key and the new "
+                "hold_until"
             )
             raise InvalidRequest(
-                "The seats are not held for long enough to charge them. Nothing was charged.",
+                "The hold ends too soon to complete the charge. Nothing was charged.",
                 (FieldError("hold_until", message),),
             )
 
@@ -261,7 +262,7 @@ class Charging:
         except NeverSent as error:
             if not begun.replayed:
                 run.pending_answer = None
-            unavailable = GatewayUnavailable("The payment provider cannot be reached.")
+            unavailable = GatewayUnavailable("The payment provider is unavailable.")
             # Sooner, a repetition would take this run for one that is still under way.
             unavailable.retry_after_s = math.ceil(self._deadline_s)
             raise unavailable from error
@@ -284,7 +285,7 @@ class Charging:
             raise OutcomeUnknown("about to be abandoned: a capture would come too late")
 
 
-_GONE = "Its client had left, or had waited too long. Nothing was charged; send it again."
+_GONE = "The client disconnected, or its deadline passed. Nothing was charged; retry."
 
 
 def _error_label(error: PaymentsError) -> str:
@@ -303,4 +304,4 @@ def _first(payment_id: UUID, first_state: bytes | None) -> Payment:
     try:
         return evolve(None, fact_at(payment_id, 1, PaymentInitiated.TOPIC, first_state or b""))
     except (UndecodableEvent, UnexpectedEvent) as error:
-        raise PaymentUnreadable("The payment of this key cannot be read.") from error
+        raise PaymentUnreadable("The payment with this key cannot be read.") from error

@@ -31,6 +31,7 @@ def _detail(payment: Payment, client: str) -> str:
     """The payment's id is for its own client."""
     of_whom = f"payment {payment.id}" if payment.client == client else "another client's payment"
     return (
-        f"The order is paid by {of_whom}, and nothing was charged. To charge it again, give that "
-        "payment back first; its own Idempotency-Key gets its outcome."
+        f"The order is already paid by {of_whom}. Nothing was charged. To charge the order "
+        "again, refund that payment first. To read its outcome, retry with its own "
+        "Idempotency-Key."
     )

@@ -121,12 +121,12 @@ class Refunding:
         the capture of an imported payment may have no id."""
         if payment.gateway != self._gateway.name:
             raise PaymentNotRefundable(
-                f"It was captured by the provider {payment.gateway}, "
-                f"and this service now works with {self._gateway.name}."
+                f"It was captured by the provider {payment.gateway}, but this service now uses "
+                f"{self._gateway.name}."
             )
         if payment.status is Status.SUCCESS and payment.provider_txn_id is None:
             raise PaymentNotRefundable(
-                "It was imported without the provider's id of the capture: give it back at the "
+                "It was imported without the provider's id of the capture: refund it at the "
                 "provider."
             )
 
@@ -210,7 +210,7 @@ class Refunding:
             loaded = await self._store.load_imported(payment_id, command.may_read)
         if loaded is None:
             await self._giving_back.check_allowed()
-            raise PaymentNotFound(f"There is no payment {payment_id}.")
+            raise PaymentNotFound(f"Payment {payment_id} does not exist.")
         return loaded
 
     async def _ask(self, run: Run[Refunded], begun: _BegunRefund) -> Approved | Declined:
@@ -248,8 +248,8 @@ def _answer(run: Run[Refunded], payment: Payment, refund: Refund, replayed: bool
     if refund.status is Status.FAILED:
         run.pending_answer = None  # this error is the outcome
         raise RefundDeclined(
-            f"The provider refused the refund {refund.id} ({refund.decline_code}). "
-            "Nothing was given back; what is left of the payment can still be refunded."
+            f"The provider refused the refund {refund.id} ({refund.decline_code}). Nothing was "
+            "refunded; the remaining amount can still be refunded."
         )
     run.finish(Refunded(payment, refund, replayed))
 

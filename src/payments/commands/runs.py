@@ -191,7 +191,7 @@ class Runs:
         if run is not None:
             return await run.wait(caller, deadline_s, joined=True), True
         if not client.runs.take():
-            raise TooBusy("Too many requests are under way.")
+            raise TooBusy("The limit of concurrent requests is reached.")
         run = self._runs[request] = Run(client, self._stop_by)
         run.task = asyncio.create_task(self._run(request, run, work), name="run")
         self._tasks.add(run.task)
@@ -239,13 +239,13 @@ class Runs:
             if now >= run.answer_by:
                 run.fail(_late())
             elif now >= run.begin_by and not run.has_begun:
-                run.fail(DatabaseUnavailable("The database does not answer in time."))
+                run.fail(DatabaseUnavailable("The database did not respond in time."))
         loop = asyncio.get_running_loop()
         self._watching = loop.call_later(WATCH_S, self._watch) if self._runs else None
 
 
 def _late() -> TooBusy:
-    return TooBusy("The request did not get its turn in time.")
+    return TooBusy("The request was not processed before its deadline.")
 
 
 def cause(client: str, request_id: str | None = None, traceparent: str | None = None) -> Cause:

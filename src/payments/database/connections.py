@@ -415,7 +415,7 @@ class Database:
                     await self._pool.drain()
                 late = time.monotonic() > deadline - min(timeout_s / 2, POOL_WAIT_S)
                 if late or not tries_left or isinstance(error, PoolTimeout):
-                    raise DatabaseUnavailable("The database does not answer.") from error
+                    raise DatabaseUnavailable("The database does not respond.") from error
                 tries_left -= not isinstance(error, CONFLICTS)
 
     async def connect(self, application_name: str) -> psycopg.AsyncConnection[Any]:

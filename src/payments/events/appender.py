@@ -157,7 +157,7 @@ class Appender:
         wait already.
         """
         if self._intents >= self._intent_queue_max:
-            raise TooBusy("Too many requests wait for the event store.")
+            raise TooBusy("Too many requests are waiting for the event store.")
         self._intents += 1
         return self._submit([event], after, time.monotonic() + INTENT_TIMEOUT_S, wanted)
 
@@ -203,7 +203,7 @@ class Appender:
         for append in pending:
             if now >= append.expires_at:
                 append.resolve(
-                    DatabaseUnavailable("The event store does not answer. Nothing was charged.")
+                    DatabaseUnavailable("The event store does not respond. Nothing was charged.")
                 )
         loop = asyncio.get_running_loop()
         self._expiry = loop.call_later(EXPIRY_S, self._expire) if pending else None

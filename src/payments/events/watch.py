@@ -144,10 +144,10 @@ class LogWatch:
         """The same as of the last look; raises LogRewound."""
         if self.lost:
             raise LogRewound(
-                "The database lost events that it had acknowledged, perhaps in a failover. What "
-                "was given back may be among them, so nothing is until an operator has compared "
-                "with the provider (`payments log accept-loss`). Send it again then, with the same "
-                "key."
+                "The database lost events that it had acknowledged, perhaps in a failover. "
+                "They may include refunds, so refunds are stopped until an operator has "
+                "compared the log with the provider (`payments log accept-loss`). Retry then, "
+                "with the same key."
             )
 
     async def look(

@@ -156,23 +156,21 @@ def initiate_refund(payment: Payment, request: RefundRequest, cause: Cause) -> R
             f"The payment is {payment.status}; only a captured payment can be refunded."
         )
     if payment.status is Status.REFUNDED:
-        raise PaymentAlreadyRefunded("The whole amount was given back before.")
+        raise PaymentAlreadyRefunded("The whole amount is already refunded.")
     if len(payment.refunds) >= REFUND_ATTEMPTS_MAX:
         raise PaymentNotRefundable(
-            f"{REFUND_ATTEMPTS_MAX} refunds of it were asked for, those that the provider refused "
-            "included: the most that a payment may have."
+            f"{REFUND_ATTEMPTS_MAX} refunds were requested, including those that the provider "
+            "refused: the limit for a payment."
         )
     if sum(refund.status is not Status.FAILED for refund in payment.refunds) >= REFUNDS_MAX:
-        raise PaymentNotRefundable(
-            f"It has had {REFUNDS_MAX} refunds, the most that a payment may have."
-        )
+        raise PaymentNotRefundable(f"It has {REFUNDS_MAX} refunds, the limit for a payment.")
     left = payment.remaining_cents
     amount = left if request.amount_cents is None else request.amount_cents
     if not 0 < amount <= left:
         under_way = payment.reserved_cents
         raise RefundExceedsCapture(
-            f"Of {payment.amount_cents} captured, {payment.refunded_cents} were given back"
-            + (f" and {under_way} are under way" if under_way else "")
+            f"Of {payment.amount_cents} captured, {payment.refunded_cents} are refunded"
+            + (f" and {under_way} are being refunded" if under_way else "")
             + f": at most {left} can be refunded."
         )
     key = request.idempotency_key

@@ -105,8 +105,8 @@ Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
 class AttemptView(msgspec.Struct, frozen=True, kw_only=True):
     """One exchange with Order Service. `outcome`: delivered, gone (410), http_error, unreachable
-    (nothing was sent), timeout, end_unknown (sent, and cut off), or interrupted when nobody was
-    left to see its end. `status` is that of HTTP."""
+    (nothing was sent), timeout, end_unknown (sent, but the connection broke), or interrupted (the
+    process stopped first). `status` is the HTTP status."""
 
     started_at: Time
     seconds: float | None
@@ -117,7 +117,7 @@ class AttemptView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CallbackView(msgspec.Struct, frozen=True, kw_only=True):
-    """An outcome that Order Service is told. `next_at` is when its order is tried next."""
+    """An outcome for Order Service. `next_at` is the time of the next attempt for its order."""
 
     event_id: UUID
     order_id: UUID
@@ -132,7 +132,7 @@ class CallbackView(msgspec.Struct, frozen=True, kw_only=True):
 
 class PaymentCallbacks(msgspec.Struct, frozen=True):
     """The callbacks of a payment, in order. `fulfilment` says why its order may not have been
-    fulfilled; null: nothing is known against it."""
+    fulfilled; null if nothing indicates that."""
 
     callbacks: list[CallbackView]
     fulfilment: FulfilmentView | None

@@ -40,8 +40,8 @@ def read_cursor(cursor: str, of: str = "") -> ListPlace:
     except (ValueError, OverflowError, struct.error):
         place = None
     if place is None or write_cursor(place, of) != cursor:
-        error = FieldError("cursor", "must be the next_cursor of an earlier answer, unchanged")
-        raise InvalidRequest("The cursor is not one of ours.", (error,))
+        error = FieldError("cursor", "must be the next_cursor of an earlier response, unchanged")
+        raise InvalidRequest("The cursor is not valid.", (error,))
     return place
 
 

@@ -81,12 +81,12 @@ Time = Annotated[datetime, msgspec.Meta(tz=True)]
 class Unfulfilled(msgspec.Struct, frozen=True, kw_only=True):
     """A captured payment whose order may not have been fulfilled.
 
-    `state`: suspect (nobody asked yet, or the order's status is not known), unfulfilled (the order
-    is shown as failed), paid_twice (another payment confirmed the order), or given_back. `said` is
-    what the response to its SUCCESS said of the order: nothing, already_processed, repeated (the
-    same, to a later attempt), failed, or not_asked if there was none. `order_status` is the order's
-    status as it was shown last, in Order Service's own word; `problem` says why that told nothing.
-    `next_at` is when it is asked for again, or the end of a lease.
+    `state`: suspect (the order's status was not requested yet, or is not known), unfulfilled (the
+    order failed), paid_twice (another payment confirmed the order), or given_back. `said` is what
+    the response to its SUCCESS said of the order: nothing, already_processed, repeated (the same,
+    to a later attempt), failed, or not_asked if there was no response. `order_status` is the last
+    status of the order, in Order Service's own word; `problem` says why it is not known. `next_at`
+    is the time of the next request for the status, or the end of a lease.
     """
 
     payment_id: UUID
@@ -104,7 +104,7 @@ class Unfulfilled(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FulfilmentView(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of whether a captured payment's order was fulfilled: see Unfulfilled."""
+    """What is known of the fulfilment of a captured payment's order: see Unfulfilled."""
 
     state: State
     said: Said
@@ -116,11 +116,12 @@ class FulfilmentView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UnfulfilledPage(msgspec.Struct, frozen=True):
-    """Payments, the one that was found first coming first. `next_cursor` asks for what follows;
-    null: nothing does.
+    """Payments, in the order in which they were found. `next_cursor` requests the next page; null
+    on the last page.
 
-    `order_status_asked`: Order Service is asked for the status of orders. If not, payments whose
-    response said nothing of the order are not listed, and may be unfulfilled as well.
+    `order_status_asked`: the service requests the status of orders from Order Service. If not,
+    payments whose response did not contain the order's status are not listed, and may be
+    unfulfilled as well.
     """
 
     payments: list[Unfulfilled]

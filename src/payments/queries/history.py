@@ -18,7 +18,7 @@ SELECT "position", version, type, recorded_at, data::text
 
 
 class PaymentEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One event; `position` is its place in the whole log, `version` that in its payment.
+    """One event; `position` is its place in the log, `version` its place in the payment.
 
     `data` is the event as it is stored: an object, unless it was damaged; null if it is not JSON.
     """

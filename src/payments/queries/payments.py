@@ -116,7 +116,7 @@ SELECT 1 FROM payment_event_log WHERE payment_id = %s LIMIT 1
 
 
 class PaymentView(msgspec.Struct, frozen=True, kw_only=True):
-    """A payment as it is read: the documented columns, and how much was given back."""
+    """A payment: the documented columns, and the total of its refunds."""
 
     id: UUID
     merchant_order_id: UUID
@@ -141,9 +141,9 @@ class PaymentFilter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PaymentPage(msgspec.Struct, frozen=True):
-    """Payments, newest first. `next_cursor` asks for what follows; null: nothing does.
+    """Payments, newest first. `next_cursor` requests the next page; null on the last page.
 
-    `position` is how far into the log the list was written when it was read.
+    `position` is the last event of the log that the list includes.
     """
 
     payments: list[PaymentView]
@@ -273,7 +273,7 @@ async def has_no_money(database: Database, order_id: UUID) -> bool:
 
 async def not_found(database: Database, payment_id: UUID, client: str | None) -> PaymentNotFound:
     """The error for an id that no payment has. If it is an order's id, the error says so."""
-    detail = f"There is no payment {payment_id}."
+    detail = f"Payment {payment_id} does not exist."
     try:
         of_order = await payments_of_order(database, payment_id, client, OF_ORDER_MAX + 1)
     except DatabaseUnavailable:
@@ -284,7 +284,9 @@ async def not_found(database: Database, payment_id: UUID, client: str | None) ->
             for id, status, amount, currency in of_order[:OF_ORDER_MAX]
         )
         older = " and older ones" if len(of_order) > OF_ORDER_MAX else ""
-        detail += f" An order with this id has the payments {listed}{older}: use one of these ids."
+        detail += (
+            f" It is the id of an order with the payments {listed}{older}: use one of these ids."
+        )
     return PaymentNotFound(detail)
 
 

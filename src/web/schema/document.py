@@ -61,7 +61,7 @@ def document(app: Litestar) -> bytes:
                     "bearer": {
                         "type": "http",
                         "scheme": "bearer",
-                        "description": "An API key, if the service is configured with some.",
+                        "description": "An API key; required if API keys are configured.",
                     }
                 },
             },
@@ -162,7 +162,7 @@ def _responses_without_endpoint() -> Iterator[tuple[str, Any]]:
     yield _response(NotFound, str(NotFound()))
     yield _response(MethodNotAllowed, str(MethodNotAllowed()), "Allow")
     for kind in UnreadableRequest.__subclasses__():
-        yield _response(kind, f"{kind.title}; the connection ends.")
+        yield _response(kind, f"{kind.title}; the server closes the connection.")
 
 
 def _response(

@@ -36,9 +36,11 @@ WEBHOOKS: dict[str, Any] = {
             "operationId": "payment_outcome",
             "tags": ["callbacks"],
             "summary": "The outcome of a payment, to ORDER_CALLBACK_URL",
-            "description": "At least once; for each order in order, and one at a time. `status` is "
-            "`SUCCESS`, `FAILED` or `REFUNDED`; answer `2xx` to any other, for more may come to "
-            "be, and to an `event_id` that was there before. Signed as Standard Webhooks are.",
+            "description": "Delivered at least once; the callbacks of an order are sent in "
+            "order, one at a time. `status` is `SUCCESS`, `FAILED` or "
+            "`REFUNDED`. Respond with `2xx` to any other status too, since "
+            "more may be added, and to an `event_id` that you have processed "
+            "before. Signed according to Standard Webhooks.",
             "parameters": [
                 _header(
                     "webhook-id",
@@ -47,13 +49,14 @@ WEBHOOKS: dict[str, Any] = {
                 ),
                 _header(
                     "webhook-timestamp",
-                    f"When it was sent, in seconds since 1970; to be refused if far off. {_SIGNED}",
+                    "The time of sending in Unix seconds. Reject the callback if it "
+                    f"differs much from your clock. {_SIGNED}",
                     {"type": "integer"},
                 ),
                 _header(
                     "webhook-signature",
-                    "`v1,` and the base64 of the HMAC-SHA256 of `id.timestamp.body`; several, one "
-                    f"for each secret, are separated by spaces. {_SIGNED}",
+                    "`v1,` and the base64 of the HMAC-SHA256 of `id.timestamp.body`; one per "
+                    f"secret, separated by spaces. {_SIGNED}",
                     {"type": "string"},
                 ),
                 _header(
@@ -72,13 +75,14 @@ WEBHOOKS: dict[str, Any] = {
                 },
             },
             "responses": {
-                "2XX": {"description": "Delivered: what it means is stored."},
-                "410": {"description": "Given up at once, until a person sends it again."},
+                "2XX": {"description": "Delivered. Respond only once the outcome is stored."},
+                "410": {"description": "Dead: not retried, unless an operator redrives it."},
                 "default": {
-                    "description": "Sent again, after growing pauses, for three days at least; so "
-                    "is what is not answered within `CALLBACK_TIMEOUT_S` "
-                    f"({TIMEOUT_S:g} s), after as long again. After `429` and `503` not before "
-                    "`Retry-After`."
+                    "description": "Retried with exponential backoff for at least three days. "
+                    "Without a response within `CALLBACK_TIMEOUT_S` "
+                    f"({TIMEOUT_S:g} s) it is retried after at least the same "
+                    "time again. After `429` and `503` it is not retried "
+                    "before `Retry-After`."
                 },
             },
             "security": [],

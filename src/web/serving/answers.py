@@ -77,7 +77,7 @@ def of_error(error: PaymentsError, *, waits: bool = True) -> PreparedAnswer:
 
 NOT_FOUND = of_error(NotFound())
 UNAUTHORIZED = of_error(Unauthorized(SEND_A_KEY))
-_BUSY = "More requests are under way than this service can take on. Send it again."
+_BUSY = "The limit of concurrent requests is reached. Retry."
 # To a client with an API key: sent at once, so that it can continue.
 TOO_BUSY = of_error(TooBusy(_BUSY), waits=False)
 TOO_BUSY_OPEN = of_error(TooBusy(_BUSY))

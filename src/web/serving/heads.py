@@ -67,7 +67,7 @@ def objection_to(
     if version not in ("1.0", "1.1"):
         return VersionNotSupported("Send HTTP/1.1.")
     if method == b"CONNECT":
-        return Unimplemented("This is not a proxy.")
+        return Unimplemented("This server is not a proxy: send a path, not an absolute URI.")
     if b"#" in target:
         return MalformedRequest("Send the request without a fragment.")
     hosts, codings = [], []
@@ -81,7 +81,7 @@ def objection_to(
     if len(hosts) > 1 or (not hosts and version == "1.1"):  # RFC 9112 section 3.2
         return MalformedRequest("Send the Host header once.")
     if hosts and not _HOST.fullmatch(hosts[0].strip()):
-        return MalformedRequest("Send a name or address, and maybe a port, as Host.")
+        return MalformedRequest("Send a host name or address, with an optional port, as Host.")
     return _objection_to_codings(codings, version) if codings else None
 
 
@@ -91,5 +91,5 @@ def _objection_to_codings(codings: list[bytes], version: str) -> UnreadableReque
         return MalformedRequest("Send Transfer-Encoding with HTTP/1.1 only.")
     # The parser rejects codings that do not end in chunked.
     if codings != [b"chunked"] and codings[-1].rpartition(b",")[2].strip() == b"chunked":
-        return Unimplemented("Send no other Transfer-Encoding than chunked.")
+        return Unimplemented("Send no Transfer-Encoding other than chunked.")
     return None

@@ -29,7 +29,7 @@ Currency = StrEnum("Currency", [(code, code) for code in sorted(money.DECIMALS)]
 
 
 class ChargeBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What POST /v1/charge takes."""
+    """The body of POST /v1/charge."""
 
     # The descriptions are also the texts of the field errors. In the patterns `$` alone would
     # accept a final line feed; the length or `(?!\n)` does not.
@@ -70,14 +70,14 @@ class ChargeBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         ]
         | None,
         msgspec.Meta(
-            description=f"{TIME_TEXT}: when the hold of the seats ends. No capture is sent after "
-            "it; when the charge is repeated, the first one counts"
+            description=f"{TIME_TEXT}: the end of the hold of the seats. No capture is sent "
+            "after it. On a retry the value of the first request is used"
         ),
     ] = None
 
 
 class ChargeAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What POST /v1/charge answers: the payment with its first outcome."""
+    """The response to POST /v1/charge: the payment with its first outcome."""
 
     id: UUID
     merchant_order_id: UUID
@@ -103,15 +103,15 @@ _LINKS = {
 CHARGE = Operation(
     id="charge",
     tag="payments",
-    description="Answered within 7 s. A declined payment is an outcome, `201` with `FAILED`, and "
-    "not an error. A client that goes away cancels nothing that was begun; a charge "
-    "is not begun if by then its client's connection is lost or 7 s are over.",
+    description="Responds within 7 s. A decline is an outcome, `201` with `FAILED`, not an "
+    "error. A client that disconnects does not cancel a charge that has started. "
+    "A charge does not start if its client has disconnected, or after 7 s.",
     parameters=(
         Parameter(
             name="Idempotency-Key",
             place="header",
-            description="One value per charge, the same one when the charge is repeated. Keys "
-            "never expire.",
+            description="A new value for each charge, and the same value for its retries. "
+            "Keys never expire.",
             schema=KEY_SCHEMA,
             required=True,
             examples={"charge": "abc123"},
@@ -134,9 +134,9 @@ CHARGE = Operation(
             links=_LINKS,
         ),
         202: Answer(
-            description="`PENDING`: not known in time. Send the same request again after "
-            "`Retry-After`; it is sent to the provider only if that has never heard of it. Or read "
-            "the payment.",
+            description="`PENDING`: the outcome is not known yet. Retry the same request "
+            "after `Retry-After`, or read the payment. A retry sends the charge "
+            "to the provider only if the provider never received it.",
             body=ChargeAnswer,
             example=_CHARGED | {"provider_txn_id": None, "status": "PENDING"},
             headers=("Location", "Retry-After"),

@@ -8,14 +8,14 @@ from web.schema.description import Answer, Operation
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """`ok` is whether charges can be taken.
+    """`ok`: the service can process charges.
 
-    `database` is ok, unavailable (for reading), or read_only: a standby, or one that refuses to
-    write. `event_store` is ok or stalled: an append has waited longer than an intent would. `log`
-    is rewound while it lacks events that it had acknowledged: charges go on, and nothing is given
-    back until an operator has accepted that. `callbacks` is degraded while Order Service does not
-    take them: charges go on, and they are sent again; it is off without ORDER_CALLBACK_URL. Both
-    are null while the database is away.
+    `database` is ok, unavailable (for reads), or read_only (a standby, or a server that refuses
+    writes). `event_store` is ok, or stalled: an append has waited longer than an intent may. `log`
+    is rewound while events that the database had acknowledged are missing: charges continue, and
+    refunds are stopped until an operator accepts the loss. `callbacks` is degraded while Order
+    Service does not accept callbacks: charges continue, and callbacks are retried; it is off
+    without ORDER_CALLBACK_URL. Both are null while the database is unavailable.
     """
 
     ok: bool
@@ -31,7 +31,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Alive(msgspec.Struct, frozen=True):
-    """Always the same; no answer at all is the other one."""
+    """Always `ok`; a dead process sends no response."""
 
     ok: bool
     service: str
@@ -48,11 +48,14 @@ _HEALTHY = {
 HEALTH = Operation(
     id="health",
     tag="operations",
-    description="For load balancers. Whoever asks too often gets what was found a second ago.",
+    description=(
+        "For load balancers. A client that exceeds the rate limit receives the result of the "
+        "last check, up to a second old."
+    ),
     answers={
-        200: Answer(description="They can.", body=Health, example=_HEALTHY),
+        200: Answer(description="The service can process charges.", body=Health, example=_HEALTHY),
         503: Answer(
-            description="The database is away, or takes no events.",
+            description="The database is unavailable, or accepts no events.",
             body=Health,
             example=_HEALTHY
             | {"ok": False, "database": "unavailable", "log": None, "callbacks": None},
@@ -62,19 +65,22 @@ HEALTH = Operation(
 LIVE = Operation(
     id="live",
     tag="operations",
-    description="For restarts: it looks at nothing else, the database neither. Never refused.",
+    description="Liveness probe: checks the process only, not the database. Never rejected.",
     answers={
         200: Answer(
-            description="It does.", body=Alive, example={"ok": True, "service": "payment-service"}
+            description="The process responds.",
+            body=Alive,
+            example={"ok": True, "service": "payment-service"},
         )
     },
 )
 METRICS = Operation(
     id="metrics",
     tag="operations",
-    description="In the Prometheus text format; `docs/operations.md` says which to watch. With "
-    "`Accept: application/openmetrics-text` as OpenMetrics; with `Accept: application/json` the "
-    "load, memory, heap, uptime and time of the process alone. As of at most a second ago.",
+    description="In the Prometheus text format; `docs/operations.md` lists those to watch. "
+    "With `Accept: application/openmetrics-text` in the OpenMetrics format; with "
+    "`Accept: application/json` only the load, memory, heap, uptime and time of "
+    "the process. The values are at most a second old.",
     answers={
         200: Answer(
             description="All metrics.",

@@ -19,7 +19,7 @@ _ID = "058c9593-e150-402f-ab5b-37dd4c9816f0"
 _PAYMENT_ID = Parameter(
     name="payment_id",
     place="path",
-    description="The payment's UUID; for an order's, the `404` lists the order's payments.",
+    description="The payment's UUID. For an order's UUID, the `404` lists the order's payments.",
     schema=UUID_SCHEMA,
     required=True,
     examples={"payment": _ID},
@@ -48,27 +48,28 @@ _ONE_PAYMENT_PROBLEMS = (
 _AS_OF = Parameter(
     name="as_of",
     place="query",
-    description=f"{TIME_TEXT}, or a position of the log: the payment as it was after everything "
-    "that was recorded by then. Without it, or later than now: as of now.",
+    description=f"{TIME_TEXT}, or a position of the log: the payment is returned with "
+    "everything recorded up to then. By default, and for a time in the future: as "
+    "of now.",
     schema=AS_OF_READERS["as_of"][2],
 )
 
 LIST_PAYMENTS = Operation(
     id="list_payments",
     tag="payments",
-    description="Some milliseconds behind: `position` is the last event that the list takes into "
-    "account. Payments that come while you page neither push others onto the next page nor off it.",
+    description="The list is some milliseconds behind the log: `position` is the last event "
+    "that it includes. Payments created while you page do not shift later pages.",
     parameters=query_parameters(
         LIST_READERS,
         notes={
-            "created_from": "; included",
-            "created_until": "; excluded, and not before created_from",
+            "created_from": "; inclusive",
+            "created_until": "; exclusive, and not before created_from",
         },
         examples={"limit": {"list": 20}, "created_from": {"list": "2026-01-31T18:30:00Z"}},
     ),
     answers={
         200: Answer(
-            description="A page; `next_cursor` is `null` on the last one.",
+            description="A page; `next_cursor` is `null` on the last page.",
             body=PaymentPage,
             example={"payments": [_VIEW], "next_cursor": None, "position": 2},
         )
@@ -78,8 +79,9 @@ LIST_PAYMENTS = Operation(
 GET_PAYMENT = Operation(
     id="get_payment",
     tag="payments",
-    description="Read from its events: a payment is there the instant its charge was answered. "
-    "With `as_of` it is as it was then, and `404` if it did not exist yet.",
+    description="Read from the payment's events, so a payment is readable as soon as the "
+    "response to its charge is sent. With `as_of` the payment is returned as it "
+    "was then, or `404` if it did not exist.",
     parameters=(_PAYMENT_ID, _AS_OF),
     answers={200: Answer(description="The payment.", body=PaymentView, example=_VIEW)},
     problems=_ONE_PAYMENT_PROBLEMS,
@@ -87,12 +89,12 @@ GET_PAYMENT = Operation(
 GET_EVENTS = Operation(
     id="get_events",
     tag="payments",
-    description="Its events as they are stored, oldest first; also those of a payment that is "
-    "`payment_unreadable`.",
+    description="The payment's events as stored, oldest first, including those of a payment "
+    "that is `payment_unreadable`.",
     parameters=(_PAYMENT_ID,),
     answers={
         200: Answer(
-            description="The history.",
+            description="The events.",
             body=PaymentHistory,
             example={
                 "events": [
@@ -125,13 +127,14 @@ GET_EVENTS = Operation(
 GET_CALLBACKS = Operation(
     id="get_callbacks",
     tag="payments",
-    description="Each outcome that is called back, with every attempt that is on record. None "
-    "without `ORDER_CALLBACK_URL`, and for what is older than `CALLBACK_RETENTION_DAYS`. "
-    "`fulfilment` is not null if the order may not have been fulfilled: `GET /v1/unfulfilled`.",
+    description="Each outcome that is sent to Order Service, with all recorded attempts. "
+    "Empty without `ORDER_CALLBACK_URL`, and for callbacks older than "
+    "`CALLBACK_RETENTION_DAYS`. `fulfilment` is not null if the order may not "
+    "have been fulfilled: `GET /v1/unfulfilled`.",
     parameters=(_PAYMENT_ID,),
     answers={
         200: Answer(
-            description="The callbacks, in order.",
+            description="The callbacks, in the order of `sequence`.",
             body=PaymentCallbacks,
             example={
                 "callbacks": [

@@ -28,7 +28,7 @@ from web.schema.description import Answer, Operation, Parameter
 
 
 class RefundBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What POST /v1/refund takes."""
+    """The body of POST /v1/refund."""
 
     # The descriptions are also the texts of the field errors.
     payment_id: Annotated[
@@ -46,16 +46,16 @@ class RefundBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         | msgspec.UnsetType,
         msgspec.Meta(
             description=f"a whole number from {money.MIN_AMOUNT_CENTS} to "
-            f"{money.MAX_AMOUNT_CENTS}, or left out to refund all that is left"
+            f"{money.MAX_AMOUNT_CENTS}, or left out to refund the remaining amount"
         ),
     ] = msgspec.UNSET
 
 
 class RefundAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What POST /v1/refund answers.
+    """The response to POST /v1/refund.
 
-    `id` and `status` are the payment's and `amount_cents` is the refund's. `refunded_cents` is what
-    was given back of the payment in total. Once the refund is finished all is as of that moment.
+    `id` and `status` are the payment's, `amount_cents` is the refund's. `refunded_cents` is the
+    total of the payment's refunds. For a finished refund all values are as of its end.
     """
 
     id: UUID
@@ -79,14 +79,15 @@ _LINKS = {
 REFUND = Operation(
     id="refund",
     tag="payments",
-    description="However many refunds race, their sum never exceeds what was captured. A refund "
-    "that was accepted is never given up, even if the provider cannot be reached.",
+    description="The sum of all refunds, concurrent ones included, never exceeds the captured "
+    "amount. An accepted refund is never abandoned, even if the provider is "
+    "unavailable.",
     parameters=(
         Parameter(
             name="Idempotency-Key",
             place="header",
-            description="One value per refund of the payment, the same one when the refund is "
-            "repeated. Required with `amount_cents`, and better always sent.",
+            description="A new value for each refund of the payment, and the same value for "
+            "its retries. Required with `amount_cents`, and recommended without.",
             schema=KEY_SCHEMA,
             examples={"a part": "abc123-refund-1", "all that is left": "abc123-refund-2"},
         ),
@@ -101,15 +102,16 @@ REFUND = Operation(
     },
     answers={
         201: Answer(
-            description="Given back. `status` is `REFUNDED` once the whole amount is back.",
+            description="Refunded. `status` is `REFUNDED` once the whole amount is refunded.",
             body=RefundAnswer,
             example=_REFUNDED,
             headers=("Location", "Idempotent-Replayed"),
             links=_LINKS,
         ),
         202: Answer(
-            description="Accepted, and its outcome was not known in time. It is found out "
-            "without another request; read the payment, or send the same request again.",
+            description="Accepted; the outcome is not known yet. The service settles the "
+            "refund without another request; read the payment, or retry the same "
+            "request.",
             body=RefundAnswer,
             example=_REFUNDED | {"refunded_cents": 0},
             headers=("Location", "Retry-After"),

@@ -23,16 +23,18 @@ _EXAMPLE = {
 LIST_UNFULFILLED = Operation(
     id="list_unfulfilled",
     tag="payments",
-    description="Captured payments that Order Service did not confirm. `unfulfilled`: it shows the "
-    "order as failed; give the money back, or see that the order is fulfilled. `paid_twice`: the "
-    "order is confirmed, and was paid by another payment before; give this one back. `suspect`: it "
-    "is not known. `given_back`: the service gave it back. What was refunded is not listed.",
+    description="Captured payments whose order Order Service did not confirm. `unfulfilled`: "
+    "the order failed; refund the payment, or have the order fulfilled. "
+    "`paid_twice`: the order is confirmed for another payment; refund this one. "
+    "`suspect`: the status of the order is not known. `given_back`: the service "
+    "gave the payment back by itself. Payments that were refunded on request are "
+    "not listed.",
     parameters=query_parameters(
-        UNFULFILLED_READERS, notes={"state": "; without it all but given_back are listed"}
+        UNFULFILLED_READERS, notes={"state": "; by default all but given_back"}
     ),
     answers={
         200: Answer(
-            description="A page; `next_cursor` is `null` on the last one.",
+            description="A page; `next_cursor` is `null` on the last page.",
             body=UnfulfilledPage,
             example={"payments": [_EXAMPLE], "next_cursor": None, "order_status_asked": True},
         )
