@@ -143,7 +143,7 @@ def test_the_command_lifts_it_and_says_why_it_had_stopped(
 ) -> None:
     done = operator("giving-back", "resume", *WHO)
     assert (done.exit_code, done.stdout) == (1, "")
-    assert "it has not stopped" in done.stderr
+    assert "automatic refunds have not stopped" in done.stderr
     connection.execute("INSERT INTO giving_back_stopped (reason) VALUES ('20 were given back')")
     done = operator("giving-back", "resume", *WHO)
     assert done.exit_code == 0

@@ -176,7 +176,7 @@ def test_doctor_tells_and_rebuild_restores_shape_and_rows(
     rows = connection.execute("SELECT status, currency FROM payments").fetchall()
     connection.execute(SYNCHRONIZE)
     told = operator("doctor").stdout
-    assert f"something else changed the table payments ({', '.join(LOST)}): `payments mig" in told
+    assert f"another program changed the table payments ({', '.join(LOST)}): `payments mig" in told
     assert operator("rebuild", "--dry-run").exit_code == 1
     assert shape.lost(connection) == LOST
     assert operator("rebuild").exit_code == 0

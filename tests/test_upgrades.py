@@ -137,7 +137,7 @@ def test_the_service_works_where_it_may(
 @pytest.mark.parametrize(
     ("oldest", "state", "text"),
     [
-        (KNOWN, "ok", f"newer than this version, which may run on it: {KNOWN + 1:04}_future"),
+        (KNOWN, "ok", f"newer than this version, but compatible with it: {KNOWN + 1:04}_future"),
         (KNOWN + 1, "FAIL", f"run a version of the service that knows migration {KNOWN + 1:04}"),
     ],
 )

@@ -36,9 +36,9 @@ def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
     for entry in text.split(","):
         name, _, digest = entry.strip().partition(":")
         if not re.fullmatch("[0-9a-f]{64}", digest):
-            raise ValueError("must be name:sha256hex; several are separated by commas")
+            raise ValueError("must be entries name:sha256hex, separated by commas")
         check_client_name(name)
         keys.append(ApiKey(name, bytes.fromhex(digest)))
     if len({key.sha256 for key in keys}) != len(keys):
-        raise ValueError("must not hold the same key twice")
+        raise ValueError("must not contain the same key twice")
     return tuple(keys)

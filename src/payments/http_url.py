@@ -58,7 +58,7 @@ def parse_http_url(text: str) -> HttpUrl:
     except ValueError:
         raise ValueError(_UNUSABLE) from None
     if found["user"] is not None or found["fragment"] is not None:
-        raise ValueError("must hold no user name, password or fragment")
+        raise ValueError("must not contain a user name, password or fragment")
     path_qs = found["path_qs"] or "/"
     path_qs = path_qs if path_qs.startswith("/") else f"/{path_qs}"
     return HttpUrl(text=text, scheme=scheme, host=host, port=port, path_qs=path_qs)

@@ -56,13 +56,13 @@ def _check_together(settings: Settings, given: Mapping[str, Any]) -> None:
         for name in ("DATABASE_PORT", "DATABASE_USERNAME", "DATABASE_PASSWORD"):
             if name.lower() in given:
                 raise StartError(
-                    f"{name} is set but DATABASE_HOST is not: set it too, or neither "
-                    "to use the embedded Postgres"
+                    f"{name} is set but DATABASE_HOST is not: set both, or neither to use the "
+                    "embedded Postgres"
                 )
     if settings.unfulfilled == "refund" and settings.order_status_url is None:
         raise StartError(
-            "UNFULFILLED: refund needs ORDER_STATUS_URL: what a response to a callback says is not "
-            "enough to give money back"
+            "UNFULFILLED: refund needs ORDER_STATUS_URL: the response to a callback is not "
+            "sufficient evidence for a refund"
         )
     if settings.pending_abandon_after_s < settings.charge_deadline_s:
         raise StartError(
@@ -72,7 +72,7 @@ def _check_together(settings: Settings, given: Mapping[str, Any]) -> None:
     if settings.seat_hold_s is not None and settings.seat_hold_s < settings.hold_needed_s:
         raise StartError(
             f"SEAT_HOLD_S: {settings.seat_hold_s:g} must not be less than "
-            f"{settings.hold_needed_s:g}, or no charge could begin"
+            f"{settings.hold_needed_s:g}, or no charge could start"
         )
     if settings.gateway_timeout_s >= settings.charge_deadline_s:
         raise StartError(

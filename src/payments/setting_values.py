@@ -101,16 +101,18 @@ def parse_yes_no(value: str) -> bool:
 def parse_order_status_url(value: str) -> HttpUrl:
     """A URL with ORDER_ID in its path or query."""
     if value.count(ORDER_ID) != 1:
-        raise ValueError(f"must hold {ORDER_ID} once, in its path or query")
+        raise ValueError(f"must contain {ORDER_ID} once, in its path or query")
     if ORDER_ID in value.partition("://")[2].partition("/")[0]:
-        raise ValueError(f"must hold {ORDER_ID} in its path or query, not in its host")
+        raise ValueError(f"must contain {ORDER_ID} in its path or query, not in its host")
     return parse_http_url(value)
 
 
 def parse_statuses(value: str) -> tuple[str, ...]:
     chosen = tuple(part.strip() for part in value.split(","))
     if not set(chosen) <= set(CALLBACK_STATUSES) or len(set(chosen)) != len(chosen):
-        raise ValueError(f"must be some of {', '.join(CALLBACK_STATUSES)}, each once, with commas")
+        raise ValueError(
+            f"must be some of {', '.join(CALLBACK_STATUSES)}, each once, separated by commas"
+        )
     return chosen
 
 
@@ -119,6 +121,6 @@ def parse_networks(value: str) -> tuple[Network, ...]:
         return tuple(ipaddress.ip_network(part.strip()) for part in value.split(","))
     except ValueError:
         raise ValueError(
-            "must be networks as CIDRs, like 100.64.0.0/10, the bits of the host zero; several are "
+            "must be networks as CIDRs, like 100.64.0.0/10, with all host bits zero, "
             "separated by commas"
         ) from None

@@ -63,47 +63,51 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int | None,
         Variable(
             whole(1, 65535),
-            "a port of their own for /metrics and /health; the only one of `payments work`",
+            "separate port for /metrics and /health; the only port that `payments work` opens",
         ),
     ] = None
     order_callback_url: Annotated[
-        HttpUrl | None, Variable(parse_http_url, "where Order Service takes callbacks")
+        HttpUrl | None,
+        Variable(parse_http_url, "URL of Order Service for callbacks; unset: none are sent"),
     ] = None
     order_callback_secret: Annotated[
         tuple[bytes, ...],
         Variable(
             parse_secrets,
-            "signs callbacks: whsec_ and base64; several separated by commas, the first signs "
-            "first",
+            "secrets that sign callbacks: whsec_ and base64, separated by commas; one "
+            "signature for each, in this order",
             secret=True,
         ),
     ] = ()
     order_callback_statuses: Annotated[
         tuple[str, ...],
         Variable(
-            parse_statuses, "which outcomes are called back: some of SUCCESS, FAILED, REFUNDED"
+            parse_statuses,
+            "outcomes that are sent as callbacks: some of SUCCESS, FAILED, REFUNDED, "
+            "separated by commas",
         ),
     ] = ("SUCCESS", "FAILED")
     callback_timeout_s: Annotated[
         float,
         Variable(
             seconds(0.1, 120),
-            "Order Service has so long to answer a callback, and as long again before the next try",
+            "timeout of a callback, and the shortest pause before its retry if the "
+            "result is unknown",
         ),
     ] = 25
     http_callback_networks: Annotated[
         tuple[Network, ...],
         Variable(
             parse_networks,
-            "networks (CIDRs, with commas) that plain http may go to, beside loopback and private "
-            "ones",
+            "networks (CIDRs, separated by commas) that plain http may go to, besides "
+            "loopback and private ones",
         ),
     ] = ()
     order_status_url: Annotated[
         HttpUrl | None,
         Variable(
             parse_order_status_url,
-            "where Order Service tells an order's status, with {order_id} in it: "
+            "URL of an order's status at Order Service, with {order_id} in it: "
             "docs/order-service.md",
         ),
     ] = None
@@ -111,7 +115,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Variable(
             one_of("report", "refund"),
-            "what to do about a payment whose order failed: report it, or give it back as well",
+            "a payment whose order failed: report it, or report and refund it",
         ),
     ] = "report"
     payments_data_dir: Annotated[
@@ -126,40 +130,49 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         tuple[ApiKey, ...],
         Variable(
             parse_api_keys,
-            "API clients as name:sha256hex, separated by commas; unset: no key is asked for",
+            "API clients as name:sha256hex, separated by commas; unset: no API key is required",
             secret=True,
         ),
     ] = ()
     charge_deadline_s: Annotated[
-        float, Variable(seconds(0.1, 60), "a charge or refund is answered within this")
+        float, Variable(seconds(0.1, 60), "deadline for the response to a charge or refund")
     ] = 7
     gateway_timeout_s: Annotated[
-        float, Variable(seconds(0.05, 60), "the provider's share of it, at the most")
+        float,
+        Variable(
+            seconds(0.05, 60), "timeout of one provider call; must be below CHARGE_DEADLINE_S"
+        ),
     ] = 6
     pending_abandon_after_s: Annotated[
         float,
-        Variable(seconds(1, 604_800), "a PENDING payment unknown to the provider fails after this"),
+        Variable(
+            seconds(1, 604_800),
+            "age at which a PENDING payment that the provider does not know is abandoned (FAILED)",
+        ),
     ] = 600
     second_charge: Annotated[
         str,
         Variable(
             one_of("allow", "refuse"),
-            "a charge with a new key for an order that is paid: allow it, or refuse it with 409",
+            "a charge with a new key for an order that is already paid: allow it, or "
+            "refuse it with 409",
         ),
     ] = "allow"
     seat_hold_s: Annotated[
         float | None,
         Variable(
             seconds(1, 604_800),
-            "no capture is sent so long after a charge began, if it names no hold_until itself",
+            "hold of a charge without hold_until, from its start; no capture is sent after it",
         ),
     ] = None
     intent_queue_max: Annotated[
         int,
-        Variable(whole(1, 5_000), "requests that are worked on at once; more are refused with 503"),
+        Variable(
+            whole(1, 5_000), "limit of concurrent requests; further requests are rejected with 503"
+        ),
     ] = 512
     gateway_concurrency_max: Annotated[
-        int, Variable(whole(1, 100_000), "charges and refunds with the provider at once")
+        int, Variable(whole(1, 100_000), "limit of concurrent charges and refunds at the provider")
     ] = 1000
     database_pool_max: Annotated[
         int, Variable(whole(1, 100), "database connections for reading")
@@ -175,7 +188,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         Variable(
             parse_text,
-            "file of the simulated provider; empty: in memory, forgotten at exit",
+            "file of the simulated provider; empty: in memory, lost at exit",
             default="in PAYMENTS_DATA_DIR",
             may_be_empty=True,
         ),
@@ -190,7 +203,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = ""
     migrate_on_start: Annotated[
-        bool, Variable(parse_yes_no, "bring the database up to date at the start")
+        bool,
+        Variable(parse_yes_no, "migrate the database at startup; false: run `payments migrate`"),
     ] = True
     log_format: Annotated[
         str, Variable(one_of("auto", "json", "text"), "json, text, or auto: text on a terminal")
@@ -198,18 +212,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: Annotated[
         str,
         Variable(
-            one_of("DEBUG", "INFO", "WARNING", "ERROR", upper=True), "DEBUG, INFO, WARNING or ERROR"
+            one_of("DEBUG", "INFO", "WARNING", "ERROR", upper=True),
+            "least severe level that is logged: DEBUG, INFO, WARNING or ERROR",
         ),
     ] = "INFO"
     access_log_per_s: Annotated[
         int,
         Variable(
             whole(0, 1_000_000),
-            "requests logged in a second; more are counted, and refusals and errors always logged",
+            "requests logged per second; further ones are counted; rejected and failed "
+            "requests are always logged",
         ),
     ] = 100
     callback_retention_days: Annotated[
-        int, Variable(whole(1, 36_500), "delivered callbacks are kept for this")
+        int, Variable(whole(1, 36_500), "days for which finished callbacks are kept")
     ] = 90
 
     @property

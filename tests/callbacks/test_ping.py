@@ -27,7 +27,7 @@ async def test_a_ping_is_signed_and_tells_no_outcome() -> None:
         done = await ping(server.url, ORDER_CALLBACK_SECRET=SECRET)
     assert done.returncode == 0
     first, answer = done.stdout.splitlines()
-    assert first.startswith(f"{server.url} answered 200 after 0.")
+    assert first.startswith(f"{server.url} responded 200 after 0.")
     assert first.endswith(" s; signed")
     assert answer == "OK"
     head, _, body = server.requests[0].partition(b"\r\n\r\n")
@@ -44,7 +44,7 @@ async def test_what_is_not_2xx_is_a_finding() -> None:
     async with serving(REFUSED) as server:
         done = await ping(server.url)
     assert done.returncode == 1
-    assert " answered 401 after " in done.stdout
+    assert " responded 401 after " in done.stdout
     assert done.stdout.splitlines()[0].endswith("; not signed")
     assert "\x1b" not in done.stdout
 

@@ -244,7 +244,7 @@ def test_an_export_needs_no_database(
     assert operator("audit", "verify", "--export", "-", text=export).exit_code == 0
     unknown = operator("audit", "verify", "--export", path, "--log", uuid.uuid4())
     assert (unknown.exit_code, unknown.stdout) == (2, "")
-    assert "it does not say which log it is of" in unknown.stderr
+    assert "an export does not contain the log's id" in unknown.stderr
     path.write_bytes(export.replace(b'"amount_cents":500', b'"amount_cents":50', 1))
     altered = operator("audit", "verify", "--export", path)
     assert altered.exit_code == 1
@@ -254,8 +254,8 @@ def test_an_export_needs_no_database(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (b"", "the export holds no event"),
-        (b"position,payment_id\n", "line 1 is no event of an export"),
+        (b"", "the export contains no event"),
+        (b"position,payment_id\n", "line 1 is not an event of an export"),
     ],
 )
 def test_what_is_no_export(operator: Operator, text: bytes, words: str) -> None:
@@ -326,7 +326,7 @@ def test_rebuild_where_a_payment_cannot_be_read(
     connection.execute("UPDATE payment_events SET state = '{' WHERE notification_id = 2")
     done = operator("rebuild")
     assert done.exit_code == 1
-    assert "not readable, left alone: 1 payments" in done.stdout
+    assert "not readable, not changed: 1 payments" in done.stdout
 
 
 def test_it_calls_nobody_back_and_asks_no_provider(

@@ -87,7 +87,7 @@ def test_all_is_back_with_what_it_may(
     assert len(both[0][0]) == 100
     refused = run("restore", str(dump), **at(empty_database))
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
-    assert "is not empty, it has public." in refused.stderr
+    assert "is not empty, it contains public." in refused.stderr
     assert "DATABASE_NAME" in refused.stderr
 
 
@@ -115,7 +115,7 @@ def test_a_role_that_is_not_there(
     connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
     done = run("restore", file, **at(empty_database))
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert f'nothing is restored: psql: ERROR:  role "{role}" does not exist' in done.stderr
+    assert f'nothing was restored: psql: ERROR:  role "{role}" does not exist' in done.stderr
     assert relations(empty_database) == []
 
 
@@ -206,7 +206,7 @@ def test_a_server_that_is_newer_and_a_program_that_is_missing(
     monkeypatch.setattr(embedded_postgres, "binary", missing)
     done = operator(*commands[0])
     assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
-    assert "has no program pg_dump: use pg_dump of the server's version" in done.stderr
+    assert "has no program pg_dump: install pg_dump of the server's version" in done.stderr
     assert list(tmp_path.iterdir()) == [dump]
 
 

@@ -282,7 +282,7 @@ def test_a_retry_whose_turn_does_not_come_is_one_line(address: DatabaseAddress) 
     done = invoke("parked", "retry", "--all", **at(address), DATABASE_PASSWORD="canary")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "payments: the database: canceling statement due to lock timeout: try again later\n"
+        "payments: the database: canceling statement due to lock timeout: retry later\n"
     )
 
 
@@ -299,8 +299,7 @@ def test_a_command_that_loses_its_database_is_one_line(
         done = running.result(timeout=30)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "payments: the database: terminating connection due to administrator command:"
-        " try again later\n"
+        "payments: the database: terminating connection due to administrator command: retry later\n"
     )
 
 

@@ -67,7 +67,7 @@ def test_all_is_well(operator: Operator) -> None:
         "payments: 0 events behind",
         "seals: 0 events behind",
     ]
-    assert only(done, "work") == ("ok", "somebody follows: payments")
+    assert only(done, "work") == ("ok", "following: payments")
 
 
 def test_nobody_works(operator: Operator, connection: Connection, following: Connection) -> None:
@@ -78,7 +78,7 @@ def test_nobody_works(operator: Operator, connection: Connection, following: Con
     done = operator("doctor")
     assert done.exit_code == 1
     assert only(done, "work")[0] == "FAIL"
-    assert "there wait 1 events: start `payments serve` or" in only(done, "work")[1]
+    assert "but 1 events are waiting: start `payments serve` or" in only(done, "work")[1]
 
 
 def test_some_of_many_are_named(operator: Operator, connection: Connection) -> None:
@@ -106,14 +106,14 @@ def test_orders_that_nobody_can_judge(
     insert_fulfilment(connection, payments[1], "suspect", "repeated")
     state, text = only(operator("doctor"), "orders")
     assert (state, operator("doctor").exit_code) == ("off", 0)
-    assert "2 whose response did not tell" in text
+    assert "2 whose response did not contain it" in text
     assert "ORDER_STATUS_URL is not set" in text
     insert_fulfilment(connection, payments[2], "unfulfilled", "failed")
     calling_back.setenv("ORDER_STATUS_URL", "http://127.0.0.1:1/{order_id}")
     state, text = only(operator("doctor"), "orders")
     assert state == "ok"
     assert "1 unfulfilled, the oldest for " in text
-    assert f"2 whose response did not tell; {payments[2].id}: " in text
+    assert f"2 whose response did not contain it; {payments[2].id}: " in text
     assert "`payments callbacks list --unfulfilled`" in text
     assert "not set" not in text
 
@@ -338,7 +338,7 @@ def test_a_server_that_refuses_to_write(
         f'ALTER DATABASE "{address.dbname}" SET default_transaction_read_only = on'.encode()
     )
     states = dict(lines(operator("doctor"))["database"])
-    assert "refuses to write" in states["FAIL"]
+    assert "refuses writes" in states["FAIL"]
 
 
 def test_the_session_that_the_service_asks_for(
@@ -586,7 +586,7 @@ def test_payments_that_were_begun_with_another_provider(
         " convert_to(replace(convert_from(state, 'UTF8'), '\"simulated\"', '\"before\"'), 'UTF8')"
     )
     words = (
-        f"open payments: 1 begun with before: {history.id}: `payments explain {history.id}`:"
+        f"unsettled payments: 1 begun with before: {history.id}: `payments explain {history.id}`:"
         " docs/stuck.md"
     )
     assert only(operator("doctor"), "provider") == ("FAIL", words)
@@ -620,7 +620,7 @@ def held_append_lock(address: DatabaseAddress) -> Iterator[None]:
 
 def test_appends_that_wait(operator: Operator, address: DatabaseAddress, tmp_path: Path) -> None:
     """Those of a service: it waits for a second, gives up, and tries again."""
-    assert only(operator("doctor"), "appends") == ("ok", "none waits for long")
+    assert only(operator("doctor"), "appends") == ("ok", "none waits long")
     with ServiceProcess(tmp_path, **at(address)) as service, httpx.Client(timeout=30) as client:
         service.charge(client, "k1")
         assert only(operator("doctor"), "appends")[0] == "ok"

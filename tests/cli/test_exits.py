@@ -203,7 +203,7 @@ def test_a_stdin_that_is_closed() -> None:
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    one_line(done, "could not check: the export holds no event")
+    one_line(done, "could not check: the export contains no event")
 
 
 def test_what_prints_nothing_needs_no_stdout(address: DatabaseAddress) -> None:
@@ -321,7 +321,7 @@ def test_the_database_goes_away(checking: subprocess.Popen[str], connection: Con
         (
             "ALTER TABLE payments DROP COLUMN currency",
             'the database: column "currency" does not exist: '
-            "does its schema fit? `payments doctor`",
+            "does the schema match this version? `payments doctor`",
         ),
         # An error that no other command expects.
         (
@@ -363,7 +363,7 @@ def test_a_database_that_refuses_to_write(
     url = "http://127.0.0.1:1/callback"
     done = run(*command.split(), **at(log), LOG_LEVEL="ERROR", ORDER_CALLBACK_URL=url)
     assert done.returncode == 1, done
-    one_line(done, "the database refuses to write: it is a standby, or read-only")
+    one_line(done, "the database refuses writes: it is a standby, or read-only")
 
 
 TOO_LARGE = "99999999999999999999"

@@ -82,7 +82,7 @@ def test_a_command_begins_with_no_line_of_the_log() -> None:
         assert len(log) == 2 * lines  # why the command ends
     done = run("migrate", PAYMENTS_DATA_DIR=data_dir, LOG_FORMAT="text")
     *applied, told = done.stderr.splitlines()
-    assert told == "the database is up to date"
+    assert told == "the schema is up to date"
     assert all("migration=" in line for line in applied)
     done = run("replay", "--limit", "1", PAYMENTS_DATA_DIR=data_dir)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -52,10 +52,10 @@ def test_a_kept_head_finds_the_loss_and_a_person_accepts_it(
     new = grow(address, connection, "after", 3)
     unfit = operator("audit", "verify", "--head", old[8])
     assert unfit.exit_code == 1
-    assert "is not the one that the head 8:" in unfit.stdout
+    assert "is not the log of the head 8:" in unfit.stdout
     done = operator(*ACCEPT, "--head", old[8], "--head", old[5])
     assert done.exit_code == 0, done.output
-    assert "kept: up to position 5" in done.stdout
+    assert "kept: at least up to position 5" in done.stdout
     assert f"old head: {old[8]}" in done.stdout
     assert f"new head: {new[12]}" in done.stdout
     verified = operator("audit", "verify", "--head", old[8], "--head", old[7], "--head", old[5])
@@ -128,7 +128,8 @@ def test_a_loss_that_nobody_has_accepted_is_a_finding(
     found = operator("audit", "verify")
     assert found.exit_code == 1
     assert re.search(
-        r"position 3: the log lacks .* up to position 9 \(found by api-1:7\)", found.stdout
+        r"position 3: acknowledged events are missing up to position 9 \(found by api-1:7\)",
+        found.stdout,
     )
     assert operator(*ACCEPT).exit_code == 0
     assert operator("audit", "verify").exit_code == 0

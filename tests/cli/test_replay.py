@@ -144,13 +144,16 @@ def test_times(operator: Operator, payments: dict[str, History], connection: Con
         (("--type", "PaymentLost"), "PaymentLost"),
         (("--payment", "7"), "is not a valid UUID"),
         (("--limit", "0"), "0"),
-        (("--as-of", "3"), "--as-of needs a --payment or an --order"),
+        (("--as-of", "3"), "--as-of requires --payment or --order"),
         (
             ("--as-of", "3", "--payment", str(ORDER_ID), "--order", str(ORDER_ID)),
-            "--as-of needs a --payment or an --order",
+            "--as-of requires --payment or --order",
         ),
-        (("--as-of", "3", "--payment", str(ORDER_ID), "--limit", "1"), "--as-of goes with"),
-        (("--follow", "--until", "3"), "--follow has no end"),
+        (
+            ("--as-of", "3", "--payment", str(ORDER_ID), "--limit", "1"),
+            "--as-of can be combined only",
+        ),
+        (("--follow", "--until", "3"), "--follow cannot be combined"),
         (("--format", "xml"), "xml"),
     ],
 )
@@ -270,7 +273,7 @@ def test_the_table_for_people(operator: Operator, payments: dict[str, History]) 
     header, *rows = done.stdout.splitlines()
     assert header.split() == ["position", "recorded_at", "payment", "version", "type", "what"]
     assert len(rows) == 8
-    assert "the provider gave 5.00 INR back" in rows[5]
+    assert "the provider refunded 5.00 INR" in rows[5]
     assert "insufficient_funds" in rows[6]
 
 
@@ -460,27 +463,25 @@ def test_explain(operator: Operator, connection: Connection) -> None:
     done = operator("explain", paid.id)
     assert done.exit_code == 0
     header, *entries = done.stdout.splitlines()
-    assert header == (
-        f"payment {paid.id}: SUCCESS, 15.00 INR, 5.00 INR given back, order {ORDER_ID}"
-    )
+    assert header == (f"payment {paid.id}: SUCCESS, 15.00 INR, 5.00 INR refunded, order {ORDER_ID}")
     assert [re.split(r"\s{2,}", line)[1:3] for line in entries] == [
         [fact.TOPIC, "orders"] for fact in paid.facts
     ]
     for words, line in zip(
         (
-            "asked for with the key abc123",
+            "requested with the key abc123",
             "captured 15.00 INR as txn-",
-            "of 5.00 INR asked for with the key r1",
-            "gave 5.00 INR back",
-            "of 10.00 INR, all that was left asked for with no key",
-            "refused the refund",
+            "of 5.00 INR requested with the key r1",
+            "refunded 5.00 INR",
+            "of 10.00 INR, the remaining amount requested with no key",
+            "declined the refund",
         ),
         entries,
         strict=True,
     ):
         assert words in line
     story = operator("explain", late.id).stdout
-    for words in ("given up", "captured 15.00 INR after all", "gave 15.00 INR back"):
+    for words in ("abandoned", "captured 15.00 INR after all", "returned 15.00 INR"):
         assert words in story
     as_json = json.loads(operator("explain", late.id, "--format", "json").stdout)
     assert [entry["position"] for entry in as_json["entries"]] == [7, 8, 9, 10]
@@ -512,14 +513,15 @@ def test_explain_tells_the_callbacks(operator: Operator, connection: Connection)
         [paid.facts[1].event_id, b"no\nidea"],
     )
     story = operator("explain", paid.id).stdout
-    assert "attempt 1, http_error, HTTP 500, after 12 ms, answer: no\\nidea" in story
-    assert "given up, until somebody sends it again" in story
+    assert "attempt 1, http_error, HTTP 500, after 12 ms, response: no\\nidea" in story
+    assert "dead, until it is redriven" in story
 
 
 def test_explain_what_is_not_there(operator: Operator, payments: dict[str, History]) -> None:
     done = operator("explain", uuid.uuid4())
     assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr.startswith("payments: There is no payment")
+    assert done.stderr.startswith("payments: Payment ")
+    assert "does not exist" in done.stderr
 
 
 def test_no_other_process_has_to_run(operator: Operator, payments: dict[str, History]) -> None:

@@ -66,7 +66,10 @@ def test_the_list(operator: Operator, listed: list[PaymentView]) -> None:
 
 def test_the_list_for_programs(operator: Operator, listed: list[PaymentView]) -> None:
     done = operator(*LIST, "--format", "json", "--limit", 2)
-    assert (done.exit_code, done.stderr) == (0, "there are more than the 2 of --limit\n")
+    assert (done.exit_code, done.stderr) == (
+        0,
+        "only the first 2 (--limit) are shown; there are more\n",
+    )
     found = json.loads(done.stdout)
     assert [each["payment_id"] for each in found] == [str(each.id) for each in listed[:2]]
     assert list(found[0]) == list(Unfulfilled.__struct_fields__)
@@ -85,8 +88,8 @@ def test_callbacks_as_csv(operator: Operator) -> None:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        (None, "ORDER_STATUS_URL would: docs/order-service.md"),
-        ("http://127.0.0.1:1/{order_id}", "whoever sends callbacks asks ORDER_STATUS_URL"),
+        (None, "set ORDER_STATUS_URL to find out: docs/order-service.md"),
+        ("http://127.0.0.1:1/{order_id}", "requests it from ORDER_STATUS_URL"),
     ],
 )
 def test_what_nobody_can_judge_is_said(
@@ -105,7 +108,7 @@ def test_what_nobody_can_judge_is_said(
     done = operator(*LIST)
     assert len(done.stdout.splitlines()) == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("not listed: 3 payments about whose order nothing is known")
+    assert line.startswith("not listed: 3 payments whose order status is not known")
     assert words in line
     assert json.loads(operator(*LIST, "--format", "json").stdout) == []
 
@@ -130,5 +133,5 @@ def test_explain(operator: Operator, connection: Connection) -> None:
     told = json.loads(operator("explain", history.id, "--format", "json").stdout)["fulfilment"]
     assert (told["state"], told["said"], told["checked_at"]) == ("unfulfilled", "failed", None)
     line = operator("explain", history.id).stdout.splitlines()[-1]
-    assert line.startswith("order: paid, and not fulfilled, found ")
-    assert r"status: CAN\nCELLED, nobody asked yet" in line
+    assert line.startswith("order: paid, but not fulfilled, found ")
+    assert r"status: CAN\nCELLED, status not requested yet" in line

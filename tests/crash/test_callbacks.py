@@ -336,7 +336,7 @@ def test_a_dead_letter_is_seen_and_sent_again(
         table, cut = told("list", "--limit", "1")
         assert order_id in table
         assert dead["event_id"] not in table
-        assert cut == "there are more than the 1 of --limit\n"
+        assert cut == "only the first 1 (--limit) are shown; there are more\n"
         assert dead["order_id"] == order_id
         assert (dead["state"], dead["attempts"], dead["last_attempt"]) == ("dead", 1, "gone 410")
         of_order = json.loads(told("list", "--order", order_id, "--format", "json")[0])

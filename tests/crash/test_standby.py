@@ -142,14 +142,14 @@ def test_what_only_reads_works(servers: tuple[OutsidePostgres, Standby], command
 def test_nothing_to_migrate(servers: tuple[OutsidePostgres, Standby]) -> None:
     _, standby = servers
     done = run("migrate", **standby.settings)
-    assert (done.returncode, done.stderr) == (0, "the database is up to date\n")
+    assert (done.returncode, done.stderr) == (0, "the schema is up to date\n")
 
 
 def test_doctor_says_what_it_is(servers: tuple[OutsidePostgres, Standby]) -> None:
     _, standby = servers
     done = run("doctor", **standby.settings)
     assert (done.returncode, done.stderr) == (1, "")
-    assert "it refuses to write: it is a standby, or read-only" in done.stdout
+    assert "it refuses writes: it is a standby, or read-only" in done.stdout
 
 
 def test_a_dump_of_a_standby(servers: tuple[OutsidePostgres, Standby], tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_dump_of_a_standby(servers: tuple[OutsidePostgres, Standby], tmp_path:
     done = run("dump", str(tmp_path / "payments.dump"), **standby.settings)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     refused = run("restore", str(tmp_path / "payments.dump"), **standby.settings)
-    told = "payments: the database refuses to write: it is a standby, or read-only\n"
+    told = "payments: the database refuses writes: it is a standby, or read-only\n"
     assert (refused.returncode, refused.stdout, refused.stderr) == (1, "", told)
 
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_done_there_is_one_line(
     _, standby = servers
     url = "http://127.0.0.1:1/callback"
     done = run(*command.split(), **standby.settings, ORDER_CALLBACK_URL=url)
-    told = "payments: the database refuses to write: it is a standby, or read-only\n"
+    told = "payments: the database refuses writes: it is a standby, or read-only\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
 
 

@@ -53,8 +53,9 @@ def test_rows_become_events_and_rows_again(node: Node, payments: Command) -> Non
     before = node.execute(ROWS.format("payments").encode()).fetchall()
     done = payments("import-legacy")
     assert done.exit_code == 0
-    assert f"PENDING, and nobody asks for it: payment {payment_id_for('key-PENDING')} " in (
-        done.stdout
+    assert (
+        f"PENDING, and not settled by this service: payment {payment_id_for('key-PENDING')} "
+        in (done.stdout)
     )
     assert ids["PENDING"] in done.stdout
     # The documented columns are as they were, but for the id, and the key of what has none.

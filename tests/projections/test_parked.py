@@ -118,5 +118,5 @@ async def test_nothing_is_parked_by_the_seals(
     assert isinstance(bad.originator_id, uuid.UUID)
     park(connection, "seals", bad.originator_id, 1)
     assert found(address) == [
-        f"payment {bad.originator_id}: parked by seals although that parks nothing"
+        f"payment {bad.originator_id}: parked by seals although this read model parks nothing"
     ]

@@ -181,7 +181,9 @@ def test_another_server_that_lacks_events_is_no_shorter_log(
         filled.execute("ALTER TABLE payment_events DISABLE TRIGGER ALL")
         filled.execute("DELETE FROM payment_events WHERE notification_id > 500")
         filled.execute(KILL.encode())
-        with pytest.raises(StartError, match="ends at position 500 now; when this began, at 900"):
+        with pytest.raises(
+            StartError, match="now ends at position 500; when the command began, at 900"
+        ):
             list(parts)
 
 

@@ -230,7 +230,7 @@ TAMPERINGS: dict[str, tuple[list[str], list[int], str]] = {
     "a seal": (
         ["UPDATE log_seals SET hash = sha256('') WHERE position = 7"],
         [7],
-        "its seal was altered; the event fits the seals around it",
+        "its seal was altered; the event matches the seals around it",
     ),
     "the last byte of a seal": (
         [
@@ -238,7 +238,7 @@ TAMPERINGS: dict[str, tuple[list[str], list[int], str]] = {
             " WHERE position = 7"
         ],
         [7],
-        "its seal was altered; the event fits the seals around it",
+        "its seal was altered; the event matches the seals around it",
     ),
     "the last seal": (
         [f"UPDATE log_seals SET hash = sha256('') WHERE position = {EVENTS}"],
@@ -285,7 +285,7 @@ def test_it_is_found(tampered: Connection, address: DatabaseAddress, name: str) 
     if name == "inserted at a position that is taken":
         # Which of the two comes first is chance; the other one is out of order.
         assert set(at(found)) == set(positions)
-        assert "stands in the log twice" in found[-1].text
+        assert "is recorded twice" in found[-1].text
         return
     assert at(found) == positions
     assert words in found[0].text
@@ -315,7 +315,7 @@ def test_seals_that_were_written_again_need_a_head(
     assert findings(address, {5: heads[5]}) == []
     first, second = findings(address, heads)
     assert (first.position, second.position) == (20, EVENTS)
-    assert "both were altered, somewhere in the positions 6 to 20" in first.text
+    assert "both were altered, in the positions 6 to 20" in first.text
 
 
 def test_an_end_that_was_cut_off_for_good_needs_a_head(
@@ -333,7 +333,7 @@ def test_an_end_that_was_cut_off_for_good_needs_a_head(
 
 def test_a_head_of_another_log(tampered: Connection, address: DatabaseAddress) -> None:
     (finding,) = findings(address, {20: bytes(32)})
-    assert "somewhere in the positions 1 to 20" in finding.text
+    assert "in the positions 1 to 20" in finding.text
 
 
 @pytest.mark.parametrize("place", [0, 4, 31])
@@ -344,7 +344,7 @@ def test_every_byte_of_a_head_counts(
     assert findings(address, {20: bytes(head)}) == []
     head[place] ^= 1
     (finding,) = findings(address, {20: bytes(head)})
-    assert "somewhere in the positions 1 to 20" in finding.text
+    assert "in the positions 1 to 20" in finding.text
 
 
 def test_what_is_no_finding(

@@ -31,9 +31,9 @@ COMMANDS = {
     "serve": ("processes:serve", "Start the service and run until SIGTERM."),
     "work": (
         "processes:work",
-        "Follow the log, settle open payments and call back until SIGTERM, without the API.",
+        "Follow the log, settle payments and send callbacks until SIGTERM, without the API.",
     ),
-    "migrate": ("schema:migrate", "Bring the database's schema up to date and exit."),
+    "migrate": ("schema:migrate", "Migrate the database's schema to this version and exit."),
     "settings": (
         "settings:settings",
         "Print every setting with its value, default and meaning; secrets are hidden.",
@@ -41,41 +41,50 @@ COMMANDS = {
     "keys": ("keys:keys", "API keys of the service's clients."),
     "doctor": (
         "doctor:doctor",
-        "Check settings, database, followers, seals, open payments and callbacks; one line each.",
+        (
+            "Check settings, database, followers, seals, unsettled payments and callbacks, "
+            "one line each."
+        ),
     ),
     "replay": (
         "replay:replay_log",
-        "Print the log, oldest first: all of it, or what the options name.",
+        "Print the log, oldest first: all of it, or the events that the options select.",
     ),
     "explain": (
         "explain:explain_payment",
-        "Print what happened to a payment, oldest first; PAYMENT is its id.",
+        "Print the history of a payment, oldest first; PAYMENT is its id.",
     ),
     "export": (
         "export:export_money",
-        "Print what money moved in a time, as CSV for spreadsheets: a row for each movement.",
+        "Print the captures and refunds of a period as CSV for spreadsheets, one row each.",
     ),
     "audit": (
         "audit:audit",
-        "Whether the log is what was sealed, and the read model what the log says.",
+        "Check the log against its seals, and the read model against the log.",
     ),
     "rebuild": (
         "rebuild:rebuild_read_model",
-        "Compare a read model with the log, and write the rows that differ.",
+        "Compare a read model with the log, and replace the rows that differ.",
     ),
     "parked": (
         "parked:parked",
-        "Streams that a read model goes on without, since an event of theirs could not be applied.",
+        "Payments that a read model skips, since one of their events could not be applied.",
     ),
     "import-legacy": (
         "import_legacy:import_legacy",
-        "Bring the payments of the Node service, whose database this was, into the log.",
+        "Import the payments of the Node service, which used this database before, into the log.",
     ),
-    "callbacks": ("callbacks:callbacks", "What Order Service is owed and was told."),
-    "reconcile": ("reconcile:reconcile", "Compare what was captured with what others know of it."),
+    "callbacks": (
+        "callbacks:callbacks",
+        "List, show, redrive and test callbacks to Order Service.",
+    ),
+    "reconcile": (
+        "reconcile:reconcile",
+        "Compare captured payments with the records of other systems.",
+    ),
     "giving-back": (
         "giving_back:giving_back",
-        "Payments that the service gives back by itself, since their orders failed.",
+        "Automatic refunds of payments whose orders failed.",
     ),
     "dump": (
         "backup:dump",
@@ -87,9 +96,9 @@ COMMANDS = {
     ),
     "psql": (
         "psql:open_psql",
-        "Open psql on the service's database; ARGS are psql's own, such as -c \"SELECT 1\".",
+        'Open psql on the service\'s database; ARGS are passed to psql, such as -c "SELECT 1".',
     ),
-    "log": ("log:log_group", "What a person decides about the log."),
+    "log": ("log:log_group", "Decisions of an operator about the log."),
 }
 
 

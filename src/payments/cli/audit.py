@@ -45,15 +45,15 @@ NAME = "payments audit"
 
 @click.group()
 def audit() -> None:
-    """Whether the log is what was sealed, and the read model what the log says."""
+    """Check the log against its seals, and the read model against the log."""
 
 
 @audit.command("head")
 def print_head() -> None:
     """Print the newest sealed position and its hash, POSITION:HASH; on stderr, the log's id.
 
-    Keep both where nobody who can write to the database can: `payments audit verify` with --head
-    and --log later proves that nothing up to that position was altered since.
+    Keep both outside the database, where its users cannot write: `payments audit verify` with
+    --head and --log later proves that nothing up to that position was altered since.
     """
 
     async def read(database: Database) -> tuple[Head | None, UUID | None]:
@@ -62,7 +62,7 @@ def print_head() -> None:
     with open_database(begin(), to="read") as address:
         head, id = with_database(address, read)
     if head is None:
-        raise StartError("nothing is sealed yet: `payments serve` or `payments work` does it")
+        raise StartError("nothing is sealed yet: `payments serve` and `payments work` seal the log")
     click.echo(str(head))
     click.echo(f"the head of log {id}", err=True)
 
@@ -72,10 +72,14 @@ def _heads(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
     for value in values:
         match = re.fullmatch(r"\s*([0-9]{1,18}):([0-9a-fA-F]{64})\s*", value)
         if match is None or int(match[1]) == 0:
-            raise click.BadParameter(f"{value!r} is not what `payments audit head` prints")
+            raise click.BadParameter(
+                f"{value!r} is not POSITION:HASH as `payments audit head` prints it"
+            )
         position, hash = int(match[1]), bytes.fromhex(match[2])
         if heads.setdefault(position, hash) != hash:
-            raise click.BadParameter(f"there are two for position {position}: check each by itself")
+            raise click.BadParameter(
+                f"there are two different hashes for position {position}: verify each separately"
+            )
     return heads
 
 
@@ -85,7 +89,7 @@ heads_option = click.option(
     metavar="POSITION:HASH",
     multiple=True,
     callback=_heads,
-    help="What `payments audit head` once printed; may be given several times.",
+    help="A head that `payments audit head` printed earlier; may be given several times.",
 )
 
 
@@ -96,22 +100,22 @@ heads_option = click.option(
     "log",
     metavar="ID",
     type=click.UUID,
-    help="The log that is meant, by its id, which `payments audit head` prints on stderr.",
+    help="Id of the expected log, which `payments audit head` prints on stderr.",
 )
 @click.option(
     "--export",
     type=click.File("rb"),
     metavar="FILE",
-    help="Check this output of `payments replay`, and no database. - is stdin.",
+    help="Check this output of `payments replay` instead of the database; - is stdin.",
 )
 def verify(heads: dict[int, bytes], log: UUID | None, export: BinaryIO | None) -> None:
     """Recompute the chain of seals over the whole log, and compare the tables with the log.
 
-    And look whether this is the log that is meant, whether what keeps it from being altered is in
-    place, whether two payments name one capture, and whether payments are parked without a reason.
+    Also check that this is the expected log, that its guards against changes are in place, that no
+    two payments name the same capture, and that no payment is parked without a reason.
 
-    Exit code 0: nothing was found. 1: something was; each finding is a line. 2: it could not be
-    checked. Events that are not sealed yet, and tables that lag behind, are no findings.
+    Exit code 0: no findings. 1: findings, one per line. 2: the check could not run. Events that are
+    not sealed yet, and tables that lag behind the log, are not findings.
     """
     one_is_a_finding()
     if export is None:
@@ -119,7 +123,9 @@ def verify(heads: dict[int, bytes], log: UUID | None, export: BinaryIO | None) -
     elif log is None:
         found = _verify_export(export, heads)
     else:
-        raise click.UsageError("an export has no --log: it does not say which log it is of")
+        raise click.UsageError(
+            "--log cannot be used with --export: an export does not contain the log's id"
+        )
     click.echo(f"findings: {found}" if found else "nothing was found")
     sys.exit(FINDINGS if found else 0)
 
@@ -149,8 +155,8 @@ def _verify_database(heads: dict[int, bytes], log: UUID | None) -> int:
     )
     if comparison.parked:
         click.echo(
-            f"tables: {len(comparison.parked):,} payments are parked, and were compared as they "
-            "were before: `payments parked list`"
+            f"tables: {len(comparison.parked):,} payments are parked, and were compared "
+            "without their parked events: `payments parked list`"
         )
     return found
 
@@ -167,9 +173,9 @@ def _verify_export(export: BinaryIO, heads: dict[int, bytes]) -> int:
         found = _show(verification.findings(places))
         found += _show(damaged)
     if not verification.events:
-        raise NoExport("the export holds no event")
+        raise NoExport("the export contains no event")
     if not verification.sealed and not heads:
-        raise NoExport("none of its events is sealed, and there is no --head to check it by")
+        raise NoExport("none of its events is sealed, and there is no --head to verify it with")
     _tell(verification)
     return found
 

@@ -38,9 +38,9 @@ NEXT = """\
 Next, with the same settings:
 1. payments audit verify --head POSITION:HASH    with the newest head that you kept before the dump
 2. payments doctor
-3. compare with the provider what happened since the dump: docs/backup.md, "After a loss"
-Callbacks that were due when it was dumped, also what was delivered since, are sent as soon as a \
-service runs on this database with ORDER_CALLBACK_URL: leave that unset for a copy."""
+3. compare with the provider the time since the dump: docs/backup.md, "After a loss"
+Callbacks that were due at the time of the dump, even if delivered since, are sent as soon as a \
+service runs on this database with ORDER_CALLBACK_URL: leave it unset for a copy."""
 
 
 @click.command()
@@ -48,8 +48,8 @@ service runs on this database with ORDER_CALLBACK_URL: leave that unset for a co
 def dump(file: Path) -> None:
     """Write the whole database to FILE, which must not exist yet, for `payments restore`.
 
-    It is as of one moment, while the service works. FILE appears when it is complete, and only its
-    owner may read it.
+    The dump is consistent, and the service may run meanwhile. FILE appears once it is complete;
+    only its owner may read it.
     """
     _refuse_existing(file)
     _end_in_order()
@@ -76,7 +76,7 @@ def dump(file: Path) -> None:
 def restore(file: Path) -> None:
     """Write what `payments dump` wrote to FILE into an empty database.
 
-    All of it or nothing. Then it says what to do next.
+    All of it or nothing. At the end it prints the next steps.
     """
     _end_in_order()
     settings = begin()
@@ -92,7 +92,9 @@ def restore(file: Path) -> None:
 
 def _refuse_existing(file: Path) -> None:
     if os.path.lexists(file):
-        raise click.BadParameter(f"{str(file)!r} exists, and is not overwritten", param_hint="FILE")
+        raise click.BadParameter(
+            f"{str(file)!r} already exists, and is not overwritten", param_hint="FILE"
+        )
 
 
 def _new_file(file: Path) -> Path:
@@ -141,8 +143,9 @@ def _refuse_unless_empty(connection: psycopg.Connection[Any]) -> None:
     found = connection.execute(FIRST_RELATION).fetchone()
     if found is not None:
         raise StartError(
-            f"the database {connection.info.dbname} is not empty, it has {found[0]}: name another "
-            "one with DATABASE_NAME (your own server: createdb NAME; the embedded one makes it)"
+            f"the database {connection.info.dbname} is not empty, it contains {found[0]}: set "
+            "DATABASE_NAME to an empty one (on your own server: createdb NAME; the embedded "
+            "Postgres creates it)"
         )
 
 
@@ -175,7 +178,7 @@ def _restore(file: Path, env: Mapping[str, str]) -> None:
                 writing.stdin.write(b"COMMIT;\n")
                 writing.stdin.close()
             if writing.wait():
-                raise programs.failure("nothing is restored: psql", write_said)
+                raise programs.failure("nothing was restored: psql", write_said)
         finally:
             programs.end(reading, writing)
             reading.stdout.close()

@@ -50,19 +50,19 @@ T = TypeVar("T")
 
 @click.group()
 def callbacks() -> None:
-    """What Order Service is owed and was told."""
+    """List, show, redrive and test callbacks to Order Service."""
 
 
 @callbacks.command("list")
-@click.option("--due", is_flag=True, help="What is owed; what has waited longest first.")
-@click.option("--dead", is_flag=True, help="What was given up; the oldest first.")
+@click.option("--due", is_flag=True, help="Callbacks that are due, the longest due first.")
+@click.option("--dead", is_flag=True, help="Dead callbacks, the oldest first.")
 @click.option(
     "--unfulfilled",
     is_flag=True,
-    help="Payments whose order may not have been fulfilled; the oldest first.",
+    help="Payments whose order may not have been fulfilled, the oldest first.",
 )
-@click.option("--given-back", is_flag=True, help="Those of them that the service gave back itself.")
-@click.option("--order", metavar="ID", type=click.UUID, help="What concerns this order.")
+@click.option("--given-back", is_flag=True, help="Payments that the service gave back by itself.")
+@click.option("--order", metavar="ID", type=click.UUID, help="Only of this order.")
 @click.option(
     "--limit", type=click.IntRange(1, LIMIT_MAX), default=100, show_default=True, help="Rows."
 )
@@ -76,22 +76,23 @@ def list_callbacks(
     limit: int,
     form: str,
 ) -> None:
-    """Print callbacks, the newest first unless said otherwise.
+    """Print callbacks, the newest first by default.
 
-    STATE is due (owed and not delivered yet), delivered, dead (given up), superseded (a FAILED or
-    REFUNDED that is not sent, since its order is paid), or excluded (ORDER_CALLBACK_STATUSES does
-    not name it, or it is the REFUNDED of a payment that the service gave back by itself).
-    NEXT_AT is when the order's turn comes; while a callback is being sent, the end of its lease.
+    STATE is due (not delivered yet), delivered, dead (all attempts failed, or the response was
+    410), superseded (a FAILED or REFUNDED that is not sent, since its order is paid), or excluded
+    (ORDER_CALLBACK_STATUSES does not include it, or it is the REFUNDED of a payment that the
+    service gave back by itself). NEXT_AT is the time of the order's next attempt; while a callback
+    is being sent, the end of its lease.
 
-    With --unfulfilled, and --order if wanted, payments: STATE is then suspect (the order's status
-    is not known), unfulfilled (the order failed), or paid_twice; docs/order-service.md says what to
-    do about each. With --given-back it is given_back.
+    --unfulfilled, optionally with --order, prints payments: STATE is then suspect (the order's
+    status is not known), unfulfilled (the order failed), or paid_twice; docs/order-service.md
+    describes the remedies. With --given-back STATE is given_back.
     """
     of_payments = unfulfilled or given_back
     if due + dead + unfulfilled + given_back + (order is not None and not of_payments) > 1:
         raise click.UsageError(
-            "say one of --due, --dead, --order, --unfulfilled and --given-back; with these two, "
-            "--order as well"
+            "use one of --due, --dead, --order, --unfulfilled and --given-back; only the last "
+            "two can be combined with --order"
         )
     if of_payments:
         print_unfulfilled(given_back=given_back, order_id=order, limit=limit, form=form)
@@ -120,7 +121,7 @@ def list_callbacks(
 def show(event_id: UUID, form: str) -> None:
     """Print one callback and all its attempts; ID is its event_id.
 
-    As JSON it is one object, with `attempts_on_record`.
+    As JSON it is one object, with the attempts in `attempts_on_record`.
     """
 
     async def read(database: Database) -> tuple[Delivery | None, list[Attempt]]:
@@ -143,33 +144,34 @@ def show(event_id: UUID, form: str) -> None:
 
 @callbacks.command()
 @click.argument("event_id", metavar="[ID]", type=click.UUID, required=False)
-@click.option("--dead", is_flag=True, help="All that are dead.")
-@click.option("--due", is_flag=True, help="All that wait: now, and not when their pause is over.")
+@click.option("--dead", is_flag=True, help="All dead callbacks.")
+@click.option(
+    "--due", is_flag=True, help="All due callbacks: retry now instead of at their scheduled time."
+)
 @click.option(
     "--since",
     metavar="TIME",
     type=TIME,
-    help="All that happened at this time (RFC 3339) or later, what was delivered as well, but for "
-    "FAILED.",
+    help="All outcomes from this time (RFC 3339) on, delivered ones included, except FAILED.",
 )
-@click.option("--with-failed", is_flag=True, help="With --since: those that are FAILED as well.")
+@click.option("--with-failed", is_flag=True, help="With --since: FAILED outcomes too.")
 def redrive(
     event_id: UUID | None, dead: bool, due: bool, since: datetime | None, with_failed: bool
 ) -> None:
-    """Send callbacks again: one by its event_id, or all that are dead, due, or since a time.
+    """Redrive callbacks: one by its event_id, or all that are dead, due, or since a time.
 
-    They are due at once, with all their attempts before them. A running service sends them within
-    seconds, each order's in order; one ID alone does not wait for others of its order that are
-    dead, and what Order Service may be working on is waited for. What is superseded or excluded, or
-    a FAILED or REFUNDED whose order is paid, is never sent.
+    The callbacks become due at once, with all their attempts again. A running service sends them
+    within seconds, those of an order in order. A single ID does not wait for dead callbacks of its
+    order, but does wait for a callback that Order Service may still be processing. A superseded or
+    excluded callback, or a FAILED or REFUNDED whose order is paid, is never sent.
 
-    A FAILED that was delivered undoes what its order became since, with many receivers: --since
-    leaves them out unless you say --with-failed.
+    For many receivers a second FAILED reverts what the order has become since: --since leaves out
+    FAILED outcomes unless --with-failed is given.
     """
     if (event_id is not None) + dead + due + (since is not None) != 1:
-        raise click.UsageError("name one ID, or say one of --dead, --due and --since TIME")
+        raise click.UsageError("give one ID, or one of --dead, --due and --since TIME")
     if with_failed and since is None:
-        raise click.UsageError("--with-failed is for --since")
+        raise click.UsageError("--with-failed requires --since")
 
     async def run(database: Database) -> int:
         connection = await database.connect("payments callbacks redrive")
@@ -204,17 +206,17 @@ def redrive(
     "first",
     type=click.IntRange(1, 2**63 - 1),
     required=True,
-    help="Position in the log of the first event to look at.",
+    help="Position in the log of the first event to read.",
 )
 def backfill_callbacks(first: int) -> None:
     """Enqueue callbacks for outcomes from before the first start with ORDER_CALLBACK_URL.
 
-    What is enqueued already is left alone. What was delivered and pruned since
-    (CALLBACK_RETENTION_DAYS) is sent again. Exit code 1: some events could not be read.
+    Callbacks that are already enqueued are not changed. Delivered callbacks that were pruned since
+    (CALLBACK_RETENTION_DAYS) are sent a second time. Exit code 1: some events could not be read.
     """
     settings = begin()
     if settings.order_callback_url is None:
-        raise StartError("ORDER_CALLBACK_URL is not set: nobody is called back")
+        raise StartError("ORDER_CALLBACK_URL is not set: no callbacks are sent")
     projection = CallbacksProjection(settings.order_callback_statuses)
 
     async def run(database: Database) -> Any:
@@ -233,24 +235,24 @@ def backfill_callbacks(first: int) -> None:
 
 @callbacks.command("test")
 def test_endpoint() -> None:
-    """Send a ping to ORDER_CALLBACK_URL, signed as callbacks are, and say what comes back.
+    """Send a ping to ORDER_CALLBACK_URL, signed like a callback, and print the response.
 
-    Its body has a `type`, which is "ping", and no order. Exit code 0: it was answered 2xx. 1: it
-    was answered something else. 2: there was no response, or nothing could be sent.
+    Its body has the `type` "ping" and no order. Exit code 0: the response was 2xx. 1: it was
+    another status. 2: there was no response, or the ping could not be sent.
     """
     one_is_a_finding()
     settings = begin()
     target = Target.of_callbacks(settings)
     if target is None:
-        raise StartError("ORDER_CALLBACK_URL is not set: nobody is called back")
-    from payments.service import build_endpoint  # the other commands do not need it
+        raise StartError("ORDER_CALLBACK_URL is not set: no callbacks are sent")
+    from payments.service import build_endpoint  # which the other commands do without
 
     exchange = asyncio.run(ping(build_endpoint(settings, target)))
     to = target.url.origin
     if exchange.status is None:
         sent = "it was sent" if exchange.sent else "nothing was sent"
         raise StartError(f"{to} gave no response: {exchange.reason}; {sent}")
-    click.echo(f"{to} answered {exchange.status} after {exchange.seconds:.3f} s; {target.signed}")
+    click.echo(f"{to} responded {exchange.status} after {exchange.seconds:.3f} s; {target.signed}")
     if answer := text_of(exchange.answer):
         click.echo(one_line(answer))
     sys.exit(0 if 200 <= exchange.status < 300 else FINDINGS)

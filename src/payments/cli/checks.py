@@ -60,26 +60,26 @@ class Told(NamedTuple):
 # The check for each alert, or the reason why doctor has none.
 ALERTS: dict[str, Told | str] = {
     "PaymentsWatchdog": "it always fires",
-    "PaymentsGone": "whether a process takes requests is asked at its port",
+    "PaymentsGone": "only a request to a process shows whether it serves requests",
     "PaymentsNobodyWorks": Told("work"),
-    "PaymentsDown": "whether a process answers is asked at its port",
+    "PaymentsDown": "only a request to a process shows whether it responds",
     "PaymentsDatabaseAway": Told("database"),
     "PaymentsLogRewound": Told("log"),
     "PaymentsAppendsWait": Told("appends", 10.0),
-    "PaymentsProviderTrouble": "each process counts its own calls of the provider",
+    "PaymentsProviderTrouble": "each process counts its own provider calls",
     "PaymentsProviderContradicts": Told("provider"),
     "PaymentsFollowerLag": Told("follower", LAG_MAX_S),
     "PaymentsParkedStreams": Told("follower"),
     "PaymentsPendingTooLong": Told("payments", PENDING_MAX_S),
     "PaymentsRefundOpenTooLong": Told("refunds", RETURN_MAX_S),
     "PaymentsGivingBackStopped": Told("brake"),
-    "PaymentsBreakerOpen": "each process has a breaker of its own",
+    "PaymentsBreakerOpen": "each process has its own circuit breaker",
     "PaymentsCallbacksOld": Told("callbacks", CALLBACK_AGE_MAX_S),
     "PaymentsCallbacksDead": Told("callbacks"),
     "PaymentsUnfulfilled": Told("orders", UNFULFILLED_MAX_S),
     "PaymentsPaidTwice": Told("orders"),
     "PaymentsFulfilmentUnknown": Told("orders", SUSPECT_MAX_S),
-    "PaymentsServerErrors": "each process counts its own answers",
+    "PaymentsServerErrors": "each process counts its own responses",
     "PaymentsFailoverWouldLose": Told("standbys"),
     "PaymentsClockSkew": Told("clock", 60.0),
     "PaymentsVacuumHeld": Told("vacuum", HORIZON_MAX_S),
@@ -109,7 +109,7 @@ async def server_checks(database: Database) -> list[Check]:
     checks = [_clock(server), _standbys(server), _durability(await unsafe_settings(database))]
     if server.read_only:
         text = (
-            "it refuses to write: it is a standby, or read-only; DATABASE_HOST is to name the "
+            "it refuses writes: it is a standby, or read-only; DATABASE_HOST must name the "
             "primary: `payments settings`"
         )
         checks.append(Check(state="FAIL", name="database", text=text))
@@ -120,7 +120,7 @@ async def server_checks(database: Database) -> list[Check]:
     unread = await unread_notifications(database)
     text = f"the queue of notifications is {unread:.0%} full"
     if unread > QUEUE_MAX:
-        text += f": some session does not read what it listens to: {_page('notificationsunread')}"
+        text += f": a session does not read its notifications: {_page('notificationsunread')}"
     checks.append(failing("listeners", unread > QUEUE_MAX, text))
     return checks
 
@@ -134,7 +134,7 @@ def _clock(server: ServerState) -> Check:
         where += ", the database's is ahead"
     bad = skew_s > SKEW_MAX_S
     if bad:
-        where += ": `chronyc tracking` or `timedatectl` on each says which one is off"
+        where += ": `chronyc tracking` or `timedatectl` on each machine shows which clock is wrong"
     return failing("clock", bad, f"this machine's and the database's: {where}")
 
 
@@ -144,7 +144,7 @@ def _standbys(server: ServerState) -> Check:
         return Check(state="off", name="standbys", text="none: a failover needs one, or a backup")
     text = f"{server.synchronous} synchronous, {server.asynchronous} asynchronous"
     if server.may_lose:
-        text += ": a failover may lose what was answered; `SHOW synchronous_standby_names` is to"
+        text += ": a failover may lose acknowledged payments; `SHOW synchronous_standby_names` must"
         text += f" name one: {_page('failoverwouldlose')}"
     return failing("standbys", server.may_lose, text)
 
@@ -169,8 +169,8 @@ async def _log(database: Database, server: ServerState) -> Check:
         text += f": {_page('clockskew')}"
     if loss is not None:
         text += (
-            f": it went back, and lacks up to position {loss.lost_position} what it had "
-            f"acknowledged (found by {loss.found_by}): `payments log accept-loss`"
+            f": acknowledged events up to position {loss.lost_position} are missing (found by "
+            f"{loss.found_by}): `payments log accept-loss`"
         )
     bad = id is None or loss is not None or server.log_ahead_s > SKEW_MAX_S
     return failing("log", bad, text)
@@ -186,15 +186,13 @@ async def _appends(database: Database) -> Check:
                 text = f"they wait for {who}: {_page('appendswait')}"
                 return Check(state="FAIL", name="appends", text=text)
         await asyncio.sleep(LOOK_EVERY_S)
-    return Check(state="ok", name="appends", text="none waits for long")
+    return Check(state="ok", name="appends", text="none waits long")
 
 
 def _vacuum(found: Horizon) -> Check:
     bad = found.held_s > HORIZON_MAX_S or found.transactions > HORIZON_MAX_TRANSACTIONS
     if not bad:
-        return Check(
-            state="ok", name="vacuum", text="nobody keeps it from removing dead rows for long"
-        )
+        return Check(state="ok", name="vacuum", text="no session or slot holds it up for long")
     since = f"for {found.held_s:.0f} s, " if found.held_s else ""
     text = f"held up {since}for {found.transactions} transactions by {found.held_by}"
     text += f": {_page('vacuumheld')}"

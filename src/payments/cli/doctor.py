@@ -32,10 +32,10 @@ CERTIFICATE_MIN_DAYS = 14
 
 @click.command()
 def doctor() -> None:
-    """Check settings, database, followers, seals, open payments and callbacks; one line each.
+    """Check settings, database, followers, seals, unsettled payments and callbacks, one line each.
 
-    Of every alert, what the database can tell is among them. It only looks. Exit code 0: all is
-    well, or switched off; 1: something is not; 2: it could not be looked at.
+    The checks include every alert that the database alone can show. Nothing is changed. Exit code
+    0: all is ok, or switched off; 1: a check failed; 2: the checks could not run.
     """
     one_is_a_finding()
     failed = 0
@@ -61,7 +61,7 @@ def _checks() -> Iterator[Check]:
             text=f"{len(clients)} API clients: {', '.join(sorted(clients))}",
         )
     else:
-        text = "whoever reaches the port may charge: `payments keys new NAME`"
+        text = "every client that reaches the port can charge: `payments keys new NAME`"
         yield Check(state="off", name="keys", text=text)
     try:
         with open_database(settings, to="read") as address:
@@ -83,7 +83,7 @@ def _checks() -> Iterator[Check]:
         yield Check(
             state="FAIL",
             name="database",
-            text=f"{reason}; `payments settings` says which one it is",
+            text=f"{reason}; `payments settings` shows which database it is",
         )
     yield _callback_target(Target.of_callbacks(settings))
 
@@ -97,10 +97,10 @@ def _database(address: DatabaseAddress) -> Iterator[Check]:
         if version < POSTGRES_MIN:
             text += f"; {POSTGRES_MIN} or newer is needed: docs/backup.md"
         if schema.newer and schema.refusal is None:
-            text = f"schema newer than this version, which may run on it: {schema.newer[-1]}"
+            text = f"schema newer than this version, but compatible with it: {schema.newer[-1]}"
         changed = shape.lost(connection)
         if changed:
-            text += f"; something else changed the table payments ({', '.join(changed)}): "
+            text += f"; another program changed the table payments ({', '.join(changed)}): "
             text += "`payments migrate`, then `payments rebuild`"
         bad = version < POSTGRES_MIN or schema.refusal is not None or bool(changed)
         yield failing("database", bad, f"Postgres {version}, {text}")
@@ -122,7 +122,7 @@ def _callback_target(target: Target | None) -> Check:
         return Check(
             state="off",
             name="endpoint",
-            text="nobody is called back: ORDER_CALLBACK_URL is not set",
+            text="no callbacks are sent: ORDER_CALLBACK_URL is not set",
         )
     origin = target.url.origin
     try:
@@ -133,17 +133,17 @@ def _callback_target(target: Target | None) -> Check:
     except StartError as error:
         return _cannot_be_called(str(error), origin)
     except TimeoutError:
-        return _cannot_be_called(f"{origin} does not answer", origin)
+        return _cannot_be_called(f"{origin} does not respond", origin)
     except ssl.SSLCertVerificationError as error:
         return _cannot_be_called(f"{origin}: {error.verify_message}", origin)
     except OSError as error:
         reason = error.strerror or str(error)
-        return _cannot_be_called(f"{origin} cannot be reached: {reason}", origin)
-    text = f"{origin} can be reached; callbacks are {target.signed}"
+        return _cannot_be_called(f"{origin} is unreachable: {reason}", origin)
+    text = f"{origin} is reachable; callbacks are {target.signed}"
     if certificate:
         ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(certificate["notAfter"]), UTC)
         days = (ends - datetime.now(UTC)).days
-        text += f"; its certificate ends in {days} days"
+        text += f"; its certificate expires in {days} days"
         if days < CERTIFICATE_MIN_DAYS:
             return _cannot_be_called(text, origin)
     return Check(state="ok", name="endpoint", text=text)

@@ -135,17 +135,20 @@ def _reason_of_database(error: BaseException, checks: bool) -> str | None:
     if not isinstance(error, psycopg.Error):
         return None
     match error:
-        case psycopg.OperationalError():  # a lock timeout, an unavailable server
-            return f"the database: {reason_of(error)}: try again later"
+        case psycopg.OperationalError():  # a lock that is held, a server that is gone
+            return f"the database: {reason_of(error)}: retry later"
         case psycopg.errors.ReadOnlySqlTransaction():
-            return "the database refuses to write: it is a standby, or read-only"
+            return "the database refuses writes: it is a standby, or read-only"
         # The query is for another schema: see docs/decisions/upgrades.md.
         case (
             psycopg.errors.UndefinedTable()
             | psycopg.errors.UndefinedColumn()
             | psycopg.errors.UndefinedFunction()
         ):
-            return f"the database: {reason_of(error)}: does its schema fit? `payments doctor`"
+            return (
+                f"the database: {reason_of(error)}: does the schema match this version? "
+                "`payments doctor`"
+            )
         case psycopg.errors.InsufficientPrivilege():
             return f"the database: {reason_of(error)}"
     return f"the database: {reason_of(error)}" if checks else None

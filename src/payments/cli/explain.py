@@ -16,11 +16,11 @@ from payments.queries.explain import explain, fulfilment_text, time_text
     "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
 )
 def explain_payment(payment: UUID, form: str) -> None:
-    """Print what happened to a payment, oldest first; PAYMENT is its id.
+    """Print the history of a payment, oldest first; PAYMENT is its id.
 
-    Who asked with which key, every event, each answer of the provider, each attempt to call Order
-    Service back, and what was settled later; and why its order may not have been fulfilled. It only
-    reads what is stored.
+    Its requests with clients and keys, all events, each response of the provider, each callback
+    attempt, the later settling, and why its order may not have been fulfilled. Only reads stored
+    data.
     """
     with open_database(begin(), to="read") as address:
         story = with_database(address, lambda database: explain(database, payment))

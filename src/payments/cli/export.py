@@ -23,11 +23,11 @@ COLUMNS = (
 @click.option("--from", "first", type=TIME, required=True, help="Included.")
 @click.option("--to", "last", type=TIME, required=True, help="Not included.")
 def export_money(first: datetime, last: datetime) -> None:
-    """Print what money moved in a time, as CSV for spreadsheets: a row for each movement.
+    """Print the captures and refunds of a period as CSV for spreadsheets, one row each.
 
-    That is each capture and each refund that the provider carried out and that was recorded then;
-    times are RFC 3339, like 2026-01-01T00:00:00Z. The column time is UTC, amount a decimal of the
-    currency, never negative: kind says which way. Exit code 1: some events could not be read.
+    A row is a capture or refund that the provider carried out and that was recorded in the period;
+    times are RFC 3339, like 2026-01-01T00:00:00Z. The column time is UTC; amount is a decimal of
+    the currency, never negative: kind is the direction. Exit code 1: some events could not be read.
     """
     if first >= last:
         raise click.UsageError("--from must be before --to")

@@ -32,7 +32,7 @@ NOTHING = "there is no table payments of the Node service in {!r}: is this the r
 
 def _gateway(_: click.Context, __: click.Parameter, name: str) -> str:
     if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", name):
-        raise click.BadParameter("must be 1 to 64 of a-z, 0-9, _ and -, as a gateway is named")
+        raise click.BadParameter("must be a gateway's name: 1 to 64 of a-z, 0-9, _ and -")
     return name
 
 
@@ -43,38 +43,38 @@ def _gateway(_: click.Context, __: click.Parameter, name: str) -> str:
     show_default=True,
     callback=_gateway,
     metavar="NAME",
-    help="The provider that captured what the Node service charged, as GATEWAY names it here: its "
-    f"payments can be refunded through this service. As {NO_GATEWAY} they cannot.",
+    help="The provider that captured the payments of the Node service, by its name in "
+    f"GATEWAY; then they can be refunded through this service. With {NO_GATEWAY} they "
+    "cannot.",
 )
 @click.option(
     "--timezone",
     default="UTC",
     show_default=True,
     metavar="ZONE",
-    help="The zone of the times in the table, such as Asia/Kolkata.",
+    help="Time zone of the times in the table, such as Asia/Kolkata.",
 )
-@click.option("--dry-run", is_flag=True, help="Only look for rows that cannot be imported.")
+@click.option("--dry-run", is_flag=True, help="Only list the rows that cannot be imported.")
 @click.option(
     "--leave-out-rows",
     is_flag=True,
-    help="Import the others. What is left out is not known here: a charge with the idempotency key "
-    "of such a row IS SENT TO THE PROVIDER AGAIN.",
+    help="Import the other rows. The service does not know the rows that are left out: a "
+    "charge with the idempotency key of such a row IS SENT TO THE PROVIDER AGAIN.",
 )
 @click.option(
     "--ignore-connections",
     is_flag=True,
-    help="Begin while others are connected to the database. The Node service must not be one of "
-    "them: it would write to the new table.",
+    help="Start while other sessions are connected to the database. The Node service must not "
+    "be one of them: it would write to the new table.",
 )
 def import_legacy(
     gateway: str, timezone: str, dry_run: bool, leave_out_rows: bool, ignore_connections: bool
 ) -> None:
-    """Bring the payments of the Node service, whose database this was, into the log.
+    """Import the payments of the Node service, which used this database before, into the log.
 
-    Its table payments becomes legacy_payments, and no service starts on the database until all of
-    its rows are imported. If it is interrupted, run it again; once it is complete, nothing happens
-    any more. Exit code 1: rows cannot be imported, and nothing was changed; 2: it could not be
-    done.
+    Its table payments becomes legacy_payments, and no service starts on the database until all
+    rows are imported. After an interruption run it again; after completion it changes nothing.
+    Exit code 1: some rows cannot be imported, and nothing was changed; 2: the import failed.
     """
     one_is_a_finding()
     settings = begin()
@@ -84,7 +84,7 @@ def import_legacy(
             raise StartError("another import is running")
         where = legacy_of(lock)
         if where is LegacyTable.COMPLETE:
-            click.echo("the payments of the Node service are imported already", err=True)
+            click.echo("the payments of the Node service are already imported", err=True)
             return
         if where is LegacyTable.NONE:
             raise StartError(NOTHING.format(address))
@@ -134,7 +134,7 @@ def _import(settings: Settings, address: DatabaseAddress, asked: Asked, looked: 
         asyncio.run(_catch_up(settings, address, progress))
     click.echo(f"imported: {count:,} rows of {looked.rows:,}")
     if looked.faulty:
-        click.echo(f"left out: {looked.faulty:,} rows, which are in legacy_payments alone")
+        click.echo(f"left out: {looked.faulty:,} rows, which are only in legacy_payments")
 
 
 async def _catch_up(settings: Settings, address: DatabaseAddress, progress: Progress) -> None:
@@ -165,4 +165,6 @@ def _tell_pending(looked: Looked) -> None:
         amount = amount_text(int(row.amount_cents or 0), row.currency or "")
         began = f"{row.created_at or row.updated_at:%Y-%m-%dT%H:%M:%SZ}"
         text = f"{amount}, order {row.merchant_order_id}, since {began}"
-        click.echo(f"PENDING, and nobody asks for it: payment {row.payment_id} ({row.id}): {text}")
+        click.echo(
+            f"PENDING, and not settled by this service: payment {row.payment_id} ({row.id}): {text}"
+        )

@@ -24,24 +24,32 @@ def one_line_of_text(_: click.Context, __: click.Parameter, value: str) -> str:
 
 @click.group("log")
 def log_group() -> None:
-    """What a person decides about the log."""
+    """Decisions of an operator about the log."""
 
 
 @log_group.command("accept-loss")
 @click.option(
-    "--by", required=True, callback=one_line_of_text, metavar="NAME", help="Who accepts it."
+    "--by",
+    required=True,
+    callback=one_line_of_text,
+    metavar="NAME",
+    help="Name of the operator, kept on record.",
 )
 @click.option(
-    "--reason", required=True, callback=one_line_of_text, metavar="TEXT", help="What happened."
+    "--reason",
+    required=True,
+    callback=one_line_of_text,
+    metavar="TEXT",
+    help="What happened, kept on record.",
 )
 @heads_option
 def accept_loss(by: str, reason: str, heads: dict[int, bytes]) -> None:
-    """Go on with a log that lost events in a failover or a restore: refunds are made again.
+    """Accept that the log lost events in a failover or a restore: refunds are made again.
 
-    Before that, compare with the provider what was captured and given back since
-    (docs/backup.md). The log is compared with the newest seal that was kept in PAYMENTS_DATA_DIR
-    and with --head; what processes found is on record already. Who accepted what, and why, stays
-    in the table log_losses, and `payments audit verify` prints it. Exit code 1: nothing is lost.
+    First compare the captures and refunds since then with the provider (docs/backup.md). The log
+    is compared with the newest seal in PAYMENTS_DATA_DIR and with --head; the findings of running
+    processes are already on record. Operator, reason and loss are kept in the table log_losses, and
+    `payments audit verify` prints them. Exit code 1: nothing is lost.
     """
     settings = begin()
     known = [Seal(position, hash) for position, hash in heads.items()]
@@ -50,7 +58,9 @@ def accept_loss(by: str, reason: str, heads: dict[int, bytes]) -> None:
         await find_loss(database, heads_dir(settings), known)
         loss = await losses.open_loss(database)
         if loss is None:
-            raise StartError("nothing is lost: the log has all that was acknowledged and kept")
+            raise StartError(
+                "nothing is lost: the log has all events that were acknowledged or kept"
+            )
         head = await losses.add(
             database.fetch,
             "accepted",
@@ -62,16 +72,16 @@ def accept_loss(by: str, reason: str, heads: dict[int, bytes]) -> None:
             last_found=loss.id,
         )
         if head is None:
-            raise StartError("more was found meanwhile: look again (`payments doctor`)")
+            raise StartError("another loss was found meanwhile: check again with `payments doctor`")
         return loss, *head
 
     with open_database(settings, to="run") as address:
         loss, position, hash = with_database(address, accept)
     click.echo(f"found: {loss.found_at:%Y-%m-%dT%H:%M:%SZ} by {one_line(loss.found_by)}")
-    click.echo(f"kept: up to position {loss.kept_position} at the least")
+    click.echo(f"kept: at least up to position {loss.kept_position}")
     click.echo(f"old head: {_head(loss.lost_position, loss.lost_hash)}")
     click.echo(f"new head: {_head(position, hash)}")
-    click.echo("accepted: refunds and returns go on within a second", err=True)
+    click.echo("accepted: refunds continue within a second", err=True)
 
 
 def _head(position: int, hash: bytes | None) -> str:

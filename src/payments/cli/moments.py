@@ -43,7 +43,7 @@ class _Moment(_Time):
             return value
         if isinstance(value, str) and re.fullmatch("[+-]?[0-9]+", value):
             if not (value.isdigit() and 1 <= int(value[:20]) <= POSITION_MAX):
-                text = f"{value} is not a position: they are whole numbers from 1"
+                text = f"{value} is not a position: must be a whole number from 1"
                 raise click.BadParameter(text, ctx, param)
             return int(value)
         return super().convert(value, param, ctx)

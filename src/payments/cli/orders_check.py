@@ -6,7 +6,7 @@ from payments.queries.fulfilments import OPEN_STATES, Count, counts, unfulfilled
 
 NAMED_MAX = 3  # payments in the line
 LIST = "`payments callbacks list --unfulfilled`"
-UNSET = "ORDER_STATUS_URL is not set, and would tell: docs/order-service.md"
+UNSET = "ORDER_STATUS_URL is not set: set it to request the status: docs/order-service.md"
 
 
 async def orders_check(database: Database, *, calls_back: bool, asks: bool) -> Check:
@@ -22,7 +22,7 @@ async def orders_check(database: Database, *, calls_back: bool, asks: bool) -> C
     )
     told = [_of(found[state], state) for state in OPEN_STATES if found[state].payments]
     if silent.payments:
-        told.append(f"{silent.payments} whose response did not tell")
+        told.append(f"{silent.payments} whose response did not contain it")
     if not told:
         return Check(state="ok", name="orders", text="no payment is known to be unfulfilled")
     text = f"paid, and perhaps not fulfilled: {', '.join(told)}"

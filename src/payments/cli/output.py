@@ -42,7 +42,7 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str)
 def say_if_more(found: Sequence[object], limit: int) -> None:
     """`found` was read with `limit` + 1, to detect that there are more."""
     if len(found) > limit:
-        click.echo(f"there are more than the {limit} of --limit", err=True)
+        click.echo(f"only the first {limit} (--limit) are shown; there are more", err=True)
 
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @click.group()
 def parked() -> None:
-    """Streams that a read model goes on without, since an event of theirs could not be applied."""
+    """Payments that a read model skips, since one of their events could not be applied."""
 
 
 @parked.command("list")
 @format_option
 def list_parked(form: str) -> None:
-    """Print the parked streams and why they are."""
+    "Print the parked payments and the reasons."
 
     with open_database(begin(), to="read") as address:
         print_rows(ParkedStream._fields, with_database(address, parked_streams), form)
@@ -34,11 +34,11 @@ def list_parked(form: str) -> None:
 
 @parked.command()
 @click.argument("payments", nargs=-1, type=click.UUID)
-@click.option("--all", "every", is_flag=True, help="Retry every parked stream.")
+@click.option("--all", "every", is_flag=True, help="Retry every parked payment.")
 def retry(payments: tuple[UUID, ...], every: bool) -> None:
-    """Apply what parked streams have missed; exit code 1 if one of them stays parked."""
+    "Apply the missed events of parked payments; exit code 1 if one of them stays parked."
     if bool(payments) == every:
-        raise click.UsageError("name the PAYMENTS to retry, or say --all")
+        raise click.UsageError("give the PAYMENTS to retry, or --all")
     settings = begin()
     with open_database(settings, to="run") as address:
         unknown, left = asyncio.run(_retry(settings, address, payments or None))

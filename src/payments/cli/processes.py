@@ -33,7 +33,7 @@ def _end_on_signals() -> None:
 @click.option(
     "--api-only", is_flag=True, help="Leave read models, settling and callbacks to `payments work`."
 )
-@click.option("--examples", is_flag=True, help="Print requests to try, once it listens.")
+@click.option("--examples", is_flag=True, help="Print example requests once the service listens.")
 def serve(api_only: bool, examples: bool) -> None:
     """Start the service and run until SIGTERM."""
     _end_on_signals()
@@ -59,9 +59,9 @@ def serve(api_only: bool, examples: bool) -> None:
 
 @click.command()
 def work() -> None:
-    """Follow the log, settle open payments and call back until SIGTERM, without the API.
+    """Follow the log, settle payments and send callbacks until SIGTERM, without the API.
 
-    With METRICS_PORT it answers /metrics and /health there.
+    With METRICS_PORT it serves /metrics and /health on that port.
     """
     _end_on_signals()
     settings = begin(told=True)

@@ -26,7 +26,7 @@ def program(name: str) -> str:
     try:
         return str(embedded_postgres.binary(name))
     except EmbeddedPostgresError as error:
-        raise StartError(f"{error}: use {name} of the server's version, or a newer one") from None
+        raise StartError(f"{error}: install {name} of the server's version or newer") from None
 
 
 def check_version(connection: psycopg.Connection[Any]) -> None:
@@ -35,7 +35,7 @@ def check_version(connection: psycopg.Connection[Any]) -> None:
     shipped = int(version("embedded-postgres").partition(".")[0])
     if server > shipped:
         raise StartError(
-            f"the server is Postgres {server}, and the programs of this service are of version "
+            f"the server is Postgres {server}, but the programs of this service have version "
             f"{shipped}: use pg_dump, pg_restore and psql of version {server} or newer"
         )
 
@@ -86,7 +86,7 @@ def end(*processes: "subprocess.Popen[bytes]") -> None:
 def failure(name: str, said: IO[bytes]) -> StartError:
     """The error for a failed program, with its own error line."""
     said.seek(0)
-    lines = said.read().decode(errors="replace").splitlines() or ["it says nothing"]
+    lines = said.read().decode(errors="replace").splitlines() or ["no error message"]
     line = next((line for line in lines if "error" in line.lower()), lines[-1])
     said_itself = re.sub(r"^(psql:\S*|pg_\w+:) (error: )?", "", line)  # psql:<stdin>:12: ERROR:  …
     return StartError(f"{name}: {said_itself}")

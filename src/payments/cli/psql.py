@@ -18,9 +18,9 @@ AS_THEY_ARE = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
 @click.command("psql", context_settings=AS_THEY_ARE)
 @click.argument("arguments", metavar="[ARGS]...", nargs=-1, type=click.UNPROCESSED)
 def open_psql(arguments: tuple[str, ...]) -> None:
-    """Open psql on the service's database; ARGS are psql's own, such as -c "SELECT 1".
+    """Open psql on the service's database; ARGS are passed to psql, such as -c "SELECT 1".
 
-    The exit code is psql's. Tables are written by the service alone: look, and change nothing.
+    The exit code is psql's. Only the service writes its tables: read them, and change nothing.
     """
     settings = begin()
     with open_database(settings, to="look") as address:

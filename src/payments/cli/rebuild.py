@@ -28,15 +28,15 @@ SHOWN_MAX = 20  # differing rows that are shown; all are counted
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Only compare; exit code 1 if anything differs, 2 if it could not be compared.",
+    help="Only compare; exit code 1 if anything differs, 2 if the comparison failed.",
 )
 def rebuild_read_model(projection: str, dry_run: bool) -> None:
-    """Compare a read model with the log, and write the rows that differ.
+    """Compare a read model with the log, and replace the rows that differ.
 
-    The service may run meanwhile: its requests neither wait nor fail. Rows that are replaced are
-    kept in the table replaced_rows. Nothing is called back and no gateway is called. Exit code 1:
-    the events of some payments cannot be read, or it could not be done. With --dry-run 1 means that
-    something differs or cannot be read, and 2 that it could not be compared.
+    The service may run meanwhile: its requests neither wait nor fail. Replaced rows are kept in the
+    table replaced_rows. No callbacks are sent and no gateway is called. Exit code 1: the events of
+    some payments cannot be read, or the rebuild failed. With --dry-run, 1 means that something
+    differs or cannot be read, and 2 that the comparison failed.
     """
     if dry_run:
         one_is_a_finding()
@@ -49,7 +49,7 @@ def rebuild_read_model(projection: str, dry_run: bool) -> None:
         if shown <= SHOWN_MAX:
             click.echo(one_line(str(found)))
         elif shown == SHOWN_MAX + 1:
-            click.echo("more rows differ; they are counted below")
+            click.echo("more rows differ; all are counted below")
 
     to: Literal["read", "run"] = "read" if dry_run else "run"
     with open_database(settings, to=to) as address, Progress() as progress:
@@ -71,9 +71,9 @@ def _tell(done: Rebuilt, dry_run: bool) -> None:
     if not dry_run:
         click.echo(f"replaced: {done.replaced:,} rows, kept in replaced_rows")
     if done.parked:
-        click.echo(f"parked, as they were before: {done.parked:,} payments: `payments parked list`")
+        click.echo(f"parked, not changed: {done.parked:,} payments: `payments parked list`")
     if done.unreadable:
-        click.echo(f"not readable, left alone: {len(done.unreadable):,} payments")
+        click.echo(f"not readable, not changed: {len(done.unreadable):,} payments")
     click.echo()
     print_rows(
         ("table", "status", "currency", "log", "log_cents", "in_table", "in_table_cents"),

@@ -26,19 +26,24 @@ PER_S_MAX = 1000
 
 @click.group()
 def reconcile() -> None:
-    """Compare what was captured with what others know of it."""
+    """Compare captured payments with the records of other systems."""
 
 
 @reconcile.command()
-@click.option("--since", metavar="TIME", type=TIME, help="Payments begun then or later (RFC 3339).")
-@click.option("--until", metavar="TIME", type=TIME, help="Payments begun before; now by default.")
+@click.option(
+    "--since",
+    metavar="TIME",
+    type=TIME,
+    help="Start of the period in which the payments began (RFC 3339).",
+)
+@click.option("--until", metavar="TIME", type=TIME, help="End of that period; now by default.")
 @click.option(
     "--limit-per-second",
     "per_s",
     type=click.IntRange(1, PER_S_MAX),
     default=50,
     show_default=True,
-    help="Orders that are asked about in a second at the most.",
+    help="Status requests per second, at most.",
 )
 @click.option(
     "--format",
@@ -48,15 +53,14 @@ def reconcile() -> None:
     show_default=True,
 )
 def orders(since: datetime | None, until: datetime | None, per_s: int, form: str) -> None:
-    """Ask Order Service about each order that was paid, and print what does not fit.
+    """Request the status of each paid order from Order Service, and print the contradictions.
 
-    KIND is unfulfilled (paid, and the order failed), paid_twice (this payment is not the first of a
-    confirmed order), not_known (paid, and the order has another status, or PROBLEM says why none is
-    known), or unpaid (confirmed, and all its payments failed or were refunded). Whatever was paid
-    is watched from then on: `payments callbacks list --unfulfilled`.
+    KIND is unfulfilled (paid, but the order failed), paid_twice (this payment is not the first of a
+    confirmed order), not_known (paid, but the order has another status, or none is known for the
+    reason in PROBLEM), or unpaid (confirmed, but all its payments failed or were refunded). The
+    paid ones are checked from then on: `payments callbacks list --unfulfilled`.
 
-    It needs ORDER_STATUS_URL. Exit code 0: nothing was found. 1: something was. 2: it could not be
-    looked for.
+    Needs ORDER_STATUS_URL. Exit code 0: no findings. 1: findings. 2: the comparison failed.
     """
     one_is_a_finding()
     since, until = since or datetime.min.replace(tzinfo=UTC), until or datetime.now(UTC)
@@ -65,7 +69,7 @@ def orders(since: datetime | None, until: datetime | None, per_s: int, form: str
     settings = begin()
     target = Target.of_order_status(settings)
     if target is None:
-        raise StartError("ORDER_STATUS_URL is not set: nobody can be asked about orders")
+        raise StartError("ORDER_STATUS_URL is not set: the status of orders cannot be requested")
     from payments.service import build_order_status, check_status_target
 
     status = build_order_status(target)
@@ -85,7 +89,7 @@ def orders(since: datetime | None, until: datetime | None, per_s: int, form: str
     if form != "csv":
         print_rows(Found._fields, shown, form)
     more = f", the first {SHOWN_MAX:,} of them shown" if count > len(shown) > 0 else ""
-    click.echo(f"orders: {asked:,} asked about; findings: {count:,}{more}", err=True)
+    click.echo(f"orders: {asked:,} checked; findings: {count:,}{more}", err=True)
     sys.exit(FINDINGS if count else 0)
 
 

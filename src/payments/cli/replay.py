@@ -30,28 +30,42 @@ CSV_COLUMNS = (
 
 
 @click.command("replay")
-@click.option("--payment", metavar="ID", type=click.UUID, help="Events of this payment.")
-@click.option("--order", metavar="ID", type=click.UUID, help="Events of this order's payments.")
+@click.option("--payment", metavar="ID", type=click.UUID, help="Only events of this payment.")
 @click.option(
-    "--type", "types", multiple=True, type=click.Choice(list(FACTS)), help="May be repeated."
+    "--order", metavar="ID", type=click.UUID, help="Only events of this order's payments."
+)
+@click.option(
+    "--type",
+    "types",
+    multiple=True,
+    type=click.Choice(list(FACTS)),
+    help="May be given several times.",
 )
 @click.option("--from", "first", type=MOMENT, help="Included.")
-@click.option("--until", "last", type=MOMENT, help="A position is included, a time is not.")
-@click.option("--limit", type=click.IntRange(1, POSITION_MAX), help="So many events at most.")
+@click.option(
+    "--until",
+    "last",
+    type=MOMENT,
+    help="End of the range: a position is inclusive, a time exclusive.",
+)
+@click.option("--limit", type=click.IntRange(1, POSITION_MAX), help="Maximum number of events.")
 @click.option(
     "--format",
     "form",
     type=click.Choice(["jsonl", "table", "csv"]),
     default="jsonl",
     show_default=True,
-    help="jsonl is the exact log, to be kept or verified; csv, for spreadsheets, and table are for "
-    "people.",
+    help="jsonl is the exact log, for archives and `payments audit verify`; csv is for "
+    "spreadsheets, table for reading.",
 )
-@click.option("--follow", "following", is_flag=True, help="Go on with new events, until Ctrl-C.")
+@click.option("--follow", "following", is_flag=True, help="Continue with new events, until Ctrl-C.")
 @click.option(
     "--as-of",
     type=MOMENT,
-    help="Print no events, but what --payment, or the payments of --order, were then.",
+    help=(
+        "Print the state of --payment, or of the payments of --order, at this moment, "
+        "instead of events."
+    ),
 )
 def replay_log(
     payment: UUID | None,
@@ -64,19 +78,21 @@ def replay_log(
     following: bool,
     as_of: Moment | None,
 ) -> None:
-    """Print the log, oldest first: all of it, or what the options name.
+    """Print the log, oldest first: all of it, or the events that the options select.
 
-    A moment is a position, or a time (RFC 3339, like 2026-01-31T18:30:00Z): that of recording.
-    --order reads the whole log, or the part that --from and --until name. Nothing is written,
-    nobody called back and no gateway called. Exit code 1: the payment or order is not in the log.
+    A moment is a position, or the time of recording (RFC 3339, like 2026-01-31T18:30:00Z). --order
+    reads the whole log, or the part between --from and --until. Nothing is written, no callbacks
+    are sent and no gateway is called. Exit code 1: the payment or order is not in the log.
     """
     if following and (last is not None or as_of is not None):
-        raise click.UsageError("--follow has no end: leave out --until and --as-of")
+        raise click.UsageError("--follow cannot be combined with --until or --as-of")
     if as_of is not None:
         if (payment is None) == (order is None):
-            raise click.UsageError("--as-of needs a --payment or an --order")
+            raise click.UsageError("--as-of requires --payment or --order")
         if types or first is not None or last is not None or limit is not None:
-            raise click.UsageError("--as-of goes with --payment, --order and --format alone")
+            raise click.UsageError(
+                "--as-of can be combined only with --payment, --order and --format"
+            )
     if type(first) is type(last) and first is not None and last is not None and first > last:  # type: ignore[operator]
         raise click.UsageError("--from must not be after --until")
     wanted = Wanted(

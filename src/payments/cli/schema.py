@@ -8,6 +8,6 @@ from payments.opening import open_database
 
 @click.command()
 def migrate() -> None:
-    """Bring the database's schema up to date and exit."""
+    """Migrate the database's schema to this version and exit."""
     with open_database(begin(told=True), to="migrate"):
-        click.echo("the database is up to date", err=True)
+        click.echo("the schema is up to date", err=True)

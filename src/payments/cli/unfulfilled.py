@@ -51,8 +51,8 @@ def _cells(found: Unfulfilled) -> list[object]:
 
 def _of_silent(count: int, *, asks: bool) -> str:
     more = " or more" if count == COUNTED_MAX else ""
-    text = f"not listed: {count}{more} payments about whose order nothing is known, since the "
-    text += "response to their callback did not tell"
+    text = f"not listed: {count}{more} payments whose order status is not known, since the "
+    text += "response to their callback did not contain it"
     if asks:
-        return f"{text}; whoever sends callbacks asks ORDER_STATUS_URL about them"
-    return f"{text}: ORDER_STATUS_URL would: docs/order-service.md"
+        return f"{text}; the process that sends callbacks requests it from ORDER_STATUS_URL"
+    return f"{text}: set ORDER_STATUS_URL to find out: docs/order-service.md"

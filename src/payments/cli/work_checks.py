@@ -50,7 +50,7 @@ class Open(NamedTuple):
 
 PAYMENTS = Open(name="payments", what="PENDING", kinds=["charge"], limit_s=PENDING_MAX_S)
 REFUNDS = Open(
-    name="refunds", what="on its way back", kinds=["refund", "late_capture"], limit_s=RETURN_MAX_S
+    name="refunds", what="being refunded", kinds=["refund", "late_capture"], limit_s=RETURN_MAX_S
 )
 
 
@@ -91,18 +91,18 @@ def _work(
 ) -> Check:
     """Checks whether a process does the background work, if there is any to do."""
     if at_work:
-        return Check(state="ok", name="work", text=f"somebody follows: {', '.join(at_work)}")
+        return Check(state="ok", name="work", text=f"following: {', '.join(at_work)}")
     waits = {
         "events": max((follower.lag_events for follower in followers), default=0),
-        "open payments": sum(row.payments for row in unsettled),
+        "unsettled payments": sum(row.payments for row in unsettled),
         "callbacks": due,
     }
     waiting = ", ".join(f"{count} {what}" for what, count in waits.items() if count)
-    text = "nobody follows the log, settles and calls back"
+    text = "no process follows the log, settles and sends callbacks"
     if not waiting:
-        return Check(state="off", name="work", text=f"{text} now: {WORKERS}")
+        return Check(state="off", name="work", text=f"{text}: {WORKERS} does")
     return Check(
-        state="FAIL", name="work", text=f"{text}, and there wait {waiting}: start {WORKERS}"
+        state="FAIL", name="work", text=f"{text}, but {waiting} are waiting: start {WORKERS}"
     )
 
 
@@ -114,7 +114,7 @@ async def _follower(database: Database, follower: FollowerState) -> Check:
     if late:
         position, ids = await next_payments(database, follower.position, NAMED_MAX)
         text += f", from position {position} on, of payment {_named(ids, 0)}"
-        text += f": `payments replay --from {position} --limit {NAMED_MAX}`; {WORKERS} follows"
+        text += f": `payments replay --from {position} --limit {NAMED_MAX}`; {WORKERS} must run"
     if follower.parked_streams:
         streams = await parked_streams(database, follower.name, NAMED_MAX)
         ids = [stream.payment_id for stream in streams]
@@ -152,16 +152,16 @@ async def _provider(database: Database, gateway: str) -> Check:
         return Check(
             state="ok",
             name="provider",
-            text="nothing open contradicts it, or belongs to another one",
+            text="no unsettled payment contradicts it, or belongs to another provider",
         )
     found = []
     if told:
-        what = f"{told} that it contradicts, or that belong to another one"
+        what = f"{told} that it contradicts, or that belong to another provider"
         found.append(what + _to_explain(told_ids, told))
     for name, (count, ids) in sorted(others.items()):
         found.append(f"{count} begun with {name}" + _to_explain(ids, count))
     return Check(
-        state="FAIL", name="provider", text=f"open payments: {', '.join(found)}: docs/stuck.md"
+        state="FAIL", name="provider", text=f"unsettled payments: {', '.join(found)}: docs/stuck.md"
     )
 
 
@@ -189,12 +189,12 @@ async def brake_check(database: Database, *, gives_back: bool) -> Check:
     """Checks whether the service has stopped giving back by itself. `gives_back`: UNFULFILLED is
     refund."""
     if not gives_back:
-        text = "nothing is given back by itself: UNFULFILLED is not refund"
+        text = "no automatic refunds: UNFULFILLED is not refund"
         return Check(state="off", name="brake", text=text)
     stop = await brake.stopped(database)
     if stop is None:
-        text = f"{await brake.begun(database)} payments were given back by itself within an hour"
+        text = f"{await brake.begun(database)} automatic refunds within the last hour"
         return Check(state="ok", name="brake", text=text)
     since = f"{stop.stopped_at:%Y-%m-%dT%H:%M:%SZ}"
-    text = f"nothing is given back by itself since {since}: {stop.reason}"
+    text = f"automatic refunds stopped at {since}: {stop.reason}"
     return Check(state="FAIL", name="brake", text=f"{text}: `payments giving-back resume`")

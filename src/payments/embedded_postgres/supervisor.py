@@ -226,7 +226,8 @@ def _check_version(plan: Plan, cluster: Path) -> None:
     theirs = _read(plan, cluster / "PG_VERSION").strip()
     if not re.fullmatch("[0-9]{1,3}", theirs):
         raise EmbeddedPostgresError(
-            f"{cluster} is not a Postgres cluster: move it away or choose another PAYMENTS_DATA_DIR"
+            f"{cluster} is not a Postgres cluster: move it elsewhere or choose another "
+            "PAYMENTS_DATA_DIR"
         )
     if theirs != ours:
         raise EmbeddedPostgresError(

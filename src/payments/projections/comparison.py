@@ -187,7 +187,7 @@ class Difference(NamedTuple):
         if self.found is None:
             return f"{where}: missing from the table"
         if self.expected is None:
-            return f"{where}: the log knows of no such row"
+            return f"{where}: not in the log"
         values = zip(self.table.columns, self.found, self.expected, strict=True)
         return f"{where}: " + ", ".join(
             f"{column} is {_text(found)}, the log says {_text(expected)}"

@@ -38,7 +38,9 @@ def needlessly_parked(source: Source) -> Iterator[NeedlesslyParked]:
         if follower == SealsProjection.name:
             for payment_id in sorted(ids):
                 yield NeedlesslyParked(
-                    follower=follower, payment_id=payment_id, why="although that parks nothing"
+                    follower=follower,
+                    payment_id=payment_id,
+                    why="although this read model parks nothing",
                 )
             continue
         for payment_id, payment in _read(source, position, sorted(ids)):

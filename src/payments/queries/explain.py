@@ -101,8 +101,10 @@ def fulfilment_text(found: FulfilmentView) -> str:
         f"found {time_text(found.found_at)}",
         f"the response to its SUCCESS: {found.said}",
         None if found.order_status is None else f"status: {found.order_status}",
-        None if found.problem is None else f"asking told nothing: {found.problem}",
-        "nobody asked yet" if found.checked_at is None else f"asked {time_text(found.checked_at)}",
+        None if found.problem is None else f"status not known: {found.problem}",
+        "status not requested yet"
+        if found.checked_at is None
+        else f"status requested {time_text(found.checked_at)}",
         None if found.given_back_at is None else f"given back {time_text(found.given_back_at)}",
     ]
     return ", ".join(part for part in parts if part)
@@ -134,40 +136,40 @@ def _words(fact: Fact) -> str:
             until = fact.hold_until
             held = "" if isinstance(until, UnsetType) else f", seats held until {time_text(until)}"
             return (
-                f"charge of {_amount(fact)} asked for with the key {fact.idempotency_key}, for the "
-                f"order {fact.merchant_order_id}, at the provider {fact.gateway}{held}"
+                f"charge of {_amount(fact)} requested with the key {fact.idempotency_key}, for "
+                f"the order {fact.merchant_order_id}, at the provider {fact.gateway}{held}"
             )
         case PaymentCharged():
             return f"the provider captured {_amount(fact)} as {fact.provider_txn_id}"
         case PaymentFailed(reason="declined"):
             return f"the provider declined {_amount(fact)}: {fact.decline_code}"
         case PaymentFailed():
-            return f"given up: the provider does not know of the charge of {_amount(fact)}"
+            return f"abandoned: the provider does not know the charge of {_amount(fact)}"
         case RefundInitiated():
             key = f"the key {fact.idempotency_key}" if fact.idempotency_key else "no key"
-            whole = ", all that was left" if fact.whole else ""
-            return f"refund {fact.refund_id} of {_amount(fact)}{whole} asked for with {key}"
+            whole = ", the remaining amount" if fact.whole else ""
+            return f"refund {fact.refund_id} of {_amount(fact)}{whole} requested with {key}"
         case PaymentRefunded():
             given, captured = (
                 amount_text(cents, fact.currency)
                 for cents in (fact.refunded_cents, fact.captured_cents)
             )
             return (
-                f"the provider gave {_amount(fact)} back as {fact.provider_refund_id}, for the "
-                f"refund {fact.refund_id}; in all {given} of {captured}"
+                f"the provider refunded {_amount(fact)} as {fact.provider_refund_id}, for the "
+                f"refund {fact.refund_id}; in total {given} of {captured}"
             )
         case RefundFailed():
             return (
-                f"the provider refused the refund {fact.refund_id} of {_amount(fact)}: "
+                f"the provider declined the refund {fact.refund_id} of {_amount(fact)}: "
                 f"{fact.decline_code}"
             )
         case LateCaptureFound():
             return (
                 f"the provider captured {_amount(fact)} after all, as {fact.provider_txn_id}; "
-                f"it is to go back as the refund {fact.refund_id}"
+                f"it is returned as the refund {fact.refund_id}"
             )
         case LateCaptureReturned():
-            return f"the provider gave {_amount(fact)} back as {fact.provider_refund_id}"
+            return f"the provider returned {_amount(fact)} as {fact.provider_refund_id}"
     return fact.TOPIC
 
 
@@ -184,9 +186,9 @@ def _imported_words(fact: Fact) -> str | None:
         case PaymentCharged(imported=True, provider_txn_id=""):
             return f"imported: {_amount(fact)} captured, without the provider's id of it"
         case PaymentFailed(imported=True):
-            return f"imported: {_amount(fact)} not captured; why is not on record"
+            return f"imported: {_amount(fact)} not captured; the reason is not on record"
         case PaymentRefunded(imported=True):
-            return f"imported: {_amount(fact)} given back, without the provider's id of it"
+            return f"imported: {_amount(fact)} refunded, without the provider's id of it"
     return None
 
 
@@ -209,13 +211,13 @@ def _of_delivery(delivery: Delivery, made: list[Attempt]) -> Iterator[Entry]:
             None if attempt.status is None else f"HTTP {attempt.status}",
             None if attempt.seconds is None else f"after {attempt.seconds * 1000:.0f} ms",
             attempt.reason,
-            None if not answer else f"answer: {answer[:200]}",
+            None if not answer else f"response: {answer[:200]}",
         ]
         text = ", ".join(part for part in parts if part)
         yield Entry(at=attempt.started_at, kind="attempt", by=DISPATCHER, text=text)
     if delivery.state == "due":
         now = delivery.next_at or delivery.enqueued_at
-        text = f"{status}: not delivered yet, tried next at {time_text(now)}"
+        text = f"{status}: not delivered yet, next attempt at {time_text(now)}"
         yield Entry(at=datetime.now(UTC), kind="due", by=DISPATCHER, text=text)
     elif delivery.state != "delivered" and delivery.finished_at is not None:
         yield Entry(
@@ -227,18 +229,18 @@ def _of_delivery(delivery: Delivery, made: list[Attempt]) -> Iterator[Entry]:
 
 
 _ENDS = {
-    "dead": "given up, until somebody sends it again with `payments callbacks redrive`",
+    "dead": "dead, until it is redriven with `payments callbacks redrive`",
     "superseded": "not sent, since its order was paid",
-    "excluded": "not sent: not in ORDER_CALLBACK_STATUSES, given back by the service itself, or "
+    "excluded": "not sent: not in ORDER_CALLBACK_STATUSES, refunded by the service itself, or "
     "imported",
 }
 
 
 _FULFILMENTS = {
-    "suspect": "it is not known whether it was fulfilled",
-    "unfulfilled": "paid, and not fulfilled",
-    "paid_twice": "fulfilled for another payment, and paid by this one as well",
-    "given_back": "not fulfilled, and the service gave the payment back",
+    "suspect": "whether it was fulfilled is not known",
+    "unfulfilled": "paid, but not fulfilled",
+    "paid_twice": "fulfilled for another payment, but also paid by this one",
+    "given_back": "not fulfilled, and the service refunded the payment",
 }
 
 
@@ -253,7 +255,7 @@ def _state(payment_id: UUID, events: list[LogEntry]) -> str:
 def _state_of(payment: Payment) -> str:
     text = f"{payment.status}, {amount_text(payment.amount_cents, payment.currency)}"
     if payment.refunded_cents:
-        text += f", {amount_text(payment.refunded_cents, payment.currency)} given back"
+        text += f", {amount_text(payment.refunded_cents, payment.currency)} refunded"
     if payment.reserved_cents:
-        text += f", {amount_text(payment.reserved_cents, payment.currency)} on its way back"
+        text += f", {amount_text(payment.reserved_cents, payment.currency)} being refunded"
     return f"{text}, order {payment.merchant_order_id}"

@@ -147,7 +147,7 @@ class Verification:
         position, event, hash = place
         if position < self._expected:
             yield from self._clear(None, None)
-            yield Finding(position, "stands in the log twice, or out of order")
+            yield Finding(position, "is recorded twice, or out of order")
             return
         if position > self._expected:
             yield from self._clear(None, None)
@@ -190,7 +190,7 @@ class Verification:
             and _seal(self._before, event) != hash
             and _seal(fitting, event) == hash
         ):
-            text = "its seal was altered; the event fits the seals around it"
+            text = "its seal was altered; the event matches the seals around it"
             self._before = fitting
         yield Finding(position, text)
 
@@ -203,10 +203,10 @@ class Verification:
             return
         if self._is_lost(position):
             return
-        text = f"the log up to here is not the one that the head {position}:… was taken of"
+        text = f"the log up to here is not the log of the head {position}:…"
         if not self._found and self._suspect is None:
             text += (
-                ", though it fits its seals: both were altered, somewhere in the positions "
+                ", though it matches its seals: both were altered, in the positions "
                 f"{self._agreed + 1} to {position}"
             )
         yield Finding(position, text)
@@ -225,7 +225,7 @@ class Verification:
         yield from self._clear(None, None)
         for position in sorted(self._heads):
             if position > self.last and not self._is_lost(position):
-                text = f"a head was taken here, but the log ends at position {self.last}"
+                text = f"a head was kept of this position, but the log ends at position {self.last}"
                 yield Finding(self.last + 1, f"{text}: its end was cut off (head {position}:…)")
 
 
@@ -299,8 +299,8 @@ def open_losses(source: Source) -> Iterator[Finding]:
     for loss in map(OpenLoss._make, source.fetch(OPEN_LOSS)):
         yield Finding(
             loss.kept_position + 1,
-            f"the log lacks what it had acknowledged, up to position {loss.lost_position} "
-            f"(found by {loss.found_by}): `payments log accept-loss`",
+            f"acknowledged events are missing up to position {loss.lost_position} (found by "
+            f"{loss.found_by}): `payments log accept-loss`",
         )
 
 
@@ -313,7 +313,7 @@ def missing_seals(ends: Ends, head: Head | None) -> Iterator[Finding]:
         text = f"the seals end here, but were written up to position {ends.sealed}"
         yield Finding(last + 1, text)
     else:
-        text = f"was sealed, but not by the follower, which stands at position {ends.sealed}"
+        text = f"was sealed, but not by the follower, which is at position {ends.sealed}"
         yield Finding(ends.sealed + 1, text)
 
 
@@ -357,8 +357,8 @@ def places_in(lines: BinaryIO, damaged: list[Finding]) -> Iterator[LogPlace]:
             place = LogPlace(read.position, read.entry, hash)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             if number == 1:
-                raise NoExport(f"line 1 is no event of an export: {error}") from None
-            damaged.append(Finding(position + 1, f"line {number} is no event of an export"))
+                raise NoExport(f"line 1 is not an event of an export: {error}") from None
+            damaged.append(Finding(position + 1, f"line {number} is not an event of an export"))
             continue
         position = place.position
         yield place
