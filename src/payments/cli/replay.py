@@ -39,9 +39,9 @@ CSV_COLUMNS = (
     "types",
     multiple=True,
     type=click.Choice(list(FACTS)),
-    help="May be given several times.",
+    help="Only events of this type; may be given several times.",
 )
-@click.option("--from", "first", type=MOMENT, help="Included.")
+@click.option("--from", "first", type=MOMENT, help="Start of the range, inclusive.")
 @click.option(
     "--until",
     "last",
