@@ -139,7 +139,7 @@ def _dump(partial: Path, env: Mapping[str, str]) -> None:
 
 def _refuse_unless_empty(connection: psycopg.Connection[Any]) -> None:
     if connection.execute("SHOW transaction_read_only").fetchone() == ("on",):
-        raise StartError("the database refuses to write: it is a standby, or read-only")
+        raise StartError("the database refuses writes: it is a standby, or read-only")
     found = connection.execute(FIRST_RELATION).fetchone()
     if found is not None:
         raise StartError(
