@@ -226,8 +226,7 @@ def _check_version(plan: Plan, cluster: Path) -> None:
     theirs = _read(plan, cluster / "PG_VERSION").strip()
     if not re.fullmatch("[0-9]{1,3}", theirs):
         raise EmbeddedPostgresError(
-            f"{cluster} is not a Postgres cluster: move it elsewhere or choose another "
-            "PAYMENTS_DATA_DIR"
+            f"{cluster} is not a Postgres cluster: rename it or choose another PAYMENTS_DATA_DIR"
         )
     if theirs != ours:
         raise EmbeddedPostgresError(
@@ -323,8 +322,7 @@ class _PreviousServer:
         self._since = time.monotonic()
 
     def is_gone(self) -> bool:
-        """Ends the remaining processes; returns whether none is left. Raises EmbeddedPostgresError
-        if they do not end."""
+        """Ends the remaining processes, or raises; returns whether there were none left to end."""
         with _as_server_user(self._plan):  # in a container root may not inspect other users' ones
             pids = self._processes()
             postmaster = _postmaster_pid(self._plan, self._cluster)
@@ -446,8 +444,7 @@ def _require(good: bool, otherwise: str, home: Path, log_offset: int) -> None:
 
 
 def _left_records(plan: Plan) -> tuple[Path, Path]:
-    """Files of killed supervisors: the socket directory that users know, and a new one that no user
-    knows yet."""
+    """Files of killed supervisors: users' socket directory, and a new one that none knows yet."""
     home = Path(plan.home)
     return home / "socket-directory.old", home / "socket-directory.new"
 

@@ -93,7 +93,7 @@ def _move_aside(path: Path, earlier: Path) -> bool:
         if not _BEGINNING.match(beginning):
             return not beginning or beginning.startswith(b"SQLite format 3\0")
         if earlier.exists():
-            raise StartError(f"SIMULATED_LEDGER: {str(earlier)!r} exists already: move it away")
+            raise StartError(f"SIMULATED_LEDGER: {str(earlier)!r} exists already: rename it")
         path.rename(earlier)
     return True
 
