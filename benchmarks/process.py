@@ -32,7 +32,7 @@ from payments.admission import Admission
 from payments.commands import outcomes as recording
 from payments.commands.charge import Charged, ChargePayment
 from payments.database.connections import DatabaseAddress
-from payments.gateways.building import build_gateway
+from payments.gateways.building import build_gateways
 from payments.observability.logs import set_up_logs
 from payments.observability.metrics import Telemetry
 from payments.payment.identity import ChargeRequest, fingerprint, payment_id_for
@@ -275,7 +275,7 @@ def build(kind: str, settings: Settings, address: DatabaseAddress) -> Any:
         return _WithoutStore(settings)
     if kind == "library":
         return _Library(settings, address)
-    return Service(settings, address, gateway=build_gateway(settings))
+    return Service(settings, address, gateways=build_gateways(settings))
 
 
 def end_with_parent() -> None:

@@ -22,6 +22,10 @@ def lose_after(connection: psycopg.Connection[Any], position: int) -> None:
         connection.execute(
             f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {table}_append_only".encode()
         )
+    connection.execute(
+        "DELETE FROM provider_references r WHERE NOT EXISTS (SELECT FROM payment_events e"
+        " WHERE e.originator_id = r.payment_id AND stored_reference(e.state) = r.reference)"
+    )
     connection.execute("UPDATE followers SET position = least(position, %s)", [position])
     for table, column in _READ_MODELS.items():
         connection.execute(

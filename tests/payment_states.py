@@ -11,9 +11,11 @@ from payments.events.facts import (
     Fact,
     LateCaptureFound,
     LateCaptureReturned,
+    PaymentActionRequired,
     PaymentCharged,
     PaymentFailed,
     PaymentInitiated,
+    PaymentReferenced,
     PaymentRefunded,
     RefundFailed,
     RefundInitiated,
@@ -53,6 +55,10 @@ def about(version: int, amount_cents: int = CAPTURED_CENTS) -> dict[str, Any]:
     }
 
 
+def changed(fact: Fact, **fields: Any) -> Fact:
+    return msgspec.structs.replace(fact, **fields)
+
+
 def began(version: int, refund_id: UUID, amount_cents: int, *, whole: bool = False) -> Fact:
     key = {R1: "r1", R2: "r2"}.get(refund_id)
     shared = about(version, amount_cents)
@@ -81,6 +87,8 @@ INITIATED = PaymentInitiated(
     fingerprint="aca6776269074565b9d8c8676dbdccb86bff9aa57bc7600de6dc98e9989d323c",
     gateway="simulated",
 )
+REFERENCED = PaymentReferenced(**about(2), provider_reference="pi_1")
+ACTION = PaymentActionRequired(**about(2), kind="redirect")
 CHARGED = PaymentCharged(**about(2), provider_txn_id="txn-1")
 DECLINED = PaymentFailed(**about(2), reason="declined", decline_code="no_funds")
 ABANDONED = PaymentFailed(**about(2), reason="abandoned")
@@ -94,6 +102,9 @@ SUCCESS: list[Fact] = [INITIATED, CHARGED]
 STREAMS: dict[str, list[Fact]] = {
     "none": [],
     "PENDING": [INITIATED],
+    "referenced": [INITIATED, REFERENCED],
+    "to act": [INITIATED, ACTION],
+    "referenced, to act": [INITIATED, REFERENCED, changed(ACTION, version=3)],
     "SUCCESS": SUCCESS,
     "500 under way": [*SUCCESS, R1_BEGAN],
     "all under way": [*SUCCESS, began(3, UNKEYED, 1500, whole=True)],
@@ -136,7 +147,3 @@ def payment_after(facts: Sequence[Fact]) -> Payment:
 
 def payment_in(state: str) -> Payment:
     return payment_after(STREAMS[state])
-
-
-def changed(fact: Fact, **fields: Any) -> Fact:
-    return msgspec.structs.replace(fact, **fields)

@@ -25,7 +25,9 @@ from payments.payment.decisions import (
     charge_outcome,
     initiate,
     initiate_refund,
+    referenced,
     refund_outcome,
+    require_action,
     return_outcome,
 )
 from payments.payment.identity import ChargeRequest, RefundRequest
@@ -130,6 +132,7 @@ class History:
         order_id: uuid.UUID = ORDER_ID,
         currency: str = "INR",
         client: str = "default",
+        gateway: str = "simulated",
         began_at: datetime = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC),
     ) -> None:
         self.facts: list[Fact] = []
@@ -142,7 +145,7 @@ class History:
             currency=currency,
             client=client,
         )
-        self._add(initiate(request, "simulated", self._cause()))
+        self._add(initiate(request, gateway, self._cause()))
 
     @property
     def payment(self) -> Payment:
@@ -154,6 +157,12 @@ class History:
     def id(self) -> uuid.UUID:
         return self.facts[0].payment_id
 
+    def referenced(self, reference: str) -> Self:
+        return self._add(referenced(self.payment, reference, self._cause()))
+
+    def told_to_act(self, kind: str) -> Self:
+        return self._add(require_action(self.payment, kind, self._cause()))
+
     def charged(self) -> Self:
         return self._add(charge_outcome(self.payment, self._captured(), self._cause()))
 
@@ -162,6 +171,9 @@ class History:
 
     def abandoned(self) -> Self:
         return self._add(abandon(self.payment, self._cause()))
+
+    def action_required(self, kind: str = "redirect") -> Self:
+        return self._add(require_action(self.payment, kind, self._cause()))
 
     def refund_begun(self, key: str | None = None, amount_cents: int | None = None) -> Self:
         """A refund under way: of the whole rest, if no amount is given."""

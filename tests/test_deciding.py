@@ -38,7 +38,9 @@ from payments.payment.decisions import (
     initiate,
     initiate_refund,
     known_refund,
+    referenced,
     refund_outcome,
+    require_action,
     return_outcome,
 )
 from payments.payment.identity import (
@@ -63,6 +65,7 @@ from payments.payment.state import (
 )
 from tests.payment_states import (
     ABANDONED,
+    ACTION,
     CAPTURED_CENTS,
     CHARGED,
     DECLINED,
@@ -76,6 +79,7 @@ from tests.payment_states import (
     R1_BACK,
     R1_BEGAN,
     R2,
+    REFERENCED,
     RETURNED,
     STATES,
     STREAMS,
@@ -140,6 +144,16 @@ def charge(request: ChargeRequest, payment: Payment | None) -> Decision:
 def charge_answered(answer: Approved | Declined, payment: Payment | None) -> Decision:
     assert payment is not None
     return charge_outcome(payment, answer, next_cause(payment))
+
+
+def prepared(reference: str, payment: Payment | None) -> Decision:
+    assert payment is not None
+    return referenced(payment, reference, next_cause(payment))
+
+
+def told_to_act(payment: Payment | None) -> Decision:
+    assert payment is not None
+    return require_action(payment, "redirect", next_cause(payment))
 
 
 def give_up(payment: Payment | None) -> Decision:
@@ -216,6 +230,9 @@ COMMANDS: dict[str, Command] = {
     "captured USD": partial(charge_answered, msgspec.structs.replace(CAPTURE, currency="USD")),
     "captured another": partial(charge_answered, msgspec.structs.replace(CAPTURE, id=OTHER_ID)),
     "declined": partial(charge_answered, NO_FUNDS),
+    "prepared": partial(prepared, "pi_1"),
+    "prepared as pi_2": partial(prepared, "pi_2"),
+    "action": told_to_act,
     "abandon": give_up,
     "refund": partial(refund, None, None, "order"),
     "r9: refund": partial(refund, None, "r9", "order"),
@@ -255,6 +272,9 @@ A charge, and what its client and settling ask later.
 state                 | charge 1500           | charge 1501           | abandon
 none                  | PaymentInitiated 1500 | PaymentInitiated 1501 | never asked
 PENDING               | -                     | IdempotencyKeyReused  | PaymentFailed 1500
+referenced            | -                     | IdempotencyKeyReused  | PaymentFailed 1500
+to act                | -                     | IdempotencyKeyReused  | PaymentFailed 1500
+referenced, to act    | -                     | IdempotencyKeyReused  | PaymentFailed 1500
 SUCCESS               | -                     | IdempotencyKeyReused  | -
 500 under way         | -                     | IdempotencyKeyReused  | -
 all under way         | -                     | IdempotencyKeyReused  | -
@@ -273,6 +293,9 @@ What the provider says became of the charge.
 state                 | captured              | captured as txn-2     | declined
 none                  | never asked           | never asked           | never asked
 PENDING               | PaymentCharged 1500   | PaymentCharged 1500   | PaymentFailed 1500
+referenced            | PaymentCharged 1500   | PaymentCharged 1500   | PaymentFailed 1500
+to act                | PaymentCharged 1500   | PaymentCharged 1500   | PaymentFailed 1500
+referenced, to act    | PaymentCharged 1500   | PaymentCharged 1500   | PaymentFailed 1500
 SUCCESS               | -                     | OutcomeMismatch       | OutcomeMismatch
 500 under way         | -                     | OutcomeMismatch       | OutcomeMismatch
 all under way         | -                     | OutcomeMismatch       | OutcomeMismatch
@@ -286,29 +309,56 @@ FAILED abandoned      | LateCaptureFound 1500 | LateCaptureFound 1500 | -
 late capture found    | -                     | OutcomeMismatch       | -
 late capture returned | -                     | OutcomeMismatch       | -
 
+What the provider gave the charge when it prepared it, and that its customer has to act.
+
+state                 | prepared               | prepared as pi_2       | action
+none                  | never asked            | never asked            | never asked
+PENDING               | PaymentReferenced 1500 | PaymentReferenced 1500 | PaymentActionRequired 1500
+referenced            | -                      | OutcomeMismatch        | PaymentActionRequired 1500
+to act                | PaymentReferenced 1500 | PaymentReferenced 1500 | -
+referenced, to act    | -                      | OutcomeMismatch        | -
+SUCCESS               | -                      | -                      | -
+500 under way         | -                      | -                      | -
+all under way         | -                      | -                      | -
+500 back              | -                      | -                      | -
+500 back, 300 going   | -                      | -                      | -
+300 back, 500 refused | -                      | -                      | -
+REFUNDED at once      | -                      | -                      | -
+REFUNDED in parts     | -                      | -                      | -
+FAILED declined       | -                      | -                      | -
+FAILED abandoned      | -                      | -                      | -
+late capture found    | -                      | -                      | -
+late capture returned | -                      | -                      | -
+
 An answer about another charge is no answer.
 
-state                 | captured 1499         | captured USD          | captured another
-none                  | never asked           | never asked           | never asked
-PENDING               | OutcomeMismatch       | OutcomeMismatch       | OutcomeMismatch
-SUCCESS               | OutcomeMismatch       | OutcomeMismatch       | OutcomeMismatch
-500 under way         | OutcomeMismatch       | OutcomeMismatch       | OutcomeMismatch
-all under way         | OutcomeMismatch       | OutcomeMismatch       | OutcomeMismatch
-500 back              | OutcomeMismatch       | OutcomeMismatch       | OutcomeMismatch
-500 back, 300 going   | OutcomeMismatch       | OutcomeMismatch       | OutcomeMismatch
-300 back, 500 refused | OutcomeMismatch       | OutcomeMismatch       | OutcomeMismatch
-REFUNDED at once      | OutcomeMismatch       | OutcomeMismatch       | OutcomeMismatch
-REFUNDED in parts     | OutcomeMismatch       | OutcomeMismatch       | OutcomeMismatch
-FAILED declined       | OutcomeMismatch       | OutcomeMismatch       | OutcomeMismatch
-FAILED abandoned      | OutcomeMismatch       | OutcomeMismatch       | OutcomeMismatch
-late capture found    | OutcomeMismatch       | OutcomeMismatch       | OutcomeMismatch
-late capture returned | OutcomeMismatch       | OutcomeMismatch       | OutcomeMismatch
+state                 | captured 1499   | captured USD    | captured another
+none                  | never asked     | never asked     | never asked
+PENDING               | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+referenced            | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+to act                | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+referenced, to act    | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+SUCCESS               | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+500 under way         | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+all under way         | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+500 back              | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+500 back, 300 going   | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+300 back, 500 refused | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+REFUNDED at once      | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+REFUNDED in parts     | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+FAILED declined       | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+FAILED abandoned      | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+late capture found    | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+late capture returned | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
 
 A new refund, of whatever is left.
 
 state                 | refund                 | r9: refund
 none                  | never asked            | never asked
 PENDING               | PaymentNotRefundable   | PaymentNotRefundable
+referenced            | PaymentNotRefundable   | PaymentNotRefundable
+to act                | PaymentNotRefundable   | PaymentNotRefundable
+referenced, to act    | PaymentNotRefundable   | PaymentNotRefundable
 SUCCESS               | RefundInitiated 1500   | RefundInitiated 1500
 500 under way         | RefundInitiated 1000   | RefundInitiated 1000
 all under way         | the known one          | RefundExceedsCapture
@@ -327,6 +377,9 @@ A new refund of an amount.
 state                 | r9: refund 400         | r9: refund 1001        | r9: refund 1501
 none                  | never asked            | never asked            | never asked
 PENDING               | PaymentNotRefundable   | PaymentNotRefundable   | PaymentNotRefundable
+referenced            | PaymentNotRefundable   | PaymentNotRefundable   | PaymentNotRefundable
+to act                | PaymentNotRefundable   | PaymentNotRefundable   | PaymentNotRefundable
+referenced, to act    | PaymentNotRefundable   | PaymentNotRefundable   | PaymentNotRefundable
 SUCCESS               | RefundInitiated 400    | RefundInitiated 1001   | RefundExceedsCapture
 500 under way         | RefundInitiated 400    | RefundExceedsCapture   | RefundExceedsCapture
 all under way         | RefundExceedsCapture   | RefundExceedsCapture   | RefundExceedsCapture
@@ -342,37 +395,43 @@ late capture returned | PaymentNotRefundable   | PaymentNotRefundable   | Paymen
 
 The same key again. It was used for 500 by `order`; in "REFUNDED at once" for whatever was left.
 
-state                 | r1: refund 500         | r1: refund 501
-none                  | never asked            | never asked
-PENDING               | PaymentNotRefundable   | PaymentNotRefundable
-SUCCESS               | RefundInitiated 500    | RefundInitiated 501
-500 under way         | the known one          | IdempotencyKeyReused
-all under way         | RefundExceedsCapture   | RefundExceedsCapture
-500 back              | the known one          | IdempotencyKeyReused
-500 back, 300 going   | the known one          | IdempotencyKeyReused
-300 back, 500 refused | the known one          | IdempotencyKeyReused
-REFUNDED at once      | IdempotencyKeyReused   | IdempotencyKeyReused
-REFUNDED in parts     | the known one          | IdempotencyKeyReused
-FAILED declined       | PaymentNotRefundable   | PaymentNotRefundable
-FAILED abandoned      | PaymentNotRefundable   | PaymentNotRefundable
-late capture found    | PaymentNotRefundable   | PaymentNotRefundable
-late capture returned | PaymentNotRefundable   | PaymentNotRefundable
+state                 | r1: refund 500       | r1: refund 501
+none                  | never asked          | never asked
+PENDING               | PaymentNotRefundable | PaymentNotRefundable
+referenced            | PaymentNotRefundable | PaymentNotRefundable
+to act                | PaymentNotRefundable | PaymentNotRefundable
+referenced, to act    | PaymentNotRefundable | PaymentNotRefundable
+SUCCESS               | RefundInitiated 500  | RefundInitiated 501
+500 under way         | the known one        | IdempotencyKeyReused
+all under way         | RefundExceedsCapture | RefundExceedsCapture
+500 back              | the known one        | IdempotencyKeyReused
+500 back, 300 going   | the known one        | IdempotencyKeyReused
+300 back, 500 refused | the known one        | IdempotencyKeyReused
+REFUNDED at once      | IdempotencyKeyReused | IdempotencyKeyReused
+REFUNDED in parts     | the known one        | IdempotencyKeyReused
+FAILED declined       | PaymentNotRefundable | PaymentNotRefundable
+FAILED abandoned      | PaymentNotRefundable | PaymentNotRefundable
+late capture found    | PaymentNotRefundable | PaymentNotRefundable
+late capture returned | PaymentNotRefundable | PaymentNotRefundable
 
-state                 | r1: refund             | r1, another client: 500
-none                  | never asked            | never asked
-PENDING               | PaymentNotRefundable   | PaymentNotRefundable
-SUCCESS               | RefundInitiated 1500   | RefundInitiated 500
-500 under way         | IdempotencyKeyReused   | IdempotencyKeyReused
-all under way         | RefundExceedsCapture   | RefundExceedsCapture
-500 back              | IdempotencyKeyReused   | IdempotencyKeyReused
-500 back, 300 going   | IdempotencyKeyReused   | IdempotencyKeyReused
-300 back, 500 refused | IdempotencyKeyReused   | IdempotencyKeyReused
-REFUNDED at once      | the known one          | IdempotencyKeyReused
-REFUNDED in parts     | IdempotencyKeyReused   | IdempotencyKeyReused
-FAILED declined       | PaymentNotRefundable   | PaymentNotRefundable
-FAILED abandoned      | PaymentNotRefundable   | PaymentNotRefundable
-late capture found    | PaymentNotRefundable   | PaymentNotRefundable
-late capture returned | PaymentNotRefundable   | PaymentNotRefundable
+state                 | r1: refund           | r1, another client: 500
+none                  | never asked          | never asked
+PENDING               | PaymentNotRefundable | PaymentNotRefundable
+referenced            | PaymentNotRefundable | PaymentNotRefundable
+to act                | PaymentNotRefundable | PaymentNotRefundable
+referenced, to act    | PaymentNotRefundable | PaymentNotRefundable
+SUCCESS               | RefundInitiated 1500 | RefundInitiated 500
+500 under way         | IdempotencyKeyReused | IdempotencyKeyReused
+all under way         | RefundExceedsCapture | RefundExceedsCapture
+500 back              | IdempotencyKeyReused | IdempotencyKeyReused
+500 back, 300 going   | IdempotencyKeyReused | IdempotencyKeyReused
+300 back, 500 refused | IdempotencyKeyReused | IdempotencyKeyReused
+REFUNDED at once      | the known one        | IdempotencyKeyReused
+REFUNDED in parts     | IdempotencyKeyReused | IdempotencyKeyReused
+FAILED declined       | PaymentNotRefundable | PaymentNotRefundable
+FAILED abandoned      | PaymentNotRefundable | PaymentNotRefundable
+late capture found    | PaymentNotRefundable | PaymentNotRefundable
+late capture returned | PaymentNotRefundable | PaymentNotRefundable
 
 What the provider says became of the last refund. One that the log lost is reserved again, if there
 is room for it.
@@ -380,6 +439,9 @@ is room for it.
 state                 | given back                | given back as re-2        | refused
 none                  | never asked               | never asked               | never asked
 PENDING               | OutcomeMismatch           | OutcomeMismatch           | -
+referenced            | OutcomeMismatch           | OutcomeMismatch           | -
+to act                | OutcomeMismatch           | OutcomeMismatch           | -
+referenced, to act    | OutcomeMismatch           | OutcomeMismatch           | -
 SUCCESS               | RefundInitiated 500       | RefundInitiated 500       | -
 500 under way         | PaymentRefunded 500 500   | PaymentRefunded 500 500   | RefundFailed 500
 all under way         | PaymentRefunded 1500 1500 | PaymentRefunded 1500 1500 | RefundFailed 1500
@@ -395,27 +457,33 @@ late capture returned | OutcomeMismatch           | OutcomeMismatch           | 
 
 An answer about another refund is no answer.
 
-state                 | given back 1     | given back USD   | given back another
-none                  | never asked      | never asked      | never asked
-PENDING               | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-SUCCESS               | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-500 under way         | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-all under way         | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-500 back              | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-500 back, 300 going   | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-300 back, 500 refused | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-REFUNDED at once      | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-REFUNDED in parts     | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-FAILED declined       | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-FAILED abandoned      | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-late capture found    | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-late capture returned | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
+state                 | given back 1    | given back USD  | given back another
+none                  | never asked     | never asked     | never asked
+PENDING               | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+referenced            | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+to act                | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+referenced, to act    | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+SUCCESS               | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+500 under way         | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+all under way         | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+500 back              | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+500 back, 300 going   | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+300 back, 500 refused | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+REFUNDED at once      | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+REFUNDED in parts     | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+FAILED declined       | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+FAILED abandoned      | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+late capture found    | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+late capture returned | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
 
 What the provider says became of sending a late capture back. One that the log lost is found again.
 
 state                 | returned                 | returned as re-2         | not returned
 none                  | never asked              | never asked              | never asked
 PENDING               | OutcomeMismatch          | OutcomeMismatch          | OutcomeMismatch
+referenced            | OutcomeMismatch          | OutcomeMismatch          | OutcomeMismatch
+to act                | OutcomeMismatch          | OutcomeMismatch          | OutcomeMismatch
+referenced, to act    | OutcomeMismatch          | OutcomeMismatch          | OutcomeMismatch
 SUCCESS               | OutcomeMismatch          | OutcomeMismatch          | OutcomeMismatch
 500 under way         | OutcomeMismatch          | OutcomeMismatch          | OutcomeMismatch
 all under way         | OutcomeMismatch          | OutcomeMismatch          | OutcomeMismatch
@@ -429,21 +497,24 @@ FAILED abandoned      | LateCaptureFound 1500    | LateCaptureFound 1500    | Ou
 late capture found    | LateCaptureReturned 1500 | LateCaptureReturned 1500 | OutcomeMismatch
 late capture returned | -                        | OutcomeMismatch          | OutcomeMismatch
 
-state                 | returned 1499    | returned USD     | returned another
-none                  | never asked      | never asked      | never asked
-PENDING               | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-SUCCESS               | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-500 under way         | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-all under way         | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-500 back              | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-500 back, 300 going   | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-300 back, 500 refused | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-REFUNDED at once      | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-REFUNDED in parts     | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-FAILED declined       | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-FAILED abandoned      | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-late capture found    | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
-late capture returned | OutcomeMismatch  | OutcomeMismatch  | OutcomeMismatch
+state                 | returned 1499   | returned USD    | returned another
+none                  | never asked     | never asked     | never asked
+PENDING               | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+referenced            | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+to act                | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+referenced, to act    | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+SUCCESS               | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+500 under way         | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+all under way         | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+500 back              | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+500 back, 300 going   | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+300 back, 500 refused | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+REFUNDED at once      | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+REFUNDED in parts     | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+FAILED declined       | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+FAILED abandoned      | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+late capture found    | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
+late capture returned | OutcomeMismatch | OutcomeMismatch | OutcomeMismatch
 """
 
 
@@ -540,6 +611,8 @@ class TestTables:
     ("state", "command", "event"),
     [
         ("none", "charge 1500", INITIATED),
+        ("PENDING", "prepared", REFERENCED),
+        ("PENDING", "action", ACTION),
         ("PENDING", "captured", CHARGED),
         ("PENDING", "declined", DECLINED),
         ("PENDING", "abandon", ABANDONED),
@@ -679,6 +752,19 @@ class TestDifferingFields:
         other = "".join("0" if digit != "0" else "1" for digit in payment.fingerprint[alike:])
         damaged = msgspec.structs.replace(payment, fingerprint=payment.fingerprint[:alike] + other)
         assert differing_fields(damaged, REQUEST) == ("payment_method",)
+
+
+def test_a_reference_that_the_payment_method_names_is_stored_with_the_intent() -> None:
+    intent = initiate(REQUEST, "simulated", next_cause(None), provider_reference="pay_1")
+    assert intent == changed(INITIATED, provider_reference="pay_1")
+    assert b"provider_reference" not in encode(initiate(REQUEST, "simulated", next_cause(None)))
+
+
+def test_one_that_was_supplied_is_not_prepared_under_another() -> None:
+    payment = payment_after([changed(INITIATED, provider_reference="pay_1")])
+    assert referenced(payment, "pay_1", next_cause(payment)) is None
+    with pytest.raises(OutcomeMismatch):
+        referenced(payment, "pi_1", next_cause(payment))
 
 
 def test_the_payment_method_is_not_stored() -> None:

@@ -32,7 +32,18 @@ PROCESS = ("process_cpu_seconds_total", "process_start_time_seconds", "process_o
 # What PromQL itself has, and label names.
 WORDS = {
     *("sum", "max", "abs", "by", "rate", "increase", "histogram_quantile", "le", "and", "or"),
-    *("kind", "outcome", "operation", "state", "follower", "status", "route", "currency", "job"),
+    *(
+        "kind",
+        "outcome",
+        "gateway",
+        "operation",
+        "state",
+        "follower",
+        "status",
+        "route",
+        "currency",
+        "job",
+    ),
     *(
         "min",
         "count",
@@ -78,6 +89,7 @@ async def test_every_metric_that_is_named_exists(service: Service) -> None:
     telemetry.request_seconds.labels("POST", "/v1/charge").observe(0.01)
     telemetry.problems.labels("too_busy")
     telemetry.dispatches()
+    telemetry.unconfigured.labels("acme").set(1)
     await service.health.observe()
     there = exposed(telemetry.exposition().decode())
     assert len(EXPRESSIONS) > 35
@@ -91,6 +103,7 @@ def test_every_label_value_that_is_named_exists() -> None:
     telemetry = Telemetry()
     telemetry.observed(up=True)
     telemetry.dispatches()
+    telemetry.of_gateway("simulated", lambda: False)
     for role in ("api", "work"):
         telemetry.role.labels(role)
     telemetry.problems.labels(PaymentsError.code)

@@ -27,6 +27,7 @@ from payments.payment.state import (
 )
 from tests.payment_states import (
     ABANDONED,
+    ACTION,
     CHARGED,
     DECLINED,
     FOUND,
@@ -38,6 +39,7 @@ from tests.payment_states import (
     R1,
     R1_BEGAN,
     R2,
+    REFERENCED,
     RETURNED,
     STATES,
     STREAMS,
@@ -76,6 +78,8 @@ class TestFold:
 
     # What each further event changes in the payment, besides its version and `updated_at`.
     CHANGES: list[tuple[list[Fact], dict[str, Any]]] = [  # noqa: RUF012
+        ([INITIATED, REFERENCED], {"provider_reference": "pi_1"}),
+        ([INITIATED, ACTION], {"action_required": True}),
         ([INITIATED, CHARGED], {"status": Status.SUCCESS, "provider_txn_id": "txn-1"}),
         (
             [INITIATED, DECLINED],
@@ -177,6 +181,21 @@ class TestFold:
             fact for fact in FACTS.values() if fact is not PaymentInitiated
         }
 
+    def test_a_reference_that_the_client_supplied(self) -> None:
+        payment = payment_after([changed(INITIATED, provider_reference="pay_1")])
+        assert payment == msgspec.structs.replace(payment_in("PENDING"), provider_reference="pay_1")
+        with pytest.raises(UnexpectedEvent):
+            evolve(payment, REFERENCED)
+
+    @pytest.mark.parametrize("state", STATES)
+    def test_an_action_is_awaited_until_there_is_an_outcome(self, state: str) -> None:
+        awaited = state in ("to act", "referenced, to act")
+        assert payment_in(state).awaits_action is awaited
+
+    def test_a_reference_outlives_the_outcome(self) -> None:
+        payment = payment_after([INITIATED, REFERENCED, changed(CHARGED, version=3)])
+        assert (payment.provider_reference, payment.provider_txn_id) == ("pi_1", "txn-1")
+
     def test_refunds_are_told_apart(self) -> None:
         payment = payment_in("REFUNDED in parts")
         assert [(each.id, each.status, each.refunded_cents) for each in payment.refunds] == [
@@ -223,6 +242,10 @@ class TestFold:
 STANDING: dict[str, tuple[Status, Status, int, int, int, Unsettled | None]] = {
     # status, outcome of the charge, refunded, reserved, remaining, unsettled
     "PENDING": (Status.PENDING, Status.PENDING, 0, 0, 0, Unsettled("charge", at(1))),
+    **dict.fromkeys(
+        ("referenced", "to act", "referenced, to act"),
+        (Status.PENDING, Status.PENDING, 0, 0, 0, Unsettled("charge", at(1))),
+    ),
     "SUCCESS": (Status.SUCCESS, Status.SUCCESS, 0, 0, 1500, None),
     "500 under way": (
         *(Status.SUCCESS, Status.SUCCESS, 0, 500, 1000),
@@ -295,6 +318,8 @@ def next_fact(topic: str, payment: Payment | None) -> Fact:
     back = (payment.refunded_cents if payment else 0) + amount_cents
     return {
         "PaymentInitiated": changed(INITIATED, version=version),
+        "PaymentReferenced": changed(REFERENCED, version=version),
+        "PaymentActionRequired": changed(ACTION, version=version),
         "PaymentCharged": changed(CHARGED, version=version),
         "PaymentFailed": changed(DECLINED, version=version),
         "RefundInitiated": began(version, OTHER_ID, 1),
@@ -308,8 +333,18 @@ def next_fact(topic: str, payment: Payment | None) -> Fact:
 # Which fact may stand after which state, and the status then. No other may.
 NEXT: dict[tuple[str, str], Status] = {
     ("none", "PaymentInitiated"): Status.PENDING,
+    ("PENDING", "PaymentReferenced"): Status.PENDING,
+    ("PENDING", "PaymentActionRequired"): Status.PENDING,
     ("PENDING", "PaymentCharged"): Status.SUCCESS,
     ("PENDING", "PaymentFailed"): Status.FAILED,
+    ("referenced", "PaymentActionRequired"): Status.PENDING,
+    ("referenced", "PaymentCharged"): Status.SUCCESS,
+    ("referenced", "PaymentFailed"): Status.FAILED,
+    ("to act", "PaymentReferenced"): Status.PENDING,
+    ("to act", "PaymentCharged"): Status.SUCCESS,
+    ("to act", "PaymentFailed"): Status.FAILED,
+    ("referenced, to act", "PaymentCharged"): Status.SUCCESS,
+    ("referenced, to act", "PaymentFailed"): Status.FAILED,
     ("SUCCESS", "RefundInitiated"): Status.SUCCESS,
     ("500 under way", "RefundInitiated"): Status.SUCCESS,
     ("500 under way", "PaymentRefunded"): Status.SUCCESS,

@@ -10,6 +10,7 @@ from payments.clients import ApiKey
 from payments.errors import StartError
 from payments.http_url import parse_http_url
 from payments.setting_sources import read_settings
+from payments.setting_values import CurrencyGateway
 from payments.settings import VARIABLES, Settings, describe
 
 CANARY = "canary7391"
@@ -43,7 +44,10 @@ DOCUMENTED = {
     "INTENT_QUEUE_MAX": "512",
     "GATEWAY_CONCURRENCY_MAX": "1000",
     "DATABASE_POOL_MAX": "8",
-    "GATEWAY": "simulated",
+    "GATEWAYS": "simulated",
+    "GATEWAY": "unset",
+    "GATEWAY_BY_CURRENCY": "unset",
+    "RETURN_URL_PREFIXES": "unset",
     "SIMULATED_LEDGER": "in PAYMENTS_DATA_DIR",
     "SIMULATED_FAULTS": "none",
     "MIGRATE_ON_START": "true",
@@ -88,6 +92,7 @@ GOOD: list[tuple[str, str, Any]] = [
         (bytes(24), bytes(24)),
     ),
     ("ORDER_CALLBACK_STATUSES", "REFUNDED", ("REFUNDED",)),
+    ("ORDER_CALLBACK_STATUSES", "ACTION_REQUIRED", ("ACTION_REQUIRED",)),
     ("CALLBACK_TIMEOUT_S", "0.1", 0.1),
     ("CALLBACK_TIMEOUT_S", "120", 120.0),
     ("HTTP_CALLBACK_NETWORKS", "100.64.0.0/10", (IPv4Network("100.64.0.0/10"),)),
@@ -142,6 +147,23 @@ GOOD: list[tuple[str, str, Any]] = [
     ("DATABASE_POOL_MAX", "100", 100),
     ("GATEWAY", "simulated", "simulated"),
     ("GATEWAY", "acme.payments:build", "acme.payments:build"),
+    ("GATEWAYS", "simulated", ("simulated",)),
+    (
+        "GATEWAYS",
+        "acme.payments:build, simulated-b,simulated-2-x",
+        ("acme.payments:build", "simulated-b", "simulated-2-x"),
+    ),
+    (
+        "GATEWAY_BY_CURRENCY",
+        "USD:acme, EUR:simulated-b",
+        (CurrencyGateway("USD", "acme"), CurrencyGateway("EUR", "simulated-b")),
+    ),
+    ("RETURN_URL_PREFIXES", "https://shop.example/", ("https://shop.example/",)),
+    (
+        "RETURN_URL_PREFIXES",
+        "https://Shop.Example:443/Paid, https://[::1]:8443/a/",
+        ("https://shop.example/Paid", "https://[::1]:8443/a/"),
+    ),
     ("SIMULATED_LEDGER", "/srv/ledger.sqlite", "/srv/ledger.sqlite"),
     ("SIMULATED_LEDGER", "", ""),
     ("SIMULATED_FAULTS", "delay=0.5,answer_lost*1", "delay=0.5,answer_lost*1"),
@@ -263,6 +285,31 @@ BAD = [
     ("DATABASE_POOL_MAX", "0"),
     ("DATABASE_POOL_MAX", "101"),
     ("GATEWAY", "stripe"),
+    ("GATEWAY", "simulated,simulated-b"),
+    ("GATEWAY", "simulated-"),
+    ("GATEWAYS", f"https://u:{CANARY}@h"),
+    ("GATEWAYS", "simulated,"),
+    ("GATEWAYS", "simulated,simulated"),
+    ("GATEWAYS", "simulated-B"),
+    ("GATEWAYS", "simulated-../b"),
+    ("GATEWAYS", f"simulated-{'b' * 33}"),
+    ("GATEWAY_BY_CURRENCY", CANARY),
+    ("GATEWAY_BY_CURRENCY", f"{CANARY}:simulated"),
+    ("GATEWAY_BY_CURRENCY", f"USD:{CANARY} {CANARY}"),
+    ("GATEWAY_BY_CURRENCY", "usd:simulated"),
+    ("GATEWAY_BY_CURRENCY", "XAU:simulated"),  # gold, which cannot be charged
+    ("GATEWAY_BY_CURRENCY", "USD:"),
+    ("GATEWAY_BY_CURRENCY", "USD:simulated,"),
+    ("GATEWAY_BY_CURRENCY", "USD:simulated,USD:acme"),
+    ("RETURN_URL_PREFIXES", f"https://u:{CANARY}@shop.example/"),
+    ("RETURN_URL_PREFIXES", f"http://shop.example/{CANARY}"),
+    ("RETURN_URL_PREFIXES", f"https://shop.example/#{CANARY}"),
+    ("RETURN_URL_PREFIXES", f"https://shop.example/?a={CANARY}"),
+    ("RETURN_URL_PREFIXES", "https://shop.example"),
+    ("RETURN_URL_PREFIXES", "https://shop.example?a=/"),
+    ("RETURN_URL_PREFIXES", "https://shop.example/a/../b"),
+    ("RETURN_URL_PREFIXES", "https://shop.example/,"),
+    ("RETURN_URL_PREFIXES", "/paid"),
     ("GATEWAY", "acme:"),
     ("GATEWAY", "acme.payments:build()"),
     ("SIMULATED_LEDGER", "a\nb"),
@@ -368,6 +415,25 @@ def test_the_gateway_gets_less_than_the_deadline(environ: dict[str, str]) -> Non
     message = refusal(environ)
     assert message.startswith("GATEWAY_TIMEOUT_S: ")
     assert "CHARGE_DEADLINE_S" in message
+
+
+def test_one_provider_by_either_name() -> None:
+    assert read_settings({"GATEWAY": "acme:build"}).gateways == ("acme:build",)
+    for both in ("acme:build", ""):
+        given = {"GATEWAYS": "acme:build", "GATEWAY": both}
+        assert read_settings(given).gateways == ("acme:build",)
+
+
+@pytest.mark.parametrize("gateways", ["simulated", "acme:build,simulated", "simulated,acme:build"])
+def test_the_two_names_must_agree(gateways: str) -> None:
+    message = refusal({"GATEWAYS": gateways, "GATEWAY": "acme:build"})
+    assert message.startswith("GATEWAY and GATEWAYS ")
+    assert "acme" not in message
+
+
+def test_providers_and_currencies_are_shown_as_they_are_given() -> None:
+    given = {"GATEWAYS": "simulated,simulated-b", "GATEWAY_BY_CURRENCY": "USD:acme,EUR:simulated-b"}
+    assert given.items() <= shown(given).items()
 
 
 class TestSecretsFromFiles:

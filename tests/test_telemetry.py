@@ -13,13 +13,16 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
+from payments.observability.gateway_metrics import (
+    GATEWAY_NOT_ANSWERED,
+    GATEWAY_OUTCOMES,
+    GATEWAY_TIMED,
+)
 from payments.observability.metrics import (
     BREAKER_STATES,
     CALLBACK_OUTCOMES,
     CHARGE_OUTCOMES,
     FOLLOWERS,
-    GATEWAY_OPERATIONS,
-    GATEWAY_OUTCOMES,
     REFUND_OUTCOMES,
     SETTLING_OUTCOMES,
     UNSETTLED_KINDS,
@@ -34,6 +37,8 @@ def telemetry() -> Telemetry:
     telemetry.observed(up=True)
     telemetry.dispatches()
     telemetry.role.labels("work").set(1)
+    telemetry.of_gateway("simulated", lambda: False)
+    telemetry.unconfigured.labels("acme").set(1)
     return telemetry
 
 
@@ -73,7 +78,6 @@ class TestMetrics:
 
     def test_all_label_sets_are_there_from_the_first_scrape(self, telemetry: Telemetry) -> None:
         found = families(telemetry)
-        operations = GATEWAY_OPERATIONS
         assert label_sets(found["payments_charges"], "_total") == {(o,) for o in CHARGE_OUTCOMES}
         assert label_sets(found["payments_refunds"], "_total") == {(o,) for o in REFUND_OUTCOMES}
         assert label_sets(found["payments_settling_attempts"], "_total") == {
@@ -92,10 +96,15 @@ class TestMetrics:
         mismatches = found["payments_provider_mismatches"]
         assert label_sets(mismatches, "_total") == {("charge",), ("refund",)}
         assert label_sets(found["payments_gateway_calls"], "_total") == {
-            (operation, outcome) for operation in operations for outcome in GATEWAY_OUTCOMES
+            ("simulated", operation, outcome)
+            for operation, outcomes in GATEWAY_OUTCOMES.items()
+            for outcome in (*outcomes, *GATEWAY_NOT_ANSWERED)
         }
         seconds = found["payments_gateway_call_duration_seconds"]
-        assert label_sets(seconds, "_count") == {(operation,) for operation in operations}
+        assert label_sets(seconds, "_count") == {
+            ("simulated", operation) for operation in GATEWAY_TIMED
+        }
+        assert label_sets(found["payments_gateway_breaker_open"], "") == {("simulated",)}
         failures = found["payments_append_failures"]
         assert label_sets(failures, "_total") == {("retried",), ("refused",)}
 
@@ -125,6 +134,7 @@ class TestMetrics:
             "status",
             "outcome",
             "operation",
+            "gateway",
             "kind",
             "currency",
             "follower",
@@ -140,7 +150,7 @@ class TestMetrics:
     def test_a_scrape_is_short(self, telemetry: Telemetry) -> None:
         """Of 160 currencies only those have series that were used."""
         lines = telemetry.exposition().decode().splitlines()
-        assert len(lines) < 450
+        assert len(lines) < 500
         amounts = families(telemetry)["payments_amount_minor_units"]
         assert {sample.labels["currency"] for sample in amounts.samples} == {"INR"}
 

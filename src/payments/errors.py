@@ -11,6 +11,7 @@ PaymentsError
 ├── RefundDeclined               409  refund_declined
 ├── OrderAlreadyPaid             409  order_already_paid
 ├── IdempotencyKeyReused         422  idempotency_key_reused
+├── PaymentMethodReused          422  payment_method_reused
 ├── PaymentUnreadable            503  payment_unreadable
 └── Unavailable                  503
     ├── TooBusy                       too_busy
@@ -117,6 +118,12 @@ class IdempotencyKeyReused(PaymentsError):
         self.errors = tuple(
             FieldError(name, "differs from the first request with this key") for name in differing
         )
+
+
+class PaymentMethodReused(PaymentsError):
+    status = 422
+    code = "payment_method_reused"
+    title = "Another charge was begun with this payment method"
 
 
 class PaymentUnreadable(PaymentsError):

@@ -18,6 +18,7 @@ from payments.queries.followers import (
     FollowerState,
     UnsettledPayments,
     follower_states,
+    told_gateways,
     unsettled_payments,
 )
 from payments.queries.fulfilments import Count, counts
@@ -61,15 +62,18 @@ class HealthChecks:
         *,
         breaker_state: Callable[[], str],
         followed: Collection[str],
+        gateways: Collection[str],
     ) -> None:
         """`pool` is the one of requests; `breaker_state` that of callbacks; `followed` are the
-        followers that this service may run."""
+        followers that this service may run, `gateways` the names of its providers."""
         self._pool = pool
         self._database = Database(pool.address, 2)
         self._telemetry = telemetry
         self._watch = watch
         self._breaker_state = breaker_state
         self._followed = frozenset(followed)
+        self._gateways = frozenset(gateways)
+        self._unconfigured = set[str]()  # all that were found since the start
         self._calls_back = settings.order_callback_url is not None
         self._gives_back = settings.unfulfilled == "refund"
         self._horizon_age = HorizonAge()
@@ -109,6 +113,7 @@ class HealthChecks:
             async with asyncio.timeout(OBSERVE_TIMEOUT_S):
                 followers = await follower_states(self._database)
                 unsettled = await unsettled_payments(self._database)
+                told = await told_gateways(self._database)
                 callbacks = await backlog(self._database)
                 unfulfilled = await counts(self._database)
                 server = await server_state(self._database)
@@ -123,6 +128,7 @@ class HealthChecks:
             raise
         self._show_server(server, self._horizon_age.seconds(held, time.monotonic()), unread)
         self._show_work(followers, callbacks, unsettled)
+        self._show_unconfigured(told)
         self._telemetry.giving_back_stopped.set(self._gives_back and stop is not None)
         self._show_unfulfilled(unfulfilled)
         self._telemetry.observed(up=True)
@@ -159,6 +165,12 @@ class HealthChecks:
         pending = found.get("charge")
         self._telemetry.pending.set(pending.payments if pending else 0)
         self._telemetry.pending_age.set(pending.oldest_age_s if pending else 0)
+
+    def _show_unconfigured(self, found: Mapping[str, int]) -> None:
+        """Those that are gone show 0: a series that ends looks like one that nobody asked for."""
+        self._unconfigured |= found.keys() - self._gateways
+        for name in self._unconfigured:
+            self._telemetry.unconfigured.labels(name).set(found.get(name, 0))
 
     def _show_unfulfilled(self, found: Mapping[str, Count]) -> None:
         for state, count in found.items():

@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,10 +29,10 @@ from payments.fulfilment.checking import Checking, GiveBack
 from payments.fulfilment.status import TIMEOUT_S as STATUS_TIMEOUT_S
 from payments.fulfilment.status import OrderStatus
 from payments.gateways import Gateway
-from payments.gateways.building import build_gateway
+from payments.gateways.accounts import Accounts
+from payments.gateways.building import build_gateways
+from payments.gateways.chosen import Gateways
 from payments.gateways.counted import CountedGateway
-from payments.gateways.ledger_identity import check_ledger
-from payments.gateways.simulated import SimulatedGateway
 from payments.health import HealthChecks
 from payments.observability.metrics import Telemetry
 from payments.order_service.target import Target, check_target
@@ -63,17 +63,21 @@ class Service:
         settings: Settings,
         address: DatabaseAddress,
         *,
-        gateway: Gateway | None = None,
+        gateways: Sequence[Gateway] | None = None,
         telemetry: Telemetry | None = None,
         data_dir: Path | None = None,
     ) -> None:
-        """In `data_dir` the newest seal is kept, so that a restart notices a log that went back."""
+        """`gateways` are those that the settings name, if they were built already. In `data_dir`
+        the newest seal is kept, so that a restart notices a log that went back."""
         self.settings = settings
         self.telemetry = telemetry or Telemetry()
         self.database = Database(address, settings.database_pool_max)
-        gateway = gateway or build_gateway(settings)
-        self._ledger = gateway.ledger if isinstance(gateway, SimulatedGateway) else None
-        self.gateway = CountedGateway(gateway, self.telemetry)
+        built = gateways or build_gateways(settings)
+        self.gateways = Gateways(
+            [CountedGateway(each, self.telemetry) for each in built],
+            dict(settings.gateway_by_currency),
+        )
+        self.accounts = Accounts(self.gateways, self.database)
         self.watch = LogWatch(self.database, self.telemetry, data_dir)
         self.notifier = Notifier(self.database.connect, self.telemetry, self._wake_followers)
         self.appender = Appender(
@@ -88,9 +92,9 @@ class Service:
             settings.intent_queue_max, settings.gateway_concurrency_max, clients
         )
         self.runs = Runs(self.admission)
-        giving_back = GivingBack(self.gateway, self.database, self.watch)
+        giving_back = GivingBack(self.database, self.watch)
         store = EventStore(self.database, self.appender)
-        shared = (store, self.gateway)
+        shared = (store, self.gateways)
         self.charging = Charging(self.runs, *shared, self.telemetry, settings)
         self.refunding = Refunding(self.runs, *shared, giving_back, self.telemetry, settings)
         # Gives back what its order did not fulfil, if that is wanted.
@@ -117,7 +121,7 @@ class Service:
         )
         applied = self.dispatcher.wake if self.dispatcher else None
         self.followers = build_followers(
-            settings, self.database, self.telemetry, applied, self.gateway.declines_may_turn_s
+            settings, self.database, self.telemetry, applied, self.gateways.declines_may_turn_s()
         )
         self.health = HealthChecks(
             settings,
@@ -126,10 +130,15 @@ class Service:
             self.watch,
             breaker_state=self._breaker_state,
             followed=[follower.name for follower in self.followers],
+            gateways=[gateway.name for gateway in self.gateways],
         )
 
     def _breaker_state(self) -> str:
         return self.dispatcher.state if self.dispatcher else "closed"
+
+    def gateways_down(self) -> list[str]:
+        """The names of the providers at which this process begins nothing new."""
+        return [gateway.name for gateway in self.gateways if gateway.is_known_down]
 
     async def start(self, *, work: bool = True) -> None:
         """Without `work` it only answers requests: another process follows, settles and calls back.
@@ -140,8 +149,7 @@ class Service:
         await self.database.open()
         await self.health.open()
         try:
-            if self._ledger is not None:
-                await check_ledger(self.database, *self._ledger)
+            await self.accounts.start()
             if self.callback_target is not None:
                 # Before the first request: its outcome is to be called back.
                 await begin_at_the_end(self.database)
@@ -201,9 +209,10 @@ class Service:
         await self.appender.stop(timeout_s * 0.3)
         await self.notifier.stop()
         await self.watch.stop()
+        await self.accounts.stop()
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s * 0.3):
-                await self.gateway.close()
+                await self.gateways.close()
                 await self.database.close()
                 await self.health.close()
 
@@ -231,13 +240,12 @@ def build_followers(
     database: Database,
     telemetry: Telemetry,
     outbox_applied: Callable[[], None] | None = None,
-    declines_may_turn_s: float = 0.0,
+    declines_may_turn_s: Mapping[str, float] | None = None,
 ) -> list[Follower]:
     """The followers that this process may run, not started: one for each projection.
 
-    Without ORDER_CALLBACK_URL there is none for callbacks. `declines_may_turn_s` is the gateway's;
-    `outbox_applied` is called when it has
-    written something.
+    Without ORDER_CALLBACK_URL there is none for callbacks. `declines_may_turn_s` is the
+    providers'; `outbox_applied` is called when it has written something.
     """
     payments = PaymentsProjection(settings.charge_deadline_s, declines_may_turn_s)
     followers = [

@@ -27,6 +27,9 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             values[name.lower()] = variable.parse(given)
         except ValueError as error:  # without the value, which may be a secret
             raise StartError(f"{name}: the value given {error}") from None
+    one = values.get("gateway")
+    if one is not None and values.setdefault("gateways", (one,)) != (one,):
+        raise StartError("GATEWAY and GATEWAYS name different providers; set one of them")
     settings = Settings(**values)
     _check_together(settings, values)
     return settings

@@ -8,13 +8,30 @@ import ipaddress
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from payments.http_url import HttpUrl, parse_http_url
+from payments.money import DECIMALS
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-CALLBACK_STATUSES = ("SUCCESS", "FAILED", "REFUNDED")
+ACTION_REQUIRED = "ACTION_REQUIRED"
+CALLBACK_STATUSES = ("SUCCESS", "FAILED", "REFUNDED", ACTION_REQUIRED)
 ORDER_ID = "{order_id}"  # the placeholder for an order's id in ORDER_STATUS_URL
+
+
+GATEWAY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_GATEWAY = re.compile(r"simulated(-[a-z0-9-]{1,32})?|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+class CurrencyGateway(NamedTuple):
+    """New payments in the currency go to the provider with this name."""
+
+    currency: str
+    gateway: str
+
+    def __str__(self) -> str:
+        return f"{self.currency}:{self.gateway}"
 
 
 def parse_line(value: str) -> str:
@@ -86,9 +103,50 @@ def parse_directory(value: str) -> Path:
 
 
 def parse_gateway(value: str) -> str:
-    if value != "simulated" and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
-        raise ValueError("must be simulated, or package.module:factory")
+    if not _GATEWAY.fullmatch(value):
+        raise ValueError(
+            "must be simulated, simulated-NAME (NAME of a-z, 0-9 and -), or package.module:factory"
+        )
     return value
+
+
+def parse_gateways(value: str) -> tuple[str, ...]:
+    try:
+        chosen = tuple(parse_gateway(part.strip()) for part in value.split(","))
+    except ValueError as error:
+        raise ValueError(f"{error}; several are separated by commas") from None
+    if len(set(chosen)) != len(chosen):
+        raise ValueError("must name each provider once")
+    return chosen
+
+
+def parse_gateway_by_currency(value: str) -> tuple[CurrencyGateway, ...]:
+    chosen = []
+    for part in value.split(","):
+        currency, _, gateway = part.strip().partition(":")
+        if not GATEWAY_NAME.fullmatch(gateway):
+            raise ValueError("must be pairs like USD:name, separated by commas")
+        if currency not in DECIMALS:
+            raise ValueError("must name currencies by their ISO 4217 codes, like USD")
+        chosen.append(CurrencyGateway(currency, gateway))
+    if len({each.currency for each in chosen}) != len(chosen):
+        raise ValueError("must name each currency once")
+    return tuple(chosen)
+
+
+def parse_return_url_prefixes(value: str) -> tuple[str, ...]:
+    """Scheme and host in lower case, without the scheme's own port."""
+    return tuple(_return_url_prefix(part.strip()) for part in value.split(","))
+
+
+def _return_url_prefix(value: str) -> str:
+    url = parse_http_url(value)
+    # Without a path, shop.example would be a prefix of shop.example.com.
+    if url.scheme != "https" or "/" not in value.partition("://")[2]:
+        raise ValueError("must be https:// addresses that end in a path, if only in /")
+    if "?" in value or "\\" in value or "/." in url.path_qs:
+        raise ValueError("must hold no query, no backslash, and no part that begins with a dot")
+    return f"{url.origin}{url.path_qs}"
 
 
 def parse_yes_no(value: str) -> bool:

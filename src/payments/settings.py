@@ -9,15 +9,19 @@ import msgspec
 from payments.clients import ApiKey, parse_api_keys
 from payments.http_url import HttpUrl, parse_http_url
 from payments.setting_values import (
+    CurrencyGateway,
     Network,
     one_of,
     parse_directory,
     parse_gateway,
+    parse_gateway_by_currency,
+    parse_gateways,
     parse_host,
     parse_hosts,
     parse_line,
     parse_networks,
     parse_order_status_url,
+    parse_return_url_prefixes,
     parse_statuses,
     parse_text,
     parse_yes_no,
@@ -84,7 +88,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Variable(
             parse_statuses,
             "outcomes that are sent as callbacks: some of SUCCESS, FAILED, REFUNDED, "
-            "separated by commas",
+            "ACTION_REQUIRED, separated by commas",
         ),
     ] = ("SUCCESS", "FAILED")
     callback_timeout_s: Annotated[
@@ -177,13 +181,32 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database_pool_max: Annotated[
         int, Variable(whole(1, 100), "database connections for reading")
     ] = 8
-    gateway: Annotated[
-        str,
+    gateways: Annotated[
+        tuple[str, ...],
         Variable(
-            parse_gateway,
-            "the payment provider: simulated, or package.module:factory: docs/gateways.md",
+            parse_gateways,
+            "the payment providers, with commas; new payments go to the first: simulated, "
+            "simulated-NAME, or package.module:factory: docs/gateways.md",
         ),
-    ] = "simulated"
+    ] = ("simulated",)
+    gateway: Annotated[str | None, Variable(parse_gateway, "the same, for a single provider")] = (
+        None
+    )
+    gateway_by_currency: Annotated[
+        tuple[CurrencyGateway, ...],
+        Variable(
+            parse_gateway_by_currency,
+            "currencies whose new payments go to another provider, as USD:name, with commas",
+        ),
+    ] = ()
+    return_url_prefixes: Annotated[
+        tuple[str, ...],
+        Variable(
+            parse_return_url_prefixes,
+            "what a charge's return_url must begin with: https:// addresses with a path, with "
+            "commas",
+        ),
+    ] = ()
     simulated_ledger: Annotated[
         str | None,
         Variable(

@@ -5,6 +5,7 @@ app.py         the Litestar application; its endpoints under /v1: charges.py, re
                payments.py, unfulfilled.py
 requests.py    reads headers and path
 bodies.py      reads JSON bodies
+charge_fields.py  rules for a charge that no schema can state
 list_query.py  reads query parameters
 operations.py  /health and /metrics
 accept.py      chooses their media type

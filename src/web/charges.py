@@ -1,18 +1,16 @@
 """POST /v1/charge."""
 
-from datetime import datetime
 from uuid import UUID
 
+import msgspec
 from litestar import Response, post
 from litestar.enums import MediaType
 
 from payments.commands.charge import Charged, ChargePayment
-from payments.errors import FieldError
 from payments.payment.identity import ChargeRequest
 from payments.payment.state import Status
-from payments.times import read_time
-from web.bodies import invalid_fields
-from web.requests import TIME_TEXT, AnyRequest, command_answer, log_with, read_command, service_of
+from web.charge_fields import check_payment_method, check_return_url, read_hold_until
+from web.requests import AnyRequest, command_answer, log_with, read_command, service_of
 from web.schema.description import described
 from web.schema.operations.charges import CHARGE, ChargeAnswer, ChargeBody
 
@@ -29,7 +27,10 @@ async def charge(request: AnyRequest) -> Response[bytes]:
     body = sent.body
     assert sent.key is not None
     log_with(request, order_id=body.merchant_order_id)
-    charged = await service_of(request).charging.charge(
+    service = service_of(request)
+    check_payment_method(body.payment_method)
+    check_return_url(body.return_url, service.settings.return_url_prefixes)
+    charged = await service.charging.charge(
         ChargePayment(
             request=ChargeRequest(
                 idempotency_key=sent.key,
@@ -41,24 +42,16 @@ async def charge(request: AnyRequest) -> Response[bytes]:
             ),
             request_id=sent.request_id,
             traceparent=sent.traceparent,
-            hold_until=_hold_until(body),
+            hold_until=read_hold_until(body.hold_until),
+            return_url=body.return_url,
         ),
         sent.caller,
     )
     return _answer(request, charged)
 
 
-def _hold_until(body: ChargeBody) -> datetime | None:
-    if body.hold_until is None:
-        return None
-    try:
-        return read_time(body.hold_until)
-    except ValueError:  # 31 February
-        raise invalid_fields(FieldError("hold_until", f"must be {TIME_TEXT}")) from None
-
-
 def _answer(request: AnyRequest, charged: Charged) -> Response[bytes]:
-    payment = charged.payment
+    payment, action = charged.payment, charged.next_action
     answer = ChargeAnswer(
         id=payment.id,
         merchant_order_id=payment.merchant_order_id,
@@ -67,6 +60,7 @@ def _answer(request: AnyRequest, charged: Charged) -> Response[bytes]:
         status=payment.outcome,
         amount_cents=payment.amount_cents,
         currency=payment.currency,
+        next_action=msgspec.UNSET if action is None else {"type": action.type, **action.fields},
     )
     pending = answer.status is Status.PENDING
     return command_answer(request, answer, payment.id, pending=pending, replayed=charged.replayed)

@@ -43,6 +43,7 @@ async def health_of(service: Service) -> answers.PreparedAnswer:
         event_store="stalled" if stalled else "ok",
         log=log,
         callbacks=callbacks,
+        gateways_down=service.gateways_down(),
     )
     return answers.PreparedAnswer(200 if state.ok else 503, msgspec.json.encode(state), JSON)
 
@@ -51,7 +52,8 @@ async def health_of(service: Service) -> answers.PreparedAnswer:
 async def health(request: AnyRequest) -> Response[bytes]:
     """Readiness: whether the service can process charges.
 
-    200, or 503 while the database is away or read-only.
+    200, or 503 while the database is away or read-only. A provider that is down makes no 503: the
+    others, and everything that needs none, go on.
     """
     answer = await request.app.state.health()
     return _response(answer)

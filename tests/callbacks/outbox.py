@@ -16,6 +16,7 @@ from tests.support import History, append
 
 SENT = ("SUCCESS", "FAILED")  # the statuses that Order Service wants to hear of
 ALL = (*SENT, "REFUNDED")
+ACTIONS = (*ALL, "ACTION_REQUIRED")
 
 
 def of(order_id: uuid.UUID, key: str) -> History:

@@ -586,10 +586,12 @@ def test_payments_that_were_begun_with_another_provider(
         " convert_to(replace(convert_from(state, 'UTF8'), '\"simulated\"', '\"before\"'), 'UTF8')"
     )
     words = (
-        f"unsettled payments: 1 begun with before: {history.id}: `payments explain {history.id}`:"
-        " docs/stuck.md"
+        f"unsettled payments: 1 begun with before, which GATEWAYS does not name: {history.id}:"
+        f" `payments explain {history.id}`: docs/stuck.md"
     )
     assert only(operator("doctor"), "provider") == ("FAIL", words)
+    connection.execute("UPDATE unsettled_payments SET told_level = 50, told_at = now()")
+    assert only(operator("doctor"), "provider") == ("FAIL", words)  # and no second time
 
 
 def test_who_holds_the_horizon_is_named(

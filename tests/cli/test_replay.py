@@ -498,6 +498,19 @@ def test_explain_tells_how_long_seats_are_held(operator: Operator, connection: C
     )
 
 
+def test_explain_tells_of_the_providers_own_id(operator: Operator, connection: Connection) -> None:
+    prepared = History("prepared").referenced("pi_1").told_to_act("redirect").charged()
+    (supplied,) = History("supplied").facts
+    supplied = msgspec.structs.replace(supplied, provider_reference="pay_1")
+    append(connection, [*prepared.facts, supplied])
+    story = operator("explain", prepared.id).stdout
+    for words in ("prepared the charge as pi_1", "the customer has to act", "(redirect)"):
+        assert words in story
+    assert "at the provider simulated, where it is pay_1" in (
+        operator("explain", supplied.payment_id).stdout
+    )
+
+
 def test_explain_tells_the_callbacks(operator: Operator, connection: Connection) -> None:
     paid = History("k").charged()
     append(connection, paid.facts)

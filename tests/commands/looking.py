@@ -9,6 +9,7 @@ import psycopg
 from payments.commands.charge import Charged
 from payments.errors import ClientGone, TooBusy
 from payments.events.store import LOAD_ENTRIES, LogEntry, fact_of
+from payments.gateways.counted import CountedGateway
 from payments.payment.identity import payment_id_for
 from payments.payment.state import Payment, Status, fold
 from payments.service import Service
@@ -30,8 +31,14 @@ def topics(connection: psycopg.Connection[Any], payment_id: UUID) -> list[str]:
 
 
 def gateway_of(service: Service) -> ScriptedGateway:
-    gateway = service.gateway._gateway
+    gateway = counted(service)._gateway
     assert isinstance(gateway, ScriptedGateway)
+    return gateway
+
+
+def counted(service: Service) -> CountedGateway:
+    """The one gateway, as the commands see it."""
+    (gateway,) = service.gateways
     return gateway
 
 

@@ -32,6 +32,7 @@ from tests.commands.conftest import Make
 from tests.commands.looking import begin, first_answer, topics
 from tests.commands.settling import age
 from tests.doubles.gateway import (
+    Failure,
     ScriptedGateway,
     after,
     answer_lost,
@@ -271,7 +272,7 @@ async def test_a_retry_before_the_run_is_over_waits_then_settles(make: Make) -> 
 async def test_past_the_safe_retry_window_it_only_asks(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
-    gateway = ScriptedGateway(no_answer, safe_retry_s=0.1)
+    gateway = ScriptedGateway(no_answer, retry_s=0.1)
     service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)
     await begin(service)
     await age(connection, 1)
@@ -293,7 +294,7 @@ async def test_a_retry_whose_provider_is_down_is_still_pending(
 
 @pytest.mark.parametrize("failure", [NeverSent, OutcomeUnknown], ids=lambda f: f.__name__)
 async def test_a_retry_that_learns_nothing_is_still_pending_and_sends_nothing(
-    make: Make, failure: type[Exception], connection: psycopg.Connection[Any]
+    make: Make, failure: Failure, connection: psycopg.Connection[Any]
 ) -> None:
     gateway = ScriptedGateway(no_answer)
     service = await make(gateway, charge_deadline_s=0.4, gateway_timeout_s=0.3)

@@ -34,7 +34,7 @@ Connection = psycopg.Connection[Any]
 
 async def refunded(make: Make, *script: Any) -> Service:
     """A refund was asked for; its first sendings go as the script says."""
-    gateway = ScriptedGateway(refund_script=script, safe_retry_s=WINDOW_S)
+    gateway = ScriptedGateway(refund_script=script, retry_s=WINDOW_S)
     service = await make(gateway, **FAST)
     await capture(service)
     answered = await service.refunding.refund(refund_of())
@@ -195,7 +195,7 @@ async def test_one_that_was_made_is_found_and_not_sent(make: Make, connection: C
 
 
 async def test_a_late_capture_waits_as_long(make: Make, connection: Connection) -> None:
-    gateway = ScriptedGateway(no_answer, refund_script=[never_sent] * 3, safe_retry_s=WINDOW_S)
+    gateway = ScriptedGateway(no_answer, refund_script=[never_sent] * 3, retry_s=WINDOW_S)
     service = await make(gateway, **SOON)
     await capture(service)
     await age(connection, 10)
@@ -216,7 +216,7 @@ async def test_a_late_capture_that_waited_for_a_loss_is_returned_whenever_it_may
     make: Make, connection: Connection
 ) -> None:
     """It was never sent: whoever sends it first notes that."""
-    gateway = ScriptedGateway(no_answer, safe_retry_s=WINDOW_S)
+    gateway = ScriptedGateway(no_answer, retry_s=WINDOW_S)
     service = await make(gateway, **SOON)
     connection.execute("UPDATE schema_versions SET applied_at = '2020-01-01Z'")
     await begin(service)
@@ -238,7 +238,7 @@ async def test_a_late_capture_of_the_version_before_may_have_been_sent(
     make: Make, connection: Connection
 ) -> None:
     """That version makes no notes."""
-    gateway = ScriptedGateway(no_answer, safe_retry_s=WINDOW_S)
+    gateway = ScriptedGateway(no_answer, retry_s=WINDOW_S)
     service = await make(gateway, **SOON)
     await begin(service)
     await age(connection, 10)
@@ -268,7 +268,7 @@ async def test_a_note_stays_while_its_refund_is_under_way(
 
 
 async def refunded_partly(make: Make) -> Service:
-    gateway = ScriptedGateway(refund_script=[approve, never_sent], safe_retry_s=WINDOW_S)
+    gateway = ScriptedGateway(refund_script=[approve, never_sent], retry_s=WINDOW_S)
     service = await make(gateway, **FAST)
     await capture(service)
     await service.refunding.refund(refund_of(300, "a"))

@@ -16,7 +16,15 @@ from payments.payment.identity import payment_id_for
 from payments.payment.state import Status
 from tests.commands.conftest import Make
 from tests.commands.looking import first_answer, topics
-from tests.doubles.gateway import ScriptedGateway, after, answer_lost, no_answer
+from tests.commands.preparing import ACTION
+from tests.doubles.gateway import (
+    PreparingGateway,
+    ScriptedGateway,
+    after,
+    answer_lost,
+    no_answer,
+    opens,
+)
 from tests.support import charge_of, until
 
 pytestmark = pytest.mark.anyio
@@ -198,3 +206,20 @@ async def test_what_was_captured_counts_after_the_hold_too(make: Make, clock: Cl
     charged = await service.charging.charge(held(600))
     assert first_answer(charged) == (Status.SUCCESS, True)
     assert len(gateway.captures) == 1
+
+
+@pytest.mark.parametrize(("left_s", "told"), [(5.1, True), (4.9, False)])
+async def test_no_customer_is_told_to_act_after_the_hold(
+    make: Make, connection: psycopg.Connection[Any], clock: Clock, left_s: float, told: bool
+) -> None:
+    """The provider took long over it; what it captures then comes too late."""
+
+    def slow(gateway: ScriptedGateway, asked: Any) -> Any:
+        clock.passed_s = 60 - left_s
+        return opens("action", ACTION)(gateway, asked)
+
+    service = await make(PreparingGateway(slow))
+    charged = await service.charging.charge(held(60))
+    assert charged.payment.status is Status.PENDING
+    assert charged.next_action == (ACTION if told else None)
+    assert ("PaymentActionRequired" in topics(connection, K)) is told

@@ -10,6 +10,7 @@ from payments.commands.runs import cause
 from payments.errors import LogRewound
 from payments.event_store import load_charge, load_payment
 from payments.events.facts import Fact
+from payments.gateways import ProviderCharge
 from payments.payment.decisions import abandon, initiate_refund
 from payments.payment.identity import RefundRequest, payment_id_for
 from payments.payment.state import Approved, Payment, Status
@@ -263,9 +264,9 @@ class TestSettling:
         await project(service)
         gateway = gateway_of(service)
 
-        async def find(payment_id: Any, timeout_s: float) -> Any:
+        async def find(charge: ProviderCharge, timeout_s: float) -> Any:
             lose_after(connection, 0)
-            return gateway.outcomes[payment_id]
+            return gateway.outcomes[charge.payment_id]
 
         gateway.find_charge = find  # type: ignore[method-assign]
         connection.execute("UPDATE unsettled_payments SET due_at = clock_timestamp()")

@@ -27,10 +27,11 @@ from payments.payment.decisions import REFUNDS_MAX
 from payments.payment.identity import payment_id_for
 from payments.payment.state import Status
 from tests.commands.conftest import Make
-from tests.commands.looking import PAYMENT, gateway_of, topics
+from tests.commands.looking import PAYMENT, counted, gateway_of, topics
 from tests.commands.refunding import FAST, charged, refund_of
 from tests.commands.settling import age
 from tests.doubles.gateway import (
+    Failure,
     ScriptedGateway,
     after,
     answer_lost,
@@ -226,7 +227,7 @@ async def test_a_retry_that_is_too_late_to_send_again_only_asks(
     make: Make, connection: psycopg.Connection[Any]
 ) -> None:
     service = await charged(make, no_answer, **FAST)
-    gateway_of(service).safe_retry_s = service.gateway.safe_retry_s = 0.1
+    gateway_of(service).refund_retry_s = counted(service).refund_retry_s = 0.1
     await service.refunding.refund(refund_of(300, "a"))
     await age(connection, 1)
     again = await service.refunding.refund(refund_of(300, "a"))
@@ -236,7 +237,7 @@ async def test_a_retry_that_is_too_late_to_send_again_only_asks(
 
 @pytest.mark.parametrize("failure", [NeverSent, OutcomeUnknown], ids=lambda f: f.__name__)
 async def test_a_retry_that_learns_nothing_is_still_pending_and_sends_nothing(
-    make: Make, failure: type[Exception], connection: psycopg.Connection[Any]
+    make: Make, failure: Failure, connection: psycopg.Connection[Any]
 ) -> None:
     service = await charged(make, no_answer, **FAST)
     await service.refunding.refund(refund_of(300, "a"))

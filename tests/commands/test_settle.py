@@ -13,7 +13,7 @@ from payments import sendings
 from payments.commands.settle import CALLS_MAX
 from payments.commands.settling_loop import ABANDONED_MAX, pause_s
 from payments.errors import ClientGone, TooBusy
-from payments.gateways import NeverSent, OutcomeUnknown
+from payments.gateways import NeverSent, OutcomeUnknown, ProviderCharge
 from payments.payment.identity import payment_id_for
 from payments.payment.state import Approved, Status
 from payments.service import Service
@@ -33,6 +33,7 @@ from tests.commands.settling import (
     unsettled,
 )
 from tests.doubles.gateway import (
+    Failure,
     ScriptedGateway,
     answer_lost,
     approve,
@@ -362,7 +363,7 @@ unanswered = pytest.mark.parametrize(
 
 @unanswered
 async def test_a_question_without_an_answer_is_no_outcome_of_a_charge(
-    make: Make, connection: psycopg.Connection[Any], failure: type[Exception]
+    make: Make, connection: psycopg.Connection[Any], failure: Failure
 ) -> None:
     service = await make(ScriptedGateway(answer_lost), **SOON)
     await begin(service)
@@ -380,7 +381,7 @@ async def test_a_question_without_an_answer_is_no_outcome_of_a_charge(
 
 @unanswered
 async def test_a_question_without_an_answer_ends_no_watch(
-    make: Make, connection: psycopg.Connection[Any], failure: type[Exception]
+    make: Make, connection: psycopg.Connection[Any], failure: Failure
 ) -> None:
     """However long the abandonment is over: a capture that nobody saw would stay with us."""
     service = await abandoned(make, connection)
@@ -398,7 +399,7 @@ async def test_a_question_without_an_answer_ends_no_watch(
 
 @unanswered
 async def test_a_question_without_an_answer_is_no_outcome_of_a_refund(
-    make: Make, connection: psycopg.Connection[Any], failure: type[Exception]
+    make: Make, connection: psycopg.Connection[Any], failure: Failure
 ) -> None:
     """Neither a refusal nor a reason to send it again."""
     service = await make(ScriptedGateway(refund_script=[answer_lost]), **FAST)
@@ -418,7 +419,7 @@ async def test_a_question_without_an_answer_is_no_outcome_of_a_refund(
 
 @unanswered
 async def test_a_question_without_an_answer_is_no_outcome_of_sending_a_late_capture_back(
-    make: Make, connection: psycopg.Connection[Any], failure: type[Exception]
+    make: Make, connection: psycopg.Connection[Any], failure: Failure
 ) -> None:
     service = await abandoned(make, connection, answer_lost)
     capture_late(service)
@@ -528,7 +529,7 @@ async def test_a_claim_that_came_too_late_changes_nothing(
     await begin(service)
     frozen, go_on = asyncio.Event(), asyncio.Event()
 
-    async def freeze(payment_id: uuid.UUID, timeout_s: float) -> None:
+    async def freeze(charge: ProviderCharge, timeout_s: float) -> None:
         frozen.set()
         await go_on.wait()
 
@@ -804,9 +805,9 @@ async def test_abandoned_payments_do_not_keep_others_waiting(
     await project(service)
     gateway, never = gateway_of(service), asyncio.Event()
 
-    async def slow(payment_id: uuid.UUID, timeout_s: float) -> None:
-        gateway.questions.append(payment_id)
-        if payment_id != payment_id_for("waiting"):
+    async def slow(charge: ProviderCharge, timeout_s: float) -> None:
+        gateway.questions.append(charge.payment_id)
+        if charge.payment_id != payment_id_for("waiting"):
             await never.wait()
 
     gateway.find_charge = slow  # type: ignore[method-assign]

@@ -212,7 +212,7 @@ def test_a_provider_that_forgets_keys_is_only_asked(
         Fault("answer_lost", operation="charge", count=5),
         Fault("reset", operation="charge", count=5),
     )
-    more = settings(address, provider, TEST_PROVIDER_SAFE_RETRY_S=0, PENDING_ABANDON_AFTER_S=900)
+    more = settings(address, provider, TEST_PROVIDER_RETRY_S=0, PENDING_ABANDON_AFTER_S=900)
     answers = Answers()
 
     async def charge(callers: list[Caller]) -> None:

@@ -14,13 +14,14 @@ A charge is captured, or declined if its amount ends in 7; a refund is declined 
 The answer is 200 with `status` captured, refunded or declined; 404 for an unknown id; 422 for a key
 that was used with another body. A repeated key gets the first answer again.
 
+The same provider can also charge in steps, by a reference of its own: provider_intents.py.
+
 Each capture, money-out and decline is a Line of the ledger, written before its answer is.
 """
 
 import argparse
 import asyncio
 import hashlib
-import os
 import random
 import signal
 import socket
@@ -33,6 +34,8 @@ from typing import Any, Literal
 import msgspec
 
 from tests.doubles.controlled import ControlledProcess
+from tests.doubles.provider_intents import Intents
+from tests.doubles.provider_ledger import Ledger, Line, Order, read_ledger
 
 LIFE_MAX_S = 900.0
 HOLD_MAX_S = 60.0
@@ -40,17 +43,25 @@ PORT_WAIT_S = 5.0  # a client's own port may stand where ours was
 
 REASONS = {200: "OK", 307: "Temporary Redirect", 404: "Not Found", 422: "Unprocessable Content"}
 
-Operation = Literal["charge", "find_charge", "refund", "find_refund"]
-ROUTES: dict[tuple[str, str], Operation] = {
+Operation = Literal[
+    "charge", "find_charge", "refund", "find_refund", "prepare", "cancel", "account"
+]
+ROUTES: dict[tuple[str, ...], Operation] = {
     ("POST", "charges"): "charge",
-    ("GET", "charges"): "find_charge",
+    ("GET", "charges", "ID"): "find_charge",
     ("POST", "refunds"): "refund",
-    ("GET", "refunds"): "find_refund",
+    ("GET", "refunds", "ID"): "find_refund",
+    ("POST", "intents"): "prepare",
+    ("POST", "intents", "ID", "confirm"): "charge",
+    ("GET", "intents", "ID"): "find_charge",
+    ("POST", "intents", "ID", "cancel"): "cancel",
+    ("GET", "account"): "account",
 }
 
 FaultKind = Literal[
     # nothing is done
     "500",  # answers 500
+    "429",
     "timeout",  # never answers
     "reset",  # RST
     "closed",  # an orderly close without an answer, as of a kept connection that was idle too long
@@ -72,7 +83,7 @@ FaultKind = Literal[
     "decline",
     "forgets_keys",  # a repeated key is done again; another fault may come with it
 ]
-NOTHING_DONE = {"500", "timeout", "reset", "closed", "redirect", "not_found_page"}
+NOTHING_DONE = {"500", "429", "timeout", "reset", "closed", "redirect", "not_found_page"}
 
 
 class Fault(msgspec.Struct, omit_defaults=True):
@@ -86,99 +97,6 @@ class Fault(msgspec.Struct, omit_defaults=True):
     seed: int = 0
     seconds: float = 1.0
     location: str = ""
-
-
-class Line(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One decision. `id` is the client's, `txn_id` ours; a refund names the capture it is of."""
-
-    kind: Literal["capture", "decline", "refund", "refund_decline"]
-    id: str
-    txn_id: str
-    amount_cents: int
-    currency: str
-    body_sha256: str
-    charge_txn_id: str = ""
-    code: str = ""
-
-    def answer(self) -> dict[str, Any]:
-        shared = {"id": self.id, "amount_cents": self.amount_cents, "currency": self.currency}
-        if self.code:
-            return {"status": "declined", "code": self.code, **shared}
-        status = "captured" if self.kind == "capture" else "refunded"
-        return {"status": status, "txn_id": self.txn_id, **shared}
-
-
-class Order(msgspec.Struct):
-    """The body of a charge or a refund."""
-
-    amount_cents: int
-    currency: str
-    charge_txn_id: str = ""
-
-
-class Ledger:
-    """An append-only file of Lines, and what follows from them."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        self._lines = 0
-        self.charges: dict[str, Line] = {}
-        self.refunds: dict[str, Line] = {}
-        self._left: dict[str, Line] = {}  # what is still captured, by our capture id
-        for line in read_ledger(path):
-            self._remember(line)
-
-    def charge(self, client_id: str, order: Order, sha256: str, code: str) -> Line:
-        code = code or ("insufficient_funds" if order.amount_cents % 10 == 7 else "")
-        return self._append("decline" if code else "capture", client_id, order, sha256, code)
-
-    def refund(self, client_id: str, order: Order, sha256: str, code: str) -> Line:
-        code = code or self._refusal(order)
-        return self._append("refund_decline" if code else "refund", client_id, order, sha256, code)
-
-    def _refusal(self, order: Order) -> str:
-        left = self._left.get(order.charge_txn_id)
-        if left is None:
-            return "no_such_charge"
-        if left.currency != order.currency:
-            return "other_currency"
-        return "exceeds_capture" if order.amount_cents > left.amount_cents else ""
-
-    def _append(self, kind: Any, client_id: str, order: Order, sha256: str, code: str) -> Line:
-        line = Line(
-            kind=kind,
-            id=client_id,
-            txn_id=f"txn_{self._lines + 1}",
-            amount_cents=order.amount_cents,
-            currency=order.currency,
-            body_sha256=sha256,
-            charge_txn_id=order.charge_txn_id,
-            code=code,
-        )
-        text = msgspec.json.encode(line) + b"\n"
-        assert os.write(self._file, text) == len(text)
-        self._remember(line)
-        return line
-
-    def _remember(self, line: Line) -> None:
-        self._lines += 1
-        if line.kind in ("capture", "decline"):
-            self.charges[line.id] = line
-        else:
-            self.refunds[line.id] = line
-        if line.kind == "capture":
-            self._left[line.txn_id] = line
-        if line.kind == "refund":
-            left = self._left[line.charge_txn_id]
-            self._left[line.charge_txn_id] = msgspec.structs.replace(
-                left, amount_cents=left.amount_cents - line.amount_cents
-            )
-
-
-def read_ledger(path: Path) -> list[Line]:
-    """Of a line that another process is still writing, what is there already is passed over."""
-    *texts, _ = path.read_bytes().split(b"\n")
-    return [msgspec.json.decode(text, type=Line) for text in texts]
 
 
 class Script:
@@ -203,7 +121,10 @@ class Script:
 
 
 class Call(msgspec.Struct):
+    """`id` is the idempotency key, or what the path names; `place` the path's first part."""
+
     operation: Operation
+    place: str
     id: str
     body: bytes
 
@@ -211,6 +132,7 @@ class Call(msgspec.Struct):
 class Provider:
     def __init__(self, ledger: Ledger, port: int) -> None:
         self._ledger = ledger
+        self._intents = Intents(ledger)
         self._port = port
         self._server: asyncio.Server | None = None
         self._script = Script([])
@@ -245,6 +167,12 @@ class Provider:
                 await self._close_idle()
             case "close_idle":
                 await self._close_idle()
+            case "made_by_customer":
+                return self._intents.made_by_customer(command["amount_cents"], command["currency"])
+            case "customer_acts":
+                self._intents.customer_acts(command["payment_id"], declined=command["declined"])
+            case "finish":
+                self._intents.finish(command["payment_id"], declined=command["declined"])
         return self._counts
 
     async def _close_idle(self) -> None:
@@ -286,7 +214,11 @@ class Provider:
         return await _send_faulty(fault, status, answer, writer)
 
     def _do(self, call: Call, forgotten: bool, code: str) -> tuple[int, dict[str, Any]]:
-        charging = call.operation in ("charge", "find_charge")
+        if call.place == "account":
+            return 200, {"id": self._ledger.account}
+        if call.place == "intents":
+            return self._intents.do(call.operation, call.id, call.body, forgotten, code)
+        charging = call.place == "charges"
         known = self._ledger.charges if charging else self._ledger.refunds
         line = known.get(call.id)
         if call.operation in ("find_charge", "find_refund"):
@@ -308,17 +240,19 @@ async def _call(head: bytes, reader: asyncio.StreamReader) -> Call | None:
     headers = {name.lower(): value.strip() for name, _, value in (h.partition(":") for h in rest)}
     body = await reader.readexactly(int(headers.get("content-length", 0)))
     _, place, *more = path.split("/")
-    operation = ROUTES.get((method, place))
-    client_id = headers.get("idempotency-key", "") if method == "POST" else "".join(more)
-    return Call(operation, client_id, body) if operation and client_id else None
+    named, key = "".join(more[:1]), headers.get("idempotency-key", "")
+    operation = ROUTES.get((method, place, *("ID" for _ in more[:1]), *more[1:]))
+    if operation is None or (method == "POST" and not (named or key)):
+        return None
+    return Call(operation, place, named or key, body)
 
 
 async def _do_nothing(
     fault: Fault, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> bool:
     match fault.kind:
-        case "500":
-            return await _send(writer, 500, {"error": "scripted"})
+        case "500" | "429":
+            return await _send(writer, int(fault.kind), {"error": "scripted"})
         case "redirect":
             return await _send(writer, 307, {}, f"Location: {fault.location}\r\n")
         case "not_found_page":
@@ -439,6 +373,18 @@ class ProviderProcess(ControlledProcess):
     def close_idle(self) -> None:
         """Closes the connections that are idle, as a server does after its keep-alive time."""
         self._ask(Any, do="close_idle")
+
+    def made_by_customer(self, amount_cents: int, currency: str) -> str:
+        """An intent that was made without us, as by a page of the provider; its reference."""
+        return self._ask(str, do="made_by_customer", amount_cents=amount_cents, currency=currency)
+
+    def customer_acts(self, payment_id: object, *, declined: bool = False) -> None:
+        """What `action` asks for is done: the charge is ready, authorized or declined."""
+        self._ask(Any, do="customer_acts", payment_id=str(payment_id), declined=declined)
+
+    def finish(self, payment_id: object, *, declined: bool = False) -> None:
+        """What is processing is captured, or declined."""
+        self._ask(Any, do="finish", payment_id=str(payment_id), declined=declined)
 
     def counts(self) -> dict[Operation, int]:
         """Calls received since the process began, also those that met a fault."""

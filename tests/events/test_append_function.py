@@ -16,8 +16,8 @@ from eventsourcing.persistence import StoredEvent
 
 from payments import migrations
 from payments.database.connections import Database, DatabaseAddress
-from payments.events.appender import Appender, CaptureTaken
-from payments.events.facts import Fact, PaymentCharged
+from payments.events.appender import Appender, CaptureTaken, ReferenceTaken
+from payments.events.facts import Fact, PaymentCharged, PaymentInitiated
 from payments.events.store import APPEND, SHARED_CAPTURES, append_params, to_stored_event
 from payments.migrations import migrate
 from payments.observability.metrics import Telemetry
@@ -198,6 +198,141 @@ class TestCaptures:
             [to_stored_event(initiated).state, to_stored_event(charged).state],
         ).fetchone()
         assert row == ("simulated", "t-1")
+
+
+def referring(reference: str, key: str, gateway: str = "simulated") -> PaymentInitiated:
+    """The intent of a payment whose method names this reference."""
+    (initiated,) = History(key).facts
+    assert isinstance(initiated, PaymentInitiated)
+    return msgspec.structs.replace(initiated, gateway=gateway, provider_reference=reference)
+
+
+def prepared(reference: str, key: str) -> list[Fact]:
+    """A payment that the provider gave this reference."""
+    return list(History(key).referenced(reference).facts)
+
+
+def claims(connection: Connection) -> list[tuple[str, str, uuid.UUID]]:
+    return connection.execute(
+        "SELECT gateway, reference, payment_id FROM provider_references ORDER BY 1, 2"
+    ).fetchall()
+
+
+class TestReferences:
+    def test_one_that_another_payment_has_is_claimed(self, connection: Connection) -> None:
+        first, second = referring("pay_1", "a"), referring("pay_1", "b")
+        assert outcomes(connection, [first]) == [("appended", 1)]
+        assert outcomes(connection, [second]) == [("claimed", None)]
+        assert outcomes(connection, [first]) == [("repeated", 1)]
+        assert claims(connection) == [("simulated", "pay_1", first.payment_id)]
+        stored = connection.execute("SELECT originator_id FROM payment_events").fetchall()
+        assert stored == [(first.payment_id,)]
+        other = msgspec.structs.replace(second, provider_reference="pay_2")
+        assert outcomes(connection, [other]) == [("appended", 2)]
+
+    def test_of_two_in_one_batch_the_first_has_it(self, connection: Connection) -> None:
+        first, second, third = (
+            referring(reference, key)
+            for reference, key in (("pay_1", "a"), ("pay_1", "b"), ("pay_2", "c"))
+        )
+        assert outcomes(connection, [first], [second], [third]) == [
+            ("appended", 1),
+            ("claimed", None),
+            ("appended", 2),
+        ]
+
+    def test_another_provider_may_give_the_same(self, connection: Connection) -> None:
+        first, second = referring("pay_1", "a"), referring("pay_1", "b", gateway="another")
+        assert outcomes(connection, [first], [second]) == [("appended", 1), ("appended", 2)]
+        assert [gateway for gateway, _, _ in claims(connection)] == ["another", "simulated"]
+
+    def test_what_the_provider_gave_is_claimed_too(self, connection: Connection) -> None:
+        first, second = prepared("pi_1", "a"), prepared("pi_1", "b")
+        append(connection, [first[0], second[0]])
+        assert outcomes(connection, first[1:]) == [("appended", 3)]
+        assert outcomes(connection, second[1:]) == [("claimed", None)]
+        assert outcomes(connection, [referring("pi_1", "c")]) == [("claimed", None)]
+        assert claims(connection) == [("simulated", "pi_1", first[0].payment_id)]
+
+    @pytest.mark.parametrize("apart", [False, True], ids=["one append", "two appends"])
+    def test_several_events_in_one_batch(self, connection: Connection, apart: bool) -> None:
+        """The provider's name is in an event that is not stored yet."""
+        first, second = prepared("pi_1", "a"), prepared("pi_1", "b")
+        appends = [first[:1], first[1:]] if apart else [first]
+        assert {each for each, _ in outcomes(connection, *appends)} == {"appended"}
+        assert claims(connection) == [("simulated", "pi_1", first[0].payment_id)]
+        assert outcomes(connection, second) == [("claimed", None)]
+        assert outcomes(connection, first) == [("repeated", 2)]
+
+    def test_the_reference_of_a_later_event_of_an_append(self, connection: Connection) -> None:
+        append(connection, [referring("pi_1", "a")])
+        whole = History("b").referenced("pi_1").charged().facts
+        assert outcomes(connection, whole) == [("claimed", None)]
+
+    def test_a_conflict_claims_nothing(self, connection: Connection) -> None:
+        append(connection, History("a").abandoned().facts)
+        *_, stale = prepared("pi_1", "a")
+        assert outcomes(connection, [stale]) == [("conflict", None)]
+        again = referring("pay_1", "a")
+        assert outcomes(connection, [again]) == [("conflict", None)]
+        assert claims(connection) == []
+
+    def test_neither_does_a_capture_that_another_payment_names(
+        self, connection: Connection
+    ) -> None:
+        append(connection, naming("t-1", "a"))
+        *intent, charged = History("b").referenced("pi_1").charged().facts
+        charged = msgspec.structs.replace(charged, provider_txn_id="t-1")
+        assert outcomes(connection, [*intent, charged]) == [("captured", None)]
+        assert claims(connection) == []
+
+    @pytest.mark.parametrize("words", ['","provider_reference":"pay_1', '"provider_reference":"p"'])
+    def test_nobody_pretends_to_be_the_field(self, connection: Connection, words: str) -> None:
+        """What comes from outside stands in the bytes too, with its quotation marks escaped."""
+        append(connection, [referring("pay_1", "a"), *prepared("p", "b")])
+        before = claims(connection)
+        (initiated,) = History("c").facts
+        imitating = msgspec.structs.replace(initiated, request_id=words, idempotency_key=words)
+        assert outcomes(connection, [imitating]) == [("appended", 4)]
+        assert claims(connection) == before
+
+    def test_software_from_before_is_not_told_what_it_does_not_know(
+        self, connection: Connection
+    ) -> None:
+        first, second = referring("pay_1", "a"), referring("pay_1", "b")
+        append(connection, [first])
+        params = append_params([[to_stored_event(second)]])[:6]
+        assert connection.execute(APPEND_BEFORE, params).fetchall() == [("appended", 2, None)]
+        assert claims(connection) == [("simulated", "pay_1", first.payment_id)]
+
+    async def test_of_processes_that_race_one_has_it(self, database: Database) -> None:
+        appenders = [Appender(database.connect, Telemetry(), 100) for _ in range(2)]
+        for appender in appenders:
+            appender.start()
+        told = await asyncio.gather(
+            *(
+                appenders[number % 2].append_intent(
+                    to_stored_event(referring("pay_1", f"k{number}"))
+                )
+                for number in range(8)
+            ),
+            return_exceptions=True,
+        )
+        assert sum(isinstance(each, ReferenceTaken) for each in told) == 7
+        assert [each for each in told if not isinstance(each, ReferenceTaken)] == [1]
+        for appender in appenders:
+            await appender.stop(1)
+
+    def test_it_finds_what_the_facts_say(self, connection: Connection) -> None:
+        """The field's name is part of the stored form, which is fixed for ever."""
+        facts = [referring("pay_1", "a"), *History("b").referenced("pi_1").charged().facts]
+        found = [
+            connection.execute(
+                "SELECT stored_reference(%s)", [to_stored_event(fact).state]
+            ).fetchone()
+            for fact in facts
+        ]
+        assert found == [("pay_1",), ("",), ("pi_1",), ("",)]
 
 
 class TestPredecessors:
@@ -401,15 +536,17 @@ def test_roles_of_the_version_before_may_go_on(
             "  has_table_privilege(role, 'log_losses', 'INSERT'),"
             "  has_table_privilege(role, 'log_losses', 'SELECT'),"
             "  has_table_privilege(role, 'log_identity', 'SELECT'),"
-            "  has_table_privilege(role, 'refund_sendings', 'SELECT, INSERT, UPDATE, DELETE')"
+            "  has_table_privilege(role, 'refund_sendings', 'SELECT, INSERT, UPDATE, DELETE'),"
+            "  has_table_privilege(role, 'provider_references', 'SELECT'),"
+            "  has_table_privilege(role, 'provider_references', 'INSERT, UPDATE, DELETE')"
             "  FROM unnest(%s::text[]) AS roles (role)",
             [[writer, reader]],
         ).fetchall()
         connection.execute(f"DROP OWNED BY {writer}, {reader}".encode())
         connection.execute(f"DROP ROLE {writer}, {reader}".encode())
     assert found == [
-        (writer, [True] * 3, True, True, True, True),
-        (reader, [False] * 3, False, True, True, False),
+        (writer, [True] * 3, True, True, True, True, True, False),
+        (reader, [False] * 3, False, True, True, False, True, False),
     ]
 
 

@@ -19,9 +19,11 @@ from payments.events.facts import (
     LateCaptureFound,
     LateCaptureReturned,
     Legacy,
+    PaymentActionRequired,
     PaymentCharged,
     PaymentFailed,
     PaymentInitiated,
+    PaymentReferenced,
     PaymentRefunded,
     RefundFailed,
     RefundInitiated,
@@ -55,6 +57,9 @@ INITIATED = PaymentInitiated(
     gateway="simulated",
 )
 HELD = msgspec.structs.replace(INITIATED, hold_until=datetime(2026, 1, 2, 3, 19, 5, 6, tzinfo=UTC))
+WITH_REFERENCE = msgspec.structs.replace(INITIATED, provider_reference="pay_1")
+REFERENCED = PaymentReferenced(**CAUSED, **CHARGE, version=2, provider_reference="pi_1")
+ACTION_REQUIRED = PaymentActionRequired(**CAUSED, **CHARGE, version=3, kind="redirect")
 CHARGED = PaymentCharged(**CAUSED, **CHARGE, version=2, provider_txn_id="txn_é☃")
 FAILED = PaymentFailed(
     **CAUSED, **CHARGE, version=2, reason="declined", decline_code="insufficient_funds"
@@ -106,6 +111,11 @@ EXPECTED: dict[str, Fact] = {
     "PaymentInitiated.v1.nulls": without_optional_ones(INITIATED),
     "PaymentInitiated.v1.held": HELD,
     "PaymentInitiated.v1.imported": IMPORTED,
+    "PaymentInitiated.v1.referenced": WITH_REFERENCE,
+    "PaymentReferenced.v1": REFERENCED,
+    "PaymentReferenced.v1.nulls": without_optional_ones(REFERENCED),
+    "PaymentActionRequired.v1": ACTION_REQUIRED,
+    "PaymentActionRequired.v1.nulls": without_optional_ones(ACTION_REQUIRED),
     "PaymentCharged.v1": CHARGED,
     "PaymentCharged.v1.nulls": without_optional_ones(CHARGED),
     "PaymentCharged.v1.imported": msgspec.structs.replace(CHARGED, imported=True),
@@ -159,6 +169,7 @@ FURTHER: dict[str, set[str]] = {
     "PaymentFailed.v1.abandoned": {"decline_code"},
     "PaymentInitiated.v1.held": set(),
     "PaymentInitiated.v1.imported": set(),
+    "PaymentInitiated.v1.referenced": set(),
     "PaymentCharged.v1.imported": set(),
 }
 
@@ -213,6 +224,8 @@ def test_topics_are_pinned() -> None:
     """A topic is stored with every event: renaming one would orphan history."""
     assert [(topic, fact.TOPIC, fact.__name__) for topic, fact in FACTS.items()] == [
         ("PaymentInitiated", "PaymentInitiated", "PaymentInitiated"),
+        ("PaymentReferenced", "PaymentReferenced", "PaymentReferenced"),
+        ("PaymentActionRequired", "PaymentActionRequired", "PaymentActionRequired"),
         ("PaymentCharged", "PaymentCharged", "PaymentCharged"),
         ("PaymentFailed", "PaymentFailed", "PaymentFailed"),
         ("RefundInitiated", "RefundInitiated", "RefundInitiated"),
@@ -326,6 +339,12 @@ class TestUndecodable:
             ("PaymentInitiated.v1", "occurred_at", "7391-13-01T00:00:00Z"),
             ("PaymentInitiated.v1", "amount_cents", CANARY),
             ("PaymentInitiated.v1", "amount_cents", "1500"),
+            ("PaymentInitiated.v1", "provider_reference", 7391),
+            ("PaymentInitiated.v1", "provider_reference", None),
+            ("PaymentReferenced.v1", "provider_reference", None),
+            ("PaymentReferenced.v1", "provider_reference", 7391),
+            ("PaymentActionRequired.v1", "kind", None),
+            ("PaymentActionRequired.v1", "kind", 7391),
             ("PaymentCharged.v1", "amount_cents", 1500.5),
             ("PaymentCharged.v1", "version", CANARY),
             ("PaymentCharged.v1", "provider_txn_id", None),
@@ -386,6 +405,7 @@ VALUES: dict[Any, st.SearchStrategy[Any]] = {
     datetime: UTC_TIMES,
     datetime | msgspec.UnsetType: st.just(msgspec.UNSET) | UTC_TIMES,
     str | None: st.none() | st.text(max_size=20),
+    str | msgspec.UnsetType: st.just(msgspec.UNSET) | st.text(max_size=20),
     bool | msgspec.UnsetType: st.just(msgspec.UNSET) | st.booleans(),
     Legacy | msgspec.UnsetType: st.just(msgspec.UNSET)
     | st.builds(Legacy, st.uuids(), st.none() | st.text(max_size=20), UTC_TIMES),

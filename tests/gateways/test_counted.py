@@ -1,12 +1,14 @@
-"""What a gateway that errs may and may not do to the service."""
+"""What a gateway that errs may and may not do to the service, and when its breaker opens."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from payments.gateways import NeverSent, OutcomeUnknown, ProviderCharge
+from payments.gateways import NeverSent, Open, OutcomeUnknown, ProviderCharge
 from payments.gateways import counted as module
+from payments.gateways.breaker import FAILURES_MIN, PAUSE_MIN_S
 from payments.gateways.counted import CountedGateway
 from payments.observability.metrics import Telemetry
 from payments.payment.state import Approved, Declined
@@ -19,11 +21,20 @@ CHARGE = ProviderCharge(payment_id=ORDER_ID, amount_cents=1500, currency="INR")
 
 
 def counted(telemetry: Telemetry) -> dict[str, float]:
+    (family,) = [
+        each for each in telemetry.registry.collect() if each.name == "payments_gateway_calls"
+    ]
     return {
-        outcome: child._value.get()
-        for (operation, outcome), child in telemetry.gateway_calls.items()
-        if operation == "charge" and child._value.get()
+        sample.labels["outcome"]: sample.value
+        for sample in family.samples
+        if sample.labels["operation"] == "charge" and sample.value
     }
+
+
+def breaker_open(telemetry: Telemetry) -> float | None:
+    return telemetry.registry.get_sample_value(
+        "payments_gateway_breaker_open", {"gateway": "scripted"}
+    )
 
 
 def answers(answer: Any) -> Any:
@@ -57,6 +68,8 @@ def answers(answer: Any) -> Any:
             "unknown",
         ),
         (answers(Declined("\ud800")), OutcomeUnknown, "unknown"),
+        (answers(None), OutcomeUnknown, "unknown"),
+        (answers("txn"), OutcomeUnknown, "unknown"),
     ],
 )
 async def test_every_call_is_counted_by_what_came_of_it(step: Any, raised: Any, label: str) -> None:
@@ -77,3 +90,154 @@ async def test_one_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(OutcomeUnknown, match="does not return"):
         await gateway.charge(CHARGE, 0.05)
     assert counted(telemetry) == {"unknown": 1}
+
+
+def raises(error: Exception) -> Callable[..., Any]:
+    def step(*_: object) -> Any:
+        raise error
+
+    return step
+
+
+DOWN = raises(NeverSent("refused"))
+OVERLOADED = raises(OutcomeUnknown("503", is_outage=True))
+OPEN_CHARGE = Open(id=ORDER_ID, step="processing")
+
+
+async def call(gateway: CountedGateway) -> object:
+    """What came of a charge, or the type of what it raised."""
+    try:
+        return await gateway.charge(CHARGE, 1)
+    except (NeverSent, OutcomeUnknown) as error:
+        return type(error)
+
+
+class Clock:
+    """The breaker's."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+
+    class Log:
+        def bind(self, **fields: Any) -> "Log":
+            return self
+
+        def _tell(self, message: str) -> None:
+            lines.append(message)
+
+        info = error = _tell
+
+    monkeypatch.setattr(module, "logger", Log())
+    return lines
+
+
+@pytest.mark.parametrize("step", [DOWN, OVERLOADED])
+async def test_outages_open_the_breaker(step: Any, told: list[str]) -> None:
+    """Then nothing is sent, operators see it, and the log has one line."""
+    telemetry = Telemetry()
+    scripted = ScriptedGateway(*[step] * 100)
+    gateway = CountedGateway(scripted, telemetry)
+    assert (breaker_open(telemetry), gateway.unavailable_for_s()) == (0, 0)
+    for _ in range(FAILURES_MIN):
+        await call(gateway)
+    assert gateway.is_known_down
+    assert 0 < gateway.unavailable_for_s() <= PAUSE_MIN_S
+    assert breaker_open(telemetry) == 1
+    assert [line for line in told if "is down" in line] == [told[-1]]
+    with pytest.raises(NeverSent, match="scripted is down") as stopped:
+        await gateway.charge(CHARGE, 1)
+    assert not stopped.value.is_outage
+    assert len(scripted.charges) == FAILURES_MIN
+    assert counted(telemetry)["not_called"] == 1
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        answers(Declined("insufficient_funds")),
+        answers(OPEN_CHARGE),
+        raises(NeverSent("no time left", is_outage=False)),
+        raises(OutcomeUnknown("400")),
+        raises(KeyError("a defect of the gateway")),
+        answers(Declined("\ud800")),
+    ],
+)
+async def test_what_is_no_outage_never_opens_it(step: Any) -> None:
+    telemetry = Telemetry()
+    gateway = CountedGateway(ScriptedGateway(*[step] * 30), telemetry)
+    for _ in range(30):
+        await call(gateway)
+    assert (gateway.is_known_down, breaker_open(telemetry)) == (False, 0)
+    assert "not_called" not in counted(telemetry)
+
+
+@pytest.mark.parametrize("step", [decline, answers(OPEN_CHARGE)])
+async def test_a_probe_that_is_answered_closes_it(step: Any, told: list[str]) -> None:
+    clock = Clock()
+    gateway = CountedGateway(ScriptedGateway(*[DOWN] * FAILURES_MIN, step), Telemetry(), clock)
+    for _ in range(FAILURES_MIN):
+        await call(gateway)
+    clock.now += PAUSE_MIN_S
+    assert gateway.unavailable_for_s() == 0
+    await call(gateway)
+    assert not gateway.is_known_down
+    assert told[-1] == "the provider is back"
+
+
+async def test_one_probe_at_a_time_and_one_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(module, "GRACE_S", 0.05)
+    hangs = after(asyncio.Event())
+    scripted = ScriptedGateway(*[DOWN] * FAILURES_MIN, hangs, decline)
+    gateway = CountedGateway(scripted, Telemetry(), clock)
+    for _ in range(FAILURES_MIN):
+        await call(gateway)
+    clock.now += PAUSE_MIN_S
+    probe = asyncio.create_task(gateway.charge(CHARGE, 0.05))
+    await asyncio.sleep(0)
+    for _ in range(3):
+        assert await call(gateway) is NeverSent
+    assert gateway.unavailable_for_s() > 0
+    with pytest.raises(OutcomeUnknown, match="does not return"):
+        await probe
+    assert len(scripted.charges) == FAILURES_MIN + 1
+    # It failed: the next pause is longer.
+    clock.now += PAUSE_MIN_S
+    assert gateway.unavailable_for_s() == PAUSE_MIN_S
+    clock.now += PAUSE_MIN_S
+    assert await call(gateway) == Declined("insufficient_funds")
+
+
+async def test_a_probe_that_is_cancelled_lets_the_next_one_begin() -> None:
+    clock, hangs = Clock(), after(asyncio.Event())
+    scripted = ScriptedGateway(*[DOWN] * FAILURES_MIN, hangs, decline)
+    gateway = CountedGateway(scripted, Telemetry(), clock)
+    for _ in range(FAILURES_MIN):
+        await call(gateway)
+    clock.now += PAUSE_MIN_S
+    probe = asyncio.create_task(gateway.charge(CHARGE, 1))
+    await asyncio.sleep(0)
+    assert await call(gateway) is NeverSent
+    probe.cancel()
+    await asyncio.wait({probe})
+    assert gateway.is_known_down  # it says neither that it is back nor that it is not
+    assert await call(gateway) == Declined("insufficient_funds")
+    assert not gateway.is_known_down
+
+
+async def test_each_provider_has_its_own() -> None:
+    telemetry = Telemetry()
+    down, well = ScriptedGateway(*[DOWN] * FAILURES_MIN), ScriptedGateway(decline)
+    well.name = "well"
+    gateways = [CountedGateway(each, telemetry) for each in (down, well)]
+    for _ in range(FAILURES_MIN):
+        await call(gateways[0])
+    assert [each.is_known_down for each in gateways] == [True, False]
+    assert await call(gateways[1]) == Declined("insufficient_funds")

@@ -4,17 +4,24 @@ when it fails. Where the failures of a provider are concerned, see conformance.p
 import asyncio
 import gzip
 import random
+import socket
 import ssl
+import struct
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import Any, cast
+from urllib.parse import parse_qsl
+from uuid import UUID
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from payments.gateways import NeverSent, OutcomeUnknown, http
-from payments.gateways.http import ANSWER_BYTES_MAX, ProviderHttp, ProviderResponse
+from payments.gateways.http import ANSWER_BYTES_MAX, ProviderHttp, ProviderResponse, encode_form
 from tests.machine import within
 from tests.process import free_port
 
@@ -25,6 +32,7 @@ TIMEOUT_S = 0.3
 LATE_S = 1.0
 SECRET = "canary-5ecret"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
+ANSWERED = ProviderResponse(200, b"OK")
 
 Writing = Callable[["Server", asyncio.StreamWriter], Awaitable[None]]
 
@@ -70,6 +78,17 @@ async def client_of(url: str, **options: object) -> AsyncIterator[ProviderHttp]:
     await client.close()
 
 
+def turned_round(form: object) -> object:
+    """With its mappings in the other order."""
+    match form:
+        case dict():
+            return {key: turned_round(form[key]) for key in reversed(form)}
+        case list():
+            return [turned_round(each) for each in form]
+        case _:
+            return form
+
+
 async def get(client: ProviderHttp, timeout_s: float = WAIT_S) -> ProviderResponse:
     return await client.exchange("GET", "/", timeout_s=timeout_s)
 
@@ -91,7 +110,7 @@ class TestSending:
                 headers={"Idempotency-Key": "k"},
                 body={"amount_cents": 1500},
             )
-        assert answer == (200, b"OK")
+        assert answer == ANSWERED
         head, _, body = server.requests[0].partition(b"\r\n\r\n")
         first, *lines = head.decode().lower().split("\r\n")
         assert first == "post /v2/charges http/1.1"
@@ -107,6 +126,39 @@ class TestSending:
         }
         assert body == b'{"amount_cents":1500}'
 
+    async def test_a_form(self) -> None:
+        payment_id = UUID("0b7ce3a5-8d0e-4b0c-9a55-5f9c1f0a9f11")
+        form = {
+            "metadata": {"payment_id": payment_id, "a": {"b": "&=?"}},
+            "amount": 1500,
+            "confirm": False,
+            "return_url": None,
+            "expand": ["data.source", "charge"],
+            "description": "é +",
+        }
+        async with serving(OK) as server, client_of(server.url) as client:
+            await client.exchange("POST", "/charges", timeout_s=WAIT_S, form=form)
+        head, _, body = server.requests[0].partition(b"\r\n\r\n")
+        assert b"content-type: application/x-www-form-urlencoded\r\n" in head.lower()
+        assert body == (
+            b"amount=1500&confirm=false&description=%C3%A9+%2B"
+            b"&expand%5B%5D=data.source&expand%5B%5D=charge"
+            b"&metadata%5Ba%5D%5Bb%5D=%26%3D%3F"
+            b"&metadata%5Bpayment_id%5D=0b7ce3a5-8d0e-4b0c-9a55-5f9c1f0a9f11"
+        )
+        assert dict(parse_qsl(body.decode()))["metadata[payment_id]"] == str(payment_id)
+
+    @settings(max_examples=30)
+    @given(
+        st.recursive(
+            st.text() | st.integers() | st.booleans() | st.none(),
+            lambda inner: st.dictionaries(st.text(), inner) | st.lists(inner),
+        ).map(lambda value: {"key": value})
+    )
+    def test_equal_forms_are_equal_bytes(self, form: dict[str, object]) -> None:
+        """A key that is sent again with other bytes may be taken for another request's."""
+        assert encode_form(cast(dict[str, object], turned_round(form))) == encode_form(form)
+
     async def test_a_request_without_a_body(self) -> None:
         async with serving(OK) as server, client_of(server.url) as client:
             await get(client)
@@ -120,14 +172,20 @@ class TestSending:
         assert not [request for request in server.requests if b"cookie" in request.lower()]
 
     @pytest.mark.parametrize(
-        ("path", "body", "error"), [("charges", None, ValueError), ("/", object(), TypeError)]
+        ("path", "content", "error"),
+        [
+            ("charges", {}, ValueError),
+            ("/", {"body": object()}, TypeError),
+            ("/", {"form": {"amount": 15.0}}, TypeError),
+            ("/", {"body": {}, "form": {}}, ValueError),
+        ],
     )
     async def test_what_cannot_be_sent_is_a_mistake_of_the_caller(
-        self, path: str, body: object, error: type[Exception]
+        self, path: str, content: dict[str, Any], error: type[Exception]
     ) -> None:
         async with serving(OK) as server, client_of(server.url) as client:
             with pytest.raises(error):
-                await client.exchange("POST", path, timeout_s=WAIT_S, body=body)
+                await client.exchange("POST", path, timeout_s=WAIT_S, **content)
         assert server.connections == 0
 
     @pytest.mark.parametrize("timeout_s", [0, -1.0])
@@ -199,7 +257,7 @@ class TestAnswers:
     async def test_any_status_is_an_answer(self, status: int) -> None:
         answer = b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n" % status
         async with serving(answer) as server, client_of(server.url) as client:
-            assert await get(client) == (status, b"")
+            assert await get(client) == ProviderResponse(status, b"")
 
     @pytest.mark.parametrize("chunked", [False, True])
     async def test_64_kib_are_read_and_no_more(self, chunked: bool) -> None:
@@ -226,6 +284,28 @@ class TestAnswers:
         ):
             with pytest.raises(OutcomeUnknown):
                 await get(client)
+
+    @pytest.mark.parametrize("bytes_max", [10, 200_000])
+    async def test_a_call_can_have_a_limit_of_its_own(self, bytes_max: int) -> None:
+        async def get_limited(url: str) -> ProviderResponse:
+            async with client_of(url) as client:
+                return await client.exchange(
+                    "GET", "/", timeout_s=WAIT_S, response_bytes_max=bytes_max
+                )
+
+        async with serving(body_of(bytes_max)) as server:
+            assert len((await get_limited(server.url)).body) == bytes_max
+        async with serving(body_of(bytes_max + 1)) as server:
+            with pytest.raises(OutcomeUnknown):
+                await get_limited(server.url)
+
+    async def test_the_headers_that_are_asked_for(self) -> None:
+        answer = body_of(0, b"Request-Id: req_1\r\nRetry-After: 2\r\nX-Other: o\r\n")
+        names = ("request-id", "Retry-After", "Idempotent-Replayed")
+        async with serving(answer) as server, client_of(server.url) as client:
+            asked = await client.exchange("GET", "/", timeout_s=WAIT_S, response_headers=names)
+            assert asked.headers == {"request-id": "req_1", "Retry-After": "2"}
+            assert (await get(client)).headers == {}
 
     async def test_an_endless_answer_is_cut(self) -> None:
         written = 0
@@ -300,6 +380,82 @@ class TestAnswers:
             ProviderResponse(200, body).read(decoder)
 
 
+class TestOutages:
+    """What the breaker has to count: the provider is down or overloaded, or out of reach."""
+
+    @pytest.mark.parametrize(
+        ("status", "is_outage"),
+        [
+            *((200, False), (302, False), (400, False), (401, False), (403, False)),
+            *((404, False), (409, False), (422, False), (429, True)),
+            *((500, True), (502, True), (503, True), (504, True), (529, True)),
+        ],
+    )
+    async def test_of_a_status(self, status: int, is_outage: bool) -> None:
+        answer = b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n" % status
+        async with serving(answer) as server, client_of(server.url) as client:
+            answered = await get(client)
+        assert answered.is_outage is is_outage
+        with pytest.raises(OutcomeUnknown, match=str(status)) as raised:
+            answered.unexpected()
+        assert raised.value.is_outage is is_outage
+        with pytest.raises(OutcomeUnknown) as unread:
+            answered.read(msgspec.json.Decoder(int))
+        assert unread.value.is_outage is is_outage
+
+    @pytest.mark.parametrize(
+        ("what", "is_outage"),
+        [
+            ("reset", True),
+            ("closed", True),
+            ("half", True),
+            ("silent", True),
+            ("no HTTP", True),
+            ("too long", False),
+        ],
+    )
+    async def test_of_a_response_that_fails(self, what: str, is_outage: bool) -> None:
+        async def write(_: Server, writer: asyncio.StreamWriter) -> None:
+            match what:
+                case "reset":
+                    linger = struct.pack("ii", 1, 0)
+                    plain = writer.get_extra_info("socket")
+                    plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    writer.transport.abort()
+                case "silent":
+                    await asyncio.sleep(WAIT_S)
+                case "half":
+                    writer.write(OK[:-1])
+                case "no HTTP":
+                    writer.write(b"\x16\x03\x01 not HTTP\r\n\r\n")
+                case "too long":
+                    writer.write(body_of(ANSWER_BYTES_MAX + 1))
+            writer.close()
+
+        async with serving(write) as server, client_of(server.url) as client:
+            with pytest.raises(OutcomeUnknown) as raised:
+                await get(client, TIMEOUT_S if what == "silent" else WAIT_S)
+        assert raised.value.is_outage is is_outage
+
+    async def test_of_a_connection_that_is_refused(self) -> None:
+        async with client_of(f"http://127.0.0.1:{free_port()}") as client:
+            with pytest.raises(NeverSent) as raised:
+                await get(client)
+        assert raised.value.is_outage
+
+    async def test_what_went_wrong_here_is_none(self) -> None:
+        async with serving(OK) as server:
+            async with client_of(server.url, headers={"Authorization": "a\nb"}) as client:
+                with pytest.raises(OutcomeUnknown) as no_header:
+                    await get(client)
+            async with client_of(server.url, connections_max=0) as client:
+                with pytest.raises(NeverSent) as all_in_use:
+                    await get(client, TIMEOUT_S)
+            with pytest.raises(NeverSent) as closed:
+                await get(client)
+        assert not [each for each in (no_header, all_in_use, closed) if each.value.is_outage]
+
+
 class TestConnections:
     async def test_one_is_kept_and_used_again(self) -> None:
         async with serving(OK) as server, client_of(server.url) as client:
@@ -338,7 +494,7 @@ class TestConnections:
             with pytest.raises(OutcomeUnknown):
                 await get(client)
             assert len(server.requests) == 2
-            assert await get(client) == (200, b"OK")
+            assert await get(client) == ANSWERED
 
     async def test_no_more_than_allowed(self) -> None:
         now, most = 0, 0
@@ -368,8 +524,8 @@ class TestConnections:
             with pytest.raises(NeverSent):
                 await get(client, TIMEOUT_S)
             free.set()
-            assert await first == (200, b"OK")
-            assert await get(client) == (200, b"OK")
+            assert await first == ANSWERED
+            assert await get(client) == ANSWERED
             assert len(server.requests) == 2
 
     async def test_close_lets_an_exchange_under_way_end(self) -> None:
@@ -384,7 +540,7 @@ class TestConnections:
             await asyncio.sleep(0.02)
             await client.close()
             free.set()
-            assert await running == (200, b"OK")
+            assert await running == ANSWERED
 
     @pytest.mark.parametrize("steps", range(12))
     async def test_a_cancellation_at_any_step_leaves_the_connection_usable(
@@ -404,7 +560,7 @@ class TestConnections:
             running.cancel()
             with suppress(asyncio.CancelledError):
                 await running
-            assert await get(client) == (200, b"OK")
+            assert await get(client) == ANSWERED
 
     async def test_a_storm_of_failures_and_cancellations_uses_no_connection_up(self) -> None:
         dice = random.Random(1)
@@ -430,7 +586,7 @@ class TestConnections:
             assert client._free._value == 4
             assert len(client._idle) <= 4
         async with serving(OK) as server, client_of(server.url, connections_max=4) as client:
-            assert await asyncio.gather(*(get(client) for _ in range(8))) == [(200, b"OK")] * 8
+            assert await asyncio.gather(*(get(client) for _ in range(8))) == [ANSWERED] * 8
 
 
 class TestSecrets:
@@ -442,7 +598,10 @@ class TestSecrets:
             body_of(100_000).replace(b"xxx", SECRET.encode()),
         ],
     )
-    async def test_no_error_shows_one(self, answer: bytes) -> None:
+    @pytest.mark.parametrize(
+        "content", [{"body": {"card": SECRET}}, {"form": {"card": {SECRET: SECRET}}}]
+    )
+    async def test_no_error_shows_one(self, answer: bytes, content: dict[str, object]) -> None:
         async with (
             serving(answer) as server,
             client_of(server.url, headers={"Authorization": SECRET}) as client,
@@ -453,7 +612,7 @@ class TestSecrets:
                     f"/{SECRET}?key={SECRET}",
                     timeout_s=WAIT_S,
                     headers={"X-Key": SECRET},
-                    body={"card": SECRET},
+                    **content,  # type: ignore[arg-type]
                 )
         assert SECRET not in "".join(traceback.format_exception(raised.value))
 

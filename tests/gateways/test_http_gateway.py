@@ -2,6 +2,8 @@
 HTTP has."""
 
 import asyncio
+import inspect
+import re
 import signal
 import socket
 import subprocess
@@ -13,16 +15,19 @@ from pathlib import Path
 from typing import get_args
 from uuid import UUID, uuid4
 
+import msgspec
 import psutil
 import pytest
 
 from payments.errors import StartError
-from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
+from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge, Step
+from payments.gateways.building import build_gateways
 from payments.gateways.http import ProviderHttp
 from payments.payment.state import Approved, Declined
 from payments.settings import Settings
 from tests.doubles.controlled import ROOT
-from tests.doubles.http_gateway import DAY_S, HttpGateway, build
+from tests.doubles.gateway import asking
+from tests.doubles.http_gateway import DAY_S, HttpGateway, PreparingGateway, build, signed
 from tests.doubles.provider import NOTHING_DONE, Fault, FaultKind, ProviderProcess
 from tests.gateways.conformance import (
     FAILURES,
@@ -32,6 +37,7 @@ from tests.gateways.conformance import (
     WAIT_S,
     GatewayConformance,
     ask,
+    begun,
     charge_of,
     refund_of,
     timeout_for,
@@ -40,19 +46,35 @@ from tests.machine import within
 
 pytestmark = pytest.mark.anyio
 
+WEBHOOK_SECRETS = ("the one before", "the one now")
+
+# The payment method that brings a charge there.
+METHODS: dict[Step, str | None] = {
+    "ready": None,
+    "action": "pm_action",
+    "authorized": "pm_authorized",
+    "processing": "pm_processing",
+}
 SECONDS = {"slow": 5.0, "drip": 0.05}  # a drop comes sooner than a timeout for each read would end
 
 
 class HttpHarness:
     declined_cents = 1507
+    amounts: tuple[tuple[int, str], ...] = ((1, "INR"), (500, "JPY"), (2_147_483_640, "USD"))
+    prepares = False
+    method_to_prepare: str | None = None
+    refused_method: str | None = None
+    steps: frozenset[Step] = frozenset()
+    cancels: frozenset[Step] = frozenset()
+    sends_webhooks = True
 
-    def __init__(self, gateway: HttpGateway, provider: ProviderProcess, elsewhere: str) -> None:
-        self.gateway: Gateway = gateway
+    def __init__(self, gateway: Gateway, provider: ProviderProcess, elsewhere: str) -> None:
+        self.gateway = gateway
         self._provider = provider
         self._elsewhere = elsewhere
 
     def can(self, fault: str, operation: str) -> bool:
-        return fault in (*FAILURES, *MISMATCHES)
+        return fault in (*FAILURES, *MISMATCHES) and operation in OPERATIONS
 
     async def script(self, fault: str, operation: str) -> None:
         if fault == "refused":
@@ -68,6 +90,52 @@ class HttpHarness:
 
     async def given_back(self, refund_id: UUID) -> list[int]:
         return [line.amount_cents for line in self._provider.refunds(refund_id)]
+
+    async def open(self, step: Step) -> ProviderCharge:
+        raise NotImplementedError
+
+    async def customer_acts(self, charge: ProviderCharge) -> None:
+        self._provider.customer_acts(charge.payment_id)
+
+    async def finish(self, charge: ProviderCharge) -> None:
+        self._provider.finish(charge.payment_id)
+
+    async def made_by_customer(self, amount_cents: int) -> str | None:
+        return None
+
+    def webhook(
+        self, charge: ProviderCharge | None, *, age_s: float = 0, secret: str | None = None
+    ) -> tuple[dict[str, str], bytes]:
+        event = {"id": "evt_1", "kind": "captured"} | self._about(charge)
+        body = msgspec.json.encode(event)
+        return signed(secret or WEBHOOK_SECRETS[1], time.time() - age_s, body), body
+
+    def _about(self, charge: ProviderCharge | None) -> dict[str, object]:
+        return {} if charge is None else {"payment_id": charge.payment_id}
+
+
+class PreparingHarness(HttpHarness):
+    prepares = True
+    refused_method = "pm_refused"
+    steps = frozenset(METHODS)
+    cancels = frozenset({"ready", "action", "authorized"})
+
+    def can(self, fault: str, operation: str) -> bool:
+        return fault in (*FAILURES, *MISMATCHES)
+
+    async def open(self, step: Step) -> ProviderCharge:
+        charge = await begun(self.gateway, charge_of(payment_method=METHODS[step]))
+        if step != "ready":
+            await self.gateway.charge(charge, WAIT_S)
+        if step == "authorized":
+            await self.customer_acts(charge)
+        return charge
+
+    async def made_by_customer(self, amount_cents: int) -> str | None:
+        return self._provider.made_by_customer(amount_cents, "INR")
+
+    def _about(self, charge: ProviderCharge | None) -> dict[str, object]:
+        return {} if charge is None else {"reference": charge.reference}
 
 
 def fault_of(kind: str, operation: str, location: str = "") -> Fault:
@@ -121,7 +189,7 @@ async def recorder() -> AsyncIterator[Recorder]:
 
 @pytest.fixture
 async def gateway(provider: ProviderProcess) -> AsyncIterator[HttpGateway]:
-    opened = HttpGateway(ProviderHttp(provider.url))
+    opened = HttpGateway(ProviderHttp(provider.url), webhook_secrets=WEBHOOK_SECRETS)
     yield opened
     await opened.close()
 
@@ -130,12 +198,88 @@ async def gateway(provider: ProviderProcess) -> AsyncIterator[HttpGateway]:
 async def harness(
     gateway: HttpGateway, provider: ProviderProcess, recorder: Recorder
 ) -> AsyncIterator[HttpHarness]:
-    yield HttpHarness(gateway, provider, recorder.url)
+    kind = PreparingHarness if isinstance(gateway, PreparingGateway) else HttpHarness
+    yield kind(gateway, provider, recorder.url)
     assert recorder.connections == 0
 
 
 class TestHttpGatewayConforms(GatewayConformance):
     pass
+
+
+class TestPreparingGatewayConforms(GatewayConformance):
+    @pytest.fixture
+    async def gateway(self, provider: ProviderProcess) -> AsyncIterator[PreparingGateway]:
+        opened = PreparingGateway(ProviderHttp(provider.url), webhook_secrets=WEBHOOK_SECRETS)
+        yield opened
+        await opened.close()
+
+
+class PageHarness(HttpHarness):
+    sends_webhooks = False
+
+
+class TestTheGatewayOfThePage:
+    """docs/gateways.md prints one: it is built as the page says, and run as it is printed."""
+
+    @pytest.fixture
+    async def gateway(
+        self, provider: ProviderProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> AsyncIterator[Gateway]:
+        page = (ROOT / "docs/gateways.md").read_text()
+        (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+        (tmp_path / "acme_of_the_page.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("ACME_URL", provider.url)
+        monkeypatch.setenv("ACME_API_KEY", "secret")
+        (built,) = build_gateways(Settings(gateway="acme_of_the_page:build"))
+        yield built
+        await built.close()
+        sys.modules.pop("acme_of_the_page")
+
+    async def test_it_conforms(
+        self, gateway: Gateway, provider: ProviderProcess, recorder: Recorder
+    ) -> None:
+        harness, ran = PageHarness(gateway, provider, recorder.url), 0
+        for _, case in inspect.getmembers(GatewayConformance(), inspect.iscoroutinefunction):
+            if set(inspect.signature(case).parameters) == {"harness"}:
+                with suppress(pytest.skip.Exception):
+                    await case(harness)
+                    ran += 1
+        assert ran >= 15
+
+    @pytest.mark.parametrize("fault", ["refused", "500", "answer_lost", "not_found_page"])
+    async def test_it_fails_as_it_must(
+        self, gateway: Gateway, provider: ProviderProcess, recorder: Recorder, fault: str
+    ) -> None:
+        harness, suite = PageHarness(gateway, provider, recorder.url), GatewayConformance()
+        await suite.test_a_charge_that_fails(harness, fault)
+        await suite.test_a_refund_that_fails(harness, fault)
+        for operation in ("find_charge", "find_refund"):
+            await suite.test_a_question_that_fails_is_not_answered_no(harness, operation, fault)
+
+    async def test_what_it_declines_is_what_was_asked(
+        self, gateway: Gateway, provider: ProviderProcess, recorder: Recorder
+    ) -> None:
+        suite, harness = GatewayConformance(), PageHarness(gateway, provider, recorder.url)
+        for mismatch in MISMATCHES:
+            for operation in OPERATIONS:
+                await suite.test_what_the_provider_states_is_passed_on_unchanged(
+                    harness, operation, mismatch
+                )
+        provider.script(Fault("decline"), Fault("wrong_id"))
+        charge = charge_of()
+        assert await gateway.charge(charge, WAIT_S) == Declined("declined_on_request")
+        with pytest.raises(OutcomeUnknown):
+            await gateway.find_charge(charge, WAIT_S)
+
+    @pytest.mark.parametrize("name", ["ACME_URL", "ACME_API_KEY"])
+    async def test_it_needs_both(
+        self, monkeypatch: pytest.MonkeyPatch, gateway: Gateway, name: str
+    ) -> None:
+        monkeypatch.delenv(name)
+        with pytest.raises(StartError, match=name):
+            build_gateways(Settings(gateway="acme_of_the_page:build"))
 
 
 class TestConnecting:
@@ -254,8 +398,8 @@ class TestTheProvider:
         assert isinstance(await gateway.charge(charge_of(), WAIT_S), Approved)
         for _ in range(2):
             with pytest.raises(OutcomeUnknown):
-                await gateway.find_charge(charge.payment_id, WAIT_S)
-        assert await gateway.find_charge(charge.payment_id, WAIT_S)
+                await gateway.find_charge(charge, WAIT_S)
+        assert await gateway.find_charge(charge, WAIT_S)
 
     async def test_a_probability_repeats_with_its_seed(
         self, gateway: HttpGateway, provider: ProviderProcess
@@ -266,7 +410,7 @@ class TestTheProvider:
 
         async def fails(gateway: HttpGateway) -> bool:
             try:
-                await gateway.find_charge(uuid4(), WAIT_S)
+                await gateway.find_charge(asking(uuid4()), WAIT_S)
             except OutcomeUnknown:
                 return True
             return False
@@ -299,6 +443,40 @@ class TestTheProvider:
             await gateway.charge(charge_of(), WAIT_S)
         assert time.monotonic() - started >= 0.1
 
+    @pytest.mark.parametrize("method", METHODS.values())
+    async def test_it_remembers_an_open_charge_after_a_kill(
+        self, tmp_path: Path, method: str | None
+    ) -> None:
+        with ProviderProcess(tmp_path / "ledger.jsonl") as provider:
+            gateway = PreparingGateway(ProviderHttp(provider.url))
+            charge = await begun(gateway, charge_of(payment_method=method))
+            if method is not None:
+                await gateway.charge(charge, WAIT_S)
+            stands = await gateway.find_charge(charge, WAIT_S)
+            account = await gateway.account(WAIT_S)
+            provider.restart()
+            assert await gateway.find_charge(charge, WAIT_S) == stands
+            assert await gateway.prepare(charge, WAIT_S) == charge.reference
+            assert await gateway.account(WAIT_S) == account
+            if method == "pm_processing":
+                provider.finish(charge.payment_id, declined=True)
+            elif method is not None:
+                provider.customer_acts(charge.payment_id, declined=True)
+            ended = await gateway.charge(charge, WAIT_S)
+            assert isinstance(ended, Approved if method is None else Declined)
+            provider.restart()
+            assert await gateway.find_charge(charge, WAIT_S) == ended
+            assert len(provider.captures()) == (method is None)
+            await gateway.close()
+
+    async def test_forgotten_keys_prepare_a_second_time(self, provider: ProviderProcess) -> None:
+        gateway = PreparingGateway(ProviderHttp(provider.url))
+        charge = await begun(gateway, charge_of())
+        provider.script(Fault("forgets_keys"))
+        again = charge_of(payment_id=charge.payment_id)
+        assert await gateway.prepare(again, WAIT_S) != charge.reference
+        await gateway.close()
+
     async def test_it_remembers_after_a_kill(self, tmp_path: Path) -> None:
         with ProviderProcess(tmp_path / "ledger.jsonl") as provider:
             gateway = HttpGateway(ProviderHttp(provider.url))
@@ -308,9 +486,9 @@ class TestTheProvider:
                 await gateway.charge(charge, WAIT_S)
             provider.kill()
             with pytest.raises(NeverSent):
-                await gateway.find_charge(charge.payment_id, WAIT_S)
+                await gateway.find_charge(charge, WAIT_S)
             provider.start()
-            found = await gateway.find_charge(charge.payment_id, WAIT_S)
+            found = await gateway.find_charge(charge, WAIT_S)
             assert isinstance(found, Approved)
             assert await gateway.charge(charge, WAIT_S) == found
             refund = refund_of(found, 900)
@@ -353,11 +531,22 @@ class TestBuild:
     ) -> None:
         monkeypatch.setenv("TEST_PROVIDER_URL", provider.url)
         gateway = build(Settings())
-        assert (gateway.safe_retry_s, gateway.late_capture_s) == (DAY_S, DAY_S)
+        assert (gateway.charge_retry_s, gateway.late_capture_s) == (DAY_S, DAY_S)
         assert isinstance(await gateway.charge(charge_of(), WAIT_S), Approved)
         await gateway.close()
-        monkeypatch.setenv("TEST_PROVIDER_SAFE_RETRY_S", "2.5")
-        assert build(Settings()).safe_retry_s == 2.5
+        monkeypatch.setenv("TEST_PROVIDER_RETRY_S", "2.5")
+        assert build(Settings()).charge_retry_s == 2.5
+
+    async def test_one_that_prepares(
+        self, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TEST_PROVIDER_URL", provider.url)
+        monkeypatch.setenv("TEST_PROVIDER_PREPARES", "1")
+        gateway = build(Settings())
+        charge = await begun(gateway, charge_of())
+        assert charge.reference is not None
+        assert isinstance(await gateway.charge(charge, WAIT_S), Approved)
+        await gateway.close()
 
     @pytest.mark.parametrize("url", [None, "", "no address"])
     def test_needs_an_address(self, url: str | None, monkeypatch: pytest.MonkeyPatch) -> None:

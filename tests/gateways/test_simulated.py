@@ -23,8 +23,10 @@ from payments.gateways import (
     ProviderRefund,
     ledger_file,
 )
+from payments.gateways import Open as OpenCharge
 from payments.gateways.simulated import Fault, SimulatedGateway, parse_faults
 from payments.payment.state import Approved, Declined
+from tests.doubles.gateway import asking
 from tests.support import PATIENCE_S, ledger_rows
 
 pytestmark = pytest.mark.anyio
@@ -46,7 +48,9 @@ def charge_of(
     return ProviderCharge(payment_id=payment_id, amount_cents=amount_cents, currency=currency)
 
 
-async def charge(gateway: Gateway, payment_id: UUID = ID) -> Approved | Declined | type[Exception]:
+async def charge(
+    gateway: Gateway, payment_id: UUID = ID
+) -> Approved | Declined | OpenCharge | type[Exception]:
     """What a caller learns, the two kinds of not learning it included; no fault waits here."""
     try:
         return await gateway.charge(charge_of(payment_id), timeout_s=0)
@@ -56,9 +60,9 @@ async def charge(gateway: Gateway, payment_id: UUID = ID) -> Approved | Declined
 
 async def find(
     gateway: Gateway, payment_id: UUID = ID
-) -> Approved | Declined | type[Exception] | None:
+) -> Approved | Declined | OpenCharge | type[Exception] | None:
     try:
-        return await gateway.find_charge(payment_id, timeout_s=0)
+        return await gateway.find_charge(asking(payment_id), timeout_s=0)
     except (OutcomeUnknown, NeverSent) as error:
         return type(error)
 
@@ -86,7 +90,7 @@ REFUND = refund_of(refund_id=REFUND_ID)
 
 async def refund(
     gateway: Gateway, asked: ProviderRefund = REFUND
-) -> Approved | Declined | type[Exception]:
+) -> Approved | Declined | OpenCharge | type[Exception]:
     try:
         return await gateway.refund(asked, timeout_s=0)
     except (OutcomeUnknown, NeverSent) as error:
@@ -95,7 +99,7 @@ async def refund(
 
 async def find_refund(
     gateway: Gateway, asked: ProviderRefund = REFUND
-) -> Approved | Declined | type[Exception] | None:
+) -> Approved | Declined | OpenCharge | type[Exception] | None:
     try:
         return await gateway.find_refund(asked, timeout_s=0)
     except (OutcomeUnknown, NeverSent) as error:
@@ -163,15 +167,15 @@ class TestDecisions:
         gateway = SimulatedGateway(None)
         declined = Declined("declined_by_simulation")
         assert await gateway.charge(charge_of(amount_cents=amount_cents), 1) == declined
-        assert await gateway.find_charge(ID, 1) == declined
+        assert await gateway.find_charge(asking(ID), 1) == declined
         await gateway.close()
 
     async def test_it_finds_what_it_captured_and_nothing_else(self) -> None:
         gateway = SimulatedGateway(None)
-        assert await gateway.find_charge(ID, 1) is None
+        assert await gateway.find_charge(asking(ID), 1) is None
         await gateway.charge(charge_of(), 1)
-        assert await gateway.find_charge(ID, 1) == APPROVED
-        assert await gateway.find_charge(OTHER_ID, 1) is None
+        assert await gateway.find_charge(asking(ID), 1) == APPROVED
+        assert await gateway.find_charge(asking(OTHER_ID), 1) is None
         await gateway.close()
 
     @pytest.mark.parametrize(
@@ -190,14 +194,14 @@ class TestDecisions:
         gateway = SimulatedGateway(ledger)
         answer = await gateway.charge(first, 1)
         assert await gateway.charge(again, 1) == answer
-        assert await gateway.find_charge(ID, 1) == answer
+        assert await gateway.find_charge(asking(ID), 1) == answer
         await gateway.close()
         assert rows(ledger) == 1
 
     async def test_it_declares_a_day_of_safe_retries(self) -> None:
         gateway = SimulatedGateway(None)
         assert gateway.name == "simulated"
-        assert gateway.safe_retry_s == 24 * 3600
+        assert gateway.charge_retry_s == 24 * 3600
         assert gateway.late_capture_s == 24 * 3600
         await gateway.close()
 
@@ -224,7 +228,7 @@ class TestLedger:
     async def test_it_survives_a_kill(self, ledger: Path) -> None:
         program = """
 import asyncio, os, pathlib, signal, sys, uuid
-from payments.gateways import ProviderCharge
+from payments.gateways import Open, ProviderCharge
 from payments.gateways.simulated import SimulatedGateway
 async def main():
     gateway = SimulatedGateway(pathlib.Path(sys.argv[1]))

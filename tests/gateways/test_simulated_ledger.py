@@ -23,11 +23,12 @@ from payments.gateways import (
     ledger_tables,
     simulated_ledger,
 )
-from payments.gateways.building import build_gateway
+from payments.gateways.building import build_gateways
 from payments.gateways.ledger_file import ROWS_MAX
 from payments.gateways.simulated import SimulatedGateway
 from payments.payment.state import Approved
 from payments.settings import Settings
+from tests.doubles.gateway import asking
 from tests.machine import within
 from tests.support import ledger_rows
 
@@ -137,7 +138,7 @@ async def test_processes_that_start_at_once_share_a_ledger(ledger: Path) -> None
 import pathlib, sys
 from payments.gateways.simulated import SimulatedGateway
 sys.stdin.readline()
-print(SimulatedGateway(pathlib.Path(sys.argv[1])).ledger[1])
+print(SimulatedGateway(pathlib.Path(sys.argv[1]))._ledger.file.id)
 """
     started = [
         subprocess.Popen(
@@ -174,7 +175,7 @@ async def test_a_lock_that_is_held_for_longer_than_is_waited_leaves_the_outcome_
         with within(2):
             told = await asyncio.gather(*asked, return_exceptions=True)
         assert {type(each) for each in told} == {OutcomeUnknown}
-        assert await gateway.find_charge(ID, 6) is None  # a question waits for no lock
+        assert await gateway.find_charge(asking(ID), 6) is None  # a question waits for no lock
     assert ledger_rows(ledger) == []
     assert isinstance(await gateway.charge(CHARGE, 6), Approved)
 
@@ -182,7 +183,7 @@ async def test_a_lock_that_is_held_for_longer_than_is_waited_leaves_the_outcome_
 async def test_a_lock_is_waited_for_less_long_than_the_provider_is(ledger: Path) -> None:
     settings = Settings(simulated_ledger=str(ledger), gateway_timeout_s=0.2)
     async with AsyncExitStack() as stack:
-        gateway = build_gateway(settings)
+        (gateway,) = build_gateways(settings)
         stack.push_async_callback(gateway.close)
         with locked(ledger), within(0.8), pytest.raises(OutcomeUnknown, match="locked"):
             await gateway.charge(CHARGE, 0.2)
@@ -193,7 +194,7 @@ async def test_a_process_starts_while_another_one_has_the_lock(
 ) -> None:
     with locked(ledger), within(5):
         other = SimulatedGateway(ledger)
-        assert other.ledger == gateway.ledger
+        assert await other.account(1) == await gateway.account(1)
         await other.close()
 
 
@@ -251,9 +252,9 @@ async def test_what_is_asked_together_is_answered_together(
         gateway.charge(ProviderCharge(payment_id=ID, amount_cents=9900, currency="INR"), 6),
         gateway.refund(REFUND, 6),
         gateway.refund(REFUND, 6),
-        gateway.find_charge(ID, 6),
+        gateway.find_charge(asking(ID), 6),
     )
-    assert told[0] == told[1] == await gateway.find_charge(other.payment_id, 6)
+    assert told[0] == told[1] == await gateway.find_charge(other, 6)
     assert (
         told[2]
         == told[5]
@@ -290,10 +291,10 @@ async def test_a_ledger_whose_charges_have_a_rowid_is_gone_on_with(
     with monkeypatch.context() as patch:
         patch.setattr(ledger_tables, "TABLES", tables)
         before = SimulatedGateway(ledger)
-    charged = await before.charge(CHARGE, 6)
+    charged, identity = await before.charge(CHARGE, 6), await before.account(1)
     await before.close()
     after = SimulatedGateway(ledger)
-    assert after.ledger == before.ledger
+    assert await after.account(1) == identity
     assert await after.charge(CHARGE, 6) == charged
     assert isinstance(await after.refund(REFUND, 6), Approved)
     await after.close()
@@ -338,7 +339,7 @@ async def main():
         except OutcomeUnknown as error:
             print(error)
             break
-    assert await gateway.find_charge(charge.payment_id, 1) is None
+    assert await gateway.find_charge(charge, 1) is None
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     await gateway.charge(charge, 1)
     await gateway.close()

@@ -19,6 +19,7 @@ from payments.projections.callbacks import CallbacksProjection, backfill
 from payments.service import Service
 from payments.settings import Settings
 from tests.conftest import Clones
+from tests.doubles.gateway import asking
 from tests.legacy.node import TABLE, insert
 from tests.process import at, invoke
 from tests.support import charge_of
@@ -79,7 +80,10 @@ async def test_a_known_key_is_not_charged_again(service: Service, key: str) -> N
             assert charged.replayed
             assert charged.payment.id == payment_id_for(key)
             assert charged.payment.status == key.upper()
-            assert await service.gateway.find_charge(charged.payment.id, 1) is None
+            assert (
+                await next(iter(service.gateways)).find_charge(asking(charged.payment.id), 1)
+                is None
+            )
 
 
 @pytest.mark.anyio

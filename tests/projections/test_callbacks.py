@@ -6,7 +6,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.callbacks.outbox import redrive
+from payments.callbacks.outbox import record, redrive
 from payments.database.connections import Database
 from payments.events.facts import Fact
 from payments.observability.metrics import Telemetry
@@ -14,7 +14,8 @@ from payments.payment.decisions import Cause, refund_outcome
 from payments.payment.state import Approved
 from payments.projections.callbacks import CallbacksProjection, backfill, begin_at_the_end
 from payments.projections.follower import Follower
-from tests.callbacks.outbox import ALL, Outbox, charges, claim_some, of
+from payments.queries.callbacks import deliveries_of_payment, ids_since
+from tests.callbacks.outbox import ACTIONS, ALL, Outbox, charges, claim_some, of, result_of
 from tests.support import History, append, append_stored, histories, stored_event
 
 pytestmark = pytest.mark.anyio
@@ -338,3 +339,105 @@ async def test_it_tells_when_a_batch_is_committed(outbox: Outbox) -> None:
     await follower.run_once()
     await follower.close()
     assert told == [1]
+
+
+class TestActions:
+    """ACTION_REQUIRED: asked for, in order, and given up once it means nothing any more."""
+
+    async def test_it_has_no_row_unless_it_is_wanted(self, outbox: Outbox) -> None:
+        await outbox.log(*of(A, "a").action_required().facts, statuses=ALL)
+        assert outbox.rows("event_id") == []
+        assert outbox.lanes() == []
+
+    async def test_it_is_sent_as_any_other(self, outbox: Outbox) -> None:
+        history = of(A, "a").action_required()
+        await outbox.log(*history.facts, statuses=ACTIONS)
+        async with await outbox.database.connect("a") as own:
+            (claimed,) = await claim_some(own)
+        assert claimed.status == "ACTION_REQUIRED"
+        assert (claimed.payment_id, claimed.sequence, claimed.amount_cents) == (history.id, 2, 1500)
+        (shown,) = await deliveries_of_payment(outbox.database, history.id)
+        assert (shown.status, shown.state) == ("ACTION_REQUIRED", "due")
+
+    @pytest.mark.parametrize("outcome", ["charged", "declined", "abandoned"])
+    @pytest.mark.parametrize("wanted", [ACTIONS, ("ACTION_REQUIRED",)])
+    async def test_a_later_outcome_of_the_payment_supersedes_it(
+        self, outbox: Outbox, outcome: str, wanted: tuple[str, ...]
+    ) -> None:
+        """Also one that is not wanted, and nothing of another payment of the order."""
+        history = of(A, "a").action_required()
+        await outbox.log(*history.facts, *of(A, "b").action_required().facts, statuses=wanted)
+        outbox.pause()
+        ended = getattr(history, outcome)()
+        await outbox.log(ended.facts[2], statuses=wanted)
+        states = dict(outbox.rows("sequence::text || payment_id", "state"))
+        assert states[f"2{history.id}"] == "superseded"
+        assert states[f"3{history.id}"] == ("due" if wanted == ACTIONS else "excluded")
+        of_other = "superseded" if outcome == "charged" else "due"  # the order is paid
+        assert states[f"2{of(A, 'b').id}"] == of_other
+
+    async def test_a_success_does_not_wait_for_its_pause(self, outbox: Outbox) -> None:
+        history = of(A, "a").action_required()
+        await outbox.log(*history.facts, statuses=ACTIONS)
+        outbox.pause()
+        await outbox.log(history.charged().facts[2], statuses=ACTIONS)
+        async with await outbox.database.connect("a") as own:
+            assert [each.status for each in await claim_some(own)] == ["SUCCESS"]
+
+    async def test_one_in_flight_is_given_up_when_it_comes_back(self, outbox: Outbox) -> None:
+        history = of(A, "a").action_required()
+        await outbox.log(*history.facts, statuses=ACTIONS)
+        async with await outbox.database.connect("a") as own:
+            (claimed,) = await claim_some(own, lease_s=10)
+            await outbox.log(history.charged().facts[2], statuses=ACTIONS)
+            assert outbox.states() == ["due", "due"]
+            assert await claim_some(own) == []
+            await record(own, [result_of(claimed, "due")])
+            assert outbox.states() == ["superseded", "due"]
+            assert [each.status for each in await claim_some(own)] == ["SUCCESS"]
+
+    async def test_it_makes_no_order_paid_or_unpaid(self, outbox: Outbox) -> None:
+        """Neither for the FAILED of another payment, nor beside the payment's own SUCCESS."""
+        await outbox.log(*of(A, "a").action_required().facts, statuses=ACTIONS)
+        await outbox.log(*of(A, "b").declined().facts, statuses=ACTIONS)
+        assert outbox.rows("coalesce(status, '')", "state") == [("", "due"), ("FAILED", "due")]
+        await outbox.log(*of(B, "c").action_required().charged().facts, statuses=ACTIONS)
+        await outbox.log(*of(B, "d").declined().facts, statuses=ACTIONS)
+        assert outbox.states()[2:] == ["superseded", "due", "superseded"]
+
+    async def test_redriving_since_a_time_leaves_it_out(self, outbox: Outbox) -> None:
+        history = of(A, "a").action_required()
+        await outbox.log(*history.facts, *of(B, "b").declined().facts, statuses=ACTIONS)
+        outbox.finish("delivered")
+        for failed in (False, True):
+            async with await outbox.database.connect("a") as own:
+                found = await ids_since(own, history.facts[0].occurred_at, failed=failed)
+            assert found == outbox.events()[1:] * failed
+
+    async def test_one_that_is_redriven_too_late_is_given_up(self, outbox: Outbox) -> None:
+        history = of(A, "a").action_required()
+        await outbox.log(*history.facts, statuses=ACTIONS)
+        outbox.finish("dead")
+        await outbox.log(history.declined().facts[2], statuses=ACTIONS)
+        async with await outbox.database.connect("a") as own:
+            await redrive(own, outbox.events()[:1])
+            outbox.make_all_due()
+            assert [each.status for each in await claim_some(own)] == ["FAILED"]
+        assert outbox.states() == ["superseded", "due"]
+
+    async def test_the_version_before_takes_it_for_no_capture(self, outbox: Outbox) -> None:
+        """As that one asks which payments of an order stand: a SUCCESS beside it does."""
+        history = of(A, "a").action_required()
+        await outbox.log(*history.facts, statuses=ACTIONS)
+        assert await standing(outbox) == []
+        await outbox.log(history.charged().facts[2], statuses=ACTIONS)
+        assert await standing(outbox) == [history.id]
+
+
+async def standing(outbox: Outbox) -> list[uuid.UUID]:
+    """By a part of what migrations up to 0021, and the version before, ask."""
+    query = (
+        "SELECT payment_id FROM callback_deliveries WHERE order_id = %s AND status <> 'FAILED'"
+        " GROUP BY payment_id HAVING bool_and(status = 'SUCCESS')"
+    )
+    return [payment_id for (payment_id,) in outbox.connection.execute(query, [A])]

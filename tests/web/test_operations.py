@@ -14,6 +14,7 @@ import psycopg
 import pytest
 
 from payments.database.connections import DatabaseAddress, connect
+from payments.gateways.breaker import FAILURES_MIN
 from payments.service import Service
 from payments.settings import Settings
 from payments.single_flight import Recent
@@ -187,6 +188,42 @@ async def test_health_of_a_database_that_refuses_to_write(
         return (await client.get("/health")).status_code == 200
 
     await until(recovered)
+
+
+async def test_health_while_a_provider_is_down(client: httpx.AsyncClient, service: Service) -> None:
+    """Charges get 503; a load balancer must not take the process for dead."""
+    breaker = 'payments_gateway_breaker_open{gateway="simulated"}'
+    assert (await client.get("/health")).json()["gateways_down"] == []
+    assert await gauge(client, breaker) == 0
+    await client.post("/v1/charge", json=BODY, headers={"Idempotency-Key": "lost"})
+    for number in range(FAILURES_MIN):
+        body = BODY | {"payment_method": "sim_down"}
+        headers = {"Idempotency-Key": f"down-{number}"}
+        assert (await client.post("/v1/charge", json=body, headers=headers)).status_code == 503
+    health = await client.get("/health")
+    assert (health.status_code, health.json()["gateways_down"]) == (200, ["simulated"])
+    assert await gauge(client, breaker) == 1
+
+
+async def test_open_payments_of_a_provider_that_is_not_configured(
+    client: httpx.AsyncClient, service: Service, connection: psycopg.Connection[Any]
+) -> None:
+    """They are counted once settling has told of them, and 0 once they are gone."""
+    history = History("k", gateway="former")
+    await asyncio.to_thread(append, connection, history.facts)
+    shown = 'payments_unsettled_unconfigured{gateway="former"}'
+
+    async def counted() -> bool:
+        text = (await client.get("/metrics")).text
+        return f"\n{shown} 1.0\n" in text
+
+    await until(counted)
+    connection.execute("DELETE FROM unsettled_payments")
+
+    async def gone() -> bool:
+        return await gauge(client, shown) == 0
+
+    await until(gone)
 
 
 async def test_a_log_that_went_back(

@@ -189,7 +189,7 @@ async def test_a_refund_that_the_provider_refuses_or_does_not_answer(
     address: DatabaseAddress, connection: psycopg.Connection[Any]
 ) -> None:
     gateway = ScriptedGateway(refund_script=[decline, no_answer])
-    service = Service(Settings(), address, gateway=gateway)
+    service = Service(Settings(), address, gateways=[gateway])
     await service.start(work=False)
     transport = httpx.ASGITransport(guarded(application(service), service))  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=transport, base_url="http://payments") as client:

@@ -35,6 +35,7 @@ BEYOND_THE_SCHEMA = {
         "must be at least 13.5 s from now, so that the charge can finish before it: extend the "
         "hold, and retry with the same key and the new hold_until",
     ),
+    ("return_url", "is not accepted: the service has no RETURN_URL_PREFIXES; leave it out"),
 }
 
 

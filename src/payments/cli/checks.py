@@ -66,6 +66,7 @@ ALERTS: dict[str, Told | str] = {
     "PaymentsDatabaseAway": Told("database"),
     "PaymentsLogRewound": Told("log"),
     "PaymentsAppendsWait": Told("appends", 10.0),
+    "PaymentsProviderDown": "each process has its own breaker for each provider",
     "PaymentsProviderTrouble": "each process counts its own provider calls",
     "PaymentsProviderContradicts": Told("provider"),
     "PaymentsFollowerLag": Told("follower", LAG_MAX_S),

@@ -19,11 +19,14 @@ from payments.cli.work_checks import brake_check, work_checks
 from payments.database.connections import Database, DatabaseAddress, connect, reason_of
 from payments.database.session import settings_in_force
 from payments.errors import DatabaseUnavailable, StartError
-from payments.gateways.building import build_gateway
+from payments.gateways import Gateway
+from payments.gateways.building import build_gateways
+from payments.gateways.chosen import Gateways
 from payments.http_url import HttpUrl
 from payments.migrations import schema_of, shape
 from payments.opening import open_database
 from payments.order_service.target import Target, check_target
+from payments.settings import Settings
 
 POSTGRES_MIN = 15
 CONNECT_TIMEOUT_S = 5.0
@@ -48,11 +51,15 @@ def doctor() -> None:
 def _checks() -> Iterator[Check]:
     try:
         settings = begin()
-        gateway = build_gateway(settings, to="look")
+        built = build_gateways(settings, to="look")
+        gateways = Gateways(built, dict(settings.gateway_by_currency))
     except StartError as error:
         yield Check(state="FAIL", name="settings", text=str(error))
         return
-    yield Check(state="ok", name="settings", text=f"the provider is {settings.gateway}")
+    names = [gateway.name for gateway in gateways]
+    yield Check(
+        state="ok", name="settings", text=f"new payments go to {_chosen(gateways, settings)}"
+    )
     if settings.payments_api_keys:
         clients = {key.client for key in settings.payments_api_keys}
         yield Check(
@@ -72,7 +79,7 @@ def _checks() -> Iterator[Check]:
                 asks = settings.order_status_url is not None
                 return [
                     *await server_checks(database),
-                    *await work_checks(database, gateway.name, calls_back=calls_back),
+                    *await work_checks(database, names, calls_back=calls_back),
                     await brake_check(database, gives_back=settings.unfulfilled == "refund"),
                     await orders_check(database, calls_back=calls_back, asks=asks),
                 ]
@@ -86,6 +93,12 @@ def _checks() -> Iterator[Check]:
             text=f"{reason}; `payments settings` shows which database it is",
         )
     yield _callback_target(Target.of_callbacks(settings))
+
+
+def _chosen(gateways: Gateways[Gateway], settings: Settings) -> str:
+    default = next(iter(gateways)).name
+    others = [f"{name} ({currency})" for currency, name in settings.gateway_by_currency]
+    return ", ".join([default, *others])
 
 
 def _database(address: DatabaseAddress) -> Iterator[Check]:

@@ -53,13 +53,13 @@ async def _retry(
     settings: Settings, address: DatabaseAddress, payments: tuple[UUID, ...] | None
 ) -> "tuple[list[UUID], list[Parked]]":
     """Returns which of the payments are not parked, and which streams still are."""
-    from payments.gateways import declines_may_turn_s
-    from payments.gateways.building import build_gateway
+    from payments.gateways.building import build_gateways
+    from payments.gateways.chosen import Gateways
     from payments.observability.metrics import Telemetry
     from payments.service import build_followers  # the list does not need it
 
     unknown, left = set(payments or ()), []
-    turning_s = declines_may_turn_s(build_gateway(settings, to="look"))
+    turning_s = Gateways(build_gateways(settings, to="look")).declines_may_turn_s()
     for follower in build_followers(
         settings, Database(address, 1), Telemetry(), declines_may_turn_s=turning_s
     ):

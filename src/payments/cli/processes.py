@@ -14,7 +14,7 @@ from loguru import logger
 
 from payments.cli.greeting import greeting
 from payments.cli.start import begin
-from payments.gateways.building import build_gateway
+from payments.gateways.building import build_gateways
 from payments.observability.tracing import traces
 from payments.opening import heads_dir, open_database
 from payments.service import Service, starting, stop_signals
@@ -42,7 +42,7 @@ def serve(api_only: bool, examples: bool) -> None:
     server = importlib.import_module("web.serving.server")
     listening = importlib.import_module("web.serving.listening")
     listener, metrics = listening.bind(settings), listening.bind_metrics(settings)
-    gateway = build_gateway(settings)
+    gateways = build_gateways(settings)
     to: Literal["migrate", "run"] = "migrate" if settings.migrate_on_start else "run"
     with traces(os.environ), open_database(settings, to=to, lasting=True) as address:
 
@@ -51,7 +51,7 @@ def serve(api_only: bool, examples: bool) -> None:
                 click.echo(greeting(settings, address), err=True)
 
         server.run(
-            *(settings, address, gateway, listener, metrics),
+            *(settings, address, gateways, listener, metrics),
             work=not api_only,
             on_listening=greet,
         )
@@ -66,11 +66,11 @@ def work() -> None:
     _end_on_signals()
     settings = begin(told=True)
     metrics = importlib.import_module("web.serving.listening").bind_metrics(settings)
-    gateway = build_gateway(settings)
+    gateways = build_gateways(settings)
 
     async def run() -> None:
         with starting():
-            service = Service(settings, address, gateway=gateway, data_dir=heads_dir(settings))
+            service = Service(settings, address, gateways=gateways, data_dir=heads_dir(settings))
         await _work(service, metrics)
 
     to: Literal["migrate", "run"] = "migrate" if settings.migrate_on_start else "run"

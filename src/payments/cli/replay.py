@@ -161,14 +161,15 @@ def _print_states(states: list[PaymentView], form: str) -> None:
         return
     fields = [msgspec.to_builtins(state) for state in states]
     if form == "csv":
-        click.echo(csv_line(FIELDS), nl=False)
+        columns = [name for name in FIELDS if any(name in state for state in fields)]
+        click.echo(csv_line(columns), nl=False)
         for state in fields:
-            click.echo(csv_line(state[field] for field in FIELDS), nl=False)
+            click.echo(csv_line(state.get(name) for name in columns), nl=False)
         return
     for number, state in enumerate(fields):
         if number:
             click.echo()
-        print_rows(("field", "value"), [(field, state[field]) for field in FIELDS], "table")
+        print_rows(("field", "value"), state.items(), "table")
 
 
 def _writer(form: str) -> Callable[[Sealed], bytes]:

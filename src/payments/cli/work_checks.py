@@ -14,6 +14,7 @@ from payments.cli.checks import (
     failing,
 )
 from payments.database.connections import Database
+from payments.gateways.accounts import known_accounts
 from payments.queries.callbacks import (
     Backlog,
     Delivery,
@@ -39,7 +40,7 @@ NAMED_MAX = 3  # ids in a line
 WORKERS = "`payments serve` or `payments work`"
 
 
-class Open(NamedTuple):
+class LeftOpen(NamedTuple):
     """Payments that are open for these kinds of reason, and the time limit for that."""
 
     name: str
@@ -48,15 +49,17 @@ class Open(NamedTuple):
     limit_s: float
 
 
-PAYMENTS = Open(name="payments", what="PENDING", kinds=["charge"], limit_s=PENDING_MAX_S)
-REFUNDS = Open(
+PAYMENTS = LeftOpen(name="payments", what="PENDING", kinds=["charge"], limit_s=PENDING_MAX_S)
+REFUNDS = LeftOpen(
     name="refunds", what="being refunded", kinds=["refund", "late_capture"], limit_s=RETURN_MAX_S
 )
 
 
-async def work_checks(database: Database, gateway: str, *, calls_back: bool) -> list[Check]:
-    """`gateway` is the name of the configured provider; `calls_back`: ORDER_CALLBACK_URL is set.
-    Without it, due callbacks and the lag of their follower are not failures.
+async def work_checks(
+    database: Database, gateways: Sequence[str], *, calls_back: bool
+) -> list[Check]:
+    """`gateways` are the names of the configured providers; `calls_back`: ORDER_CALLBACK_URL is
+    set. Without it, due callbacks and the lag of their follower are not failures.
     """
     followers = await follower_states(database)
     if not calls_back:
@@ -72,7 +75,8 @@ async def work_checks(database: Database, gateway: str, *, calls_back: bool) -> 
         Check(state="ok", name="seals", text=f"{sealed}; `payments audit verify` checks them"),
         await _open(database, PAYMENTS, unsettled),
         await _open(database, REFUNDS, unsettled),
-        await _provider(database, gateway),
+        await _provider(database, gateways),
+        await _accounts(database, gateways),
         await _callbacks(database, owed, calls_back),
     ]
 
@@ -124,7 +128,7 @@ async def _follower(database: Database, follower: FollowerState) -> Check:
 
 
 async def _open(
-    database: Database, looked_for: Open, unsettled: Sequence[UnsettledPayments]
+    database: Database, looked_for: LeftOpen, unsettled: Sequence[UnsettledPayments]
 ) -> Check:
     """Checks how long payments have been unsettled."""
     name, what, kinds, limit_s = looked_for
@@ -143,11 +147,11 @@ def _to_explain(ids: Sequence[UUID], count: int) -> str:
     return f": {_named(ids, count)}: `payments explain {ids[0]}`" if ids else ""
 
 
-async def _provider(database: Database, gateway: str) -> Check:
+async def _provider(database: Database, gateways: Sequence[str]) -> Check:
     """Checks for payments that need manual comparison with the provider."""
-    others = await open_gateways(database, NAMED_MAX)
-    others.pop(gateway, None)
-    told, told_ids = await contradicted_payments(database, NAMED_MAX)
+    found_open = await open_gateways(database, NAMED_MAX)
+    others = {name: found for name, found in found_open.items() if name not in gateways}
+    told, told_ids = await contradicted_payments(database, gateways, NAMED_MAX)
     if not told and not others:
         return Check(
             state="ok",
@@ -159,10 +163,24 @@ async def _provider(database: Database, gateway: str) -> Check:
         what = f"{told} that it contradicts, or that belong to another provider"
         found.append(what + _to_explain(told_ids, told))
     for name, (count, ids) in sorted(others.items()):
-        found.append(f"{count} begun with {name}" + _to_explain(ids, count))
+        what = f"{count} begun with {name}, which GATEWAYS does not name"
+        found.append(what + _to_explain(ids, count))
     return Check(
         state="FAIL", name="provider", text=f"unsettled payments: {', '.join(found)}: docs/stuck.md"
     )
+
+
+async def _accounts(database: Database, gateways: Sequence[str]) -> Check:
+    """Which account of each provider the payments are in. Whether it is the one that is configured,
+    each process asks the provider when it starts."""
+    known = {each.gateway: each for each in await known_accounts(database)}
+    found = []
+    for name in dict.fromkeys((*gateways, *known)):
+        noted = known.get(name)
+        found.append(
+            f"{name}: {noted.account} since {noted.noted_at:%Y-%m-%d}" if noted else f"{name}: none"
+        )
+    return Check(state="ok", name="accounts", text=", ".join(found))
 
 
 async def _callbacks(database: Database, owed: Backlog, calls_back: bool) -> Check:

@@ -2,6 +2,7 @@
 
 charge.py       charge a payment exactly once per idempotency key
 refund.py       give back a captured payment, or a part of it
+asking.py       how a payment is asked about at its provider, and when it need not be
 settle.py       ask the provider what became of one payment that was left open
 settling_loop.py  which open payments are settled, when, and how many at once: the loop
 runs.py         work that a request begins and the service finishes without it

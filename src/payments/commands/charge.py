@@ -10,17 +10,20 @@ what a run is.
 
 import asyncio
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from typing import TypeGuard
 from uuid import UUID
 
 import msgspec
 from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
+from payments.commands.asking import Found, check_about, find, own_gateway, provider_charge
 from payments.commands.outcomes import Outcomes
 from payments.commands.paid_orders import refuse_if_paid
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
-from payments.commands.telling import MismatchesTold, check_own_gateway
+from payments.commands.telling import MismatchesTold
 from payments.commands.waiters import Caller
 from payments.errors import (
     ClientGone,
@@ -29,18 +32,36 @@ from payments.errors import (
     IdempotencyKeyReused,
     InvalidRequest,
     OrderAlreadyPaid,
+    PaymentMethodReused,
     PaymentsError,
     PaymentUnreadable,
 )
 from payments.event_store import EventStore
-from payments.events.appender import StreamConflict, Unwanted
-from payments.events.facts import PaymentInitiated, UndecodableEvent
+from payments.events.appender import ReferenceTaken, StreamConflict, Unwanted
+from payments.events.facts import PaymentInitiated, ProviderOutcome, UndecodableEvent
 from payments.events.store import fact_at
-from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderCharge
+from payments.gateways import (
+    Gateway,
+    NeverSent,
+    NextAction,
+    Open,
+    OutcomeUnknown,
+    ProviderCharge,
+    Refusal,
+)
+from payments.gateways.chosen import Gateways
+from payments.gateways.counted import CountedGateway, is_storable
 from payments.observability.logs import Repeats
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import span
-from payments.payment.decisions import Cause, charge_outcome, initiate, is_held_for
+from payments.payment.decisions import (
+    Cause,
+    charge_outcome,
+    initiate,
+    is_held_for,
+    referenced,
+    require_action,
+)
 from payments.payment.identity import ChargeRequest, differing_fields, payment_id_for
 from payments.payment.state import Approved, Declined, Payment, Status, UnexpectedEvent, evolve
 from payments.settings import HOLD_MARGIN_S, Settings
@@ -50,23 +71,26 @@ class ChargePayment(msgspec.Struct, frozen=True, kw_only=True):
     """The command: the request, and where it came from (for the events' metadata).
 
     `hold_until` is when the hold of the seats ends, if that was told; of all requests with a key
-    the first one's counts.
+    the first one's counts. `return_url` is where the provider sends the customer who had to act.
     """
 
     request: ChargeRequest
     request_id: str | None = None
     traceparent: str | None = None
     hold_until: datetime | None = None
+    return_url: str | None = None
 
 
 class Charged(msgspec.Struct, frozen=True):
     """The answer: the payment with its first outcome, or PENDING.
 
-    `replayed` says that an earlier request began it, finished or not.
+    `replayed` says that an earlier request began it, finished or not. `next_action` is what the
+    customer of a PENDING one has to do.
     """
 
     payment: Payment
     replayed: bool = False
+    next_action: NextAction | None = None
 
 
 class _BegunCharge(msgspec.Struct, frozen=True):
@@ -74,7 +98,7 @@ class _BegunCharge(msgspec.Struct, frozen=True):
     stored its intent."""
 
     payment: Payment
-    events: tuple[StoredEvent, ...]
+    events: Sequence[StoredEvent]
     age_s: float | None = None
 
     @property
@@ -93,14 +117,14 @@ class Charging:
         self,
         runs: Runs,
         store: EventStore,
-        gateway: Gateway,
+        gateways: Gateways[CountedGateway],
         telemetry: Telemetry,
         settings: Settings,
     ) -> None:
         self._runs = runs
         self._store = store
         self._outcomes = Outcomes(store, telemetry)
-        self._gateway = gateway
+        self._gateways = gateways
         self._telemetry = telemetry
         self._deadline_s = settings.charge_deadline_s
         self._gateway_timeout_s = settings.gateway_timeout_s
@@ -113,8 +137,9 @@ class Charging:
         """Charges, or joins or repeats the charge that this key already began.
 
         Nothing is begun for a `caller` that is gone or too old; without one it has just asked.
-        Raises IdempotencyKeyReused, OrderAlreadyPaid, InvalidRequest if a hold ends too early for a
-        new charge, or Unavailable if the provider was surely not asked.
+        Raises IdempotencyKeyReused, OrderAlreadyPaid, PaymentMethodReused, InvalidRequest if a hold
+        ends too early for a new charge, or the provider cannot take it, or Unavailable if the
+        provider was surely not asked.
         """
 
         async def work(run: Run[Charged]) -> None:
@@ -122,7 +147,7 @@ class Charging:
                 await self._charge(run, command)
 
         try:
-            await self._check_hold(command)
+            await self._check_new(command)
             charged, joined = await self._runs.answer(
                 command.request, self._deadline_s, work, caller
             )
@@ -130,27 +155,44 @@ class Charging:
             self._telemetry.charges[_error_label(error)].inc()
             raise
         if joined:
-            charged = Charged(charged.payment, replayed=True)
+            charged = msgspec.structs.replace(charged, replayed=True)
         outcome = charged.payment.outcome
         replayed = charged.replayed and outcome is not Status.PENDING
         self._telemetry.charges["replayed" if replayed else outcome.lower()].inc()
         return charged
 
-    async def _check_hold(self, command: ChargePayment) -> None:
+    async def _check_new(self, command: ChargePayment) -> None:
         """For new keys only: what was begun is answered at any time."""
-        until, request = command.hold_until, command.request
-        if is_held_for(until, datetime.now(UTC), self._hold_needed_s) or self._runs.has(request):
+        refusal = self._refusal(command)
+        if refusal is None or self._runs.has(command.request):
             return
-        if await self._store.load_charge(payment_id_for(request.idempotency_key)) is None:
+        if await self._store.load_charge(payment_id_for(command.request.idempotency_key)) is None:
+            raise refusal
+
+    def _refusal(self, command: ChargePayment) -> PaymentsError | None:
+        """Why a new charge is not begun, whatever its key."""
+        if not is_held_for(command.hold_until, datetime.now(UTC), self._hold_needed_s):
             message = (
                 f"must be at least {self._hold_needed_s:g} s from now, so that the charge can "
                 "finish before it: extend the hold, and retry with the same key and the new "
                 "hold_until"
             )
-            raise InvalidRequest(
+            return InvalidRequest(
                 "The hold ends too soon to complete the charge. Nothing was charged.",
                 (FieldError("hold_until", message),),
             )
+        gateway = self._gateways.for_new(command.request.currency)
+        refusal = gateway.refuses(_asked(command)) or _unusable(gateway.reference(_asked(command)))
+        if refusal is not None:
+            return InvalidRequest(
+                f"The provider {gateway.name} does not take this charge. Nothing was charged.",
+                (FieldError(refusal.field, refusal.message),),
+            )
+        if wait_s := gateway.unavailable_for_s():
+            unavailable = GatewayUnavailable("The payment provider is down. Nothing was charged.")
+            unavailable.retry_after_s = math.ceil(max(1.0, wait_s))
+            return unavailable
+        return None
 
     async def _charge(self, run: Run[Charged], command: ChargePayment) -> None:
         begun = await self._begin(run, command)
@@ -159,21 +201,38 @@ class Charging:
         payment = begun.payment
         with logger.contextualize(payment_id=payment.id, order_id=payment.merchant_order_id):
             async with MismatchesTold(self._store, self._telemetry, payment.id, "charge"):
-                outcome = await self._ask(run, command, begun)
+                begun, outcome = await self._ask(run, command, begun)
                 run.limit_storing()
-                payment = await self._outcomes.append(
-                    payment,
-                    begun.events,
-                    lambda payment: charge_outcome(payment, outcome, _cause(command)),
-                )
-        run.finish(Charged(payment, begun.replayed))
+                charged = await self._record(begun, outcome, command)
+        run.finish(charged)
+
+    async def _record(self, begun: _BegunCharge, outcome: Found, command: ChargePayment) -> Charged:
+        """What the provider said, in the log: its outcome, or that the customer has to act."""
+        payment, action = begun.payment, None
+        check_about(outcome, payment)
+        if isinstance(outcome, Open) and outcome.step == "action" and _is_held(payment):
+            action = outcome.action
+        if isinstance(outcome, Approved | Declined) or action is not None:
+
+            def decide(payment: Payment) -> ProviderOutcome | None:
+                if isinstance(outcome, Approved | Declined):
+                    return charge_outcome(payment, outcome, _cause(command))
+                assert action is not None
+                return require_action(payment, action.type, _cause(command))
+
+            payment, _ = await self._outcomes.append(payment, begun.events, decide)
+        if payment.status is not Status.PENDING:
+            action = None  # it was abandoned meanwhile
+        return Charged(payment, begun.replayed, action)
 
     async def _begin(self, run: Run[Charged], command: ChargePayment) -> _BegunCharge | None:
         """Makes the intent durable; None if an earlier request with this key has an answer."""
         decided, hold_until = _cause(command), command.hold_until
         if hold_until is None and self._seat_hold_s is not None:
             hold_until = decided.occurred_at + timedelta(seconds=self._seat_hold_s)
-        intent = initiate(command.request, self._gateway.name, decided, hold_until)
+        gateway = self._gateways.for_new(command.request.currency)
+        reference = gateway.reference(_asked(command))
+        intent = initiate(command.request, gateway.name, decided, hold_until, reference)
         age_s, repeats = None, Repeats()
         if self._second_is_refused:
             await self._refuse_second(run, intent)
@@ -181,6 +240,8 @@ class Charging:
             run.take_provider_call()
             try:
                 event = await self._store.append_intent(intent, wanted=run.is_awaited)
+            except ReferenceTaken:
+                raise PaymentMethodReused(_REUSED) from None
             except StreamConflict as conflict:
                 run.release_provider_call()
                 first = _first(intent.payment_id, conflict.first_state)
@@ -216,7 +277,8 @@ class Charging:
     async def _resume(self, run: Run[Charged], intent: PaymentInitiated) -> _BegunCharge | None:
         """Waits for what an earlier request with this key comes to; the payment if its run is over.
 
-        A run is over when its intent is older than the deadline, by the database's clock.
+        A run is over when its intent is older than the deadline, by the database's clock, or has
+        told its client that the customer has to act.
         """
         while True:
             loaded = await self._store.load_charge(intent.payment_id)
@@ -229,36 +291,39 @@ class Charging:
             if not open_here or not run.may_call_provider():
                 run.finish(run.pending_answer)
                 return None
-            if loaded.age_s() > self._deadline_s:
+            if loaded.age_s() > self._deadline_s or loaded.payment.action_required:
                 return _BegunCharge(loaded.payment, loaded.events, loaded.age_s())
             await asyncio.sleep(OTHER_RUN_POLL_S)
 
     async def _ask(
         self, run: Run[Charged], command: ChargePayment, begun: _BegunCharge
-    ) -> Approved | Declined:
-        """The provider's outcome. Raises OutcomeUnknown, or Unavailable if it was not asked."""
-        payment = begun.payment
-        await check_own_gateway(self._store, payment, self._gateway.name, "charge")
+    ) -> tuple[_BegunCharge, Found]:
+        """What the provider says; None if the payment has an outcome already. Raises
+        OutcomeUnknown, or Unavailable if it was not asked to capture."""
+        gateway = await own_gateway(self._store, begun.payment, self._gateways, "charge")
         run.take_provider_call()
         try:
             if begun.age_s is not None:
                 # An earlier run may have charged: look before sending again.
                 run.check_may_call_provider()
-                found = await self._gateway.find_charge(
-                    payment.id, run.left_s(self._gateway_timeout_s)
-                )
-                if found is not None:
-                    return found
-                self._check_may_send_again(run, begun.age_s)
-            charge = ProviderCharge(
-                payment_id=payment.id,
-                amount_cents=payment.amount_cents,
-                currency=payment.currency,
-                payment_method=command.request.payment_method,
-            )
+                timeout_s = run.left_s(self._gateway_timeout_s)
+                # For the next action: its URL leads back to where this request says.
+                charge = _charge_of(begun.payment, command)
+                found = await find(gateway, begun.payment, timeout_s, charge)
+                if found is not None and not _goes_on(found):
+                    return begun, found
+                self._check_may_send_again(run, gateway, begun.age_s, found)
+            charge = _charge_of(begun.payment, command)
+            if _lacks_reference(gateway, charge):
+                begun = await self._prepare(run, gateway, begun, charge, _cause(command))
+                if begun.payment.status is not Status.PENDING:
+                    return begun, None
+                if not run.is_awaited():
+                    raise OutcomeUnknown("nobody waits for it any more")
+                charge = _charge_of(begun.payment, command)
             run.check_may_call_provider()
-            run.pending_answer = Charged(payment, begun.replayed)
-            return await self._gateway.charge(charge, self._timeout_s(run, payment))
+            run.pending_answer = Charged(begun.payment, begun.replayed)
+            return begun, await gateway.charge(charge, self._timeout_s(run, begun.payment))
         except NeverSent as error:
             if not begun.replayed:
                 run.pending_answer = None
@@ -269,6 +334,24 @@ class Charging:
         finally:
             run.release_provider_call()
 
+    async def _prepare(
+        self,
+        run: Run[Charged],
+        gateway: Gateway,
+        begun: _BegunCharge,
+        charge: ProviderCharge,
+        cause: Cause,
+    ) -> _BegunCharge:
+        """Has the provider make its charge, and stores its id of it."""
+        run.check_may_call_provider()
+        run.pending_answer = Charged(begun.payment, begun.replayed)
+        reference = await gateway.prepare(charge, run.left_s(self._gateway_timeout_s))
+        with run.limited_storing():
+            payment, events = await self._outcomes.append(
+                begun.payment, begun.events, lambda payment: referenced(payment, reference, cause)
+            )
+        return msgspec.structs.replace(begun, payment=payment, events=events)
+
     def _timeout_s(self, run: Run[Charged], payment: Payment) -> float:
         """Of a call that may capture: it must end before the seats' hold does."""
         timeout_s = run.left_s(self._gateway_timeout_s)
@@ -276,23 +359,70 @@ class Charging:
             raise OutcomeUnknown("the hold of its seats ends too soon for a capture")
         return timeout_s
 
-    def _check_may_send_again(self, run: Run[Charged], age_s: float) -> None:
+    def _check_may_send_again(
+        self, run: Run[Charged], gateway: Gateway, age_s: float, found: Open | None
+    ) -> None:
         if not run.is_awaited():
             raise OutcomeUnknown("no client waits for it any more")
-        if age_s > self._gateway.safe_retry_s:
+        if found is None and age_s > gateway.charge_retry_s:
             raise OutcomeUnknown("too old for a retry with the same provider key")
         if age_s + self._deadline_s > self._abandon_after_s:
             raise OutcomeUnknown("about to be abandoned: a capture would come too late")
 
 
+def _goes_on(found: Approved | Declined | Open) -> TypeGuard[Open]:
+    """Whether the provider waits for `charge` to be called again."""
+    return isinstance(found, Open) and found.step in ("ready", "authorized")
+
+
+def _lacks_reference(gateway: Gateway, charge: ProviderCharge) -> bool:
+    """Whether the provider's own id has to be stored before it may capture: settling takes a
+    charge without one for unsent, unless the provider finds it by our id."""
+    unknown = charge.reference is None
+    return unknown and (not gateway.knows_our_id or gateway.needs_preparing(charge))
+
+
+def _is_held(payment: Payment) -> bool:
+    """Whether a customer may still be told to act: a capture after the hold comes too late."""
+    return is_held_for(payment.hold_until, datetime.now(UTC), HOLD_MARGIN_S)
+
+
+def _unusable(reference: str | None) -> Refusal | None:
+    if reference is None or is_storable(reference):
+        return None
+    return Refusal("payment_method", "must be an id that the provider gave")
+
+
+_REUSED = (
+    "Another charge was begun with this payment method, which can be used once. Nothing was "
+    "charged: let the customer pay anew, and use the new payment method."
+)
 _GONE = "The client disconnected, or its deadline passed. Nothing was charged; retry."
 
 
 def _error_label(error: PaymentsError) -> str:
     if isinstance(error, ClientGone):
         return "client_gone"
-    refused = isinstance(error, IdempotencyKeyReused | InvalidRequest | OrderAlreadyPaid)
+    refused = isinstance(
+        error, IdempotencyKeyReused | InvalidRequest | OrderAlreadyPaid | PaymentMethodReused
+    )
     return "refused" if refused else "unavailable"
+
+
+def _asked(command: ChargePayment) -> ProviderCharge:
+    """What the provider is to be asked, before the payment is begun."""
+    request = command.request
+    return ProviderCharge(
+        payment_id=payment_id_for(request.idempotency_key),
+        amount_cents=request.amount_cents,
+        currency=request.currency,
+        payment_method=request.payment_method,
+        return_url=command.return_url,
+    )
+
+
+def _charge_of(payment: Payment, command: ChargePayment) -> ProviderCharge:
+    return provider_charge(payment, command.request.payment_method, command.return_url)
 
 
 def _cause(command: ChargePayment) -> Cause:

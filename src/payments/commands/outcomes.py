@@ -8,15 +8,18 @@ again what follows, and never forced.
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
 from payments.errors import DatabaseUnavailable
 from payments.event_store import EventStore, LoadedPayment
-from payments.events.appender import CaptureTaken, StreamConflict
+from payments.events.appender import CaptureTaken, ReferenceTaken, StreamConflict
 from payments.events.facts import (
+    PaymentActionRequired,
     PaymentCharged,
+    PaymentReferenced,
     PaymentRefunded,
     ProviderOutcome,
     RefundFailed,
@@ -30,8 +33,18 @@ from payments.payment.state import Payment, evolve
 
 RELOAD_PAUSE_S = 0.1
 
+# What moves no money, and is no outcome yet.
+_STEPS = (PaymentReferenced, PaymentActionRequired)
+
 # What follows in a stream, None if all of it is recorded already; or it raises OutcomeMismatch.
 Decide = Callable[[Payment], ProviderOutcome | RefundInitiated | None]
+
+
+class Recorded(NamedTuple):
+    """A payment, and the events that it was made from, as stored."""
+
+    payment: Payment
+    events: Sequence[StoredEvent]
 
 
 class Outcomes:
@@ -43,7 +56,7 @@ class Outcomes:
 
     async def append(
         self, payment: Payment, known: Sequence[StoredEvent], decide: Decide
-    ) -> Payment:
+    ) -> Recorded:
         """Appends what `decide` says of the payment, up to an outcome; the payment afterwards.
 
         `known` are the events that `payment` was made from. `decide` is asked again whenever
@@ -55,18 +68,19 @@ class Outcomes:
         while fact := decide(payment):
             try:
                 event = await self._store.append(fact, after=known[-1])
-            except CaptureTaken:
+            except (CaptureTaken, ReferenceTaken):
                 raise _taken() from None
             except StreamConflict:
                 payment, known = await self._as_it_stands(payment, known, repeats)
                 continue
-            payment = evolve(payment, fact)
+            payment, known = evolve(payment, fact), (*known, event)
+            if isinstance(fact, _STEPS):
+                break
             if not isinstance(fact, RefundInitiated):
                 self._count(fact)
                 _log(fact)
-                return payment
-            known = (*known, event)
-        return payment
+                break
+        return Recorded(payment, known)
 
     async def _as_it_stands(
         self, payment: Payment, known: Sequence[StoredEvent], repeats: Repeats
@@ -85,7 +99,7 @@ class Outcomes:
             repeats.tell("CRITICAL", message, payment_id=payment.id, events=len(missing))
             try:
                 await self._store.append_again(missing, after=stored[-1] if stored else None)
-            except CaptureTaken:
+            except (CaptureTaken, ReferenceTaken):
                 raise _taken() from None
             except StreamConflict:
                 await asyncio.sleep(RELOAD_PAUSE_S)
@@ -106,7 +120,7 @@ class Outcomes:
 
 
 def _taken() -> OutcomeMismatch:
-    return OutcomeMismatch("the provider's transaction belongs to another payment")
+    return OutcomeMismatch("the provider's transaction or reference belongs to another payment")
 
 
 def _log(fact: ProviderOutcome) -> None:

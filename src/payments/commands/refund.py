@@ -14,10 +14,11 @@ import msgspec
 from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
+from payments.commands.asking import own_gateway, provider_refund
 from payments.commands.giving_back import GivingBack
 from payments.commands.outcomes import Outcomes
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
-from payments.commands.telling import MismatchesTold, check_own_gateway
+from payments.commands.telling import MismatchesTold
 from payments.errors import (
     PaymentNotFound,
     PaymentNotRefundable,
@@ -27,12 +28,12 @@ from payments.errors import (
 )
 from payments.event_store import EventStore, LoadedPayment
 from payments.events.appender import StreamConflict
-from payments.gateways import Gateway, NeverSent, OutcomeUnknown, ProviderRefund
+from payments.gateways import Gateway, NeverSent, OutcomeUnknown
+from payments.gateways.chosen import Gateways
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import span
 from payments.payment.decisions import (
     Cause,
-    OutcomeMismatch,
     initiate_refund,
     known_refund,
     refund_outcome,
@@ -79,7 +80,7 @@ class Refunding:
         self,
         runs: Runs,
         store: EventStore,
-        gateway: Gateway,
+        gateways: Gateways[Gateway],
         giving_back: GivingBack,
         telemetry: Telemetry,
         settings: Settings,
@@ -87,7 +88,7 @@ class Refunding:
         self._runs = runs
         self._store = store
         self._outcomes = Outcomes(store, telemetry)
-        self._gateway = gateway
+        self._gateways = gateways
         self._giving_back = giving_back
         self._telemetry = telemetry
         self._deadline_s = settings.charge_deadline_s
@@ -119,10 +120,11 @@ class Refunding:
     def check_refundable(self, payment: Payment) -> None:
         """Raises PaymentNotRefundable if another provider has the money, or cannot be asked for it:
         the capture of an imported payment may have no id."""
-        if payment.gateway != self._gateway.name:
+        if self._gateways.of(payment.gateway) is None:
+            configured = ", ".join(gateway.name for gateway in self._gateways)
             raise PaymentNotRefundable(
-                f"It was captured by the provider {payment.gateway}, but this service now uses "
-                f"{self._gateway.name}."
+                f"It was captured by the provider {payment.gateway}, which is not configured; this "
+                f"service uses {configured}."
             )
         if payment.status is Status.SUCCESS and payment.provider_txn_id is None:
             raise PaymentNotRefundable(
@@ -139,15 +141,15 @@ class Refunding:
     async def _make(self, run: Run[Refunded], command: RefundPayment, begun: _BegunRefund) -> None:
         # Its amount is reserved: whatever happens now, the refund goes on.
         run.pending_answer = Refunded(begun.payment, begun.refund, begun.age_s is not None)
-        await check_own_gateway(self._store, begun.payment, self._gateway.name, "refund")
+        gateway = await own_gateway(self._store, begun.payment, self._gateways, "refund")
         payment_id = begun.payment.id
         async with MismatchesTold(self._store, self._telemetry, payment_id, "refund"):
             try:
-                outcome = await self._ask(run, begun)
+                outcome = await self._ask(run, gateway, begun)
             except NeverSent as error:
                 raise OutcomeUnknown("the provider cannot be reached") from error
             run.limit_storing()
-            payment = await self._outcomes.append(
+            payment, _ = await self._outcomes.append(
                 begun.payment,
                 begun.events,
                 lambda payment: refund_outcome(payment, begun.refund, outcome, _cause(command)),
@@ -213,7 +215,9 @@ class Refunding:
             raise PaymentNotFound(f"Payment {payment_id} does not exist.")
         return loaded
 
-    async def _ask(self, run: Run[Refunded], begun: _BegunRefund) -> Approved | Declined:
+    async def _ask(
+        self, run: Run[Refunded], gateway: Gateway, begun: _BegunRefund
+    ) -> Approved | Declined:
         def timeout_s() -> float:
             run.check_may_call_provider()
             return run.left_s(self._gateway_timeout_s)
@@ -222,23 +226,10 @@ class Refunding:
         run.take_provider_call()
         try:
             if begun.age_s is not None:
-                return await self._giving_back.send_again(order, begun.age_s, timeout_s)
-            return await self._giving_back.send(order, timeout_s)
+                return await self._giving_back.send_again(gateway, order, begun.age_s, timeout_s)
+            return await self._giving_back.send(gateway, order, timeout_s)
         finally:
             run.release_provider_call()
-
-
-def provider_refund(payment: Payment, refund: Refund) -> ProviderRefund:
-    """Raises OutcomeMismatch for a payment that the log has no capture of."""
-    if payment.provider_txn_id is None:
-        raise OutcomeMismatch("a refund of a payment that was not captured")
-    return ProviderRefund(
-        refund_id=refund.id,
-        payment_id=payment.id,
-        provider_txn_id=payment.provider_txn_id,
-        amount_cents=refund.amount_cents,
-        currency=payment.currency,
-    )
 
 
 def _answer(run: Run[Refunded], payment: Payment, refund: Refund, replayed: bool) -> None:

@@ -9,7 +9,8 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -50,6 +51,8 @@ class Run(Generic[A]):
         self.deadline = -math.inf
         # When everyone who waits gets an answer in any case, if not by a deadline of its own.
         self.answer_by = answer_by
+        # The same, while something is being stored.
+        self.store_by = math.inf
         # The same, until the intent is durable.
         self.begin_by = 0.0
         self.restart_intent_clock()
@@ -141,7 +144,14 @@ class Run(Generic[A]):
 
     def limit_storing(self) -> None:
         self.storing = True
-        self.answer_by = min(self.answer_by, time.monotonic() + OUTCOME_STORE_PATIENCE_S)
+        self.store_by = time.monotonic() + OUTCOME_STORE_PATIENCE_S
+
+    @contextmanager
+    def limited_storing(self) -> Iterator[None]:
+        """The same, of what is stored before the provider is called once more."""
+        self.limit_storing()
+        yield
+        self.storing, self.store_by = False, math.inf
 
 
 class Runs:
@@ -236,7 +246,7 @@ class Runs:
         now = time.monotonic()
         for run in self._runs.values():
             run.tell_overdue(now)
-            if now >= run.answer_by:
+            if now >= min(run.answer_by, run.store_by):
                 run.fail(_late())
             elif now >= run.begin_by and not run.has_begun:
                 run.fail(DatabaseUnavailable("The database did not respond in time."))

@@ -1,20 +1,30 @@
 """Ask the provider what became of a payment that was left open, and append what it says.
 
 A crash, a silent provider or a missed deadline leaves a payment PENDING, or a refund under way.
-Charges are only asked about, never sent; refunds are sent again while that is safe. Which payments,
-when and how often: settling_loop.py. The rules and why: docs/decisions/settling.md.
+Charges are only asked about, never sent, but for one that the provider has authorized after the
+customer acted; refunds are sent again while that is safe. Which payments, when and how often:
+settling_loop.py. The rules and why: docs/decisions/settling.md.
 """
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 import msgspec
 from loguru import logger
 
 from payments.clients import SETTLING
+from payments.commands.asking import (
+    Found,
+    check_about,
+    find,
+    provider_charge,
+    provider_refund,
+    surely_unsent,
+)
 from payments.commands.giving_back import GivingBack
-from payments.commands.outcomes import Outcomes
-from payments.commands.refund import provider_refund
+from payments.commands.outcomes import Outcomes, Recorded
 from payments.commands.runs import cause
 from payments.commands.telling import (
     tell,
@@ -27,10 +37,12 @@ from payments.event_store import EventStore, LoadedPayment
 from payments.gateways import (
     Gateway,
     NeverSent,
+    Open,
     OutcomeUnknown,
     ProviderRefund,
-    declines_may_turn_s,
+    ReferenceNotFound,
 )
+from payments.gateways.chosen import Gateways
 from payments.observability.logs import trace_field
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import current_traceparent, span
@@ -39,6 +51,8 @@ from payments.payment.decisions import (
     OutcomeMismatch,
     abandon,
     charge_outcome,
+    is_held_for,
+    referenced,
     refund_outcome,
     return_outcome,
 )
@@ -51,10 +65,13 @@ from payments.payment.state import (
     Refund,
     Status,
 )
-from payments.settings import Settings
+from payments.settings import HOLD_MARGIN_S, Settings
 
 CALLS_MAX = 3  # an attempt has the time of so many calls that all time out; then it sends no more
 LATE_CAPTURE_S = 24 * 3600.0  # however soon a gateway says that no capture can come any more
+
+# How far the clocks of two database servers may be apart: a loss is found by the new one's.
+CLOCKS_APART = timedelta(minutes=1)
 
 
 class SettleAttempt(msgspec.Struct, frozen=True):
@@ -73,22 +90,21 @@ class Settler:
     def __init__(
         self,
         store: EventStore,
-        gateway: Gateway,
+        gateways: Gateways[Gateway],
         giving_back: GivingBack,
         telemetry: Telemetry,
         settings: Settings,
     ) -> None:
         self._outcomes = Outcomes(store, telemetry)
         self._store = store
-        self._gateway = gateway
+        self._gateways = gateways
         self._giving_back = giving_back
         self._telemetry = telemetry
         self._deadline_s = settings.charge_deadline_s
         self._gateway_timeout_s = settings.gateway_timeout_s
         self.attempt_s = CALLS_MAX * settings.gateway_timeout_s
         self._abandon_after_s = settings.pending_abandon_after_s
-        self._late_capture_s = max(LATE_CAPTURE_S, gateway.late_capture_s)
-        self.declines_may_turn_s = declines_may_turn_s(gateway)
+        self.declines_may_turn_s = gateways.declines_may_turn_s()
 
     async def settle(self, loaded: LoadedPayment, attempts: int) -> SettleAttempt:
         """One attempt at everything that is open. What it cannot find out it leaves as it is."""
@@ -98,7 +114,7 @@ class Settler:
             done = payment.declined and payment.late_capture is None
             return SettleAttempt(payment, finished=done)
         if kind == DECLINED:
-            due_in_s = self.declines_may_turn_s - loaded.age_s(payment.version)
+            due_in_s = self.declines_may_turn_s[payment.gateway] - loaded.age_s(payment.version)
             if due_in_s > 0:
                 return SettleAttempt(payment, finished=False, due_in_s=due_in_s)
         with (
@@ -115,31 +131,32 @@ class Settler:
     def _open_for(self, payment: Payment) -> str | None:
         if payment.unsettled is not None:
             return payment.unsettled.kind
-        turning = self.declines_may_turn_s > 0 and payment.declined
+        turning = payment.gateway in self.declines_may_turn_s and payment.declined
         return DECLINED if turning and payment.late_capture is None else None
 
     async def _settle(self, loaded: LoadedPayment, kind: str, attempts: int) -> SettleAttempt:
         payment, log = loaded.payment, logger.bind(kind=kind)
-        if payment.gateway != self._gateway.name:
+        gateway = self._gateways.of(payment.gateway)
+        if gateway is None:
             self._telemetry.settling[kind, "other_gateway"].inc()
             await tell_other_gateway(self._store, payment, kind)
             return SettleAttempt(payment, finished=False)
         attempt, outcome, reason = SettleAttempt(payment, finished=False), "unknown", ""
         try:
-            attempt = await self._ask(loaded, attempts)
+            attempt = await self._ask(loaded, gateway, attempts)
             outcome = "settled" if attempt.payment.unsettled is None else "open"
             reason = "unknown to the provider"
+        except (OutcomeMismatch, ReferenceNotFound) as error:
+            outcome = "mismatch"
+            operation = "refund" if kind in ("refund", "late_capture") else "charge"
+            self._telemetry.mismatches[operation].inc()
+            await tell_mismatch(self._store, payment.id, kind, error)
         except (OutcomeUnknown, NeverSent) as error:
             reason = str(error)
             log.bind(reason=reason).info("the provider's outcome is not known yet")
         except LogRewound:
             reason = "no refund is sent until the loss of the log is accepted"
             await tell(self._store, payment.id, "WARNING", reason, kind=kind)
-        except OutcomeMismatch as error:
-            outcome = "mismatch"
-            operation = "refund" if kind in ("refund", "late_capture") else "charge"
-            self._telemetry.mismatches[operation].inc()
-            await tell_mismatch(self._store, payment.id, kind, error)
         self._telemetry.settling[kind, outcome].inc()
         if outcome in ("unknown", "open"):
             await self._tell_if_open_too_long(loaded, attempt.payment, reason)
@@ -155,7 +172,7 @@ class Settler:
             kind, open_s = payment.unsettled.kind, _age_at_most_s(loaded, _opened_by(payment))
             await tell_if_open_too_long(self._store, payment.id, kind, open_s, reason)
 
-    async def _ask(self, loaded: LoadedPayment, attempts: int) -> SettleAttempt:
+    async def _ask(self, loaded: LoadedPayment, gateway: Gateway, attempts: int) -> SettleAttempt:
         give_up_at = time.monotonic() + self.attempt_s
 
         def timeout_s() -> float:
@@ -164,52 +181,87 @@ class Settler:
                 raise OutcomeUnknown("this attempt took too long")
             return self._gateway_timeout_s
 
-        payment, finished = loaded.payment, False
-        if payment.provider_txn_id is None and payment.late_capture is None:
-            found = await self._gateway.find_charge(payment.id, timeout_s())
-            finished = self._watched_long_enough(loaded, found)
-            payment = await self._append_found(loaded, found)
-        late = payment.late_capture
+        at, finished = _At(gateway, timeout_s), False
+        recorded = Recorded(loaded.payment, loaded.events)
+        if loaded.payment.provider_txn_id is None and loaded.payment.late_capture is None:
+            recorded, finished = await self._settle_charge(loaded, recorded, at)
+        late = recorded.payment.late_capture
         if late is not None and late.provider_refund_id is None:
             if attempts == 1 or loaded.payment.late_capture is None:
                 logger.warning("a late capture is returned")
-            payment = await self._return_late_capture(loaded, payment, late, timeout_s)
-        payment = await self._settle_refunds(loaded, payment, attempts, timeout_s)
-        return SettleAttempt(payment, finished)
+            recorded = await self._return_late_capture(loaded, recorded, late, at)
+        recorded = await self._settle_refunds(loaded, recorded, attempts, at)
+        return SettleAttempt(recorded.payment, finished)
 
-    def _watched_long_enough(
-        self, loaded: LoadedPayment, found: Approved | Declined | None
-    ) -> bool:
+    async def _settle_charge(
+        self, loaded: LoadedPayment, recorded: Recorded, at: "_At"
+    ) -> tuple[Recorded, bool]:
+        """The payment afterwards, and whether it was watched to its end."""
+        recorded = await self._referenced_again(loaded, recorded, at)
+        payment = recorded.payment
+        found = await find(at.gateway, payment, at.timeout_s())
+        if self._is_to_be_completed(loaded, payment, found):
+            found = await at.gateway.charge(provider_charge(payment), at.timeout_s())
+        ends = payment.status is Status.PENDING and loaded.age_s() >= self._abandon_after_s
+        if ends and isinstance(found, Open | None) and not surely_unsent(at.gateway, payment):
+            found = await at.gateway.cancel(provider_charge(payment), at.timeout_s())
+        check_about(found, payment)
+        finished = self._watched_long_enough(loaded, at.gateway, found)
+        if isinstance(found, Approved | Declined):
+            outcome = found
+            return await self._outcomes.append(
+                *recorded, lambda payment: charge_outcome(payment, outcome, _cause(loaded))
+            ), finished
+        if ends:
+            recorded = await self._outcomes.append(
+                *recorded, lambda payment: abandon(payment, _cause(loaded))
+            )
+        return recorded, finished
+
+    def _is_to_be_completed(self, loaded: LoadedPayment, payment: Payment, found: Found) -> bool:
+        """Whether the customer did what the client was told, and the provider waits for us: the
+        money may have left the customer's account, and nobody else may ever come back."""
+        if not isinstance(found, Open) or found.step != "authorized" or not payment.awaits_action:
+            return False
+        needed_s = self._gateway_timeout_s + HOLD_MARGIN_S
+        return loaded.age_s() < self._abandon_after_s and is_held_for(
+            payment.hold_until, datetime.now(UTC), needed_s
+        )
+
+    async def _referenced_again(
+        self, loaded: LoadedPayment, recorded: Recorded, at: "_At"
+    ) -> Recorded:
+        """The log may have lost the provider's id of a charge that was begun before a loss of it,
+        and what was captured under it: it is prepared again, which gives the same id."""
+        payment = recorded.payment
+        if payment.status is not Status.PENDING or not surely_unsent(at.gateway, payment):
+            return recorded
+        began = loaded.read_at - timedelta(seconds=loaded.age_s()) - CLOCKS_APART
+        if not await self._giving_back.lost_since(began):
+            return recorded
+        if loaded.age_at_most_s(1) > at.gateway.charge_retry_s:
+            raise ReferenceNotFound("the log may have lost the provider's id of the charge")
+        reference = await at.gateway.prepare(provider_charge(payment), at.timeout_s())
+        return await self._outcomes.append(
+            *recorded, lambda payment: referenced(payment, reference, _cause(loaded))
+        )
+
+    def _watched_long_enough(self, loaded: LoadedPayment, gateway: Gateway, found: Found) -> bool:
         """Whether a payment that was abandoned or declined can surely not be captured any more."""
         payment = loaded.payment
         if payment.status is not Status.FAILED or isinstance(found, Approved):
             return False
-        failed_for_s = loaded.age_s(payment.version)
-        return payment.declined or found is not None or failed_for_s > self._late_capture_s
-
-    async def _append_found(
-        self, loaded: LoadedPayment, found: Approved | Declined | None
-    ) -> Payment:
-        payment = loaded.payment
-        if found is not None:
-            return await self._outcomes.append(
-                payment,
-                loaded.events,
-                lambda payment: charge_outcome(payment, found, _cause(loaded)),
-            )
-        if loaded.age_s() < self._abandon_after_s:
-            return payment
-        return await self._outcomes.append(
-            payment, loaded.events, lambda payment: abandon(payment, _cause(loaded))
-        )
+        late_capture_s = max(LATE_CAPTURE_S, gateway.late_capture_s)
+        over = loaded.age_s(payment.version) > late_capture_s
+        return payment.declined or isinstance(found, Declined) or over
 
     async def _settle_refunds(
         self,
         loaded: LoadedPayment,
-        payment: Payment,
+        recorded: Recorded,
         attempts: int,
-        timeout_s: Callable[[], float],
-    ) -> Payment:
+        at: "_At",
+    ) -> Recorded:
         under_way = [
             refund
             for refund in loaded.payment.refunds
@@ -223,50 +275,49 @@ class Settler:
         failure: Exception | None = None
         for refund in under_way[first:] + under_way[:first]:
             try:
-                payment = await self._settle_refund(loaded, payment, refund, timeout_s)
+                recorded = await self._settle_refund(loaded, recorded, refund, at)
             except (OutcomeUnknown, NeverSent, OutcomeMismatch, LogRewound) as error:
                 failure = error
         if failure is not None:
             raise failure
-        return payment
+        return recorded
 
     async def _return_late_capture(
-        self,
-        loaded: LoadedPayment,
-        payment: Payment,
-        late: LateCapture,
-        timeout_s: Callable[[], float],
-    ) -> Payment:
+        self, loaded: LoadedPayment, recorded: Recorded, late: LateCapture, at: "_At"
+    ) -> Recorded:
+        payment = recorded.payment
         order = ProviderRefund(
             refund_id=late.refund_id,
             payment_id=payment.id,
             provider_txn_id=late.provider_txn_id,
             amount_cents=payment.amount_cents,
             currency=payment.currency,
+            reference=payment.provider_reference,
         )
         age_s = _age_at_most_s(loaded, late.version)
-        outcome = await self._giving_back.send_again(order, age_s, timeout_s, unsent=True)
+        outcome = await self._giving_back.send_again(
+            at.gateway, order, age_s, at.timeout_s, unsent=True
+        )
         return await self._outcomes.append(
-            payment,
-            loaded.events,
-            lambda payment: return_outcome(payment, late, outcome, _cause(loaded)),
+            *recorded, lambda payment: return_outcome(payment, late, outcome, _cause(loaded))
         )
 
     async def _settle_refund(
-        self,
-        loaded: LoadedPayment,
-        payment: Payment,
-        refund: Refund,
-        timeout_s: Callable[[], float],
-    ) -> Payment:
+        self, loaded: LoadedPayment, recorded: Recorded, refund: Refund, at: "_At"
+    ) -> Recorded:
         age_s = _age_at_most_s(loaded, refund.version)
-        order = provider_refund(payment, refund)
-        outcome = await self._giving_back.send_again(order, age_s, timeout_s)
+        order = provider_refund(recorded.payment, refund)
+        outcome = await self._giving_back.send_again(at.gateway, order, age_s, at.timeout_s)
         return await self._outcomes.append(
-            payment,
-            loaded.events,
-            lambda payment: refund_outcome(payment, refund, outcome, _cause(loaded)),
+            *recorded, lambda payment: refund_outcome(payment, refund, outcome, _cause(loaded))
         )
+
+
+class _At(NamedTuple):
+    """Where an attempt asks. `timeout_s` is called before each call; it may raise to prevent it."""
+
+    gateway: Gateway
+    timeout_s: Callable[[], float]
 
 
 def _opened_by(payment: Payment) -> int:

@@ -102,7 +102,7 @@ class SettlingLoop:
             most,
             self._lease_s,
             abandoned=abandoned,
-            declines_may_turn_s=self._settler.declines_may_turn_s,
+            declines_may_turn_s=max(self._settler.declines_may_turn_s.values(), default=0.0),
         )
         tasks = [asyncio.create_task(self._settle(each), name="settle") for each in claims]
         for task in tasks:

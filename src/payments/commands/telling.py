@@ -12,7 +12,7 @@ from loguru import logger
 
 from payments.errors import DatabaseUnavailable
 from payments.event_store import EventStore
-from payments.gateways import OutcomeUnknown
+from payments.gateways import ReferenceNotFound
 from payments.observability.metrics import Telemetry
 from payments.payment.decisions import OutcomeMismatch
 from payments.payment.state import Payment
@@ -51,7 +51,7 @@ async def tell(
 
 
 async def tell_mismatch(
-    store: EventStore, payment_id: UUID, kind: str, error: OutcomeMismatch
+    store: EventStore, payment_id: UUID, kind: str, error: OutcomeMismatch | ReferenceNotFound
 ) -> None:
     """`kind` is that of what was asked about: a charge, refund, late capture or abandoned one."""
     message = "provider response contradicts the recorded events"
@@ -59,7 +59,7 @@ async def tell_mismatch(
 
 
 class MismatchesTold:
-    """Counts and tells an OutcomeMismatch on its way."""
+    """Counts and tells an OutcomeMismatch on its way, or a ReferenceNotFound."""
 
     __slots__ = ("_about", "_store", "_telemetry")
 
@@ -78,18 +78,9 @@ class MismatchesTold:
         pass
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, OutcomeMismatch):
+        if isinstance(error, OutcomeMismatch | ReferenceNotFound):
             self._telemetry.mismatches[self._about[1]].inc()
             await tell_mismatch(self._store, *self._about, error)
-
-
-async def check_own_gateway(
-    store: EventStore, payment: Payment, gateway: str, kind: Literal["charge", "refund"]
-) -> None:
-    """Raises OutcomeUnknown for a payment that was begun with another provider."""
-    if payment.gateway != gateway:
-        await tell_other_gateway(store, payment, kind)
-        raise OutcomeUnknown("only the other provider knows the outcome")
 
 
 async def tell_other_gateway(store: EventStore, payment: Payment, kind: str) -> None:

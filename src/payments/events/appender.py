@@ -19,7 +19,7 @@ from eventsourcing.persistence import StoredEvent
 from payments.backoff import Backoff
 from payments.database.connections import cut_after
 from payments.errors import DatabaseUnavailable, TooBusy
-from payments.events.store import APPEND, CAPTURED, CONFLICT, append_params
+from payments.events.store import APPEND, CAPTURED, CLAIMED, CONFLICT, append_params
 from payments.events.watch import LogWatch
 from payments.observability.logs import Repeats
 from payments.observability.metrics import Telemetry
@@ -46,6 +46,10 @@ class StreamConflict(Exception):
 
 class CaptureTaken(Exception):
     """Another payment of the same provider names the capture that is to be recorded."""
+
+
+class ReferenceTaken(Exception):
+    """Another payment of the same provider has the reference that is to be recorded."""
 
 
 class Unwanted(Exception):
@@ -168,8 +172,8 @@ class Appender:
         conflict if the event before them is not `after`, to the byte.
 
         The future's result is the position of the last event. It fails with StreamConflict,
-        CaptureTaken or AppendRefused, and with nothing else while the service runs: through an
-        outage it waits.
+        CaptureTaken, ReferenceTaken or AppendRefused, and with nothing else while the service
+        runs: through an outage it waits.
         """
         return self._submit(events, after, NEVER)
 
@@ -316,6 +320,8 @@ class _Writer:
                 append.resolve(StreamConflict(first_state))
             elif outcome == CAPTURED:
                 append.resolve(CaptureTaken())
+            elif outcome == CLAIMED:
+                append.resolve(ReferenceTaken())
             else:
                 if self._watch is not None:
                     self._watch.acknowledged(position, append.events[-1])

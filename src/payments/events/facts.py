@@ -78,7 +78,8 @@ class PaymentInitiated(Fact, frozen=True, kw_only=True):
 
     `fingerprint` is a SHA-256 over the whole request: see identity.fingerprint. `hold_until` is
     when the hold of the seats ends, if that is known: then no capture is sent any more. `legacy`:
-    of an imported one.
+    of an imported one. `provider_reference`: the provider's own id of the charge, if the client's
+    payment method names it; no other payment of that provider may name it.
     """
 
     TOPIC = "PaymentInitiated"
@@ -92,6 +93,34 @@ class PaymentInitiated(Fact, frozen=True, kw_only=True):
     gateway: str
     hold_until: Annotated[datetime, msgspec.Meta(tz=True)] | msgspec.UnsetType = msgspec.UNSET
     legacy: Legacy | msgspec.UnsetType = msgspec.UNSET
+    provider_reference: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class PaymentReferenced(Fact, frozen=True, kw_only=True):
+    """The provider prepared the charge and gave it an id of its own; nothing was captured yet."""
+
+    TOPIC = "PaymentReferenced"
+    schema_version: Literal[1] = 1
+
+    merchant_order_id: UUID
+    amount_cents: int
+    currency: str
+    provider_reference: str
+
+
+class PaymentActionRequired(Fact, frozen=True, kw_only=True):
+    """The client is told that its customer has to act before the provider captures.
+
+    `kind` is the type of the action, like "redirect". Where it leads to is never stored.
+    """
+
+    TOPIC = "PaymentActionRequired"
+    schema_version: Literal[1] = 1
+
+    merchant_order_id: UUID
+    amount_cents: int
+    currency: str
+    kind: str
 
 
 class PaymentCharged(Fact, frozen=True, kw_only=True):
@@ -195,7 +224,9 @@ class LateCaptureReturned(Fact, frozen=True, kw_only=True):
 
 # What a provider did, or did not do: all that is appended after the provider was asked.
 ProviderOutcome = (
-    PaymentCharged
+    PaymentReferenced
+    | PaymentActionRequired
+    | PaymentCharged
     | PaymentFailed
     | PaymentRefunded
     | RefundFailed
@@ -207,6 +238,8 @@ FACTS: dict[str, type[Fact]] = {
     fact.TOPIC: fact
     for fact in (
         PaymentInitiated,
+        PaymentReferenced,
+        PaymentActionRequired,
         PaymentCharged,
         PaymentFailed,
         RefundInitiated,

@@ -42,6 +42,10 @@ SELECT at, by, reason, kept_position, lost_position, lost_hash, head_position, h
   FROM log_losses WHERE kind = 'accepted' ORDER BY id
 """
 
+FOUND_SINCE = """
+SELECT EXISTS (SELECT FROM log_losses WHERE kind = 'found' AND at >= %(moment)s)
+"""
+
 # Somebody has accepted the loss of this position since. An id that a restore took back is none.
 ACCEPTED_SINCE = """
 SELECT 1 FROM log_losses
@@ -113,6 +117,12 @@ async def log_id(database: Database) -> UUID | None:
 async def open_loss(database: Database) -> OpenLoss | None:
     rows = await database.fetch(OPEN_LOSS)
     return OpenLoss(*rows[0]) if rows else None
+
+
+async def found_since(database: Database, moment: datetime) -> bool:
+    """Whether a loss was found at this time or later, accepted since or not."""
+    ((found,),) = await database.fetch(FOUND_SINCE, {"moment": moment})
+    return bool(found)
 
 
 async def add(

@@ -263,7 +263,8 @@ SELECT originator_id, min(notification_id) FILTER (WHERE topic = 'PaymentCharged
 """
 
 # The outcomes of an append.
-APPENDED, REPEATED, CONFLICT, CAPTURED = "appended", "repeated", "conflict", "captured"
+APPENDED, REPEATED, CONFLICT = "appended", "repeated", "conflict"
+CAPTURED, CLAIMED = "captured", "claimed"
 
 
 class LogEntry(NamedTuple):

@@ -1,4 +1,4 @@
-"""The provider that the settings name, built."""
+"""The providers that the settings name, built."""
 
 import importlib
 from pathlib import Path
@@ -6,44 +6,61 @@ from typing import Literal
 
 from payments.errors import StartError, told
 from payments.gateways import Gateway
+from payments.gateways.chosen import Gateways
 from payments.gateways.ledger_file import LOCK_WAIT_S
 from payments.gateways.simulated import SimulatedGateway
 from payments.opening import data_dir
+from payments.setting_values import GATEWAY_NAME
 from payments.settings import Settings
 
-LEDGER_NAME = "simulated-ledger.sqlite"  # in PAYMENTS_DATA_DIR
-EARLIER_LEDGER_NAME = "simulated-ledger.jsonl"
+SIMULATED = "simulated"
+EARLIER_LEDGER_NAME = "simulated-ledger.jsonl"  # in PAYMENTS_DATA_DIR
 GATEWAY_MEMBERS = (
-    *("name", "safe_retry_s", "late_capture_s"),
-    *("charge", "find_charge", "refund", "find_refund", "close"),
+    *("name", "knows_our_id", "charge_retry_s", "refund_retry_s", "late_capture_s"),
+    *("declines_may_turn_s", "refuses", "reference", "needs_preparing", "account", "prepare"),
+    *("charge", "find_charge", "cancel", "refund", "find_refund", "close"),
 )
 
 
-def build_gateway(settings: Settings, *, to: Literal["call", "look"] = "call") -> Gateway:
-    """The provider that GATEWAY names; StartError if it or its settings do not fit.
+def build_gateways(settings: Settings, *, to: Literal["call", "look"] = "call") -> list[Gateway]:
+    """The providers that GATEWAYS names, the default one first; StartError if one or its settings
+    do not fit, or GATEWAY_BY_CURRENCY.
 
-    To "look" at what it says of itself the simulated one does without its ledger.
+    To "look" at what they say of themselves, simulated ones do without their ledgers.
     """
-    if ":" in settings.gateway:
-        return _plugged_in_gateway(settings)
+    built = [_build(settings, named, to) for named in settings.gateways]
+    Gateways(built, dict(settings.gateway_by_currency))  # before a database is opened
+    return built
+
+
+def _build(settings: Settings, named: str, to: Literal["call", "look"]) -> Gateway:
+    if ":" in named:
+        return _plugged_in_gateway(settings, named)
     if settings.simulated_ledger == "" or to == "look":
-        return SimulatedGateway(None, settings.simulated_faults)
+        return SimulatedGateway(None, settings.simulated_faults, name=named)
     # It must not wait for its ledger for longer than it is waited for: behind what waits already.
     lock_wait_s = min(LOCK_WAIT_S, settings.gateway_timeout_s / 2)
+    first = named == SIMULATED
     if settings.simulated_ledger is not None:
-        ledger, earlier = Path(settings.simulated_ledger), None
+        given = Path(settings.simulated_ledger)
+        ledger, earlier = given if first else given.with_name(f"{given.name}-{named}"), None
     else:
         directory = data_dir(settings)
-        ledger, earlier = directory / LEDGER_NAME, directory / EARLIER_LEDGER_NAME
+        ledger = directory / f"{named}-ledger.sqlite"
+        earlier = directory / EARLIER_LEDGER_NAME if first else None
     return SimulatedGateway(
-        ledger, settings.simulated_faults, earlier=earlier, lock_wait_s=lock_wait_s
+        ledger,
+        settings.simulated_faults,
+        name=named,
+        earlier=earlier,
+        lock_wait_s=lock_wait_s,
     )
 
 
-def _plugged_in_gateway(settings: Settings) -> Gateway:
+def _plugged_in_gateway(settings: Settings, spec: str) -> Gateway:
     """Whatever is wrong with somebody else's module is told in one line."""
-    module, _, factory = settings.gateway.partition(":")
-    named = f"GATEWAY: {settings.gateway!r}"
+    module, _, factory = spec.partition(":")
+    named = f"GATEWAYS: {spec!r}"
     try:
         build = getattr(importlib.import_module(module), factory)
     except Exception as error:
@@ -57,4 +74,9 @@ def _plugged_in_gateway(settings: Settings) -> Gateway:
     missing = [name for name in GATEWAY_MEMBERS if not hasattr(gateway, name)]
     if missing:
         raise StartError(f"{named} returned no gateway: it lacks {', '.join(missing)}")
+    # It is in events, SQL and metrics, and typed by operators.
+    if not isinstance(gateway.name, str) or not GATEWAY_NAME.fullmatch(gateway.name):
+        raise StartError(
+            f"{named} returned a gateway whose name is not 1 to 64 letters, digits and ._-"
+        )
     return gateway

@@ -9,9 +9,12 @@ Whatever else goes wrong may have gone wrong after the provider acted.
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import NamedTuple, NoReturn, TypeVar
+from urllib.parse import urlencode
+from uuid import UUID
 
 import httpx
 import msgspec
@@ -32,22 +35,39 @@ CONNECT_SHARE = 0.3
 
 _NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
+# Reset, closed, or no HTTP. What cannot be sent (LocalProtocolError) is a mistake made here.
+_OUTAGES = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError, OSError)
+
+JSON_TYPE = "application/json"
+FORM_TYPE = "application/x-www-form-urlencoded"
 
 T = TypeVar("T")
 
 
 class ProviderResponse(NamedTuple):
-    """HTTP status and body, as received."""
+    """HTTP status and body, as received; of the headers those that were asked for, by these
+    names, as far as they were there."""
 
     status: int
     body: bytes
+    headers: Mapping[str, str] = MappingProxyType({})
+
+    @property
+    def is_outage(self) -> bool:
+        """Whether the provider says that it is down or overloaded."""
+        return self.status == 429 or self.status >= 500
+
+    def unexpected(self) -> NoReturn:
+        """Raises OutcomeUnknown: the provider's documentation gives this response no meaning."""
+        raise OutcomeUnknown(f"the provider answered {self.status}", is_outage=self.is_outage)
 
     def read(self, decoder: msgspec.json.Decoder[T]) -> T:
         """The body as what the decoder expects; OutcomeUnknown if it is anything else."""
         try:
             return decoder.decode(self.body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise OutcomeUnknown(f"invalid response with status {self.status}") from None
+            reason = f"invalid response with status {self.status}"
+            raise OutcomeUnknown(reason, is_outage=self.is_outage) from None
 
 
 class ProviderHttp:
@@ -95,29 +115,42 @@ class ProviderHttp:
         timeout_s: float,
         headers: Mapping[str, str] | None = None,
         body: object = None,
+        form: Mapping[str, object] | None = None,
+        response_headers: Sequence[str] = (),
+        response_bytes_max: int = ANSWER_BYTES_MAX,
     ) -> ProviderResponse:
-        """Sends one request, `body` as JSON if it is not None, and returns the answer, any status.
+        """Sends one request, and returns the response, any status, with these of its headers.
 
-        Takes at most `timeout_s` in all. Raises NeverSent or OutcomeUnknown, whose messages hold
-        neither headers nor path nor bodies.
+        `body` is sent as JSON, or `form` as encode_form makes it. Takes at most `timeout_s` in all.
+        Raises NeverSent or OutcomeUnknown, whose messages hold neither headers nor path nor bodies;
+        `is_outage` says whether that is for the breaker to count. ValueError or TypeError for what
+        cannot be sent.
         """
         if timeout_s <= 0 or self._closed:
-            raise NeverSent(f"{self._origin}: {'closed' if self._closed else 'no time left'}")
-        request = self._request(method, path, timeout_s, headers or {}, body)
+            reason = "closed" if self._closed else "no time left"
+            raise NeverSent(f"{self._origin}: {reason}", is_outage=False)
+        if body is not None and form is not None:
+            raise ValueError("either body or form")
+        content_type = FORM_TYPE if form is not None else JSON_TYPE
+        content = msgspec.json.encode(body) if body is not None else None
+        content = encode_form(form) if form is not None else content
+        request = self._request(method, path, timeout_s, headers or {}, content, content_type)
         try:
             async with (
                 asyncio.timeout(timeout_s),
                 self._connection(timeout_s * CONNECT_SHARE) as connection,
             ):
-                return await _exchange(connection, request)
+                return await _exchange(connection, request, response_headers, response_bytes_max)
         except (NeverSent, OutcomeUnknown):
             raise
         except _NEVER_SENT as error:
             raise NeverSent(f"{self._origin}: {type(error).__name__}") from None
         except TimeoutError:
-            raise OutcomeUnknown(f"{self._origin}: no response within {timeout_s:g} s") from None
+            reason = f"no response within {timeout_s:g} s"
+            raise OutcomeUnknown(f"{self._origin}: {reason}", is_outage=True) from None
         except Exception as error:  # noqa: BLE001 - not only httpx's own: no library is complete
-            raise OutcomeUnknown(f"{self._origin}: {type(error).__name__}") from None
+            reason, is_outage = type(error).__name__, isinstance(error, _OUTAGES)
+            raise OutcomeUnknown(f"{self._origin}: {reason}", is_outage=is_outage) from None
 
     async def close(self) -> None:
         """Closes the idle connections; those in use are closed when their exchange is over."""
@@ -126,7 +159,13 @@ class ProviderHttp:
             await self._idle.pop().aclose()
 
     def _request(
-        self, method: str, path: str, timeout_s: float, headers: Mapping[str, str], body: object
+        self,
+        method: str,
+        path: str,
+        timeout_s: float,
+        headers: Mapping[str, str],
+        content: bytes | None,
+        content_type: str,
     ) -> httpx.Request:
         if not path.startswith("/"):
             raise ValueError("path must begin with /")
@@ -134,8 +173,8 @@ class ProviderHttp:
         return httpx.Request(
             method,
             self._base_url + path,
-            headers=_merged(self._headers, headers, body),
-            content=None if body is None else msgspec.json.encode(body),
+            headers=_merged(self._headers, headers, None if content is None else content_type),
+            content=content,
             extensions={"timeout": every_wait.as_dict()},
         )
 
@@ -146,7 +185,8 @@ class ProviderHttp:
             async with asyncio.timeout(wait_s):
                 await self._free.acquire()
         except TimeoutError:
-            raise NeverSent(f"{self._origin}: all connections are in use") from None
+            reason = "all connections are in use"
+            raise NeverSent(f"{self._origin}: {reason}", is_outage=False) from None
         try:
             connection = self._idle.pop() if self._idle else self._new_connection()
             sound = False
@@ -174,26 +214,60 @@ class ProviderHttp:
         )
 
 
+def encode_form(form: Mapping[str, object]) -> bytes:
+    """As application/x-www-form-urlencoded. Equal forms give equal bytes, in the order of their
+    keys: a provider may take other bytes under the same idempotency key for another request.
+
+    Values are text, whole numbers, booleans or UUIDs; mappings become `metadata[payment_id]`,
+    sequences `expand[]`; what is None is left out. TypeError for anything else.
+    """
+    return urlencode(list(_pairs("", form))).encode()
+
+
+def _pairs(name: str, value: object) -> Iterator[tuple[str, str]]:
+    match value:
+        case None:
+            return
+        case bool():
+            yield name, "true" if value else "false"
+        case str() | int() | UUID():
+            yield name, str(value)
+        case Mapping():
+            for key in sorted(value):
+                yield from _pairs(f"{name}[{key}]" if name else key, value[key])
+        case list() | tuple():
+            for each in value:
+                yield from _pairs(f"{name}[]", each)
+        case _:
+            raise TypeError(f"a form cannot hold {type(value).__name__}")
+
+
 async def _exchange(
-    connection: httpx.AsyncHTTPTransport, request: httpx.Request
+    connection: httpx.AsyncHTTPTransport,
+    request: httpx.Request,
+    headers: Sequence[str],
+    bytes_max: int,
 ) -> ProviderResponse:
     response = await connection.handle_async_request(request)
     try:
         body = bytearray()
         async for part in response.aiter_raw():  # undecoded: a compressed answer stays small
             body += part
-            if len(body) > ANSWER_BYTES_MAX:
-                raise OutcomeUnknown(f"response of more than {ANSWER_BYTES_MAX} bytes")
-        return ProviderResponse(response.status_code, bytes(body))
+            if len(body) > bytes_max:
+                raise OutcomeUnknown(f"response of more than {bytes_max} bytes")
+        found = {name: response.headers[name] for name in headers if name in response.headers}
+        return ProviderResponse(response.status_code, bytes(body), found)
     finally:
         await response.aclose()
 
 
-def _merged(common: httpx.Headers, own: Mapping[str, str], body: object) -> httpx.Headers:
+def _merged(
+    common: httpx.Headers, own: Mapping[str, str], content_type: str | None
+) -> httpx.Headers:
     merged = common.copy()
     merged.update(own)
-    if body is not None:
-        merged["content-type"] = "application/json"
+    if content_type is not None:
+        merged["content-type"] = content_type
     return merged
 
 

@@ -28,8 +28,11 @@ ADD_REFUND = "INSERT INTO refunds VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
 GIVE_BACK = "UPDATE charges SET refunded_cents = refunded_cents + ? WHERE id = ?"
 CHARGE = "SELECT amount_cents, currency, outcome FROM charges WHERE id = ?"
 REFUND = "SELECT amount_cents, currency, outcome FROM refunds WHERE id = ?"
+ADD_BEGINNING = "INSERT INTO beginnings VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
+BEGINNING = "SELECT method, at FROM beginnings WHERE id = ?"
 REFUNDED = "SELECT refunded_cents FROM charges WHERE id = ?"
 FORGET_CHARGES = "DELETE FROM charges WHERE rowid <= (SELECT max(rowid) FROM charges) - ?"
+FORGET_BEGINNINGS = "DELETE FROM beginnings WHERE at < strftime('%s', 'now') - 86400"
 FORGET_REFUNDS = "DELETE FROM refunds WHERE rowid <= (SELECT max(rowid) FROM refunds) - ?"
 
 
@@ -50,8 +53,16 @@ class LedgerRefund(Decision, frozen=True, array_like=True, kw_only=True):
     payment_id: UUID
 
 
+class Beginning(NamedTuple):
+    """Of a charge in steps: the payment method that says which, and when (seconds since 1970)."""
+
+    id: UUID
+    method: str
+    at: float
+
+
 class Question(NamedTuple):
-    """CHARGE or REFUND, and the id that is asked about."""
+    """CHARGE, REFUND or BEGINNING, and the id that is asked about."""
 
     query: str
     id: UUID
@@ -59,7 +70,7 @@ class Question(NamedTuple):
 
 # What becomes of a refund, given the charge (None: there is none) and the cents given back so far.
 RefundRule = Callable[[ProviderRefund, Decision | None, int], str]
-Asked = Decision | ProviderRefund | Question
+Asked = Decision | ProviderRefund | Question | Beginning
 
 
 class LedgerFile:
@@ -116,6 +127,8 @@ class LedgerFile:
                 if isinstance(each, Decision)
                 else self._refund(each)
                 if isinstance(each, ProviderRefund)
+                else self._begin(each)
+                if isinstance(each, Beginning)
                 else self._find(*each)
                 for each in asked
             ]
@@ -137,6 +150,7 @@ class LedgerFile:
             if self.path is None:
                 self._connection.execute(FORGET_CHARGES, [RECENT_MAX])
                 self._connection.execute(FORGET_REFUNDS, [RECENT_MAX])
+                self._connection.execute(FORGET_BEGINNINGS)
             self._connection.execute("COMMIT")
         except BaseException:
             self._connection.rollback()
@@ -156,7 +170,8 @@ class LedgerFile:
         return self._connection.execute(ADD_CHARGES[len(charges) - 1], list(values)).rowcount
 
     def _refund(self, refund: ProviderRefund) -> Decision:
-        if standing := self._find(REFUND, refund.refund_id):
+        standing: Decision | None = self._find(REFUND, refund.refund_id)
+        if standing:
             return standing
         charge = self._find(CHARGE, refund.payment_id)
         given_back = self._row(REFUNDED, refund.payment_id) or (0,)
@@ -184,10 +199,19 @@ class LedgerFile:
                     self._charge([decision])
         self._connection.execute("PRAGMA wal_checkpoint")
 
-    def _find(self, query: str, id: UUID) -> Decision | None:
+    def _begin(self, beginning: Beginning) -> Beginning:
+        """The one that stands."""
+        self._connection.execute(ADD_BEGINNING, [str(beginning.id), *beginning[1:]])
+        standing: Beginning = self._find(BEGINNING, beginning.id)
+        return standing
+
+    def _find(self, query: str, id: UUID) -> Any:
+        """A Decision or a Beginning, as the query says; None if there is none."""
         row = self._row(query, id)
         if row is None:
             return None
+        if query == BEGINNING:
+            return Beginning(id, *row)
         amount_cents, currency, outcome = row
         return Decision(id=id, amount_cents=amount_cents, currency=currency, outcome=outcome)
 

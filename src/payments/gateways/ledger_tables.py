@@ -26,6 +26,15 @@ CREATE TABLE refunds (
     payment_id   TEXT NOT NULL
 );
 """
+# Earlier versions made ledgers without it.
+BEGINNINGS = """
+CREATE TABLE IF NOT EXISTS beginnings (
+    id     TEXT PRIMARY KEY NOT NULL, -- the payment's
+    method TEXT NOT NULL,
+    at     REAL NOT NULL -- seconds since 1970
+) WITHOUT ROWID
+"""
+HAS_BEGINNINGS = "SELECT 1 FROM sqlite_master WHERE name = 'beginnings'"
 NAME = "INSERT INTO ledger (id) VALUES (?)"
 
 
@@ -64,7 +73,7 @@ def _make_tables(connection: sqlite3.Connection, tables: str) -> None:
             "its file system does not support the shared memory that WAL needs"
         )
     connection.execute("PRAGMA synchronous = NORMAL")
-    if is_made():
+    if is_made() and connection.execute(HAS_BEGINNINGS).fetchone():
         return
     connection.execute("BEGIN IMMEDIATE")
     if not is_made():
@@ -72,6 +81,7 @@ def _make_tables(connection: sqlite3.Connection, tables: str) -> None:
             connection.execute(statement)
         connection.execute(NAME, [str(uuid4())])
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(BEGINNINGS)
     connection.execute("COMMIT")
 
 

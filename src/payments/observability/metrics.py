@@ -26,6 +26,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from payments.money import DEFAULT_CURRENCY
+from payments.observability.gateway_metrics import GatewayFamilies
 
 Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 Value = TypeVar("Value", str, tuple[str, str])
@@ -40,8 +41,6 @@ UNSETTLED_KINDS = ("charge", "abandoned", "declined", "late_capture", "refund")
 STANDBYS = ("synchronous", "asynchronous")
 SETTLING_OUTCOMES = ("settled", "open", "unknown", "mismatch", "other_gateway")
 FOLLOWERS = ("payments", "callbacks", "seals")
-GATEWAY_OPERATIONS = ("charge", "find_charge", "refund", "find_refund")
-GATEWAY_OUTCOMES = ("approved", "declined", "not_found", "unknown", "never_sent")
 CALLBACK_OUTCOMES = (*("delivered", "gone", "http_error", "unreachable", "timeout", "end_unknown"),)
 UNFULFILLED_STATES = ("suspect", "silent", "unfulfilled", "paid_twice")
 BREAKER_STATES = ("closed", "open", "half_open")
@@ -96,7 +95,7 @@ class Telemetry:
         self._add_command_metrics(registry)
         self._add_follower_metrics()
         self._add_open_payment_metrics()
-        self._add_gateway_metrics()
+        self.of_gateway = GatewayFamilies(registry, _SECONDS).of
         self._add_append_metrics(registry)
         self._add_database_metrics(registry)
         self._add_callback_metrics(registry)
@@ -170,23 +169,6 @@ class Telemetry:
             "Provider responses that contradict the request or the recorded events",
             ["operation"],
             ("charge", "refund"),
-        )
-
-    def _add_gateway_metrics(self) -> None:
-        self.gateway_calls = self._labelled(
-            Counter,
-            "payments_gateway_calls",
-            "Provider calls by operation and outcome",
-            ["operation", "outcome"],
-            product(GATEWAY_OPERATIONS, GATEWAY_OUTCOMES),
-        )
-        self.gateway_seconds = self._labelled(
-            Histogram,
-            "payments_gateway_call_duration_seconds",
-            "Duration of provider calls that had an outcome",
-            ["operation"],
-            GATEWAY_OPERATIONS,
-            buckets=_SECONDS,
         )
 
     def _add_append_metrics(self, registry: CollectorRegistry) -> None:
@@ -425,6 +407,13 @@ class Telemetry:
             "Age of the oldest unsettled payment, mismatches excluded",
             ["kind"],
             UNSETTLED_KINDS,
+            registry=known,
+        )
+        # Only the log knows which providers there were: each has a series once one is found.
+        self.unconfigured = Gauge(
+            "payments_unsettled_unconfigured",
+            "Unsettled payments of providers that are not configured, as settling found them",
+            ["gateway"],
             registry=known,
         )
         self.pending = Gauge("payments_pending", "Payments with status PENDING", registry=known)

@@ -19,9 +19,11 @@ from payments.errors import (
 from payments.events.facts import (
     LateCaptureFound,
     LateCaptureReturned,
+    PaymentActionRequired,
     PaymentCharged,
     PaymentFailed,
     PaymentInitiated,
+    PaymentReferenced,
     PaymentRefunded,
     RefundFailed,
     RefundInitiated,
@@ -68,9 +70,14 @@ def is_held_for(hold_until: datetime | None, now: datetime, seconds: float) -> b
 
 
 def initiate(
-    request: ChargeRequest, gateway: str, cause: Cause, hold_until: datetime | None = None
+    request: ChargeRequest,
+    gateway: str,
+    cause: Cause,
+    hold_until: datetime | None = None,
+    provider_reference: str | None = None,
 ) -> PaymentInitiated:
-    """`hold_until` is no part of the request: the first one that is stored counts."""
+    """`hold_until` is no part of the request: the first one that is stored counts.
+    `provider_reference` is the provider's own id of the charge, if the payment method names it."""
     return PaymentInitiated(
         payment_id=payment_id_for(request.idempotency_key),
         version=1,
@@ -81,6 +88,7 @@ def initiate(
         currency=request.currency,
         gateway=gateway,
         hold_until=msgspec.UNSET if hold_until is None else hold_until,
+        provider_reference=msgspec.UNSET if provider_reference is None else provider_reference,
         **_metadata(cause),
     )
 
@@ -116,6 +124,26 @@ def charge_outcome(
     if known.provider_txn_id != outcome.provider_txn_id:
         raise OutcomeMismatch("the provider has captured the payment twice")
     return None
+
+
+def referenced(payment: Payment, reference: str, cause: Cause) -> PaymentReferenced | None:
+    """The event for the id that the provider gave the charge when it prepared it.
+
+    None also if the payment has an outcome by now: then nothing may be captured under it.
+    Raises OutcomeMismatch if the charge has another one.
+    """
+    if payment.provider_reference not in (None, reference):
+        raise OutcomeMismatch("the provider has prepared the charge twice")
+    if payment.provider_reference is not None or payment.status is not Status.PENDING:
+        return None
+    return PaymentReferenced(provider_reference=reference, **_next(payment, payment, cause))
+
+
+def require_action(payment: Payment, kind: str, cause: Cause) -> PaymentActionRequired | None:
+    """The event for a client that is told, for the first time, that its customer has to act."""
+    if payment.action_required or payment.status is not Status.PENDING:
+        return None
+    return PaymentActionRequired(kind=kind, **_next(payment, payment, cause))
 
 
 def abandon(payment: Payment, cause: Cause) -> PaymentFailed | None:

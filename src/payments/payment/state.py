@@ -7,7 +7,7 @@ decisions.py for the next event, and append it.
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -16,13 +16,17 @@ from payments.events.facts import (
     Fact,
     LateCaptureFound,
     LateCaptureReturned,
+    PaymentActionRequired,
     PaymentCharged,
     PaymentFailed,
     PaymentInitiated,
+    PaymentReferenced,
     PaymentRefunded,
     RefundFailed,
     RefundInitiated,
 )
+
+T = TypeVar("T")
 
 ABANDONED, DECLINED = "abandoned", "declined"  # why a payment is FAILED
 IMPORTED = "imported"  # or it was FAILED in the service before this one, which did not say why
@@ -80,7 +84,9 @@ class Payment(msgspec.Struct, frozen=True, kw_only=True):
     """A payment as its events so far describe it.
 
     `imported`: the service before this one charged it. Nobody is asked what became of that, and
-    nothing of it is called back.
+    nothing of it is called back. `provider_reference` is the provider's own id of the charge, None
+    while it has none, or if the provider knows it by our id. `action_required`: the client was told
+    that its customer has to act.
     """
 
     id: UUID
@@ -96,6 +102,8 @@ class Payment(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime
     updated_at: datetime
     hold_until: datetime | None = None
+    provider_reference: str | None = None
+    action_required: bool = False
     provider_txn_id: str | None = None
     failure: str | None = None
     decline_code: str | None = None
@@ -107,6 +115,11 @@ class Payment(msgspec.Struct, frozen=True, kw_only=True):
     def outcome(self) -> Status:
         """What its charge came to: PENDING, SUCCESS or FAILED, whatever was refunded since."""
         return Status.SUCCESS if self.status is Status.REFUNDED else self.status
+
+    @property
+    def awaits_action(self) -> bool:
+        """Whether the provider captures nothing before the customer has acted."""
+        return self.action_required and self.status is Status.PENDING
 
     @property
     def declined(self) -> bool:
@@ -214,7 +227,8 @@ def _begin(fact: PaymentInitiated) -> Payment:
         gateway=fact.gateway,
         status=Status.PENDING,
         created_at=fact.occurred_at,
-        hold_until=None if fact.hold_until is msgspec.UNSET else fact.hold_until,
+        hold_until=_unless_unset(fact.hold_until),
+        provider_reference=_unless_unset(fact.provider_reference),
         updated_at=fact.occurred_at if not fact.legacy else fact.legacy.updated_at,
         provider_txn_id=None if not fact.legacy else fact.legacy.provider_txn_id,
         imported=fact.imported is True,
@@ -223,6 +237,26 @@ def _begin(fact: PaymentInitiated) -> Payment:
 
 def _initiated(payment: Payment, fact: PaymentInitiated) -> dict[str, Any]:
     raise UnexpectedEvent("a payment begins once")
+
+
+def _unless_unset(value: T | msgspec.UnsetType) -> T | None:
+    return None if value is msgspec.UNSET else value
+
+
+def _referenced(payment: Payment, fact: PaymentReferenced) -> dict[str, Any]:
+    fits = payment.status is Status.PENDING and payment.provider_reference is None
+    _check(payment, fact, fits, payment.amount_cents)
+    return {"provider_reference": fact.provider_reference}
+
+
+def _action_required(payment: Payment, fact: PaymentActionRequired) -> dict[str, Any]:
+    _check(
+        payment,
+        fact,
+        not payment.action_required and payment.status is Status.PENDING,
+        payment.amount_cents,
+    )
+    return {"action_required": True}
 
 
 def _charged(payment: Payment, fact: PaymentCharged) -> dict[str, Any]:
@@ -335,6 +369,8 @@ def _check(payment: Payment, fact: Any, fits: bool, amount_cents: int) -> None:
 
 _CHANGES: dict[type[Fact], Callable[[Payment, Any], dict[str, Any]]] = {
     PaymentInitiated: _initiated,
+    PaymentReferenced: _referenced,
+    PaymentActionRequired: _action_required,
     PaymentCharged: _charged,
     PaymentFailed: _failed,
     RefundInitiated: _refund_initiated,

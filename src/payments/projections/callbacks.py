@@ -1,4 +1,5 @@
-"""The callback outbox: one row for each outcome of a payment.
+"""The callback outbox: one row for each outcome of a payment and, if enabled, for an action that
+the customer has to take.
 
 Written in the transaction of the follower's position, so no outcome is skipped or repeated. An
 order with due callbacks has a lane: see callback_lanes in migrations/0003. A paid order receives
@@ -15,6 +16,7 @@ from payments.database.arrays import bigints, integers, texts, timestamps, uuids
 from payments.database.connections import Database
 from payments.events.facts import (
     FACTS,
+    PaymentActionRequired,
     PaymentCharged,
     PaymentFailed,
     PaymentRefunded,
@@ -22,6 +24,7 @@ from payments.events.facts import (
 )
 from payments.events.store import LOAD_STREAMS, READ_LOG, LogEntry, fact_of, read_events
 from payments.payment.identity import is_of_unfulfilled, unfulfilled_refund_id
+from payments.setting_values import ACTION_REQUIRED
 
 BACKFILL_EVENTS = 1000  # events in one transaction
 
@@ -47,7 +50,8 @@ SELECT id, now() + place * interval '1 microsecond', %(late)b
               CASE WHEN NOT freed THEN l.not_before END,
               l.failing AND NOT freed
          FROM (SELECT l.in_flight IS NULL AND l.order_id = ANY (%(paid)b::uuid[])
-                  AND coalesce((SELECT d.status <> 'SUCCESS' FROM callback_deliveries d
+                  AND coalesce((SELECT d.status IS DISTINCT FROM 'SUCCESS'
+                                  FROM callback_deliveries d
                                  WHERE d.order_id = l.order_id AND d.state = 'due'
                                  ORDER BY d.position LIMIT 1), false)) AS lane (freed))
 """
@@ -60,8 +64,9 @@ ENQUEUE = """
 INSERT INTO callback_deliveries (event_id, position, order_id, payment_id, sequence, status,
                                  amount_cents, currency, occurred_at, state, traceparent,
                                  finished_at)
-SELECT event_id, position, order_id, payment_id, sequence, status, amount_cents, currency,
-       occurred_at, state, traceparent, CASE WHEN state <> 'due' THEN clock_timestamp() END
+SELECT event_id, position, order_id, payment_id, sequence, nullif(status, 'ACTION_REQUIRED'),
+       amount_cents, currency, occurred_at, state, traceparent,
+       CASE WHEN state <> 'due' THEN clock_timestamp() END
   FROM unnest(%b::uuid[], %b::bigint[], %b::uuid[], %b::uuid[], %b::bigint[], %b::text[],
               %b::integer[], %b::text[], %b::timestamptz[], %b::text[], %b::text[])
     AS new (event_id, position, order_id, payment_id, sequence, status, amount_cents, currency,
@@ -74,7 +79,7 @@ SUPERSEDE = """
 SELECT supersede_callbacks(%(orders)b::uuid[]), close_callback_lanes(%(orders)b::uuid[])
 """
 
-Outcome = PaymentCharged | PaymentFailed | PaymentRefunded
+Outcome = PaymentActionRequired | PaymentCharged | PaymentFailed | PaymentRefunded
 
 
 class _Owed(NamedTuple):
@@ -93,7 +98,7 @@ class CallbacksProjection:
 
     Also excluded are imported outcomes, which the earlier service sent, and a REFUNDED that the
     service gave back by itself: its order has failed, and its seats may belong to another order
-    now.
+    now. An ACTION_REQUIRED that is not sent has no row.
     """
 
     name = "callbacks"
@@ -118,7 +123,12 @@ class CallbacksProjection:
 
         `late`: they may be many, and must not delay new callbacks.
         """
-        owed = [found for event in events if (found := _owed(event)) is not None]
+        owed = [
+            found
+            for event in events
+            if (found := _owed(event)) is not None
+            and (found.status != ACTION_REQUIRED or ACTION_REQUIRED in self._statuses)
+        ]
         if not owed:
             return 0
         # Also orders without a new row: the outcome may supersede callbacks that are due already.
@@ -213,6 +223,8 @@ def _owed(event: LogEntry) -> _Owed | None:
             status = "FAILED"
         case PaymentRefunded.TOPIC:
             status = "REFUNDED"
+        case PaymentActionRequired.TOPIC:
+            status = ACTION_REQUIRED
         case topic if topic in FACTS:
             return None
         case topic:

@@ -109,13 +109,15 @@ SELECT * FROM unnest(%b, %b, %b, %b, %b)
 
 class PaymentsProjection:
     """`settle_after_s`: how long an open payment is left to the request that opened it;
-    `declines_may_turn_s`: that of the gateway."""
+    `declines_may_turn_s`: by the name of the provider, for those whose declines may turn."""
 
     name = "payments"
 
-    def __init__(self, settle_after_s: float, declines_may_turn_s: float = 0.0) -> None:
+    def __init__(
+        self, settle_after_s: float, declines_may_turn_s: Mapping[str, float] | None = None
+    ) -> None:
         self._settle_after_s = settle_after_s
-        self._declines_may_turn_s = declines_may_turn_s
+        self._declines_may_turn_s = declines_may_turn_s or {}
 
     async def apply(
         self, connection: psycopg.AsyncConnection[Any], events: Sequence[LogEntry]
@@ -144,12 +146,13 @@ class PaymentsProjection:
         settled, open_ids, kinds, since, due_in_s = [], [], [], [], []
         for payment in payments:
             reason = payment.unsettled
-            turning = payment.declined and payment.late_capture is None
-            if reason is not None or (turning and self._declines_may_turn_s > 0):
+            turning_s = self._declines_may_turn_s.get(payment.gateway, 0.0)
+            turning = turning_s > 0 and payment.declined and payment.late_capture is None
+            if reason is not None or turning:
                 open_ids.append(payment.id)
                 kinds.append(DECLINED if reason is None else reason.kind)
                 since.append(payment.updated_at if reason is None else reason.since)
-                wait_s = self._declines_may_turn_s if reason is None else self._settle_after_s
+                wait_s = turning_s if reason is None else self._settle_after_s
                 due_in_s.append(wait_s)
             elif payment.id in earlier:  # one that began in this batch was never listed
                 settled.append(payment.id)

@@ -16,8 +16,8 @@ from payments.queries.payments import get_payment
 
 # With the lane's next_at for due deliveries, and the last attempt.
 _DELIVERIES = """
-SELECT d.event_id, d.order_id, d.payment_id, d.status, d.sequence, d.state, d.attempts,
-       d.enqueued_at, d.finished_at,
+SELECT d.event_id, d.order_id, d.payment_id, coalesce(d.status, 'ACTION_REQUIRED'), d.sequence,
+       d.state, d.attempts, d.enqueued_at, d.finished_at,
        CASE WHEN d.state = 'due' THEN (
             SELECT l.next_at FROM callback_lanes l WHERE l.order_id = d.order_id) END,
        (SELECT concat_ws(' ', a.outcome, a.status, a.reason) FROM callback_attempts a
@@ -44,7 +44,7 @@ SELECT event_id FROM callback_deliveries WHERE state = %b ORDER BY position
 IDS_SINCE = """
 SELECT event_id FROM callback_deliveries
  WHERE state IN ('due', 'delivered', 'dead') AND occurred_at >= %b
-   AND (status <> 'FAILED' OR %b) ORDER BY position
+   AND (status IN ('SUCCESS', 'REFUNDED') OR status = 'FAILED' AND %b) ORDER BY position
 """
 
 BACKLOG = """
@@ -59,6 +59,8 @@ SELECT greatest(0, extract(epoch FROM clock_timestamp() - due_since))::float8
   FROM callback_deliveries WHERE state = 'due' ORDER BY due_since LIMIT 1
 """
 
+CallbackStatus = Literal["SUCCESS", "FAILED", "REFUNDED", "ACTION_REQUIRED"]
+
 
 class Delivery(NamedTuple):
     """One callback. `state`: due, delivered, dead, superseded or excluded: see migrations/0003.
@@ -70,7 +72,7 @@ class Delivery(NamedTuple):
     event_id: UUID
     order_id: UUID
     payment_id: UUID
-    status: Literal["SUCCESS", "FAILED", "REFUNDED"]
+    status: CallbackStatus
     sequence: int
     state: Literal["due", "delivered", "dead", "superseded", "excluded"]
     attempts: int
@@ -121,7 +123,7 @@ class CallbackView(msgspec.Struct, frozen=True, kw_only=True):
 
     event_id: UUID
     order_id: UUID
-    status: Literal["SUCCESS", "FAILED", "REFUNDED"]
+    status: CallbackStatus
     sequence: int
     state: Literal["due", "delivered", "dead", "superseded", "excluded"]
     enqueued_at: Time
@@ -199,7 +201,7 @@ async def deliveries_of_order(database: Database, order_id: UUID, limit: int) ->
 
 
 async def deliveries_of_payment(database: Database, payment_id: UUID) -> list[Delivery]:
-    """Ordered by sequence; a payment has at most three outcomes."""
+    """Ordered by sequence; a payment has at most three outcomes, and one action."""
     return await _deliveries(database, OF_PAYMENT, 100, payment_id)
 
 

@@ -17,9 +17,11 @@ from payments.events.facts import (
     LateCaptureFound,
     LateCaptureReturned,
     Legacy,
+    PaymentActionRequired,
     PaymentCharged,
     PaymentFailed,
     PaymentInitiated,
+    PaymentReferenced,
     PaymentRefunded,
     RefundFailed,
     RefundInitiated,
@@ -135,9 +137,11 @@ def _words(fact: Fact) -> str:
         case PaymentInitiated():
             until = fact.hold_until
             held = "" if isinstance(until, UnsetType) else f", seats held until {time_text(until)}"
+            reference = fact.provider_reference
+            known = "" if isinstance(reference, UnsetType) else f", where it is {reference}"
             return (
-                f"charge of {_amount(fact)} requested with the key {fact.idempotency_key}, for "
-                f"the order {fact.merchant_order_id}, at the provider {fact.gateway}{held}"
+                f"charge of {_amount(fact)} requested with the key {fact.idempotency_key}, for the "
+                f"order {fact.merchant_order_id}, at the provider {fact.gateway}{known}{held}"
             )
         case PaymentCharged():
             return f"the provider captured {_amount(fact)} as {fact.provider_txn_id}"
@@ -163,6 +167,10 @@ def _words(fact: Fact) -> str:
                 f"the provider declined the refund {fact.refund_id} of {_amount(fact)}: "
                 f"{fact.decline_code}"
             )
+        case PaymentReferenced():
+            return f"the provider prepared the charge as {fact.provider_reference}"
+        case PaymentActionRequired():
+            return f"the customer has to act before the provider captures ({fact.kind})"
         case LateCaptureFound():
             return (
                 f"the provider captured {_amount(fact)} after all, as {fact.provider_txn_id}; "
@@ -224,8 +232,14 @@ def _of_delivery(delivery: Delivery, made: list[Attempt]) -> Iterator[Entry]:
             at=delivery.finished_at,
             kind=delivery.state,
             by=DISPATCHER,
-            text=f"{status}: {_ENDS[delivery.state]}",
+            text=f"{status}: {_end(delivery)}",
         )
+
+
+def _end(delivery: Delivery) -> str:
+    if (delivery.status, delivery.state) == ("ACTION_REQUIRED", "superseded"):
+        return "not sent, since its payment has an outcome or its order is paid"
+    return _ENDS[delivery.state]
 
 
 _ENDS = {
@@ -254,6 +268,8 @@ def _state(payment_id: UUID, events: list[LogEntry]) -> str:
 
 def _state_of(payment: Payment) -> str:
     text = f"{payment.status}, {amount_text(payment.amount_cents, payment.currency)}"
+    if payment.awaits_action:
+        text += ", waiting for the customer to act"
     if payment.refunded_cents:
         text += f", {amount_text(payment.refunded_cents, payment.currency)} refunded"
     if payment.reserved_cents:

@@ -54,9 +54,14 @@ SELECT payment_id FROM unsettled_payments
  ORDER BY since LIMIT %(most)b
 """
 
+# Without those that OPEN_GATEWAYS finds to be of a provider that is not configured.
 CONTRADICTED = """
-SELECT count(*), coalesce((array_agg(payment_id ORDER BY since))[:%b], '{}')
-  FROM unsettled_payments WHERE told_level >= 50
+SELECT count(*), coalesce((array_agg(u.payment_id ORDER BY u.since))[:%(most)b], '{}')
+  FROM unsettled_payments u
+  LEFT JOIN payment_events e ON e.originator_id = u.payment_id AND e.originator_version = 1
+ WHERE u.told_level >= 50
+   AND (u.kind IN ('abandoned', 'declined') OR e.state IS NULL
+        OR initiated_gateway(e.state) = ANY (%(gateways)b::text[]))
 """
 
 # The providers of open payments, without the kinds that are only watched.
@@ -65,6 +70,17 @@ SELECT initiated_gateway(e.state), count(*), (array_agg(u.payment_id ORDER BY u.
   FROM unsettled_payments u
   JOIN payment_events e ON e.originator_id = u.payment_id AND e.originator_version = 1
  WHERE u.kind IN ('charge', 'refund', 'late_capture') GROUP BY 1
+"""
+
+# The same of those of a level of 50 and more, for each scrape: those of a provider that is not
+# configured are among them, and while a provider is down nearly none are.
+TOLD_GATEWAYS = """
+SELECT initiated_gateway(e.state), count(*)
+  FROM (SELECT payment_id FROM unsettled_payments
+         WHERE told_level >= 50 AND kind IN ('charge', 'refund', 'late_capture')
+         LIMIT 10000) AS u
+  JOIN payment_events e ON e.originator_id = u.payment_id AND e.originator_version = 1
+ GROUP BY 1
 """
 
 
@@ -131,10 +147,13 @@ async def oldest_unsettled(database: Database, kinds: Sequence[str], most: int) 
     return [payment_id for (payment_id,) in await database.fetch(OLDEST_UNSETTLED, params)]
 
 
-async def contradicted_payments(database: Database, most: int) -> tuple[int, list[UUID]]:
-    """How many unsettled payments must be compared manually with the provider's records, and the
-    oldest."""
-    ((count, ids),) = await database.fetch(CONTRADICTED, [most])
+async def contradicted_payments(
+    database: Database, gateways: Sequence[str], most: int
+) -> tuple[int, list[UUID]]:
+    """How many unsettled payments of these providers must be compared manually with the provider's
+    records, and the oldest."""
+    params = {"gateways": list(gateways), "most": most}
+    ((count, ids),) = await database.fetch(CONTRADICTED, params)
     return count, ids
 
 
@@ -142,3 +161,9 @@ async def open_gateways(database: Database, most: int) -> dict[str, tuple[int, l
     """How many open payments each provider has, by its name, and the oldest of them."""
     rows = await database.fetch(OPEN_GATEWAYS, [most])
     return {name: (count, ids) for name, count, ids in rows}
+
+
+async def told_gateways(database: Database) -> dict[str, int]:
+    """Of the open payments that somebody was told of: how many were begun with each provider, by
+    its name. Of at most 10,000."""
+    return dict(await database.fetch(TOLD_GATEWAYS))

@@ -6,6 +6,7 @@ from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from payments import legacy_ids
 from payments.database.connections import Database
@@ -116,7 +117,8 @@ SELECT 1 FROM payment_event_log WHERE payment_id = %s LIMIT 1
 
 
 class PaymentView(msgspec.Struct, frozen=True, kw_only=True):
-    """A payment: the documented columns, and the total of its refunds."""
+    """A payment: the documented columns, the total of its refunds, and whether its customer has to
+    act."""
 
     id: UUID
     merchant_order_id: UUID
@@ -128,6 +130,13 @@ class PaymentView(msgspec.Struct, frozen=True, kw_only=True):
     created_at: Annotated[datetime, msgspec.Meta(tz=True)]
     updated_at: Annotated[datetime, msgspec.Meta(tz=True)]
     refunded_cents: int
+    awaits_action: Annotated[
+        bool | UnsetType,
+        msgspec.Meta(
+            description="true while the provider captures nothing before the customer has acted; "
+            "left out otherwise, and in lists"
+        ),
+    ] = UNSET
 
 
 class PaymentFilter(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,6 +188,7 @@ def view_of(payment: Payment) -> PaymentView:
         created_at=payment.created_at,
         updated_at=payment.updated_at,
         refunded_cents=payment.refunded_cents,
+        awaits_action=payment.awaits_action or UNSET,
     )
 
 
@@ -219,9 +229,12 @@ async def list_payments(
     )
 
 
+LISTED = PaymentView.__struct_fields__[:-1]
+
+
 def _view(row: Sequence[Any]) -> PaymentView:
     """The columns are selected in the order of the fields."""
-    return PaymentView(**dict(zip(PaymentView.__struct_fields__, row, strict=True)))
+    return PaymentView(**dict(zip(LISTED, row, strict=True)))
 
 
 async def payments_of_order(

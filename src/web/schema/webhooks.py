@@ -38,7 +38,8 @@ WEBHOOKS: dict[str, Any] = {
             "summary": "The outcome of a payment, to ORDER_CALLBACK_URL",
             "description": "Delivered at least once; the callbacks of an order are sent in "
             "order, one at a time. `status` is `SUCCESS`, `FAILED` or "
-            "`REFUNDED`. Respond with `2xx` to any other status too, since "
+            "`REFUNDED`, and `ACTION_REQUIRED` if it is enabled. Respond with `2xx` to any other "
+            "status too, since "
             "more may be added, and to an `event_id` that you have processed "
             "before. Signed according to Standard Webhooks.",
             "parameters": [

@@ -9,7 +9,7 @@ import asyncio
 import gc
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -38,7 +38,7 @@ KEEP_ALIVE_S = 75
 def run(
     settings: Settings,
     address: DatabaseAddress,
-    gateway: Gateway,
+    gateways: Sequence[Gateway],
     listener: socket.socket,
     metrics_listener: socket.socket | None = None,
     *,
@@ -49,7 +49,7 @@ def run(
 
     async def main() -> None:
         with starting():
-            service = Service(settings, address, gateway=gateway, data_dir=heads_dir(settings))
+            service = Service(settings, address, gateways=gateways, data_dir=heads_dir(settings))
         await serve(service, listener, metrics_listener, work=work, on_listening=on_listening)
 
     allow_many_connections()

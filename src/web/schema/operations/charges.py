@@ -15,6 +15,7 @@ from payments.errors import (
     InvalidIdempotencyKey,
     InvalidRequest,
     OrderAlreadyPaid,
+    PaymentMethodReused,
     PaymentUnreadable,
     TooBusy,
     Unauthorized,
@@ -74,6 +75,22 @@ class ChargeBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             "after it. On a retry the value of the first request is used"
         ),
     ] = None
+    return_url: Annotated[
+        Annotated[
+            str,
+            msgspec.Meta(
+                pattern=r"^https://[!-~]+(?!\n)$",
+                max_length=2048,
+                extra_json_schema={"format": "uri"},
+            ),
+        ]
+        | None,
+        msgspec.Meta(
+            description="an https:// URL of at most 2048 printable ASCII characters, where the "
+            "provider sends the customer after an action; it must begin with one of the service's "
+            "RETURN_URL_PREFIXES"
+        ),
+    ] = None
 
 
 class ChargeAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +102,14 @@ class ChargeAnswer(msgspec.Struct, frozen=True, kw_only=True):
     status: Status
     amount_cents: int
     currency: str
+    next_action: Annotated[
+        dict[str, str] | msgspec.UnsetType,
+        msgspec.Meta(
+            description="what the customer has to do before the provider captures: a `type`, and "
+            "fields that depend on the provider and the type, like `url`. Only with `PENDING`. It "
+            "may hold secrets and is never stored: retry the request to get it again"
+        ),
+    ] = msgspec.UNSET
 
 
 _CHARGED = {
@@ -136,7 +161,8 @@ CHARGE = Operation(
         202: Answer(
             description="`PENDING`: the outcome is not known yet. Retry the same request "
             "after `Retry-After`, or read the payment. A retry sends the charge "
-            "to the provider only if the provider never received it.",
+            "to the provider only if the provider never received it. With `next_action` the "
+            "customer has to act first: retry the same request as soon as that is done.",
             body=ChargeAnswer,
             example=_CHARGED | {"provider_txn_id": None, "status": "PENDING"},
             headers=("Location", "Retry-After"),
@@ -150,6 +176,7 @@ CHARGE = Operation(
         UnsupportedMediaType,
         OrderAlreadyPaid,
         IdempotencyKeyReused,
+        PaymentMethodReused,
         TooBusy,
         DatabaseUnavailable,
         GatewayUnavailable,

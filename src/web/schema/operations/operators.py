@@ -16,6 +16,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     refunds are stopped until an operator accepts the loss. `callbacks` is degraded while Order
     Service does not accept callbacks: charges continue, and callbacks are retried; it is off
     without ORDER_CALLBACK_URL. Both are null while the database is unavailable.
+    `gateways_down` names the providers that are down: this process begins no charges there.
     """
 
     ok: bool
@@ -28,6 +29,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     callbacks: Annotated[
         str | None, msgspec.Meta(extra_json_schema={"enum": ["ok", "degraded", "off", None]})
     ]
+    gateways_down: list[str]
 
 
 class Alive(msgspec.Struct, frozen=True):
@@ -44,6 +46,7 @@ _HEALTHY = {
     "event_store": "ok",
     "log": "ok",
     "callbacks": "ok",
+    "gateways_down": [],
 }
 HEALTH = Operation(
     id="health",

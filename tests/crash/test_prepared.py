@@ -1,0 +1,154 @@
+"""A provider that gives each charge an id of its own, and processes that die around it.
+
+Nothing is lost, doubled or stuck, wherever that is: before the id is stored, behind it, and behind
+the capture.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from payments.database.connections import DatabaseAddress
+from payments.payment.identity import payment_id_for
+from tests.commands.settling import age
+from tests.crash.client import Caller, race
+from tests.crash.money import UNRELIABLE, Answers, Traffic, nothing_open, records, settings, settled
+from tests.doubles.provider import Fault, ProviderProcess
+from tests.invariants.checker import check
+from tests.process import ServiceProcess
+from tests.support import PATIENCE_S, eventually
+
+HELD_S = 60.0  # far longer than the process lives
+
+# Where the process dies: what the provider does, and how to see that it has come so far.
+POINTS: dict[str, tuple[Fault, Callable[[ProviderProcess], int]]] = {
+    "prepared": (
+        Fault("slow", operation="prepare", count=None, seconds=HELD_S),
+        lambda provider: sum(line.kind == "prepare" for line in provider.ledger()),
+    ),
+    "referenced": (
+        Fault("timeout", operation="charge", count=None),
+        lambda provider: provider.counts()["charge"],
+    ),
+    "captured": (
+        Fault("slow", operation="charge", count=None, seconds=HELD_S),
+        lambda provider: len(provider.captures()),
+    ),
+}
+
+
+def topics(connection: psycopg.Connection[tuple[str]], key: str) -> list[str]:
+    rows = connection.execute(
+        "SELECT topic FROM payment_events WHERE originator_id = %s ORDER BY originator_version",
+        [payment_id_for(key)],
+    ).fetchall()
+    return [topic.removeprefix("Payment") for (topic,) in rows]
+
+
+def due(connection: psycopg.Connection[tuple[str]]) -> bool:
+    """As if the deadline of the requests were over: what is open is asked about now."""
+    connection.execute(
+        "UPDATE unsettled_payments SET due_at = now(), attempts = 0,"
+        " change = nextval('unsettled_payments_change_seq') WHERE due_at > now() + interval '2 s'"
+    )
+    return True
+
+
+def test_killed_at_each_point(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[tuple[str]],
+    provider: ProviderProcess,
+    tmp_path: Path,
+) -> None:
+    """At each of them, one payment whose request comes again and one that is left to settling."""
+    slow = settings(
+        address,
+        provider,
+        CHARGE_DEADLINE_S=30,
+        GATEWAY_TIMEOUT_S=29,
+        PENDING_ABANDON_AFTER_S=900,
+        TEST_PROVIDER_PREPARES=1,
+    )
+    answers = Answers()
+
+    async def die(callers: list[Caller]) -> None:
+        requests: list[asyncio.Task[None]] = []
+
+        async def charge(caller: Caller, key: str) -> None:
+            answers.charged(key, await caller.charge(key))
+
+        for point, (fault, reached) in POINTS.items():
+            provider.script(fault)
+            come = reached(provider) + 2
+            for end in ("again", "alone"):
+                caller = callers[len(requests)]
+                requests.append(asyncio.create_task(charge(caller, f"{point}, {end}")))
+            deadline = time.monotonic() + PATIENCE_S
+            while reached(provider) < come:
+                assert time.monotonic() < deadline, point
+                await asyncio.sleep(0.01)
+        await asyncio.to_thread(service.kill)
+        await asyncio.gather(*requests)
+
+    async def repeat(callers: list[Caller]) -> None:
+        for point in POINTS:
+            answers.charged(point, await callers[0].charge(f"{point}, again"))
+
+    with ServiceProcess(tmp_path, **slow) as service:
+        race([service.port], 2 * len(POINTS), die)
+    assert answers.charges == []
+    for end in ("again", "alone"):
+        assert topics(connection, f"prepared, {end}") == ["Initiated"]
+        assert topics(connection, f"referenced, {end}") == ["Initiated", "Referenced"]
+        assert topics(connection, f"captured, {end}") == ["Initiated", "Referenced"]
+    provider.script()
+    quick = slow | {"CHARGE_DEADLINE_S": 1, "GATEWAY_TIMEOUT_S": 0.8}
+    with ServiceProcess(tmp_path, **quick) as service:
+        race([service.port], 1, repeat)
+        eventually(
+            lambda: due(connection) and topics(connection, "captured, alone")[-1] == "Charged"
+        )
+        assert [(a.status_code, a.status) for a in answers.charges] == [(201, "SUCCESS")] * 3
+        asyncio.run(age(connection, quick["PENDING_ABANDON_AFTER_S"]))
+        eventually(lambda: due(connection) and nothing_open(connection))
+    for point in POINTS:
+        assert topics(connection, f"{point}, again") == ["Initiated", "Referenced", "Charged"]
+    assert topics(connection, "prepared, alone") == ["Initiated", "Failed"]
+    assert topics(connection, "referenced, alone") == ["Initiated", "Referenced", "Failed"]
+    assert len(provider.captures()) == 4
+    assert provider.counts()["cancel"] == 1  # of what has no id nothing can be cancelled
+    check(connection, records(provider), answers.charges, settled=True)
+
+
+@pytest.mark.timeout(3600)
+def test_kill_9_loop(
+    address: DatabaseAddress,
+    connection: psycopg.Connection[tuple[str]],
+    provider: ProviderProcess,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Again and again, at an unreliable provider."""
+    kills = max(1, request.config.getoption("--kills") // 3)
+    dice = random.Random(2)
+    answers = Answers()
+    service = ServiceProcess(tmp_path, **settings(address, provider, TEST_PROVIDER_PREPARES=1))
+    provider.script(*UNRELIABLE)
+    for _ in range(kills):
+        with service, Traffic(service.port, answers) as traffic:
+            eventually(lambda: traffic.captured >= 5)
+            time.sleep(dice.random() * 0.3)
+            service.kill()
+    check(connection, records(provider), answers.charges, answers.refunds, caught_up=False)
+    provider.script()
+    with service:
+        settled(connection)
+        assert service.terminate() == 0
+    check(connection, records(provider), answers.charges, answers.refunds, settled=True)
+    assert len(answers.charges) > kills * 5
+    assert answers.refunds
