@@ -460,9 +460,9 @@ async def test_nothing_is_sent_when_an_attempt_has_taken_too_long(
     capture_late(service)
     gateway = gateway_of(service)
 
-    async def answered_late(payment_id: uuid.UUID, timeout_s: float) -> Any:
+    async def answered_late(charge: ProviderCharge, timeout_s: float) -> Any:
         await elapse(CALLS_MAX * FAST["gateway_timeout_s"] + 0.1, frozen=True)
-        return gateway.outcomes[payment_id]
+        return gateway.outcomes[charge.payment_id]
 
     with monkeypatch.context() as patched:
         patched.setattr(gateway, "find_charge", answered_late)
