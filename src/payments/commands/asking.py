@@ -79,4 +79,4 @@ def check_about(found: Found, payment: Payment) -> None:
     """Raises OutcomeMismatch for an open charge of another payment; of outcomes, the decisions look
     at more than that."""
     if isinstance(found, Open) and found.id != payment.id:
-        raise OutcomeMismatch("the provider answered for another id")
+        raise OutcomeMismatch("the provider responded with another id")

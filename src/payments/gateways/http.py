@@ -59,7 +59,7 @@ class ProviderResponse(NamedTuple):
 
     def unexpected(self) -> NoReturn:
         """Raises OutcomeUnknown: the provider's documentation gives this response no meaning."""
-        raise OutcomeUnknown(f"the provider answered {self.status}", is_outage=self.is_outage)
+        raise OutcomeUnknown(f"the provider responded with {self.status}", is_outage=self.is_outage)
 
     def read(self, decoder: msgspec.json.Decoder[T]) -> T:
         """The body as what the decoder expects; OutcomeUnknown if it is anything else."""

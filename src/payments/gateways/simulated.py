@@ -166,7 +166,7 @@ class SimulatedGateway:
             if isinstance(outcome, Open) and outcome.step in ("ready", "authorized"):
                 outcome = await self._capture(charge)
         if lost or outcome is None:
-            raise OutcomeUnknown("simulated: the answer was lost")
+            raise OutcomeUnknown("simulated: the response was lost")
         return outcome
 
     async def find_charge(

@@ -38,7 +38,7 @@ class GatewayFamilies:
         )
         self._seconds = Histogram(
             "payments_gateway_call_duration_seconds",
-            "Duration of answered provider calls",
+            "Duration of provider calls that had an outcome",
             ["gateway", "operation"],
             buckets=buckets,
             registry=registry,
