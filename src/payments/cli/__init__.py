@@ -56,7 +56,7 @@ COMMANDS = {
     ),
     "export": (
         "export:export_money",
-        "Print the captures and refunds of a period as CSV for spreadsheets, one row each.",
+        "Print a period's captures and refunds as CSV, one row for each.",
     ),
     "audit": (
         "audit:audit",
@@ -80,25 +80,25 @@ COMMANDS = {
     ),
     "reconcile": (
         "reconcile:reconcile",
-        "Compare captured payments with the records of other systems.",
+        "Compare captured payments with Order Service's records.",
     ),
     "giving-back": (
         "giving_back:giving_back",
-        "Automatic refunds of payments whose orders failed.",
+        "Resume automatic refunds after their limit was reached.",
     ),
     "dump": (
         "backup:dump",
-        "Write the whole database to FILE, which must not exist yet, for `payments restore`.",
+        "Write the whole database to a new FILE, for `payments restore`.",
     ),
     "restore": (
         "backup:restore",
-        "Write what `payments dump` wrote to FILE into an empty database.",
+        "Load FILE, made by `payments dump`, into an empty database.",
     ),
     "psql": (
         "psql:open_psql",
         'Open psql on the service\'s database; ARGS are passed to psql, such as -c "SELECT 1".',
     ),
-    "log": ("log:log_group", "Decisions of an operator about the log."),
+    "log": ("log:log_group", "Accept that the log lost events."),
 }
 
 

@@ -46,7 +46,7 @@ service runs on this database with ORDER_CALLBACK_URL: leave it unset for a copy
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def dump(file: Path) -> None:
-    """Write the whole database to FILE, which must not exist yet, for `payments restore`.
+    """Write the whole database to a new FILE, for `payments restore`.
 
     The dump is consistent, and the service may run meanwhile. FILE appears once it is complete;
     only its owner may read it.
@@ -74,7 +74,7 @@ def dump(file: Path) -> None:
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path))
 def restore(file: Path) -> None:
-    """Write what `payments dump` wrote to FILE into an empty database.
+    """Load FILE, made by `payments dump`, into an empty database.
 
     All of it or nothing. At the end it prints the next steps.
     """

@@ -23,7 +23,7 @@ COLUMNS = (
 @click.option("--from", "first", type=TIME, required=True, help="Included.")
 @click.option("--to", "last", type=TIME, required=True, help="Not included.")
 def export_money(first: datetime, last: datetime) -> None:
-    """Print the captures and refunds of a period as CSV for spreadsheets, one row each.
+    """Print a period's captures and refunds as CSV, one row for each.
 
     A row is a capture or refund that the provider carried out and that was recorded in the period;
     times are RFC 3339, like 2026-01-01T00:00:00Z. The column time is UTC; amount is a decimal of

@@ -11,7 +11,7 @@ from payments.opening import open_database
 
 @click.group("giving-back")
 def giving_back() -> None:
-    """Automatic refunds of payments whose orders failed."""
+    """Resume automatic refunds after their limit was reached."""
 
 
 @giving_back.command()

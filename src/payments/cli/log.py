@@ -24,7 +24,7 @@ def one_line_of_text(_: click.Context, __: click.Parameter, value: str) -> str:
 
 @click.group("log")
 def log_group() -> None:
-    """Decisions of an operator about the log."""
+    """Accept that the log lost events."""
 
 
 @log_group.command("accept-loss")

@@ -26,7 +26,7 @@ PER_S_MAX = 1000
 
 @click.group()
 def reconcile() -> None:
-    """Compare captured payments with the records of other systems."""
+    """Compare captured payments with Order Service's records."""
 
 
 @reconcile.command()
