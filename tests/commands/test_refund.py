@@ -204,7 +204,7 @@ async def test_an_unknown_outcome_is_pending_and_stays_reserved(make: Make, step
     service = await charged(make, step)
     pending = await service.refunding.refund(refund_of(600, "a"))
     assert summary(pending) == (Status.PENDING, 600, 0, Status.SUCCESS, False)
-    with pytest.raises(RefundExceedsCapture, match="600 are under way: at most 400"):
+    with pytest.raises(RefundExceedsCapture, match="600 are being refunded: at most 400"):
         await service.refunding.refund(refund_of(500, "b"))
 
 

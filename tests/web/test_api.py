@@ -301,6 +301,7 @@ async def test_health_and_metrics(client: httpx.AsyncClient) -> None:
         "event_store": "ok",
         "log": "ok",
         "callbacks": "off",
+        "gateways_down": [],
     }
     assert (await client.get("/health/live")).json()["ok"] is True
     metrics = await client.get("/metrics")

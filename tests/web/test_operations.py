@@ -15,6 +15,7 @@ import pytest
 
 from payments.database.connections import DatabaseAddress, connect
 from payments.gateways.breaker import FAILURES_MIN
+from payments.gateways.simulated import SimulatedGateway, parse_faults
 from payments.service import Service
 from payments.settings import Settings
 from payments.single_flight import Recent
@@ -196,10 +197,12 @@ async def test_health_while_a_provider_is_down(client: httpx.AsyncClient, servic
     assert (await client.get("/health")).json()["gateways_down"] == []
     assert await gauge(client, breaker) == 0
     await client.post("/v1/charge", json=BODY, headers={"Idempotency-Key": "lost"})
+    (gateway,) = service.gateways
+    assert isinstance(gateway._gateway, SimulatedGateway)
+    gateway._gateway._faults = parse_faults(f"charge:down*{FAILURES_MIN}")
     for number in range(FAILURES_MIN):
-        body = BODY | {"payment_method": "sim_down"}
         headers = {"Idempotency-Key": f"down-{number}"}
-        assert (await client.post("/v1/charge", json=body, headers=headers)).status_code == 503
+        assert (await client.post("/v1/charge", json=BODY, headers=headers)).status_code == 503
     health = await client.get("/health")
     assert (health.status_code, health.json()["gateways_down"]) == (200, ["simulated"])
     assert await gauge(client, breaker) == 1
