@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import time
 import uuid
 from typing import Any
 
@@ -12,8 +13,8 @@ from payments.database.connections import DatabaseAddress
 from payments.payment.identity import payment_id_for
 from tests.crash.client import Answer, Caller, race
 from tests.doubles.provider import Fault, ProviderProcess
-from tests.invariants.checker import ChargeAnswer, ProviderRecord, RefundAnswer
-from tests.process import at
+from tests.invariants.checker import ChargeAnswer, ProviderRecord, RefundAnswer, check
+from tests.process import ServiceProcess, at
 from tests.support import PATIENCE_S, at_once, eventually
 
 FAST = {"CHARGE_DEADLINE_S": 1, "GATEWAY_TIMEOUT_S": 0.8, "PENDING_ABANDON_AFTER_S": 3}
@@ -183,3 +184,29 @@ def count(connection: psycopg.Connection[Any]) -> int:
     row = connection.execute("SELECT count(*) FROM payment_events").fetchone()
     assert row is not None
     return int(row[0])
+
+
+def kill_loop(
+    service: ServiceProcess,
+    connection: psycopg.Connection[Any],
+    provider: ProviderProcess,
+    kills: int,
+    seed: int,
+) -> None:
+    """The service dies again and again, at an unreliable provider; in the end each payment and
+    refund is settled by itself."""
+    dice, answers = random.Random(seed), Answers()
+    provider.script(*UNRELIABLE)
+    for _ in range(kills):
+        with service, Traffic(service.port, answers) as traffic:
+            eventually(lambda: traffic.captured >= 5)
+            time.sleep(dice.random() * 0.3)
+            service.kill()
+    check(connection, records(provider), answers.charges, answers.refunds, caught_up=False)
+    provider.script()
+    with service:
+        settled(connection)
+        assert service.terminate() == 0
+    check(connection, records(provider), answers.charges, answers.refunds, settled=True)
+    assert len(answers.charges) > kills * 5
+    assert answers.refunds

@@ -4,7 +4,6 @@ Each scenario ends in the one checker of tests/invariants.
 """
 
 import asyncio
-import random
 import signal
 import time
 from pathlib import Path
@@ -17,10 +16,10 @@ from payments.database.connections import DatabaseAddress
 from payments.payment.identity import payment_id_for
 from tests.crash.client import Answer, Caller, race
 from tests.crash.money import (
-    UNRELIABLE,
     Answers,
     Traffic,
     count,
+    kill_loop,
     nothing_open,
     records,
     settings,
@@ -36,6 +35,7 @@ from tests.support import eventually
 LANES = 4  # so many payments at a time
 
 
+@pytest.mark.timeout(3600)
 def test_kill_9_loop(
     address: DatabaseAddress,
     connection: psycopg.Connection[Any],
@@ -44,27 +44,8 @@ def test_kill_9_loop(
     request: pytest.FixtureRequest,
 ) -> None:
     """The service dies again and again; in the end each payment and refund is settled by itself."""
-    kills: int = request.config.getoption("--kills")
-    dice = random.Random(1)
-    answers = Answers()
     service = ServiceProcess(tmp_path, **settings(address, provider))
-    provider.script(*UNRELIABLE)
-    for _ in range(kills):
-        with service, Traffic(service.port, answers) as traffic:
-            eventually(lambda: traffic.captured >= 5)
-            time.sleep(dice.random() * 0.3)
-            service.kill()
-    check(connection, records(provider), answers.charges, answers.refunds, caught_up=False)
-    provider.script()
-    with service:
-        settled(connection)
-        assert service.terminate() == 0
-    check(connection, records(provider), answers.charges, answers.refunds, settled=True)
-    assert len(answers.charges) > kills * 5
-    assert answers.refunds
-
-
-test_kill_9_loop = pytest.mark.timeout(3600)(test_kill_9_loop)
+    kill_loop(service, connection, provider, request.config.getoption("--kills"), seed=1)
 
 
 def test_keys_that_come_32_times_at_once_over_two_processes(

@@ -5,7 +5,6 @@ the capture.
 """
 
 import asyncio
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from payments.database.connections import DatabaseAddress
 from payments.payment.identity import payment_id_for
 from tests.commands.settling import age
 from tests.crash.client import Caller, race
-from tests.crash.money import UNRELIABLE, Answers, Traffic, nothing_open, records, settings, settled
+from tests.crash.money import Answers, kill_loop, nothing_open, records, settings
 from tests.doubles.provider import Fault, ProviderProcess
 from tests.invariants.checker import check
 from tests.process import ServiceProcess
@@ -134,21 +133,7 @@ def test_kill_9_loop(
     request: pytest.FixtureRequest,
 ) -> None:
     """Again and again, at an unreliable provider."""
-    kills = max(1, request.config.getoption("--kills") // 3)
-    dice = random.Random(2)
-    answers = Answers()
     service = ServiceProcess(tmp_path, **settings(address, provider, TEST_PROVIDER_PREPARES=1))
-    provider.script(*UNRELIABLE)
-    for _ in range(kills):
-        with service, Traffic(service.port, answers) as traffic:
-            eventually(lambda: traffic.captured >= 5)
-            time.sleep(dice.random() * 0.3)
-            service.kill()
-    check(connection, records(provider), answers.charges, answers.refunds, caught_up=False)
-    provider.script()
-    with service:
-        settled(connection)
-        assert service.terminate() == 0
-    check(connection, records(provider), answers.charges, answers.refunds, settled=True)
-    assert len(answers.charges) > kills * 5
-    assert answers.refunds
+    kill_loop(
+        service, connection, provider, max(1, request.config.getoption("--kills") // 3), seed=2
+    )
