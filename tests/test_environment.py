@@ -144,7 +144,7 @@ def test_a_service_takes_no_notice(
         assert service.terminate() == 0
     told = service.log.read_text()
     assert "Traceback" not in told
-    assert "OTEL_EXPORTER_OTLP_PROTOCOL: spans are sent by" in told
+    assert "OTEL_EXPORTER_OTLP_PROTOCOL: only http/protobuf is supported" in told
     eventually(lambda: not processes(data_dir))
 
 

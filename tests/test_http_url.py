@@ -78,6 +78,6 @@ def test_what_an_address_becomes(
     ],
 )
 def test_an_unusable_one_is_refused_and_not_repeated(text: str) -> None:
-    with pytest.raises(ValueError, match=r"^must (be an http|hold no user)") as raised:
+    with pytest.raises(ValueError, match=r"^must (be an http|not contain a user)") as raised:
         parse_http_url(text)
     assert CANARY not in "".join(traceback.format_exception(raised.value))

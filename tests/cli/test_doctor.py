@@ -271,7 +271,7 @@ def test_where_callbacks_go(
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("http://127.0.0.1:1/x", "cannot be reached"),
+        ("http://127.0.0.1:1/x", "is unreachable"),
         ("http://192.0.2.1/x", "plain http is allowed to those only"),
         ("https://no-such-host.invalid/x", "cannot be resolved yet"),
     ],

@@ -190,8 +190,8 @@ def test_a_provider_that_forgets_keys_is_only_asked(
     again."""
     provider.script(
         Fault("forgets_keys", count=None),
-        Fault("answer_lost", operation="charge", count=5),
-        Fault("reset", operation="charge", count=5),
+        Fault("answer_lost", operation="charge", count=2),
+        Fault("reset", operation="charge", count=2),  # with one more the breaker would open
     )
     more = settings(address, provider, TEST_PROVIDER_RETRY_S=0, PENDING_ABANDON_AFTER_S=900)
     answers = Answers()
@@ -203,13 +203,13 @@ def test_a_provider_that_forgets_keys_is_only_asked(
                 answers.charged(f"k{number}", await caller.charge(f"k{number}"))
 
     with ServiceProcess(tmp_path, **more) as service:
-        race([service.port], 10, charge)
-    once, again, once_more = (answers.charges[part : part + 10] for part in (0, 10, 20))
-    assert [answer.status_code for answer in once] == [202] * 10
+        race([service.port], 4, charge)
+    once, again, once_more = (answers.charges[part : part + 4] for part in (0, 4, 8))
+    assert [answer.status_code for answer in once] == [202] * 4
     for told in (again, once_more):
-        assert sorted(answer.status_code for answer in told) == [201] * 5 + [202] * 5
-    assert provider.counts()["charge"] == 10
-    assert len(provider.captures()) == 5
+        assert sorted(answer.status_code for answer in told) == [201] * 2 + [202] * 2
+    assert provider.counts()["charge"] == 4
+    assert len(provider.captures()) == 2
     check(connection, records(provider), answers.charges, caught_up=False)
 
 
@@ -239,5 +239,5 @@ def test_a_provider_that_answers_about_something_else(
         assert count(connection) == 3
         provider.script()
         eventually(lambda: count(connection) == 2 * 3 and nothing_open(connection))
-    assert service.log.read_text().count("does not fit") >= 3
+    assert service.log.read_text().count("contradicts the recorded events") >= 3
     check(connection, records(provider), answers.charges, settled=True)

@@ -143,7 +143,7 @@ def test_payments_are_reconciled_with_their_orders(
         f"paid_twice,{twice},{second},CONFIRMED,",
         f"unpaid,{unpaid},,CONFIRMED,",
     }
-    assert "orders: 5 asked about; findings: 4" in done.stderr
+    assert "orders: 5 checked; findings: 4" in done.stderr
     assert sorted(orders.lookups) == sorted([failed, missing, good, twice, unpaid])
     watched = {(payment_id, "suspect", "not_asked") for payment_id in (lost, unknown, second)}
     assert set(connection.execute(STATES).fetchall()) == watched
@@ -152,7 +152,7 @@ def test_payments_are_reconciled_with_their_orders(
         assert done.returncode == 1
         assert done.stdout.count("paid_twice") == 1
     none = invoke("reconcile", "orders", "--until", "2020-01-01T00:00:00Z", **asked)
-    assert (none.returncode, none.stderr) == (0, "orders: 0 asked about; findings: 0\n")
+    assert (none.returncode, none.stderr) == (0, "orders: 0 checked; findings: 0\n")
     with ServiceProcess(tmp_path, **asked):
         expected = {lost: "unfulfilled", unknown: "suspect", second: "paid_twice"}
 

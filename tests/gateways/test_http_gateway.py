@@ -232,7 +232,7 @@ class TestTheGatewayOfThePage:
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setenv("ACME_URL", provider.url)
         monkeypatch.setenv("ACME_API_KEY", "secret")
-        (built,) = build_gateways(Settings(gateway="acme_of_the_page:build"))
+        (built,) = build_gateways(Settings(gateways=("acme_of_the_page:build",)))
         yield built
         await built.close()
         sys.modules.pop("acme_of_the_page")
@@ -279,7 +279,7 @@ class TestTheGatewayOfThePage:
     ) -> None:
         monkeypatch.delenv(name)
         with pytest.raises(StartError, match=name):
-            build_gateways(Settings(gateway="acme_of_the_page:build"))
+            build_gateways(Settings(gateways=("acme_of_the_page:build",)))
 
 
 class TestConnecting:

@@ -181,9 +181,8 @@ def test_another_server_that_lacks_events_is_no_shorter_log(
         filled.execute("ALTER TABLE payment_events DISABLE TRIGGER ALL")
         filled.execute("DELETE FROM payment_events WHERE notification_id > 500")
         filled.execute(KILL.encode())
-        with pytest.raises(
-            StartError, match="now ends at position 500; when the command began, at 900"
-        ):
+        # Whoever notices it first: what connects again, or what reads.
+        with pytest.raises(StartError, match=r"ends at position 500; (before|when).* at 900"):
             list(parts)
 
 
