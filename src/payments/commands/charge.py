@@ -182,7 +182,8 @@ class Charging:
                 (FieldError("hold_until", message),),
             )
         gateway = self._gateways.for_new(command.request.currency)
-        refusal = gateway.refuses(_asked(command)) or _unusable(gateway.reference(_asked(command)))
+        asked = _asked(command)
+        refusal = gateway.refuses(asked) or _unusable(gateway.reference(asked))
         if refusal is not None:
             return InvalidRequest(
                 f"The provider {gateway.name} does not take this charge. Nothing was charged.",

@@ -86,10 +86,12 @@ class ProviderBreaker:
                 return False
             return self._turn(None)
         self._ended.append((now, failed))
+        if not failed:  # nearly every call
+            return False
         while self._ended[0][0] < now - LATELY_S:
             self._ended.popleft()
         failures = sum(each for _, each in self._ended)
-        if failed and failures >= FAILURES_MIN and 2 * failures >= len(self._ended):
+        if failures >= FAILURES_MIN and 2 * failures >= len(self._ended):
             self._pause_s = PAUSE_MIN_S
             return self._turn(now + self._pause_s)
         return False
