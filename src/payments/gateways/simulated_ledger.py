@@ -9,7 +9,7 @@ from payments.gateways import OutcomeUnknown
 from payments.gateways.ledger_file import Asked, LedgerFile
 
 CLOSE_WAIT_S = 1.0
-AT_ONCE_MAX = 32  # decided in the event loop: less than a millisecond
+AT_ONCE_MAX = 4  # decided in the event loop; what a flood brings must not hold it up
 CHECKPOINT_EVERY = 2000  # that many are 8 MB of log, of which the file gets each page once
 
 Waiting = list[tuple[Asked, asyncio.Future[Any]]]
