@@ -320,7 +320,7 @@ class Charging:
                 if begun.payment.status is not Status.PENDING:
                     return begun, None
                 if not run.is_awaited():
-                    raise OutcomeUnknown("nobody waits for it any more")
+                    raise OutcomeUnknown("no client waits for it any more")
                 charge = _charge_of(begun.payment, command)
             run.check_may_call_provider()
             run.pending_answer = Charged(begun.payment, begun.replayed)
