@@ -48,6 +48,20 @@ DOCUMENTED = {
     "GATEWAY": "unset",
     "GATEWAY_BY_CURRENCY": "unset",
     "RETURN_URL_PREFIXES": "unset",
+    "STRIPE_SECRET_KEY": "none",
+    "STRIPE_PUBLISHABLE_KEY": "unset",
+    "STRIPE_WEBHOOK_SECRETS": "unset",
+    "STRIPE_PAYMENT_METHOD_TYPES": "card",
+    "STRIPE_API_BASE": "https://api.stripe.com",
+    "RAZORPAY_KEY_ID": "unset",
+    "RAZORPAY_KEY_SECRET": "none",
+    "RAZORPAY_WEBHOOK_SECRETS": "unset",
+    "RAZORPAY_API_BASE": "https://api.razorpay.com",
+    "PAYPAL_CLIENT_ID": "unset",
+    "PAYPAL_CLIENT_SECRET": "none",
+    "PAYPAL_WEBHOOK_ID": "unset",
+    "PAYPAL_ENVIRONMENT": "live",
+    "PAYPAL_API_BASE": "by PAYPAL_ENVIRONMENT",
     "SIMULATED_LEDGER": "in PAYMENTS_DATA_DIR",
     "SIMULATED_FAULTS": "none",
     "MIGRATE_ON_START": "true",
@@ -56,7 +70,11 @@ DOCUMENTED = {
     "ACCESS_LOG_PER_S": "100",
     "CALLBACK_RETENTION_DAYS": "90",
 }
-SECRETS = {"DATABASE_PASSWORD", "ORDER_CALLBACK_SECRET", "PAYMENTS_API_KEYS"}
+SECRETS = {
+    *("DATABASE_PASSWORD", "ORDER_CALLBACK_SECRET", "PAYMENTS_API_KEYS"),
+    *("STRIPE_SECRET_KEY", "STRIPE_WEBHOOK_SECRETS", "RAZORPAY_KEY_SECRET"),
+    *("RAZORPAY_WEBHOOK_SECRETS", "PAYPAL_CLIENT_SECRET"),
+}
 
 # What a value needs beside it to be accepted.
 BESIDE = {
@@ -164,6 +182,21 @@ GOOD: list[tuple[str, str, Any]] = [
         "https://Shop.Example:443/Paid, https://[::1]:8443/a/",
         ("https://shop.example/Paid", "https://[::1]:8443/a/"),
     ),
+    ("GATEWAYS", "razorpay,stripe,paypal", ("razorpay", "stripe", "paypal")),
+    ("STRIPE_SECRET_KEY", CANARY, CANARY),
+    ("STRIPE_PUBLISHABLE_KEY", "pk_test_1", "pk_test_1"),
+    ("STRIPE_WEBHOOK_SECRETS", "whsec_1, whsec_2", ("whsec_1", "whsec_2")),
+    ("STRIPE_PAYMENT_METHOD_TYPES", "card, sepa_debit", ("card", "sepa_debit")),
+    ("STRIPE_API_BASE", "http://127.0.0.1:4010", parse_http_url("http://127.0.0.1:4010")),
+    ("RAZORPAY_KEY_ID", "rzp_test_1", "rzp_test_1"),
+    ("RAZORPAY_KEY_SECRET", CANARY, CANARY),
+    ("RAZORPAY_WEBHOOK_SECRETS", CANARY, (CANARY,)),
+    ("RAZORPAY_API_BASE", "https://api.razorpay.com", parse_http_url("https://api.razorpay.com")),
+    ("PAYPAL_CLIENT_ID", "AbC-1_2", "AbC-1_2"),
+    ("PAYPAL_CLIENT_SECRET", CANARY, CANARY),
+    ("PAYPAL_WEBHOOK_ID", "8PT597110X687430LKGECATA", "8PT597110X687430LKGECATA"),
+    ("PAYPAL_ENVIRONMENT", "sandbox", "sandbox"),
+    ("PAYPAL_API_BASE", "http://127.0.0.1:4011", parse_http_url("http://127.0.0.1:4011")),
     ("SIMULATED_LEDGER", "/srv/ledger.sqlite", "/srv/ledger.sqlite"),
     ("SIMULATED_LEDGER", "", ""),
     ("SIMULATED_FAULTS", "delay=0.5,answer_lost*1", "delay=0.5,answer_lost*1"),
@@ -284,7 +317,19 @@ BAD = [
     ("GATEWAY_CONCURRENCY_MAX", "0"),
     ("DATABASE_POOL_MAX", "0"),
     ("DATABASE_POOL_MAX", "101"),
-    ("GATEWAY", "stripe"),
+    ("GATEWAY", "stripes"),
+    ("GATEWAY", "stripe,paypal"),
+    *(
+        (name, f"{CANARY} {CANARY}")
+        for name in DOCUMENTED
+        if name.startswith(("STRIPE_", "RAZORPAY_", "PAYPAL_"))
+    ),
+    ("STRIPE_SECRET_KEY", f"{CANARY}\n"),
+    ("STRIPE_SECRET_KEY", f"https://u:{CANARY}@h"),
+    ("STRIPE_WEBHOOK_SECRETS", f"{CANARY},"),
+    ("STRIPE_PAYMENT_METHOD_TYPES", "card,card"),
+    ("STRIPE_PAYMENT_METHOD_TYPES", "Card"),
+    ("PAYPAL_ENVIRONMENT", "production"),
     ("GATEWAY", "simulated,simulated-b"),
     ("GATEWAY", "simulated-"),
     ("GATEWAYS", f"https://u:{CANARY}@h"),

@@ -21,7 +21,10 @@ ORDER_ID = "{order_id}"  # the placeholder for an order's id in ORDER_STATUS_URL
 
 
 GATEWAY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_GATEWAY = re.compile(r"simulated(-[a-z0-9-]{1,32})?|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+BUILT_IN_GATEWAYS = ("stripe", "razorpay", "paypal")  # gateways/building.py has their factories
+_GATEWAY = re.compile(
+    rf"{'|'.join(BUILT_IN_GATEWAYS)}|simulated(-[a-z0-9-]{{1,32}})?|[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+)
 
 
 class CurrencyGateway(NamedTuple):
@@ -105,7 +108,8 @@ def parse_directory(value: str) -> Path:
 def parse_gateway(value: str) -> str:
     if not _GATEWAY.fullmatch(value):
         raise ValueError(
-            "must be simulated, simulated-NAME (NAME of a-z, 0-9 and -), or package.module:factory"
+            f"must be {', '.join(BUILT_IN_GATEWAYS)}, simulated, simulated-NAME (NAME of a-z, 0-9 "
+            "and -), or package.module:factory"
         )
     return value
 
@@ -118,6 +122,30 @@ def parse_gateways(value: str) -> tuple[str, ...]:
     if len(set(chosen)) != len(chosen):
         raise ValueError("must name each provider once")
     return chosen
+
+
+def parse_names(value: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in value.split(","))
+    if not all(re.fullmatch(r"[a-z0-9_]{1,64}", name) for name in names):
+        raise ValueError("must be names of a-z, 0-9 and _, separated by commas")
+    if len(set(names)) != len(names):
+        raise ValueError("must hold each name once")
+    return names
+
+
+def parse_word(value: str) -> str:
+    """A credential: a blank or a line's end in it was copied by mistake."""
+    if not re.fullmatch(r"[\x21-\x7e]{1,512}", value) or "://" in value:
+        raise ValueError("must be one word of ASCII characters, and no address")
+    return value
+
+
+def parse_words(value: str) -> tuple[str, ...]:
+    words = tuple(part.strip() for part in value.split(","))
+    try:
+        return tuple(parse_word(word) for word in words)
+    except ValueError:
+        raise ValueError("must be words of ASCII characters, separated by commas") from None
 
 
 def parse_gateway_by_currency(value: str) -> tuple[CurrencyGateway, ...]:

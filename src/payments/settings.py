@@ -19,11 +19,14 @@ from payments.setting_values import (
     parse_host,
     parse_hosts,
     parse_line,
+    parse_names,
     parse_networks,
     parse_order_status_url,
     parse_return_url_prefixes,
     parse_statuses,
     parse_text,
+    parse_word,
+    parse_words,
     parse_yes_no,
     seconds,
     whole,
@@ -185,8 +188,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         tuple[str, ...],
         Variable(
             parse_gateways,
-            "the payment providers, with commas; new payments go to the first: simulated, "
-            "simulated-NAME, or package.module:factory: docs/gateways.md",
+            "the payment providers, with commas; new payments go to the first: stripe, razorpay, "
+            "paypal, simulated, simulated-NAME, or package.module:factory: docs/gateways.md",
         ),
     ] = ("simulated",)
     gateway: Annotated[str | None, Variable(parse_gateway, "the same, for a single provider")] = (
@@ -207,6 +210,64 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "commas",
         ),
     ] = ()
+    stripe_secret_key: Annotated[
+        str | None,
+        Variable(parse_word, "Stripe: secret or restricted API key", default="none", secret=True),
+    ] = None
+    stripe_publishable_key: Annotated[
+        str | None,
+        Variable(parse_word, "Stripe: publishable API key; clients get it with next_action"),
+    ] = None
+    stripe_webhook_secrets: Annotated[
+        tuple[str, ...],
+        Variable(
+            parse_words,
+            "Stripe: signing secrets of the webhook endpoint, with commas while one is replaced",
+            secret=True,
+        ),
+    ] = ()
+    stripe_payment_method_types: Annotated[
+        tuple[str, ...],
+        Variable(parse_names, "Stripe: kinds of payment methods to accept, with commas"),
+    ] = ("card",)
+    stripe_api_base: Annotated[HttpUrl, Variable(parse_http_url, "Stripe: address of the API")] = (
+        parse_http_url("https://api.stripe.com")
+    )
+    razorpay_key_id: Annotated[str | None, Variable(parse_word, "Razorpay: id of the API key")] = (
+        None
+    )
+    razorpay_key_secret: Annotated[
+        str | None,
+        Variable(parse_word, "Razorpay: secret of the API key", default="none", secret=True),
+    ] = None
+    razorpay_webhook_secrets: Annotated[
+        tuple[str, ...],
+        Variable(
+            parse_words,
+            "Razorpay: secrets of the webhook, with commas while one is replaced",
+            secret=True,
+        ),
+    ] = ()
+    razorpay_api_base: Annotated[
+        HttpUrl, Variable(parse_http_url, "Razorpay: address of the API")
+    ] = parse_http_url("https://api.razorpay.com")
+    paypal_client_id: Annotated[
+        str | None, Variable(parse_word, "PayPal: client ID of the REST app")
+    ] = None
+    paypal_client_secret: Annotated[
+        str | None,
+        Variable(parse_word, "PayPal: secret of the REST app", default="none", secret=True),
+    ] = None
+    paypal_webhook_id: Annotated[
+        str | None, Variable(parse_word, "PayPal: id of the webhook, with which it is verified")
+    ] = None
+    paypal_environment: Annotated[
+        str, Variable(one_of("sandbox", "live"), "PayPal: which of its environments is meant")
+    ] = "live"
+    paypal_api_base: Annotated[
+        HttpUrl | None,
+        Variable(parse_http_url, "PayPal: address of the API", default="by PAYPAL_ENVIRONMENT"),
+    ] = None
     simulated_ledger: Annotated[
         str | None,
         Variable(

@@ -12,7 +12,8 @@ import psycopg
 from payments.database.connections import DatabaseAddress
 from payments.payment.identity import payment_id_for
 from tests.crash.client import Answer, Caller, race
-from tests.doubles.provider import Fault, ProviderProcess
+from tests.doubles.provider import ProviderProcess
+from tests.doubles.stand_in import Fault
 from tests.invariants.checker import ChargeAnswer, ProviderRecord, RefundAnswer, check
 from tests.process import ServiceProcess, at
 from tests.support import PATIENCE_S, at_once, eventually

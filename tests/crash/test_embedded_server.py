@@ -30,7 +30,8 @@ from tests.crash.money import (
     records,
     settled,
 )
-from tests.doubles.provider import Fault, ProviderProcess
+from tests.doubles.provider import ProviderProcess
+from tests.doubles.stand_in import Fault
 from tests.invariants.checker import check
 from tests.machine import within
 from tests.process import ROOT, ServiceProcess, database_processes, environment, free_port, working

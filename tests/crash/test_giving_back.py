@@ -18,7 +18,8 @@ from tests.callbacks.sales import PAID, Sale
 from tests.crash.money import nothing_open, records, settings, settled
 from tests.doubles.order_seats import Seating
 from tests.doubles.order_service import Options, OrderServiceProcess
-from tests.doubles.provider import Fault, ProviderProcess
+from tests.doubles.provider import ProviderProcess
+from tests.doubles.stand_in import Fault
 from tests.invariants.checker import check
 from tests.invariants.orders import broken_orders
 from tests.process import ServiceProcess

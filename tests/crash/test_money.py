@@ -25,7 +25,8 @@ from tests.crash.money import (
     settings,
     settled,
 )
-from tests.doubles.provider import Fault, FaultKind, ProviderProcess
+from tests.doubles.provider import ProviderProcess
+from tests.doubles.stand_in import Fault, FaultKind
 from tests.invariants.checker import check
 from tests.machine import within
 from tests.outside_postgres import OutsidePostgres

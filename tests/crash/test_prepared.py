@@ -17,7 +17,8 @@ from payments.payment.identity import payment_id_for
 from tests.commands.settling import age
 from tests.crash.client import Caller, race
 from tests.crash.money import Answers, kill_loop, nothing_open, records, settings
-from tests.doubles.provider import Fault, ProviderProcess
+from tests.doubles.provider import ProviderProcess
+from tests.doubles.stand_in import Fault
 from tests.invariants.checker import check
 from tests.process import ServiceProcess
 from tests.support import PATIENCE_S, eventually

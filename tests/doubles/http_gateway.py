@@ -154,7 +154,9 @@ class HttpGateway(PlainGateway):
         answer = await self._http.exchange("GET", f"/refunds/{refund_id}", timeout_s=timeout_s)
         return None if _not_found(answer, refund_id) else _outcome(answer, refund_id, _REFUND)
 
-    def hint(self, headers: Mapping[str, str], raw_body: bytes) -> Hint | None:
+    async def hint(
+        self, headers: Mapping[str, str], raw_body: bytes, timeout_s: float
+    ) -> Hint | None:
         """The header is t=SECONDS,v1=HEX, the HMAC-SHA256 of the time, a dot and the raw body."""
         sent_at, _, signature = headers.get(SIGNATURE_HEADER, "").partition(",")
         expected = [f"v1={_signature(each, sent_at, raw_body)}" for each in self._webhook_secrets]

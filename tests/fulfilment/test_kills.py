@@ -17,7 +17,8 @@ from payments.database.connections import DatabaseAddress
 from tests.callbacks.sales import PAID, Sale, new_orders
 from tests.doubles.order_seats import Seating
 from tests.doubles.order_service import Options, OrderServiceProcess
-from tests.doubles.provider import Fault, ProviderProcess
+from tests.doubles.provider import ProviderProcess
+from tests.doubles.stand_in import Fault
 from tests.machine import Machine, bound
 from tests.process import ServiceProcess, at
 from tests.support import eventually

@@ -96,6 +96,9 @@ class Harness(Protocol):
 
     sends_webhooks: bool
 
+    dates_webhooks: bool
+    """Whether the signature covers the time, so that an old webhook is known as such."""
+
     async def open(self, step: Step) -> ProviderCharge:
         """A charge of 15.00 that stands there, with what the service knows of it."""
         ...
@@ -118,6 +121,10 @@ class Harness(Protocol):
     ) -> tuple[dict[str, str], bytes]:
         """Headers and raw body of one about this charge, or about none, signed so long ago with
         this secret (the provider's own)."""
+        ...
+
+    def redated(self, old: tuple[dict[str, str], bytes], headers: dict[str, str]) -> dict[str, str]:
+        """The headers of the old webhook, but with the time of these."""
         ...
 
     def can(self, fault: str, operation: str) -> bool:
@@ -558,40 +565,34 @@ class GatewayConformance:
 
     async def test_a_webhook_names_what_to_ask_about(self, harness: Harness) -> None:
         gateway, charge = webhooks_of(harness), await begun(harness.gateway, charge_of())
-        hint = gateway.hint(*harness.webhook(charge))
+        hint = await gateway.hint(*harness.webhook(charge), WAIT_S)
         assert isinstance(hint, Hint)
         assert hint.event_id
         by_id, by_reference = charge.payment_id, charge.reference
         assert (hint.payment_id, hint.reference) in ((by_id, None), (None, by_reference))
-        assert gateway.hint(*harness.webhook(charge)) == hint
-        assert gateway.hint(*harness.webhook(None)) is None
+        assert await gateway.hint(*harness.webhook(charge), WAIT_S) == hint
+        assert await gateway.hint(*harness.webhook(None), WAIT_S) is None
         assert await harness.captured(charge.payment_id) == []
 
     async def test_a_webhook_of_somebody_else_is_not_believed(self, harness: Harness) -> None:
         gateway, charge = webhooks_of(harness), await begun(harness.gateway, charge_of())
         headers, body = harness.webhook(charge)
-        older, newer = (harness.webhook(charge, age_s=age_s) for age_s in (3600, -3600))
         false = {
             "altered": (headers, body.replace(b":", b": ", 1)),
             "of another": (headers, harness.webhook(None)[1]),
             "another secret": harness.webhook(charge, secret="another"),
-            "old": older,
-            "from the future": newer,
-            "a new time with an old signature": (
-                {
-                    name: headers[name].split(",")[0] + "," + value.split(",")[1]
-                    for name, value in older[0].items()
-                },
-                body,
-            ),
             "unsigned": ({}, body),
             "empty": (dict.fromkeys(headers, ""), body),
             "no ASCII": (dict.fromkeys(headers, "t=1,v1=\xe9"), body),
         }
+        if harness.dates_webhooks:
+            older, newer = (harness.webhook(charge, age_s=age_s) for age_s in (3600, -3600))
+            false |= {"old": older, "from the future": newer}
+            false["a new time with an old signature"] = harness.redated(older, headers), body
         believed = []
         for what, webhook in false.items():
             try:
-                gateway.hint(*webhook)
+                await gateway.hint(*webhook, WAIT_S)
             except BadSignature:
                 continue
             believed.append(what)

@@ -28,7 +28,8 @@ from payments.settings import Settings
 from tests.doubles.controlled import ROOT
 from tests.doubles.gateway import asking
 from tests.doubles.http_gateway import DAY_S, HttpGateway, PreparingGateway, build, signed
-from tests.doubles.provider import NOTHING_DONE, Fault, FaultKind, ProviderProcess
+from tests.doubles.provider import ProviderProcess
+from tests.doubles.stand_in import NOTHING_DONE, Fault, FaultKind
 from tests.gateways.conformance import (
     FAILURES,
     MISMATCHES,
@@ -66,7 +67,7 @@ class HttpHarness:
     refused_method: str | None = None
     steps: frozenset[Step] = frozenset()
     cancels: frozenset[Step] = frozenset()
-    sends_webhooks = True
+    sends_webhooks = dates_webhooks = True
 
     def __init__(self, gateway: Gateway, provider: ProviderProcess, elsewhere: str) -> None:
         self.gateway = gateway
@@ -110,6 +111,12 @@ class HttpHarness:
         body = msgspec.json.encode(event)
         return signed(secret or WEBHOOK_SECRETS[1], time.time() - age_s, body), body
 
+    def redated(self, old: tuple[dict[str, str], bytes], headers: dict[str, str]) -> dict[str, str]:
+        return {
+            name: headers[name].split(",")[0] + "," + value.split(",")[1]
+            for name, value in old[0].items()
+        }
+
     def _about(self, charge: ProviderCharge | None) -> dict[str, object]:
         return {} if charge is None else {"payment_id": charge.payment_id}
 
@@ -141,7 +148,7 @@ class PreparingHarness(HttpHarness):
 def fault_of(kind: str, operation: str, location: str = "") -> Fault:
     return Fault(
         kind,  # type: ignore[arg-type]
-        operation,  # type: ignore[arg-type]
+        operation,
         seconds=SECONDS.get(kind, 0),
         location=location,
     )

@@ -36,7 +36,7 @@ class SimulatedHarness:
     refused_method = "sim_refuse"
     steps: frozenset[Step] = frozenset(METHODS)
     cancels: frozenset[Step] = frozenset({"ready", "action", "authorized"})
-    sends_webhooks = False
+    sends_webhooks = dates_webhooks = False
 
     def __init__(self, ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._ledger = ledger

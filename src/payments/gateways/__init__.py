@@ -7,6 +7,7 @@ a command may answer "try again" only after NeverSent.
 building.py          the providers that the settings name, built
 http.py              HTTP for gateways: one bounded exchange, and whether it may have been sent
 counted.py           a gateway whose every call is counted and timed
+units.py             amounts in the providers' units
 simulated.py         the simulated provider, the default
 ledger_file.py       what that one has decided, for all processes and over every crash
 ledger_tables.py     that file's tables, and how it is opened
@@ -238,9 +239,27 @@ class Gateway(Protocol):
 class WebhookGateway(Gateway, Protocol):
     """A gateway whose provider sends webhooks."""
 
-    def hint(self, headers: Mapping[str, str], raw_body: bytes) -> Hint | None:
+    async def hint(
+        self, headers: Mapping[str, str], raw_body: bytes, timeout_s: float
+    ) -> Hint | None:
         """What a webhook is about; None if about no payment. The names of `headers` are in lower
-        case. Raises BadSignature before it reads the body; no call."""
+        case. Raises BadSignature before it reads the body; OutcomeUnknown or NeverSent if the
+        provider has to be asked whether it is genuine, and does not say so."""
+        ...
+
+
+class ProviderFinding(NamedTuple):
+    """What `payments doctor` says about a provider, in one line; if `bad`, with the next step."""
+
+    bad: bool
+    text: str
+
+
+class CheckedGateway(Gateway, Protocol):
+    """A gateway that can check its credentials and its account."""
+
+    async def findings(self, timeout_s: float) -> list[ProviderFinding]:
+        """Moves no money and changes nothing; raises OutcomeUnknown or NeverSent."""
         ...
 
 

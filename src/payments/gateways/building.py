@@ -10,9 +10,10 @@ from payments.gateways.chosen import Gateways
 from payments.gateways.ledger_file import LOCK_WAIT_S
 from payments.gateways.simulated import SimulatedGateway
 from payments.opening import data_dir
-from payments.setting_values import GATEWAY_NAME
+from payments.setting_values import BUILT_IN_GATEWAYS, GATEWAY_NAME
 from payments.settings import Settings
 
+BUILT_IN = {name: f"payments.gateways.{name}:build" for name in BUILT_IN_GATEWAYS}
 SIMULATED = "simulated"
 EARLIER_LEDGER_NAME = "simulated-ledger.jsonl"  # in PAYMENTS_DATA_DIR
 GATEWAY_MEMBERS = (
@@ -34,8 +35,8 @@ def build_gateways(settings: Settings, *, to: Literal["call", "look"] = "call") 
 
 
 def _build(settings: Settings, named: str, to: Literal["call", "look"]) -> Gateway:
-    if ":" in named:
-        return _plugged_in_gateway(settings, named)
+    if ":" in named or named in BUILT_IN:
+        return _plugged_in_gateway(settings, BUILT_IN.get(named, named))
     if settings.simulated_ledger == "" or to == "look":
         return SimulatedGateway(None, settings.simulated_faults, name=named)
     # It must not wait for its ledger for longer than it is waited for: behind what waits already.
