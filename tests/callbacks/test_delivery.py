@@ -265,7 +265,8 @@ async def test_after_an_outage_all_comes_at_once_but_not_all_at_the_same_time(
 ) -> None:
     """Whatever pauses had been made, and without another wave of failures."""
     many = max(300, pytestconfig.getoption("--outcomes") // 2)
-    dispatcher = dispatcher_to(orders.url, database)
+    # Nothing hangs here, and on a busy machine a second is soon over.
+    dispatcher = dispatcher_to(orders.url, database, timeout_s=20)
     orders.refuse()
     async with calling_back(database, dispatcher):
         append(connection, [fact for _ in range(many) for fact in charge_of(uuid.uuid4()).facts])

@@ -4,6 +4,7 @@ Pure, like state.py.
 """
 
 import hashlib
+from functools import lru_cache
 from uuid import UUID
 
 import msgspec
@@ -54,6 +55,7 @@ class RefundRequest(msgspec.Struct, frozen=True, kw_only=True):
     unfulfilled: bool = False
 
 
+@lru_cache(maxsize=1024)  # a charge asks several times
 def payment_id_for(idempotency_key: str) -> UUID:
     """The payment that this key means, for ever: docs/decisions/payment-id.md."""
     return _derived(_PAYMENT_NAMESPACE, idempotency_key.encode())
