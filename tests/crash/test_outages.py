@@ -60,11 +60,19 @@ KINDS = ("frozen", "stopped", "restarted", "backend killed", "connections termin
 BACKENDS = ("payments appender", "payments follower payments", "payments")
 
 
+class Cause(NamedTuple):
+    """`away`: while no query can have got a response, of an outage that lasts."""
+
+    what: str
+    away: tuple[float, float] | None = None
+
+
 class Outage(NamedTuple):
     what: str
     began_at: float
     ended_at: float
     normal_at: float
+    away: tuple[float, float] | None = None
 
 
 @pytest.fixture
@@ -107,10 +115,10 @@ async def go_through(
         for kind in kinds:
             began_at = time.monotonic()
             rate = sum(each.is_normal for each in since(load, began_at - CALM_S)) / CALM_S
-            what = await asyncio.to_thread(cause, server, kind, dice)
+            what, away = await asyncio.to_thread(cause, server, kind, dice)
             ended_at = time.monotonic()
             await until_normal(load, ended_at, rate, what)
-            outages.append(Outage(what, began_at, ended_at, time.monotonic()))
+            outages.append(Outage(what, began_at, ended_at, time.monotonic(), away))
             await asyncio.sleep(CALM_S)
     table = figures(load, outages)
     sys.stdout.write(table)
@@ -270,32 +278,38 @@ def blocker(address: DatabaseAddress) -> "psycopg.Connection[Any]":
     return connection
 
 
-def cause(server: OutsidePostgres, kind: str, dice: random.Random) -> str:
+def cause(server: OutsidePostgres, kind: str, dice: random.Random) -> Cause:
     """Brings an outage about and ends it; what it was."""
     if kind == "frozen":
         seconds = dice.uniform(1, 6)
         server.freeze()
         try:
-            time.sleep(seconds)
+            away = rest(seconds)
         finally:
             server.thaw()
-        return f"frozen for {seconds:.1f} s"
+        return Cause(f"frozen for {seconds:.1f} s", away)
     if kind == "stopped":
         seconds = dice.uniform(1, 4)
         server.stop("immediate")
-        time.sleep(seconds)
+        away = rest(seconds)
         server.start()
-        return f"stopped for {seconds:.1f} s"
+        return Cause(f"stopped for {seconds:.1f} s", away)
     if kind == "restarted":
         server.stop("fast")
         server.start()
     elif kind == "backend killed":
         backend = dice.choice(BACKENDS)
         server.kill_backend(backend)
-        return f"{kind}: {backend}"
+        return Cause(f"{kind}: {backend}")
     else:
         server.terminate_backends()
-    return kind
+    return Cause(kind)
+
+
+def rest(seconds: float) -> tuple[float, float]:
+    began_at = time.monotonic()
+    time.sleep(seconds)
+    return began_at, time.monotonic()
 
 
 def since(load: MixedLoad, moment: float) -> list[Sample]:
@@ -357,9 +371,10 @@ def relapsed(load: MixedLoad, outages: Sequence[Outage]) -> Iterator[str]:
 
 def healthy_without_a_database(load: MixedLoad, outages: Sequence[Outage]) -> Iterator[str]:
     for outage in outages:
-        if not outage.what.startswith(("frozen", "stopped")):
+        if outage.away is None:
             continue
-        away = (outage.began_at + 0.2, outage.ended_at - 0.2)
+        # A response that came just before may be read a little later.
+        away = (outage.away[0] + 0.2, outage.away[1])
         for each in load.samples:
             within = away[0] < each.sent_at and each.answered_at < away[1]
             if each.label == "GET /health" and within and each.is_normal:
