@@ -390,10 +390,10 @@ def told(load: MixedLoad, outages: Sequence[Outage], sample: Sample) -> str:
         text += f" ({stalled_s:.2f} s of it this test or the whole service stood still)"
     if not before:
         return f"{text}, before the first outage"
-    what, began_at, ended_at, _ = before[-1]
+    last = before[-1]
     return (
-        f"{text}; sent {sample.sent_at - began_at:.2f} s after the begin of: {what}, and answered "
-        f"{sample.answered_at - ended_at:+.2f} s from its end"
+        f"{text}; sent {sample.sent_at - last.began_at:.2f} s after the begin of: {last.what}, and "
+        f"answered {sample.answered_at - last.ended_at:+.2f} s from its end"
     )
 
 
