@@ -25,8 +25,12 @@ class Caller:
         self._port = port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def charge(self, key: str, amount_cents: int = 1000) -> Answer | None:
-        body = {"merchant_order_id": str(ORDER_ID), "amount_cents": amount_cents}
+    async def charge(
+        self, key: str, amount_cents: int = 1000, payment_method: str | None = None
+    ) -> Answer | None:
+        body: dict[str, Any] = {"merchant_order_id": str(ORDER_ID), "amount_cents": amount_cents}
+        if payment_method is not None:
+            body["payment_method"] = payment_method
         return await self.post("/v1/charge", body, key)
 
     async def refund(

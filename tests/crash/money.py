@@ -5,7 +5,10 @@ import random
 import threading
 import time
 import uuid
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple, Protocol
+from uuid import UUID
 
 import psycopg
 
@@ -17,6 +20,8 @@ from tests.doubles.stand_in import Fault
 from tests.invariants.checker import ChargeAnswer, ProviderRecord, RefundAnswer, check
 from tests.process import ServiceProcess, at
 from tests.support import PATIENCE_S, at_once, eventually
+
+CALLERS = 8  # at once
 
 FAST = {"CHARGE_DEADLINE_S": 1, "GATEWAY_TIMEOUT_S": 0.8, "PENDING_ABANDON_AFTER_S": 3}
 
@@ -95,17 +100,37 @@ def asked_about(connection: psycopg.Connection[Any]) -> bool:
     return not row[0]
 
 
+class ScriptedProvider(Protocol):
+    """What a stand-in of a provider has in common with the others (tests/doubles/stand_in.py)."""
+
+    def script(self, *faults: Fault) -> None: ...
+
+    def counts(self) -> dict[str, int]: ...
+
+
+class Customers(NamedTuple):
+    """What the charges are made with, and what their customers do.
+
+    `new_method` gives the payment method of the next charge. `act` is called for some charges that
+    are PENDING, with payment id and payment method: the customer does what there is to do, if there
+    is anything; it is called in a thread of its own.
+    """
+
+    new_method: Callable[[], str | None] = lambda: None
+    act: Callable[[UUID, str | None], object] = lambda _id, _method: None
+
+
 class Answers:
-    """What callers were told, for the checker."""
+    """What callers were told, for the checker; and what may be sent again, key and method."""
 
     def __init__(self) -> None:
         self.charges: list[ChargeAnswer] = []
         self.refunds: list[RefundAnswer] = []
-        self.unanswered: list[str] = []
+        self.again: list[tuple[str, str | None]] = []
 
-    def charged(self, key: str, answer: Answer | None) -> None:
+    def charged(self, key: str, answer: Answer | None, method: str | None = None) -> None:
         if answer is None:
-            self.unanswered.append(key)
+            self.again.append((key, method))
             return
         assert answer.status in (201, 202, 503), answer
         if answer.status < 300:
@@ -131,10 +156,18 @@ class Answers:
 class Traffic:
     """Charges, refunds of some, and repetitions of what got no answer, in a thread of its own."""
 
-    def __init__(self, port: int, answers: Answers, callers: int = 8) -> None:
-        self._port = port
+    def __init__(
+        self,
+        ports: Sequence[int],
+        answers: Answers,
+        callers: int = CALLERS,
+        customers: Customers | None = None,
+    ) -> None:
+        """The callers speak to the ports in turn."""
+        self._ports = ports
         self._answers = answers
         self._callers = callers
+        self._customers = customers or Customers()
         self._stopped = False
         self.captured = 0
         self._thread = threading.Thread(target=self._run)
@@ -152,23 +185,32 @@ class Traffic:
         async def all_of_them(callers: list[Caller]) -> None:
             await asyncio.gather(*(self._call(caller) for caller in callers))
 
-        race([self._port], self._callers, all_of_them)
+        race(self._ports, self._callers, all_of_them)
 
     async def _call(self, caller: Caller) -> None:
         while not self._stopped:
-            repeat = self._answers.unanswered and random.random() < 0.3
-            key = self._answers.unanswered.pop() if repeat else str(uuid.uuid4())
-            answer = await caller.charge(key)
-            self._answers.charged(key, answer)
+            if self._answers.again and random.random() < 0.3:
+                key, method = self._answers.again.pop()
+            else:
+                key, method = str(uuid.uuid4()), self._customers.new_method()
+            answer = await caller.charge(key, payment_method=method)
+            self._answers.charged(key, answer, method)
             if answer is None or answer.status == 503:
                 await asyncio.sleep(0.02)
             elif answer.body["status"] == "SUCCESS":
                 self.captured += 1
-                if self.captured % 3 == 0:
-                    refund_key = f"{key}-refund" if self.captured % 2 else None
-                    amount = 300 if refund_key else None
-                    refunded = await caller.refund(payment_id_for(key), amount, refund_key)
-                    self._answers.refunded(refunded)
+                await self._refund_some(caller, key)
+            elif answer.status == 202:
+                if random.random() < 0.5:
+                    await asyncio.to_thread(self._customers.act, payment_id_for(key), method)
+                if random.random() < 0.5:
+                    self._answers.again.append((key, method))
+
+    async def _refund_some(self, caller: Caller, key: str) -> None:
+        if self.captured % 3 == 0:
+            refund_key = f"{key}-refund" if self.captured % 2 else None
+            amount = 300 if refund_key else None
+            self._answers.refunded(await caller.refund(payment_id_for(key), amount, refund_key))
 
 
 UNRELIABLE = (
@@ -188,26 +230,55 @@ def count(connection: psycopg.Connection[Any]) -> int:
 
 
 def kill_loop(
-    service: ServiceProcess,
+    services: Sequence[ServiceProcess],
     connection: psycopg.Connection[Any],
-    provider: ProviderProcess,
+    provider: ScriptedProvider,
+    records: Callable[[], list[ProviderRecord]],
     kills: int,
     seed: int,
+    *,
+    points: Sequence[Fault] = (),
+    customers: Customers | None = None,
 ) -> None:
-    """The service dies again and again, at an unreliable provider; in the end each payment and
-    refund is settled by itself."""
-    dice, answers = random.Random(seed), Answers()
-    provider.script(*UNRELIABLE)
-    for _ in range(kills):
-        with service, Traffic(service.port, answers) as traffic:
-            eventually(lambda: traffic.captured >= 5)
-            time.sleep(dice.random() * 0.3)
+    """One of the services dies again and again, at an unreliable provider; in the end each payment
+    and refund is settled by itself.
+
+    Every second time it dies at one of the `points`: while the provider has a call of this
+    operation and, by this fault, gives no response. `slow` has done what was asked, `timeout` has
+    not. Otherwise it dies at any time. `records` gives the money that the provider moved.
+    """
+    dice, answers, ports = random.Random(seed), Answers(), [each.port for each in services]
+    with ExitStack() as running:
+        for service in services:
+            running.enter_context(service)
+        for number in range(kills):
+            victim = dice.choice(services)
+            provider.script(*UNRELIABLE)
+            with Traffic(ports, answers, customers=customers) as traffic:
+                eventually(lambda: traffic.captured >= 5)
+                if points and number % 2:
+                    others = CALLERS - CALLERS // len(services)
+                    _reach(provider, points[number // 2 % len(points)], others + 1)
+                else:
+                    time.sleep(dice.random() * 0.3)
+                victim.kill()
+            victim.start()
+        for service in services:
             service.kill()
-    check(connection, records(provider), answers.charges, answers.refunds, caught_up=False)
-    provider.script()
-    with service:
+        check(connection, records(), answers.charges, answers.refunds, caught_up=False)
+        provider.script()
+        for service in services:
+            service.start()
         settled(connection)
-        assert service.terminate() == 0
-    check(connection, records(provider), answers.charges, answers.refunds, settled=True)
+        assert [service.terminate() for service in services] == [0] * len(services)
+    check(connection, records(), answers.charges, answers.refunds, settled=True)
     assert len(answers.charges) > kills * 5
     assert answers.refunds
+
+
+def _reach(provider: ScriptedProvider, point: Fault, calls: int) -> None:
+    """Until the provider has so many calls there: with one more than the other services have
+    callers, one is from the service at hand."""
+    provider.script(point)
+    begun = provider.counts().get(point.operation, 0)
+    eventually(lambda: provider.counts().get(point.operation, 0) >= begun + calls)

@@ -113,7 +113,7 @@ def test_killed_under_load(
     provider.script(*UNRELIABLE)
     answers = Answers()
     with ServiceProcess(data_dir, **settings(provider)) as service:
-        with Traffic(service.port, answers) as traffic:
+        with Traffic([service.port], answers) as traffic:
             for _ in range(kills):
                 before, killed = traffic.captured, victim(data_dir)
                 killed.kill()

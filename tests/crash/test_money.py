@@ -45,8 +45,10 @@ def test_kill_9_loop(
     request: pytest.FixtureRequest,
 ) -> None:
     """The service dies again and again; in the end each payment and refund is settled by itself."""
-    service = ServiceProcess(tmp_path, **settings(address, provider))
-    kill_loop(service, connection, provider, request.config.getoption("--kills"), seed=1)
+    given = settings(address, provider)
+    services = [ServiceProcess(tmp_path, **given), ServiceProcess(tmp_path, **given)]
+    kills = max(1, request.config.getoption("--kills") // 3)
+    kill_loop(services, connection, provider, lambda: records(provider), kills, seed=1)
 
 
 def test_keys_that_come_32_times_at_once_over_two_processes(
@@ -168,7 +170,7 @@ def test_a_frozen_process_wakes_up_after_another_has_settled(
     provider.script(Fault("slow", count=None, probability=0.5, seconds=0.1))
     with working(**common), ServiceProcess(tmp_path, "--api-only", **common) as service:
         for _ in range(3 if long_run else 1):
-            with Traffic(service.port, answers) as traffic:
+            with Traffic([service.port], answers) as traffic:
                 eventually(lambda: traffic.captured >= 20)
                 service.process.send_signal(signal.SIGSTOP)
                 time.sleep(2)

@@ -5,9 +5,11 @@ the capture.
 """
 
 import asyncio
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -16,7 +18,7 @@ from payments.database.connections import DatabaseAddress
 from payments.payment.identity import payment_id_for
 from tests.commands.settling import age
 from tests.crash.client import Caller, race
-from tests.crash.money import Answers, kill_loop, nothing_open, records, settings
+from tests.crash.money import Answers, Customers, kill_loop, nothing_open, records, settings
 from tests.doubles.provider import ProviderProcess
 from tests.doubles.stand_in import Fault
 from tests.invariants.checker import check
@@ -24,6 +26,9 @@ from tests.process import ServiceProcess
 from tests.support import PATIENCE_S, eventually
 
 HELD_S = 60.0  # far longer than the process lives
+
+# Most customers need not act; a charge that is processing is captured when it is finished.
+METHODS = (*[None] * 6, "pm_action", "pm_authorized", "pm_processing")
 
 # Where the process dies: what the provider does, and how to see that it has come so far.
 POINTS: dict[str, tuple[Fault, Callable[[ProviderProcess], int]]] = {
@@ -133,8 +138,23 @@ def test_kill_9_loop(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    """Again and again, at an unreliable provider."""
-    service = ServiceProcess(tmp_path, **settings(address, provider, TEST_PROVIDER_PREPARES=1))
+    """Again and again, at an unreliable provider: with customers who act or never do, and with
+    charges that the provider finishes late, or never."""
+    given = settings(address, provider, TEST_PROVIDER_PREPARES=1)
+    services = [ServiceProcess(tmp_path, **given), ServiceProcess(tmp_path, **given)]
+    dice = random.Random(3)
+
+    def act(payment_id: UUID, method: str | None) -> None:
+        if not provider.finish(payment_id):
+            provider.customer_acts(payment_id)
+
     kill_loop(
-        service, connection, provider, max(1, request.config.getoption("--kills") // 3), seed=2
+        services,
+        connection,
+        provider,
+        lambda: records(provider),
+        request.config.getoption("--kills"),
+        seed=2,
+        points=[fault for fault, _ in POINTS.values()],
+        customers=Customers(lambda: dice.choice(METHODS), act),
     )

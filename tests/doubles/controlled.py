@@ -6,6 +6,7 @@ It prints its port as its first line, and ends when its stdin is closed: its par
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -24,6 +25,7 @@ class ControlledProcess:
         self.port = port
         self._command = [sys.executable, "-m", module, *arguments]
         self._process: subprocess.Popen[bytes] | None = None
+        self._asking = threading.Lock()
 
     @property
     def pid(self) -> int:
@@ -61,9 +63,11 @@ class ControlledProcess:
     def _ask(self, answer: type[Answer], **command: Any) -> Answer:
         assert self._process is not None
         assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(command) + b"\n")
-        self._process.stdin.flush()
-        return msgspec.json.decode(self._line(), type=answer)
+        with self._asking:
+            self._process.stdin.write(msgspec.json.encode(command) + b"\n")
+            self._process.stdin.flush()
+            line = self._line()
+        return msgspec.json.decode(line, type=answer)
 
     def _line(self) -> bytes:
         assert self._process is not None

@@ -62,10 +62,10 @@ class Provider(StandIn):
             case "made_by_customer":
                 return self._intents.made_by_customer(command["amount_cents"], command["currency"])
             case "customer_acts":
-                self._intents.customer_acts(command["payment_id"], declined=command["declined"])
-            case "finish":
-                self._intents.finish(command["payment_id"], declined=command["declined"])
-        return None
+                act = self._intents.customer_acts
+            case _:
+                act = self._intents.finish
+        return act(command["payment_id"], declined=command["declined"])
 
     def do(self, operation: str, call: Call, *, forgotten: bool, declined: bool) -> Response:
         _, place, *more = call.path.split("/")
@@ -113,13 +113,14 @@ class ProviderProcess(StandInProcess):
         """An intent that was made without us, as by a page of the provider; its reference."""
         return self._ask(str, do="made_by_customer", amount_cents=amount_cents, currency=currency)
 
-    def customer_acts(self, payment_id: object, *, declined: bool = False) -> None:
-        """What `action` asks for is done: the charge is ready, authorized or declined."""
-        self._ask(Any, do="customer_acts", payment_id=str(payment_id), declined=declined)
+    def customer_acts(self, payment_id: object, *, declined: bool = False) -> bool:
+        """What `action` asks for is done: the charge is ready, authorized or declined. False: it
+        asks for nothing."""
+        return self._ask(bool, do="customer_acts", payment_id=str(payment_id), declined=declined)
 
-    def finish(self, payment_id: object, *, declined: bool = False) -> None:
-        """What is processing is captured, or declined."""
-        self._ask(Any, do="finish", payment_id=str(payment_id), declined=declined)
+    def finish(self, payment_id: object, *, declined: bool = False) -> bool:
+        """What is processing is captured, or declined. False: nothing is."""
+        return self._ask(bool, do="finish", payment_id=str(payment_id), declined=declined)
 
     def ledger(self, client_id: object = None) -> list[Line]:
         """All lines, or those with this id of ours."""

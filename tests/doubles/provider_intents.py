@@ -53,21 +53,27 @@ class Intents:
     def made_by_customer(self, amount_cents: int, currency: str) -> str:
         return self._begin("", amount_cents, currency, "").reference
 
-    def customer_acts(self, payment_id: str, *, declined: bool) -> None:
-        line = self._of(payment_id, "action")
+    def customer_acts(self, payment_id: str, *, declined: bool) -> bool:
+        """Whether there was something to do."""
+        if (line := self._of(payment_id, "action")) is None:
+            return False
         if declined:
             self._end(line, "authentication_failed")
         else:
             self._go_on(line, step=STEP_AFTER_ACTION[line.payment_method], acted=True)
+        return True
 
-    def finish(self, payment_id: str, *, declined: bool) -> None:
-        self._end(self._of(payment_id, "processing"), "bank_declined" if declined else "")
+    def finish(self, payment_id: str, *, declined: bool) -> bool:
+        """Whether it was processing."""
+        if (line := self._of(payment_id, "processing")) is None:
+            return False
+        self._end(line, "bank_declined" if declined else "")
+        return True
 
-    def _of(self, payment_id: str, step: str) -> Line:
-        """The one intent of this payment that stands at this step."""
+    def _of(self, payment_id: str, step: str) -> Line | None:
+        """The intent of this payment that stands at this step."""
         lines = self._ledger.intents.values()
-        (line,) = (line for line in lines if (line.id, line.step) == (payment_id, step))
-        return line
+        return next((each for each in lines if (each.id, each.step) == (payment_id, step)), None)
 
     def _prepare(self, key: str, form: dict[str, str], sha256: str, forgotten: bool) -> Response:
         line = self._ledger.prepared.get(key)
