@@ -71,6 +71,10 @@ class EventStore:
         """As unsettled.may_tell."""
         return await unsettled.may_tell(self._database, payment_id, level, again_s)
 
+    async def fits_again(self, payment_id: UUID) -> None:
+        """As unsettled.fits_again."""
+        await unsettled.fits_again(self._database, payment_id)
+
     async def append_intent(
         self,
         fact: Fact,

@@ -14,6 +14,9 @@ from payments.database.connections import Database
 # A lease and every pause end within this (commands/settling_loop.py).
 DUE_WITHIN_S = 3600.0
 
+# When a declined payment is due whose provider is not configured here, if its declines may turn.
+ELSEWHERE_S = 900.0
+
 # One row per payment. A new reason to ask makes it due soon, even after long pauses.
 ADD = """
 INSERT INTO unsettled_payments AS u (payment_id, kind, since, due_at)
@@ -95,6 +98,13 @@ SELECT EXISTS (SELECT FROM told)
     OR NOT EXISTS (SELECT FROM unsettled_payments WHERE payment_id = %(payment_id)s)
 """
 
+# What was logged as CRITICAL does not hold any more.
+FITS_AGAIN = """
+UPDATE unsettled_payments SET told_at = NULL, told_level = NULL
+ WHERE payment_id = %(payment_id)s AND told_level >= 50
+RETURNING payment_id
+"""
+
 
 class Claim(NamedTuple):
     """A payment about which this process may ask the provider; `attempts` counts this time too."""
@@ -151,3 +161,8 @@ async def may_tell(database: Database, payment_id: UUID, level: int, again_s: fl
     params = {"payment_id": payment_id, "level": level, "again_s": again_s}
     ((due,),) = await database.fetch(TELL, params)
     return bool(due)
+
+
+async def fits_again(database: Database, payment_id: UUID) -> None:
+    """The provider's response fits the events: the payment counts like any other again."""
+    await database.fetch(FITS_AGAIN, {"payment_id": payment_id})

@@ -10,14 +10,18 @@ import msgspec
 import pytest
 from loguru import logger
 
+from payments.commands import settle as settling
+from payments.commands.runs import cause
+from payments.errors import GatewayUnavailable
 from payments.gateways import Open
+from payments.payment.decisions import referenced
 from payments.payment.identity import payment_id_for
 from payments.payment.state import Status
 from payments.service import Service
 from tests.commands.conftest import Make
 from tests.commands.looking import PAYMENT, Connection, as_stored, topics
 from tests.commands.preparing import ACTED, ACTION, PREPARED, SECRET, charge, preparing
-from tests.commands.settling import age, capture_late, settle, unsettled
+from tests.commands.settling import age, capture_late, due_in_s, project, settle, unsettled
 from tests.doubles.gateway import (
     PreparingGateway,
     ScriptedGateway,
@@ -30,6 +34,7 @@ from tests.doubles.gateway import (
     opens,
 )
 from tests.machine import Machine, bound
+from tests.support import append
 
 pytestmark = pytest.mark.anyio
 
@@ -50,6 +55,19 @@ async def acting(make: Make, *script: Step, **changed: Any) -> Service:
 def now_open(service: Service, step: Any, id: Any = PAYMENT) -> None:
     """The customer has acted, or the provider went on by itself."""
     preparing(service).open[PAYMENT] = Open(id=id, step=step)
+
+
+def hold_ends_in(connection: Connection, seconds: float) -> None:
+    connection.execute("ALTER TABLE payment_events DISABLE TRIGGER ALL")
+    connection.execute(
+        "UPDATE payment_events SET state = convert_to(regexp_replace("
+        'convert_from(state, \'UTF8\'), \'"hold_until":"[^"]*"\','
+        " '\"hold_until\":\"' || %s || '\"'), 'UTF8') WHERE originator_version = 1",
+        [(datetime.now(UTC) + timedelta(seconds=seconds)).isoformat().replace("+00:00", "Z")],
+    )
+    connection.execute(
+        "ALTER TABLE payment_events ENABLE ALWAYS TRIGGER payment_events_append_only"
+    )
 
 
 def nobody_cancels(gateway: ScriptedGateway, asked: Any) -> None:
@@ -161,27 +179,65 @@ class TestSettling:
         await age(connection, 10)
         assert (await charge(service)).payment.status is Status.SUCCESS
 
-    @pytest.mark.parametrize("left_s", [0, 10])
     async def test_what_is_not_held_for_long_enough(
-        self, make: Make, connection: Connection, left_s: float
+        self, make: Make, connection: Connection
     ) -> None:
-        gateway = PreparingGateway(MUST_ACT)
-        service = await make(gateway, seat_hold_s=900)
-        await charge(service)
-        connection.execute("ALTER TABLE payment_events DISABLE TRIGGER ALL")
-        connection.execute(
-            "UPDATE payment_events SET state = convert_to(regexp_replace("
-            'convert_from(state, \'UTF8\'), \'"hold_until":"[^"]*"\','
-            " '\"hold_until\":\"' || %s || '\"'), 'UTF8') WHERE originator_version = 1",
-            [(datetime.now(UTC) + timedelta(seconds=left_s)).isoformat().replace("+00:00", "Z")],
-        )
-        connection.execute(
-            "ALTER TABLE payment_events ENABLE ALWAYS TRIGGER payment_events_append_only"
-        )
+        service = await acting(make, seat_hold_s=900)
+        hold_ends_in(connection, 10)
         now_open(service, "authorized")
+        await project(service)
+        connection.execute("UPDATE unsettled_payments SET attempts = 9")
         await settle(service, connection)
         assert topics(connection, PAYMENT) == ACTED
-        assert len(gateway.charges) == 1
+        gateway = preparing(service)
+        assert (len(gateway.charges), gateway.cancellations) == (1, [])
+        assert due_in_s(connection) < 10
+
+    @pytest.mark.parametrize("step", ["ready", "action", "authorized"])
+    async def test_cancels_what_could_be_captured_after_the_hold(
+        self, make: Make, connection: Connection, step: Any
+    ) -> None:
+        """The customer still has the page, and the seats may be somebody else's."""
+        service = await acting(make, seat_hold_s=900)
+        hold_ends_in(connection, 0)
+        now_open(service, step)
+        await settle(service, connection)
+        gateway = preparing(service)
+        assert (len(gateway.charges), gateway.cancellations) == (1, [PAYMENT])
+        assert as_stored(connection).failure == "declined"
+
+    async def test_what_cannot_be_cancelled_after_the_hold_stays_pending(
+        self, make: Make, connection: Connection
+    ) -> None:
+        service = await acting(make, cancel_script=[opens("processing")], seat_hold_s=900)
+        hold_ends_in(connection, 0)
+        for _ in range(2):
+            await settle(service, connection)
+        assert topics(connection, PAYMENT) == ACTED
+        assert preparing(service).cancellations == [PAYMENT]
+
+    @pytest.mark.parametrize("step", ["ready", "action", "authorized"])
+    async def test_cancels_what_would_pay_an_order_twice(
+        self, make: Make, connection: Connection, step: Any
+    ) -> None:
+        """The customer began anew, and paid; then they act in the first window as well."""
+        service = await acting(make, second_charge="refuse")
+        assert (await charge(service, "again")).payment.status is Status.SUCCESS
+        now_open(service, step)
+        assert (await charge(service)).payment.status is Status.PENDING
+        await settle(service, connection)
+        gateway = preparing(service)
+        assert (len(gateway.captures), gateway.cancellations) == (1, [PAYMENT])
+        assert as_stored(connection).failure == "declined"
+
+    async def test_unless_an_order_may_have_two_payments(
+        self, make: Make, connection: Connection
+    ) -> None:
+        service = await acting(make)
+        assert (await charge(service, "again")).payment.status is Status.SUCCESS
+        now_open(service, "authorized")
+        await settle(service, connection)
+        assert len(preparing(service).captures) == 2
 
     async def test_is_late_for_an_abandonment(self, make: Make, connection: Connection) -> None:
         """It is cancelled, not captured."""
@@ -269,6 +325,52 @@ class TestAbandonment:
         assert topics(connection, PAYMENT)[-2:] == ["LateCaptureFound", "LateCaptureReturned"]
         (back,) = preparing(service).refunds
         assert back.reference == preparing(service).references[PAYMENT]
+
+    async def test_what_is_processing_is_watched_to_its_end(
+        self, make: Make, connection: Connection
+    ) -> None:
+        """However long that takes: it captures by itself."""
+        service = await acting(make, cancel_script=[opens("processing")])
+        await age(connection, 700)
+        await settle(service, connection)
+        await age(connection, 30 * 86_400)
+        await settle(service, connection)
+        assert [kind for kind, _ in unsettled(connection)] == ["abandoned"]
+        capture_late(service)
+        await settle(service, connection)
+        assert topics(connection, PAYMENT)[-2:] == ["LateCaptureFound", "LateCaptureReturned"]
+        assert unsettled(connection) == []
+
+    async def test_what_opens_again_is_cancelled(self, make: Make, connection: Connection) -> None:
+        service = await acting(make, cancel_script=[opens("processing")])
+        await age(connection, 700)
+        await settle(service, connection)
+        now_open(service, "action")
+        await settle(service, connection)
+        assert preparing(service).cancellations == [PAYMENT] * 2
+        assert unsettled(connection) == []
+
+    async def test_a_reference_that_is_stored_meanwhile_is_asked_about_first(
+        self, make: Make, connection: Connection, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A repetition goes on with it just then."""
+        service = await make(PreparingGateway(prepare_script=[no_answer]))
+        with pytest.raises(GatewayUnavailable):
+            await charge(service)
+        await age(connection, 700)
+
+        async def find(*_: Any) -> None:
+            fact = referenced(as_stored(connection), "pi_1", cause("default"))
+            assert fact is not None
+            append(connection, [fact])
+            monkeypatch.undo()
+
+        monkeypatch.setattr(settling, "find", find)
+        await settle(service, connection)
+        assert topics(connection, PAYMENT) == PREPARED
+        await settle(service, connection)
+        assert preparing(service).cancellations == [PAYMENT]
+        assert as_stored(connection).failure == "declined"
 
     async def test_is_the_end_for_the_client(self, make: Make, connection: Connection) -> None:
         service = await acting(make)

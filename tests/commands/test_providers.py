@@ -10,11 +10,26 @@ from payments.service import Service
 from tests.commands.conftest import Make
 from tests.commands.looking import PAYMENT, Connection, begin, topics
 from tests.commands.refunding import refund_of
-from tests.commands.settling import age, settle
-from tests.doubles.gateway import PreparingGateway, ScriptedGateway, answer_lost, no_answer
+from tests.commands.settling import age, due_in_s, project, settle, unsettled
+from tests.doubles.gateway import (
+    PreparingGateway,
+    ScriptedGateway,
+    answer_lost,
+    decline,
+    no_answer,
+    opens,
+)
 from tests.support import charge_of
 
 pytestmark = pytest.mark.anyio
+
+DAY_S = 86_400.0
+CRITICAL = 50
+
+
+def level(connection: Connection) -> int | None:
+    ((told_level,),) = connection.execute("SELECT told_level FROM unsettled_payments").fetchall()
+    return None if told_level is None else int(told_level)
 
 
 async def began_at(make: Make, gateway: ScriptedGateway) -> Service:
@@ -118,6 +133,54 @@ class TestOneThatIsNotConfiguredAnyMore:
         service = await self.gone(make)
         charged = await service.charging.charge(charge_of("k"))
         assert (charged.payment.status, charged.replayed) == (Status.SUCCESS, True)
+
+    @pytest.mark.parametrize("follower", ["its own", "the other"])
+    async def test_a_decline_that_may_turn_is_still_watched(
+        self, make: Make, connection: Connection, follower: str
+    ) -> None:
+        """Whichever process lists it, and whichever comes to it first."""
+        gateway = ScriptedGateway(decline, declines_may_turn_s=3 * DAY_S)
+        own = await make(gateway)
+        await begin(own)
+        other = await make(PreparingGateway())
+        await project(own if follower == "its own" else other)
+        assert [kind for kind, _ in unsettled(connection)] == ["declined"]
+        for _ in range(2):
+            await other.settling.run_once()
+            await settle(other, connection)
+        assert 0 < due_in_s(connection) < 3600
+        await settle(own, connection)
+        assert 2 * DAY_S < due_in_s(connection) < 3 * DAY_S
+        assert gateway.questions == []
+        gateway.outcomes.clear()
+        gateway.capture(gateway.charges[0])
+        await age(connection, 3 * DAY_S)
+        await settle(own, connection)
+        assert topics(connection, PAYMENT)[2:] == ["LateCaptureFound", "LateCaptureReturned"]
+        assert unsettled(connection) == []
+
+    async def test_but_not_for_ever(self, make: Make, connection: Connection) -> None:
+        own = await make(ScriptedGateway(decline, declines_may_turn_s=3 * DAY_S))
+        await begin(own)
+        await project(own)
+        await age(connection, 31 * DAY_S)
+        await settle(await make(PreparingGateway()), connection)
+        assert unsettled(connection) == []
+
+    async def test_one_that_is_configured_again_needs_nobody_any_more(
+        self, make: Make, connection: Connection
+    ) -> None:
+        gateway = PreparingGateway(opens("processing"))
+        own = await make(gateway)
+        await begin(own)
+        await settle(await make(ScriptedGateway()), connection)
+        assert level(connection) == CRITICAL
+        gateway.reachable = False
+        await settle(own, connection)
+        gateway.reachable = True
+        await settle(own, connection)
+        assert level(connection) is None
+        assert [kind for kind, _ in unsettled(connection)] == ["charge"]
 
     async def test_a_pending_payment_waits_and_is_told(
         self, make: Make, connection: Connection

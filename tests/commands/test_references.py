@@ -32,6 +32,7 @@ from tests.doubles.gateway import (
     give_reference,
     never_sent,
     no_answer,
+    opens,
     reference_lost,
 )
 from tests.lost_log import lose_after
@@ -40,6 +41,10 @@ from tests.support import PATIENCE_S, append, charge_of
 pytestmark = pytest.mark.anyio
 
 CHARGED = [*PREPARED, "PaymentCharged"]
+
+
+def unknown(gateway: ScriptedGateway, charge: ProviderCharge) -> None:
+    raise ReferenceNotFound("the provider does not know the reference")
 
 
 def events(connection: Connection) -> int:
@@ -66,12 +71,11 @@ class TestBeforeACapture:
     async def test_what_was_not_prepared_is_not_sent(
         self, make: Make, connection: Connection, step: Any
     ) -> None:
+        """The client is told so, whatever became of the preparation: it captures nothing."""
         service = await make(PreparingGateway(prepare_script=[step]))
-        if step is never_sent:
-            with pytest.raises(GatewayUnavailable):
-                await charge(service)
-        else:
-            await charge_pending(service)
+        with pytest.raises(GatewayUnavailable, match=r"unavailable\. Nothing was") as told:
+            await charge(service)
+        assert told.value.retry_after_s == 7
         gateway = preparing(service)
         assert (topics(connection, PAYMENT), gateway.charges) == (PREPARED[:1], [])
         await age(connection, 10)
@@ -174,7 +178,8 @@ class TestBeforeACapture:
         self, make: Make, connection: Connection
     ) -> None:
         service = await make(PreparingGateway(prepare_script=[no_answer]))
-        await charge_pending(service)
+        with pytest.raises(GatewayUnavailable):
+            await charge(service)
         await age(connection, 700)
         await settle(service, connection)
         assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
@@ -224,6 +229,32 @@ class TestThatTheClientSupplies:
             await charge(service, method=method)
         assert [error.field for error in refused.value.errors] == ["payment_method"]
         assert events(connection) == 0
+
+    async def test_one_that_the_provider_does_not_know_is_a_decline(
+        self, make: Make, connection: Connection, critical: list[str]
+    ) -> None:
+        """Of the first call that is certain: nobody can have had it captured before."""
+        service = await make(PreparingGateway(unknown))
+        charged = await charge(service, method="pay_mistyped")
+        assert charged.payment.status is Status.FAILED
+        assert charged.payment.decline_code == "reference_not_found"
+        assert critical == []
+
+    async def test_but_not_once_it_was_charged(
+        self, make: Make, connection: Connection, critical: list[str]
+    ) -> None:
+        service = await make(PreparingGateway(opens("ready"), unknown))
+        await charge(service, method="pay_1")
+        await age(connection, 10)
+        assert (await charge(service, method="pay_1")).payment.status is Status.PENDING
+        assert len(critical) == 1
+
+    async def test_nor_one_that_was_prepared(
+        self, make: Make, connection: Connection, critical: list[str]
+    ) -> None:
+        service = await make(PreparingGateway(unknown))
+        await charge_pending(service)
+        assert len(critical) == 1
 
 
 class TestWhatIsNotBegun:
@@ -339,7 +370,8 @@ class TestAfterALossOfTheLog:
         self, make: Make, connection: Connection
     ) -> None:
         service = await make(PreparingGateway(prepare_script=[no_answer]))
-        await charge_pending(service)
+        with pytest.raises(GatewayUnavailable):
+            await charge(service)
         await age(connection, 700)
         self.note_loss(connection, -61)
         await settle(service, connection)

@@ -21,7 +21,7 @@ from loguru import logger
 
 from payments.commands.asking import Found, check_about, find, own_gateway, provider_charge
 from payments.commands.outcomes import Outcomes
-from payments.commands.paid_orders import refuse_if_paid
+from payments.commands.paid_orders import is_paid_otherwise, refuse_if_paid
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
 from payments.commands.telling import MismatchesTold
 from payments.commands.waiters import Caller
@@ -47,6 +47,7 @@ from payments.gateways import (
     Open,
     OutcomeUnknown,
     ProviderCharge,
+    ReferenceNotFound,
     Refusal,
 )
 from payments.gateways.chosen import Gateways
@@ -313,7 +314,7 @@ class Charging:
                 found = await find(gateway, begun.payment, timeout_s, charge)
                 if found is not None and not _goes_on(found):
                     return begun, found
-                self._check_may_send_again(run, gateway, begun.age_s, found)
+                await self._check_may_send_again(run, gateway, begun, found)
             charge = _charge_of(begun.payment, command)
             if _lacks_reference(gateway, charge):
                 begun = await self._prepare(run, gateway, begun, charge, _cause(command))
@@ -324,14 +325,13 @@ class Charging:
                 charge = _charge_of(begun.payment, command)
             run.check_may_call_provider()
             run.pending_answer = Charged(begun.payment, begun.replayed)
-            return begun, await gateway.charge(charge, self._timeout_s(run, begun.payment))
+            return begun, await _capture(
+                gateway, charge, begun, self._timeout_s(run, begun.payment)
+            )
         except NeverSent as error:
             if not begun.replayed:
                 run.pending_answer = None
-            unavailable = GatewayUnavailable("The payment provider is unavailable.")
-            # Sooner, a repetition would take this run for one that is still under way.
-            unavailable.retry_after_s = math.ceil(self._deadline_s)
-            raise unavailable from error
+            raise self._unavailable() from error
         finally:
             run.release_provider_call()
 
@@ -345,13 +345,24 @@ class Charging:
     ) -> _BegunCharge:
         """Has the provider make its charge, and stores its id of it."""
         run.check_may_call_provider()
+        try:
+            reference = await gateway.prepare(charge, run.left_s(self._gateway_timeout_s))
+        except OutcomeUnknown as error:
+            # Whatever became of it captures nothing, and nobody waits any more for what could.
+            raise self._unavailable() from error
         run.pending_answer = Charged(begun.payment, begun.replayed)
-        reference = await gateway.prepare(charge, run.left_s(self._gateway_timeout_s))
         with run.limited_storing():
             payment, events = await self._outcomes.append(
                 begun.payment, begun.events, lambda payment: referenced(payment, reference, cause)
             )
         return msgspec.structs.replace(begun, payment=payment, events=events)
+
+    def _unavailable(self) -> GatewayUnavailable:
+        message = "The payment provider is unavailable. Nothing was charged."
+        unavailable = GatewayUnavailable(message)
+        # Sooner, a repetition would take this run for one that is still under way.
+        unavailable.retry_after_s = math.ceil(self._deadline_s)
+        return unavailable
 
     def _timeout_s(self, run: Run[Charged], payment: Payment) -> float:
         """Of a call that may capture: it must end before the seats' hold does."""
@@ -360,15 +371,30 @@ class Charging:
             raise OutcomeUnknown("the hold of its seats ends too soon for a capture")
         return timeout_s
 
-    def _check_may_send_again(
-        self, run: Run[Charged], gateway: Gateway, age_s: float, found: Open | None
+    async def _check_may_send_again(
+        self, run: Run[Charged], gateway: Gateway, begun: _BegunCharge, found: Open | None
     ) -> None:
+        assert begun.age_s is not None
         if not run.is_awaited():
             raise OutcomeUnknown("no client waits for it any more")
-        if found is None and age_s > gateway.charge_retry_s:
+        if found is None and begun.age_s > gateway.charge_retry_s:
             raise OutcomeUnknown("too old for a retry with the same provider key")
-        if age_s + self._deadline_s > self._abandon_after_s:
+        if begun.age_s + self._deadline_s > self._abandon_after_s:
             raise OutcomeUnknown("about to be abandoned: a capture would come too late")
+        if self._second_is_refused and await is_paid_otherwise(self._store, begun.payment):
+            raise OutcomeUnknown("its order is paid by another payment")
+
+
+async def _capture(
+    gateway: Gateway, charge: ProviderCharge, begun: _BegunCharge, timeout_s: float
+) -> Found:
+    try:
+        return await gateway.charge(charge, timeout_s)
+    except ReferenceNotFound:
+        # The client named it, and it was never charged before: nobody had it captured.
+        if begun.replayed or begun.payment.version > 1:
+            raise
+        return Declined("reference_not_found")
 
 
 def _goes_on(found: Approved | Declined | Open) -> TypeGuard[Open]:

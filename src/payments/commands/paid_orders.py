@@ -11,6 +11,8 @@ from payments.errors import OrderAlreadyPaid
 from payments.event_store import EventStore
 from payments.payment.state import Payment, Status
 
+NOBODY = UUID(int=0)  # no payment's id
+
 
 async def refuse_if_paid(store: EventStore, payment_id: UUID, order_id: UUID, client: str) -> None:
     """Before a charge is begun. Raises OrderAlreadyPaid if another payment of the order is captured
@@ -21,6 +23,13 @@ async def refuse_if_paid(store: EventStore, payment_id: UUID, order_id: UUID, cl
     for payment in await store.perhaps_paid(order_id, but=payment_id):
         if _pays(payment, order_id):
             raise OrderAlreadyPaid(_detail(payment, client))
+
+
+async def is_paid_otherwise(store: EventStore, payment: Payment) -> bool:
+    """The same of a payment that has begun and is not captured, before it may be. Raises
+    DatabaseUnavailable."""
+    order_id = payment.merchant_order_id
+    return any(_pays(each, order_id) for each in await store.perhaps_paid(order_id, but=NOBODY))
 
 
 def _pays(payment: Payment, order_id: UUID) -> bool:

@@ -25,6 +25,7 @@ from payments.commands.asking import (
 )
 from payments.commands.giving_back import GivingBack
 from payments.commands.outcomes import Outcomes, Recorded
+from payments.commands.paid_orders import is_paid_otherwise
 from payments.commands.runs import cause
 from payments.commands.telling import (
     tell,
@@ -34,6 +35,7 @@ from payments.commands.telling import (
 )
 from payments.errors import LogRewound
 from payments.event_store import EventStore, LoadedPayment
+from payments.events.facts import PaymentFailed
 from payments.gateways import (
     Gateway,
     NeverSent,
@@ -66,9 +68,12 @@ from payments.payment.state import (
     Status,
 )
 from payments.settings import HOLD_MARGIN_S, Settings
+from payments.unsettled import ELSEWHERE_S
 
 CALLS_MAX = 3  # an attempt has the time of so many calls that all time out; then it sends no more
 LATE_CAPTURE_S = 24 * 3600.0  # however soon a gateway says that no capture can come any more
+# A declined payment of a provider that is not configured: gateways declare days at most.
+DECLINE_ELSEWHERE_S = 30 * 24 * 3600.0
 
 # How far the clocks of two database servers may be apart: a loss is found by the new one's.
 CLOCKS_APART = timedelta(minutes=1)
@@ -104,15 +109,14 @@ class Settler:
         self._gateway_timeout_s = settings.gateway_timeout_s
         self.attempt_s = CALLS_MAX * settings.gateway_timeout_s
         self._abandon_after_s = settings.pending_abandon_after_s
+        self._second_is_refused = settings.second_charge == "refuse"
         self.declines_may_turn_s = gateways.declines_may_turn_s()
 
     async def settle(self, loaded: LoadedPayment, attempts: int) -> SettleAttempt:
         """One attempt at everything that is open. What it cannot find out it leaves as it is."""
         payment, kind = loaded.payment, self._open_for(loaded.payment)
         if kind is None:
-            # Declined, and listed by a process whose gateway's declines may turn.
-            done = payment.declined and payment.late_capture is None
-            return SettleAttempt(payment, finished=done)
+            return self._left_to_others(loaded)
         if kind == DECLINED:
             due_in_s = self.declines_may_turn_s[payment.gateway] - loaded.age_s(payment.version)
             if due_in_s > 0:
@@ -131,8 +135,18 @@ class Settler:
     def _open_for(self, payment: Payment) -> str | None:
         if payment.unsettled is not None:
             return payment.unsettled.kind
-        turning = payment.gateway in self.declines_may_turn_s and payment.declined
+        turning = self.declines_may_turn_s.get(payment.gateway, 0.0) > 0 and payment.declined
         return DECLINED if turning and payment.late_capture is None else None
+
+    def _left_to_others(self, loaded: LoadedPayment) -> SettleAttempt:
+        """Declined, and listed by a process whose gateway's declines may turn. That one asks, if
+        the provider is not configured here."""
+        payment = loaded.payment
+        done = payment.declined and payment.late_capture is None
+        if not done or payment.gateway in self.declines_may_turn_s:
+            return SettleAttempt(payment, finished=done)
+        done = loaded.age_s(payment.version) > DECLINE_ELSEWHERE_S
+        return SettleAttempt(payment, finished=done, due_in_s=ELSEWHERE_S)
 
     async def _settle(self, loaded: LoadedPayment, kind: str, attempts: int) -> SettleAttempt:
         payment, log = loaded.payment, logger.bind(kind=kind)
@@ -158,6 +172,8 @@ class Settler:
             reason = "no refund is sent until the loss of the log is accepted"
             await tell(self._store, payment.id, "WARNING", reason, kind=kind)
         self._telemetry.settling[kind, outcome].inc()
+        if outcome == "open":
+            await self._store.fits_again(payment.id)
         if outcome in ("unknown", "open"):
             await self._tell_if_open_too_long(loaded, attempt.payment, reason)
         if attempt.payment.version > payment.version:
@@ -200,11 +216,12 @@ class Settler:
         recorded = await self._referenced_again(loaded, recorded, at)
         payment = recorded.payment
         found = await find(at.gateway, payment, at.timeout_s())
-        if self._is_to_be_completed(loaded, payment, found):
-            found = await at.gateway.charge(provider_charge(payment), at.timeout_s())
         ends = payment.status is Status.PENDING and loaded.age_s() >= self._abandon_after_s
-        if ends and isinstance(found, Open | None) and not surely_unsent(at.gateway, payment):
-            found = await at.gateway.cancel(provider_charge(payment), at.timeout_s())
+        if await self._is_to_be_cancelled(payment, found, ends=ends):
+            if not surely_unsent(at.gateway, payment):
+                found = await at.gateway.cancel(provider_charge(payment), at.timeout_s())
+        elif self._is_to_be_completed(payment, found):
+            found = await at.gateway.charge(provider_charge(payment), at.timeout_s())
         check_about(found, payment)
         finished = self._watched_long_enough(loaded, at.gateway, found)
         if isinstance(found, Approved | Declined):
@@ -213,20 +230,36 @@ class Settler:
                 *recorded, lambda payment: charge_outcome(payment, outcome, _cause(loaded))
             ), finished
         if ends:
-            recorded = await self._outcomes.append(
-                *recorded, lambda payment: abandon(payment, _cause(loaded))
-            )
+            reference = payment.provider_reference
+
+            def end(payment: Payment) -> PaymentFailed | None:
+                """A request that goes on just now may have stored a reference, and capture."""
+                same = payment.provider_reference == reference
+                return abandon(payment, _cause(loaded)) if same else None
+
+            recorded = await self._outcomes.append(*recorded, end)
         return recorded, finished
 
-    def _is_to_be_completed(self, loaded: LoadedPayment, payment: Payment, found: Found) -> bool:
+    async def _is_to_be_cancelled(self, payment: Payment, found: Found, *, ends: bool) -> bool:
+        """Whether it shall not be captured any more: a customer may still act on an open charge, or
+        a request go on with it, also once the payment has failed, or nobody holds the seats."""
+        if ends:
+            return isinstance(found, Open | None)
+        if not isinstance(found, Open) or found.step == "processing":
+            return False
+        if payment.status is not Status.PENDING:
+            return True
+        if not is_held_for(payment.hold_until, datetime.now(UTC), 0):
+            return True
+        return self._second_is_refused and await is_paid_otherwise(self._store, payment)
+
+    def _is_to_be_completed(self, payment: Payment, found: Found) -> bool:
         """Whether the customer did what the client was told, and the provider waits for us: the
         money may have left the customer's account, and nobody else may ever come back."""
         if not isinstance(found, Open) or found.step != "authorized" or not payment.awaits_action:
             return False
         needed_s = self._gateway_timeout_s + HOLD_MARGIN_S
-        return loaded.age_s() < self._abandon_after_s and is_held_for(
-            payment.hold_until, datetime.now(UTC), needed_s
-        )
+        return is_held_for(payment.hold_until, datetime.now(UTC), needed_s)
 
     async def _referenced_again(
         self, loaded: LoadedPayment, recorded: Recorded, at: "_At"
@@ -251,6 +284,8 @@ class Settler:
         payment = loaded.payment
         if payment.status is not Status.FAILED or isinstance(found, Approved):
             return False
+        if isinstance(found, Open) and found.step == "processing":
+            return False  # it captures by itself, or declines
         late_capture_s = max(LATE_CAPTURE_S, gateway.late_capture_s)
         over = loaded.age_s(payment.version) > late_capture_s
         return payment.declined or isinstance(found, Declined) or over

@@ -6,6 +6,7 @@ one process at a time, and makes it due again after a pause that grows.
 
 import asyncio
 from contextlib import suppress
+from datetime import UTC, datetime
 from functools import partial
 
 from loguru import logger
@@ -16,7 +17,7 @@ from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable, PaymentUnreadable
 from payments.event_store import EventStore
 from payments.observability.logs import Repeats
-from payments.payment.state import Status
+from payments.payment.state import Payment, Status
 from payments.settings import Settings
 from payments.tasks import end, finish
 from payments.unsettled import Claim, claim, forget, postpone
@@ -155,7 +156,15 @@ class SettlingLoop:
         if unsettled is None:
             return pause_s(claimed.attempts, "settled")
         wait_s = pause_s(claimed.attempts, unsettled.kind)
-        until_abandoned_s = self._abandon_after_s - loaded.age_s()
-        if attempt.payment.status is Status.PENDING and until_abandoned_s > 0:
-            wait_s = min(wait_s, max(1.0, until_abandoned_s))
+        if attempt.payment.status is Status.PENDING:
+            for left_s in (self._abandon_after_s - loaded.age_s(), _held_for_s(attempt.payment)):
+                if left_s > 0:
+                    wait_s = min(wait_s, max(1.0, left_s))
         return wait_s
+
+
+def _held_for_s(payment: Payment) -> float:
+    """For how long its seats are still held; 0 also if that is not known."""
+    if payment.hold_until is None:
+        return 0.0
+    return (payment.hold_until - datetime.now(UTC)).total_seconds()

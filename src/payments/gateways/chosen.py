@@ -46,8 +46,8 @@ class Gateways(Generic[G]):
         return self._by_name.get(name)
 
     def declines_may_turn_s(self) -> dict[str, float]:
-        """Of the providers that may capture after they declined: for how long, by name."""
-        return {each.name: each.declines_may_turn_s for each in self if each.declines_may_turn_s}
+        """For how long each provider may capture after it declined, by name."""
+        return {each.name: each.declines_may_turn_s for each in self}
 
     async def close(self) -> None:
         for gateway in self:

@@ -109,7 +109,7 @@ SELECT * FROM unnest(%b, %b, %b, %b, %b)
 
 class PaymentsProjection:
     """`settle_after_s`: how long an open payment is left to the request that opened it;
-    `declines_may_turn_s`: by the name of the provider, for those whose declines may turn."""
+    `declines_may_turn_s`: by the name of each provider that is configured here."""
 
     name = "payments"
 
@@ -117,7 +117,7 @@ class PaymentsProjection:
         self, settle_after_s: float, declines_may_turn_s: Mapping[str, float] | None = None
     ) -> None:
         self._settle_after_s = settle_after_s
-        self._declines_may_turn_s = declines_may_turn_s or {}
+        self._declines_may_turn_s = declines_may_turn_s
 
     async def apply(
         self, connection: psycopg.AsyncConnection[Any], events: Sequence[LogEntry]
@@ -146,7 +146,7 @@ class PaymentsProjection:
         settled, open_ids, kinds, since, due_in_s = [], [], [], [], []
         for payment in payments:
             reason = payment.unsettled
-            turning_s = self._declines_may_turn_s.get(payment.gateway, 0.0)
+            turning_s = self._may_turn_s(payment.gateway)
             turning = turning_s > 0 and payment.declined and payment.late_capture is None
             if reason is not None or turning:
                 open_ids.append(payment.id)
@@ -163,6 +163,12 @@ class PaymentsProjection:
             await cursor.execute(unsettled.REMOVE.encode(), [uuids(settled)])
         if ended := _ended_refunds(payments):
             await cursor.execute(sendings.REMOVE.encode(), [uuids(ended)])
+
+    def _may_turn_s(self, gateway: str) -> float:
+        """Of a provider that is not configured here, a process that has it knows."""
+        if self._declines_may_turn_s is None:
+            return 0.0
+        return self._declines_may_turn_s.get(gateway, unsettled.ELSEWHERE_S)
 
 
 async def _earlier(
