@@ -2,8 +2,8 @@
 
     intent appended -> provider asked -> outcome appended -> answered
 
-Once the provider may have been asked, the answer is the outcome or PENDING, never an error: an
-error would make the caller drop an order that was paid for. Before, it is looked whether the caller
+Once the provider may have captured, the answer is the outcome or PENDING, never an error: an error
+would make the caller drop an order that was paid for. Before, it is looked whether the caller
 still waits: what is captured for one that has given up is paid and has no order. See runs.py for
 what a run is.
 """

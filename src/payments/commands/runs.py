@@ -58,7 +58,7 @@ class Run(Generic[A]):
         self.restart_intent_clock()
         self.has_begun = False
         self.answer: A | Exception | None = None
-        # Set once the provider may have been asked: from then on the answer is never an error.
+        # Set once the provider may have captured: from then on the answer is never an error.
         self.pending_answer: A | None = None
         # The provider has answered; the event store has not yet.
         self.storing = False

@@ -58,8 +58,8 @@ class NeverSent(_NotAnswered):
 
 
 class ReferenceNotFound(OutcomeUnknown):
-    """The provider does not know a reference that it gave before. It is no proof that nothing was
-    captured: the API key may be that of another account or mode."""
+    """The provider does not know a reference. It is no proof that nothing was captured: the API key
+    may be that of another account or mode. `charge` raises it only if it asked for no capture."""
 
 
 class ProviderCharge(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,7 +155,8 @@ class Gateway(Protocol):
     surely remembers an idempotency key. Within it, `charge`, or `refund`, may be sent again; after
     it, only asking is safe.
     `late_capture_s`: for how long after the first sending a charge that the provider did not know
-    of, or that could not be cancelled, may still be captured; it is asked about for at least a day.
+    of, or that could not be cancelled, may still be captured; it is asked about for at least a day,
+    and while it is processing.
     `declines_may_turn_s`: for how long after a decline the provider may capture the charge after
     all; it is asked about once at the end of it, and what was captured goes back. 0: never.
     """
