@@ -354,7 +354,7 @@ class TestAbandonment:
         self, make: Make, connection: Connection, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A repetition goes on with it just then."""
-        service = await make(PreparingGateway(prepare_script=[no_answer]))
+        service = await make(PreparingGateway(prepare_script=[no_answer], retry_s=100))
         with pytest.raises(GatewayUnavailable):
             await charge(service)
         await age(connection, 700)

@@ -174,17 +174,36 @@ class TestBeforeACapture:
         await charge(await make(Careless()))
         assert topics(connection, PAYMENT) == CHARGED
 
-    async def test_it_is_not_asked_about_before_it_is_abandoned(
+    async def test_it_is_not_asked_about_until_it_is_abandoned(
         self, make: Make, connection: Connection
     ) -> None:
-        service = await make(PreparingGateway(prepare_script=[no_answer]))
+        """Then it is prepared: a restore may have taken its reference away, and nobody knows."""
+        service = await make(PreparingGateway(prepare_script=[no_answer, never_sent]))
+        with pytest.raises(GatewayUnavailable):
+            await charge(service)
+        gateway = preparing(service)
+        await settle(service, connection)
+        assert (len(gateway.preparations), gateway.questions) == (1, [])
+        await age(connection, 700)
+        await settle(service, connection)
+        assert topics(connection, PAYMENT) == PREPARED[:1]
+        await settle(service, connection)
+        assert topics(connection, PAYMENT) == [*PREPARED, "PaymentFailed"]
+        assert (gateway.cancellations, gateway.charges) == ([PAYMENT], [])
+        assert unsettled(connection) == []
+
+    async def test_one_that_cannot_be_prepared_again_is_abandoned(
+        self, make: Make, connection: Connection
+    ) -> None:
+        """The provider has no idempotency keys, or not for so long."""
+        service = await make(PreparingGateway(prepare_script=[no_answer], retry_s=100))
         with pytest.raises(GatewayUnavailable):
             await charge(service)
         await age(connection, 700)
         await settle(service, connection)
         assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
         gateway = preparing(service)
-        assert (gateway.questions, gateway.cancellations, gateway.charges) == ([], [], [])
+        assert (len(gateway.preparations), gateway.cancellations) == (1, [])
 
 
 class TestThatTheClientSupplies:
@@ -369,7 +388,7 @@ class TestAfterALossOfTheLog:
     async def test_one_that_began_after_the_loss_is_abandoned(
         self, make: Make, connection: Connection
     ) -> None:
-        service = await make(PreparingGateway(prepare_script=[no_answer]))
+        service = await make(PreparingGateway(prepare_script=[no_answer], retry_s=100))
         with pytest.raises(GatewayUnavailable):
             await charge(service)
         await age(connection, 700)
@@ -377,6 +396,14 @@ class TestAfterALossOfTheLog:
         await settle(service, connection)
         assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
         assert len(preparing(service).preparations) == 1
+
+    async def test_that_nobody_has_noticed(self, make: Make, connection: Connection) -> None:
+        """As of a restore as another database."""
+        service = await self.lost(make, connection)
+        await age(connection, 1000)
+        await settle(service, connection)
+        assert topics(connection, PAYMENT) == CHARGED
+        assert len(preparing(service).captures) == 1
 
 
 class TestAReferenceThatTheProviderDoesNotKnow:

@@ -123,10 +123,11 @@ def test_killed_at_each_point(
         eventually(lambda: due(connection) and nothing_open(connection))
     for point in POINTS:
         assert topics(connection, f"{point}, again") == ["Initiated", "Referenced", "Charged"]
-    assert topics(connection, "prepared, alone") == ["Initiated", "Failed"]
-    assert topics(connection, "referenced, alone") == ["Initiated", "Referenced", "Failed"]
+    for point in ("prepared", "referenced"):
+        assert topics(connection, f"{point}, alone") == ["Initiated", "Referenced", "Failed"]
     assert len(provider.captures()) == 4
-    assert provider.counts()["cancel"] == 1  # of what has no id nothing can be cancelled
+    assert provider.counts()["cancel"] == 2
+    assert sum(line.kind == "prepare" for line in provider.ledger()) == 6  # one for each payment
     check(connection, records(provider), answers.charges, settled=True)
 
 

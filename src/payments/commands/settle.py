@@ -213,10 +213,11 @@ class Settler:
         self, loaded: LoadedPayment, recorded: Recorded, at: "_At"
     ) -> tuple[Recorded, bool]:
         """The payment afterwards, and whether it was watched to its end."""
-        recorded = await self._referenced_again(loaded, recorded, at)
+        pending = recorded.payment.status is Status.PENDING
+        ends = pending and loaded.age_s() >= self._abandon_after_s
+        recorded = await self._referenced_again(loaded, recorded, at, ends=ends)
         payment = recorded.payment
         found = await find(at.gateway, payment, at.timeout_s())
-        ends = payment.status is Status.PENDING and loaded.age_s() >= self._abandon_after_s
         if await self._is_to_be_cancelled(payment, found, ends=ends):
             if not surely_unsent(at.gateway, payment):
                 found = await at.gateway.cancel(provider_charge(payment), at.timeout_s())
@@ -262,18 +263,21 @@ class Settler:
         return is_held_for(payment.hold_until, datetime.now(UTC), needed_s)
 
     async def _referenced_again(
-        self, loaded: LoadedPayment, recorded: Recorded, at: "_At"
+        self, loaded: LoadedPayment, recorded: Recorded, at: "_At", *, ends: bool
     ) -> Recorded:
         """The log may have lost the provider's id of a charge that was begun before a loss of it,
-        and what was captured under it: it is prepared again, which gives the same id."""
+        and what was captured under it: it is prepared again, which gives the same id. Before an
+        abandonment that is done in any case: nobody need have noticed the loss."""
         payment = recorded.payment
         if payment.status is not Status.PENDING or not surely_unsent(at.gateway, payment):
             return recorded
-        began = loaded.read_at - timedelta(seconds=loaded.age_s()) - CLOCKS_APART
-        if not await self._giving_back.lost_since(began):
-            return recorded
-        if loaded.age_at_most_s(1) > at.gateway.charge_retry_s:
-            raise ReferenceNotFound("the log may have lost the provider's id of the charge")
+        in_time = loaded.age_at_most_s(1) <= at.gateway.charge_retry_s
+        if not (ends and in_time):
+            began = loaded.read_at - timedelta(seconds=loaded.age_s()) - CLOCKS_APART
+            if not await self._giving_back.lost_since(began):
+                return recorded
+            if not in_time:
+                raise ReferenceNotFound("the log may have lost the provider's id of the charge")
         reference = await at.gateway.prepare(provider_charge(payment), at.timeout_s())
         return await self._outcomes.append(
             *recorded, lambda payment: referenced(payment, reference, _cause(loaded))
