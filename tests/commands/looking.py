@@ -56,8 +56,8 @@ async def capture(service: Service, amount_cents: int = 1500) -> None:
     await service.runs.drain(30)
 
 
-def as_stored(connection: Connection) -> Payment:
-    rows = connection.execute(LOAD_ENTRIES.encode(), [PAYMENT]).fetchall()
+def as_stored(connection: Connection, payment_id: UUID = PAYMENT) -> Payment:
+    rows = connection.execute(LOAD_ENTRIES.encode(), [payment_id]).fetchall()
     payment = fold(fact_of(LogEntry(*row)) for row in rows)
     assert payment is not None
     return payment

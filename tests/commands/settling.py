@@ -1,5 +1,6 @@
 """Settling one payment without waiting for its time to come."""
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -44,6 +45,20 @@ async def age(connection: psycopg.Connection[Any], seconds: float) -> None:
     connection.execute("ALTER TABLE payment_events DISABLE TRIGGER payment_events_append_only")
     connection.execute(
         "UPDATE payment_events SET recorded_at = recorded_at - make_interval(secs => %s)", [seconds]
+    )
+    connection.execute(
+        "ALTER TABLE payment_events ENABLE ALWAYS TRIGGER payment_events_append_only"
+    )
+
+
+def hold_ends_in(connection: psycopg.Connection[Any], seconds: float) -> None:
+    """Of all payments that have a hold."""
+    connection.execute("ALTER TABLE payment_events DISABLE TRIGGER ALL")
+    connection.execute(
+        "UPDATE payment_events SET state = convert_to(regexp_replace("
+        'convert_from(state, \'UTF8\'), \'"hold_until":"[^"]*"\','
+        " '\"hold_until\":\"' || %s || '\"'), 'UTF8') WHERE originator_version = 1",
+        [(datetime.now(UTC) + timedelta(seconds=seconds)).isoformat().replace("+00:00", "Z")],
     )
     connection.execute(
         "ALTER TABLE payment_events ENABLE ALWAYS TRIGGER payment_events_append_only"

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from io import StringIO
 from typing import Any
 
@@ -21,7 +20,15 @@ from payments.service import Service
 from tests.commands.conftest import Make
 from tests.commands.looking import PAYMENT, Connection, as_stored, topics
 from tests.commands.preparing import ACTED, ACTION, PREPARED, SECRET, charge, preparing
-from tests.commands.settling import age, capture_late, due_in_s, project, settle, unsettled
+from tests.commands.settling import (
+    age,
+    capture_late,
+    due_in_s,
+    hold_ends_in,
+    project,
+    settle,
+    unsettled,
+)
 from tests.doubles.gateway import (
     PreparingGateway,
     ScriptedGateway,
@@ -55,19 +62,6 @@ async def acting(make: Make, *script: Step, **changed: Any) -> Service:
 def now_open(service: Service, step: Any, id: Any = PAYMENT) -> None:
     """The customer has acted, or the provider went on by itself."""
     preparing(service).open[PAYMENT] = Open(id=id, step=step)
-
-
-def hold_ends_in(connection: Connection, seconds: float) -> None:
-    connection.execute("ALTER TABLE payment_events DISABLE TRIGGER ALL")
-    connection.execute(
-        "UPDATE payment_events SET state = convert_to(regexp_replace("
-        'convert_from(state, \'UTF8\'), \'"hold_until":"[^"]*"\','
-        " '\"hold_until\":\"' || %s || '\"'), 'UTF8') WHERE originator_version = 1",
-        [(datetime.now(UTC) + timedelta(seconds=seconds)).isoformat().replace("+00:00", "Z")],
-    )
-    connection.execute(
-        "ALTER TABLE payment_events ENABLE ALWAYS TRIGGER payment_events_append_only"
-    )
 
 
 def nobody_cancels(gateway: ScriptedGateway, asked: Any) -> None:

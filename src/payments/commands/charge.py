@@ -394,6 +394,7 @@ async def _capture(
         # The client named it, and it was never charged before: nobody had it captured.
         if begun.replayed or begun.payment.version > 1:
             raise
+        logger.warning("the provider does not know the reference that the client supplied")
         return Declined("reference_not_found")
 
 
