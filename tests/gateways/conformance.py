@@ -79,6 +79,12 @@ class Harness(Protocol):
     amounts: tuple[tuple[int, str], ...]
     """Amounts and currencies that are captured: the least, the most, and one without decimals."""
 
+    method: str | None
+    """A payment method with which a charge is captured."""
+
+    declined_method: str | None
+    """One with which a charge of `declined_cents` is declined."""
+
     prepares: bool
     """Whether it has charges of its own that are prepared."""
 
@@ -163,7 +169,7 @@ class GatewayConformance:
 
     async def test_a_charge_is_captured(self, harness: Harness) -> None:
         for amount_cents, currency in ((1500, "INR"), *harness.amounts):
-            charge = await begun(harness.gateway, charge_of(amount_cents, currency))
+            charge = await begun(harness.gateway, asked(harness, amount_cents, currency))
             outcome = await harness.gateway.charge(charge, WAIT_S)
             assert isinstance(outcome, Approved)
             assert outcome == Approved(
@@ -175,7 +181,7 @@ class GatewayConformance:
             assert await harness.captured(charge.payment_id) == [amount_cents]
 
     async def test_a_charge_is_declined(self, harness: Harness) -> None:
-        charge = await begun(harness.gateway, charge_of(harness.declined_cents))
+        charge = await begun(harness.gateway, asked(harness, declined=True))
         outcome = await harness.gateway.charge(charge, WAIT_S)
         assert isinstance(outcome, Declined)
         assert outcome.code
@@ -187,8 +193,7 @@ class GatewayConformance:
 
     @pytest.mark.parametrize("declined", [False, True])
     async def test_a_charge_can_be_found(self, harness: Harness, declined: bool) -> None:
-        asked = charge_of(harness.declined_cents if declined else 1500)
-        charge = await begun(harness.gateway, asked)
+        charge = await begun(harness.gateway, asked(harness, declined=declined))
         outcome = await harness.gateway.charge(charge, WAIT_S)
         assert await harness.gateway.find_charge(charge, WAIT_S) == outcome
 
@@ -205,15 +210,14 @@ class GatewayConformance:
 
     @pytest.mark.parametrize("declined", [False, True])
     async def test_the_same_charge_twice(self, harness: Harness, declined: bool) -> None:
-        asked = charge_of(harness.declined_cents if declined else 1500)
-        charge = await begun(harness.gateway, asked)
+        charge = await begun(harness.gateway, asked(harness, declined=declined))
         first = await harness.gateway.charge(charge, WAIT_S)
         assert await harness.gateway.charge(charge, WAIT_S) == first
         assert len(await harness.captured(charge.payment_id)) == (not declined)
 
     async def test_the_same_charge_32_times_at_once(self, harness: Harness) -> None:
         gateway = harness.gateway
-        charge = await begun(gateway, charge_of())
+        charge = await begun(gateway, asked(harness))
         outcomes = await asyncio.gather(*(gateway.charge(charge, WAIT_S) for _ in range(32)))
         assert isinstance(outcomes[0], Approved)
         assert set(outcomes) == {outcomes[0]}
@@ -221,7 +225,7 @@ class GatewayConformance:
 
     async def test_32_charges_at_once(self, harness: Harness) -> None:
         gateway = harness.gateway
-        charges = [await begun(gateway, charge_of(1000 + n * 10)) for n in range(32)]
+        charges = [await begun(gateway, asked(harness, 1000 + n * 10)) for n in range(32)]
         outcomes = await asyncio.gather(*(gateway.charge(each, WAIT_S) for each in charges))
         for charge, outcome in zip(charges, outcomes, strict=True):
             assert isinstance(outcome, Approved)
@@ -244,7 +248,7 @@ class GatewayConformance:
     async def test_a_charge_that_fails(self, harness: Harness, fault: str) -> None:
         """How it is reported, that asking then tells the truth, and that sending it again mends."""
         await captured(harness)  # so that there is a kept connection, if it keeps any
-        charge = await begun(harness.gateway, charge_of())
+        charge = await begun(harness.gateway, asked(harness))
         await script(harness, fault, "charge")
         await fails(harness.gateway.charge(charge, timeout_for(fault)), fault)
         await harness.recover()
@@ -297,7 +301,7 @@ class GatewayConformance:
         if operation == "find_refund":
             await harness.gateway.refund(refund, WAIT_S)
         await script(harness, mismatch, operation)
-        stated = await ask(harness.gateway, operation, refund, WAIT_S)
+        stated = await ask(harness.gateway, operation, refund, WAIT_S, sale.charge)
         assert isinstance(stated, Approved)
         true_id, true_amount = (
             (refund.refund_id, 600) if "refund" in operation else (capture.id, 1500)
@@ -343,11 +347,16 @@ class GatewayConformance:
         assert await harness.gateway.find_refund(refund, WAIT_S) in (None, outcome)
 
     async def test_a_refund_of_what_was_never_captured_is_declined(self, harness: Harness) -> None:
+        """Or the provider does not know the id: it may be another account's."""
         capture = Approved(
             id=uuid4(), amount_cents=1500, currency="INR", provider_txn_id="never_captured"
         )
-        outcome = await harness.gateway.refund(refund_of(capture, 600), WAIT_S)
-        assert isinstance(outcome, Declined)
+        try:
+            outcome = await harness.gateway.refund(refund_of(capture, 600), WAIT_S)
+        except ReferenceNotFound:
+            assert not harness.gateway.knows_our_id
+        else:
+            assert isinstance(outcome, Declined)
 
     async def test_an_unknown_refund_is_not_found(self, harness: Harness) -> None:
         refund = (await captured(harness)).refund(600)
@@ -375,9 +384,10 @@ class GatewayConformance:
 
     @pytest.mark.parametrize("operation", OPERATIONS)
     async def test_a_cancelled_call_harms_no_other(self, harness: Harness, operation: str) -> None:
-        refund = (await captured(harness)).refund(600)
+        sale = await captured(harness)
+        refund = sale.refund(600)
         await script(harness, "timeout", operation)
-        running = asyncio.create_task(ask(harness.gateway, operation, refund, WAIT_S))
+        running = asyncio.create_task(ask(harness.gateway, operation, refund, WAIT_S, sale.charge))
         await asyncio.sleep(0.05)  # until it is sent; it is cancelled wherever it has got to
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -387,7 +397,7 @@ class GatewayConformance:
 
     async def test_what_is_asked_without_a_call(self, harness: Harness) -> None:
         """The provider is down, and the same is said twice: nothing is asked, nothing changes."""
-        charge = charge_of()
+        charge = asked(harness)
         refused = msgspec.structs.replace(charge, payment_method=harness.refused_method)
         if harness.can("refused", "charge"):
             await harness.script("refused", "charge")
@@ -420,8 +430,9 @@ class GatewayConformance:
         gateway, charge = harness.gateway, charge_of(payment_method=harness.method_to_prepare)
         charge = msgspec.structs.replace(charge, return_url="https://shop.example/paid")
         plain = charge if gateway.knows_our_id else charge_of(payment_id=charge.payment_id)
-        asked = [charge, plain, *[charge] * 6]
-        references = await asyncio.gather(*(gateway.prepare(each, WAIT_S) for each in asked))
+        calls = [charge, plain, *[charge] * 6]
+        references = await asyncio.gather(*(gateway.prepare(each, WAIT_S) for each in calls))
+        assert isinstance(references[0], str)
         assert STORABLE.fullmatch(references[0])
         assert set(references) == {references[0]}
         other = charge_of(payment_method=charge.payment_method)
@@ -502,7 +513,8 @@ class GatewayConformance:
         assert await harness.captured(charge.payment_id) == []
         await harness.customer_acts(charge)
         found = await harness.gateway.find_charge(charge, WAIT_S)
-        assert is_open(found, harness.gateway, "ready", "authorized")
+        by_itself = isinstance(found, Approved)
+        assert by_itself or is_open(found, harness.gateway, "ready", "authorized")
         assert isinstance(await harness.gateway.charge(charge, WAIT_S), Approved)
         assert await harness.captured(charge.payment_id) == [1500]
 
@@ -532,8 +544,7 @@ class GatewayConformance:
     async def test_cancelling_what_has_an_outcome_says_it(
         self, harness: Harness, declined: bool
     ) -> None:
-        asked = charge_of(harness.declined_cents if declined else 1500)
-        charge = await begun(harness.gateway, asked)
+        charge = await begun(harness.gateway, asked(harness, declined=declined))
         outcome = await harness.gateway.charge(charge, WAIT_S)
         assert isinstance(outcome, Declined if declined else Approved)
         assert await harness.gateway.cancel(charge, WAIT_S) == outcome
@@ -599,6 +610,15 @@ class GatewayConformance:
         assert believed == []
 
 
+def asked(
+    harness: Harness, amount_cents: int = 1500, currency: str = "INR", *, declined: bool = False
+) -> ProviderCharge:
+    """A new charge, which the provider captures, or declines."""
+    if declined:
+        return charge_of(harness.declined_cents, payment_method=harness.declined_method)
+    return charge_of(amount_cents, currency, payment_method=harness.method)
+
+
 class Sale(NamedTuple):
     """A charge that is captured."""
 
@@ -641,12 +661,14 @@ async def begun(gateway: Gateway, charge: ProviderCharge) -> ProviderCharge:
     """With the reference that the service has stored before it charges."""
     reference = gateway.reference(charge)
     if reference is None and gateway.needs_preparing(charge):
-        reference = await gateway.prepare(charge, WAIT_S)
+        prepared = await gateway.prepare(charge, WAIT_S)
+        assert isinstance(prepared, str)
+        reference = prepared
     return msgspec.structs.replace(charge, reference=reference)
 
 
 async def captured(harness: Harness, amount_cents: int = 1500) -> Sale:
-    charge = await begun(harness.gateway, charge_of(amount_cents))
+    charge = await begun(harness.gateway, asked(harness, amount_cents))
     outcome = await harness.gateway.charge(charge, WAIT_S)
     assert isinstance(outcome, Approved)
     return Sale(charge, outcome)
@@ -678,10 +700,15 @@ async def script(harness: Harness, fault: str, operation: str) -> None:
 
 
 async def ask(
-    gateway: Gateway, operation: str, refund: ProviderRefund, timeout_s: float
+    gateway: Gateway,
+    operation: str,
+    refund: ProviderRefund,
+    timeout_s: float,
+    charge: ProviderCharge | None = None,
 ) -> Approved | Declined | Open | str | None:
-    """One call of this operation, about this refund or its payment (then always of 15.00)."""
-    charge = charge_of(payment_id=refund.payment_id, reference=refund.reference)
+    """One call of this operation, about this refund or its payment (then always of 15.00), or about
+    this charge."""
+    charge = charge or charge_of(payment_id=refund.payment_id, reference=refund.reference)
     match operation:
         case "charge":
             return await gateway.charge(charge, timeout_s)

@@ -61,6 +61,8 @@ SECONDS = {"slow": 5.0, "drip": 0.05}  # a drop comes sooner than a timeout for 
 
 class HttpHarness:
     declined_cents = 1507
+    method: str | None = None
+    declined_method: str | None = None
     amounts: tuple[tuple[int, str], ...] = ((1, "INR"), (500, "JPY"), (2_147_483_640, "USD"))
     prepares = False
     method_to_prepare: str | None = None

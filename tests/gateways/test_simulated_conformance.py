@@ -30,6 +30,8 @@ class SimulatedHarness:
     """Every script opens another gateway on the same ledger."""
 
     declined_cents = 1507
+    method: str | None = None
+    declined_method: str | None = None
     amounts: tuple[tuple[int, str], ...] = ((1, "INR"), (500, "JPY"), (2_147_483_640, "USD"))
     prepares = True
     method_to_prepare = METHODS["ready"]

@@ -39,6 +39,8 @@ def provider_charge(
         reference=payment.provider_reference,
         payment_method=payment_method,
         return_url=return_url,
+        order_id=payment.merchant_order_id,
+        idempotency_key=payment.idempotency_key,
     )
 
 

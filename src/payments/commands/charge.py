@@ -317,9 +317,9 @@ class Charging:
                 await self._check_may_send_again(run, gateway, begun, found)
             charge = _charge_of(begun.payment, command)
             if _lacks_reference(gateway, charge):
-                begun = await self._prepare(run, gateway, begun, charge, _cause(command))
-                if begun.payment.status is not Status.PENDING:
-                    return begun, None
+                begun, declined = await self._prepare(run, gateway, begun, charge, _cause(command))
+                if declined is not None or begun.payment.status is not Status.PENDING:
+                    return begun, declined
                 if not run.is_awaited():
                     raise OutcomeUnknown("no client waits for it any more")
                 charge = _charge_of(begun.payment, command)
@@ -342,8 +342,8 @@ class Charging:
         begun: _BegunCharge,
         charge: ProviderCharge,
         cause: Cause,
-    ) -> _BegunCharge:
-        """Has the provider make its charge, and stores its id of it."""
+    ) -> tuple[_BegunCharge, Declined | None]:
+        """Has the provider make its charge, and stores its id of it; or it declines right here."""
         run.check_may_call_provider()
         try:
             reference = await gateway.prepare(charge, run.left_s(self._gateway_timeout_s))
@@ -351,11 +351,13 @@ class Charging:
             # Whatever became of it captures nothing, and nobody waits any more for what could.
             raise self._unavailable() from error
         run.pending_answer = Charged(begun.payment, begun.replayed)
+        if isinstance(reference, Declined):
+            return begun, reference
         with run.limited_storing():
             payment, events = await self._outcomes.append(
                 begun.payment, begun.events, lambda payment: referenced(payment, reference, cause)
             )
-        return msgspec.structs.replace(begun, payment=payment, events=events)
+        return msgspec.structs.replace(begun, payment=payment, events=events), None
 
     def _unavailable(self) -> GatewayUnavailable:
         message = "The payment provider is unavailable. Nothing was charged."

@@ -278,9 +278,11 @@ class Settler:
                 return recorded
             if not in_time:
                 raise ReferenceNotFound("the log may have lost the provider's id of the charge")
-        reference = await at.gateway.prepare(provider_charge(payment), at.timeout_s())
+        prepared = await at.gateway.prepare(provider_charge(payment), at.timeout_s())
+        if isinstance(prepared, Declined):  # so there is none
+            return recorded
         return await self._outcomes.append(
-            *recorded, lambda payment: referenced(payment, reference, _cause(loaded))
+            *recorded, lambda payment: referenced(payment, prepared, _cause(loaded))
         )
 
     def _watched_long_enough(self, loaded: LoadedPayment, gateway: Gateway, found: Found) -> bool:

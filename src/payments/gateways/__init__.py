@@ -8,6 +8,11 @@ building.py          the providers that the settings name, built
 http.py              HTTP for gateways: one bounded exchange, and whether it may have been sent
 counted.py           a gateway whose every call is counted and timed
 units.py             amounts in the providers' units
+signatures.py        whether a webhook was signed with one of our secrets
+stripe.py            Stripe: a PaymentIntent for each charge
+stripe_call.py       the exchanges of one call of it, within one deadline
+stripe_objects.py    what Stripe states, and what it means
+stripe_account.py    its settings and account, and which charges it takes
 simulated.py         the simulated provider, the default
 ledger_file.py       what that one has decided, for all processes and over every crash
 ledger_tables.py     that file's tables, and how it is opened
@@ -67,7 +72,8 @@ class ProviderCharge(msgspec.Struct, frozen=True, kw_only=True):
 
     `reference` is the provider's own id of the charge, as stored; None before `prepare`, and for a
     provider that knows the charge by our id. `payment_method` and `return_url` are known only while
-    a request is served: they are never stored.
+    a request is served: they are never stored. `order_id` and `idempotency_key` are the client's;
+    they are in the log, so each call of `prepare` for a payment has the same.
     """
 
     payment_id: UUID
@@ -76,6 +82,8 @@ class ProviderCharge(msgspec.Struct, frozen=True, kw_only=True):
     reference: str | None = None
     payment_method: str | None = None
     return_url: str | None = None
+    order_id: UUID | None = None
+    idempotency_key: str | None = None
 
 
 class ProviderRefund(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,10 +206,11 @@ class Gateway(Protocol):
         It stays the same when the credentials are replaced."""
         ...
 
-    async def prepare(self, charge: ProviderCharge, timeout_s: float) -> str:
+    async def prepare(self, charge: ProviderCharge, timeout_s: float) -> str | Declined:
         """Makes the provider's own charge, and returns its id. No money moves. The same one,
         however often it is called within `charge_retry_s`, and whether or not the payment method
-        and the return address are known by then."""
+        and the return address are known by then. Declined: the provider takes no such charge, as
+        one below its least amount, and made none."""
         ...
 
     async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined | Open:
@@ -283,7 +292,7 @@ class PlainGateway:
     async def account(self, timeout_s: float) -> str | None:
         return None
 
-    async def prepare(self, charge: ProviderCharge, timeout_s: float) -> str:
+    async def prepare(self, charge: ProviderCharge, timeout_s: float) -> str | Declined:
         raise OutcomeUnknown("there is nothing to be prepared")
 
     async def cancel(

@@ -81,7 +81,7 @@ class CountedGateway:
     async def account(self, timeout_s: float) -> str | None:
         return await self._counted("account", lambda: self._gateway.account(timeout_s), timeout_s)
 
-    async def prepare(self, charge: ProviderCharge, timeout_s: float) -> str:
+    async def prepare(self, charge: ProviderCharge, timeout_s: float) -> str | Declined:
         return await self._counted(
             "prepare", lambda: self._gateway.prepare(charge, timeout_s), timeout_s
         )

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 # What a provider may answer to each call, and what may become of any.
 GATEWAY_OUTCOMES = {
     "account": ("named", "not_found"),
-    "prepare": ("named",),
+    "prepare": ("named", "declined"),
     "charge": ("approved", "declined", "open"),
     "find_charge": ("approved", "declined", "open", "not_found"),
     "cancel": ("approved", "declined", "open", "not_found"),

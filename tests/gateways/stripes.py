@@ -1,0 +1,78 @@
+"""Stripe gateways for tests, and the settings they are built from."""
+
+import os
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+
+from payments.gateways import stripe
+from payments.gateways.stripe import StripeGateway
+from payments.http_url import parse_http_url
+from payments.settings import Settings
+from tests.doubles.stripe_server import SECRET_KEY, WEBHOOK_SECRET
+from tests.gateways.official import VARIABLE, CheckedHttp, Official, official_file, show
+
+FILE = "stripe-2023-08-16.json"
+SECRETS = ("whsec_before", WEBHOOK_SECRET)
+PUBLISHABLE_KEY = "pk_test_stand_in"
+RETURN_URL = "https://shop.example/paid"
+# Newer than the schema's version of the API, and taken by it all the same.
+NEWER_THAN_THE_FILE = ("confirmation_token",)
+
+
+@cache
+def official_stripe() -> Official | None:
+    """One for all tests of a process; None where PROVIDER_SPECS names no directory."""
+    if not os.environ.get(VARIABLE):
+        return None
+    return Official(official_file(FILE), beyond=NEWER_THAN_THE_FILE)
+
+
+@cache
+def tls() -> ssl.SSLContext:
+    """Made once: it takes a tenth of a second, and each test has a gateway of its own."""
+    return ssl.create_default_context()
+
+
+def check_official(config: pytest.Config, *operations: str) -> None:
+    """These were checked, and all that has been exchanged is as Stripe describes it."""
+    official_file(FILE)  # skips without one
+    official = official_stripe()
+    assert official is not None
+    show(official, config)
+    assert set(operations) <= set(official.checked)
+    assert set(official.unknown) <= {"GET /v1/account"}
+
+
+def settings_for(url: str, **more: Any) -> Settings:
+    given: dict[str, Any] = {
+        "stripe_secret_key": SECRET_KEY,
+        "stripe_publishable_key": PUBLISHABLE_KEY,
+        "stripe_webhook_secrets": SECRETS,
+        "stripe_api_base": parse_http_url(url),
+    }
+    return Settings(**given | more)
+
+
+@asynccontextmanager
+async def opened_gateway(url: str, **more: Any) -> AsyncIterator[StripeGateway]:
+    """As it is built from settings; where there is Stripe's schema, its exchanges are checked."""
+
+    class Http(CheckedHttp):
+        official = official_stripe()
+
+        def __init__(self, *given: Any, **more: Any) -> None:
+            super().__init__(*given, tls=tls(), **more)
+
+    before = stripe.ProviderHttp
+    stripe.ProviderHttp = Http  # type: ignore[misc]
+    try:
+        gateway = stripe.build(settings_for(url, **more))
+    finally:
+        stripe.ProviderHttp = before  # type: ignore[misc]
+    yield gateway
+    await gateway.close()
