@@ -113,7 +113,7 @@ class Stripe(StandIn):
             case "age_keys":
                 for key, each in self._ledger.stored.items():
                     aged = Stored(
-                        key, each.request, each.at - command["seconds"], *each_result(each)
+                        key, each.request, each.at - command["seconds"], each.status, each.body
                     )
                     self._ledger.stored[key] = aged
             case "customer_acts":
@@ -135,7 +135,7 @@ class Stripe(StandIn):
     def _executed(self, operation: str, call: Call, declined: bool) -> Response:
         _, _, query = call.target.partition("?")
         asked = nested(parse_qs(call.body.decode() if call.method == "POST" else query))
-        named = (call.path.split("/") + [""])[3]
+        named = [*call.path.split("/"), ""][3]
         if self._internal and operation in ("charge", "refund"):
             self._internal -= 1
             return Response(500, error("api_error", message="An unknown error occurred"))
@@ -188,10 +188,6 @@ class Stripe(StandIn):
             "request": {"id": None, "idempotency_key": None},
             "type": type,
         }
-
-
-def each_result(stored: Stored) -> tuple[int, Any]:
-    return stored.status, stored.body
 
 
 def _page(every: list[Object], url: str, asked: Object) -> Object:

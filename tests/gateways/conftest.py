@@ -22,4 +22,6 @@ def stripe(running_stripe: StripeProcess) -> Iterator[StripeProcess]:
     yield running_stripe
     running_stripe.script()
     running_stripe.listen()
+    running_stripe.busy(0)
+    running_stripe.fail_inside(0)
     running_stripe.accept_keys(SECRET_KEY, RESTRICTED_KEY)

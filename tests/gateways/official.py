@@ -62,18 +62,21 @@ class Official:
     def check(
         self, method: str, target: str, form: str, status: int | None = None, body: object = None
     ) -> None:
-        """Raises NotOfficial. Without a status there was no response, or none to be checked."""
+        """Raises NotOfficial. Without a status there is no response yet, and nothing is counted."""
         path, _, query = target.partition("?")
         template = next((each for each, p in self._patterns.items() if p.fullmatch(path)), None)
         operation = self._operations.get((method, template or ""))
+        if operation is None and status is None:
+            return
         if operation is None:
             name = f"{method} {path}"
             self.unknown[name] = self.unknown.get(name, 0) + 1
             return
         name = f"{method} {template}"
         self._check_request(name, operation, query, form)
-        if status is not None:
-            self._check_response(name, operation, status, body)
+        if status is None:
+            return
+        self._check_response(name, operation, status, body)
         self.checked[name] = self.checked.get(name, 0) + 1
 
     def _check_request(self, name: str, operation: Schema, query: str, form: str) -> None:
@@ -145,7 +148,9 @@ class CheckedHttp(ProviderHttp):
     """Checks each exchange before and after it is made. What only scripted faults respond with is
     not checked, as it is not the provider's."""
 
-    official: Official | None = None
+    def __init__(self, official: Official | None, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.official = official
 
     async def exchange(self, method: str, path: str, **given: Any) -> ProviderResponse:
         if self.official is None:
@@ -165,7 +170,7 @@ def _json(content: bytes) -> object:
         body = json.loads(content)
     except ValueError:
         return None
-    return None if body == {"error": "scripted"} else body
+    return None if body in ({}, {"error": "scripted"}) else body
 
 
 def show(official: Official, config: pytest.Config) -> None:

@@ -2,18 +2,21 @@
 
 import os
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import msgspec
 import pytest
 
-from payments.gateways import stripe
+from payments.gateways import Hint, stripe
 from payments.gateways.stripe import StripeGateway
 from payments.http_url import parse_http_url
 from payments.settings import Settings
-from tests.doubles.stripe_server import SECRET_KEY, WEBHOOK_SECRET
+from tests.doubles.stripe_server import SECRET_KEY, WEBHOOK_SECRET, signed
+from tests.gateways.conformance import WAIT_S
 from tests.gateways.official import VARIABLE, CheckedHttp, Official, official_file, show
 
 FILE = "stripe-2023-08-16.json"
@@ -59,20 +62,24 @@ def settings_for(url: str, **more: Any) -> Settings:
 
 
 @asynccontextmanager
-async def opened_gateway(url: str, **more: Any) -> AsyncIterator[StripeGateway]:
+async def opened_gateway(
+    url: str, *, checked: bool = True, **more: Any
+) -> AsyncIterator[StripeGateway]:
     """As it is built from settings; where there is Stripe's schema, its exchanges are checked."""
 
-    class Http(CheckedHttp):
-        official = official_stripe()
-
-        def __init__(self, *given: Any, **more: Any) -> None:
-            super().__init__(*given, tls=tls(), **more)
-
-    before = stripe.ProviderHttp
-    stripe.ProviderHttp = Http  # type: ignore[misc]
+    official = official_stripe() if checked else None
+    connect = partial(CheckedHttp, official, tls=tls())
+    gateway = stripe.build(settings_for(url, **more), connect)
     try:
-        gateway = stripe.build(settings_for(url, **more))
+        yield gateway
     finally:
-        stripe.ProviderHttp = before  # type: ignore[misc]
-    yield gateway
-    await gateway.close()
+        await gateway.close()
+
+
+async def hint_of(
+    gateway: StripeGateway, event: object, *secrets: str, age_s: float = 0
+) -> Hint | None:
+    """Of a webhook that was signed so long ago."""
+    body = msgspec.json.encode(event)
+    headers = signed(body, time.time() - age_s, *(secrets or SECRETS[1:]))
+    return await gateway.hint(headers, body, WAIT_S)

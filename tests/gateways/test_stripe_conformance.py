@@ -4,7 +4,7 @@ Where PROVIDER_SPECS is set, each exchange is held to Stripe's own schema (offic
 """
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from uuid import UUID
 
 import msgspec
@@ -126,7 +126,7 @@ async def gateway(stripe: StripeProcess) -> AsyncIterator[StripeGateway]:
 
 
 @pytest.fixture
-def harness(gateway: StripeGateway, stripe: StripeProcess) -> Iterator[StripeHarness]:
+def harness(gateway: StripeGateway, stripe: StripeProcess) -> StripeHarness:
     return StripeHarness(gateway, stripe)
 
 

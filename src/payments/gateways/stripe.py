@@ -22,7 +22,7 @@ else is found failed is cancelled first.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from urllib.parse import urlencode
 
 import msgspec
@@ -319,13 +319,13 @@ def _about(made: Refund, refund: ProviderRefund) -> Approved | Declined:
     return outcome
 
 
-def build(settings: Settings) -> StripeGateway:
+def build(settings: Settings, connect: Callable[..., ProviderHttp] = ProviderHttp) -> StripeGateway:
     """Raises StartError, which names the variable and does not repeat it."""
     key, mode = checked_key(settings)
     headers = {"Authorization": f"Bearer {key}", "Stripe-Version": API_VERSION}
     base = settings.stripe_api_base.text
     try:
-        http, lists = ProviderHttp(base, headers), ProviderHttp(base, headers, keep_alive=False)
+        http, lists = connect(base, headers), connect(base, headers, keep_alive=False)
     except ValueError as error:
         raise StartError(f"STRIPE_API_BASE: {error}") from None
     return StripeGateway(
