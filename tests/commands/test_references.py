@@ -14,7 +14,7 @@ from payments.errors import GatewayUnavailable, InvalidRequest, PaymentMethodReu
 from payments.gateways import NeverSent, ProviderCharge, ReferenceNotFound, breaker
 from payments.payment.decisions import abandon
 from payments.payment.identity import payment_id_for
-from payments.payment.state import Status
+from payments.payment.state import Declined, Status
 from tests.commands.conftest import Make
 from tests.commands.looking import PAYMENT, Connection, as_stored, begin, topics
 from tests.commands.preparing import (
@@ -100,6 +100,19 @@ class TestBeforeACapture:
         gateway = preparing(service)
         assert (len(gateway.preparations), len(gateway.captures)) == (1, 1)
         assert gateway.questions == [PAYMENT]
+
+    async def test_what_is_declined_when_it_is_prepared_fails(
+        self, make: Make, connection: Connection
+    ) -> None:
+        """As an amount below the provider's least one, which only the provider knows."""
+        service = await make(PreparingGateway(prepare_script=[lambda *_: Declined("too_small")]))
+        for replayed in (False, True):
+            charged = await charge(service)
+            assert (charged.payment.status, charged.replayed) == (Status.FAILED, replayed)
+            assert charged.payment.decline_code == "too_small"
+        gateway = preparing(service)
+        assert (len(gateway.preparations), gateway.charges) == (1, [])
+        assert topics(connection, PAYMENT) == ["PaymentInitiated", "PaymentFailed"]
 
     async def test_nothing_is_sent_for_a_payment_that_got_an_outcome(
         self, make: Make, connection: Connection
