@@ -36,7 +36,7 @@ LAYERS = (
     ("payments.payment", "payments.opening", "payments.unsettled", "payments.legacy_ids"),
     (
         *("payments.event_store", "payments.snapshot", "payments.gateways", "payments.legacy"),
-        *("payments.sendings", "payments.brake"),
+        *("payments.sendings", "payments.brake", "payments.hints"),
     ),
     ("payments.commands", "payments.queries", "payments.projections", "payments.callbacks"),
     ("payments.fulfilment", "payments.health"),

@@ -25,6 +25,7 @@
     opening.py         opens the database of the settings;  embedded_postgres/ the embedded one
     snapshot.py        long reads without long transactions, for exports, audits and rebuilds
     unsettled.py       the table of unsettled payments
+    hints.py           the table of webhooks of providers
     sendings.py        the table of refunds that were sent, and since when
     legacy.py          converts a row of the Node service to events;  legacy_ids.py its ids there
     brake.py           limits how much the service gives back by itself

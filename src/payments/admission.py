@@ -32,6 +32,7 @@ MEMORY_OF_A_RUN = 9 * 1024  # enough for each request and each provider call
 # For incomplete header sections and requests without a client; each connection is a holder.
 ANONYMOUS_MEMORY = 8 * 1024 * 1024
 ANONYMOUS_TIMES = 1 / 16
+WEBHOOK_MEMORY = 8 * 1024 * 1024  # for all webhooks of providers together
 
 
 class Bound:
@@ -119,6 +120,7 @@ class Admission:
         self.runs = Bound(runs_max, times)
         self.memory = Bound(max(MEMORY_MIN, runs_max * MEMORY_OF_A_RUN), times)
         self.anonymous_memory = Bound(ANONYMOUS_MEMORY, ANONYMOUS_TIMES)
+        self.webhook_memory = Bound(WEBHOOK_MEMORY)
         self._crowded_max = requests_max // CROWDED_PART
         self._least_share = max(1, self._crowded_max // max(1, clients))
         self._crowded_until = 0.0

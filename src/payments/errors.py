@@ -3,6 +3,7 @@
 PaymentsError
 ├── InvalidRequest               400  invalid_request
 ├── InvalidIdempotencyKey        400  invalid_idempotency_key
+├── BadWebhookSignature          400  bad_signature
 ├── Unauthorized                 401  unauthorized
 ├── PaymentNotFound              404  payment_not_found
 ├── PaymentNotRefundable         409  payment_not_refundable
@@ -58,6 +59,14 @@ class InvalidRequest(PaymentsError):
 class InvalidIdempotencyKey(InvalidRequest):
     code = "invalid_idempotency_key"
     title = "The Idempotency-Key header is missing or not valid"
+
+
+class BadWebhookSignature(PaymentsError):
+    """Not 401, which has to name a scheme of authentication (RFC 9110 section 15.5.2)."""
+
+    status = 400
+    code = "bad_signature"
+    title = "The webhook is not signed by the provider"
 
 
 class Unauthorized(PaymentsError):

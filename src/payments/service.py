@@ -13,6 +13,7 @@ from payments.admission import Admission
 from payments.callbacks.dispatcher import CONCURRENCY_MAX, Dispatcher
 from payments.commands.charge import Charging
 from payments.commands.giving_back import GivingBack
+from payments.commands.hints import Hints
 from payments.commands.refund import Refunding
 from payments.commands.runs import Runs
 from payments.commands.settle import Settler
@@ -104,6 +105,7 @@ class Service:
             else None
         )
         self.lookups = PaymentLookups(self.database)
+        self.hints = Hints(self.gateways, self.database, self.telemetry, settings)
         settler = Settler(*shared, giving_back, self.telemetry, settings)
         self.settling = SettlingLoop(settler, store, self.database, settings)
         self._build_followers()

@@ -18,14 +18,27 @@ DUE_WITHIN_S = 3600.0
 ELSEWHERE_S = 900.0
 
 # One row per payment. A new reason to ask makes it due soon, even after long pauses.
+#
+# A hint may have come before: when the payment was not known yet, or not projected. For a declined
+# one, due in days, it counts now; all others are due soon by themselves, and not while their
+# request may be running. (A hint that is recorded in this very moment is not seen: then it is as
+# without webhooks.)
 ADD = """
-INSERT INTO unsettled_payments AS u (payment_id, kind, since, due_at)
-SELECT payment_id, kind, since, clock_timestamp() + make_interval(secs => due_in_s)
-  FROM unnest(%b::uuid[], %b::text[], %b::timestamptz[], %b::float8[])
-    AS new (payment_id, kind, since, due_in_s)
+INSERT INTO unsettled_payments AS u (payment_id, kind, since, due_at, hinted)
+SELECT payment_id, kind, since,
+       clock_timestamp() + make_interval(secs => CASE WHEN hinted THEN 0 ELSE due_in_s END), hinted
+  FROM (SELECT new.*, kind = 'declined' AND (
+                   EXISTS (SELECT FROM provider_hints h WHERE h.payment_id = new.payment_id)
+                OR EXISTS (SELECT FROM provider_hints h
+                            WHERE h.gateway = new.gateway AND h.reference = new.reference))
+               AS hinted
+          FROM unnest(%b::uuid[], %b::text[], %b::timestamptz[], %b::float8[], %b::text[],
+                      %b::text[])
+            AS new (payment_id, kind, since, due_in_s, gateway, reference)) AS new
     ON CONFLICT (payment_id) DO UPDATE
    SET kind = excluded.kind, since = excluded.since,
-       due_at = least(u.due_at, excluded.due_at), attempts = 0, change = excluded.change
+       due_at = least(u.due_at, excluded.due_at), attempts = 0, change = excluded.change,
+       hinted = u.hinted OR excluded.hinted
 """
 
 REMOVE = """
@@ -66,12 +79,13 @@ UPDATE unsettled_payments u
   FROM (SELECT payment_id FROM due UNION ALL SELECT payment_id FROM too_late
          LIMIT %(limit)s) AS claimed
  WHERE u.payment_id = claimed.payment_id
-RETURNING u.payment_id, u.attempts, u.change
+RETURNING u.payment_id, u.attempts, u.change, u.hinted
 """
 
 POSTPONE = """
 UPDATE unsettled_payments
-   SET due_at = clock_timestamp() + make_interval(secs => %(pause_s)s)
+   SET due_at = clock_timestamp() + make_interval(secs => %(pause_s)s),
+       hinted = hinted AND NOT %(answered)s
  WHERE payment_id = %(payment_id)s AND change = %(change)s
 RETURNING payment_id
 """
@@ -107,11 +121,13 @@ RETURNING payment_id
 
 
 class Claim(NamedTuple):
-    """A payment about which this process may ask the provider; `attempts` counts this time too."""
+    """A payment about which this process may ask the provider; `attempts` counts this time too.
+    `hinted`: a webhook says that there is something new."""
 
     payment_id: UUID
     attempts: int
     change: int
+    hinted: bool
 
 
 def claim_params(
@@ -144,8 +160,11 @@ async def claim(
     return [Claim(*row) for row in rows]
 
 
-async def postpone(database: Database, claimed: Claim, pause_s: float) -> None:
-    await database.fetch(POSTPONE, {**claimed._asdict(), "pause_s": pause_s})
+async def postpone(
+    database: Database, claimed: Claim, pause_s: float, *, answered: bool = True
+) -> None:
+    """`answered`: the provider said what became of the payment, so a hint is used up."""
+    await database.fetch(POSTPONE, {**claimed._asdict(), "pause_s": pause_s, "answered": answered})
 
 
 async def forget(database: Database, claimed: Claim) -> bool:

@@ -2,7 +2,7 @@
 
 serving/       from the listening socket to a request
 app.py         the Litestar application; its endpoints under /v1: charges.py, refunds.py,
-               payments.py, unfulfilled.py
+               payments.py, unfulfilled.py, provider_webhooks.py
 requests.py    reads headers and path
 bodies.py      reads JSON bodies
 charge_fields.py  rules for a charge that no schema can state

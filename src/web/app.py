@@ -14,8 +14,9 @@ from payments.single_flight import Recent
 from web.charges import charge
 from web.exception_handlers import on_exception, on_http_exception, on_payments_error
 from web.operations import ALIVE, HEALTH_AGE_S, health, health_of, live, metrics
-from web.paths import Paths
+from web.paths import WEBHOOK, Paths
 from web.payments import callbacks, events, payment, payments
+from web.provider_webhooks import provider_webhook
 from web.refunds import refund
 from web.schema import document as openapi
 from web.schema.page import docs, root
@@ -25,7 +26,9 @@ from web.unfulfilled import unfulfilled
 
 v1 = Router(
     "/v1",
-    route_handlers=[charge, refund, payments, payment, events, callbacks, unfulfilled],
+    route_handlers=[
+        *(charge, refund, payments, payment, events, callbacks, unfulfilled, provider_webhook)
+    ],
 )
 
 
@@ -65,7 +68,7 @@ def guarded(app: Litestar, service: Service) -> ASGIApp:
 def door(app: Litestar, service: Service) -> Door:
     """Decides which requests this application admits."""
     return Door(
-        Paths(app),
+        Paths(app, {WEBHOOK: service.hints.names}),
         service.settings.payments_api_keys,
         service.admission,
         service.telemetry,

@@ -5,6 +5,8 @@ with a rule for `/metrics` sees three other paths. Here these are not found.
 """
 
 import re
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import httptools
@@ -17,20 +19,32 @@ from payments.errors import Unauthorized
 _PARAMETER = r"(?!\.\.?(?:/|\Z))(?:[^/%]|%(?!2[fF]))+"
 
 
+WEBHOOK = "/v1/providers/{name}/webhook"
+
+
 class Path(NamedTuple):
     template: str
     needs_key: bool
 
 
 class Paths:
-    """The paths of an application, including those registered so far."""
+    """The paths of an application, including those registered so far.
 
-    def __init__(self, app: Litestar) -> None:
+    `values`, by template: the only values of its one parameter; with another there is no such path.
+    """
+
+    def __init__(
+        self, app: Litestar, values: Mapping[str, Collection[str]] = MappingProxyType({})
+    ) -> None:
         self.all = [_path(route) for route in app.routes if isinstance(route, HTTPRoute)]
-        self.fixed = {path.template.encode(): path for path in self.all}
-        self._with_parameters = [
-            (_pattern(path.template), path) for path in self.all if "{" in path.template
-        ]
+        self.fixed = {path.template.encode(): path for path in self.all if "{" not in path.template}
+        self._with_parameters = []
+        for path in self.all:
+            if path.template in values:
+                for value in values[path.template]:
+                    self.fixed[re.sub(r"\{\w+\}", value, path.template).encode()] = path
+            elif "{" in path.template:
+                self._with_parameters.append((_pattern(path.template), path))
 
     def find(self, target: bytes) -> Path | None:
         """The path of a request target, None if there is none; ValueError for an invalid target."""

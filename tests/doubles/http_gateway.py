@@ -332,7 +332,8 @@ def _not_found(answer: ProviderResponse, asked: UUID) -> bool:
 
 def build(settings: Settings) -> HttpGateway:
     """`GATEWAY=tests.doubles.http_gateway:build`; TEST_PROVIDER_URL says where the provider is.
-    With TEST_PROVIDER_PREPARES=1 it is charged in steps."""
+    With TEST_PROVIDER_PREPARES=1 it is charged in steps. TEST_PROVIDER_WEBHOOK_SECRETS, separated
+    by commas, are those that it signs webhooks with."""
     if not (url := os.environ.get("TEST_PROVIDER_URL")):
         raise StartError("TEST_PROVIDER_URL must be set for this gateway")
     try:
@@ -341,4 +342,8 @@ def build(settings: Settings) -> HttpGateway:
     except ValueError:
         raise StartError("TEST_PROVIDER_URL or TEST_PROVIDER_RETRY_S is not valid") from None
     prepares = os.environ.get("TEST_PROVIDER_PREPARES") == "1"
-    return (PreparingGateway if prepares else HttpGateway)(http, retry_s=retry_s)
+    secrets = [
+        each for each in os.environ.get("TEST_PROVIDER_WEBHOOK_SECRETS", "").split(",") if each
+    ]
+    kind = PreparingGateway if prepares else HttpGateway
+    return kind(http, retry_s=retry_s, webhook_secrets=secrets)

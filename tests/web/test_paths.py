@@ -5,7 +5,7 @@ from litestar import Litestar
 
 from web.app import v1
 from web.operations import health, live, metrics
-from web.paths import Paths
+from web.paths import WEBHOOK, Paths
 from web.schema.page import docs, root
 
 KEYED = {
@@ -19,7 +19,7 @@ KEYED = {
 }
 OPEN = {
     *("/health", "/health/live", "/metrics", "/schema", "/schema/openapi.json"),
-    *("/schema/swagger-ui-bundle.js", "/schema/swagger-ui.css"),
+    *("/schema/swagger-ui-bundle.js", "/schema/swagger-ui.css", WEBHOOK),
 }
 ROOT = "/"
 ID = "058c9593-e150-402f-ab5b-37dd4c9816f0"
@@ -27,7 +27,8 @@ ID = "058c9593-e150-402f-ab5b-37dd4c9816f0"
 
 @pytest.fixture(scope="module")
 def paths() -> Paths:
-    return Paths(Litestar([v1, docs, root, health, live, metrics], openapi_config=None))
+    app = Litestar([v1, docs, root, health, live, metrics], openapi_config=None)
+    return Paths(app, {WEBHOOK: ["acme", "acme.2"]})
 
 
 def found(paths: Paths, target: str) -> str | None:
@@ -43,13 +44,13 @@ def test_what_needs_a_key_and_what_does_not(paths: Paths) -> None:
 @pytest.mark.parametrize("template", sorted(KEYED | OPEN | {ROOT}))
 @pytest.mark.parametrize("form", ["{}", "{}?x=%2f", "{}?", "http://x{}", "HTTP://x:80{}?a#"])
 def test_a_path_is_found_as_it_is_written(paths: Paths, template: str, form: str) -> None:
-    path = template.replace("{payment_id}", ID)
+    path = template.replace("{payment_id}", ID).replace("{name}", "acme.2")
     assert found(paths, form.format(path)) == template
 
 
 @pytest.mark.parametrize("template", sorted(KEYED | OPEN))
 def test_and_in_no_other_way(paths: Paths, template: str) -> None:
-    path = template.replace("{payment_id}", ID)
+    path = template.replace("{payment_id}", ID).replace("{name}", "acme.2")
     letters = f"/%{ord(path[1]):02x}{path[2:]}"
     others = (
         *(path + "/", path + "//", "/" + path, "//" + path, path[:1] + "." + path, path + "%2f"),
@@ -90,3 +91,8 @@ def test_an_id_is_one_part_of_a_path(paths: Paths, segment: str) -> None:
 def test_what_is_no_target_at_all(paths: Paths, target: str) -> None:
     with pytest.raises(ValueError, match=target):
         paths.find(target.encode())
+
+
+@pytest.mark.parametrize("name", ["other", "acmex2", "{name}", "%61cme", "", "acme.2/x", "ACME"])
+def test_only_webhooks_of_providers_that_send_some_are_found(paths: Paths, name: str) -> None:
+    assert found(paths, WEBHOOK.replace("{name}", name)) is None

@@ -7,7 +7,8 @@ any other failure. `psql`: its own.
 
 processes.py    serve and work                   greeting.py     what ./run prints
 schema.py       migrate                          settings.py     settings
-doctor.py       doctor, with the checks of checks.py, work_checks.py and orders_check.py
+doctor.py       doctor, with the checks of checks.py, work_checks.py, orders_check.py and
+                provider_checks.py
 audit.py        audit verify and audit head      rebuild.py      rebuild
 replay.py       replay                           explain.py      explain
 export.py       export                           moments.py      times and positions as arguments
@@ -42,7 +43,7 @@ COMMANDS = {
     "doctor": (
         "doctor:doctor",
         (
-            "Check settings, database, followers, seals, unsettled payments and callbacks, "
+            "Check settings, database, followers, unsettled payments, callbacks and providers, "
             "one line each."
         ),
     ),

@@ -14,6 +14,7 @@ from payments.cli.checks import Check, failing, server_checks
 from payments.cli.exits import FINDINGS, one_is_a_finding
 from payments.cli.orders_check import orders_check
 from payments.cli.output import one_line
+from payments.cli.provider_checks import gateway_checks
 from payments.cli.start import begin, with_database
 from payments.cli.work_checks import brake_check, work_checks
 from payments.database.connections import Database, DatabaseAddress, connect, reason_of
@@ -35,10 +36,11 @@ CERTIFICATE_MIN_DAYS = 14
 
 @click.command()
 def doctor() -> None:
-    """Check settings, database, followers, seals, unsettled payments and callbacks, one line each.
+    """Check settings, database, followers, unsettled payments, callbacks and providers.
 
-    The checks include every alert that the database alone can show. Nothing is changed. Exit code
-    0: all is ok, or switched off; 1: a check failed; 2: the checks could not run.
+    One line each. The checks include every alert that the database alone can show. Nothing is
+    changed. Exit code 0: all is ok, or switched off; 1: a check failed; 2: the checks could not
+    run.
     """
     one_is_a_finding()
     failed = 0
@@ -92,6 +94,7 @@ def _checks() -> Iterator[Check]:
             name="database",
             text=f"{reason}; `payments settings` shows which database it is",
         )
+    yield from asyncio.run(gateway_checks(built))
     yield _callback_target(Target.of_callbacks(settings))
 
 

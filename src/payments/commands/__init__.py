@@ -5,6 +5,7 @@ refund.py       give back a captured payment, or a part of it
 asking.py       how a payment is asked about at its provider, and when it need not be
 settle.py       ask the provider what became of one payment that was left open
 settling_loop.py  which open payments are settled, when, and how many at once: the loop
+hints.py        take a webhook of a provider: its payment is due now
 runs.py         work that a request begins and the service finishes without it
 waiters.py      the requests that wait for one run, each with a deadline of its own
 outcomes.py     appending what a provider did

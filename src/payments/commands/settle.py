@@ -82,11 +82,12 @@ CLOCKS_APART = timedelta(minutes=1)
 class SettleAttempt(msgspec.Struct, frozen=True):
     """What one attempt came to: the payment afterwards, and whether it was watched to its end: no
     event says so, but nothing can become of it any more. `due_in_s`: when to ask, if it was too
-    early."""
+    early. `answered`: not that the provider did not respond, or contradicts itself."""
 
     payment: Payment
     finished: bool
     due_in_s: float | None = None
+    answered: bool = True
 
 
 class Settler:
@@ -112,14 +113,19 @@ class Settler:
         self._second_is_refused = settings.second_charge == "refuse"
         self.declines_may_turn_s = gateways.declines_may_turn_s()
 
-    async def settle(self, loaded: LoadedPayment, attempts: int) -> SettleAttempt:
-        """One attempt at everything that is open. What it cannot find out it leaves as it is."""
+    async def settle(
+        self, loaded: LoadedPayment, attempts: int, *, hinted: bool = False
+    ) -> SettleAttempt:
+        """One attempt at everything that is open. What it cannot find out it leaves as it is.
+        `hinted`: the provider says that there is something new, so it is asked also if it would be
+        too early."""
         payment, kind = loaded.payment, self._open_for(loaded.payment)
         if kind is None:
             return self._left_to_others(loaded)
+        due_in_s = 0.0
         if kind == DECLINED:
             due_in_s = self.declines_may_turn_s[payment.gateway] - loaded.age_s(payment.version)
-            if due_in_s > 0:
+            if due_in_s > 0 and not hinted:
                 return SettleAttempt(payment, finished=False, due_in_s=due_in_s)
         with (
             logger.contextualize(
@@ -130,7 +136,10 @@ class Settler:
             ),
             span("settle", parent=loaded.traceparent, payment_id=payment.id),
         ):
-            return await self._settle(loaded, kind, attempts)
+            attempt = await self._settle(loaded, kind, attempts)
+        if due_in_s > 0 and attempt.answered and attempt.payment.late_capture is None:
+            return SettleAttempt(payment, finished=False, due_in_s=due_in_s)  # it may turn later
+        return attempt
 
     def _open_for(self, payment: Payment) -> str | None:
         if payment.unsettled is not None:
@@ -155,7 +164,7 @@ class Settler:
             self._telemetry.settling[kind, "other_gateway"].inc()
             await tell_other_gateway(self._store, payment, kind)
             return SettleAttempt(payment, finished=False)
-        attempt, outcome, reason = SettleAttempt(payment, finished=False), "unknown", ""
+        attempt, outcome, reason = SettleAttempt(payment, False, answered=False), "unknown", ""
         try:
             attempt = await self._ask(loaded, gateway, attempts)
             outcome = "settled" if attempt.payment.unsettled is None else "open"

@@ -5,17 +5,19 @@ one process at a time, and makes it due again after a pause that grows.
 """
 
 import asyncio
+import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 
 from loguru import logger
 
-from payments.commands.settle import Settler
+from payments.commands.settle import SettleAttempt, Settler
 from payments.commands.telling import tell
 from payments.database.connections import Database
 from payments.errors import DatabaseUnavailable, PaymentUnreadable
-from payments.event_store import EventStore
+from payments.event_store import EventStore, LoadedPayment
+from payments.hints import purge
 from payments.observability.logs import Repeats
 from payments.payment.state import Payment, Status
 from payments.settings import Settings
@@ -29,6 +31,7 @@ POLL_S = 0.5
 # Between two attempts: 1 s, doubling. A customer waits for a PENDING payment.
 CHARGE_PAUSE_MAX_S = 60.0
 PAUSE_MAX_S = 900.0
+PURGE_EVERY_S = 60.0  # hints that are too old; as long as there are many, at each look for work
 
 
 def pause_s(attempts: int, kind: str) -> float:
@@ -54,6 +57,7 @@ class SettlingLoop:
         self._loop: asyncio.Task[None] | None = None
         self._repeats = Repeats()
         self._looks = True  # whether the last look for work succeeded
+        self._purge_at = time.monotonic() + PURGE_EVERY_S
 
     def start(self) -> None:
         self._loop = asyncio.create_task(self._run(), name="settling")
@@ -76,6 +80,7 @@ class SettlingLoop:
             try:
                 begun = await self._begin_due()
                 self._looks = True
+                await self._purge_hints()
             except Exception as error:  # noqa: BLE001 - payments must not stay open for it
                 begun = []
                 if self._looks:
@@ -85,6 +90,16 @@ class SettlingLoop:
                 await asyncio.wait(begun, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
             else:
                 await asyncio.sleep(POLL_S)
+
+    async def _purge_hints(self) -> None:
+        if time.monotonic() >= self._purge_at:
+            self._purge_at = time.monotonic() + PURGE_EVERY_S
+            try:
+                if await purge(self._database):
+                    self._purge_at = 0.0
+            except Exception as error:  # noqa: BLE001 - they only take room
+                message = "old webhooks of providers cannot be removed"
+                self._repeats.tell("WARNING", message, reason=type(error).__name__)
 
     async def _begin_due(self) -> list[asyncio.Task[None]]:
         begun = await self._begin(CONCURRENCY_MAX - len(self._tasks), abandoned=False)
@@ -115,8 +130,9 @@ class SettlingLoop:
         """One attempt; afterwards the row is due again, or gone if nothing can come any more."""
         say = partial(tell, self._store, claimed.payment_id, attempts=claimed.attempts)
         wait_s: float | None = PAUSE_MAX_S
+        answered = False
         try:
-            wait_s = await self._attempt(claimed)
+            wait_s, answered = await self._attempt(claimed)
         except DatabaseUnavailable as error:
             wait_s = pause_s(claimed.attempts, "refund")
             self._repeats.tell(
@@ -134,10 +150,12 @@ class SettlingLoop:
         with suppress(DatabaseUnavailable):  # then it is due when its lease is over
             if wait_s is None and await forget(self._database, claimed):
                 return
-            await postpone(self._database, claimed, PAUSE_MAX_S if wait_s is None else wait_s)
+            pause = PAUSE_MAX_S if wait_s is None else wait_s
+            await postpone(self._database, claimed, pause, answered=answered)
 
-    async def _attempt(self, claimed: Claim) -> float | None:
-        """How long to wait for the next attempt; None if it was watched to its end.
+    async def _attempt(self, claimed: Claim) -> tuple[float | None, bool]:
+        """How long to wait for the next attempt, None if it was watched to its end; and whether the
+        provider answered.
 
         What an event has settled is the projector's to remove, when it comes there: until then the
         log, up to where the projector stands, says that the row is to be there.
@@ -146,16 +164,20 @@ class SettlingLoop:
         if loaded is None:
             message = "unsettled, but not in the log: `payments audit verify`"
             await tell(self._store, claimed.payment_id, "ERROR", message)
-            return PAUSE_MAX_S
-        attempt = await self._settler.settle(loaded, claimed.attempts)
+            return PAUSE_MAX_S, False
+        attempt = await self._settler.settle(loaded, claimed.attempts, hinted=claimed.hinted)
+        return self._wait_s(loaded, attempt, claimed.attempts), attempt.answered
+
+    def _wait_s(self, loaded: LoadedPayment, attempt: SettleAttempt, attempts: int) -> float | None:
+        """After this attempt; None if the payment was watched to its end."""
         if attempt.finished:
             return None
         if attempt.due_in_s is not None:
             return attempt.due_in_s
         unsettled = attempt.payment.unsettled
         if unsettled is None:
-            return pause_s(claimed.attempts, "settled")
-        wait_s = pause_s(claimed.attempts, unsettled.kind)
+            return pause_s(attempts, "settled")
+        wait_s = pause_s(attempts, unsettled.kind)
         if attempt.payment.status is Status.PENDING:
             for left_s in (self._abandon_after_s - loaded.age_s(), _held_for_s(attempt.payment)):
                 if left_s > 0:

@@ -3,13 +3,17 @@
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
+from uuid import UUID
 
 from loguru import logger
 
 from payments.gateways import (
+    BadSignature,
     Gateway,
+    Hint,
     NeverSent,
     Open,
     OutcomeUnknown,
@@ -37,6 +41,8 @@ GRACE_S = 1.0
 
 # Without the two that JSON escapes: captures are compared by the stored bytes.
 _WORD = re.compile(r"[\x20-\x21\x23-\x5b\x5d-\x7e]{1,255}")
+
+HintCall = Callable[[Mapping[str, str], bytes, float], Awaitable[Hint | None]]
 
 T = TypeVar("T", bound=Approved | Declined | Open | str | None)
 
@@ -69,6 +75,10 @@ class CountedGateway:
         self.refuses: Callable[[ProviderCharge], Refusal | None] = gateway.refuses
         self.reference: Callable[[ProviderCharge], str | None] = gateway.reference
         self.needs_preparing: Callable[[ProviderCharge], bool] = gateway.needs_preparing
+        hint: HintCall | None = getattr(gateway, "hint", None)
+        self._its_hint = hint
+        # None: its provider sends no webhooks.
+        self.hint = None if hint is None else self._hint
 
     @property
     def is_known_down(self) -> bool:
@@ -119,6 +129,31 @@ class CountedGateway:
 
     async def close(self) -> None:
         await self._gateway.close()
+
+    async def _hint(
+        self, headers: Mapping[str, str], raw_body: bytes, timeout_s: float
+    ) -> Hint | None:
+        """Not through the breaker: most providers are not called for it, so it tells nothing of
+        them. A defect of the gateway is told without its message, which may repeat what was sent.
+        """
+        assert self._its_hint is not None
+        try:
+            async with asyncio.timeout(timeout_s + GRACE_S):
+                hint = await self._its_hint(headers, raw_body, timeout_s)
+            if hint is not None:
+                _check_hint(hint)
+        except (BadSignature, OutcomeUnknown, NeverSent):
+            raise
+        except TimeoutError:
+            self._repeats.tell("ERROR", "the gateway exceeded its timeout", of="hint")
+            raise OutcomeUnknown("the gateway exceeded its timeout") from None
+        except Exception as error:  # noqa: BLE001 - a webhook that nobody can read
+            *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+            reason = f"{type(error).__name__} in {frame.f_code.co_qualname}, line {line}"
+            message = "the gateway failed"
+            self._repeats.tell("ERROR", message, of=reason, operation="hint", reason=reason)
+            raise OutcomeUnknown(message) from None
+        return hint
 
     async def _counted(
         self, operation: str, call: Callable[[], Awaitable[T]], timeout_s: float
@@ -177,6 +212,15 @@ class CountedGateway:
 def is_storable(word: str) -> bool:
     """Whether an id of the provider, or a code, can be stored and compared as bytes."""
     return _WORD.fullmatch(word) is not None
+
+
+def _check_hint(hint: Hint) -> None:
+    """What goes into the table of hints."""
+    words = [hint.event_id, *([] if hint.reference is None else [hint.reference])]
+    if not all(map(is_storable, words)) or not isinstance(hint.payment_id, UUID | None):
+        raise ValueError("a hint with an id that cannot be stored")
+    if hint.payment_id is None and hint.reference is None:
+        raise ValueError("a hint about no payment")
 
 
 def _label_of(operation: str, answer: Approved | Declined | Open | str | None) -> str:

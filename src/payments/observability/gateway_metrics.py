@@ -16,6 +16,7 @@ GATEWAY_OUTCOMES = {
     "find_refund": ("approved", "declined", "not_found"),
 }
 GATEWAY_NOT_ANSWERED = ("unknown", "never_sent", "not_called")
+HINT_RESULTS = (*("accepted", "duplicate", "unknown", "ignored", "bad_signature", "unavailable"),)
 GATEWAY_TIMED = tuple(operation for operation in GATEWAY_OUTCOMES if operation != "account")
 
 
@@ -49,6 +50,16 @@ class GatewayFamilies:
             ["gateway"],
             registry=registry,
         )
+        self._hints = Counter(
+            "payments_provider_hints",
+            "Webhooks of a payment provider by what they came to",
+            ["gateway", "result"],
+            registry=registry,
+        )
+
+    def hints_of(self, name: str) -> dict[str, Counter]:
+        """The series of one provider that sends webhooks, from now on, by result."""
+        return {result: self._hints.labels(name, result) for result in HINT_RESULTS}
 
     def of(self, name: str, is_down: Callable[[], bool]) -> GatewayMetrics:
         """The series of one provider, from now on; `is_down` is asked at each scrape."""

@@ -95,7 +95,8 @@ class Telemetry:
         self._add_command_metrics(registry)
         self._add_follower_metrics()
         self._add_open_payment_metrics()
-        self.of_gateway = GatewayFamilies(registry, _SECONDS).of
+        gateways = GatewayFamilies(registry, _SECONDS)
+        self.of_gateway, self.hints_of_gateway = gateways.of, gateways.hints_of
         self._add_append_metrics(registry)
         self._add_database_metrics(registry)
         self._add_callback_metrics(registry)

@@ -144,6 +144,7 @@ class PaymentsProjection:
         earlier: dict[UUID, Payment],
     ) -> None:
         settled, open_ids, kinds, since, due_in_s = [], [], [], [], []
+        gateways, references = [], []
         for payment in payments:
             reason = payment.unsettled
             turning_s = self._may_turn_s(payment.gateway)
@@ -154,10 +155,15 @@ class PaymentsProjection:
                 since.append(payment.updated_at if reason is None else reason.since)
                 wait_s = turning_s if reason is None else self._settle_after_s
                 due_in_s.append(wait_s)
+                gateways.append(payment.gateway)
+                references.append(payment.provider_reference)
             elif payment.id in earlier:  # one that began in this batch was never listed
                 settled.append(payment.id)
         if open_ids:
-            params = (uuids(open_ids), texts(kinds), timestamps(since), doubles(due_in_s))
+            params = (
+                *(uuids(open_ids), texts(kinds), timestamps(since), doubles(due_in_s)),
+                *(texts(gateways), texts(references)),
+            )
             await cursor.execute(unsettled.ADD.encode(), params)
         if settled:
             await cursor.execute(unsettled.REMOVE.encode(), [uuids(settled)])

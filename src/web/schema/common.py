@@ -3,7 +3,7 @@
 from typing import Any
 
 from web.schema.description import Parameter
-from web.serving.guard import BODY_MAX, BODY_TIMEOUT_S
+from web.serving.guard import BODY_MAX, BODY_TIMEOUT_S, WEBHOOK_BODY_MAX
 from web.serving.heads import HEAD_MAX, HEADERS_MAX
 
 DESCRIPTION = f"""\
@@ -33,12 +33,13 @@ Every error is a problem document (RFC 9457). Programs decide by its `code`, whi
 request can fail before it is assigned to an endpoint: `404 not_found`, `405 method_not_allowed`,
 `400 malformed_request` (not HTTP/1.1), `414 target_too_long`, `431 head_too_large` (over
 {HEAD_MAX // 1024} KiB or {HEADERS_MAX} fields), `501 not_implemented` and
-`505 version_not_supported`. A body may have up to {BODY_MAX // 1024} KiB, and must arrive within
-{BODY_TIMEOUT_S:g} s.
+`505 version_not_supported`. A body may have up to {BODY_MAX // 1024} KiB, that of a
+provider's webhook {WEBHOOK_BODY_MAX // 1024} KiB, and must arrive within {BODY_TIMEOUT_S:g} s.
 """
 
 TAGS = [
     {"name": "payments", "description": "Charge, refund, read"},
+    {"name": "providers", "description": "Webhooks of payment providers"},
     {"name": "callbacks", "description": "Requests to Order Service"},
     {"name": "operations", "description": "Health and metrics"},
 ]

@@ -39,8 +39,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    """One method of one path. `body` is the Struct of its JSON body. Its summary is the first line
-    of its handler's docstring.
+    """One method of one path. `body` is the Struct of its JSON body; `is_raw`: it has another one,
+    which is signed as it is. Its summary is the first line of its handler's docstring.
 
     `problems` omits those that every endpoint has. With Unauthorized among them the endpoint needs
     an API key.
@@ -53,6 +53,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     parameters: tuple[Parameter, ...] = ()
     body: type[msgspec.Struct] | None = None
     body_examples: dict[str, Any] = {}
+    is_raw: bool = False
     problems: tuple[type[PaymentsError], ...] = ()
 
 

@@ -111,6 +111,9 @@ def _operation(endpoint: DescribedRoute) -> dict[str, Any]:
     if operation.body:
         content = {"schema": _reference(operation.body)} | _examples(operation.body_examples)
         found["requestBody"] = {"required": True, "content": {"application/json": content}}
+    elif operation.is_raw:
+        content = {"schema": {}} | _examples(operation.body_examples)
+        found["requestBody"] = {"required": True, "content": {"application/json": content}}
     return found
 
 

@@ -1,7 +1,7 @@
 """The access log: a line for each response; above a rate, lines are dropped and counted.
 
-Responses of 400 and above are always logged. Money that moves has log lines of its own, written
-when it is recorded (payments.commands.outcomes).
+Responses of 400 and above are always logged, but for forged webhooks. Money that moves has log
+lines of its own, written when it is recorded (payments.commands.outcomes).
 """
 
 import asyncio
@@ -10,10 +10,15 @@ from typing import Any
 
 from loguru import logger
 
+from payments.errors import BadWebhookSignature
+
 TALLY_S = 1.0
 
 # Requested by machines every few seconds, without an API key.
 PROBES = frozenset(("/health", "/health/live", "/metrics"))
+
+# Logged once a minute and counted, instead of a line each: anyone may send them.
+COUNTED = frozenset((BadWebhookSignature.code,))
 
 # Fields that handlers add, under the same names in the scope's state.
 LOGGED = ("client", "payment_id", "order_id", "problem")
@@ -67,6 +72,8 @@ class AccessLog:
         level = "INFO"
         if status >= 500:
             level = "ERROR" if status == 500 else "WARNING"
+        elif state.get("problem") in COUNTED:
+            level = "DEBUG"
         elif status < 400:
             if route in PROBES:
                 level = "DEBUG"

@@ -15,14 +15,17 @@ from payments.clients import ApiKey
 from payments.errors import Unauthorized
 from payments.observability.metrics import Telemetry
 from web.auth import authenticate
-from web.paths import Paths
+from web.paths import WEBHOOK, Paths
 from web.serving.access_log import RefusalLog
 from web.serving.answers import NOT_FOUND, TOO_BUSY, TOO_BUSY_OPEN, UNAUTHORIZED, PreparedAnswer
+from web.serving.guard import BODY_MAX, WEBHOOK_BODY_MAX
 from web.serving.heads import METHODS, Headers
 from web.serving.throttle import Bucket, Throttle, Waiting
 
 OPEN_MAX = 64  # concurrent requests for one open path: they wait while the database is silent
 OPEN_PER_S = 50  # requests for one open path in a second
+WEBHOOKS_PER_S = 300  # webhooks of all providers
+FORGED_TIMES = 3  # one without a valid signature counts as so many
 ALIVE_PER_S = 100  # responses of /health/live in a second that are not delayed
 
 _READS = (b"GET", b"HEAD")
@@ -49,12 +52,14 @@ class Place(Protocol):
 class OpenPath:
     """A path that needs no API key."""
 
-    name = memory = None
+    name = None
+    memory: Share | None = None
+    body_max = BODY_MAX
 
-    def __init__(self, template: str, known: Known | None) -> None:
+    def __init__(self, template: str, known: Known | None, per_s: float) -> None:
         self.template = template
         self.known = known
-        self._bucket = Bucket(OPEN_PER_S)
+        self._bucket = Bucket(per_s)
         self._under_way = 0
 
     def admit(self) -> bool:
@@ -65,6 +70,21 @@ class OpenPath:
 
     def leave(self) -> None:
         self._under_way -= 1
+
+
+class WebhookPath(OpenPath):
+    """The path of all providers' webhooks. Only their signature tells who sent them, and that takes
+    the whole body."""
+
+    body_max = WEBHOOK_BODY_MAX
+
+    def __init__(self, template: str, memory: Share) -> None:
+        super().__init__(template, None, WEBHOOKS_PER_S)
+        self.memory = memory
+
+    def was_forged(self) -> None:
+        """One of those that were admitted."""
+        self._bucket.pay(FORGED_TIMES - 1)
 
 
 class Door:
@@ -88,10 +108,12 @@ class Door:
         self._telemetry = telemetry
         self._alive = alive
         self._open = {
-            path.template: OpenPath(path.template, known.get(path.template))
+            path.template: OpenPath(path.template, known.get(path.template), OPEN_PER_S)
             for path in paths.all
             if not path.needs_key
         }
+        if WEBHOOK in self._open:
+            self._open[WEBHOOK] = WebhookPath(WEBHOOK, admission.webhook_memory.share())
         self._throttle = Throttle()
         self._alive_at_once = Bucket(ALIVE_PER_S)
         self._busy, self._not_found, self._unauthorized = (

@@ -18,11 +18,13 @@ from payments.errors import PaymentsError
 from payments.observability.logs import trace_field
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import current_traceparent, mark_failed, span
+from web.paths import WEBHOOK
 from web.problems import MEDIA_TYPE, BodyTooLarge, BodyTooSlow, refused
 from web.serving.access_log import PROBES, AccessLog
 from web.serving.heads import METHODS, request_id_of, traceparent_of
 
 BODY_MAX = 16 * 1024  # bytes; a charge has about 150
+WEBHOOK_BODY_MAX = 64 * 1024  # of a provider's webhook, which may hold a whole order
 BODY_TIMEOUT_S = 5.0
 LINGER_S = 1.0  # for a client that still sends its body to read the error
 
@@ -31,6 +33,8 @@ LINGER_S = 1.0  # for a client that still sends its body to read the error
 BODY_ARRIVED = "body_arrived"
 # Set there by our protocol: the request's door.Place.
 PLACE = "place"
+
+_PROVIDERS = WEBHOOK.partition("{")[0]
 
 
 class ClientLeft(Exception):
@@ -83,7 +87,7 @@ class Guard:
     async def _answer(self, scope: Any, receive: Receive, send: Send) -> None:
         state = scope["state"]
         try:
-            state["body"] = await self._read_body(state, receive)
+            state["body"] = await self._read_body(state, receive, _body_max(scope["path"]))
         except PaymentsError as error:
             await self._refuse(error, state, receive, send)
         except ClientLeft:
@@ -91,14 +95,14 @@ class Guard:
         else:
             await self._app(scope, receive, send)
 
-    async def _read_body(self, state: dict[str, Any], receive: Receive) -> bytes:
+    async def _read_body(self, state: dict[str, Any], receive: Receive, most: int) -> bytes:
         """The body, within limits; the request holds no place while its client sends it."""
         if BODY_ARRIVED in state:
-            return await _read_body(receive)
+            return await _read_body(receive, most)
         with _without_place(state):
             try:
                 async with asyncio.timeout(BODY_TIMEOUT_S):
-                    return await _read_body(receive)
+                    return await _read_body(receive, most)
             except TimeoutError:
                 detail = f"Send the whole body within {BODY_TIMEOUT_S:g} seconds."
                 raise BodyTooSlow(detail) from None
@@ -157,15 +161,20 @@ def _without_place(state: dict[str, Any]) -> Iterator[None]:
         place.enter()
 
 
-async def _read_body(receive: Receive) -> bytes:
+def _body_max(path: str) -> int:
+    """How many bytes a body may have; known before any of it is read."""
+    return WEBHOOK_BODY_MAX if path.startswith(_PROVIDERS) else BODY_MAX
+
+
+async def _read_body(receive: Receive, most: int) -> bytes:
     body: bytes = b""
     while True:
         message: Any = await receive()
         if message["type"] == "http.disconnect":
             raise ClientLeft
         body += message.get("body", b"")
-        if len(body) > BODY_MAX:
-            raise BodyTooLarge(f"Send at most {BODY_MAX} bytes.")
+        if len(body) > most:
+            raise BodyTooLarge(f"Send at most {most} bytes.")
         if not message.get("more_body"):
             return body
 

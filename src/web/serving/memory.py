@@ -10,7 +10,7 @@ from web.serving.guard import BODY_MAX
 
 HEADER_BYTES = 128  # overhead of one header
 BODY_FREE = 1024  # bytes of a request's body that are not counted
-BODY_HELD_MAX = HIGH_WATER_LIMIT + BODY_MAX  # of one request: in the protocol and in the guard
+BODY_HELD = HIGH_WATER_LIMIT  # of one request in the protocol, beside what the guard has
 
 
 class Memory:
@@ -24,6 +24,7 @@ class Memory:
     def __init__(self, own: Share) -> None:
         self.own = own
         self._read = self._head = self._body = 0
+        self._body_held_max = BODY_HELD + BODY_MAX
         self._requests: deque[tuple[Share, int]] = deque()
 
     def hold_head(self, read: int, headers: int) -> bool:
@@ -40,13 +41,13 @@ class Memory:
             self.own.add(-self._head)
             self._head = self._read = 0
 
-    def hold_request(self, share: Share, size: int, headers: int) -> bool:
-        """`size` is of its header section, in bytes."""
+    def hold_request(self, share: Share, size: int, headers: int, body_max: int = BODY_MAX) -> bool:
+        """`size` is of its header section, in bytes; `body_max` that of the body that is read."""
         held = REQUEST_BYTES + size + HEADER_BYTES * headers
         if not share.take(held):
             return False
         self._requests.append((share, held))
-        self._body = 0
+        self._body, self._body_held_max = 0, BODY_HELD + body_max
         return True
 
     def hold_none(self) -> None:
@@ -55,7 +56,7 @@ class Memory:
 
     def hold_body(self, read: int) -> bool:
         """`read` more bytes of the last request's body were read."""
-        before, self._body = self._body, min(self._body + read, BODY_HELD_MAX)
+        before, self._body = self._body, min(self._body + read, self._body_held_max)
         if self._body <= BODY_FREE:
             return True
         share, held = self._requests[-1]

@@ -19,8 +19,8 @@ from web.problems import HeadTooLarge, MalformedRequest, TargetTooLong
 from web.serving.answers import TOO_BUSY, PreparedAnswer, Refused, lines_of
 from web.serving.arrivals import CALLER, WAITED_S
 from web.serving.connection import Connection
-from web.serving.door import Door, Place
-from web.serving.guard import BODY_ARRIVED, PLACE
+from web.serving.door import Door, OpenPath, Place
+from web.serving.guard import BODY_ARRIVED, BODY_MAX, PLACE
 from web.serving.heads import (
     HEAD_DETAIL,
     HEAD_MAX,
@@ -115,8 +115,9 @@ class Protocol(Connection):
             return
         is_idle = self._is_idle()
         share = place.memory or self._memory.own
+        body_max = place.body_max if isinstance(place, OpenPath) else BODY_MAX
         if (is_idle and not place.admit()) or not self._memory.hold_request(
-            share, size, len(self.headers)
+            share, size, len(self.headers), body_max
         ):
             self._refuse(self._door.refusal(place, method), method)
             return

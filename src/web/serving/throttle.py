@@ -35,6 +35,10 @@ class Bucket:
         self._left -= 1
         return True
 
+    def pay(self, count: float) -> None:
+        """Takes more afterwards, as far as there are any."""
+        self._left = max(0.0, self._left - count)
+
 
 class Waiting(Protocol):
     """A connection whose response is delayed."""
