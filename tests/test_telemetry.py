@@ -17,6 +17,7 @@ from payments.observability.gateway_metrics import (
     GATEWAY_NOT_ANSWERED,
     GATEWAY_OUTCOMES,
     GATEWAY_TIMED,
+    HINT_RESULTS,
 )
 from payments.observability.metrics import (
     BREAKER_STATES,
@@ -38,6 +39,7 @@ def telemetry() -> Telemetry:
     telemetry.dispatches()
     telemetry.role.labels("work").set(1)
     telemetry.of_gateway("simulated", lambda: False)
+    telemetry.hints_of_gateway("acme")
     telemetry.unconfigured.labels("acme").set(1)
     return telemetry
 
@@ -105,6 +107,8 @@ class TestMetrics:
             ("simulated", operation) for operation in GATEWAY_TIMED
         }
         assert label_sets(found["payments_gateway_breaker_open"], "") == {("simulated",)}
+        hints = label_sets(found["payments_provider_hints"], "_total")
+        assert hints == {("acme", result) for result in HINT_RESULTS}
         failures = found["payments_append_failures"]
         assert label_sets(failures, "_total") == {("retried",), ("refused",)}
 

@@ -538,15 +538,17 @@ def test_roles_of_the_version_before_may_go_on(
             "  has_table_privilege(role, 'log_identity', 'SELECT'),"
             "  has_table_privilege(role, 'refund_sendings', 'SELECT, INSERT, UPDATE, DELETE'),"
             "  has_table_privilege(role, 'provider_references', 'SELECT'),"
-            "  has_table_privilege(role, 'provider_references', 'INSERT, UPDATE, DELETE')"
+            "  has_table_privilege(role, 'provider_references', 'INSERT, UPDATE, DELETE'),"
+            "  has_table_privilege(role, 'provider_hints', 'SELECT'),"
+            "  has_table_privilege(role, 'provider_hints', 'INSERT, DELETE')"
             "  FROM unnest(%s::text[]) AS roles (role)",
             [[writer, reader]],
         ).fetchall()
         connection.execute(f"DROP OWNED BY {writer}, {reader}".encode())
         connection.execute(f"DROP ROLE {writer}, {reader}".encode())
     assert found == [
-        (writer, [True] * 3, True, True, True, True, True, False),
-        (reader, [False] * 3, False, True, True, False, True, False),
+        (writer, [True] * 3, True, True, True, True, True, False, True, True),
+        (reader, [False] * 3, False, True, True, False, True, False, True, False),
     ]
 
 

@@ -11,7 +11,7 @@ from payments.gateways import CheckedGateway, Gateway, NeverSent, OutcomeUnknown
 TIMEOUT_S = 5.0  # for each call that a gateway makes
 WHOLE_TIMEOUT_S = 15.0  # for all of one gateway's
 CLOSE_TIMEOUT_S = 2.0
-NEXT = "check the network, its address and key in the settings, and its status page"
+NEXT = "check the network, its key and its status page: docs/gateways.md"
 
 
 async def gateway_checks(gateways: Sequence[Gateway]) -> list[Check]:
@@ -39,5 +39,5 @@ async def _of(gateway: CheckedGateway) -> list[Check]:
     except TimeoutError:
         text = f"it did not respond within {WHOLE_TIMEOUT_S:g} s: {NEXT}"
     except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody else's gateway
-        text = f"its gateway failed with {type(error).__name__}: report it to its author"
+        text = f"its gateway failed with {type(error).__name__}: report it to its author: docs/gateways.md"
     return [Check(state="FAIL", name="gateway", text=f"{gateway.name}: {text}")]

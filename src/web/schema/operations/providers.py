@@ -9,7 +9,7 @@ from web.schema.description import Answer, Operation, Parameter
 
 
 class WebhookAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What a webhook came to, for people who look at the provider's list of deliveries."""
+    """What a webhook came to, as the provider's list of deliveries may show it."""
 
     result: Recorded
 
