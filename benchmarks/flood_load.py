@@ -4,6 +4,7 @@ listen                          a bare listener: every request is answered with 
                                 port at once, and ends with its stdin
 flood PORT SECONDS TARGET N [KEY]   N keep-alive connections that each ask again when they are
                                 answered; with an API key or without
+forge PORT SECONDS TARGET N BYTES   the same with POST, and a body of so many bytes
 charge PORT SECONDS RATE KEY    charges with an API key at a fixed rate, in an open loop: a latency
                                 runs from when the request was due
 bombs PORT SECONDS KIND N       N connections that send large heads (see HEADS) and hold them
@@ -87,6 +88,39 @@ async def flood(
         _, caller = await loop.create_connection(lambda: Caller(answered), "127.0.0.1", int(port))
         caller.transport.write(request)
     await asyncio.sleep(until - loop.time())
+    return {"statuses": statuses, "per_s": statuses.total() / float(seconds)}
+
+
+async def forge(
+    port: str, seconds: str, target: str, connections: str, size: str
+) -> dict[str, Any]:
+    """A connection that is closed is opened again: the rest of a body may not be read."""
+    loop, statuses = asyncio.get_running_loop(), Counter[int]()
+    until = loop.time() + float(seconds)
+    head = f"POST {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n"
+    request = head.encode() + b"x" * int(size)
+
+    async def one() -> None:
+        closed = asyncio.Event()
+
+        def answered(caller: Caller, status: int) -> None:
+            if status:
+                statuses[status] += 1
+                if loop.time() < until:
+                    caller.transport.write(request)
+            else:
+                closed.set()
+
+        while loop.time() < until:
+            closed.clear()
+            _, caller = await loop.create_connection(
+                lambda: Caller(answered), "127.0.0.1", int(port)
+            )
+            caller.transport.write(request)
+            await closed.wait()
+
+    forging = [asyncio.create_task(one()) for _ in range(int(connections))]
+    await asyncio.wait(forging, timeout=float(seconds))
     return {"statuses": statuses, "per_s": statuses.total() / float(seconds)}
 
 
@@ -175,6 +209,7 @@ async def bombs(port: str, seconds: str, kind: str, connections: str) -> dict[st
 KINDS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
     "listen": listen,
     "flood": flood,
+    "forge": forge,
     "charge": charge,
     "bombs": bombs,
 }

@@ -96,7 +96,8 @@ class TestAnUnsettledPayment:
     ) -> None:
         service = await pending(make, connection)
         connection.execute(
-            "INSERT INTO provider_hints (gateway, event_id, reference) VALUES ('other', 'evt_1', %s)",
+            "INSERT INTO provider_hints (gateway, event_id, reference)"
+            " VALUES ('other', 'evt_1', %s)",
             [REFERENCE],
         )
         assert (await send(service, reference=REFERENCE)).result == "accepted"
@@ -115,7 +116,7 @@ class TestAnUnsettledPayment:
             await go_on.wait()
             return found
 
-        gateway.find_charge = slow  # type: ignore[method-assign]
+        gateway.find_charge = slow  # type: ignore[assignment, method-assign]
         await send(service, "evt_1", reference=REFERENCE)
         attempt = asyncio.create_task(service.settling.run_once())
         await asked.wait()
@@ -283,11 +284,9 @@ class TestWhatIsWatched:
     async def test_an_abandoned_payment_is_asked_about_now(
         self, make: Make, connection: Connection
     ) -> None:
-        script = {"cancel_script": [no_answer, no_answer]}
-        service = await make(HintingGateway(no_answer, **script), **SOON)
+        service = await make(HintingGateway(no_answer, cancel_script=[lambda *_: None]), **SOON)
         gateway = gateway_of(service)
         await charge_pending(service)
-        gateway.cancel_script = [lambda *_: None]  # type: ignore[attr-defined]
         await age(connection, 1)
         await settle(service, connection)
         assert unsettled(connection)[0][0] == "abandoned"

@@ -5,13 +5,22 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from loguru import logger
 
-from payments.gateways import NeverSent, Open, OutcomeUnknown, ProviderCharge
+from payments.gateways import (
+    BadSignature,
+    Hint,
+    NeverSent,
+    Open,
+    OutcomeUnknown,
+    ProviderCharge,
+)
 from payments.gateways import counted as module
 from payments.gateways.breaker import FAILURES_MIN, PAUSE_MIN_S
 from payments.gateways.counted import CountedGateway
 from payments.observability.metrics import Telemetry
 from payments.payment.state import Approved, Declined
+from tests.commands.hinting import HintingGateway
 from tests.doubles.gateway import ScriptedGateway, after, decline, never_sent, no_answer
 from tests.support import ORDER_ID
 
@@ -241,3 +250,93 @@ async def test_each_provider_has_its_own() -> None:
         await call(gateways[0])
     assert [each.is_known_down for each in gateways] == [True, False]
     assert await call(gateways[1]) == Declined("insufficient_funds")
+
+
+class TestHints:
+    """Webhooks: what the gateway says of them is passed on, and nothing else."""
+
+    CANARY = "canary_7391"
+
+    def hinting(self, step: Any) -> CountedGateway:
+        return CountedGateway(HintingGateway(hint_script=[step]), Telemetry())
+
+    async def test_a_provider_without_webhooks_has_none(self) -> None:
+        assert CountedGateway(ScriptedGateway(), Telemetry()).hint is None
+
+    @pytest.mark.parametrize("passed", [Hint(event_id="e", reference="pay_1"), None])
+    async def test_what_it_says_is_passed_on(self, passed: Hint | None) -> None:
+        gateway = self.hinting(answers(passed))
+        assert gateway.hint is not None
+        assert await gateway.hint({}, b"", 1) == passed
+
+    @pytest.mark.parametrize("error", [BadSignature, OutcomeUnknown, NeverSent])
+    async def test_so_are_its_exceptions(self, error: type[Exception]) -> None:
+        def fail(*_: Any) -> None:
+            raise error("scripted")
+
+        gateway = self.hinting(fail)
+        assert gateway.hint is not None
+        with pytest.raises(error, match="scripted"):
+            await gateway.hint({}, b"", 1)
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            "evt_1",
+            Hint(event_id="e"),
+            Hint(event_id="", reference="r"),
+            Hint(event_id="e\x00", reference="r"),
+            Hint(event_id="e", reference="r" * 256),
+            Hint(event_id="e", payment_id="no UUID"),  # type: ignore[arg-type]
+        ],
+    )
+    async def test_what_cannot_be_stored_is_a_defect(self, said: Any) -> None:
+        gateway = self.hinting(answers(said))
+        assert gateway.hint is not None
+        with pytest.raises(OutcomeUnknown):
+            await gateway.hint({}, b"", 1)
+
+    async def test_a_defect_is_logged_without_what_was_sent(
+        self,
+    ) -> None:
+        def fail(*_: Any) -> None:
+            raise ValueError(self.CANARY)
+
+        gateway = self.hinting(fail)
+        assert gateway.hint is not None
+        lines: list[str] = []
+        sink = logger.add(lines.append, format="{message} {extra}")
+        with pytest.raises(OutcomeUnknown, match="the gateway failed") as raised:
+            await gateway.hint({}, self.CANARY.encode(), 1)
+        logger.remove(sink)
+        assert "ValueError in " in "".join(lines)
+        assert self.CANARY not in "".join(lines) + str(raised.value)
+
+    async def test_one_that_hangs_is_cut_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "GRACE_S", 0.0)
+        gateway = self.hinting(after(asyncio.Event()))
+        assert gateway.hint is not None
+        with pytest.raises(OutcomeUnknown, match="exceeded its timeout"):
+            await gateway.hint({}, b"", 0.05)
+
+    async def test_it_tells_nothing_of_the_provider(self) -> None:
+        """So it goes on while the breaker is open, and does not close it."""
+        telemetry = Telemetry()
+        hint = Hint(event_id="e", reference="r")
+        gateway = CountedGateway(
+            HintingGateway(
+                *[lambda *_: raise_outage()] * FAILURES_MIN, hint_script=[answers(hint)] * 2
+            ),
+            telemetry,
+        )
+        for _ in range(FAILURES_MIN):
+            with pytest.raises(OutcomeUnknown):
+                await gateway.charge(CHARGE, 1)
+        assert gateway.is_known_down
+        assert gateway.hint is not None
+        assert await gateway.hint({}, b"", 1) == hint
+        assert gateway.is_known_down
+
+
+def raise_outage() -> None:
+    raise OutcomeUnknown("scripted", is_outage=True)

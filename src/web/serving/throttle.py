@@ -36,8 +36,8 @@ class Bucket:
         return True
 
     def pay(self, count: float) -> None:
-        """Takes more afterwards, as far as there are any."""
-        self._left = max(0.0, self._left - count)
+        """Takes more afterwards, up to those of the next second."""
+        self._left = max(-self._per_s, self._left - count)
 
 
 class Waiting(Protocol):
