@@ -17,13 +17,14 @@ import psycopg
 import pytest
 from click.testing import Result
 
-from payments.cli import checks
+from payments.cli import checks, provider_checks
 from payments.cli.checks import ALERTS, ROLES, Told
 from payments.database import session
 from payments.database.connections import DatabaseAddress, connect
 from payments.database.session import SETTINGS
 from payments.queries.server import ServerState
 from tests.alerts import ALERTS as RULES
+from tests.cli import checked
 from tests.process import ROOT, ServiceProcess, at
 from tests.queries.rows import insert, insert_fulfilment, view
 from tests.support import History, append, eventually
@@ -646,3 +647,44 @@ def test_appends_that_wait(operator: Operator, address: DatabaseAddress, tmp_pat
     assert state == "FAIL"
     assert text.startswith("they wait for session ")
     assert " (somebody): docs/" in text
+
+
+class TestProviders:
+    """What the gateways find at their providers."""
+
+    def asked(self, operator: Operator, *factories: str) -> list[tuple[str, str]]:
+        checked.closed.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            named = ",".join(f"tests.cli.checked:{factory}" for factory in factories)
+            patch.setenv("GATEWAYS", named)
+            done = operator("doctor")
+        assert done.exit_code == 1
+        assert checked.closed == list(factories)
+        assert checked.SECRET not in done.stdout + done.stderr
+        return lines(done)["gateway"]
+
+    def test_a_line_for_each_finding(self, operator: Operator) -> None:
+        assert self.asked(operator, "checked") == [
+            ("ok", "checked: account a_1"),
+            (
+                "FAIL",
+                "checked: no webhook secret: set X_WEBHOOK_SECRETS: `payments settings`",
+            ),
+        ]
+
+    def test_one_that_cannot_be_asked_hides_none_of_the_others(self, operator: Operator) -> None:
+        found = self.asked(operator, "unreachable", "broken", "checked")
+        assert [state for state, _ in found] == ["FAIL", "FAIL", "ok", "FAIL"]
+        assert found[0][1].startswith("unreachable: it cannot be asked: no connection: check")
+        assert found[1][1].startswith("broken: its gateway failed with ValueError: report it")
+
+    def test_one_that_does_not_respond_is_not_waited_for(
+        self, operator: Operator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(provider_checks, "WHOLE_TIMEOUT_S", 0.1)
+        ((state, text),) = self.asked(operator, "hanging")
+        assert (state, text[:37]) == ("FAIL", "hanging: it did not respond within 0.")
+
+    def test_there_is_none_for_a_gateway_without_a_check(self, operator: Operator) -> None:
+        done = operator("doctor")
+        assert (done.exit_code, lines(done).get("gateway")) == (0, None)

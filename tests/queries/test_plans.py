@@ -13,8 +13,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments import unsettled
-from payments.database.arrays import uuids
+from payments import hints, unsettled
+from payments.database.arrays import doubles, texts, timestamps, uuids
 from payments.database.connections import DatabaseAddress
 from payments.events.store import (
     CAPTURE_POSITIONS,
@@ -40,6 +40,17 @@ from tests.queries.plans import Plan
 pytestmark = pytest.mark.anyio
 
 LIMIT = 50
+# 20,000 webhooks, over 20 days.
+HINTS = """
+INSERT INTO provider_hints (gateway, event_id, payment_id, reference, received_at)
+SELECT 'p', 'evt_' || n, CASE n % 2 WHEN 0 THEN gen_random_uuid() END,
+       CASE n % 2 WHEN 1 THEN 'ref_' || n END, now() - n * interval '86.4 s'
+  FROM generate_series(1, 20000) n;
+INSERT INTO provider_references
+SELECT 'p', 'ref_' || n, gen_random_uuid() FROM generate_series(1, 20000) n;
+ANALYZE provider_hints, provider_references
+"""
+
 # A page, the one row more, and as many again that a filter or a join may pass over.
 LOOKED_AT_MAX = 1_500
 
@@ -266,6 +277,60 @@ def test_claiming_what_is_due_reads_no_more_than_it_claims(
         assert "unsettled_payments_due" in plan.indexes
         assert plan.scanned == set()
         assert plan.looked_at <= 200
+
+
+@pytest.mark.parametrize("known", ["unsettled", "settled", "unknown", "duplicate"])
+@pytest.mark.parametrize("by", ["payment_id", "reference"])
+def test_a_hint_looks_at_its_payment_alone(
+    on_big: psycopg.Connection[Any], known: str, by: str
+) -> None:
+    with on_big.transaction(force_rollback=True):
+        on_big.execute(HINTS)
+        table = "payments" if known == "settled" else "unsettled_payments"
+        row = on_big.execute(
+            f"SELECT {'id' if known == 'settled' else 'payment_id'} FROM {table} LIMIT 1".encode()
+        ).fetchone()
+        assert row is not None
+        payment_id = uuid.uuid4() if known == "unknown" else row[0]
+        if known != "unknown":
+            on_big.execute(
+                "INSERT INTO provider_references VALUES ('p', 'of it', %s)", [payment_id]
+            )
+        event_id = "evt_5000" if known == "duplicate" else "evt_new"
+        params = {
+            "gateway": "p",
+            "event_id": event_id,
+            "payment_id": payment_id if by == "payment_id" else None,
+            "reference": "of it" if by == "reference" else None,
+            "request_s": 7,
+        }
+        plan = Plan(on_big, hints.RECORD, params)
+        assert plan.scanned == set()
+        assert plan.looked_at <= 20
+
+
+def test_old_hints_are_found_by_their_age(on_big: psycopg.Connection[Any]) -> None:
+    with on_big.transaction(force_rollback=True):
+        on_big.execute(HINTS)
+        plan = Plan(on_big, hints.PURGE, {"days": hints.KEPT_DAYS, "limit": 100})
+        assert "provider_hints_received" in plan.indexes
+        assert plan.scanned == set()
+        assert plan.looked_at <= 600
+
+
+def test_listing_a_declined_payment_looks_up_its_hints(on_big: psycopg.Connection[Any]) -> None:
+    with on_big.transaction(force_rollback=True):
+        on_big.execute(HINTS)
+        count = 100
+        params = [
+            *(uuids([uuid.uuid4() for _ in range(count)]), texts(["declined"] * count)),
+            *(timestamps([NEWEST] * count), doubles([1000.0] * count)),
+            *(texts(["p"] * count), texts(["of it"] * count)),
+        ]
+        plan = Plan(on_big, unsettled.ADD, params)
+        assert {"provider_hints_payment", "provider_hints_reference"} <= plan.indexes
+        assert plan.scanned == set()
+        assert plan.looked_at <= 10 * count
 
 
 def test_telling_of_a_payment_looks_at_one_row(on_big: psycopg.Connection[Any]) -> None:
