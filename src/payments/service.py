@@ -105,7 +105,7 @@ class Service:
             else None
         )
         self.lookups = PaymentLookups(self.database)
-        self.hints = Hints(self.gateways, self.database, self.telemetry, settings)
+        self.hints = Hints(self.gateways, address, self.telemetry, settings)
         settler = Settler(*shared, giving_back, self.telemetry, settings)
         self.settling = SettlingLoop(settler, store, self.database, settings)
         self._build_followers()
@@ -215,6 +215,7 @@ class Service:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s * 0.3):
                 await self.gateways.close()
+                await self.hints.close()
                 await self.database.close()
                 await self.health.close()
 

@@ -676,7 +676,7 @@ class TestProviders:
         found = self.asked(operator, "unreachable", "broken", "checked")
         assert [state for state, _ in found] == ["FAIL", "FAIL", "ok", "FAIL"]
         assert found[0][1].startswith("unreachable: it cannot be asked: no connection: check")
-        assert found[1][1].startswith("broken: its gateway failed with ValueError: report it")
+        assert found[1][1].startswith("broken: its gateway failed with ValueError, a defect")
 
     def test_one_that_does_not_respond_is_not_waited_for(
         self, operator: Operator, monkeypatch: pytest.MonkeyPatch

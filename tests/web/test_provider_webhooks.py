@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from loguru import logger
 
 from payments.commands import hints as module
-from payments.database.connections import DatabaseAddress
+from payments.database.connections import Database, DatabaseAddress
 from payments.gateways import NeverSent, OutcomeUnknown
 from payments.service import Service
 from payments.settings import Settings
@@ -192,9 +193,10 @@ async def test_calls_of_the_provider_are_few_at_a_time(
 
 
 async def test_without_a_database_it_is_to_be_delivered_again(
-    client: httpx.AsyncClient, service: Service
+    client: httpx.AsyncClient, service: Service, address: DatabaseAddress
 ) -> None:
-    await service.database.close()
+    nowhere = msgspec.structs.replace(address, host="127.0.0.1", port=1)
+    service.hints._database = Database(nowhere, 1)
     response = await send(client, event(reference="pay_1"))
     assert problem(response) == (503, "database_unavailable")
     assert response.headers["retry-after"] == "1"

@@ -39,5 +39,5 @@ async def _of(gateway: CheckedGateway) -> list[Check]:
     except TimeoutError:
         text = f"it did not respond within {WHOLE_TIMEOUT_S:g} s: {NEXT}"
     except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody else's gateway
-        text = f"its gateway failed with {type(error).__name__}: report it to its author: docs/gateways.md"
+        text = f"its gateway failed with {type(error).__name__}, a defect of it: docs/gateways.md"
     return [Check(state="FAIL", name="gateway", text=f"{gateway.name}: {text}")]

@@ -3,16 +3,14 @@
 Nothing is decided from what it says; settling asks the provider. Why: docs/decisions/providers.md.
 """
 
-import asyncio
 from collections.abc import Iterable, Mapping
 
 import msgspec
 
 from payments import hints
-from payments.database.connections import READ_TIMEOUT_S, Database
+from payments.database.connections import Database, DatabaseAddress
 from payments.errors import (
     BadWebhookSignature,
-    DatabaseUnavailable,
     GatewayUnavailable,
     PaymentsError,
     TooBusy,
@@ -28,8 +26,9 @@ from payments.settings import Settings
 HINT_TIMEOUT_S = 2.0
 # At each provider, which may have to be called to verify one.
 CALLS_MAX = 16
-# Connections of the pool that charges read with.
-RECORDS_MAX = 2
+# Of their own, from the first one on: they wait for nothing else that is under way, and nothing
+# waits for them.
+CONNECTIONS_MAX = 2
 
 
 class Hints:
@@ -38,7 +37,7 @@ class Hints:
     def __init__(
         self,
         gateways: Iterable[CountedGateway],
-        database: Database,
+        address: DatabaseAddress,
         telemetry: Telemetry,
         settings: Settings,
     ) -> None:
@@ -47,9 +46,12 @@ class Hints:
             for gateway in gateways
             if gateway.hint is not None
         }
-        self._database = database
+        self._database = Database(address, CONNECTIONS_MAX)
+        self._is_open = False
         self._request_s = settings.charge_deadline_s
-        self._records = asyncio.Semaphore(RECORDS_MAX)
+
+    async def close(self) -> None:
+        await self._database.close()
 
     @property
     def names(self) -> frozenset[str]:
@@ -77,16 +79,11 @@ class Hints:
         return taken
 
     async def _record(self, source: "_Source", hint: Hint) -> RecordedHint:
-        try:
-            async with asyncio.timeout(READ_TIMEOUT_S):
-                await self._records.acquire()
-        except TimeoutError:
-            raise DatabaseUnavailable("The database does not respond.") from None
-        try:
-            fields = msgspec.structs.asdict(hint)
-            return await hints.record(self._database, source.name, fields, self._request_s)
-        finally:
-            self._records.release()
+        if not self._is_open:
+            self._is_open = True
+            await self._database.open()
+        fields = msgspec.structs.asdict(hint)
+        return await hints.record(self._database, source.name, fields, self._request_s)
 
 
 class _Source:
@@ -108,7 +105,7 @@ class _Source:
         except BadSignature:
             message = "a webhook has no valid signature of its provider"
             self._repeats.tell("WARNING", message, gateway=self.name)
-            detail = "The signature is missing, wrong or too old. The secret is the provider's own."
+            detail = "The signature is missing, wrong or too old. Correct the webhook's secret."
             raise BadWebhookSignature(detail) from None
         except (OutcomeUnknown, NeverSent) as error:
             message = "a webhook cannot be verified now"
