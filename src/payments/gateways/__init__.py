@@ -13,6 +13,7 @@ stripe.py            Stripe: a PaymentIntent for each charge
 stripe_call.py       the exchanges of one call of it, within one deadline
 stripe_objects.py    what Stripe states, and what it means
 stripe_account.py    its settings and account, and which charges it takes
+razorpay.py          Razorpay; razorpay_api.py its calls, razorpay_entities.py what it states
 simulated.py         the simulated provider, the default
 ledger_file.py       what that one has decided, for all processes and over every crash
 ledger_tables.py     that file's tables, and how it is opened
