@@ -290,8 +290,8 @@ class RazorpayGateway:
             case "failed":
                 code = payment.error_reason or payment.error_code or ""
                 return Declined(code if CODE.fullmatch(code) else "failed")
-            case "authorized" | "created" if code := differing(payment, charge):
-                return Declined(code)
+            case "authorized" | "created" if differs := differing(payment, charge):
+                return Declined(differs)
             case "authorized":
                 return Open(id=our_id, step="authorized")
             case "created":
