@@ -307,7 +307,13 @@ class RazorpayProcess(StandInProcess):
         """Whether the customer of each new order pays it at once."""
         self._ask(Any, do="set", pays_at_once=pays)
 
+    def as_at_first(self) -> None:
+        """Takes back the three settings."""
+        given = {"pays_at_once": False, "knows_unique_receipt": True, "refund_status": "processed"}
+        self._ask(Any, do="set", **given)
+
     def knows_unique_receipt(self, knows: bool) -> None:
+        """Whether it makes one order for one receipt, or rejects that as no field."""
         self._ask(Any, do="set", knows_unique_receipt=knows)
 
     def refund_status(self, status: str) -> None:

@@ -6,19 +6,17 @@ What only orders have, which wait for their customers, is tested here beside the
 """
 
 import asyncio
-import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from uuid import UUID
 
 import msgspec
 import pytest
 
 from payments.gateways import Gateway, Open, OutcomeUnknown, ProviderCharge, Step
-from payments.gateways.http import ProviderHttp
 from payments.gateways.razorpay import RazorpayGateway
 from payments.payment.state import Approved
 from tests.doubles.razorpay_ledger import WEBHOOK_SECRET, signed, webhook
-from tests.doubles.razorpay_server import AUTHORIZATION, KEY_ID, RazorpayProcess
+from tests.doubles.razorpay_server import RazorpayProcess
 from tests.gateways import conformance
 from tests.gateways.conformance import (
     MISMATCHES,
@@ -33,10 +31,8 @@ from tests.gateways.test_http_gateway import Recorder, fault_of
 
 pytestmark = pytest.mark.anyio
 
-SECRETS = ("the one before", WEBHOOK_SECRET)
 DECLINED_CENTS = 1507
 OPERATIONS = ("charge", "refund", "find_charge", "find_refund", "prepare", "cancel")
-TLS = ssl.create_default_context()  # slow to make, and not used on loopback
 # The exchange that meets the fault: a charge that is captured is not sent again, but read.
 READS_FIRST = (*MISMATCHES, "timeout")
 
@@ -113,28 +109,6 @@ class RazorpayHarness:
         raise NotImplementedError
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RazorpayProcess]:
-    with RazorpayProcess(tmp_path_factory.mktemp("razorpay") / "ledger.jsonl") as process:
-        yield process
-
-
-@pytest.fixture
-def razorpay(running: RazorpayProcess) -> Iterator[RazorpayProcess]:
-    """Shared, as every test has its own ids; its faults are this test's alone."""
-    yield running
-    running.script()
-    running.listen()
-
-
-@pytest.fixture
-async def gateway(razorpay: RazorpayProcess) -> AsyncIterator[RazorpayGateway]:
-    http = ProviderHttp(razorpay.url, {"Authorization": AUTHORIZATION}, keep_alive=False, tls=TLS)
-    opened = RazorpayGateway(http, KEY_ID, SECRETS)
-    yield opened
-    await opened.close()
-
-
 @pytest.fixture
 async def recorder() -> AsyncIterator[Recorder]:
     async with Recorder().running() as running:
@@ -143,9 +117,9 @@ async def recorder() -> AsyncIterator[Recorder]:
 
 @pytest.fixture
 async def harness(
-    gateway: RazorpayGateway, razorpay: RazorpayProcess, recorder: Recorder
+    razorpay_gateway: RazorpayGateway, razorpay: RazorpayProcess, recorder: Recorder
 ) -> AsyncIterator[RazorpayHarness]:
-    yield RazorpayHarness(gateway, razorpay, recorder.url)
+    yield RazorpayHarness(razorpay_gateway, razorpay, recorder.url)
     assert recorder.connections == 0
 
 
