@@ -70,7 +70,8 @@ def nothing_open(connection: psycopg.Connection[Any]) -> bool:
     row = connection.execute(
         "SELECT (SELECT position FROM followers WHERE name = 'payments')"
         "       = (SELECT coalesce(max(notification_id), 0) FROM payment_events)"
-        "   AND NOT EXISTS (SELECT FROM unsettled_payments WHERE kind <> 'abandoned')"
+        "   AND NOT EXISTS (SELECT FROM unsettled_payments"
+        "                    WHERE kind NOT IN ('abandoned', 'declined'))"
     ).fetchone()
     assert row is not None
     return bool(row[0])

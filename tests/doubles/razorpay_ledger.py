@@ -12,7 +12,7 @@ import msgspec
 
 from tests.doubles.stand_in import Call, Response
 
-WEBHOOK_SECRET = "secret of its webhook"
+WEBHOOK_SECRET = "secretOfItsWebhook"
 ACCOUNT = "acc_StandIn0000000"
 
 Entity = dict[str, Any]
@@ -103,7 +103,7 @@ def new_payment(
         "error_source": None,
         "error_step": None,
         "error_reason": None,
-        "acquirer_data": {"bank_transaction_id": None},
+        "acquirer_data": {"bank_transaction_id": "0125836177"},
         "created_at": int(time.time()),
     }
 

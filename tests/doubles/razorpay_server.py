@@ -40,7 +40,7 @@ from tests.doubles.razorpay_ledger import (
 )
 from tests.doubles.stand_in import Call, Response, StandIn, StandInProcess, run
 
-KEY_ID, KEY_SECRET = "rzp_test_StandIn000000", "secret of the stand-in"
+KEY_ID, KEY_SECRET = "rzp_test_StandIn000000", "secretOfTheStandIn"
 AUTHORIZATION = "Basic " + base64.b64encode(f"{KEY_ID}:{KEY_SECRET}".encode()).decode()
 
 ROUTES = {
@@ -124,6 +124,8 @@ class Razorpay(StandIn):
                 return self._pay(**command)["id"]
             case "turn":
                 self._turn(**command)
+            case "act":
+                self._act(**command)
             case "set":
                 for name, value in command.items():
                     assert hasattr(self, f"_{name}")
@@ -187,6 +189,15 @@ class Razorpay(StandIn):
             attempted = {"status": "attempted", "attempts": order["attempts"] + 1}
             self._ledger.write(order | attempted)
         return payment if status == "created" else self._turn(payment["id"], status)
+
+    def _act(self, receipt: str, method: str | None) -> None:
+        if method is not None:
+            if self._ledger.entities[method]["status"] == "created":
+                self._turn(method, "authorized")
+            return
+        for order in self._ledger.all("order"):
+            if order["receipt"] == receipt and order["status"] == "created":
+                self._pay(order["amount"], order["currency"], order["id"])
 
     def _turn(self, payment_id: str, status: str) -> Entity:
         """The bank, or the dashboard: authorized, also late; failed; captured; expired, which is
@@ -303,6 +314,11 @@ class RazorpayProcess(StandInProcess):
         (given back uncaptured), or any other status."""
         self._ask(Any, do="turn", payment_id=payment_id, status=status)
 
+    def customer_acts(self, payment_id: UUID, method: str | None) -> None:
+        """What there is to do for this payment of ours: the payment that is its payment method is
+        authorized, or without one the order that was made for it is paid."""
+        self._ask(Any, do="act", receipt=str(payment_id), method=method)
+
     def pays_at_once(self, pays: bool = True) -> None:
         """Whether the customer of each new order pays it at once."""
         self._ask(Any, do="set", pays_at_once=pays)
@@ -340,9 +356,11 @@ class RazorpayProcess(StandInProcess):
 
     def our_id(self, payment: Entity) -> UUID | None:
         """The payment of ours that a customer's payment was captured for."""
-        orders = {each["id"]: each for each in self.entities("order")}
-        order = orders.get(payment["order_id"])
-        named = dict(payment["notes"]).get("payment_id") or (order and order["receipt"])
+        named = dict(payment["notes"]).get("payment_id")
+        if named is None and payment["order_id"] is not None:
+            (named,) = (
+                e["receipt"] for e in self.entities("order") if e["id"] == payment["order_id"]
+            )
         return UUID(named) if named else None
 
 
