@@ -66,7 +66,7 @@ SLOW = (
     *("events/test_log.py", "fulfilment/test_kills.py", "fulfilment/test_service.py"),
     *("gateways/test_earlier_ledger.py", "gateways/test_http_gateway.py"),
     *("gateways/test_accounts.py", "gateways/test_simulated_ledger.py", "legacy/"),
-    "gateways/test_stripe",
+    *("gateways/test_stripe", "gateways/test_razorpay", "gateways/test_paypal"),
     *("projections/test_follower.py", "projections/test_followers_crash.py"),
     *("projections/test_rebuild.py", "queries/test_lookups.py", "queries/test_plans.py"),
     *("test_benchmarks.py", "test_database_care.py", "test_docs.py::test_the_client"),

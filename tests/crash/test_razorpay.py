@@ -87,7 +87,7 @@ def test_kill_9_loop(
         connection,
         razorpay,
         lambda: records(razorpay),
-        pytestconfig.getoption("--kills"),
+        max(2, pytestconfig.getoption("--kills") // 3),
         seed=5,
         points=POINTS,
         customers=Customers(new_method, razorpay.customer_acts),

@@ -5,7 +5,7 @@ The examples are not part of this repository: PROVIDER_SPECS names the directory
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -190,7 +190,7 @@ class TestOfficialClient:
     def test_its_errors(self, razorpay: RazorpayProcess, client: official.Client) -> None:
         payment_id = razorpay.pay(1500)
         client.payment.capture(payment_id, 1500, {"currency": "INR"})
-        for description, call in {
+        calls: dict[str, Callable[[], object]] = {
             "already been captured": lambda: client.payment.capture(payment_id, 1500),
             "does not exist": lambda: client.payment.fetch("pay_00000000999999"),
             "not a valid id": lambda: client.payment.fetch("pay_1"),
@@ -203,7 +203,8 @@ class TestOfficialClient:
             "Authentication failed": lambda: official.Client(
                 auth=(KEY_ID, "wrong"), base_url=razorpay.url
             ).payment.fetch(payment_id),
-        }.items():
+        }
+        for description, call in calls.items():
             with pytest.raises(BadRequestError, match=description):
                 call()
 

@@ -42,8 +42,8 @@ from payments.gateways.razorpay_entities import (
     CURRENCIES,
     EVENT,
     REFUND,
-    Order,
-    Payment,
+    RazorpayOrder,
+    RazorpayPayment,
     cents,
     differing,
     made_for,
@@ -71,7 +71,7 @@ PAYMENT_ID = re.compile(r"pay_[A-Za-z0-9]{1,40}")
 CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 # How a charge stands, and the customer's payment by which it does.
-Look = tuple[Approved | Declined | Open, Payment | None]
+Look = tuple[Approved | Declined | Open, RazorpayPayment | None]
 
 
 class RazorpayGateway:
@@ -272,7 +272,7 @@ class RazorpayGateway:
         return Open(id=our_id, step="action", action=self._action(order, order.id)), None
 
     def _standing(
-        self, payment: Payment, charge: ProviderCharge, of_order: UUID | None = None
+        self, payment: RazorpayPayment, charge: ProviderCharge, of_order: UUID | None = None
     ) -> Approved | Declined | Open:
         """What a customer's payment means for a charge. Whose it is says its order, if that is of
         ours, else its notes; unmarked it is that of the charge that has its id as reference."""
@@ -299,7 +299,7 @@ class RazorpayGateway:
                 return Open(id=our_id, step="action", action=action)
         raise OutcomeUnknown("Razorpay responded with a status that it does not document")
 
-    def _action(self, about: Order | Payment, order_id: str | None) -> NextAction:
+    def _action(self, about: RazorpayOrder | RazorpayPayment, order_id: str | None) -> NextAction:
         """What Checkout needs."""
         amount = str(about.amount)
         fields = {"key_id": self._key_id, "amount": amount, "currency": about.currency}

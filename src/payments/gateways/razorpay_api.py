@@ -23,9 +23,9 @@ from payments.gateways.razorpay_entities import (
     PAYMENT,
     PAYMENTS,
     REFUNDS,
-    Order,
-    Payment,
-    Refund,
+    RazorpayOrder,
+    RazorpayPayment,
+    RazorpayRefund,
     as_dict,
     made_for,
     named,
@@ -47,10 +47,12 @@ class RazorpayApi:
     def __init__(self, http: ProviderHttp) -> None:
         self._http = http
 
-    async def payment(self, payment_id: str, until: float) -> Payment:
+    async def payment(self, payment_id: str, until: float) -> RazorpayPayment:
         return payment_in(await self.send("GET", f"/payments/{payment_id}", until), payment_id)
 
-    async def mark(self, payment: Payment, payment_id: UUID, until: float) -> Payment:
+    async def mark(
+        self, payment: RazorpayPayment, payment_id: UUID, until: float
+    ) -> RazorpayPayment:
         """The payment with our id in its notes, as Razorpay states it."""
         if named(payment.notes) == payment_id:
             return payment
@@ -58,21 +60,21 @@ class RazorpayApi:
         path = f"/payments/{payment.id}"
         return payment_in(await self.send("PATCH", path, until, {"notes": notes}), payment.id)
 
-    async def order(self, order_id: str, until: float) -> Order:
+    async def order(self, order_id: str, until: float) -> RazorpayOrder:
         response = await self.send("GET", f"/orders/{order_id}", until)
         order = response.read(ORDER) if response.status == 200 else fail(response)
         if order.id != order_id or order.status not in ORDER_STATES:
             raise OutcomeUnknown("Razorpay responded about another order, or with another status")
         return order
 
-    async def payments_of(self, order_id: str, until: float) -> list[Payment]:
+    async def payments_of(self, order_id: str, until: float) -> list[RazorpayPayment]:
         response = await self.send("GET", f"/orders/{order_id}/payments", until)
         listed = response.read(PAYMENTS).items if response.status == 200 else fail(response)
         if any(payment.order_id != order_id for payment in listed):
             raise OutcomeUnknown("Razorpay responded about another order")
         return listed
 
-    async def order_of(self, charge: ProviderCharge, until: float) -> Order | None:
+    async def order_of(self, charge: ProviderCharge, until: float) -> RazorpayOrder | None:
         """The order that was made before for this payment; of several the one that is paid, or
         was to be: only one of them was ever shown to a customer."""
         path = f"/orders?receipt={charge.payment_id}&count={PAGE}"
@@ -86,7 +88,9 @@ class RazorpayApi:
             default=None,
         )
 
-    async def make_order(self, charge: ProviderCharge, expiry_min: int, until: float) -> Order:
+    async def make_order(
+        self, charge: ProviderCharge, expiry_min: int, until: float
+    ) -> RazorpayOrder:
         """`expiry_min`: after so many minutes an authorized payment goes back to the customer."""
         payment_id = str(charge.payment_id)
         body: dict[str, object] = {
@@ -109,7 +113,7 @@ class RazorpayApi:
             response = await self.send("POST", "/orders", until, body)
         return response.read(ORDER) if response.status == 200 else fail(response)
 
-    async def refund_of(self, refund: ProviderRefund, until: float) -> Refund | None:
+    async def refund_of(self, refund: ProviderRefund, until: float) -> RazorpayRefund | None:
         """By our id, which is its receipt and in its notes."""
         our_id, skip = str(refund.refund_id), 0
         while True:
@@ -171,7 +175,7 @@ def fail(response: ProviderResponse) -> NoReturn:
     response.unexpected()
 
 
-def payment_in(response: ProviderResponse, payment_id: str) -> Payment:
+def payment_in(response: ProviderResponse, payment_id: str) -> RazorpayPayment:
     payment = response.read(PAYMENT) if response.status == 200 else fail(response)
     if payment.id != payment_id:
         raise OutcomeUnknown("Razorpay responded about another payment")

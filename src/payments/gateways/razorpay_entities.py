@@ -12,7 +12,7 @@ from payments.payment.state import Approved, Declined
 Id = Annotated[str, msgspec.Meta(pattern=r"\A[a-z]+_[A-Za-z0-9]{1,40}\Z")]
 Notes = dict[str, object] | list[object]  # [] if there are none
 
-# razorpay.com/docs/payments/international-payments, without those that have left ISO 4217.
+# Those of Razorpay's page on international payments, without those that have left ISO 4217.
 _CURRENCIES = (
     "AED ALL AMD AUD AWG AZN BAM BBD BDT BHD BIF BMD BND BOB BRL BSD BTN BWP BZD CAD CHF CLP CNY "
     "COP CRC CUP CVE CZK DJF DKK DOP DZD EGP ETB EUR FJD GBP GHS GIP GMD GNF GTQ GYD HKD HNL HTG "
@@ -26,7 +26,7 @@ CURRENCIES = frozenset(_CURRENCIES.split())
 T = TypeVar("T")
 
 
-class Payment(msgspec.Struct, frozen=True):
+class RazorpayPayment(msgspec.Struct, frozen=True):
     """`amount` is in the minor unit. A `captured` that is not said counts as that of `status`."""
 
     entity: Literal["payment"]
@@ -49,7 +49,7 @@ class Payment(msgspec.Struct, frozen=True):
         return self.status == "captured"
 
 
-class Order(msgspec.Struct, frozen=True):
+class RazorpayOrder(msgspec.Struct, frozen=True):
     entity: Literal["order"]
     id: Id
     amount: int
@@ -60,7 +60,7 @@ class Order(msgspec.Struct, frozen=True):
     created_at: int = 0
 
 
-class Refund(msgspec.Struct, frozen=True):
+class RazorpayRefund(msgspec.Struct, frozen=True):
     entity: Literal["refund"]
     id: Id
     amount: int
@@ -76,13 +76,13 @@ class Collection(msgspec.Struct, Generic[T], frozen=True):
     items: list[T]
 
 
-class ErrorDetail(msgspec.Struct, frozen=True):
+class RazorpayErrorDetail(msgspec.Struct, frozen=True):
     code: str | None = None
     description: str | None = None
 
 
-class ErrorResponse(msgspec.Struct, frozen=True):
-    error: ErrorDetail
+class RazorpayError(msgspec.Struct, frozen=True):
+    error: RazorpayErrorDetail
 
 
 class HintedPayment(msgspec.Struct, frozen=True):
@@ -106,7 +106,7 @@ class Entity(msgspec.Struct, Generic[T], frozen=True):
     entity: T
 
 
-class Payload(msgspec.Struct, frozen=True):
+class HintedPayload(msgspec.Struct, frozen=True):
     payment: Entity[HintedPayment] | None = None
     order: Entity[HintedOrder] | None = None
     refund: Entity[OfPayment] | None = None
@@ -128,21 +128,21 @@ class Payload(msgspec.Struct, frozen=True):
         return None if about is None else about.entity.payment_id
 
 
-class Event(msgspec.Struct, frozen=True):
+class RazorpayEvent(msgspec.Struct, frozen=True):
     """A webhook. What it says besides is not read: it may be old or out of order."""
 
     entity: Literal["event"]
-    payload: Payload
+    payload: HintedPayload
 
 
-PAYMENT = msgspec.json.Decoder(Payment)
-PAYMENTS = msgspec.json.Decoder(Collection[Payment])
-ORDER = msgspec.json.Decoder(Order)
-ORDERS = msgspec.json.Decoder(Collection[Order])
-REFUND = msgspec.json.Decoder(Refund)
-REFUNDS = msgspec.json.Decoder(Collection[Refund])
-ERROR = msgspec.json.Decoder(ErrorResponse)
-EVENT = msgspec.json.Decoder(Event)
+PAYMENT = msgspec.json.Decoder(RazorpayPayment)
+PAYMENTS = msgspec.json.Decoder(Collection[RazorpayPayment])
+ORDER = msgspec.json.Decoder(RazorpayOrder)
+ORDERS = msgspec.json.Decoder(Collection[RazorpayOrder])
+REFUND = msgspec.json.Decoder(RazorpayRefund)
+REFUNDS = msgspec.json.Decoder(Collection[RazorpayRefund])
+ERROR = msgspec.json.Decoder(RazorpayError)
+EVENT = msgspec.json.Decoder(RazorpayEvent)
 
 
 def as_dict(notes: Notes) -> dict[str, object]:
@@ -161,13 +161,13 @@ def named(notes: Notes) -> UUID | None:
     return uuid_of(as_dict(notes).get("payment_id"))
 
 
-def made_for(order: Order) -> UUID | None:
+def made_for(order: RazorpayOrder) -> UUID | None:
     """The payment of ours that an order was made for by `prepare`."""
     our_id = named(order.notes)
     return our_id if our_id is not None and order.receipt == str(our_id) else None
 
 
-def differing(payment: Payment, charge: ProviderCharge) -> str | None:
+def differing(payment: RazorpayPayment, charge: ProviderCharge) -> str | None:
     """Why a payment is not the one to be captured, as the code of a decline."""
     if payment.currency != charge.currency:
         return "currency_differs"
@@ -175,7 +175,7 @@ def differing(payment: Payment, charge: ProviderCharge) -> str | None:
     return None if same else "amount_differs"
 
 
-def cents(stated: Payment | Refund) -> int:
+def cents(stated: RazorpayPayment | RazorpayRefund) -> int:
     """Raises OutcomeUnknown."""
     try:
         return from_razorpay(stated.amount, stated.currency)
@@ -183,7 +183,7 @@ def cents(stated: Payment | Refund) -> int:
         raise OutcomeUnknown("Razorpay stated an amount that the currency does not have") from None
 
 
-def refunded(stated: Refund, refund: ProviderRefund) -> Approved | Declined:
+def refunded(stated: RazorpayRefund, refund: ProviderRefund) -> Approved | Declined:
     """What a refund means for the one that was asked for. Raises OutcomeUnknown for one that is
     under way, for days perhaps."""
     if stated.payment_id != refund.provider_txn_id:
