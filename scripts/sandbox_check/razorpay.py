@@ -1,162 +1,138 @@
-"""Checks the Razorpay gateway against Razorpay's test mode, with the RAZORPAY_* of the environment.
+"""Razorpay's test mode. It moves no money, and leaves some test orders in the account.
 
-    scripts/sandbox-check razorpay [PAYMENT [AMOUNT_CENTS [CURRENCY]]]
-
-PAYMENT is a pay_… that was paid at Checkout in test mode, and that is authorized. It is captured,
-and the least amount of it is refunded. Without one, only orders are made and read.
-
-Exit code 0: all is as the gateway takes it to be. 1: something is not. 2: it could not be checked.
+Only a customer makes payments: with SANDBOX_PAYMENT=pay_… one that was paid at Checkout with a test
+card, and is authorized, is captured, and 1.00 of it is refunded. It can be checked again.
 """
 
-import asyncio
 import os
-import sys
-from collections.abc import Awaitable, Sequence
-from typing import TypeVar
+from collections.abc import Awaitable
 from uuid import NAMESPACE_URL, uuid4, uuid5
 
-import click
+import msgspec
 
 from payments.errors import StartError
 from payments.gateways import (
     BadSignature,
-    NeverSent,
     Open,
     OutcomeUnknown,
     ProviderCharge,
     ProviderRefund,
 )
-from payments.gateways.razorpay import RazorpayGateway, build
-from payments.gateways.razorpay_api import now
-from payments.payment.state import Approved
-from payments.setting_sources import read_settings
+from payments.gateways.razorpay import EXPIRY_MIN, RazorpayGateway, build
+from payments.gateways.razorpay_api import RazorpayApi, now
+from payments.gateways.razorpay_entities import cents
+from payments.payment.state import Approved, Declined
+from payments.settings import Settings
+from scripts.sandbox_check import Options, Report, webhooks
 
-USAGE = "scripts/sandbox-check razorpay [PAYMENT [AMOUNT_CENTS [CURRENCY]]]"
-TIMEOUT_S = 15.0
-LEAST_CENTS = 100
-
-T = TypeVar("T")
-
-
-class Check:
-    def __init__(self) -> None:
-        self.failed = 0
-
-    def that(self, holds: bool, text: str) -> None:
-        self.failed += not holds
-        click.echo(f"{'ok  ' if holds else 'FAIL'}  {text}")
+TIMEOUT_S = 20.0
+WEBHOOK_WAIT_S = 120.0
+LEAST = 100
+PAY = "give SANDBOX_PAYMENT=pay_…, of an authorized payment that was made at Checkout"
+FORWARDING = (
+    "give --webhooks PORT, and have a tunnel bring the webhooks of the dashboard there; then pay"
+)
 
 
-def main(arguments: Sequence[str]) -> int:
-    try:
-        payment = _payment_of(*arguments) if arguments else None
-    except (TypeError, ValueError):
-        click.echo(USAGE, err=True)
-        return 2
-    try:
-        gateway = build(read_settings(os.environ))
-        return asyncio.run(_check(gateway, payment))
-    except StartError as error:
-        click.echo(error, err=True)
-    except (OutcomeUnknown, NeverSent) as error:
-        click.echo(f"Razorpay gave no outcome: {error}", err=True)
-    return 2
-
-
-async def _check(gateway: RazorpayGateway, payment: tuple[str, int, str] | None) -> int:
-    check = Check()
-    if await gateway.account(TIMEOUT_S) != "test":
-        click.echo("RAZORPAY_KEY_ID is a live key: this moves money, and takes test keys", err=True)
-        return 2
+async def check(settings: Settings, options: Options, report: Report) -> None:
+    if (settings.razorpay_key_id or "").startswith("rzp_live_"):
+        raise StartError("RAZORPAY_KEY_ID is a live key: this check needs one of the test mode")
+    gateway = build(settings)
     try:
         findings = await gateway.findings(TIMEOUT_S)
         for finding in findings:
-            check.that(not finding.bad, finding.text)
-        if not any(finding.bad and "API key" in finding.text for finding in findings):
-            await _check_orders(gateway, check)
-            if payment is not None:
-                await _check_payment(gateway, check, *payment)
-        await _check_signature(gateway, check)
+            report.held("settings", not finding.bad, finding.text)
+        if any(finding.bad and "API key" in finding.text for finding in findings):
+            return
+        await _orders(gateway, options.currency, report)
+        if payment := os.environ.get("SANDBOX_PAYMENT"):
+            await _payment(gateway, payment, report)
+        else:
+            report.skipped("capture and refund", PAY)
+        await _webhooks(gateway, options, report)
     finally:
         await gateway.close()
-    return 1 if check.failed else 0
 
 
-def _payment_of(
-    payment: str, amount_cents: str = "100", currency: str = "INR"
-) -> tuple[str, int, str]:
-    return payment, int(amount_cents), currency
-
-
-async def _check_orders(gateway: RazorpayGateway, check: Check) -> None:
-    charge = ProviderCharge(payment_id=uuid4(), amount_cents=LEAST_CENTS, currency="INR")
+async def _orders(gateway: RazorpayGateway, currency: str, report: Report) -> None:
+    charge = ProviderCharge(payment_id=uuid4(), amount_cents=LEAST, currency=currency)
     order_id = await gateway.prepare(charge, TIMEOUT_S)
-    check.that(order_id.startswith("order_"), f"an order is made: {order_id}")
+    report.held("an order is made", order_id.startswith("order_"), order_id)
     again = await gateway.prepare(charge, TIMEOUT_S)
-    check.that(again == order_id, "it is found by its receipt, and not made again")
-    made = await gateway._api.make_order(charge, 12, now() + TIMEOUT_S)
-    check.that(made.id == order_id, "unique_receipt makes no second order for one receipt")
-    prepared = ProviderCharge(
-        payment_id=charge.payment_id, amount_cents=LEAST_CENTS, currency="INR", reference=order_id
+    report.held("it is found by its receipt", again == order_id, again)
+    api: RazorpayApi = gateway._api
+    second = await api.make_order(charge, EXPIRY_MIN, now() + TIMEOUT_S)
+    report.held("unique_receipt makes no second one", second.id == order_id, second.id)
+    found = await gateway.find_charge(
+        msgspec.structs.replace(charge, reference=order_id), TIMEOUT_S
     )
-    found = await gateway.find_charge(prepared, TIMEOUT_S)
-    waits = isinstance(found, Open) and found.step == "action" and found.id == charge.payment_id
-    check.that(waits, "the order waits for its customer, and names our id")
+    waits = isinstance(found, Open) and (found.id, found.step) == (charge.payment_id, "action")
+    report.held("it waits for its customer, and has our id", waits, found)
 
 
-async def _check_payment(
-    gateway: RazorpayGateway, check: Check, payment: str, amount_cents: int, currency: str
-) -> None:
-    """With ids of ours that follow from the payment, so that it can be checked again."""
+async def _payment(gateway: RazorpayGateway, payment_id: str, report: Report) -> None:
+    """With ids of ours that follow from it, so that it can be checked again."""
+    api: RazorpayApi = gateway._api
+    payment = await api.payment(payment_id, now() + TIMEOUT_S)
     charge = ProviderCharge(
-        payment_id=uuid5(NAMESPACE_URL, payment),
-        amount_cents=amount_cents,
-        currency=currency,
-        payment_method=payment,
-        reference=payment,
+        payment_id=uuid5(NAMESPACE_URL, payment_id),
+        amount_cents=cents(payment),
+        currency=payment.currency,
+        payment_method=payment_id,
+        reference=payment_id,
     )
-    if (refusal := gateway.refuses(charge)) is not None:
-        check.that(False, f"{refusal.field} {refusal.message}")
+    other = msgspec.structs.replace(charge, amount_cents=charge.amount_cents + LEAST)
+    if payment.status == "authorized":
+        differs = await gateway.charge(other, TIMEOUT_S)
+        report.held("another amount is declined", differs == Declined("amount_differs"), differs)
+    capture = await gateway.charge(charge, TIMEOUT_S)
+    held = isinstance(capture, Approved) and capture.id == charge.payment_id
+    if not report.held("the payment is captured, and marked", held, capture):
         return
-    captured = await gateway.charge(charge, TIMEOUT_S)
-    check.that(isinstance(captured, Approved), f"{payment} is captured: {captured}")
-    if not isinstance(captured, Approved):
-        return
-    check.that(captured.id == charge.payment_id, "its notes name our id")
-    check.that(
-        await gateway.charge(charge, TIMEOUT_S) == captured, "captured again, it is the same"
-    )
-    check.that(await gateway.find_charge(charge, TIMEOUT_S) == captured, "it is found")
+    again = await gateway.charge(charge, TIMEOUT_S)
+    report.held("captured again it is the same", again == capture, again)
+    found = await gateway.find_charge(charge, TIMEOUT_S)
+    report.held("the capture is found", found == capture, found)
     refund = ProviderRefund(
         refund_id=uuid5(charge.payment_id, "refund"),
         payment_id=charge.payment_id,
-        provider_txn_id=payment,
-        amount_cents=LEAST_CENTS,
-        currency=currency,
-        reference=payment,
+        provider_txn_id=payment_id,
+        amount_cents=LEAST,
+        currency=payment.currency,
+        reference=payment_id,
     )
-    returned = await _or_unknown(gateway.refund(refund, TIMEOUT_S))
-    check.that(isinstance(returned, Approved), f"it is refunded in part: {returned}")
-    again = await _or_unknown(gateway.refund(refund, TIMEOUT_S))
-    check.that(again == returned, "refunded again with the same key, it is the same")
-    check.that(await _or_unknown(gateway.find_refund(refund, TIMEOUT_S)) == returned, "it is found")
+    returned = await _known(gateway.refund(refund, TIMEOUT_S))
+    report.held("it is refunded in part", isinstance(returned, Approved), returned)
+    again_returned = await _known(gateway.refund(refund, TIMEOUT_S))
+    report.held("refunded again it is the same", again_returned == returned, again_returned)
+    found_refund = await _known(gateway.find_refund(refund, TIMEOUT_S))
+    report.held("the refund is found", found_refund == returned, found_refund)
 
 
-async def _or_unknown(asking: Awaitable[T]) -> T | str:
+async def _known(asking: Awaitable[Approved | Declined | None]) -> object:
+    """One that is under way is reported, and does not end the check."""
     try:
         return await asking
     except OutcomeUnknown as error:
-        return f"unknown, {error}"
+        return f"unknown: {error}"
 
 
-async def _check_signature(gateway: RazorpayGateway, check: Check) -> None:
+async def _webhooks(gateway: RazorpayGateway, options: Options, report: Report) -> None:
     try:
         await gateway.hint({"x-razorpay-signature": "0" * 64}, b"{}", TIMEOUT_S)
-    except BadSignature:
-        check.that(True, "a webhook that is not signed is rejected")
+    except BadSignature as error:
+        report.held("an unsigned webhook is rejected", True, error)
     else:
-        check.that(False, "a webhook that is not signed is rejected")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+        report.held("an unsigned webhook is rejected", False, "it was accepted")
+    if options.webhooks is None:
+        report.skipped("webhooks", FORWARDING)
+        return
+    found = await webhooks(options.webhooks, 1, WEBHOOK_WAIT_S)
+    report.held("a webhook arrives", bool(found), len(found))
+    for headers, raw_body in found:
+        try:
+            hint = await gateway.hint(headers, raw_body, TIMEOUT_S)
+        except BadSignature as error:
+            report.held("its signature", False, error)
+        else:
+            report.held("its signature", True, hint)

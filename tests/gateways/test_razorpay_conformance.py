@@ -46,6 +46,8 @@ class RazorpayHarness:
         (1510, "KWD"),
         (2_147_483_640, "USD"),
     )
+    method: str | None = None  # each charge has one of its own: see `begun`
+    declined_method: str | None = None
     prepares = True
     method_to_prepare: str | None = None
     refused_method = "pm_card_visa"

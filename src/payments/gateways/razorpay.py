@@ -343,6 +343,7 @@ def _is_loopback(host: str) -> bool:
 def _check_signature(secrets: Iterable[str], signature: str, raw_body: bytes) -> None:
     """Of several secrets any counts: there are two while one replaces the other."""
     signed = [hmac.new(each.encode(), raw_body, hashlib.sha256).hexdigest() for each in secrets]
-    matches = [hmac.compare_digest(signature.encode(), each.encode()) for each in signed]
+    given = signature.encode("utf-8", "replace")
+    matches = [hmac.compare_digest(given, each.encode()) for each in signed]
     if True not in matches:
         raise BadSignature("the signature is missing or not Razorpay's, or no secret is set")
