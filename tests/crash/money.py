@@ -270,7 +270,7 @@ def kill_loop(
         provider.script()
         for service in services:
             service.start()
-        settled(connection)
+        settled(connection, PATIENCE_S + 3 * kills)  # each leaves some to be asked about
         assert [service.terminate() for service in services] == [0] * len(services)
     check(connection, records(), answers.charges, answers.refunds, settled=True)
     assert len(answers.charges) > kills * 5

@@ -235,6 +235,17 @@ class TestBadInput:
         assert isinstance(outcome, Approved)
         assert outcome.amount_cents == 1600
 
+    async def test_a_payment_that_razorpay_captured_by_itself(
+        self, razorpay: RazorpayProcess, razorpay_gateway: RazorpayGateway
+    ) -> None:
+        """As the dashboard has it by default: it is marked all the same."""
+        charge = await paid(razorpay, razorpay_gateway, "captured")
+        assert await razorpay_gateway.charge(charge, WAIT_S) == approved(charge)
+        notes = razorpay.entity(charge.reference or "")["notes"]
+        assert notes == {"payment_id": str(charge.payment_id)}
+        second = msgspec.structs.replace(charge, payment_id=uuid4())
+        assert await razorpay_gateway.charge(second, WAIT_S) == approved(charge)
+
     async def test_a_payment_that_names_another_payment_of_ours(
         self, razorpay: RazorpayProcess, razorpay_gateway: RazorpayGateway
     ) -> None:

@@ -106,11 +106,10 @@ class RazorpayGateway:
         except ValueError as error:
             return Refusal("amount_cents", str(error))
         if charge.payment_method is not None and self.reference(charge) is None:
-            return Refusal(
-                "payment_method",
-                "must be the pay_… that Razorpay Checkout returned; leave it out to have an order "
-                "made, which the customer then pays",
+            message = (
+                "must be the pay_… that Razorpay Checkout returned; without it an order is made"
             )
+            return Refusal("payment_method", message)
         return None
 
     def reference(self, charge: ProviderCharge) -> str | None:
@@ -139,22 +138,24 @@ class RazorpayGateway:
     async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined | Open:
         until = now() + timeout_s
         found, payment = await self._look(charge, until)
-        if payment is None or not isinstance(found, Open) or found.step != "authorized":
+        if payment is None or isinstance(found, Declined) or found.id != charge.payment_id:
+            return found  # of another payment's the caller sees the id
+        if isinstance(found, Open) and found.step != "authorized":
             return found
-        if found.id != charge.payment_id:
-            return found  # another payment's: the caller compares
         of_order = None if payment.id == charge.reference else found.id
         if of_order is None:
             payment = await self._api.mark(payment, charge.payment_id, until)
             if (marked := named(payment.notes)) != charge.payment_id:
                 raise OutcomeUnknown(f"the payment is marked as that of {marked}")
+        if isinstance(found, Approved):
+            return found
         body = {"amount": payment.amount, "currency": payment.currency}
         response = await self._api.send("POST", f"/payments/{payment.id}/capture", until, body)
         if response.status == 200:
             return self._standing(payment_in(response, payment.id), charge, of_order)
         if response.status != 400:
             response.unexpected()
-        # Usually another call has captured it meanwhile.
+        # Usually it was captured meanwhile.
         found, _ = await after_sending(self._look(charge, until))
         return response.unexpected() if isinstance(found, Open) else found
 
@@ -223,7 +224,7 @@ class RazorpayGateway:
             takes = "rejects the API key: set RAZORPAY_KEY_ID and RAZORPAY_KEY_SECRET as generated"
         signed = "webhooks are verified"
         if not self._webhook_secrets:
-            signed = "webhooks are rejected: set RAZORPAY_WEBHOOK_SECRETS to the webhook's secret"
+            signed = "webhooks are rejected: set RAZORPAY_WEBHOOK_SECRETS"
         money = "no real money moves" if self._mode == "test" else "real money moves"
         return [
             ProviderFinding(False, f"{self._mode} mode: {money}"),
