@@ -23,6 +23,11 @@ accounts.py          whether its account is the one that this database's payment
 chosen.py            which provider a payment belongs to
 breaker.py           whether anything new is begun at one that may be down
 simulated_methods.py what a payment method has the simulated provider play
+oauth.py             HTTP with a bearer token that the provider gives for the client's credentials
+paypal.py            PayPal
+paypal_api.py        requests to it, and what its rejections mean
+paypal_orders.py     its orders, and what they mean for a charge or a refund
+paypal_webhooks.py   whether one of its webhooks is genuine, and what it is about
 """
 
 from collections.abc import Mapping
