@@ -4,17 +4,23 @@ PROVIDER_SPECS names a directory with paypal-orders.json, paypal-pay.json and pa
 github.com/paypal/paypal-rest-api-specifications. They are not part of this repository.
 """
 
+import asyncio
 import json
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-from openapi_core import OpenAPI
+from openapi_core import Config, OpenAPI
 from openapi_core.testing import MockRequest, MockResponse
 
 from payments.gateways.http import ProviderHttp, ProviderResponse
+from payments.gateways.oauth import OAuthHttp
+from payments.gateways.paypal import TOKEN_PATH, PayPalGateway
+from tests.doubles.paypal_server import CLIENT_ID, CLIENT_SECRET, WEBHOOK_ID
 
 HOST = "https://api-m.sandbox.paypal.com"
 FILES = {
@@ -22,8 +28,8 @@ FILES = {
     "/v2/payments/": "paypal-pay.json",
     "/v1/notifications/": "paypal-wh.json",
 }
-# On PayPal's page of errors (rest/reference/orders/v2/errors), and missing in the file.
-ONLY_ON_THE_PAGE = ("ACTION_DOES_NOT_MATCH_INTENT",)
+# On PayPal's page of errors (rest/reference/orders/v2/errors), and missing in the file; or new.
+NOT_IN_THE_FILE = ("ACTION_DOES_NOT_MATCH_INTENT", "CARD_EXPIRED", "SOMETHING_NEW")
 
 
 class Exchange(NamedTuple):
@@ -62,6 +68,25 @@ class Counts(NamedTuple):
         return Counts(*(one + two for one, two in zip(self, other, strict=True)))
 
 
+@asynccontextmanager
+async def checked_gateway(url: str, counts: list[Counts]) -> AsyncIterator[PayPalGateway]:
+    """A gateway whose exchanges are checked in the end, if there are PayPal's files."""
+    http = RecordedHttp(url)
+    oauth = OAuthHttp(http, TOKEN_PATH, CLIENT_ID, CLIENT_SECRET)
+    gateway = PayPalGateway(oauth, environment="sandbox", webhook_id=WEBHOOK_ID)
+    yield gateway
+    await gateway.close()
+    if (specs := directory()) is not None:
+        counts.append(await asyncio.to_thread(check, http.exchanges, specs))
+
+
+def told(counts: list[Counts]) -> str:
+    total = Counts()
+    for each in counts:
+        total = total.plus(each)
+    return f"exchanges with PayPal's stand-in held to PayPal's files: {total}"
+
+
 def directory() -> Path | None:
     named = os.environ.get("PROVIDER_SPECS")
     return Path(named) if named else None
@@ -69,7 +94,17 @@ def directory() -> Path | None:
 
 @cache
 def _spec(path: Path) -> OpenAPI:
-    return OpenAPI.from_dict(json.loads(path.read_text()))
+    """Not checked itself: one of its patterns is none to Python. Without its OAuth2, of which
+    openapi-core knows nothing. The fields of an event are read-only in the file, and in its example
+    of a request."""
+    spec = json.loads(path.read_text())
+    for operations in spec["paths"].values():
+        for operation in operations.values():
+            if isinstance(operation, dict):
+                operation.pop("security", None)
+    for field in spec["components"]["schemas"].get("event", {}).get("properties", {}).values():
+        field.pop("readOnly", None)
+    return OpenAPI.from_dict(spec, Config(spec_validator_cls=None))
 
 
 def check(exchanges: list[Exchange], specs: Path) -> Counts:
@@ -114,4 +149,4 @@ def _is_scripted(response: ProviderResponse) -> bool:
     except ValueError:
         return True
     issues = [each["issue"] for each in told.get("details", ())]
-    return not told or "error" in told or any(each in ONLY_ON_THE_PAGE for each in issues)
+    return not told or "error" in told or any(each in NOT_IN_THE_FILE for each in issues)

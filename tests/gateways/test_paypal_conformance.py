@@ -11,14 +11,22 @@ import msgspec
 import pytest
 
 from payments.gateways import ProviderCharge, Step
-from payments.gateways.oauth import OAuthHttp
-from payments.gateways.paypal import TOKEN_PATH, PayPalGateway
+from payments.gateways.paypal import PayPalGateway
 from payments.gateways.units import from_paypal
 from tests.doubles import paypal_server
-from tests.doubles.paypal_server import CLIENT_ID, CLIENT_SECRET, WEBHOOK_ID, PayPalProcess, signed
+from tests.doubles.paypal_server import PayPalProcess, signed
 from tests.doubles.stand_in import Fault
-from tests.gateways.conformance import FAILURES, MISMATCHES, WAIT_S, GatewayConformance, charge_of
-from tests.gateways.official_paypal import Counts, RecordedHttp, check, directory
+from tests.gateways.conformance import (
+    FAILURES,
+    MISMATCHES,
+    WAIT_S,
+    GatewayConformance,
+    Harness,
+    begun,
+    captured,
+    charge_of,
+)
+from tests.gateways.official_paypal import Counts, checked_gateway, directory, told
 
 pytestmark = pytest.mark.anyio
 
@@ -56,6 +64,7 @@ class PayPalHarness:
 
     async def recover(self) -> None:
         self._paypal.listen()
+        self._paypal.script()
 
     async def captured(self, payment_id: UUID) -> list[int]:
         found = self._paypal.captures(payment_id)
@@ -117,24 +126,16 @@ def paypal(running_paypal: PayPalProcess) -> Iterator[PayPalProcess]:
 
 
 @pytest.fixture(scope="module")
-def counted() -> Iterator[list[Counts]]:
+def counts() -> Iterator[list[Counts]]:
     counts: list[Counts] = []
     yield counts
-    total = Counts()
-    for each in counts:
-        total = total.plus(each)
-    print(f"\nexchanges with PayPal's stand-in: {total}")  # noqa: T201
+    print(f"\n{told(counts)}")  # noqa: T201
 
 
 @pytest.fixture
-async def gateway(paypal: PayPalProcess, counted: list[Counts]) -> AsyncIterator[PayPalGateway]:
-    http = RecordedHttp(paypal.url)
-    oauth = OAuthHttp(http, TOKEN_PATH, CLIENT_ID, CLIENT_SECRET)
-    opened = PayPalGateway(oauth, environment="sandbox", webhook_id=WEBHOOK_ID)
-    yield opened
-    await opened.close()
-    if (specs := directory()) is not None:
-        counted.append(await asyncio.to_thread(check, http.exchanges, specs))
+async def gateway(paypal: PayPalProcess, counts: list[Counts]) -> AsyncIterator[PayPalGateway]:
+    async with checked_gateway(paypal.url, counts) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -143,6 +144,21 @@ async def harness(gateway: PayPalGateway, paypal: PayPalProcess) -> PayPalHarnes
 
 
 class TestPayPalConforms(GatewayConformance):
+    @pytest.mark.parametrize("operation", ["refund", "find_charge", "find_refund"])
+    async def test_a_cancelled_call_harms_no_other(self, harness: Harness, operation: str) -> None:
+        await super().test_a_cancelled_call_harms_no_other(harness, operation)
+
+    async def test_a_cancelled_capture_harms_no_other(self, harness: PayPalHarness) -> None:
+        charge = await begun(harness.gateway, charge_of())
+        await harness.script("timeout", "charge")
+        running = asyncio.create_task(harness.gateway.charge(charge, WAIT_S))
+        await asyncio.sleep(0.05)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        await harness.recover()
+        await captured(harness)
+
     async def test_its_exchanges_are_held_to_the_official_files(self) -> None:
         if directory() is None:
             pytest.skip("PROVIDER_SPECS names no directory with PayPal's own OpenAPI files")

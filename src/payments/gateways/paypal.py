@@ -5,6 +5,7 @@ approved it. An order that is not to be captured any more is closed at PayPal be
 it gets the intent AUTHORIZE, with which it cannot be captured, and keeps the reason.
 """
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from urllib.parse import quote
@@ -108,6 +109,7 @@ class PayPalGateway:
             response = await paypal_api.named(call, order, charge)
             if response.status != 204:
                 return await self._look(call, charge, response)
+            order = paypal_orders.claimed(order, charge)
         return await self._capture(call, order, charge)
 
     async def find_charge(
@@ -304,8 +306,7 @@ def build(settings: Settings) -> PayPalGateway:
         if not value:
             raise StartError(f"{name} must be set to that of a REST app, for the provider paypal")
     base = settings.paypal_api_base or parse_http_url(BASES[settings.paypal_environment])
-    loopback = base.host in ("localhost", "::1") or base.host.startswith("127.")
-    if base.scheme == "http" and not loopback:
+    if base.scheme == "http" and not _is_loopback(base.host):
         raise StartError("PAYPAL_API_BASE must begin with https://, except on this machine")
     if "?" in base.path_qs:
         raise StartError("PAYPAL_API_BASE must hold no query")
@@ -313,3 +314,10 @@ def build(settings: Settings) -> PayPalGateway:
     return PayPalGateway(
         http, environment=settings.paypal_environment, webhook_id=settings.paypal_webhook_id
     )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -241,6 +241,13 @@ def misfit(order: Order, charge: ProviderCharge, merchant_id: str | None) -> str
     return None
 
 
+def claimed(order: Order, charge: ProviderCharge) -> Order:
+    """As it is now that it names our payment."""
+    named = str(charge.payment_id)
+    unit = msgspec.structs.replace(order.unit, custom_id=named, invoice_id=named)
+    return msgspec.structs.replace(order, purchase_units=(unit, *order.purchase_units[1:]))
+
+
 def refund_outcome(refund: Refund, asked: ProviderRefund) -> Approved | Declined:
     """OutcomeUnknown while it is pending."""
     named = as_uuid(refund.custom_id) or NOBODY
