@@ -165,6 +165,11 @@ class PayPal(StandIn):
             case "change":
                 order = self._ledger.orders[command.pop("order_id")]
                 self._write(msgspec.structs.replace(order, **command))
+            case "customer_acts":
+                for order in list(self._ledger.orders.values()):
+                    waits = order.status in ("CREATED", "PAYER_ACTION_REQUIRED")
+                    if waits and order.custom_id == command["payment_id"]:
+                        self._write(msgspec.structs.replace(order, status="APPROVED"))
             case "finish":
                 order = self._ledger.orders[command["order_id"]]
                 (capture,) = order.captures
@@ -373,6 +378,10 @@ class PayPalProcess(StandInProcess):
 
     def approve(self, order_id: str) -> None:
         self.change(order_id, status="APPROVED")
+
+    def customer_acts(self, payment_id: object) -> None:
+        """The customer approves what was made for this payment, if anything waits for it."""
+        self._ask(Any, do="customer_acts", payment_id=str(payment_id))
 
     def finish(self, order_id: str, status: str = "COMPLETED") -> None:
         """The capture that was pending has this status."""
