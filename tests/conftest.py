@@ -65,6 +65,7 @@ SLOW = (
     *("embedded_postgres/", "events/test_append_function.py", "events/test_append_lock.py"),
     *("events/test_log.py", "fulfilment/test_kills.py", "fulfilment/test_service.py"),
     *("gateways/test_earlier_ledger.py", "gateways/test_http_gateway.py"),
+    *("gateways/test_oauth.py", "gateways/test_paypal"),
     *("gateways/test_accounts.py", "gateways/test_simulated_ledger.py", "legacy/"),
     *("gateways/test_stripe", "gateways/test_razorpay", "gateways/test_paypal"),
     *("projections/test_follower.py", "projections/test_followers_crash.py"),

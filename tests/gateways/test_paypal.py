@@ -27,7 +27,7 @@ from payments.gateways.paypal_api import (
     CUSTOMER_AGAIN,
     DECLINES,
     REFUND_DECLINES,
-    Call,
+    PayPalCall,
 )
 from payments.gateways.paypal_orders import (
     NOBODY,
@@ -131,7 +131,7 @@ ROWS: list[tuple[ProviderResponse, Approved | Declined | Open | None]] = [
     (order_of("APPROVED", ("DECLINED", {})), Open(id=OURS, step="ready")),
     (order_of("SAVED"), None),
     (order_of("SOMETHING_NEW"), None),
-    (order_of("APPROVED", intent="AUTHORIZE"), Declined("cancelled")),
+    (order_of("APPROVED", intent="AUTHORIZE"), Declined("intent_authorize")),
     (
         order_of("APPROVED", intent="AUTHORIZE", invoice_id=f"{OURS} CARD_EXPIRED"),
         Declined("CARD_EXPIRED"),
@@ -267,7 +267,7 @@ class TestCaptures:
         )
         first = await gateway.charge(charge, WAIT_S)
         stale = msgspec.structs.replace(order, update_time="2026-01-01T00:00:00Z")
-        assert await gateway._capture(Call(gateway._http, WAIT_S), stale, charge) == first
+        assert await gateway._capture(PayPalCall(gateway._http, WAIT_S), stale, charge) == first
         assert len(paypal.captures(charge.payment_id)) == 1
 
     async def test_an_invoice_id_that_was_used_leaves_the_outcome_unknown(
@@ -334,7 +334,7 @@ class TestOrdersOfCustomers:
             ({"value": "1500"}, "amount_mismatch"),
             ({"currency": "EUR"}, "currency_mismatch"),
             ({"merchant_id": "2J6QB8YJQSJRJ"}, "payee_mismatch"),
-            ({"intent": "AUTHORIZE"}, "cancelled"),
+            ({"intent": "AUTHORIZE"}, "intent_authorize"),
             ({"status": "VOIDED"}, "VOIDED"),
         ],
     )

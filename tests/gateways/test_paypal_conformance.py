@@ -36,10 +36,15 @@ READ = {"find_refund": "find_charge"}  # both read the order
 
 class PayPalHarness:
     declined_cents = 1507
-    amounts = ((1, "INR"), (500, "JPY"), (150_000, "HUF"), (2_147_483_640, "USD"))
+    amounts: tuple[tuple[int, str], ...] = (
+        (1, "INR"),
+        (500, "JPY"),
+        (150_000, "HUF"),
+        (2_147_483_640, "USD"),
+    )
     prepares = True
     method_to_prepare: str | None = None
-    refused_method = "pm_of another"
+    refused_method: str | None = "pm_of another"
     steps: frozenset[Step] = frozenset({"ready", "action", "processing"})
     cancels: frozenset[Step] = frozenset({"ready", "action"})
     sends_webhooks, dates_webhooks = True, False

@@ -16,9 +16,12 @@ import msgspec
 
 from payments.gateways import NeverSent, OutcomeUnknown
 from payments.gateways.http import ProviderHttp, ProviderResponse
+from payments.observability.logs import Repeats
 
 TIMEOUT_S = 5.0  # of the token request, which outlives the exchange that began it
 MARGIN_S = 60.0  # a token is given up so long before it expires, or after nine tenths of its time
+
+REJECTED = "the provider rejects the client id and secret, and gives no access token"
 
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 
@@ -54,6 +57,7 @@ class OAuthHttp:
         self._clock = clock
         self._token: _Token | None = None
         self._asking: asyncio.Task[_Token | NeverSent] | None = None
+        self._repeats = Repeats()
 
     async def exchange(
         self,
@@ -118,8 +122,8 @@ class OAuthHttp:
                 form={"grant_type": "client_credentials"},
             )
             if response.status in (400, 401, 403):
-                reason = "the provider rejects the client id and secret, and gives no access token"
-                return NeverSent(reason, is_outage=False)
+                self._repeats.tell("ERROR", REJECTED, provider=repr(self._http))
+                return NeverSent(REJECTED, is_outage=False)
             if response.status != 200:
                 response.unexpected()
             granted = response.read(_GRANTED)

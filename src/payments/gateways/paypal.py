@@ -27,10 +27,9 @@ from payments.gateways import (
 )
 from payments.gateways.http import ProviderHttp, ProviderResponse
 from payments.gateways.oauth import OAuthHttp
-from payments.gateways.paypal_api import ORDERS, VAULT, Call
-from payments.gateways.paypal_orders import ORDER_ID, Order, issue_of, read_order, stands
+from payments.gateways.paypal_api import ORDERS, VAULT, PayPalCall
+from payments.gateways.paypal_orders import ORDER_ID, PayPalOrder, issue_of, read_order, stands
 from payments.gateways.units import to_paypal
-from payments.http_url import parse_http_url
 from payments.payment.state import Approved, Declined
 from payments.settings import Settings
 
@@ -79,21 +78,21 @@ class PayPalGateway:
         return self.reference(charge) is None
 
     async def account(self, timeout_s: float) -> str | None:
-        merchant_id = await self._merchant(Call(self._http, timeout_s))
+        merchant_id = await self._merchant(PayPalCall(self._http, timeout_s))
         self._account_compared = True  # by the caller, before anything is charged
         return f"{self._environment}:{merchant_id}"
 
     async def prepare(self, charge: ProviderCharge, timeout_s: float) -> str:
         named = str(charge.payment_id)
         unit = {"custom_id": named, "invoice_id": named, "amount": paypal_api.money(charge)}
-        call = Call(self._http, timeout_s)
+        call = PayPalCall(self._http, timeout_s)
         order = read_order(await paypal_api.made(call, unit, named, moves=True))
         if order.owner != charge.payment_id:
             raise OutcomeUnknown("the provider prepared something else")
         return order.id
 
     async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined | Open:
-        call = Call(self._http, timeout_s)
+        call = PayPalCall(self._http, timeout_s)
         order = await self._order(call, charge)
         found = _found(order, charge)
         if isinstance(order, Declined) or not _is_ours_to_end(found, charge):
@@ -115,12 +114,12 @@ class PayPalGateway:
     async def find_charge(
         self, charge: ProviderCharge, timeout_s: float
     ) -> Approved | Declined | Open | None:
-        return _found(await self._order(Call(self._http, timeout_s), charge), charge)
+        return _found(await self._order(PayPalCall(self._http, timeout_s), charge), charge)
 
     async def cancel(
         self, charge: ProviderCharge, timeout_s: float
     ) -> Approved | Declined | Open | None:
-        call = Call(self._http, timeout_s)
+        call = PayPalCall(self._http, timeout_s)
         order = await self._order(call, charge)
         found = _found(order, charge)
         if isinstance(order, Declined) or not _is_ours_to_end(found, charge):
@@ -131,7 +130,7 @@ class PayPalGateway:
         named = str(refund.refund_id)
         path = f"/v2/payments/captures/{quote(refund.provider_txn_id, safe='')}/refund"
         body = {"amount": paypal_api.money(refund), "custom_id": named, "invoice_id": named}
-        call = Call(self._http, timeout_s)
+        call = PayPalCall(self._http, timeout_s)
         response = await call.ask("POST", path, body, key=named, moves=True)
         if response.status in (200, 201):
             return paypal_orders.refund_outcome(paypal_orders.read_refund(response), refund)
@@ -146,7 +145,7 @@ class PayPalGateway:
         self, refund: ProviderRefund, timeout_s: float
     ) -> Approved | Declined | None:
         reference = paypal_api.checked(refund.reference)
-        response = await Call(self._http, timeout_s).ask("GET", f"{ORDERS}/{reference}")
+        response = await PayPalCall(self._http, timeout_s).ask("GET", f"{ORDERS}/{reference}")
         if paypal_orders.is_unknown_id(response):
             raise ReferenceNotFound("the provider does not know the order of the refund")
         found = paypal_orders.find_refund(read_order(response, reference), refund)
@@ -156,7 +155,7 @@ class PayPalGateway:
         self, headers: Mapping[str, str], raw_body: bytes, timeout_s: float
     ) -> Hint | None:
         question = paypal_webhooks.question(headers, raw_body, self._webhook_id)
-        call = Call(self._http, timeout_s)
+        call = PayPalCall(self._http, timeout_s)
         paypal_webhooks.check(await call.ask("POST", paypal_webhooks.VERIFY_PATH, question))
         return paypal_webhooks.hint_of(raw_body)
 
@@ -172,24 +171,24 @@ class PayPalGateway:
             )
             return [ProviderFinding(True, f"{error}: {next_step}")]
         accepted = ProviderFinding(False, f"{self._environment}: the credentials are accepted")
-        call = Call(self._http, timeout_s)
+        call = PayPalCall(self._http, timeout_s)
         return [accepted, await paypal_webhooks.finding(call.ask, self._webhook_id)]
 
     async def close(self) -> None:
         await self._http.close()
 
-    async def _merchant(self, call: Call) -> str:
+    async def _merchant(self, call: PayPalCall) -> str:
         """PayPal states the merchant's id as the payee of an order. So one is made, the same for
         six hours; nobody approves it."""
         unit = {"amount": {"currency_code": "USD", "value": "1.00"}}
         order = read_order(await paypal_api.made(call, unit, ACCOUNT_KEY))
         merchant_id = order.unit.payee.merchant_id
         if not re.fullmatch(r"[A-Z0-9]{1,32}", merchant_id):
-            raise OutcomeUnknown("the provider does not say who is paid")
+            raise OutcomeUnknown("the provider does not state the payee of an order")
         self._merchant_id = merchant_id
         return merchant_id
 
-    async def _order(self, call: Call, charge: ProviderCharge) -> Order | Declined:
+    async def _order(self, call: PayPalCall, charge: ProviderCharge) -> PayPalOrder | Declined:
         """An order that nobody captured expires after some hours, and is not found any more. Nor
         is one of another account: that it is none is known once `account` was compared. A second
         request, which would write, must say the same."""
@@ -204,7 +203,7 @@ class PayPalGateway:
         raise OutcomeUnknown("the order was not found, and then it was")
 
     async def _capture(
-        self, call: Call, order: Order, charge: ProviderCharge
+        self, call: PayPalCall, order: PayPalOrder, charge: ProviderCharge
     ) -> Approved | Declined | Open:
         # PayPal may return the rejection of a key again, so the key is another one once the
         # customer has acted. That an order is captured once, PayPal ensures without it.
@@ -235,7 +234,7 @@ class PayPalGateway:
         return await self._look(call, charge, response)
 
     async def _look(
-        self, call: Call, charge: ProviderCharge, rejected: ProviderResponse
+        self, call: PayPalCall, charge: ProviderCharge, rejected: ProviderResponse
     ) -> Approved | Declined | Open:
         """What the order says, after PayPal rejected something because of its state."""
         issue = issue_of(rejected).issue if rejected.status == 422 else ""
@@ -247,7 +246,7 @@ class PayPalGateway:
         return found
 
     async def _to_customer(
-        self, call: Call, order: Order, charge: ProviderCharge, found: Open
+        self, call: PayPalCall, order: PayPalOrder, charge: ProviderCharge, found: Open
     ) -> Approved | Declined | Open:
         """PayPal learns only here where the customer is to return to: it is not in the log."""
         if charge.return_url is None or order.status != "CREATED":
@@ -265,7 +264,7 @@ class PayPalGateway:
         return _found(await self._order(call, charge), charge)
 
     async def _declined(
-        self, call: Call, order: Order, charge: ProviderCharge, reason: str
+        self, call: PayPalCall, order: PayPalOrder, charge: ProviderCharge, reason: str
     ) -> Approved | Declined | Open:
         found = await self._close(call, order, charge, reason)
         if _is_ours_to_end(found, charge):
@@ -273,7 +272,7 @@ class PayPalGateway:
         return found
 
     async def _close(
-        self, call: Call, order: Order, charge: ProviderCharge, reason: str
+        self, call: PayPalCall, order: PayPalOrder, charge: ProviderCharge, reason: str
     ) -> Approved | Declined | Open:
         """Has the order never be captured, if PayPal allows that at its step; what it is then."""
         response = await paypal_api.named(call, order, charge, reason)
@@ -282,7 +281,7 @@ class PayPalGateway:
         return _found(await self._order(call, charge), charge)
 
 
-def _found(order: Order | Declined, charge: ProviderCharge) -> Approved | Declined | Open:
+def _found(order: PayPalOrder | Declined, charge: ProviderCharge) -> Approved | Declined | Open:
     if isinstance(order, Declined):
         return order
     return stands(order, charge, pays_alone=_vault(charge) is not None)
@@ -305,12 +304,13 @@ def build(settings: Settings) -> PayPalGateway:
     for name, value in (("PAYPAL_CLIENT_ID", client_id), ("PAYPAL_CLIENT_SECRET", secret)):
         if not value:
             raise StartError(f"{name} must be set to that of a REST app, for the provider paypal")
-    base = settings.paypal_api_base or parse_http_url(BASES[settings.paypal_environment])
-    if base.scheme == "http" and not _is_loopback(base.host):
+    base = settings.paypal_api_base
+    if base is not None and base.scheme == "http" and not _is_loopback(base.host):
         raise StartError("PAYPAL_API_BASE must begin with https://, except on this machine")
-    if "?" in base.path_qs:
+    if base is not None and "?" in base.path_qs:
         raise StartError("PAYPAL_API_BASE must hold no query")
-    http = OAuthHttp(ProviderHttp(base.text), TOKEN_PATH, client_id or "", secret or "")
+    address = BASES[settings.paypal_environment] if base is None else base.text
+    http = OAuthHttp(ProviderHttp(address), TOKEN_PATH, client_id or "", secret or "")
     return PayPalGateway(
         http, environment=settings.paypal_environment, webhook_id=settings.paypal_webhook_id
     )

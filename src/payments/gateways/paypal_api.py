@@ -14,7 +14,7 @@ from payments.gateways import (
 )
 from payments.gateways.http import ProviderResponse
 from payments.gateways.oauth import OAuthHttp
-from payments.gateways.paypal_orders import ORDER_ID, Order
+from payments.gateways.paypal_orders import ORDER_ID, PayPalOrder
 from payments.gateways.units import to_paypal
 
 AGAIN_S = 0.2  # until a request that PayPal is still working on is sent again
@@ -58,7 +58,7 @@ REFUND_DECLINES = _words(
 )
 
 
-class Call:
+class PayPalCall:
     """The exchanges of one call of the gateway, within its time."""
 
     def __init__(self, http: OAuthHttp, timeout_s: float) -> None:
@@ -89,7 +89,7 @@ class Call:
 
 
 async def made(
-    call: Call, unit: dict[str, Any], key: str, *, moves: bool = False
+    call: PayPalCall, unit: dict[str, Any], key: str, *, moves: bool = False
 ) -> ProviderResponse:
     """The response to the creation of an order. Without `payment_source` it is only made."""
     body = {"intent": "CAPTURE", "purchase_units": [unit]}
@@ -97,22 +97,22 @@ async def made(
 
 
 async def named(
-    call: Call, order: Order, charge: ProviderCharge, why_closed: str | None = None
+    call: PayPalCall, order: PayPalOrder, charge: ProviderCharge, why_closed: str | None = None
 ) -> ProviderResponse:
     """Has the order name our payment; closes it, if there is a reason to."""
     unit, payment_id = order.unit, str(charge.payment_id)
     invoice_id = payment_id if why_closed is None else f"{payment_id} {why_closed}"
+    closing = [{"op": "replace", "path": "/intent", "value": "AUTHORIZE"}]
     changes = [
+        *(closing if why_closed is not None else ()),
         _changed(unit.reference_id, "custom_id", unit.custom_id, payment_id),
         _changed(unit.reference_id, "invoice_id", unit.invoice_id, invoice_id),
     ]
-    if why_closed is not None:
-        changes.append({"op": "replace", "path": "/intent", "value": "AUTHORIZE"})
     moves = why_closed is not None
     return await call.ask("PATCH", f"{ORDERS}/{order.id}", changes, moves=moves)
 
 
-async def written(call: Call, charge: ProviderCharge) -> ProviderResponse:
+async def written(call: PayPalCall, charge: ProviderCharge) -> ProviderResponse:
     """The response to a change that changes nothing of an order of ours."""
     payment_id = str(charge.payment_id)
     changes = [_changed("default", "custom_id", payment_id, payment_id)]

@@ -29,12 +29,12 @@ _DECLINED = frozenset({"DECLINED", "FAILED"})
 _TO_THE_CUSTOMER = ("payer-action", "approve", "redirect")
 
 
-class Money(msgspec.Struct, frozen=True):
+class PayPalMoney(msgspec.Struct, frozen=True):
     currency_code: str
     value: str
 
 
-class Link(msgspec.Struct, frozen=True):
+class PayPalLink(msgspec.Struct, frozen=True):
     href: str
     rel: str
 
@@ -47,63 +47,63 @@ class _Processor(msgspec.Struct, frozen=True):
     response_code: str = ""
 
 
-class Capture(msgspec.Struct, frozen=True):
+class PayPalCapture(msgspec.Struct, frozen=True):
     id: Word
     status: str
-    amount: Money
+    amount: PayPalMoney
     custom_id: str = ""
     status_details: _Reason = _Reason()
     processor_response: _Processor = _Processor()
 
 
-class Refund(msgspec.Struct, frozen=True):
+class PayPalRefund(msgspec.Struct, frozen=True):
     """Our refund id is in both of its ids."""
 
     id: Word
     status: str
-    amount: Money
+    amount: PayPalMoney
     custom_id: str = ""
     invoice_id: str = ""
     status_details: _Reason = _Reason()
 
 
-class Payments(msgspec.Struct, frozen=True):
-    captures: tuple[Capture, ...] = ()
-    refunds: tuple[Refund, ...] = ()
+class PayPalPayments(msgspec.Struct, frozen=True):
+    captures: tuple[PayPalCapture, ...] = ()
+    refunds: tuple[PayPalRefund, ...] = ()
 
 
-class Payee(msgspec.Struct, frozen=True):
+class PayPalPayee(msgspec.Struct, frozen=True):
     merchant_id: str = ""
 
 
-class Unit(msgspec.Struct, frozen=True):
+class PayPalUnit(msgspec.Struct, frozen=True):
     """A capture's response leaves out the amount of its unit."""
 
     reference_id: str = "default"
-    amount: Money | None = None
+    amount: PayPalMoney | None = None
     custom_id: str = ""
     invoice_id: str = ""
-    payee: Payee = Payee()
-    payments: Payments = Payments()
+    payee: PayPalPayee = PayPalPayee()
+    payments: PayPalPayments = PayPalPayments()
 
 
-class Order(msgspec.Struct, frozen=True):
+class PayPalOrder(msgspec.Struct, frozen=True):
     id: Word
     status: str
-    purchase_units: tuple[Unit, ...]
+    purchase_units: tuple[PayPalUnit, ...]
     intent: str = "CAPTURE"
     update_time: str = ""
-    links: tuple[Link, ...] = ()
+    links: tuple[PayPalLink, ...] = ()
 
     @property
-    def unit(self) -> Unit:
+    def unit(self) -> PayPalUnit:
         """The first; OutcomeUnknown if there is none."""
         if not self.purchase_units:
             raise OutcomeUnknown("the provider stated an order without a purchase unit")
         return self.purchase_units[0]
 
     @property
-    def captures(self) -> list[Capture]:
+    def captures(self) -> list[PayPalCapture]:
         return [each for unit in self.purchase_units for each in unit.payments.captures]
 
     @property
@@ -120,31 +120,31 @@ class Order(msgspec.Struct, frozen=True):
         _, _, reason = self.unit.invoice_id.partition(" ")
         if self.owner is not None and reason:
             return reason
-        return None if self.intent == "CAPTURE" else CANCELLED
+        return None if self.intent == "CAPTURE" else "intent_authorize"
 
 
-class Issue(msgspec.Struct, frozen=True):
+class PayPalIssue(msgspec.Struct, frozen=True):
     issue: Word
 
 
-class Problem(msgspec.Struct, frozen=True):
+class PayPalProblem(msgspec.Struct, frozen=True):
     """The body of a response that is an error."""
 
     name: str
-    details: tuple[Issue, ...] = ()
-    links: tuple[Link, ...] = ()
+    details: tuple[PayPalIssue, ...] = ()
+    links: tuple[PayPalLink, ...] = ()
 
     @property
     def issue(self) -> str:
         return self.details[0].issue if self.details else self.name
 
 
-_ORDER = msgspec.json.Decoder(Order)
-_REFUND = msgspec.json.Decoder(Refund)
-_PROBLEM = msgspec.json.Decoder(Problem)
+_ORDER = msgspec.json.Decoder(PayPalOrder)
+_REFUND = msgspec.json.Decoder(PayPalRefund)
+_PROBLEM = msgspec.json.Decoder(PayPalProblem)
 
 
-def read_order(response: ProviderResponse, reference: str | None = None) -> Order:
+def read_order(response: ProviderResponse, reference: str | None = None) -> PayPalOrder:
     """The order with this id, or one that has just been made; OutcomeUnknown for anything else."""
     if response.status not in (200, 201):
         response.unexpected()
@@ -154,11 +154,11 @@ def read_order(response: ProviderResponse, reference: str | None = None) -> Orde
     return order
 
 
-def read_refund(response: ProviderResponse) -> Refund:
+def read_refund(response: ProviderResponse) -> PayPalRefund:
     return response.read(_REFUND)
 
 
-def issue_of(response: ProviderResponse) -> Problem:
+def issue_of(response: ProviderResponse) -> PayPalProblem:
     """Raises OutcomeUnknown if the body is none of PayPal's, as that of a server before it."""
     return response.read(_PROBLEM)
 
@@ -169,7 +169,7 @@ def is_unknown_id(response: ProviderResponse) -> bool:
 
 
 def stands(
-    order: Order, charge: ProviderCharge, *, pays_alone: bool = False
+    order: PayPalOrder, charge: ProviderCharge, *, pays_alone: bool = False
 ) -> Approved | Declined | Open:
     """What the order means for the charge. `pays_alone`: the payment method needs no customer."""
     captures = order.captures
@@ -184,7 +184,7 @@ def stands(
     return _uncaptured(order, charge, pays_alone)
 
 
-def _uncaptured(order: Order, charge: ProviderCharge, pays_alone: bool) -> Declined | Open:
+def _uncaptured(order: PayPalOrder, charge: ProviderCharge, pays_alone: bool) -> Declined | Open:
     owner = order.owner or charge.payment_id
     match order.status:
         case "COMPLETED" if order.captures:
@@ -205,18 +205,18 @@ def _uncaptured(order: Order, charge: ProviderCharge, pays_alone: bool) -> Decli
     raise OutcomeUnknown("the provider stated an order with an unknown status")
 
 
-def _closed(order: Order, charge: ProviderCharge) -> Declined | Open:
+def _closed(order: PayPalOrder, charge: ProviderCharge) -> Declined | Open:
     if order.owner not in (None, charge.payment_id):
         return Open(id=order.owner or NOBODY, step="ready")
-    return Declined(order.closed or CANCELLED)
+    return Declined(str(order.closed))
 
 
-def decline_code(capture: Capture) -> str:
+def decline_code(capture: PayPalCapture) -> str:
     code = capture.processor_response.response_code or capture.status_details.reason
     return code if re.fullmatch(r"[A-Z0-9_]{1,64}", code) else capture.status
 
 
-def redirect(links: tuple[Link, ...]) -> NextAction:
+def redirect(links: tuple[PayPalLink, ...]) -> NextAction:
     """Where the customer approves; OutcomeUnknown if the provider gives no address for it."""
     for rel in _TO_THE_CUSTOMER:
         for link in links:
@@ -225,7 +225,7 @@ def redirect(links: tuple[Link, ...]) -> NextAction:
     raise OutcomeUnknown("the customer has to act, and the provider gives no address for it")
 
 
-def misfit(order: Order, charge: ProviderCharge, merchant_id: str | None) -> str | None:
+def misfit(order: PayPalOrder, charge: ProviderCharge, merchant_id: str | None) -> str | None:
     """Why an order that the customer made is not the one that is to be paid."""
     unit = order.unit
     if len(order.purchase_units) != 1:
@@ -241,14 +241,14 @@ def misfit(order: Order, charge: ProviderCharge, merchant_id: str | None) -> str
     return None
 
 
-def claimed(order: Order, charge: ProviderCharge) -> Order:
+def claimed(order: PayPalOrder, charge: ProviderCharge) -> PayPalOrder:
     """As it is now that it names our payment."""
     named = str(charge.payment_id)
     unit = msgspec.structs.replace(order.unit, custom_id=named, invoice_id=named)
     return msgspec.structs.replace(order, purchase_units=(unit, *order.purchase_units[1:]))
 
 
-def refund_outcome(refund: Refund, asked: ProviderRefund) -> Approved | Declined:
+def refund_outcome(refund: PayPalRefund, asked: ProviderRefund) -> Approved | Declined:
     """OutcomeUnknown while it is pending."""
     named = as_uuid(refund.custom_id) or NOBODY
     if refund.status == "COMPLETED":
@@ -264,7 +264,7 @@ def refund_outcome(refund: Refund, asked: ProviderRefund) -> Approved | Declined
     return Declined(reason if re.fullmatch(r"[A-Z0-9_]{1,64}", reason) else refund.status)
 
 
-def find_refund(order: Order, asked: ProviderRefund) -> Refund | None:
+def find_refund(order: PayPalOrder, asked: ProviderRefund) -> PayPalRefund | None:
     """By either of its ids: where they differ the caller sees another one."""
     if asked.provider_txn_id not in {each.id for each in order.captures}:
         raise OutcomeUnknown("the provider stated an order without the capture")
@@ -282,7 +282,7 @@ def as_uuid(text: str) -> UUID | None:
         return None
 
 
-def _approved(capture: Capture) -> Approved:
+def _approved(capture: PayPalCapture) -> Approved:
     amount_cents, currency = _amount(capture.amount)
     return Approved(
         id=as_uuid(capture.custom_id) or NOBODY,
@@ -292,7 +292,7 @@ def _approved(capture: Capture) -> Approved:
     )
 
 
-def _amount(money: Money) -> tuple[int, str]:
+def _amount(money: PayPalMoney) -> tuple[int, str]:
     try:
         return from_paypal(money.value, money.currency_code), money.currency_code
     except ValueError as error:
