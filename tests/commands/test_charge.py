@@ -60,6 +60,8 @@ async def test_captured(make: Make, connection: psycopg.Connection[Any]) -> None
             amount_cents=1500,
             currency="INR",
             payment_method="tok_1",
+            order_id=charge_of("k").request.merchant_order_id,
+            idempotency_key="k",
         )
     ]
     assert topics(connection, payment_id_for("k")) == ["PaymentInitiated", "PaymentCharged"]

@@ -309,7 +309,7 @@ async def test_a_defect_is_told_once_with_its_traceback(
 ) -> None:
     service = await make(ScriptedGateway(no_answer), **FAST)
     await begin(service)
-    monkeypatch.setattr(Settler, "settle", lambda *_: 1 // 0)
+    monkeypatch.setattr(Settler, "settle", lambda *_, **__: 1 // 0)
     errors: list[Any] = []
 
     def note(record: Any) -> bool:

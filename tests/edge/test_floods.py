@@ -6,21 +6,19 @@ is refused: python -m benchmarks flood bombs measures.
 """
 
 import hashlib
-import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
 from payments.database.connections import DatabaseAddress
-from tests.process import ROOT, ServiceProcess, at, free_port
+from tests.edge.flood_process import Load
+from tests.process import ServiceProcess, at, free_port
 from web.serving.door import OPEN_PER_S
 from web.serving.throttle import AT_ONCE_PER_S, GIVEN_MAX, TURN_S
 
@@ -29,30 +27,6 @@ FLOOD_S = 2.0
 ANSWERS_MAX = AT_ONCE_PER_S * 2 + FLOOD_S * GIVEN_MAX / TURN_S
 KEYS = {name: f"{name}-key" for name in ("shop", "other")}
 GROWTH_MAX_MB = 40  # of what is promised to be 30; without bounds it is hundreds
-
-
-class Load:
-    """A process of benchmarks.flood_load, for the time of a block."""
-
-    def __init__(self, *arguments: object) -> None:
-        command = [sys.executable, "-m", "benchmarks.flood_load", *map(str, arguments)]
-        self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    @property
-    def goes_on(self) -> bool:
-        return self._process.poll() is None
-
-    def result(self) -> Any:
-        printed, _ = self._process.communicate(timeout=60)
-        assert self._process.returncode == 0
-        return json.loads(printed)
 
 
 @pytest.fixture(scope="module")

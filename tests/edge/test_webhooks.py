@@ -16,8 +16,8 @@ from tests.commands.hinting import event
 from tests.crash.money import settings
 from tests.doubles.http_gateway import signed
 from tests.doubles.provider import ProviderProcess
+from tests.edge.flood_process import Load
 from tests.edge.raw import Connection, code_of
-from tests.edge.test_floods import Load
 from tests.machine import within
 from tests.process import ServiceProcess
 from tests.support import eventually

@@ -62,6 +62,8 @@ FAILURES: dict[str, type[Exception]] = {
 OUTAGES = ("refused", "500", "429", "500_after", "timeout", "slow", "drip", "reset", "reset_after")
 NO_OUTAGES = ("garbage", "huge", "redirect", "not_found_page")
 UNTIL_THE_DEADLINE = ("timeout", "slow", "drip")
+# For stand-ins: a byte comes sooner than a timeout for each read would end.
+SECONDS = {"slow": 5.0, "drip": 0.05}
 MISMATCHES = ("wrong_id", "wrong_amount", "wrong_currency")
 
 

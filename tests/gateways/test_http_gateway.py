@@ -34,6 +34,7 @@ from tests.gateways.conformance import (
     FAILURES,
     MISMATCHES,
     OPERATIONS,
+    SECONDS,
     TIMEOUT_S,
     WAIT_S,
     GatewayConformance,
@@ -56,7 +57,6 @@ METHODS: dict[Step, str | None] = {
     "authorized": "pm_authorized",
     "processing": "pm_processing",
 }
-SECONDS = {"slow": 5.0, "drip": 0.05}  # a drop comes sooner than a timeout for each read would end
 
 
 class HttpHarness:

@@ -19,6 +19,7 @@ from tests.doubles.stand_in import Fault
 from tests.gateways.conformance import (
     FAILURES,
     MISMATCHES,
+    SECONDS,
     WAIT_S,
     GatewayConformance,
     Harness,
@@ -30,7 +31,6 @@ from tests.gateways.official_paypal import Counts, checked_gateway, directory, t
 
 pytestmark = pytest.mark.anyio
 
-SECONDS = {"slow": 5.0, "drip": 0.05}
 READ = {"find_refund": "find_charge"}  # both read the order
 
 
@@ -43,6 +43,8 @@ class PayPalHarness:
         (2_147_483_640, "USD"),
     )
     prepares = True
+    method: str | None = None
+    declined_method: str | None = None
     method_to_prepare: str | None = None
     refused_method: str | None = "pm_of another"
     steps: frozenset[Step] = frozenset({"ready", "action", "processing"})

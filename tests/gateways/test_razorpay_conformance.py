@@ -20,6 +20,7 @@ from tests.doubles.stand_in import Fault
 from tests.gateways import conformance
 from tests.gateways.conformance import (
     MISMATCHES,
+    SECONDS,
     TIMEOUT_S,
     WAIT_S,
     GatewayConformance,
@@ -31,7 +32,6 @@ from tests.gateways.conformance import (
 pytestmark = pytest.mark.anyio
 
 DECLINED_CENTS = 1507
-SECONDS = {"slow": 5.0, "drip": 0.05}  # a byte comes sooner than a timeout for each read would end
 NOWHERE = "http://127.0.0.1:9"
 OPERATIONS = ("charge", "refund", "find_charge", "find_refund", "prepare", "cancel")
 # The exchange that meets the fault: a charge that is captured is not sent again, but read.

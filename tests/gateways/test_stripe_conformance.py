@@ -17,13 +17,13 @@ from tests.doubles.stripe_server import StripeProcess, signed
 from tests.gateways.conformance import (
     FAILURES,
     MISMATCHES,
+    SECONDS,
     WAIT_S,
     GatewayConformance,
     begun,
     charge_of,
 )
 from tests.gateways.stripes import RETURN_URL, SECRETS, check_official, opened_gateway
-from tests.gateways.test_http_gateway import SECONDS
 
 pytestmark = pytest.mark.anyio
 

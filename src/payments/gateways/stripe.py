@@ -55,7 +55,7 @@ from payments.gateways.stripe_objects import (
     REFUNDS,
     Intent,
     Mode,
-    Refund,
+    StripeRefund,
     check_known,
     error_of,
     failed_with,
@@ -285,7 +285,7 @@ class StripeGateway:
 
     async def _find_refund(self, refund: ProviderRefund, call: Call) -> Approved | Declined | None:
         """Lists are consistent at once. One that succeeded counts before all others with our id."""
-        ours: list[Refund] = []
+        ours: list[StripeRefund] = []
         query = {"payment_intent": refund.provider_txn_id, "limit": "100"}
         while True:
             path = f"/v1/refunds?{urlencode(query)}"
@@ -312,7 +312,7 @@ def _reference(charge: ProviderCharge) -> str:
     return charge.reference
 
 
-def _about(made: Refund, refund: ProviderRefund) -> Approved | Declined:
+def _about(made: StripeRefund, refund: ProviderRefund) -> Approved | Declined:
     outcome = refund_outcome(made)
     if isinstance(outcome, Declined) and made.refund_id != refund.refund_id:
         raise OutcomeUnknown("Stripe declined something else")

@@ -90,7 +90,7 @@ def findings_of(
     found.append(ProviderFinding(False, text))
     text = "customers act in Stripe.js, with STRIPE_PUBLISHABLE_KEY"
     if not has_publishable_key:
-        text = "no STRIPE_PUBLISHABLE_KEY: customers who have to act are redirected"
+        text = "no STRIPE_PUBLISHABLE_KEY: a customer's action is a redirect"
     found.append(ProviderFinding(False, text))
     return found
 

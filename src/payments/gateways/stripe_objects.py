@@ -38,7 +38,7 @@ class RedirectToUrl(msgspec.Struct, frozen=True):
     url: str
 
 
-class Step(msgspec.Struct, frozen=True):
+class IntentAction(msgspec.Struct, frozen=True):
     type: str
     redirect_to_url: RedirectToUrl | None = None
 
@@ -54,7 +54,7 @@ class Intent(msgspec.Struct, frozen=True, tag_field="object", tag="payment_inten
     client_secret: str | None = None
     last_payment_error: Failure | None = None
     latest_charge: str | None = None
-    next_action: Step | None = None
+    next_action: IntentAction | None = None
     cancellation_reason: str | None = None
 
     @property
@@ -73,7 +73,7 @@ class Intent(msgspec.Struct, frozen=True, tag_field="object", tag="payment_inten
         return self.status in ("succeeded", "canceled")
 
 
-class Refund(msgspec.Struct, frozen=True, tag_field="object", tag="refund"):
+class StripeRefund(msgspec.Struct, frozen=True, tag_field="object", tag="refund"):
     id: str
     amount: int
     currency: str
@@ -121,7 +121,7 @@ class Account(msgspec.Struct, frozen=True, tag_field="object", tag="account"):
 
 
 class Refunds(msgspec.Struct, frozen=True, tag_field="object", tag="list"):
-    data: list[Refund]
+    data: list[StripeRefund]
     has_more: bool
 
 
@@ -143,7 +143,7 @@ class Event(msgspec.Struct, frozen=True, tag_field="object", tag="event"):
 
 
 INTENT = msgspec.json.Decoder(Intent)
-REFUND = msgspec.json.Decoder(Refund)
+REFUND = msgspec.json.Decoder(StripeRefund)
 REFUNDS = msgspec.json.Decoder(Refunds)
 ACCOUNT = msgspec.json.Decoder(Account)
 EVENT = msgspec.json.Decoder(Event)
@@ -259,7 +259,7 @@ def _action(intent: Intent, publishable_key: str | None) -> NextAction:
     return NextAction(type="stripe", fields=fields)
 
 
-def refund_outcome(refund: Refund) -> Approved | Declined:
+def refund_outcome(refund: StripeRefund) -> Approved | Declined:
     """Raises OutcomeUnknown for one that is under way: that may last for days."""
     refund_id = refund.refund_id
     if refund_id is None:
