@@ -80,6 +80,7 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     telemetry.role.labels("api")
     telemetry.of_gateway("simulated", lambda: False)
     telemetry.unconfigured.labels("acme").set(1)
+    telemetry.hints_of_gateway("acme")
     exposed = telemetry.exposition().decode()
     for metric in re.findall(r"`(payments_\w+)", text):
         assert re.search(rf"^{metric}(_count)?[ {{]", exposed, re.MULTILINE), metric

@@ -55,6 +55,7 @@ WORDS = {
         "role",
         "instance",
         "code",
+        "result",
     ),
 }
 
@@ -90,6 +91,7 @@ async def test_every_metric_that_is_named_exists(service: Service) -> None:
     telemetry.problems.labels("too_busy")
     telemetry.dispatches()
     telemetry.unconfigured.labels("acme").set(1)
+    telemetry.hints_of_gateway("acme")
     await service.health.observe()
     there = exposed(telemetry.exposition().decode())
     assert len(EXPRESSIONS) > 35
@@ -104,6 +106,7 @@ def test_every_label_value_that_is_named_exists() -> None:
     telemetry.observed(up=True)
     telemetry.dispatches()
     telemetry.of_gateway("simulated", lambda: False)
+    telemetry.hints_of_gateway("acme")
     for role in ("api", "work"):
         telemetry.role.labels(role)
     telemetry.problems.labels(PaymentsError.code)

@@ -139,6 +139,7 @@ class TestMetrics:
             "outcome",
             "operation",
             "gateway",
+            "result",
             "kind",
             "currency",
             "follower",

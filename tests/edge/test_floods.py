@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from payments.database.connections import DatabaseAddress
-from tests.edge.flood_process import Load
+from tests.edge.load import Load
 from tests.process import ServiceProcess, at, free_port
 from web.serving.door import OPEN_PER_S
 from web.serving.throttle import AT_ONCE_PER_S, GIVEN_MAX, TURN_S

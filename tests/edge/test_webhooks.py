@@ -16,7 +16,7 @@ from tests.commands.hinting import event
 from tests.crash.money import settings
 from tests.doubles.http_gateway import signed
 from tests.doubles.provider import ProviderProcess
-from tests.edge.flood_process import Load
+from tests.edge.load import Load
 from tests.edge.raw import Connection, code_of
 from tests.machine import within
 from tests.process import ServiceProcess

@@ -21,6 +21,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from payments.database.connections import DatabaseAddress
 from tests.process import ServiceProcess, at
+from web.paths import WEBHOOK
 
 SEED = 20260131
 # Each endpoint is asked so often; the tenth has more, and some follow from answers.
@@ -124,6 +125,8 @@ def test_answers_are_as_the_document_says(
     assert sent.total() >= cases * 0.9
     assert all(sent[phase] for phase in ("examples", "coverage", "fuzzing", "stateful"))
     for path, answers in schema.raw_schema["paths"].items():
+        if path == WEBHOOK:  # only a provider can sign one, and the simulated one sends none
+            continue
         for method, operation in answers.items():
             succeeded = {int(status) for status in operation["responses"] if status < "300"}
             reached = {status for key, status in statuses if key == f"{method.upper()} {path}"}

@@ -69,6 +69,7 @@ ALERTS: dict[str, Told | str] = {
     "PaymentsProviderDown": "each process has its own breaker for each provider",
     "PaymentsProviderTrouble": "each process counts its own provider calls",
     "PaymentsProviderContradicts": Told("provider"),
+    "PaymentsWebhooksRejected": "each process counts its own webhooks",
     "PaymentsFollowerLag": Told("follower", LAG_MAX_S),
     "PaymentsParkedStreams": Told("follower"),
     "PaymentsPendingTooLong": Told("payments", PENDING_MAX_S),

@@ -1,4 +1,4 @@
-"""A load in a process of its own, so that it does not share the interpreter of its test."""
+"""Loads that run in processes of their own."""
 
 import json
 import subprocess
