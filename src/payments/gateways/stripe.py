@@ -47,14 +47,14 @@ from payments.gateways.stripe_account import (
     findings_of,
     refusal_of,
 )
-from payments.gateways.stripe_call import REPLAYED, Call
+from payments.gateways.stripe_call import REPLAYED, StripeCall
 from payments.gateways.stripe_objects import (
     EVENT,
     INTENT,
     REFUND,
     REFUNDS,
-    Intent,
     Mode,
+    StripeIntent,
     StripeRefund,
     check_known,
     error_of,
@@ -113,12 +113,12 @@ class StripeGateway:
 
     async def account(self, timeout_s: float) -> str | None:
         """Account and mode: a test key finds nothing of what a live key has captured."""
-        response = await Call(timeout_s).exchange(self._lists, "GET", "/v1/account")
+        response = await StripeCall(timeout_s).exchange(self._lists, "GET", "/v1/account")
         account = account_of(response)
         return None if account is None else f"{account.id}/{self._mode}"
 
     async def findings(self, timeout_s: float) -> list[ProviderFinding]:
-        call = Call(timeout_s)
+        call = StripeCall(timeout_s)
         account = await call.exchange(self._lists, "GET", "/v1/account")
         intents = await call.exchange(self._lists, "GET", "/v1/payment_intents?limit=1")
         has_webhooks, has_key = bool(self._webhook_secrets), self._publishable_key is not None
@@ -135,7 +135,7 @@ class StripeGateway:
                 "idempotency_key": charge.idempotency_key,
             },
         }
-        call = Call(timeout_s)
+        call = StripeCall(timeout_s)
         key = str(charge.payment_id)
         response = await call.exchange(self._http, "POST", "/v1/payment_intents", form, key=key)
         if response.status == 200:
@@ -149,7 +149,7 @@ class StripeGateway:
         return unexpected(response)
 
     async def charge(self, charge: ProviderCharge, timeout_s: float) -> Approved | Declined | Open:
-        call = Call(timeout_s)
+        call = StripeCall(timeout_s)
         if charge.payment_method is None:  # there is nothing to confirm it with
             return await self._find(charge, call)
         for number in range(1, CONFIRMS_MAX + 1):
@@ -173,12 +173,12 @@ class StripeGateway:
     async def find_charge(
         self, charge: ProviderCharge, timeout_s: float
     ) -> Approved | Declined | Open | None:
-        return await self._find(charge, Call(timeout_s))
+        return await self._find(charge, StripeCall(timeout_s))
 
     async def cancel(
         self, charge: ProviderCharge, timeout_s: float
     ) -> Approved | Declined | Open | None:
-        return await self._cancel(charge, Call(timeout_s))
+        return await self._cancel(charge, StripeCall(timeout_s))
 
     async def refund(self, refund: ProviderRefund, timeout_s: float) -> Approved | Declined:
         try:
@@ -190,7 +190,7 @@ class StripeGateway:
             "amount": amount,
             "metadata": {"refund_id": refund.refund_id, "payment_id": refund.payment_id},
         }
-        call = Call(timeout_s)
+        call = StripeCall(timeout_s)
         response = await call.exchange(
             self._http, "POST", "/v1/refunds", form, key=str(refund.refund_id)
         )
@@ -214,7 +214,7 @@ class StripeGateway:
     async def find_refund(
         self, refund: ProviderRefund, timeout_s: float
     ) -> Approved | Declined | None:
-        return await self._find_refund(refund, Call(timeout_s))
+        return await self._find_refund(refund, StripeCall(timeout_s))
 
     async def hint(
         self, headers: Mapping[str, str], raw_body: bytes, timeout_s: float
@@ -240,7 +240,9 @@ class StripeGateway:
         await self._http.close()
         await self._lists.close()
 
-    async def _confirm(self, charge: ProviderCharge, number: int, call: Call) -> ProviderResponse:
+    async def _confirm(
+        self, charge: ProviderCharge, number: int, call: StripeCall
+    ) -> ProviderResponse:
         """Without a return address nobody is there to act: what needs an action is declined."""
         method = charge.payment_method or ""
         name = "payment_method"
@@ -255,7 +257,7 @@ class StripeGateway:
         key = f"{charge.payment_id}-confirm-{number}"
         return await call.exchange(self._http, "POST", path, form, key=key)
 
-    async def _find(self, charge: ProviderCharge, call: Call) -> Approved | Declined | Open:
+    async def _find(self, charge: ProviderCharge, call: StripeCall) -> Approved | Declined | Open:
         reference = _reference(charge)
         response = await call.exchange(self._http, "GET", f"/v1/payment_intents/{reference}")
         intent = intent_of(response, reference)
@@ -267,7 +269,7 @@ class StripeGateway:
         ended = await self._cancel(charge, call)
         return outcome if isinstance(ended, Declined) else ended
 
-    async def _cancel(self, charge: ProviderCharge, call: Call) -> Approved | Declined | Open:
+    async def _cancel(self, charge: ProviderCharge, call: StripeCall) -> Approved | Declined | Open:
         reference = _reference(charge)
         path = f"/v1/payment_intents/{reference}/cancel"
         response = await call.exchange(
@@ -280,10 +282,12 @@ class StripeGateway:
             raise OutcomeUnknown("Stripe did not cancel the PaymentIntent")
         return self._outcome(intent, charge)
 
-    def _outcome(self, intent: Intent, charge: ProviderCharge) -> Approved | Declined | Open:
+    def _outcome(self, intent: StripeIntent, charge: ProviderCharge) -> Approved | Declined | Open:
         return outcome_of(intent, charge, self._publishable_key)
 
-    async def _find_refund(self, refund: ProviderRefund, call: Call) -> Approved | Declined | None:
+    async def _find_refund(
+        self, refund: ProviderRefund, call: StripeCall
+    ) -> Approved | Declined | None:
         """Lists are consistent at once. One that succeeded counts before all others with our id."""
         ours: list[StripeRefund] = []
         query = {"payment_intent": refund.provider_txn_id, "limit": "100"}

@@ -8,8 +8,8 @@ from payments.gateways import ProviderCharge, ProviderFinding, Refusal
 from payments.gateways.http import ProviderResponse
 from payments.gateways.stripe_objects import (
     ACCOUNT,
-    Account,
     Mode,
+    StripeAccount,
     error_of,
     mode_of,
     unexpected,
@@ -63,7 +63,7 @@ def _is_loopback(url: HttpUrl) -> bool:
         return url.host == "localhost"
 
 
-def account_of(response: ProviderResponse) -> Account | None:
+def account_of(response: ProviderResponse) -> StripeAccount | None:
     """None for a restricted key that cannot read it, and is not told its id either."""
     if response.status == 200:
         return response.read(ACCOUNT)
@@ -71,7 +71,7 @@ def account_of(response: ProviderResponse) -> Account | None:
     if response.status != 403 or error is None:
         unexpected(response)
     named = _ACCOUNT_ID.search(error.message or "")
-    return None if named is None else Account(id=named[0])
+    return None if named is None else StripeAccount(id=named[0])
 
 
 def findings_of(
@@ -90,7 +90,7 @@ def findings_of(
     found.append(ProviderFinding(False, text))
     text = "customers act in Stripe.js, with STRIPE_PUBLISHABLE_KEY"
     if not has_publishable_key:
-        text = "no STRIPE_PUBLISHABLE_KEY: a customer's action is a redirect"
+        text = "no STRIPE_PUBLISHABLE_KEY: customers are redirected for 3-D Secure"
     found.append(ProviderFinding(False, text))
     return found
 

@@ -13,7 +13,7 @@ REPLAYED = "Idempotent-Replayed"  # the response is that of an earlier request w
 BUSY_S = 0.1
 
 
-class Call:
+class StripeCall:
     """`timeout_s` is for all of them together."""
 
     def __init__(self, timeout_s: float) -> None:

@@ -27,23 +27,23 @@ _REFUSED_CODES = (
 )
 
 
-class Failure(msgspec.Struct, frozen=True):
+class StripeFailure(msgspec.Struct, frozen=True):
     """Why the last confirmation failed."""
 
     code: str | None = None
     decline_code: str | None = None
 
 
-class RedirectToUrl(msgspec.Struct, frozen=True):
+class StripeRedirect(msgspec.Struct, frozen=True):
     url: str
 
 
-class IntentAction(msgspec.Struct, frozen=True):
+class StripeStep(msgspec.Struct, frozen=True):
     type: str
-    redirect_to_url: RedirectToUrl | None = None
+    redirect_to_url: StripeRedirect | None = None
 
 
-class Intent(msgspec.Struct, frozen=True, tag_field="object", tag="payment_intent"):
+class StripeIntent(msgspec.Struct, frozen=True, tag_field="object", tag="payment_intent"):
     """A PaymentIntent."""
 
     id: str
@@ -52,9 +52,9 @@ class Intent(msgspec.Struct, frozen=True, tag_field="object", tag="payment_inten
     amount_received: int = 0
     metadata: dict[str, str] = {}
     client_secret: str | None = None
-    last_payment_error: Failure | None = None
+    last_payment_error: StripeFailure | None = None
     latest_charge: str | None = None
-    next_action: IntentAction | None = None
+    next_action: StripeStep | None = None
     cancellation_reason: str | None = None
 
     @property
@@ -93,7 +93,7 @@ class StripeError(msgspec.Struct, frozen=True):
     decline_code: str | None = None
     param: str | None = None
     message: str | None = None
-    payment_intent: Intent | None = None
+    payment_intent: StripeIntent | None = None
 
     @property
     def is_refusal(self) -> bool:
@@ -111,43 +111,43 @@ class StripeError(msgspec.Struct, frozen=True):
         return Declined(self.decline_code or self.code or f"invalid_{self.param}")
 
 
-class ErrorBody(msgspec.Struct, frozen=True):
+class StripeErrorBody(msgspec.Struct, frozen=True):
     error: StripeError
 
 
-class Account(msgspec.Struct, frozen=True, tag_field="object", tag="account"):
+class StripeAccount(msgspec.Struct, frozen=True, tag_field="object", tag="account"):
     id: str
     charges_enabled: bool = True
 
 
-class Refunds(msgspec.Struct, frozen=True, tag_field="object", tag="list"):
+class StripeRefunds(msgspec.Struct, frozen=True, tag_field="object", tag="list"):
     data: list[StripeRefund]
     has_more: bool
 
 
-class EventObject(msgspec.Struct, frozen=True):
+class StripeEventObject(msgspec.Struct, frozen=True):
     object: str
     id: str = ""
     payment_intent: str | None = None
 
 
-class EventData(msgspec.Struct, frozen=True):
-    object: EventObject
+class StripeEventData(msgspec.Struct, frozen=True):
+    object: StripeEventObject
 
 
-class Event(msgspec.Struct, frozen=True, tag_field="object", tag="event"):
+class StripeEvent(msgspec.Struct, frozen=True, tag_field="object", tag="event"):
     """A webhook. Nothing but ids is read of it."""
 
     id: str
-    data: EventData
+    data: StripeEventData
 
 
-INTENT = msgspec.json.Decoder(Intent)
+INTENT = msgspec.json.Decoder(StripeIntent)
 REFUND = msgspec.json.Decoder(StripeRefund)
-REFUNDS = msgspec.json.Decoder(Refunds)
-ACCOUNT = msgspec.json.Decoder(Account)
-EVENT = msgspec.json.Decoder(Event)
-_ERROR = msgspec.json.Decoder(ErrorBody)
+REFUNDS = msgspec.json.Decoder(StripeRefunds)
+ACCOUNT = msgspec.json.Decoder(StripeAccount)
+EVENT = msgspec.json.Decoder(StripeEvent)
+_ERROR = msgspec.json.Decoder(StripeErrorBody)
 
 
 def error_of(response: ProviderResponse) -> StripeError | None:
@@ -183,13 +183,13 @@ def check_known(error: StripeError | None, reference: str) -> None:
         )
 
 
-def intent_of(response: ProviderResponse, reference: str) -> Intent | None:
+def intent_of(response: ProviderResponse, reference: str) -> StripeIntent | None:
     """The intent that a response states, also one that an error names. Raises OutcomeUnknown if
     that is another one."""
     error = error_of(response)
     check_known(error, reference)
     if response.status == 200:
-        intent: Intent | None = response.read(INTENT)
+        intent: StripeIntent | None = response.read(INTENT)
     else:
         intent = None if error is None else error.payment_intent
     if intent is not None and intent.id != reference:
@@ -197,16 +197,16 @@ def intent_of(response: ProviderResponse, reference: str) -> Intent | None:
     return intent
 
 
-def failed_with(intent: Intent, error: StripeError | None) -> Intent:
+def failed_with(intent: StripeIntent, error: StripeError | None) -> StripeIntent:
     """The intent of a response that declines it, with the reason that the response gives."""
     if error is None or error.type != "card_error" or intent.status != "requires_payment_method":
         return intent
-    failure = Failure(code=error.code or error.type, decline_code=error.decline_code)
+    failure = StripeFailure(code=error.code or error.type, decline_code=error.decline_code)
     return msgspec.structs.replace(intent, last_payment_error=failure)
 
 
 def outcome_of(
-    intent: Intent, charge: ProviderCharge, publishable_key: str | None
+    intent: StripeIntent, charge: ProviderCharge, publishable_key: str | None
 ) -> Approved | Declined | Open:
     """What the status means; Declined for one that has failed, which the caller has made final."""
     payment_id = intent.payment_id
@@ -238,7 +238,7 @@ def outcome_of(
     return Declined(_code_of(intent))
 
 
-def _code_of(intent: Intent) -> str:
+def _code_of(intent: StripeIntent) -> str:
     """Why it was declined, or else cancelled."""
     failure = intent.last_payment_error
     stated = failure and (failure.decline_code or failure.code)
@@ -247,7 +247,7 @@ def _code_of(intent: Intent) -> str:
     return stated or intent.cancellation_reason or "canceled"
 
 
-def _action(intent: Intent, publishable_key: str | None) -> NextAction:
+def _action(intent: StripeIntent, publishable_key: str | None) -> NextAction:
     step = intent.next_action
     if step is not None and step.redirect_to_url is not None:
         return NextAction(type="redirect", fields={"url": step.redirect_to_url.url})
