@@ -68,7 +68,7 @@ SLOW = (
     *("gateways/test_oauth.py", "gateways/test_paypal"),
     *("gateways/test_accounts.py", "gateways/test_simulated_ledger.py", "legacy/"),
     *("gateways/test_stripe.py", "gateways/test_stripe_client.py"),
-    "gateways/test_stripe_conformance.py",
+    *("gateways/test_stripe_conformance.py", "gateways/test_sandbox_check.py"),
     "gateways/test_razorpay",
     *("projections/test_follower.py", "projections/test_followers_crash.py"),
     *("projections/test_rebuild.py", "queries/test_lookups.py", "queries/test_plans.py"),

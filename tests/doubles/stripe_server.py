@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+import httpx
+import msgspec
+
 from tests.doubles.stand_in import Call, Response, StandIn, StandInProcess, run
 from tests.doubles.stripe_flows import Failed, Flows, error
 from tests.doubles.stripe_forms import nested
@@ -239,6 +242,12 @@ class StripeProcess(StandInProcess):
     def event(self, type: str, id: str) -> Object:
         """The body of a webhook about an object, as it is now."""
         return self._ask(Object, do="event", type=type, id=id)
+
+    def deliver(self, url: str, event: Object, *secrets: str, age_s: float = 0) -> int:
+        """Sends a webhook, signed so long ago; the status of the response."""
+        body = msgspec.json.encode(event)
+        headers = signed(body, time.time() - age_s, *(secrets or (WEBHOOK_SECRET,)))
+        return httpx.post(url, content=body, headers=headers).status_code
 
     def lines(self) -> list[Line]:
         return read_lines(self.path)

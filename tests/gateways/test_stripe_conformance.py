@@ -27,7 +27,6 @@ from tests.gateways.stripes import RETURN_URL, SECRETS, check_official, opened_g
 
 pytestmark = pytest.mark.anyio
 
-SECONDS = {"slow": 5.0, "drip": 0.05}
 METHODS: dict[Step, str] = {
     "ready": "pm_card_visa",
     "action": "pm_card_threeDSecure2Required",

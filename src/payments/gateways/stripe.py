@@ -224,7 +224,9 @@ class StripeGateway:
         pairs = [each.partition("=") for each in headers.get("stripe-signature", "").split(",")]
         sent_at = next((value for name, _, value in pairs if name.strip() == "t"), "")
         signatures = [value for name, _, value in pairs if name.strip() == "v1"]
-        if not is_signed(f"{sent_at}.".encode() + raw_body, signatures, self._webhook_secrets):
+        if not is_signed(
+            f"{sent_at}.".encode("utf-8", "replace") + raw_body, signatures, self._webhook_secrets
+        ):
             raise BadSignature("the signature is not Stripe's")
         if not sent_at.isdecimal() or abs(time.time() - int(sent_at)) > TOLERANCE_S:
             raise BadSignature("the signature is too old, or from the future")

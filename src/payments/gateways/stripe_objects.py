@@ -57,6 +57,10 @@ class StripeIntent(msgspec.Struct, frozen=True, tag_field="object", tag="payment
     next_action: StripeStep | None = None
     cancellation_reason: str | None = None
 
+    def __repr__(self) -> str:
+        """Without the client secret."""
+        return f"StripeIntent({self.id!r}, {self.status!r})"
+
     @property
     def payment_id(self) -> UUID | None:
         return _our_id(self.metadata, "payment_id")
