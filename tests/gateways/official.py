@@ -175,7 +175,10 @@ def _json(content: bytes) -> object:
 
 def show(official: Official, config: pytest.Config) -> None:
     """How many exchanges were checked, among the results of the tests."""
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        count = sum(official.checked.values())
+    plugins = config.pluginmanager
+    reporter, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
+    if reporter is None or capture is None:  # in a worker of several
+        return
+    count = sum(official.checked.values())
+    with capture.global_and_fixture_disabled():
         reporter.write_line(f"\n{count} exchanges fit the provider's schema: {official.checked}")
