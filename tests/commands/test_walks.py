@@ -233,7 +233,7 @@ async def test_what_was_captured_is_paid_or_went_back(
     provider = Provider()
     more = {"second_charge": second_charge, "seat_hold_s": 900}
     services = [await make(provider, **more), await make(ScriptedGateway(), **more)]
-    for seed in range(400 if long_run else 8):
+    for seed in range(200 if long_run else 4):
         provider.begin(random.Random(seed))
         walk = Walk(provider, services, connection, f"walk {seed}")
         steps = [await walk.step() for _ in range(STEPS)]
