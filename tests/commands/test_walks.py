@@ -189,9 +189,16 @@ class Walk:
                 await age(self.connection, 300)
             case "long":
                 await age(self.connection, self.dice.choice((700, DAY_S, 3 * DAY_S)))
-            case "hold ends":
+            case "hold ends" if not self._ends_with_an_intent():
                 hold_ends_in(self.connection, 0)
         return f"{what} {key[-2:]} {self.provider.at.get(payment_id)}"
+
+    def _ends_with_an_intent(self) -> bool:
+        """Whoever changes the log's last event alarms the process that appended it."""
+        row = self.connection.execute(
+            "SELECT topic FROM payment_events ORDER BY notification_id DESC LIMIT 1"
+        ).fetchone()
+        return row == ("PaymentInitiated",)
 
     async def end(self) -> None:
         """The provider responds again, and time passes; what is still open there may go on."""
