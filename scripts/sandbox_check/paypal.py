@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from uuid import uuid4
 
 import click
@@ -39,12 +39,27 @@ TIMEOUT_S = 20.0
 RETURN_URL = "https://example.com/paid"
 
 
+class Options(Protocol):
+    """What `scripts/sandbox-check` was told for any provider."""
+
+    @property
+    def currency(self) -> str: ...
+
+
 class Report(Protocol):
     """Where it is said what held."""
 
     def held(self, what: str, held: bool, found: object) -> bool: ...
 
     def skipped(self, what: str, why: str) -> None: ...
+
+
+class Asked(NamedTuple):
+    """`order` is the id of one that was approved, of this amount."""
+
+    order: str | None = None
+    amount_cents: int = 1500
+    currency: str = "USD"
 
 
 class Printed:
@@ -62,9 +77,13 @@ class Printed:
         click.echo(f"skip  {what}: {why}")
 
 
-async def check(settings: Settings, report: Report, asked: ProviderCharge | None = None) -> None:
-    """`asked` names an approved order as its payment method. Raises StartError for live
-    credentials, OutcomeUnknown or NeverSent."""
+async def check(settings: Settings, options: Options, report: Report) -> None:
+    """Without an approved order. Raises StartError for live credentials, OutcomeUnknown or
+    NeverSent."""
+    await _check(settings, Asked(currency=options.currency), report)
+
+
+async def _check(settings: Settings, asked: Asked, report: Report) -> None:
     if settings.paypal_environment != "sandbox":
         raise StartError("PAYPAL_ENVIRONMENT must be sandbox: live credentials are not checked")
     gateway = build(settings)
@@ -73,9 +92,9 @@ async def check(settings: Settings, report: Report, asked: ProviderCharge | None
             report.held("settings", not finding.bad, finding.text)
         account = await gateway.account(TIMEOUT_S)
         report.held("account", account is not None, account)
-        await _order(gateway, report)
+        await _order(gateway, report, asked)
         await _webhook(gateway, report)
-        if asked is None:
+        if asked.order is None:
             report.skipped("capture and refund", f"no approved order was given: {USAGE}")
         else:
             await _capture_and_refund(gateway, report, asked)
@@ -83,12 +102,20 @@ async def check(settings: Settings, report: Report, asked: ProviderCharge | None
         await gateway.close()
 
 
-async def _order(gateway: PayPalGateway, report: Report) -> None:
-    charge = ProviderCharge(payment_id=uuid4(), amount_cents=1500, currency="USD")
+async def _made(gateway: PayPalGateway, asked: Asked) -> ProviderCharge:
+    charge = ProviderCharge(
+        payment_id=uuid4(), amount_cents=asked.amount_cents, currency=asked.currency
+    )
+    if (refusal := gateway.refuses(charge)) is not None:
+        raise StartError(f"{refusal.field} {refusal.message}")
     reference = await gateway.prepare(charge, TIMEOUT_S)
-    charge = msgspec.structs.replace(charge, reference=reference)
+    return msgspec.structs.replace(charge, reference=reference)
+
+
+async def _order(gateway: PayPalGateway, report: Report, asked: Asked) -> None:
+    charge = await _made(gateway, asked)
     again = await gateway.prepare(charge, TIMEOUT_S)
-    report.held("the same key makes the same order", again == reference, again)
+    report.held("the same key makes the same order", again == charge.reference, again)
     found = await gateway.find_charge(charge, TIMEOUT_S)
     waits = isinstance(found, Open) and found.step == "action" and found.id == charge.payment_id
     report.held("an order waits for the customer", waits, found)
@@ -96,10 +123,7 @@ async def _order(gateway: PayPalGateway, report: Report) -> None:
     report.held("and can be closed", isinstance(closed, Declined), closed)
     after = await gateway.find_charge(charge, TIMEOUT_S)
     report.held("and stays closed", after == closed, after)
-    other = ProviderCharge(payment_id=uuid4(), amount_cents=1500, currency="USD")
-    other = msgspec.structs.replace(
-        other, reference=await gateway.prepare(other, TIMEOUT_S), return_url=RETURN_URL
-    )
+    other = msgspec.structs.replace(await _made(gateway, asked), return_url=RETURN_URL)
     told = await gateway.charge(other, TIMEOUT_S)
     action = told.action if isinstance(told, Open) else None
     if report.held("it is told where the customer returns to", action is not None, told):
@@ -123,10 +147,14 @@ async def _webhook(gateway: PayPalGateway, report: Report) -> None:
         report.held("a forged webhook is not believed", False, hint)
 
 
-async def _capture_and_refund(
-    gateway: PayPalGateway, report: Report, asked: ProviderCharge
-) -> None:
-    charge = msgspec.structs.replace(asked, reference=asked.payment_method)
+async def _capture_and_refund(gateway: PayPalGateway, report: Report, asked: Asked) -> None:
+    charge = ProviderCharge(
+        payment_id=uuid4(),
+        amount_cents=asked.amount_cents,
+        currency=asked.currency,
+        payment_method=asked.order,
+        reference=asked.order,
+    )
     found = await gateway.find_charge(charge, TIMEOUT_S)
     ready = isinstance(found, Open) and found.step == "ready"
     if not report.held("the order is approved", ready, found):
@@ -159,23 +187,21 @@ async def _capture_and_refund(
     report.held("once, and listed at once", back == twice == listed, listed)
 
 
-def _asked(order: str, amount_cents: str = "1500", currency: str = "USD") -> ProviderCharge:
+def _asked(order: str, amount_cents: str = "1500", currency: str = "USD") -> Asked:
     """Raises TypeError or ValueError."""
-    return ProviderCharge(
-        payment_id=uuid4(), amount_cents=int(amount_cents), currency=currency, payment_method=order
-    )
+    return Asked(order, int(amount_cents), currency)
 
 
 def main(arguments: Sequence[str]) -> int:
     """The exit code."""
     try:
-        asked = _asked(*arguments) if arguments else None
+        asked = _asked(*arguments) if arguments else Asked()
     except (TypeError, ValueError):
         click.echo(f"usage: {USAGE}", err=True)
         return 2
     report = Printed()
     try:
-        asyncio.run(check(read_settings(os.environ), report, asked))
+        asyncio.run(_check(read_settings(os.environ), asked, report))
     except StartError as error:
         click.echo(str(error), err=True)
         return 2

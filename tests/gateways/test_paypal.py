@@ -31,6 +31,7 @@ from payments.gateways.paypal_api import (
 )
 from payments.gateways.paypal_orders import (
     NOBODY,
+    PayPalOrder,
     read_order,
     read_refund,
     refund_outcome,
@@ -187,6 +188,11 @@ async def customers(
     return await begun(gateway, charge_of(1500, "USD", payment_method=method))
 
 
+async def read(gateway: PayPalGateway, charge: ProviderCharge) -> PayPalOrder:
+    path = f"/v2/checkout/orders/{charge.reference}"
+    return read_order(await gateway._http.exchange("GET", path, timeout_s=WAIT_S))
+
+
 async def stays_declined(gateway: PayPalGateway, charge: ProviderCharge, code: str) -> None:
     for call in (gateway.charge, gateway.find_charge, gateway.cancel, gateway.charge):
         assert await call(charge, WAIT_S) == Declined(code)
@@ -261,14 +267,23 @@ class TestCaptures:
     ) -> None:
         """ORDER_ALREADY_CAPTURED: the order says what was captured."""
         charge = await begun(gateway, charge_of(1500, "USD"))
-        reference = str(charge.reference)
-        order = read_order(
-            await gateway._http.exchange("GET", f"/v2/checkout/orders/{reference}", timeout_s=9)
-        )
+        order = await read(gateway, charge)
         first = await gateway.charge(charge, WAIT_S)
         stale = msgspec.structs.replace(order, update_time="2026-01-01T00:00:00Z")
         assert await gateway._capture(PayPalCall(gateway._http, WAIT_S), stale, charge) == first
         assert len(paypal.captures(charge.payment_id)) == 1
+
+    async def test_a_capture_that_was_delayed_finds_the_order_closed(
+        self, paypal: PayPalProcess, gateway: PayPalGateway
+    ) -> None:
+        """As of a process that was frozen between looking and capturing."""
+        charge = await begun(gateway, charge_of(1500, "USD"))
+        order = await read(gateway, charge)
+        closed = await gateway.cancel(charge, WAIT_S)
+        assert closed == Declined("cancelled")
+        call = PayPalCall(gateway._http, WAIT_S)
+        assert await gateway._capture(call, order, charge) == closed
+        assert paypal.captures(charge.payment_id) == []
 
     async def test_an_invoice_id_that_was_used_leaves_the_outcome_unknown(
         self, paypal: PayPalProcess, gateway: PayPalGateway
