@@ -367,6 +367,15 @@ class TestRaces:
             assert len(stated) <= 1
             assert len([e for e in razorpay.captures() if e["id"] == method]) <= 1
 
+    async def test_a_payment_that_another_marks_at_the_same_moment_is_not_captured(
+        self, razorpay: RazorpayProcess, razorpay_gateway: RazorpayGateway
+    ) -> None:
+        charge = await paid(razorpay, razorpay_gateway)
+        razorpay.script(Fault("wrong_id", "mark"))
+        with pytest.raises(OutcomeUnknown, match="is marked as that of"):
+            await razorpay_gateway.charge(charge, WAIT_S)
+        assert not razorpay.entity(charge.reference or "")["captured"]
+
     async def test_a_payment_captured_between_looking_and_capturing(
         self, razorpay: RazorpayProcess, razorpay_gateway: RazorpayGateway
     ) -> None:
