@@ -9,8 +9,10 @@ from uuid import UUID
 
 import msgspec
 import pytest
+from openapi_core.exceptions import OpenAPIError
 
 from payments.gateways import ProviderCharge, Step
+from payments.gateways.http import ProviderResponse
 from payments.gateways.paypal import PayPalGateway
 from payments.gateways.units import from_paypal
 from tests.doubles import paypal_server
@@ -27,7 +29,14 @@ from tests.gateways.conformance import (
     captured,
     charge_of,
 )
-from tests.gateways.official_paypal import Counts, checked_gateway, directory, told
+from tests.gateways.official_paypal import (
+    Counts,
+    Exchange,
+    check,
+    checked_gateway,
+    directory,
+    told,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -167,5 +176,20 @@ class TestPayPalConforms(GatewayConformance):
         await captured(harness)
 
     async def test_its_exchanges_are_held_to_the_official_files(self) -> None:
-        if directory() is None:
+        specs = directory()
+        if specs is None:
             pytest.skip("PROVIDER_SPECS names no directory with PayPal's own OpenAPI files")
+        unit = {"amount": {"currency_code": "USD", "value": "15.00"}}
+        sent = {"intent": "CAPTURE", "purchase_units": [unit]}
+        stated = {"id": "ORDER1", "status": "CREATED", "purchase_units": [unit]}
+        assert check([order_made(sent, stated)], specs) == Counts(validated=1)
+        for wrong in ({"intent": "CAPTUR"}, {"purchase_units": [{"amount": 15.0}]}):
+            with pytest.raises(OpenAPIError):
+                check([order_made(sent | wrong, stated)], specs)
+        with pytest.raises(OpenAPIError):
+            check([order_made(sent, stated | {"status": "DONE"})], specs)
+
+
+def order_made(sent: object, stated: object) -> Exchange:
+    response = ProviderResponse(201, json.dumps(stated).encode())
+    return Exchange("POST", "/v2/checkout/orders", {}, json.dumps(sent).encode(), response)
