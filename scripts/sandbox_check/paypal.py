@@ -1,6 +1,7 @@
 """PayPal's sandbox, with the PAYPAL_* of the environment. It moves no real money.
 
-    scripts/sandbox-check paypal [ORDER [AMOUNT_CENTS [CURRENCY]]]
+    scripts/sandbox-check paypal
+    .venv/bin/python -m scripts.sandbox_check.paypal [ORDER [AMOUNT_CENTS [CURRENCY]]]
 
 ORDER is the id of an order that a sandbox customer approved, 15.00 USD if nothing else is said. It
 is captured, and refunded. Without one, an order is made and read, and its address is printed: open
@@ -34,7 +35,7 @@ from payments.payment.state import Approved, Declined
 from payments.setting_sources import read_settings
 from payments.settings import Settings
 
-USAGE = "scripts/sandbox-check paypal [ORDER [AMOUNT_CENTS [CURRENCY]]]"
+USAGE = ".venv/bin/python -m scripts.sandbox_check.paypal [ORDER [AMOUNT_CENTS [CURRENCY]]]"
 TIMEOUT_S = 20.0
 RETURN_URL = "https://example.com/paid"
 
