@@ -1,6 +1,7 @@
 """What the service does: decides, asks the provider, and appends what came of it.
 
 charge.py       charge a payment exactly once per idempotency key
+new_charges.py  which new charges are begun, and at which provider
 refund.py       give back a captured payment, or a part of it
 asking.py       how a payment is asked about at its provider, and when it need not be
 settle.py       ask the provider what became of one payment that was left open

@@ -20,6 +20,7 @@ from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
 from payments.commands.asking import Found, check_about, find, own_gateway, provider_charge
+from payments.commands.new_charges import NewCharge, NewCharges
 from payments.commands.outcomes import Outcomes
 from payments.commands.paid_orders import is_paid_otherwise, refuse_if_paid
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
@@ -27,7 +28,6 @@ from payments.commands.telling import MismatchesTold
 from payments.commands.waiters import Caller
 from payments.errors import (
     ClientGone,
-    FieldError,
     GatewayUnavailable,
     IdempotencyKeyReused,
     InvalidRequest,
@@ -48,10 +48,9 @@ from payments.gateways import (
     OutcomeUnknown,
     ProviderCharge,
     ReferenceNotFound,
-    Refusal,
 )
 from payments.gateways.chosen import Gateways
-from payments.gateways.counted import CountedGateway, is_storable
+from payments.gateways.counted import CountedGateway
 from payments.observability.logs import Repeats
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import span
@@ -63,7 +62,7 @@ from payments.payment.decisions import (
     referenced,
     require_action,
 )
-from payments.payment.identity import ChargeRequest, differing_fields, payment_id_for
+from payments.payment.identity import ChargeRequest, differing_fields
 from payments.payment.state import Approved, Declined, Payment, Status, UnexpectedEvent, evolve
 from payments.settings import HOLD_MARGIN_S, Settings
 
@@ -126,13 +125,13 @@ class Charging:
         self._store = store
         self._outcomes = Outcomes(store, telemetry)
         self._gateways = gateways
+        self._new_charges = NewCharges(gateways, settings)
         self._telemetry = telemetry
         self._deadline_s = settings.charge_deadline_s
         self._gateway_timeout_s = settings.gateway_timeout_s
         self._abandon_after_s = settings.pending_abandon_after_s
         self._second_is_refused = settings.second_charge == "refuse"
         self._seat_hold_s = settings.seat_hold_s
-        self._hold_needed_s = settings.hold_needed_s
 
     async def charge(self, command: ChargePayment, caller: Caller | None = None) -> Charged:
         """Charges, or joins or repeats the charge that this key already began.
@@ -143,12 +142,14 @@ class Charging:
         provider was surely not asked.
         """
 
+        new = self._new_charges.of(command.request, command.return_url)
+
         async def work(run: Run[Charged]) -> None:
             with span("charge"):
-                await self._charge(run, command)
+                await self._charge(run, command, new)
 
         try:
-            await self._check_new(command)
+            await self._check_new(command, new)
             charged, joined = await self._runs.answer(
                 command.request, self._deadline_s, work, caller
             )
@@ -162,42 +163,16 @@ class Charging:
         self._telemetry.charges["replayed" if replayed else outcome.lower()].inc()
         return charged
 
-    async def _check_new(self, command: ChargePayment) -> None:
+    async def _check_new(self, command: ChargePayment, new: NewCharge) -> None:
         """For new keys only: what was begun is answered at any time."""
-        refusal = self._refusal(command)
+        refusal = self._new_charges.refusal(new, command.hold_until)
         if refusal is None or self._runs.has(command.request):
             return
-        if await self._store.load_charge(payment_id_for(command.request.idempotency_key)) is None:
+        if await self._store.load_charge(new.charge.payment_id) is None:
             raise refusal
 
-    def _refusal(self, command: ChargePayment) -> PaymentsError | None:
-        """Why a new charge is not begun, whatever its key."""
-        if not is_held_for(command.hold_until, datetime.now(UTC), self._hold_needed_s):
-            message = (
-                f"must be at least {self._hold_needed_s:g} s from now, so that the charge can "
-                "finish before it: extend the hold, and retry with the same key and the new "
-                "hold_until"
-            )
-            return InvalidRequest(
-                "The hold ends too soon to complete the charge. Nothing was charged.",
-                (FieldError("hold_until", message),),
-            )
-        gateway = self._gateways.for_new(command.request.currency)
-        asked = _asked(command)
-        refusal = gateway.refuses(asked) or _unusable(gateway.reference(asked))
-        if refusal is not None:
-            return InvalidRequest(
-                f"The provider {gateway.name} does not take this charge. Nothing was charged.",
-                (FieldError(refusal.field, refusal.message),),
-            )
-        if wait_s := gateway.unavailable_for_s():
-            unavailable = GatewayUnavailable("The payment provider is down. Nothing was charged.")
-            unavailable.retry_after_s = math.ceil(max(1.0, wait_s))
-            return unavailable
-        return None
-
-    async def _charge(self, run: Run[Charged], command: ChargePayment) -> None:
-        begun = await self._begin(run, command)
+    async def _charge(self, run: Run[Charged], command: ChargePayment, new: NewCharge) -> None:
+        begun = await self._begin(run, command, new)
         if begun is None:
             return
         payment = begun.payment
@@ -227,14 +202,14 @@ class Charging:
             action = None  # it was abandoned meanwhile
         return Charged(payment, begun.replayed, action)
 
-    async def _begin(self, run: Run[Charged], command: ChargePayment) -> _BegunCharge | None:
+    async def _begin(
+        self, run: Run[Charged], command: ChargePayment, new: NewCharge
+    ) -> _BegunCharge | None:
         """Makes the intent durable; None if an earlier request with this key has an answer."""
         decided, hold_until = _cause(command), command.hold_until
         if hold_until is None and self._seat_hold_s is not None:
             hold_until = decided.occurred_at + timedelta(seconds=self._seat_hold_s)
-        gateway = self._gateways.for_new(command.request.currency)
-        reference = gateway.reference(_asked(command))
-        intent = initiate(command.request, gateway.name, decided, hold_until, reference)
+        intent = initiate(command.request, new.gateway.name, decided, hold_until, new.reference)
         age_s, repeats = None, Repeats()
         if self._second_is_refused:
             await self._refuse_second(run, intent)
@@ -417,12 +392,6 @@ def _is_held(payment: Payment) -> bool:
     return is_held_for(payment.hold_until, datetime.now(UTC), HOLD_MARGIN_S)
 
 
-def _unusable(reference: str | None) -> Refusal | None:
-    if reference is None or is_storable(reference):
-        return None
-    return Refusal("payment_method", "must be an id that the provider gave")
-
-
 _REUSED = (
     "Another charge was begun with this payment method, which can be used once. Nothing was "
     "charged: let the customer pay anew, and use the new payment method."
@@ -437,18 +406,6 @@ def _error_label(error: PaymentsError) -> str:
         error, IdempotencyKeyReused | InvalidRequest | OrderAlreadyPaid | PaymentMethodReused
     )
     return "refused" if refused else "unavailable"
-
-
-def _asked(command: ChargePayment) -> ProviderCharge:
-    """What the provider is to be asked, before the payment is begun."""
-    request = command.request
-    return ProviderCharge(
-        payment_id=payment_id_for(request.idempotency_key),
-        amount_cents=request.amount_cents,
-        currency=request.currency,
-        payment_method=request.payment_method,
-        return_url=command.return_url,
-    )
 
 
 def _charge_of(payment: Payment, command: ChargePayment) -> ProviderCharge:
