@@ -88,8 +88,11 @@ def told(counts: list[Counts]) -> str:
 
 
 def directory() -> Path | None:
+    """None where one of the files is missing."""
     named = os.environ.get("PROVIDER_SPECS")
-    return Path(named) if named else None
+    if not named or not all((Path(named) / name).exists() for name in FILES.values()):
+        return None
+    return Path(named)
 
 
 @cache

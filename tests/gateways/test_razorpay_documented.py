@@ -4,9 +4,7 @@ The examples are not part of this repository: PROVIDER_SPECS names the directory
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -30,6 +28,7 @@ from payments.payment.state import Approved, Declined
 from tests.doubles.razorpay_ledger import WEBHOOK_SECRET, error, shown, signed, webhook
 from tests.doubles.razorpay_server import KEY_ID, KEY_SECRET, RazorpayProcess
 from tests.gateways.conformance import WAIT_S, charge_of
+from tests.gateways.official import official_file
 
 Example = dict[str, Any]
 
@@ -38,10 +37,7 @@ STATES = {"captured": Approved, "authorized": Open, "failed": Declined, "pending
 
 @pytest.fixture(scope="module")
 def documented() -> Example:
-    directory = os.environ.get("PROVIDER_SPECS")
-    if directory is None:
-        pytest.skip("PROVIDER_SPECS names no directory with razorpay-examples.json")
-    return dict(json.loads((Path(directory) / "razorpay-examples.json").read_bytes()))
+    return dict(json.loads(official_file("razorpay-examples.json").read_bytes()))
 
 
 def examples(documented: Example, kind: str) -> Iterator[tuple[Example, bytes]]:
