@@ -14,13 +14,13 @@ from payments.commands.settle import Settler
 from payments.commands.telling import tell
 from payments.database.connections import Database, DatabaseAddress
 from payments.event_store import EventStore
-from payments.gateways import OutcomeUnknown
+from payments.gateways import Open, OutcomeUnknown, Step
 from payments.service import Service
 from tests.commands.conftest import Make
 from tests.commands.looking import PAYMENT, begin, gateway_of, topics
 from tests.commands.refunding import refund_of
 from tests.commands.settling import FAST, abandoned, age, capture_late, settle
-from tests.doubles.gateway import ScriptedGateway, answer_lost, decline, no_answer
+from tests.doubles.gateway import PreparingGateway, ScriptedGateway, answer_lost, decline, no_answer
 from tests.process import free_port
 from tests.support import charge_of
 
@@ -226,6 +226,36 @@ async def test_what_is_open_for_too_long_is_told_when_it_becomes_so(
     for _ in range(3):
         await settle(service, connection)
     assert told == [TOO_LONG] * 2
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (None, "unknown to the provider"),
+        ("ready", "waits for the client's retry"),
+        ("action", "waits for the customer"),
+        ("authorized", "waits for the client's retry"),
+        ("processing", "the provider is processing it"),
+    ],
+)
+async def test_what_is_open_for_too_long_says_what_it_waits_for(
+    make: Make, connection: Connection, step: Step | None, reason: str
+) -> None:
+    gateway = PreparingGateway(no_answer)
+    service = await make(gateway, **FAST)
+    await begin(service)
+    gateway.open = {} if step is None else {PAYMENT: Open(id=PAYMENT, step=step)}
+    await age(connection, 130)
+    reasons: list[str] = []
+
+    def note(record: Any) -> bool:
+        reasons.append(record["extra"].get("reason"))
+        return False
+
+    sink = logger.add(lambda _: None, level="WARNING", filter=note)
+    await settle(service, connection)
+    logger.remove(sink)
+    assert reasons == [reason]
 
 
 async def open_for(kind: str, make: Make, connection: Connection) -> Service:

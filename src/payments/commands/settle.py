@@ -43,6 +43,7 @@ from payments.gateways import (
     OutcomeUnknown,
     ProviderRefund,
     ReferenceNotFound,
+    Step,
 )
 from payments.gateways.chosen import Gateways
 from payments.observability.logs import trace_field
@@ -79,15 +80,26 @@ DECLINE_ELSEWHERE_S = 30 * 24 * 3600.0
 CLOCKS_APART = timedelta(minutes=1)
 
 
+# Why a charge that the provider knows is still open, by its step.
+OPEN_AS: dict[Step, str] = {
+    "ready": "waits for the client's retry",
+    "action": "waits for the customer",
+    "authorized": "waits for the client's retry",
+    "processing": "the provider is processing it",
+}
+
+
 class SettleAttempt(msgspec.Struct, frozen=True):
     """What one attempt came to: the payment afterwards, and whether it was watched to its end: no
     event says so, but nothing can become of it any more. `due_in_s`: when to ask, if it was too
-    early. `answered`: not that the provider did not respond, or contradicts itself."""
+    early. `answered`: not that the provider did not respond, or contradicts itself. `open_as`: what
+    the provider says of a charge that it has neither captured nor declined."""
 
     payment: Payment
     finished: bool
     due_in_s: float | None = None
     answered: bool = True
+    open_as: str = "unknown to the provider"
 
 
 class Settler:
@@ -168,7 +180,7 @@ class Settler:
         try:
             attempt = await self._ask(loaded, gateway, attempts)
             outcome = "settled" if attempt.payment.unsettled is None else "open"
-            reason = "unknown to the provider"
+            reason = attempt.open_as
         except (OutcomeMismatch, ReferenceNotFound) as error:
             outcome = "mismatch"
             operation = "refund" if kind in ("refund", "late_capture") else "charge"
@@ -206,22 +218,24 @@ class Settler:
                 raise OutcomeUnknown("this attempt took too long")
             return self._gateway_timeout_s
 
-        at, finished = _At(gateway, timeout_s), False
+        at, finished, found = _At(gateway, timeout_s), False, None
         recorded = Recorded(loaded.payment, loaded.events)
         if loaded.payment.provider_txn_id is None and loaded.payment.late_capture is None:
-            recorded, finished = await self._settle_charge(loaded, recorded, at)
+            recorded, finished, found = await self._settle_charge(loaded, recorded, at)
         late = recorded.payment.late_capture
         if late is not None and late.provider_refund_id is None:
             if attempts == 1 or loaded.payment.late_capture is None:
                 logger.warning("a late capture is returned")
             recorded = await self._return_late_capture(loaded, recorded, late, at)
         recorded = await self._settle_refunds(loaded, recorded, attempts, at)
+        if isinstance(found, Open):
+            return SettleAttempt(recorded.payment, finished, open_as=OPEN_AS[found.step])
         return SettleAttempt(recorded.payment, finished)
 
     async def _settle_charge(
         self, loaded: LoadedPayment, recorded: Recorded, at: "_At"
-    ) -> tuple[Recorded, bool]:
-        """The payment afterwards, and whether it was watched to its end."""
+    ) -> tuple[Recorded, bool, Found]:
+        """The payment afterwards, whether it was watched to its end, and what was found."""
         pending = recorded.payment.status is Status.PENDING
         ends = pending and loaded.age_s() >= self._abandon_after_s
         recorded = await self._referenced_again(loaded, recorded, at, ends=ends)
@@ -236,10 +250,10 @@ class Settler:
         finished = self._watched_long_enough(loaded, at.gateway, found)
         if isinstance(found, Approved | Declined):
             outcome = found
-            return await self._outcomes.append(
+            recorded = await self._outcomes.append(
                 *recorded, lambda payment: charge_outcome(payment, outcome, _cause(loaded))
-            ), finished
-        if ends:
+            )
+        elif ends:
             reference = payment.provider_reference
 
             def end(payment: Payment) -> PaymentFailed | None:
@@ -248,7 +262,7 @@ class Settler:
                 return abandon(payment, _cause(loaded)) if same else None
 
             recorded = await self._outcomes.append(*recorded, end)
-        return recorded, finished
+        return recorded, finished, found
 
     async def _is_to_be_cancelled(self, payment: Payment, found: Found, *, ends: bool) -> bool:
         """Whether it shall not be captured any more: a customer may still act on an open charge, or
