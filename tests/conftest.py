@@ -32,13 +32,16 @@ from tests.machine import Machine, late
 from tests.process import at, open_directory
 
 TESTS = Path(__file__).parent
+EVERY_DAY_KILLS = 6
 
 environment.forget(os.environ)  # as the command does: no test connects to what PGHOSTADDR names
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="sizes that take too long for every day")
-    parser.addoption("--kills", type=int, default=6, help="cycles of each kill -9 loop")
+    parser.addoption(
+        "--kills", type=int, default=EVERY_DAY_KILLS, help="cycles of each kill -9 loop"
+    )
     parser.addoption("--outcomes", type=int, default=400, help="called back among all faults")
     parser.addoption("--sold", type=int, default=200, help="orders whose seats take their time")
     parser.addoption("--cases", type=int, default=300, help="requests drawn from the schema")

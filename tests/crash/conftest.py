@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import EVERY_DAY_KILLS
 from tests.doubles.provider import ProviderProcess
 from tests.machine import within
 from tests.process import database_processes
@@ -18,6 +19,15 @@ def data_dir(state_dir: Path) -> Iterator[Path]:
     yield path
     with within(6):
         eventually(lambda: not database_processes(path))
+
+
+@pytest.fixture
+def wanted_kills(pytestconfig: pytest.Config) -> int:
+    """For a loop whose like runs every day with another provider: skipped unless more is wanted."""
+    kills: int = pytestconfig.getoption("--kills")
+    if not pytestconfig.getoption("--long") and kills <= EVERY_DAY_KILLS:
+        pytest.skip("up to 45 s: --long, or --kills above the default")
+    return max(2, kills // 3)
 
 
 @pytest.fixture

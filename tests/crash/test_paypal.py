@@ -68,7 +68,7 @@ def test_kill_9_loop(
     connection: psycopg.Connection[tuple[str]],
     paypal: PayPalProcess,
     tmp_path: Path,
-    pytestconfig: pytest.Config,
+    wanted_kills: int,
 ) -> None:
     """At an unreliable PayPal: with customers who approved before, who approve when they are told
     to or never do, with saved payment methods, and with orders that are declined or do not fit."""
@@ -94,7 +94,7 @@ def test_kill_9_loop(
         connection,
         paypal,
         lambda: records(paypal),
-        max(2, pytestconfig.getoption("--kills") // 3),
+        wanted_kills,
         seed=7,
         points=POINTS,
         customers=Customers(new_method, lambda payment_id, _: paypal.customer_acts(payment_id)),

@@ -63,7 +63,7 @@ def test_kill_9_loop(
     connection: psycopg.Connection[tuple[str]],
     razorpay: RazorpayProcess,
     tmp_path: Path,
-    pytestconfig: pytest.Config,
+    wanted_kills: int,
 ) -> None:
     """Again and again, at an unreliable provider: with customers who paid before, who pay when they
     are told to or never do, and whose payment fails."""
@@ -87,7 +87,7 @@ def test_kill_9_loop(
         connection,
         razorpay,
         lambda: records(razorpay),
-        max(2, pytestconfig.getoption("--kills") // 3),
+        wanted_kills,
         seed=5,
         points=POINTS,
         customers=Customers(new_method, razorpay.customer_acts),

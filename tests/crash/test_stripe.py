@@ -47,7 +47,7 @@ def test_kill_9_loop(
     address: DatabaseAddress,
     connection: psycopg.Connection[tuple[str]],
     tmp_path: Path,
-    request: pytest.FixtureRequest,
+    wanted_kills: int,
 ) -> None:
     """Again and again, at an unreliable Stripe; a fourth of the cards is declined."""
     with StripeProcess(tmp_path / "stripe.jsonl") as stripe:
@@ -63,7 +63,7 @@ def test_kill_9_loop(
             connection,
             stripe,
             lambda: records(stripe),
-            max(2, request.config.getoption("--kills") // 3),
+            wanted_kills,
             seed=3,
             points=POINTS,
             customers=Customers(lambda: dice.choice(METHODS)),
