@@ -93,6 +93,7 @@ class PayPal(StandIn):
         self._secret = CLIENT_SECRET
         self._token_s = TOKEN_S
         self._conflicts = 0
+        self._makes_not = ""  # the issue with which it makes no order
         self._later = timedelta()
         self._counts = dict.fromkeys((*ROUTES.values(), "account", "cancel"), 0)
 
@@ -230,6 +231,8 @@ class PayPal(StandIn):
         key = f"create {call.headers['paypal-request-id']}"
         if (repeated := self._repeated("order", key, forgotten)) is not None:
             return repeated
+        if self._makes_not:
+            return problem(422, self._makes_not)
         (unit,) = msgspec.json.decode(call.body)["purchase_units"]
         order = Order(
             id=ledgers.new_id(),
@@ -357,7 +360,8 @@ class PayPalProcess(StandInProcess):
 
     def set(self, **values: Any) -> None:
         """approves: whether customers approve our orders at once; secret: the one of the client;
-        token_s: how long a token lives; conflicts: how many requests with a key get a 409."""
+        token_s: how long a token lives; conflicts: how many requests with a key get a 409;
+        makes_not: the issue with which it makes no order."""
         self._ask(Any, do="set", **values)
 
     def revoke_tokens(self) -> None:

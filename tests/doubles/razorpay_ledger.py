@@ -21,8 +21,15 @@ Entity = dict[str, Any]
 class Rejected(Exception):
     """An error response."""
 
-    def __init__(self, description: str, status: int = 400, field: str | None = None) -> None:
-        self.response = Response(status, error(description, field))
+    def __init__(
+        self,
+        description: str,
+        status: int = 400,
+        field: str | None = None,
+        more: Entity | None = None,
+    ) -> None:
+        told = error(description, field)
+        self.response = Response(status, {"error": told["error"] | (more or {})})
 
 
 class Ledger:

@@ -66,6 +66,7 @@ class Razorpay(StandIn):
         self._pays_at_once = False
         self._knows_unique_receipt = True
         self._refund_status = "processed"
+        self._order_error: Entity | None = None
 
     def operation_of(self, call: Call) -> str | None:
         _, version, *places = call.path.split("/")
@@ -145,6 +146,8 @@ class Razorpay(StandIn):
         self, operation: str, more: list[str], query: dict[str, str], call: Call, forgotten: bool
     ) -> Entity:
         if operation == "prepare":
+            if self._order_error is not None:
+                raise Rejected("", more=self._order_error)
             return self._make_order(body_of(call), forgotten)
         if not more:
             receipt = query.get("receipt")
@@ -324,13 +327,17 @@ class RazorpayProcess(StandInProcess):
         self._ask(Any, do="set", pays_at_once=pays)
 
     def as_at_first(self) -> None:
-        """Takes back the three settings."""
+        """Takes back the four settings."""
         given = {"pays_at_once": False, "knows_unique_receipt": True, "refund_status": "processed"}
-        self._ask(Any, do="set", **given)
+        self._ask(Any, do="set", **given, order_error=None)
 
     def knows_unique_receipt(self, knows: bool) -> None:
         """Whether it makes one order for one receipt, or rejects that as no field."""
         self._ask(Any, do="set", knows_unique_receipt=knows)
+
+    def makes_no_order(self, **error: str) -> None:
+        """It rejects each with this error, with status 400."""
+        self._ask(Any, do="set", order_error=error)
 
     def refund_status(self, status: str) -> None:
         """Of the refunds from here on: processed, pending or failed."""

@@ -27,6 +27,7 @@ from payments.gateways.paypal_api import (
     CUSTOMER_AGAIN,
     DECLINES,
     REFUND_DECLINES,
+    REFUSALS,
     PayPalCall,
 )
 from payments.gateways.paypal_orders import (
@@ -63,7 +64,7 @@ def paypal(running_paypal: PayPalProcess) -> Iterator[PayPalProcess]:
     yield running_paypal
     running_paypal.script()
     running_paypal.listen()
-    running_paypal.set(approves=True, secret=CLIENT_SECRET, conflicts=0)
+    running_paypal.set(approves=True, secret=CLIENT_SECRET, conflicts=0, makes_not="")
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +197,36 @@ async def read(gateway: PayPalGateway, charge: ProviderCharge) -> PayPalOrder:
 async def stays_declined(gateway: PayPalGateway, charge: ProviderCharge, code: str) -> None:
     for call in (gateway.charge, gateway.find_charge, gateway.cancel, gateway.charge):
         assert await call(charge, WAIT_S) == Declined(code)
+
+
+class TestPreparing:
+    @pytest.mark.parametrize("issue", sorted(REFUSALS))
+    async def test_an_order_that_paypal_never_makes_is_declined(
+        self, paypal: PayPalProcess, gateway: PayPalGateway, issue: str
+    ) -> None:
+        paypal.set(makes_not=issue)
+        assert await gateway.prepare(charge_of(1500, "USD"), WAIT_S) == Declined(issue)
+
+    @pytest.mark.parametrize("issue", ["COMPLIANCE_VIOLATION", "DUPLICATE_INVOICE_ID", "NEW"])
+    async def test_any_other_rejection_may_not_last(
+        self, paypal: PayPalProcess, gateway: PayPalGateway, issue: str
+    ) -> None:
+        charge = charge_of(1500, "USD")
+        paypal.set(makes_not=issue)
+        with pytest.raises(OutcomeUnknown, match="422"):
+            await gateway.prepare(charge, WAIT_S)
+        paypal.set(makes_not="")
+        assert isinstance(await gateway.prepare(charge, WAIT_S), str)
+
+    async def test_the_order_of_a_lost_response_is_found_first(
+        self, paypal: PayPalProcess, gateway: PayPalGateway
+    ) -> None:
+        charge = charge_of(1500, "USD")
+        paypal.script(Fault("answer_lost", "prepare"))
+        with pytest.raises(OutcomeUnknown):
+            await gateway.prepare(charge, WAIT_S)
+        paypal.set(makes_not="PAYEE_ACCOUNT_RESTRICTED")
+        assert isinstance(await gateway.prepare(charge, WAIT_S), str)
 
 
 class TestCaptures:

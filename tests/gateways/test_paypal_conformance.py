@@ -94,6 +94,7 @@ class PayPalHarness:
         self._paypal.set(approves=step != "action")
         charge = charge_of()
         reference = await self.gateway.prepare(charge, WAIT_S)
+        assert isinstance(reference, str)
         charge = msgspec.structs.replace(charge, reference=reference)
         self._paypal.set(approves=True)
         if step == "processing":

@@ -22,6 +22,7 @@ from payments.gateways import (
 from payments.gateways.building import GATEWAY_MEMBERS, build_gateways
 from payments.gateways.http import ProviderHttp
 from payments.gateways.razorpay import RazorpayGateway, build
+from payments.gateways.razorpay_entities import RazorpayOrder
 from payments.http_url import parse_http_url
 from payments.payment.state import Approved, Declined
 from payments.settings import Settings
@@ -48,6 +49,7 @@ async def paid(
 async def ordered(gateway: RazorpayGateway) -> tuple[ProviderCharge, str]:
     charge = charge_of()
     order_id = await gateway.prepare(charge, WAIT_S)
+    assert isinstance(order_id, str)
     return msgspec.structs.replace(charge, reference=order_id), order_id
 
 
@@ -434,6 +436,53 @@ class TestRaces:
             made = [each for each in razorpay.entities("order") if each["receipt"] == receipt]
             assert [each["id"] for each in made] == [order_id]
 
+    @pytest.mark.parametrize(
+        ("error", "code"),
+        [
+            ({"field": "amount"}, "input_validation_failed"),
+            (
+                {
+                    "description": "Order amount less than minimum amount allowed",
+                    "reason": "amount_less_than_minimum_amount",
+                },
+                "amount_less_than_minimum_amount",
+            ),
+            (
+                {"description": "Amount exceeds maximum amount allowed.", "reason": "NA"},
+                "BAD_REQUEST_ERROR",
+            ),
+            ({"description": "Currency is not supported", "reason": ""}, "BAD_REQUEST_ERROR"),
+        ],
+    )
+    async def test_an_order_that_razorpay_never_makes_is_declined(
+        self,
+        razorpay: RazorpayProcess,
+        razorpay_gateway: RazorpayGateway,
+        error: dict[str, str],
+        code: str,
+    ) -> None:
+        razorpay.makes_no_order(**error)
+        assert await razorpay_gateway.prepare(charge_of(), WAIT_S) == Declined(code)
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            {"description": "Authentication failed"},
+            {"description": "Order receipt should be unique.", "field": "receipt"},
+            {"description": "The request has failed; the amount is fine"},
+            {"description": "Amount exceeds maximum amount allowed.", "code": "SERVER_ERROR"},
+        ],
+    )
+    async def test_any_other_rejection_of_an_order_may_not_last(
+        self, razorpay: RazorpayProcess, razorpay_gateway: RazorpayGateway, error: dict[str, str]
+    ) -> None:
+        charge = charge_of()
+        razorpay.makes_no_order(**error)
+        with pytest.raises(OutcomeUnknown, match="400"):
+            await razorpay_gateway.prepare(charge, WAIT_S)
+        razorpay.as_at_first()
+        assert isinstance(await razorpay_gateway.prepare(charge, WAIT_S), str)
+
     async def test_of_two_orders_the_paid_one_counts(
         self, razorpay: RazorpayProcess, razorpay_gateway: RazorpayGateway
     ) -> None:
@@ -443,6 +492,7 @@ class TestRaces:
         second = await razorpay_gateway._api.make_order(
             charge, 12, asyncio.get_running_loop().time() + WAIT_S
         )
+        assert isinstance(second, RazorpayOrder)
         razorpay.pay(1500, order_id=second.id, status="captured")
         assert await razorpay_gateway.prepare(charge, WAIT_S) == second.id
 

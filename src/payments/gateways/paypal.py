@@ -82,11 +82,14 @@ class PayPalGateway:
         self._account_compared = True  # by the caller, before anything is charged
         return f"{self._environment}:{merchant_id}"
 
-    async def prepare(self, charge: ProviderCharge, timeout_s: float) -> str:
+    async def prepare(self, charge: ProviderCharge, timeout_s: float) -> str | Declined:
         named = str(charge.payment_id)
         unit = {"custom_id": named, "invoice_id": named, "amount": paypal_api.money(charge)}
         call = PayPalCall(self._http, timeout_s)
-        order = read_order(await paypal_api.made(call, unit, named, moves=True))
+        response = await paypal_api.made(call, unit, named, moves=True)
+        if response.status == 422 and (issue := issue_of(response).issue) in paypal_api.REFUSALS:
+            return Declined(issue)
+        order = read_order(response)
         if order.owner != charge.payment_id:
             raise OutcomeUnknown("the provider prepared something else")
         return order.id

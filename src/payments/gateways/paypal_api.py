@@ -33,6 +33,14 @@ CURRENCIES = _words(
     "TWD USD"
 )
 
+# What the making of an order is rejected with, finally: no order of this amount, or none to this
+# payee.
+REFUSALS = _words(
+    "CANNOT_BE_ZERO_OR_NEGATIVE CURRENCY_NOT_SUPPORTED DECIMALS_NOT_SUPPORTED DECIMAL_PRECISION "
+    "INVALID_CURRENCY_CODE MAX_VALUE_EXCEEDED PAYEE_ACCOUNT_INVALID "
+    "PAYEE_ACCOUNT_LOCKED_OR_CLOSED PAYEE_ACCOUNT_RESTRICTED"
+)
+
 # What a capture is rejected with, finally: the customer has to pay in another way.
 DECLINES = _words(
     "AGREEMENT_ALREADY_CANCELLED BILLING_AGREEMENT_NOT_FOUND CARD_BRAND_NOT_SUPPORTED "

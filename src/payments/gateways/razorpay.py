@@ -45,6 +45,7 @@ from payments.gateways.razorpay_entities import (
     RazorpayOrder,
     RazorpayPayment,
     cents,
+    code_of,
     differing,
     made_for,
     named,
@@ -68,7 +69,6 @@ REFUND_DECLINES = {
 }
 KEY_ID = re.compile(r"rzp_(test|live)_[A-Za-z0-9]+")
 PAYMENT_ID = re.compile(r"pay_[A-Za-z0-9]{1,40}")
-CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 # How a charge stands, and the customer's payment by which it does.
 Look = tuple[Approved | Declined | Open, RazorpayPayment | None]
@@ -124,11 +124,14 @@ class RazorpayGateway:
         least is not taken for one of the live account."""
         return self._mode
 
-    async def prepare(self, charge: ProviderCharge, timeout_s: float) -> str:
+    async def prepare(self, charge: ProviderCharge, timeout_s: float) -> str | Declined:
         until = now() + timeout_s
         order = await self._api.order_of(charge, until)
         if order is None:
-            order = await self._api.make_order(charge, self._expiry_min, until)
+            made = await self._api.make_order(charge, self._expiry_min, until)
+            if isinstance(made, Declined):
+                return made
+            order = made
         amount = to_razorpay(charge.amount_cents, charge.currency)
         asked = (charge.payment_id, amount, charge.currency)
         if (made_for(order), order.amount, order.currency) != asked:
@@ -289,8 +292,7 @@ class RazorpayGateway:
             case "refunded":
                 return Declined("expired")  # it was authorized, and went back without a capture
             case "failed":
-                code = payment.error_reason or payment.error_code or ""
-                return Declined(code if CODE.fullmatch(code) else "failed")
+                return Declined(code_of(payment.error_reason or payment.error_code, "failed"))
             case "authorized" | "created" if differs := differing(payment, charge):
                 return Declined(differs)
             case "authorized":

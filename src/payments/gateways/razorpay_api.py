@@ -23,18 +23,24 @@ from payments.gateways.razorpay_entities import (
     PAYMENT,
     PAYMENTS,
     REFUNDS,
+    RazorpayErrorDetail,
     RazorpayOrder,
     RazorpayPayment,
     RazorpayRefund,
     as_dict,
+    code_of,
     made_for,
     named,
 )
 from payments.gateways.units import to_razorpay
+from payments.payment.state import Declined
 
 PAGE = 100  # the most entries of a list
 LIST_BYTES_MAX = 512 * 1024
 ORDER_STATES = ("paid", "attempted", "created")  # the one that tells most comes first
+# What the description of a rejected order is about; a limit of the account has no `field`.
+REFUSED = ("amount", "currency")
+ABOUT_REFUSED = re.compile(r"((the|order) )?(amount|currency)\b", re.IGNORECASE)
 UNKNOWN_ID = re.compile(r"\bid provided does not exist\b|\bis not a valid id\b")
 
 T = TypeVar("T")
@@ -90,8 +96,9 @@ class RazorpayApi:
 
     async def make_order(
         self, charge: ProviderCharge, expiry_min: int, until: float
-    ) -> RazorpayOrder:
-        """`expiry_min`: after so many minutes an authorized payment goes back to the customer."""
+    ) -> RazorpayOrder | Declined:
+        """`expiry_min`: after so many minutes an authorized payment goes back to the customer.
+        Declined if Razorpay makes no order of this amount or currency."""
         payment_id = str(charge.payment_id)
         body: dict[str, object] = {
             "amount": to_razorpay(charge.amount_cents, charge.currency),
@@ -111,6 +118,8 @@ class RazorpayApi:
         response = await self.send("POST", "/orders", until, body | {"unique_receipt": True})
         if response.status == 400 and "unique_receipt" in description_of(response):
             response = await self.send("POST", "/orders", until, body)
+        if (refused := refusal_of(response)) is not None:
+            return refused
         return response.read(ORDER) if response.status == 200 else fail(response)
 
     async def refund_of(self, refund: ProviderRefund, until: float) -> RazorpayRefund | None:
@@ -160,12 +169,27 @@ async def after_sending(asking: Coroutine[Any, Any, T]) -> T:
         raise OutcomeUnknown(str(error), is_outage=error.is_outage) from None
 
 
-def description_of(response: ProviderResponse) -> str:
-    """Of Razorpay's error; empty if it is none."""
+def error_of(response: ProviderResponse) -> RazorpayErrorDetail:
+    """Razorpay's error; an empty one if the body is none."""
     try:
-        return ERROR.decode(response.body).error.description or ""
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return ""
+        return ERROR.decode(response.body).error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return RazorpayErrorDetail()
+
+
+def description_of(response: ProviderResponse) -> str:
+    return error_of(response).description or ""
+
+
+def refusal_of(response: ProviderResponse) -> Declined | None:
+    """Of an order whose amount or currency Razorpay does not take: none is made, now or later."""
+    error = error_of(response)
+    if response.status != 400 or error.code != "BAD_REQUEST_ERROR":
+        return None
+    if error.field not in REFUSED and not ABOUT_REFUSED.match(error.description or ""):
+        return None
+    reason = None if error.reason == "NA" else error.reason
+    return Declined(code_of(reason, error.code))
 
 
 def fail(response: ProviderResponse) -> NoReturn:

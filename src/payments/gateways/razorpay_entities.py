@@ -1,5 +1,6 @@
 """What Razorpay responds and sends, as far as it is read, and what it means."""
 
+import re
 from typing import Annotated, Generic, Literal, TypeVar
 from uuid import UUID
 
@@ -10,6 +11,7 @@ from payments.gateways.units import from_razorpay, to_razorpay
 from payments.payment.state import Approved, Declined
 
 Id = Annotated[str, msgspec.Meta(pattern=r"\A[a-z]+_[A-Za-z0-9]{1,40}\Z")]
+CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 Notes = dict[str, object] | list[object]  # [] if there are none
 
 # Those of Razorpay's page on international payments, without those that have left ISO 4217.
@@ -79,6 +81,8 @@ class Collection(msgspec.Struct, Generic[T], frozen=True):
 class RazorpayErrorDetail(msgspec.Struct, frozen=True):
     code: str | None = None
     description: str | None = None
+    reason: str | None = None
+    field: str | None = None
 
 
 class RazorpayError(msgspec.Struct, frozen=True):
@@ -173,6 +177,11 @@ def differing(payment: RazorpayPayment, charge: ProviderCharge) -> str | None:
         return "currency_differs"
     same = payment.amount == to_razorpay(charge.amount_cents, charge.currency)
     return None if same else "amount_differs"
+
+
+def code_of(stated: str | None, otherwise: str) -> str:
+    """The code of a decline."""
+    return stated if stated and CODE.fullmatch(stated) else otherwise
 
 
 def cents(stated: RazorpayPayment | RazorpayRefund) -> int:
