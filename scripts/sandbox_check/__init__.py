@@ -12,10 +12,12 @@ import click
 
 
 class Options(NamedTuple):
-    """`webhooks` is the port that the provider's webhooks are forwarded to."""
+    """`payment` is the provider's id of what a customer paid or approved there, if it is given;
+    `webhooks` the port that the provider's webhooks are forwarded to."""
 
     currency: str
     webhooks: int | None
+    payment: str | None
 
 
 class Report:

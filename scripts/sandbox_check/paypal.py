@@ -1,120 +1,64 @@
-"""PayPal's sandbox, with the PAYPAL_* of the environment. It moves no real money.
+"""PayPal's sandbox. It moves no real money, and leaves some orders there that expire.
 
-    scripts/sandbox-check paypal
-    .venv/bin/python -m scripts.sandbox_check.paypal [ORDER [AMOUNT_CENTS [CURRENCY]]]
-
-ORDER is the id of an order that a sandbox customer approved, 15.00 USD if nothing else is said. It
-is captured, and refunded. Without one, an order is made and read, and its address is printed: open
-it as a sandbox customer, approve, and give the order's id.
-
-Exit code 0: all of it held. 1: not all. 2: it could not run.
+Without PAYMENT an order is made and read, and its address is printed: open it as a sandbox
+customer, approve, and give the order's id. It is captured, and refunded.
 """
 
-import asyncio
-import os
-import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import NamedTuple, Protocol
 from uuid import uuid4
 
 import click
 import msgspec
 
 from payments.errors import StartError
-from payments.gateways import (
-    BadSignature,
-    NeverSent,
-    Open,
-    OutcomeUnknown,
-    ProviderCharge,
-    ProviderRefund,
-)
+from payments.gateways import BadSignature, Open, ProviderCharge, ProviderRefund
 from payments.gateways.paypal import PayPalGateway, build
+from payments.gateways.paypal_api import ORDERS, PayPalCall
+from payments.gateways.paypal_orders import ORDER_ID, read_order
+from payments.gateways.units import from_paypal
 from payments.payment.state import Approved, Declined
-from payments.setting_sources import read_settings
 from payments.settings import Settings
+from scripts.sandbox_check import Options, Report
 
-USAGE = ".venv/bin/python -m scripts.sandbox_check.paypal [ORDER [AMOUNT_CENTS [CURRENCY]]]"
 TIMEOUT_S = 20.0
+AMOUNT = 1500
 RETURN_URL = "https://example.com/paid"
-
-
-class Options(Protocol):
-    """What `scripts/sandbox-check` was told for any provider."""
-
-    @property
-    def currency(self) -> str: ...
-
-
-class Report(Protocol):
-    """Where it is said what held."""
-
-    def held(self, what: str, held: bool, found: object) -> bool: ...
-
-    def skipped(self, what: str, why: str) -> None: ...
-
-
-class Asked(NamedTuple):
-    """`order` is the id of one that was approved, of this amount."""
-
-    order: str | None = None
-    amount_cents: int = 1500
-    currency: str = "USD"
-
-
-class Printed:
-    """Prints a line for each thing that was checked."""
-
-    def __init__(self) -> None:
-        self.failed = 0
-
-    def held(self, what: str, held: bool, found: object) -> bool:
-        self.failed += not held
-        click.echo(f"{'ok  ' if held else 'FAIL'}  {what}: {found}")
-        return held
-
-    def skipped(self, what: str, why: str) -> None:
-        click.echo(f"skip  {what}: {why}")
+APPROVE = "give the id of an order that a sandbox customer approved"
 
 
 async def check(settings: Settings, options: Options, report: Report) -> None:
-    """Without an approved order. Raises StartError for live credentials, OutcomeUnknown or
-    NeverSent."""
-    await _check(settings, Asked(currency=options.currency), report)
-
-
-async def _check(settings: Settings, asked: Asked, report: Report) -> None:
     if settings.paypal_environment != "sandbox":
         raise StartError("PAYPAL_ENVIRONMENT must be sandbox: live credentials are not checked")
+    if options.payment is not None and not ORDER_ID.fullmatch(options.payment):
+        raise StartError("PAYMENT must be the id of a PayPal order, as 5O190127TN364715T")
     gateway = build(settings)
     try:
         for finding in await gateway.findings(TIMEOUT_S):
             report.held("settings", not finding.bad, finding.text)
         account = await gateway.account(TIMEOUT_S)
         report.held("account", account is not None, account)
-        await _order(gateway, report, asked)
+        await _order(gateway, options.currency, report)
         await _webhook(gateway, report)
-        if asked.order is None:
-            report.skipped("capture and refund", f"no approved order was given: {USAGE}")
+        if options.payment is None:
+            report.skipped("capture and refund", APPROVE)
         else:
-            await _capture_and_refund(gateway, report, asked)
+            await _capture_and_refund(gateway, options.payment, report)
     finally:
         await gateway.close()
 
 
-async def _made(gateway: PayPalGateway, asked: Asked) -> ProviderCharge:
-    charge = ProviderCharge(
-        payment_id=uuid4(), amount_cents=asked.amount_cents, currency=asked.currency
-    )
+async def _made(gateway: PayPalGateway, currency: str) -> ProviderCharge:
+    charge = ProviderCharge(payment_id=uuid4(), amount_cents=AMOUNT, currency=currency)
     if (refusal := gateway.refuses(charge)) is not None:
-        raise StartError(f"{refusal.field} {refusal.message}")
+        raise StartError(f"--currency: {refusal.field} {refusal.message}")
     reference = await gateway.prepare(charge, TIMEOUT_S)
+    if isinstance(reference, Declined):
+        raise StartError(f"--currency: the account does not take it ({reference.code})")
     return msgspec.structs.replace(charge, reference=reference)
 
 
-async def _order(gateway: PayPalGateway, report: Report, asked: Asked) -> None:
-    charge = await _made(gateway, asked)
+async def _order(gateway: PayPalGateway, currency: str, report: Report) -> None:
+    charge = await _made(gateway, currency)
     again = await gateway.prepare(charge, TIMEOUT_S)
     report.held("the same key makes the same order", again == charge.reference, again)
     found = await gateway.find_charge(charge, TIMEOUT_S)
@@ -124,7 +68,7 @@ async def _order(gateway: PayPalGateway, report: Report, asked: Asked) -> None:
     report.held("and can be closed", isinstance(closed, Declined), closed)
     after = await gateway.find_charge(charge, TIMEOUT_S)
     report.held("and stays closed", after == closed, after)
-    other = msgspec.structs.replace(await _made(gateway, asked), return_url=RETURN_URL)
+    other = msgspec.structs.replace(await _made(gateway, currency), return_url=RETURN_URL)
     told = await gateway.charge(other, TIMEOUT_S)
     action = told.action if isinstance(told, Open) else None
     if report.held("it is told where the customer returns to", action is not None, told):
@@ -148,14 +92,27 @@ async def _webhook(gateway: PayPalGateway, report: Report) -> None:
         report.held("a forged webhook is not believed", False, hint)
 
 
-async def _capture_and_refund(gateway: PayPalGateway, report: Report, asked: Asked) -> None:
-    charge = ProviderCharge(
+async def _approved(gateway: PayPalGateway, order_id: str) -> ProviderCharge:
+    """A charge of what the order states."""
+    response = await PayPalCall(gateway._http, TIMEOUT_S).ask("GET", f"{ORDERS}/{order_id}")
+    amount = read_order(response, order_id).unit.amount
+    if amount is None:
+        raise StartError("PAYMENT must be an order with an amount")
+    try:
+        amount_cents = from_paypal(amount.value, amount.currency_code)
+    except ValueError as error:
+        raise StartError(f"PAYMENT is an order whose amount {error}") from None
+    return ProviderCharge(
         payment_id=uuid4(),
-        amount_cents=asked.amount_cents,
-        currency=asked.currency,
-        payment_method=asked.order,
-        reference=asked.order,
+        amount_cents=amount_cents,
+        currency=amount.currency_code,
+        payment_method=order_id,
+        reference=order_id,
     )
+
+
+async def _capture_and_refund(gateway: PayPalGateway, order_id: str, report: Report) -> None:
+    charge = await _approved(gateway, order_id)
     found = await gateway.find_charge(charge, TIMEOUT_S)
     ready = isinstance(found, Open) and found.step == "ready"
     if not report.held("the order is approved", ready, found):
@@ -186,32 +143,3 @@ async def _capture_and_refund(gateway: PayPalGateway, report: Report, asked: Ask
     twice = await gateway.refund(refund, TIMEOUT_S)
     listed = await gateway.find_refund(refund, TIMEOUT_S)
     report.held("once, and listed at once", back == twice == listed, listed)
-
-
-def _asked(order: str, amount_cents: str = "1500", currency: str = "USD") -> Asked:
-    """Raises TypeError or ValueError."""
-    return Asked(order, int(amount_cents), currency)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The exit code."""
-    try:
-        asked = _asked(*arguments) if arguments else Asked()
-    except (TypeError, ValueError):
-        click.echo(f"usage: {USAGE}", err=True)
-        return 2
-    report = Printed()
-    try:
-        asyncio.run(_check(read_settings(os.environ), asked, report))
-    except StartError as error:
-        click.echo(str(error), err=True)
-        return 2
-    except (OutcomeUnknown, NeverSent) as error:
-        click.echo(f"PayPal gave no outcome: {error}", err=True)
-        return 2
-    click.echo(f"{report.failed} did not hold" if report.failed else "all of it held")
-    return 1 if report.failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

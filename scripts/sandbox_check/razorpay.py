@@ -1,10 +1,9 @@
 """Razorpay's test mode. It moves no money, and leaves some test orders in the account.
 
-Only a customer makes payments: with SANDBOX_PAYMENT=pay_… one that was paid at Checkout with a test
-card, and is authorized, is captured, and 1.00 of it is refunded. It can be checked again.
+Only a customer makes payments: one that was paid at Checkout with a test card, and is authorized,
+is captured if its id is given, and 1.00 of it is refunded. It can be checked again.
 """
 
-import os
 from collections.abc import Awaitable
 from uuid import NAMESPACE_URL, uuid4, uuid5
 
@@ -18,9 +17,9 @@ from payments.gateways import (
     ProviderCharge,
     ProviderRefund,
 )
-from payments.gateways.razorpay import EXPIRY_MIN, RazorpayGateway, build
+from payments.gateways.razorpay import EXPIRY_MIN, PAYMENT_ID, RazorpayGateway, build
 from payments.gateways.razorpay_api import RazorpayApi, now
-from payments.gateways.razorpay_entities import cents
+from payments.gateways.razorpay_entities import RazorpayOrder, cents
 from payments.payment.state import Approved, Declined
 from payments.settings import Settings
 from scripts.sandbox_check import Options, Report, webhooks
@@ -28,7 +27,7 @@ from scripts.sandbox_check import Options, Report, webhooks
 TIMEOUT_S = 20.0
 WEBHOOK_WAIT_S = 120.0
 LEAST = 100
-PAY = "give SANDBOX_PAYMENT=pay_…, of an authorized payment that was made at Checkout"
+PAY = "give the id (pay_…) of an authorized payment that was made at Checkout"
 FORWARDING = (
     "give --webhooks PORT, and have a tunnel bring the webhooks of the dashboard there; then pay"
 )
@@ -37,6 +36,8 @@ FORWARDING = (
 async def check(settings: Settings, options: Options, report: Report) -> None:
     if (settings.razorpay_key_id or "").startswith("rzp_live_"):
         raise StartError("RAZORPAY_KEY_ID is a live key: this check needs one of the test mode")
+    if options.payment is not None and not PAYMENT_ID.fullmatch(options.payment):
+        raise StartError("PAYMENT must be the id of a payment at Razorpay: pay_…")
     gateway = build(settings)
     try:
         findings = await gateway.findings(TIMEOUT_S)
@@ -45,8 +46,8 @@ async def check(settings: Settings, options: Options, report: Report) -> None:
         if any(finding.bad and "API key" in finding.text for finding in findings):
             return
         await _orders(gateway, options.currency, report)
-        if payment := os.environ.get("SANDBOX_PAYMENT"):
-            await _payment(gateway, payment, report)
+        if options.payment is not None:
+            await _payment(gateway, options.payment, report)
         else:
             report.skipped("capture and refund", PAY)
         await _webhooks(gateway, options, report)
@@ -57,12 +58,15 @@ async def check(settings: Settings, options: Options, report: Report) -> None:
 async def _orders(gateway: RazorpayGateway, currency: str, report: Report) -> None:
     charge = ProviderCharge(payment_id=uuid4(), amount_cents=LEAST, currency=currency)
     order_id = await gateway.prepare(charge, TIMEOUT_S)
+    if isinstance(order_id, Declined):
+        raise StartError(f"--currency: the account does not take it ({order_id.code})")
     report.held("an order is made", order_id.startswith("order_"), order_id)
     again = await gateway.prepare(charge, TIMEOUT_S)
     report.held("it is found by its receipt", again == order_id, again)
     api: RazorpayApi = gateway._api
     second = await api.make_order(charge, EXPIRY_MIN, now() + TIMEOUT_S)
-    report.held("unique_receipt makes no second one", second.id == order_id, second.id)
+    same = isinstance(second, RazorpayOrder) and second.id == order_id
+    report.held("unique_receipt makes no second one", same, second)
     found = await gateway.find_charge(
         msgspec.structs.replace(charge, reference=order_id), TIMEOUT_S
     )

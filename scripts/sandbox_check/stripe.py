@@ -21,6 +21,8 @@ FORWARDING = "run `stripe listen --forward-to 127.0.0.1:PORT`, and give --webhoo
 
 
 async def check(settings: Settings, options: Options, report: Report) -> None:
+    if options.payment is not None:
+        raise StartError("PAYMENT must be left out for stripe: the check makes its own payments")
     _, mode = checked_key(settings)
     if mode != "test":
         raise StartError("STRIPE_SECRET_KEY is a live key: this check needs one of the test mode")

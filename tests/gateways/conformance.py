@@ -6,6 +6,8 @@ case is about.
 """
 
 import asyncio
+import ssl
+from functools import cache
 from typing import NamedTuple, Protocol, cast, get_args
 from uuid import UUID, uuid4
 
@@ -38,6 +40,13 @@ STEPS: tuple[Step, ...] = get_args(Step)
 WAIT_S = 10.0  # where nothing is meant to go wrong
 TIMEOUT_S = 0.4  # where the deadline is meant to pass
 LATE_S = 1.0  # how much later than its deadline a call may end
+
+
+@cache
+def tls() -> ssl.SSLContext:
+    """Made once: it takes a tenth of a second, and each test has a gateway of its own."""
+    return ssl.create_default_context()
+
 
 # Each failure, and how it must be reported.
 FAILURES: dict[str, type[Exception]] = {

@@ -1,20 +1,20 @@
-"""Failed asserts of the conformance suite show their values, as those of test modules do. And what
-the tests of one provider share."""
+"""What the tests of one provider share: its stand-in, and a gateway to it."""
 
-import ssl
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from payments.gateways.http import ProviderHttp
+from payments.gateways.paypal import PayPalGateway
 from payments.gateways.razorpay import RazorpayGateway
+from payments.gateways.stripe import StripeGateway
+from tests.doubles.paypal_server import CLIENT_SECRET, TOKEN_S, PayPalProcess
 from tests.doubles.razorpay_ledger import WEBHOOK_SECRET
 from tests.doubles.razorpay_server import AUTHORIZATION, KEY_ID, RazorpayProcess
 from tests.doubles.stripe_server import RESTRICTED_KEY, SECRET_KEY, StripeProcess
-
-pytest.register_assert_rewrite("tests.gateways.conformance")
-
-TLS = ssl.create_default_context()  # slow to make, and not used on loopback
+from tests.gateways.conformance import tls
+from tests.gateways.official_paypal import Counts, checked_gateway, told
+from tests.gateways.stripes import opened_gateway
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def razorpay(running_razorpay: RazorpayProcess) -> Iterator[RazorpayProcess]:
 
 @pytest.fixture
 async def razorpay_gateway(razorpay: RazorpayProcess) -> AsyncIterator[RazorpayGateway]:
-    http = ProviderHttp(razorpay.url, {"Authorization": AUTHORIZATION}, keep_alive=False, tls=TLS)
+    http = ProviderHttp(razorpay.url, {"Authorization": AUTHORIZATION}, keep_alive=False, tls=tls())
     gateway = RazorpayGateway(http, KEY_ID, ("the one before", WEBHOOK_SECRET))
     yield gateway
     await gateway.close()
@@ -55,3 +55,40 @@ def stripe(running_stripe: StripeProcess) -> Iterator[StripeProcess]:
     running_stripe.busy(0)
     running_stripe.fail_inside(0)
     running_stripe.accept_keys(SECRET_KEY, RESTRICTED_KEY)
+
+
+@pytest.fixture(scope="module")
+def running_paypal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PayPalProcess]:
+    with PayPalProcess(tmp_path_factory.mktemp("paypal") / "ledger.jsonl") as running:
+        yield running
+
+
+@pytest.fixture
+def paypal(running_paypal: PayPalProcess) -> Iterator[PayPalProcess]:
+    """Shared, as every test has its own ids; its faults and settings are this test's alone."""
+    yield running_paypal
+    running_paypal.script()
+    running_paypal.listen()
+    given = {"approves": True, "conflicts": 0, "makes_not": ""}
+    running_paypal.set(**given, secret=CLIENT_SECRET, token_s=TOKEN_S)
+
+
+@pytest.fixture(scope="module")
+def paypal_counts() -> Iterator[list[Counts]]:
+    counts: list[Counts] = []
+    yield counts
+    print(f"\n{told(counts)}")  # noqa: T201
+
+
+@pytest.fixture
+async def paypal_gateway(
+    paypal: PayPalProcess, paypal_counts: list[Counts]
+) -> AsyncIterator[PayPalGateway]:
+    async with checked_gateway(paypal.url, paypal_counts) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def stripe_gateway(stripe: StripeProcess) -> AsyncIterator[StripeGateway]:
+    async with opened_gateway(stripe.url) as opened:
+        yield opened

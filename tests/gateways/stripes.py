@@ -1,7 +1,6 @@
 """Stripe gateways for tests, and the settings they are built from."""
 
 import os
-import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +15,7 @@ from payments.gateways.stripe import StripeGateway
 from payments.http_url import parse_http_url
 from payments.settings import Settings
 from tests.doubles.stripe_server import SECRET_KEY, WEBHOOK_SECRET, signed
-from tests.gateways.conformance import WAIT_S
+from tests.gateways.conformance import WAIT_S, tls
 from tests.gateways.official import VARIABLE, CheckedHttp, Official, official_file, show
 
 FILE = "stripe-2023-08-16.json"
@@ -33,12 +32,6 @@ def official_stripe() -> Official | None:
     if not os.environ.get(VARIABLE):
         return None
     return Official(official_file(FILE), beyond=NEWER_THAN_THE_FILE)
-
-
-@cache
-def tls() -> ssl.SSLContext:
-    """Made once: it takes a tenth of a second, and each test has a gateway of its own."""
-    return ssl.create_default_context()
 
 
 def check_official(config: pytest.Config, *operations: str) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 from loguru import logger
@@ -14,7 +14,7 @@ from payments.gateways.paypal import TOKEN_PATH, PayPalGateway
 from payments.payment.state import Approved
 from tests.doubles.paypal_server import CLIENT_ID, CLIENT_SECRET, WEBHOOK_ID, PayPalProcess
 from tests.doubles.stand_in import Fault, FaultKind
-from tests.gateways.conformance import LATE_S, TIMEOUT_S, WAIT_S, begun, charge_of
+from tests.gateways.conformance import LATE_S, TIMEOUT_S, WAIT_S, begun, charge_of, tls
 from tests.machine import within
 
 pytestmark = pytest.mark.anyio
@@ -29,20 +29,6 @@ class Clock:
         return self.now
 
 
-@pytest.fixture(scope="module")
-def running_paypal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PayPalProcess]:
-    with PayPalProcess(tmp_path_factory.mktemp("paypal") / "ledger.jsonl") as running:
-        yield running
-
-
-@pytest.fixture
-def paypal(running_paypal: PayPalProcess) -> Iterator[PayPalProcess]:
-    yield running_paypal
-    running_paypal.script()
-    running_paypal.listen()
-    running_paypal.set(secret=CLIENT_SECRET, token_s=32_400)
-
-
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
@@ -50,7 +36,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def http(paypal: PayPalProcess, clock: Clock) -> AsyncIterator[OAuthHttp]:
-    plain = ProviderHttp(paypal.url)
+    plain = ProviderHttp(paypal.url, tls=tls())
     opened = OAuthHttp(plain, TOKEN_PATH, CLIENT_ID, CLIENT_SECRET, clock)
     yield opened
     await opened.close()

@@ -3,7 +3,6 @@ PayPal's own files."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
 from decimal import Decimal
 from uuid import UUID
 
@@ -33,9 +32,7 @@ from tests.gateways.official_paypal import (
     Counts,
     Exchange,
     check,
-    checked_gateway,
     directory,
-    told,
 )
 
 pytestmark = pytest.mark.anyio
@@ -128,31 +125,9 @@ class PayPalHarness:
         return old[0] | {name: headers[name]}
 
 
-@pytest.fixture(scope="module")
-def running_paypal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PayPalProcess]:
-    with PayPalProcess(tmp_path_factory.mktemp("paypal") / "ledger.jsonl") as running:
-        yield running
-
-
 @pytest.fixture
-def paypal(running_paypal: PayPalProcess) -> Iterator[PayPalProcess]:
-    """Shared, as every test has its own ids; its faults are this test's alone."""
-    yield running_paypal
-    running_paypal.script()
-    running_paypal.listen()
-
-
-@pytest.fixture(scope="module")
-def counts() -> Iterator[list[Counts]]:
-    counts: list[Counts] = []
-    yield counts
-    print(f"\n{told(counts)}")  # noqa: T201
-
-
-@pytest.fixture
-async def gateway(paypal: PayPalProcess, counts: list[Counts]) -> AsyncIterator[PayPalGateway]:
-    async with checked_gateway(paypal.url, counts) as opened:
-        yield opened
+def gateway(paypal_gateway: PayPalGateway) -> PayPalGateway:
+    return paypal_gateway
 
 
 @pytest.fixture

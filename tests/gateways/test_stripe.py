@@ -5,7 +5,6 @@ The conformance suite is in test_stripe_conformance.py.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
@@ -42,9 +41,8 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-async def gateway(stripe: StripeProcess) -> AsyncIterator[StripeGateway]:
-    async with opened_gateway(stripe.url) as opened:
-        yield opened
+def gateway(stripe_gateway: StripeGateway) -> StripeGateway:
+    return stripe_gateway
 
 
 def with_method(

@@ -4,7 +4,7 @@ And Stripe's own client, which drives the stand-in, and checks signatures as we 
 """
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
 
@@ -41,9 +41,8 @@ EVENT = {
 
 
 @pytest.fixture
-async def gateway(stripe: StripeProcess) -> AsyncIterator[StripeGateway]:
-    async with opened_gateway(stripe.url) as opened:
-        yield opened
+def gateway(stripe_gateway: StripeGateway) -> StripeGateway:
+    return stripe_gateway
 
 
 class TestSettings:

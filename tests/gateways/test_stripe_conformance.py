@@ -4,7 +4,6 @@ Where PROVIDER_SPECS is set, each exchange is held to Stripe's own schema (offic
 """
 
 import time
-from collections.abc import AsyncIterator
 from uuid import UUID
 
 import msgspec
@@ -23,7 +22,7 @@ from tests.gateways.conformance import (
     begun,
     charge_of,
 )
-from tests.gateways.stripes import RETURN_URL, SECRETS, check_official, opened_gateway
+from tests.gateways.stripes import RETURN_URL, SECRETS, check_official
 
 pytestmark = pytest.mark.anyio
 
@@ -120,9 +119,8 @@ class StripeHarness:
 
 
 @pytest.fixture
-async def gateway(stripe: StripeProcess) -> AsyncIterator[StripeGateway]:
-    async with opened_gateway(stripe.url) as opened:
-        yield opened
+def gateway(stripe_gateway: StripeGateway) -> StripeGateway:
+    return stripe_gateway
 
 
 @pytest.fixture
