@@ -6,6 +6,7 @@ a command may answer "try again" only after NeverSent.
 
 building.py          the providers that the settings name, built
 http.py              HTTP for gateways: one bounded exchange, and whether it may have been sent
+adapters.py          what the adapters of providers share: address, repeated exchanges
 counted.py           a gateway whose every call is counted and timed
 units.py             amounts in the providers' units
 signatures.py        whether a webhook was signed with one of our secrets

@@ -63,11 +63,19 @@ class ProviderResponse(NamedTuple):
 
     def read(self, decoder: msgspec.json.Decoder[T]) -> T:
         """The body as what the decoder expects; OutcomeUnknown if it is anything else."""
-        try:
-            return decoder.decode(self.body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        found = decoded(self.body, decoder)
+        if found is None:
             reason = f"invalid response with status {self.status}"
-            raise OutcomeUnknown(reason, is_outage=self.is_outage) from None
+            raise OutcomeUnknown(reason, is_outage=self.is_outage)
+        return found
+
+
+def decoded(body: bytes, decoder: msgspec.json.Decoder[T]) -> T | None:
+    """None for whatever the decoder does not expect, also if it is nested too deeply."""
+    try:
+        return decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 class ProviderHttp:

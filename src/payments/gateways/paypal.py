@@ -5,7 +5,6 @@ approved it. An order that is not to be captured any more is closed at PayPal be
 it gets the intent AUTHORIZE, with which it cannot be captured, and keeps the reason.
 """
 
-import ipaddress
 import re
 from collections.abc import Mapping
 from urllib.parse import quote
@@ -25,6 +24,7 @@ from payments.gateways import (
     paypal_orders,
     paypal_webhooks,
 )
+from payments.gateways.adapters import connected
 from payments.gateways.http import ProviderHttp, ProviderResponse
 from payments.gateways.oauth import OAuthHttp
 from payments.gateways.paypal_api import ORDERS, VAULT, PayPalCall
@@ -308,19 +308,11 @@ def build(settings: Settings) -> PayPalGateway:
         if not value:
             raise StartError(f"{name} must be set to that of a REST app, for the provider paypal")
     base = settings.paypal_api_base
-    if base is not None and base.scheme == "http" and not _is_loopback(base.host):
-        raise StartError("PAYPAL_API_BASE must begin with https://, except on this machine")
-    if base is not None and "?" in base.path_qs:
-        raise StartError("PAYPAL_API_BASE must hold no query")
-    address = BASES[settings.paypal_environment] if base is None else base.text
-    http = OAuthHttp(ProviderHttp(address), TOKEN_PATH, client_id or "", secret or "")
+    if base is None:
+        http = ProviderHttp(BASES[settings.paypal_environment])
+    else:
+        http = connected("PAYPAL_API_BASE", base, ProviderHttp)
+    oauth = OAuthHttp(http, TOKEN_PATH, client_id or "", secret or "")
     return PayPalGateway(
-        http, environment=settings.paypal_environment, webhook_id=settings.paypal_webhook_id
+        oauth, environment=settings.paypal_environment, webhook_id=settings.paypal_webhook_id
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -1,17 +1,11 @@
 """Requests to PayPal: how one is sent, what is in it, and what its rejections mean."""
 
-import asyncio
 import re
-import time
+from collections.abc import Awaitable
 from typing import Any
 
-from payments.gateways import (
-    NeverSent,
-    OutcomeUnknown,
-    ProviderCharge,
-    ProviderRefund,
-    ReferenceNotFound,
-)
+from payments.gateways import ProviderCharge, ProviderRefund, ReferenceNotFound
+from payments.gateways.adapters import Exchanges
 from payments.gateways.http import ProviderResponse
 from payments.gateways.oauth import OAuthHttp
 from payments.gateways.paypal_orders import ORDER_ID, PayPalOrder
@@ -71,8 +65,7 @@ class PayPalCall:
 
     def __init__(self, http: OAuthHttp, timeout_s: float) -> None:
         self._http = http
-        self._ends = time.monotonic() + timeout_s
-        self._moved = False
+        self._exchanges = Exchanges(timeout_s)
 
     async def ask(
         self, method: str, path: str, body: object = None, *, key: str = "", moves: bool = False
@@ -80,20 +73,13 @@ class PayPalCall:
         """One exchange, repeated while PayPal works on an earlier request with this key. Once what
         `moves` may have arrived, NeverSent would not be true of the call any more."""
         headers = {"PayPal-Request-Id": key, "Prefer": "return=representation"} if key else {}
-        while True:
-            left_s = self._ends - time.monotonic()
-            try:
-                response = await self._http.exchange(
-                    method, path, timeout_s=left_s, headers=headers, body=body
-                )
-            except NeverSent as error:
-                if not self._moved:
-                    raise
-                raise OutcomeUnknown(str(error), is_outage=error.is_outage) from None
-            self._moved = self._moved or moves
-            if response.status != 409 or self._ends - time.monotonic() < 2 * AGAIN_S:
-                return response
-            await asyncio.sleep(AGAIN_S)
+
+        def once(left_s: float) -> Awaitable[ProviderResponse]:
+            return self._http.exchange(method, path, timeout_s=left_s, headers=headers, body=body)
+
+        return await self._exchanges.repeated(
+            once, lambda response: response.status == 409, AGAIN_S, moves=moves
+        )
 
 
 async def made(

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 import msgspec
 
 from payments.gateways import BadSignature, Hint, ProviderFinding
-from payments.gateways.http import ProviderResponse
+from payments.gateways.http import ProviderResponse, decoded
 from payments.gateways.paypal_orders import ORDER_ID, as_uuid
 
 VERIFY_PATH = "/v1/notifications/verify-webhook-signature"
@@ -91,10 +91,9 @@ def question(headers: Mapping[str, str], raw_body: bytes, webhook_id: str | None
 def _is_object(raw_body: bytes) -> bool:
     try:
         raw_body.decode()
-        _OBJECT.decode(raw_body)
-    except (ValueError, msgspec.MsgspecError, RecursionError):
+    except UnicodeDecodeError:
         return False
-    return True
+    return decoded(raw_body, _OBJECT) is not None
 
 
 def check(response: ProviderResponse) -> None:
@@ -109,9 +108,8 @@ def check(response: ProviderResponse) -> None:
 
 def hint_of(raw_body: bytes) -> Hint | None:
     """What a genuine one is about."""
-    try:
-        event = _EVENT.decode(raw_body)
-    except (msgspec.MsgspecError, RecursionError):
+    event = decoded(raw_body, _EVENT)
+    if event is None:
         return None
     resource = event.resource
     order_id = resource.supplementary_data.related_ids.order_id

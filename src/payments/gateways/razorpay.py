@@ -8,14 +8,10 @@ read back, before it is captured. An order has our id as receipt. docs/gateways/
 
 import base64
 import hashlib
-import hmac
-import ipaddress
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from uuid import UUID
-
-import msgspec
 
 from payments.errors import StartError
 from payments.gateways import (
@@ -29,10 +25,10 @@ from payments.gateways import (
     ProviderRefund,
     Refusal,
 )
-from payments.gateways.http import ProviderHttp
+from payments.gateways.adapters import after_sending, connected
+from payments.gateways.http import ProviderHttp, decoded
 from payments.gateways.razorpay_api import (
     RazorpayApi,
-    after_sending,
     description_of,
     fail,
     now,
@@ -51,6 +47,7 @@ from payments.gateways.razorpay_entities import (
     named,
     refunded,
 )
+from payments.gateways.signatures import is_signed
 from payments.gateways.units import to_razorpay
 from payments.payment.state import Approved, Declined
 from payments.settings import Settings
@@ -206,11 +203,13 @@ class RazorpayGateway:
         self, headers: Mapping[str, str], raw_body: bytes, timeout_s: float
     ) -> Hint | None:
         """The signature covers the body alone, so an old webhook is not known as such."""
-        _check_signature(self._webhook_secrets, headers.get("x-razorpay-signature", ""), raw_body)
-        try:
-            payload = EVENT.decode(raw_body).payload
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        signatures = (headers.get("x-razorpay-signature", ""),)
+        if not is_signed(raw_body, signatures, self._webhook_secrets):
+            raise BadSignature("the signature is missing or not Razorpay's, or no secret is set")
+        event = decoded(raw_body, EVENT)
+        if event is None:
             return None  # Razorpay's, and about no payment
+        payload = event.payload
         event_id = headers.get("x-razorpay-event-id") or hashlib.sha256(raw_body).hexdigest()
         if (payment_id := payload.payment_id()) is not None:
             return Hint(event_id=event_id, payment_id=payment_id)
@@ -317,15 +316,13 @@ def build(settings: Settings) -> RazorpayGateway:
         raise StartError("RAZORPAY_KEY_ID must be set to a key id: rzp_test_… or rzp_live_…")
     if settings.razorpay_key_secret is None:
         raise StartError("RAZORPAY_KEY_SECRET must be set to the secret of the API key")
-    base = settings.razorpay_api_base
-    if base.scheme == "http" and not _is_loopback(base.host):
-        raise StartError("RAZORPAY_API_BASE must be an https:// address: it gets the API key")
     key = f"{settings.razorpay_key_id}:{settings.razorpay_key_secret}".encode()
     headers = {"Authorization": f"Basic {base64.b64encode(key).decode()}"}
-    try:
-        http = ProviderHttp(base.text, headers, keep_alive=False)
-    except ValueError as error:
-        raise StartError(f"RAZORPAY_API_BASE: {error}") from None
+    http = connected(
+        "RAZORPAY_API_BASE",
+        settings.razorpay_api_base,
+        lambda base: ProviderHttp(base, headers, keep_alive=False),
+    )
     # What is not captured by then never is, and need not be kept from the customer any longer.
     expiry_min = math.ceil(settings.pending_abandon_after_s / 60)
     return RazorpayGateway(
@@ -334,19 +331,3 @@ def build(settings: Settings) -> RazorpayGateway:
         settings.razorpay_webhook_secrets,
         expiry_min=min(max(expiry_min, EXPIRY_MIN), EXPIRY_MAX),
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _check_signature(secrets: Iterable[str], signature: str, raw_body: bytes) -> None:
-    """Of several secrets any counts: there are two while one replaces the other."""
-    signed = [hmac.new(each.encode(), raw_body, hashlib.sha256).hexdigest() for each in secrets]
-    given = signature.encode("utf-8", "replace")
-    matches = [hmac.compare_digest(given, each.encode()) for each in signed]
-    if True not in matches:
-        raise BadSignature("the signature is missing or not Razorpay's, or no secret is set")

@@ -2,20 +2,17 @@
 
 import asyncio
 import re
-from collections.abc import Coroutine, Mapping
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Mapping
+from typing import NoReturn
 from uuid import UUID
 
-import msgspec
-
 from payments.gateways import (
-    NeverSent,
     OutcomeUnknown,
     ProviderCharge,
     ProviderRefund,
     ReferenceNotFound,
 )
-from payments.gateways.http import ProviderHttp, ProviderResponse
+from payments.gateways.http import ProviderHttp, ProviderResponse, decoded
 from payments.gateways.razorpay_entities import (
     ERROR,
     ORDER,
@@ -42,8 +39,6 @@ ORDER_STATES = ("paid", "attempted", "created")  # the one that tells most comes
 REFUSED = ("amount", "currency")
 ABOUT_REFUSED = re.compile(r"((the|order) )?(amount|currency)\b", re.IGNORECASE)
 UNKNOWN_ID = re.compile(r"\bid provided does not exist\b|\bis not a valid id\b")
-
-T = TypeVar("T")
 
 
 class RazorpayApi:
@@ -161,20 +156,10 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-async def after_sending(asking: Coroutine[Any, Any, T]) -> T:
-    """What is asked after a request that was sent: if this is never sent, that was all the same."""
-    try:
-        return await asking
-    except NeverSent as error:
-        raise OutcomeUnknown(str(error), is_outage=error.is_outage) from None
-
-
 def error_of(response: ProviderResponse) -> RazorpayErrorDetail:
     """Razorpay's error; an empty one if the body is none."""
-    try:
-        return ERROR.decode(response.body).error
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return RazorpayErrorDetail()
+    body = decoded(response.body, ERROR)
+    return RazorpayErrorDetail() if body is None else body.error
 
 
 def description_of(response: ProviderResponse) -> str:

@@ -25,9 +25,6 @@ import time
 from collections.abc import Callable, Mapping
 from urllib.parse import urlencode
 
-import msgspec
-
-from payments.errors import StartError
 from payments.gateways import (
     BadSignature,
     Hint,
@@ -38,7 +35,8 @@ from payments.gateways import (
     ProviderRefund,
     Refusal,
 )
-from payments.gateways.http import ProviderHttp, ProviderResponse
+from payments.gateways.adapters import connected
+from payments.gateways.http import ProviderHttp, ProviderResponse, decoded
 from payments.gateways.signatures import is_signed
 from payments.gateways.stripe_account import (
     CONFIRMATION_TOKEN,
@@ -230,9 +228,8 @@ class StripeGateway:
             raise BadSignature("the signature is not Stripe's")
         if not sent_at.isdecimal() or abs(time.time() - int(sent_at)) > TOLERANCE_S:
             raise BadSignature("the signature is too old, or from the future")
-        try:
-            event = EVENT.decode(raw_body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        event = decoded(raw_body, EVENT)
+        if event is None:
             return None
         about = event.data.object
         reference = about.id if about.object == "payment_intent" else about.payment_intent
@@ -329,11 +326,11 @@ def build(settings: Settings, connect: Callable[..., ProviderHttp] = ProviderHtt
     """Raises StartError, which names the variable and does not repeat it."""
     key, mode = checked_key(settings)
     headers = {"Authorization": f"Bearer {key}", "Stripe-Version": API_VERSION}
-    base = settings.stripe_api_base.text
-    try:
-        http, lists = connect(base, headers), connect(base, headers, keep_alive=False)
-    except ValueError as error:
-        raise StartError(f"STRIPE_API_BASE: {error}") from None
+    http, lists = connected(
+        "STRIPE_API_BASE",
+        settings.stripe_api_base,
+        lambda base: (connect(base, headers), connect(base, headers, keep_alive=False)),
+    )
     return StripeGateway(
         http,
         lists,

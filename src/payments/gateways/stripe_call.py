@@ -1,10 +1,9 @@
 """The exchanges of one call of the gateway to Stripe, within one deadline."""
 
-import asyncio
-import time
 from collections.abc import Mapping
 
-from payments.gateways import NeverSent, OutcomeUnknown
+from payments.gateways import OutcomeUnknown
+from payments.gateways.adapters import Exchanges
 from payments.gateways.http import ANSWER_BYTES_MAX, ProviderHttp, ProviderResponse
 from payments.gateways.stripe_objects import error_of
 
@@ -17,8 +16,7 @@ class StripeCall:
     """`timeout_s` is for all of them together."""
 
     def __init__(self, timeout_s: float) -> None:
-        self._ends_at = time.monotonic() + timeout_s
-        self._asked = False
+        self._exchanges = Exchanges(timeout_s)
 
     async def exchange(
         self,
@@ -32,28 +30,24 @@ class StripeCall:
     ) -> ProviderResponse:
         """Repeats the same bytes while Stripe is busy with the same key or object. NeverSent means
         that none of the exchanges was sent."""
-        while True:
-            try:
-                response = await http.exchange(
-                    method,
-                    path,
-                    timeout_s=self._left_s(),
-                    headers={} if key is None else {KEY: key},
-                    form=form,
-                    response_headers=(KEY, REPLAYED),
-                    response_bytes_max=bytes_max,
-                )
-            except NeverSent as unsent:
-                if self._asked:
-                    raise OutcomeUnknown(str(unsent), is_outage=unsent.is_outage) from None
-                raise
-            self._asked = True
+
+        async def once(left_s: float) -> ProviderResponse:
+            response = await http.exchange(
+                method,
+                path,
+                timeout_s=left_s,
+                headers={} if key is None else {KEY: key},
+                form=form,
+                response_headers=(KEY, REPLAYED),
+                response_bytes_max=bytes_max,
+            )
             if response.headers.get(KEY, key) != key:
                 raise OutcomeUnknown("Stripe responded to another request")
-            error = error_of(response)
-            if error is None or not error.is_busy or self._left_s() < 2 * BUSY_S:
-                return response
-            await asyncio.sleep(BUSY_S)
+            return response
 
-    def _left_s(self) -> float:
-        return self._ends_at - time.monotonic()
+        return await self._exchanges.repeated(once, _is_busy, BUSY_S)
+
+
+def _is_busy(response: ProviderResponse) -> bool:
+    error = error_of(response)
+    return error is not None and error.is_busy

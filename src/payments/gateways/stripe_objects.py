@@ -10,7 +10,7 @@ import msgspec
 from loguru import logger
 
 from payments.gateways import NextAction, Open, OutcomeUnknown, ProviderCharge, ReferenceNotFound
-from payments.gateways.http import ProviderResponse
+from payments.gateways.http import ProviderResponse, decoded
 from payments.gateways.units import from_stripe
 from payments.payment.state import Approved, Declined
 
@@ -158,10 +158,8 @@ def error_of(response: ProviderResponse) -> StripeError | None:
     """None for a body that is not Stripe's: a server in front of it has errors as well."""
     if response.status < 400:
         return None
-    try:
-        return _ERROR.decode(response.body).error
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
+    body = decoded(response.body, _ERROR)
+    return None if body is None else body.error
 
 
 def unexpected(response: ProviderResponse) -> NoReturn:
