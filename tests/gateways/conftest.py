@@ -1,6 +1,11 @@
-"""What the tests of one provider share: its stand-in, and a gateway to it."""
+"""What the tests of one provider share: its stand-in, and a gateway to it.
+
+What holds exchanges to the providers' own files is imported where it is used: it takes half a
+second, which quick tests need not wait for.
+"""
 
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 
@@ -13,8 +18,6 @@ from tests.doubles.razorpay_ledger import WEBHOOK_SECRET
 from tests.doubles.razorpay_server import AUTHORIZATION, KEY_ID, RazorpayProcess
 from tests.doubles.stripe_server import RESTRICTED_KEY, SECRET_KEY, StripeProcess
 from tests.gateways.conformance import tls
-from tests.gateways.official_paypal import Counts, checked_gateway, told
-from tests.gateways.stripes import opened_gateway
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,9 @@ def paypal(running_paypal: PayPalProcess) -> Iterator[PayPalProcess]:
 
 
 @pytest.fixture(scope="module")
-def paypal_counts() -> Iterator[list[Counts]]:
+def paypal_counts() -> Iterator[list[Any]]:
+    from tests.gateways.official_paypal import Counts, told
+
     counts: list[Counts] = []
     yield counts
     print(f"\n{told(counts)}")  # noqa: T201
@@ -82,13 +87,17 @@ def paypal_counts() -> Iterator[list[Counts]]:
 
 @pytest.fixture
 async def paypal_gateway(
-    paypal: PayPalProcess, paypal_counts: list[Counts]
+    paypal: PayPalProcess, paypal_counts: list[Any]
 ) -> AsyncIterator[PayPalGateway]:
+    from tests.gateways.official_paypal import checked_gateway
+
     async with checked_gateway(paypal.url, paypal_counts) as opened:
         yield opened
 
 
 @pytest.fixture
 async def stripe_gateway(stripe: StripeProcess) -> AsyncIterator[StripeGateway]:
+    from tests.gateways.stripes import opened_gateway
+
     async with opened_gateway(stripe.url) as opened:
         yield opened
