@@ -20,8 +20,9 @@ from payments.gateways import (
     ReferenceNotFound,
 )
 from payments.gateways.building import GATEWAY_MEMBERS, build_gateways
-from payments.gateways.http import ProviderHttp
+from payments.gateways.http import ProviderHttp, ProviderResponse
 from payments.gateways.razorpay import RazorpayGateway, build
+from payments.gateways.razorpay_api import description_of
 from payments.gateways.razorpay_entities import RazorpayOrder
 from payments.http_url import parse_http_url
 from payments.payment.state import Approved, Declined
@@ -660,3 +661,8 @@ class TestBuild:
         charge = await paid(razorpay, gateway)
         assert await gateway.charge(charge, WAIT_S) == approved(charge)
         await gateway.close()
+
+
+def test_an_error_that_is_nested_too_deeply_is_none_of_razorpays() -> None:
+    body = b'{"error":{"description":"no","more":' + b"[" * 20_000 + b"]" * 20_000 + b"}}"
+    assert description_of(ProviderResponse(400, body)) == ""
