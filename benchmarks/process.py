@@ -31,6 +31,7 @@ from benchmarks.child import ROOT, ChildError
 from payments.admission import Admission
 from payments.commands import outcomes as recording
 from payments.commands.charge import Charged, ChargePayment
+from payments.commands.hints import Hints
 from payments.database.connections import DatabaseAddress
 from payments.gateways.building import build_gateways
 from payments.observability.logs import set_up_logs
@@ -134,6 +135,9 @@ _COMMAND = ChargePayment(
 )
 
 
+_NOWHERE = DatabaseAddress(host="127.0.0.1", port=1, user="-", password=None, dbname="-")
+
+
 class _WithoutStore(Service):
     """The part of a Service that the routes of a charge and of a read need."""
 
@@ -143,6 +147,7 @@ class _WithoutStore(Service):
         self.admission = Admission(settings.intent_queue_max, settings.gateway_concurrency_max)
         self.charging = self.runs = self.lookups = self  # type: ignore[assignment]
         self.database = None  # type: ignore[assignment]
+        self.hints = Hints((), _NOWHERE, self.telemetry, settings)  # it opens no connection
         self._found = captured(_COMMAND)
 
     async def start(self, *, work: bool = True) -> None:

@@ -42,10 +42,7 @@ COMMANDS = {
     "keys": ("keys:keys", "API keys of the service's clients."),
     "doctor": (
         "doctor:doctor",
-        (
-            "Check settings, database, followers, unsettled payments, callbacks and providers, "
-            "one line each."
-        ),
+        "Check settings, database, followers, unsettled payments, callbacks and providers.",
     ),
     "replay": (
         "replay:replay_log",

@@ -272,7 +272,7 @@ class RazorpayGateway:
         # Of several, the same one in every process.
         for payment in sorted(captured or authorized, key=lambda each: (each.created_at, each.id)):
             return self._standing(payment, charge, our_id), payment
-        return Open(id=our_id, step="action", action=self._action(order, order.id)), None
+        return Open(id=our_id, step="action", action=self._action(order)), None
 
     def _standing(
         self, payment: RazorpayPayment, charge: ProviderCharge, of_order: UUID | None = None
@@ -296,17 +296,20 @@ class RazorpayGateway:
                 return Declined(differs)
             case "authorized":
                 return Open(id=our_id, step="authorized")
-            case "created":
-                action = self._action(payment, payment.order_id)
-                return Open(id=our_id, step="action", action=action)
+            case (
+                "created"
+            ):  # the customer is at the bank; another Checkout would be another payment
+                return Open(id=our_id, step="action")
         raise OutcomeUnknown("Razorpay responded with a status that it does not document")
 
-    def _action(self, about: RazorpayOrder | RazorpayPayment, order_id: str | None) -> NextAction:
+    def _action(self, order: RazorpayOrder) -> NextAction:
         """What Checkout needs."""
-        amount = str(about.amount)
-        fields = {"key_id": self._key_id, "amount": amount, "currency": about.currency}
-        if order_id is not None:
-            fields["order_id"] = order_id
+        fields = {
+            "key_id": self._key_id,
+            "order_id": order.id,
+            "amount": str(order.amount),
+            "currency": order.currency,
+        }
         return NextAction(type="razorpay", fields=fields)
 
 
