@@ -386,7 +386,7 @@ class TestOutages:
     @pytest.mark.parametrize(
         ("status", "is_outage"),
         [
-            *((200, False), (302, False), (400, False), (401, False), (403, False)),
+            *((200, False), (302, False), (400, False), (401, True), (403, False)),
             *((404, False), (409, False), (422, False), (429, True)),
             *((500, True), (502, True), (503, True), (504, True), (529, True)),
         ],

@@ -55,8 +55,8 @@ class _NotAnswered(Exception):
 class OutcomeUnknown(_NotAnswered):
     """The provider may have been reached, and what it did is not known: ask it later.
 
-    Set `is_outage` for a timeout, a reset, 429 and 5xx; not for a response without sense, which
-    shows that the provider is up.
+    Set `is_outage` for a timeout, a reset, 401, 429 and 5xx; not for a response without sense,
+    which shows that the provider is up.
     """
 
 

@@ -4,7 +4,7 @@
        ^                                                            |
        +---------------------------------------------it succeeds---+
 
-Only outages count: refused connections, timeouts, 429 and 5xx. A decline is a success.
+Only outages count: refused connections, timeouts, 401, 429 and 5xx. A decline is a success.
 
 Time is handed in, as seconds of a monotonic clock. One per provider and process, used from its
 event loop alone.

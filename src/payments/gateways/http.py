@@ -54,8 +54,9 @@ class ProviderResponse(NamedTuple):
 
     @property
     def is_outage(self) -> bool:
-        """Whether the provider says that it is down or overloaded."""
-        return self.status == 429 or self.status >= 500
+        """Whether the provider says that it is down or overloaded, or rejects the credentials: no
+        charge succeeds before they are put right, so none should be begun."""
+        return self.status in (401, 429) or self.status >= 500
 
     def unexpected(self) -> NoReturn:
         """Raises OutcomeUnknown: the provider's documentation gives this response no meaning."""

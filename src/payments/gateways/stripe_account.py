@@ -74,7 +74,7 @@ def findings_of(
         found.append(_charges(account))
     text = "webhooks are verified with STRIPE_WEBHOOK_SECRETS"
     if not has_webhooks:
-        text = "no STRIPE_WEBHOOK_SECRETS: webhooks are rejected, and settling asks without them"
+        text = "no STRIPE_WEBHOOK_SECRETS: webhooks are rejected, settling asks without"
     found.append(ProviderFinding(False, text))
     text = "customers act in Stripe.js, with STRIPE_PUBLISHABLE_KEY"
     if not has_publishable_key:

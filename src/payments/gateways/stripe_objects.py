@@ -163,15 +163,13 @@ def error_of(response: ProviderResponse) -> StripeError | None:
 
 
 def unexpected(response: ProviderResponse) -> NoReturn:
-    """Raises OutcomeUnknown. A rejected key is an outage: no charge succeeds before it is put
-    right, so none should be begun."""
+    """Raises OutcomeUnknown."""
     error = error_of(response)
     what = f": {error.code or error.type}" if error is not None else ""
-    is_outage = response.is_outage or response.status == 401
     reason = f"Stripe responded with {response.status}{what}"
     if response.status == 401:
         reason = "Stripe rejects the API key (401)"
-    raise OutcomeUnknown(reason, is_outage=is_outage)
+    raise OutcomeUnknown(reason, is_outage=response.is_outage)
 
 
 def check_known(error: StripeError | None, reference: str) -> None:
