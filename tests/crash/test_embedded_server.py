@@ -109,7 +109,7 @@ def test_killed_under_load(
     pytestconfig: pytest.Config,
     victim: Callable[[Path], psutil.Process],
 ) -> None:
-    kills = max(3, pytestconfig.getoption("--kills") // 2)
+    kills = max(1, pytestconfig.getoption("--kills") // 4)
     provider.script(*UNRELIABLE)
     answers = Answers()
     with ServiceProcess(data_dir, **settings(provider)) as service:
