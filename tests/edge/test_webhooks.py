@@ -41,6 +41,9 @@ def given(module_database: DatabaseAddress, provider: ProviderProcess) -> dict[s
     more = {
         "PAYMENTS_API_KEYS": f"shop:{hashlib.sha256(KEY.encode()).hexdigest()}",
         "PENDING_ABANDON_AFTER_S": 3600,
+        # The provider is never slow, however busy the machine is: else it would count as down.
+        "CHARGE_DEADLINE_S": 25,
+        "GATEWAY_TIMEOUT_S": 20,
         "RETURN_URL_PREFIXES": "https://shop.example/",
         "TEST_PROVIDER_PREPARES": 1,
         "TEST_PROVIDER_WEBHOOK_SECRETS": ",".join(SECRETS),
