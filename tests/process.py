@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import shutil
 import signal
 import socket
@@ -75,6 +76,11 @@ _PEAK = (
     "try: main()\n"
     "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
 )
+
+
+def beside_progress(stderr: str) -> list[str]:
+    """What a command said besides its progress, which it tells if it takes seconds."""
+    return [line for line in stderr.splitlines() if not re.search(r": [\d,]+( of [\d,]+)?", line)]
 
 
 def peak_mb(*arguments: str, **settings: object) -> float:

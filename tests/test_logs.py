@@ -27,7 +27,7 @@ from loguru import logger
 
 import payments.observability.logs
 from payments.database.connections import DatabaseAddress
-from payments.observability.logs import log_money, set_up_logs
+from payments.observability.logs import LogFields, log_money, set_up_logs
 from tests.process import PAYMENTS, ServiceProcess, at, environment, free_port
 from tests.support import PATIENCE_S
 
@@ -292,7 +292,7 @@ class TestFormats:
 class TestContext:
     def test_lines_say_what_they_belong_to(self, json_logs: Logs) -> None:
         payment_id = UUID(int=7)
-        with logger.contextualize(payment_id=payment_id):
+        with LogFields(payment_id=payment_id):
             logging.getLogger("library").warning("slow")
             logger.bind(reason="x").info("asked")
         logger.info("after")

@@ -3,12 +3,13 @@
 from uuid import UUID
 
 import msgspec
-from litestar import Response, post
+from litestar import post
 from litestar.enums import MediaType
 
 from payments.commands.charge import Charged, ChargePayment
 from payments.payment.identity import ChargeRequest
 from payments.payment.state import Status
+from web.answer import JsonAnswer
 from web.charge_fields import check_payment_method, check_return_url, read_hold_until
 from web.requests import AnyRequest, command_answer, log_with, read_command, service_of
 from web.schema.description import described
@@ -16,7 +17,7 @@ from web.schema.operations.charges import CHARGE, ChargeAnswer, ChargeBody
 
 
 @post("/charge", status_code=201, media_type=MediaType.JSON, opt=described(CHARGE))
-async def charge(request: AnyRequest) -> Response[bytes]:
+async def charge(request: AnyRequest) -> JsonAnswer:
     """Charge a payment, exactly once per Idempotency-Key."""
     sent = read_command(
         request,
@@ -34,7 +35,7 @@ async def charge(request: AnyRequest) -> Response[bytes]:
         ChargePayment(
             request=ChargeRequest(
                 idempotency_key=sent.key,
-                merchant_order_id=UUID(body.merchant_order_id),
+                merchant_order_id=msgspec.convert(body.merchant_order_id, UUID),
                 amount_cents=body.amount_cents,
                 currency=body.currency.value,
                 client=sent.client,
@@ -50,7 +51,7 @@ async def charge(request: AnyRequest) -> Response[bytes]:
     return _answer(request, charged)
 
 
-def _answer(request: AnyRequest, charged: Charged) -> Response[bytes]:
+def _answer(request: AnyRequest, charged: Charged) -> JsonAnswer:
     payment, action = charged.payment, charged.next_action
     answer = ChargeAnswer(
         id=payment.id,

@@ -1,12 +1,13 @@
 """GET /v1/payments: the list, one payment, its events, and its callbacks."""
 
-from litestar import Response, get
+from litestar import get
 from litestar.enums import MediaType
 from litestar.params import FromPath
 
 from payments.queries.callbacks import get_callbacks
 from payments.queries.history import get_history
 from payments.queries.payments import get_payment, get_payment_as_of, list_payments
+from web.answer import JsonAnswer
 from web.auth import may_read
 from web.list_query import AS_OF_READERS, read_list_query, read_query
 from web.requests import AnyRequest, client_of, json_of, payment_in_path, service_of
@@ -15,7 +16,7 @@ from web.schema.operations.payments import GET_CALLBACKS, GET_EVENTS, GET_PAYMEN
 
 
 @get("/payments", media_type=MediaType.JSON, opt=described(LIST_PAYMENTS))
-async def payments(request: AnyRequest) -> Response[bytes]:
+async def payments(request: AnyRequest) -> JsonAnswer:
     """Payments, newest first.
 
     The list may be a moment behind, and `position` says where it was.
@@ -29,7 +30,7 @@ async def payments(request: AnyRequest) -> Response[bytes]:
 
 
 @get("/payments/{payment_id:str}", media_type=MediaType.JSON, opt=described(GET_PAYMENT))
-async def payment(request: AnyRequest, payment_id: FromPath[str]) -> Response[bytes]:
+async def payment(request: AnyRequest, payment_id: FromPath[str]) -> JsonAnswer:
     """A payment as of now, or as of a past time or position."""
     service, reach = service_of(request), may_read(client_of(request))
     wanted = payment_in_path(request, payment_id)
@@ -41,7 +42,7 @@ async def payment(request: AnyRequest, payment_id: FromPath[str]) -> Response[by
 
 
 @get("/payments/{payment_id:str}/events", media_type=MediaType.JSON, opt=described(GET_EVENTS))
-async def events(request: AnyRequest, payment_id: FromPath[str]) -> Response[bytes]:
+async def events(request: AnyRequest, payment_id: FromPath[str]) -> JsonAnswer:
     """The events of a payment.
 
     Its events as they are stored, oldest first.
@@ -54,7 +55,7 @@ async def events(request: AnyRequest, payment_id: FromPath[str]) -> Response[byt
 @get(
     "/payments/{payment_id:str}/callbacks", media_type=MediaType.JSON, opt=described(GET_CALLBACKS)
 )
-async def callbacks(request: AnyRequest, payment_id: FromPath[str]) -> Response[bytes]:
+async def callbacks(request: AnyRequest, payment_id: FromPath[str]) -> JsonAnswer:
     """The callbacks of a payment, with their attempts."""
     service, reach = service_of(request), may_read(client_of(request))
     wanted = payment_in_path(request, payment_id)

@@ -2,11 +2,12 @@
 
 from typing import cast
 
-from litestar import Response, post
+from litestar import post
 from litestar.enums import MediaType
 from litestar.params import FromPath
 
 from payments.errors import BadWebhookSignature
+from web.answer import JsonAnswer
 from web.problems import NotFound
 from web.requests import AnyRequest, headers_of, json_of, log_with, service_of
 from web.schema.description import described
@@ -21,7 +22,7 @@ from web.serving.guard import PLACE
     media_type=MediaType.JSON,
     opt=described(PROVIDER_WEBHOOK),
 )
-async def provider_webhook(request: AnyRequest, name: FromPath[str]) -> Response[bytes]:
+async def provider_webhook(request: AnyRequest, name: FromPath[str]) -> JsonAnswer:
     """Take a webhook of a payment provider."""
     hints, state = service_of(request).hints, request.scope["state"]
     if name not in hints.names:

@@ -3,7 +3,7 @@
 from uuid import UUID
 
 import msgspec
-from litestar import Response, post
+from litestar import post
 from litestar.enums import MediaType
 
 from payments.commands.refund import Refunded, RefundPayment
@@ -11,6 +11,7 @@ from payments.errors import InvalidIdempotencyKey, PaymentNotFound
 from payments.payment.identity import RefundRequest
 from payments.payment.state import Status
 from payments.queries.payments import not_found
+from web.answer import JsonAnswer
 from web.auth import may_read
 from web.requests import AnyRequest, command_answer, log_with, read_command, service_of
 from web.schema.description import described
@@ -18,7 +19,7 @@ from web.schema.operations.refunds import REFUND, RefundAnswer, RefundBody
 
 
 @post("/refund", status_code=201, media_type=MediaType.JSON, opt=described(REFUND))
-async def refund(request: AnyRequest) -> Response[bytes]:
+async def refund(request: AnyRequest) -> JsonAnswer:
     """Refund a captured payment, in full or in part."""
     sent = read_command(request, RefundBody)
     body, key = sent.body, sent.key
@@ -51,7 +52,7 @@ async def refund(request: AnyRequest) -> Response[bytes]:
     return _answer(request, refunded)
 
 
-def _answer(request: AnyRequest, refunded: Refunded) -> Response[bytes]:
+def _answer(request: AnyRequest, refunded: Refunded) -> JsonAnswer:
     payment, made = refunded.payment, refunded.refund
     pending = made.status is Status.PENDING
     if pending:

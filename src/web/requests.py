@@ -6,14 +6,14 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 import msgspec
-from litestar import Request, Response
+from litestar import Request
 from litestar.datastructures import State
-from litestar.enums import MediaType
 
 from payments.commands.waiters import Caller
 from payments.errors import FieldError, InvalidIdempotencyKey, InvalidRequest
 from payments.payment.identity import KEY_MAX, KEY_PATTERN
 from payments.service import Service
+from web.answer import JsonAnswer
 from web.auth import authenticate
 from web.bodies import check_json, check_not_encoded, read_body
 from web.serving.arrivals import CALLER
@@ -49,9 +49,8 @@ def client_of(request: AnyRequest) -> str:
     return cast(str, state["client"])
 
 
-def _idempotency_key(headers: Headers) -> str | None:
+def _idempotency_key(sent: list[bytes]) -> str | None:
     """The key, None if none was sent; raises InvalidIdempotencyKey."""
-    sent = [value for name, value in headers if name == b"idempotency-key"]
     if not sent:
         return None
     if len(sent) > 1:
@@ -104,45 +103,40 @@ def read_command(
 ) -> Sent[B]:
     """Reads header section and body. Raises Unauthorized, UnsupportedMediaType, InvalidRequest and
     InvalidIdempotencyKey; with `why_a_key` also for a missing key."""
-    headers = headers_of(request)
     client = client_of(request)
-    check_json([value for name, value in headers if name == b"content-type"])
-    check_not_encoded([value for name, value in headers if name == b"content-encoding"])
-    key = _idempotency_key(headers)
+    sent: dict[bytes, list[bytes]] = {}
+    for name, value in request.scope["headers"]:
+        sent.setdefault(name, []).append(value)
+    check_json(sent.get(b"content-type", []))
+    check_not_encoded(sent.get(b"content-encoding", []))
+    key = _idempotency_key(sent.get(b"idempotency-key", []))
     if key is None and why_a_key is not None:
         raise InvalidIdempotencyKey(why_a_key)
-    state = request.scope["state"]
+    state: dict[str, Any] = request.scope["state"]
     return Sent(
         client=client,
         key=key,
-        body=read_body(cast(bytes, state["body"]), body_type),  # as the guard read it
-        request_id=cast(str, state["request_id"]),
-        traceparent=cast("str | None", state["traceparent"]),  # W3C trace context
-        caller=cast("Caller | None", state.get(CALLER)),
+        body=read_body(state["body"], body_type),  # as the guard read it
+        request_id=state["request_id"],
+        traceparent=state["traceparent"],  # W3C trace context
+        caller=state.get(CALLER),
     )
 
 
-_encoder = msgspec.json.Encoder()
-
-
-def json_of(answer: Any) -> Response[bytes]:
-    return Response(_encoder.encode(answer), media_type=MediaType.JSON)
+def json_of(answer: Any) -> JsonAnswer:
+    return JsonAnswer(msgspec.json.encode(answer))
 
 
 def command_answer(
     request: AnyRequest, answer: msgspec.Struct, payment_id: UUID, *, pending: bool, replayed: bool
-) -> Response[bytes]:
+) -> JsonAnswer:
     """201 with an outcome, 202 without; a header marks a replayed outcome."""
     log_with(request, payment_id=payment_id)
-    headers = {"Location": f"/v1/payments/{payment_id}"}
+    headers = [(b"location", b"/v1/payments/%b" % str(payment_id).encode())]
     if pending:
         # An earlier retry would only wait for the deadline of this request.
-        headers["Retry-After"] = str(math.ceil(service_of(request).settings.charge_deadline_s))
+        after_s = math.ceil(service_of(request).settings.charge_deadline_s)
+        headers.append((b"retry-after", b"%d" % after_s))
     elif replayed:
-        headers["Idempotent-Replayed"] = "true"
-    return Response(
-        msgspec.json.encode(answer),
-        status_code=202 if pending else 201,
-        headers=headers,
-        media_type=MediaType.JSON,
-    )
+        headers.append((b"idempotent-replayed", b"true"))
+    return JsonAnswer(msgspec.json.encode(answer), status=202 if pending else 201, headers=headers)

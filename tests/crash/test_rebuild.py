@@ -17,7 +17,7 @@ from payments.database.connections import Database, DatabaseAddress
 from tests.crash.mixed_load import MixedLoad
 from tests.invariants.checker import check
 from tests.machine import Machine, bound
-from tests.process import PAYMENTS, ROOT, ServiceProcess, at, environment, run
+from tests.process import PAYMENTS, ROOT, ServiceProcess, at, beside_progress, environment, run
 from tests.support import History, append, eventually, follow
 
 Connection = psycopg.Connection[Any]
@@ -91,7 +91,7 @@ def test_killed_at_any_point(
 async def catch_up(address: DatabaseAddress) -> None:
     database = Database(address, 2)
     await database.open()
-    await follow(database)
+    await follow(database, 200)  # a batch has a timeout, and the machine may be busy
     await database.close()
 
 
@@ -195,9 +195,9 @@ def test_while_the_service_works(
                     vandal = "UPDATE payments SET amount_cents = 1"
                     connection.execute(f"{vandal} WHERE idempotency_key LIKE 'old %'".encode())
                 done = run("rebuild", **at(address), LOG_LEVEL="WARNING")
-                assert (done.returncode, done.stderr) == (0, ""), done
+                assert (done.returncode, beside_progress(done.stderr)) == (0, []), done
                 verified = run("audit", "verify", **at(address), LOG_LEVEL="WARNING")
-                assert (verified.returncode, verified.stderr) == (0, ""), verified
+                assert (verified.returncode, beside_progress(verified.stderr)) == (0, []), verified
 
         async def go() -> None:
             async with load.running():

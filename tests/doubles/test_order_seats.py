@@ -131,7 +131,7 @@ class TestHolds:
 
     @pytest.mark.parametrize("outcome", ["FAILED", "SUCCESS"])
     async def test_what_comes_after_the_hold_frees_the_next_buyers_seat(self, outcome: str) -> None:
-        async with selling(hold_s=0.1) as orders:
+        async with selling(hold_s=0.5) as orders:
             late = self.buy(orders, "A1")
             assert self.buy(orders, "A1") is None
             await until(lambda: orders.bookings.seats.lost("", ["A1"]) and self.buy(orders, "A1"))

@@ -24,7 +24,7 @@ from payments.commands.new_charges import NewCharge, NewCharges
 from payments.commands.outcomes import Outcomes
 from payments.commands.paid_orders import is_paid_otherwise, refuse_if_paid
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
-from payments.commands.telling import MismatchesTold
+from payments.commands.telling import MISMATCHES, count_mismatch
 from payments.commands.waiters import Caller
 from payments.errors import (
     ClientGone,
@@ -51,7 +51,7 @@ from payments.gateways import (
 )
 from payments.gateways.chosen import Gateways
 from payments.gateways.counted import CountedGateway
-from payments.observability.logs import Repeats
+from payments.observability.logs import LogFields, Repeats
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import span
 from payments.payment.decisions import (
@@ -176,11 +176,14 @@ class Charging:
         if begun is None:
             return
         payment = begun.payment
-        with logger.contextualize(payment_id=payment.id, order_id=payment.merchant_order_id):
-            async with MismatchesTold(self._store, self._telemetry, payment.id, "charge"):
+        with LogFields(payment_id=payment.id, order_id=payment.merchant_order_id):
+            try:
                 begun, outcome = await self._ask(run, command, begun)
                 run.limit_storing()
                 charged = await self._record(begun, outcome, command)
+            except MISMATCHES as error:
+                await count_mismatch(self._store, self._telemetry, payment.id, "charge", error)
+                raise
         run.finish(charged)
 
     async def _record(self, begun: _BegunCharge, outcome: Found, command: ChargePayment) -> Charged:

@@ -8,6 +8,7 @@ again what follows, and never forced.
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from eventsourcing.persistence import StoredEvent
@@ -52,7 +53,8 @@ class Outcomes:
 
     def __init__(self, store: EventStore, telemetry: Telemetry) -> None:
         self._store = store
-        self._telemetry = telemetry
+        # Looking up labels takes longer than counting.
+        self._amounts = cache(telemetry.amounts.labels)
 
     async def append(
         self, payment: Payment, known: Sequence[StoredEvent], decide: Decide
@@ -114,9 +116,9 @@ class Outcomes:
 
     def _count(self, fact: ProviderOutcome) -> None:
         if isinstance(fact, PaymentCharged):
-            self._telemetry.amounts.labels("captured", fact.currency).inc(fact.amount_cents)
+            self._amounts("captured", fact.currency).inc(fact.amount_cents)
         elif isinstance(fact, PaymentRefunded):
-            self._telemetry.amounts.labels("refunded", fact.currency).inc(fact.amount_cents)
+            self._amounts("refunded", fact.currency).inc(fact.amount_cents)
 
 
 def _taken() -> OutcomeMismatch:

@@ -12,13 +12,12 @@ import math
 
 import msgspec
 from eventsourcing.persistence import StoredEvent
-from loguru import logger
 
 from payments.commands.asking import own_gateway, provider_refund
 from payments.commands.giving_back import GivingBack
 from payments.commands.outcomes import Outcomes
 from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
-from payments.commands.telling import MismatchesTold
+from payments.commands.telling import MISMATCHES, count_mismatch
 from payments.errors import (
     PaymentNotFound,
     PaymentNotRefundable,
@@ -30,6 +29,7 @@ from payments.event_store import EventStore, LoadedPayment
 from payments.events.appender import StreamConflict
 from payments.gateways import Gateway, NeverSent, OutcomeUnknown
 from payments.gateways.chosen import Gateways
+from payments.observability.logs import LogFields
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import span
 from payments.payment.decisions import (
@@ -133,7 +133,7 @@ class Refunding:
             )
 
     async def _refund(self, run: Run[Refunded], command: RefundPayment) -> None:
-        with logger.contextualize(payment_id=command.request.payment_id):
+        with LogFields(payment_id=command.request.payment_id):
             begun = await self._begin(run, command)
             if begun is not None:
                 await self._make(run, command, begun)
@@ -142,18 +142,19 @@ class Refunding:
         # Its amount is reserved: whatever happens now, the refund goes on.
         run.pending_answer = Refunded(begun.payment, begun.refund, begun.age_s is not None)
         gateway = await own_gateway(self._store, begun.payment, self._gateways, "refund")
-        payment_id = begun.payment.id
-        async with MismatchesTold(self._store, self._telemetry, payment_id, "refund"):
-            try:
-                outcome = await self._ask(run, gateway, begun)
-            except NeverSent as error:
-                raise OutcomeUnknown("the provider cannot be reached") from error
+        try:
+            outcome = await self._ask(run, gateway, begun)
             run.limit_storing()
             payment, _ = await self._outcomes.append(
                 begun.payment,
                 begun.events,
                 lambda payment: refund_outcome(payment, begun.refund, outcome, _cause(command)),
             )
+        except NeverSent as error:
+            raise OutcomeUnknown("the provider cannot be reached") from error
+        except MISMATCHES as error:
+            await count_mismatch(self._store, self._telemetry, begun.payment.id, "refund", error)
+            raise
         _answer(run, payment, begun.refund, begun.age_s is not None)
 
     async def _begin(self, run: Run[Refunded], command: RefundPayment) -> _BegunRefund | None:

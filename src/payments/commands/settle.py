@@ -46,7 +46,7 @@ from payments.gateways import (
     Step,
 )
 from payments.gateways.chosen import Gateways
-from payments.observability.logs import trace_field
+from payments.observability.logs import LogFields, trace_field
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import current_traceparent, span
 from payments.payment.decisions import (
@@ -140,7 +140,7 @@ class Settler:
             if due_in_s > 0 and not hinted:
                 return SettleAttempt(payment, finished=False, due_in_s=due_in_s)
         with (
-            logger.contextualize(
+            LogFields(
                 payment_id=payment.id,
                 order_id=payment.merchant_order_id,
                 attempts=attempts,

@@ -25,6 +25,9 @@ CHARGE_AGAIN_S = 3600.0
 
 Level = Literal["WARNING", "ERROR", "CRITICAL"]
 
+# The provider's response contradicts the log.
+MISMATCHES = (OutcomeMismatch, ReferenceNotFound)
+
 
 async def tell(
     store: EventStore,
@@ -58,29 +61,16 @@ async def tell_mismatch(
     await tell(store, payment_id, "CRITICAL", message, kind=kind, reason=str(error))
 
 
-class MismatchesTold:
-    """Counts and tells an OutcomeMismatch on its way, or a ReferenceNotFound."""
-
-    __slots__ = ("_about", "_store", "_telemetry")
-
-    def __init__(
-        self,
-        store: EventStore,
-        telemetry: Telemetry,
-        payment_id: UUID,
-        kind: Literal["charge", "refund"],
-    ) -> None:
-        self._store = store
-        self._telemetry = telemetry
-        self._about = payment_id, kind
-
-    async def __aenter__(self) -> None:
-        pass
-
-    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, OutcomeMismatch | ReferenceNotFound):
-            self._telemetry.mismatches[self._about[1]].inc()
-            await tell_mismatch(self._store, *self._about, error)
+async def count_mismatch(
+    store: EventStore,
+    telemetry: Telemetry,
+    payment_id: UUID,
+    kind: Literal["charge", "refund"],
+    error: OutcomeMismatch | ReferenceNotFound,
+) -> None:
+    """Counts and tells what the provider said to a request that is being served."""
+    telemetry.mismatches[kind].inc()
+    await tell_mismatch(store, payment_id, kind, error)
 
 
 async def tell_other_gateway(store: EventStore, payment: Payment, kind: str) -> None:

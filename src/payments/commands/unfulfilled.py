@@ -17,6 +17,7 @@ from payments.commands.refund import Refunding, RefundPayment
 from payments.database.connections import Database
 from payments.errors import PaymentsError
 from payments.event_store import LoadedPayment, load_payment
+from payments.observability.logs import LogFields
 from payments.payment.identity import RefundRequest, unfulfilled_refund_id
 from payments.payment.state import Status
 
@@ -44,7 +45,7 @@ class UnfulfilledRefunding:
 
         Only for a payment whose order is known to have failed.
         """
-        with logger.contextualize(payment_id=payment_id):
+        with LogFields(payment_id=payment_id):
             try:
                 return await self._give_back(payment_id)
             except PaymentsError as error:

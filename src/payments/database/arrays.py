@@ -21,6 +21,7 @@ from psycopg.types import TypeInfo
 _HEADER = struct.Struct(">iiIii")
 _LENGTH = struct.Struct(">i")
 _NULL = _LENGTH.pack(-1)
+_UUID_LENGTH = _LENGTH.pack(16)
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -108,7 +109,8 @@ def byteas(items: Sequence[bytes | None]) -> BinaryArray:
 
 
 def uuids(items: Sequence[UUID | str]) -> BinaryArray:
-    return Uuids.of_bytes([UUID(str(i)).bytes if isinstance(i, str) else i.bytes for i in items])
+    elements = [(UUID(item) if isinstance(item, str) else item).bytes for item in items]
+    return Uuids(Uuids._header(len(items)) + _UUID_LENGTH.join([b"", *elements]))
 
 
 class _ArrayDumper(Dumper):

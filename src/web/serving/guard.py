@@ -11,11 +11,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from litestar.types import ASGIApp, Receive, Send
-from loguru import logger
 from prometheus_client import Counter, Histogram
 
 from payments.errors import PaymentsError
-from payments.observability.logs import trace_field
+from payments.observability.logs import LogFields, trace_field
 from payments.observability.metrics import Telemetry
 from payments.observability.tracing import current_traceparent, mark_failed, span
 from web.paths import WEBHOOK
@@ -75,7 +74,7 @@ class Guard:
         tracing = span("HTTP", kind="server", parent=traceparent) if not is_probe else nullcontext()
         with tracing as opened:
             state["traceparent"] = traceparent = current_traceparent(traceparent)
-            with logger.contextualize(request_id=request_id, **trace_field(traceparent)):
+            with LogFields(request_id=request_id, **trace_field(traceparent)):
                 try:
                     await self._answer(scope, receive, send_counted)
                 finally:

@@ -99,7 +99,11 @@ class Protocol(Connection):
             if len(self.headers) == HEADERS_MAX:
                 self._object(self._unreadable(HeadTooLarge(HEADERS_DETAIL)))
             self._head_size += len(name) + len(value) + 4
-            super().on_header(name, value)
+            # As uvicorn does, without the call: a request has eight of them.
+            name = name.lower()
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         method, size = self.parser.get_method(), len(self.url) + self._head_size
