@@ -234,7 +234,7 @@ class Clones:
 
     def _make(self, connection: psycopg.Connection[Any]) -> DatabaseAddress:
         made = msgspec.structs.replace(self._server, dbname=f"test_{uuid.uuid4().hex[:12]}")
-        statement = SQL("CREATE DATABASE {} TEMPLATE {}")
+        statement = SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy")
         connection.execute(statement.format(Identifier(made.dbname), Identifier(self._template)))
         return made
 

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from loguru import logger
 
 from payments.database.connections import DatabaseAddress
+from tests.forked import ForkedProcess, early
 
 PAYMENTS = (sys.executable, "-m", "payments")
 START_TIMEOUT_S = 30
@@ -131,22 +132,26 @@ class ServiceProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = data_dir / f"service-{self.port}.log"
         self._settings = {"PORT": self.port, "PAYMENTS_DATA_DIR": data_dir, **settings}
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
 
     @property
-    def process(self) -> subprocess.Popen[bytes]:
+    def process(self) -> subprocess.Popen[bytes] | ForkedProcess:
         assert self._process is not None
         return self._process
 
     def start(self) -> Self:
+        given = environment(**self._settings)
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*PAYMENTS, "serve", *self._options],
-                cwd=ROOT,
-                env=environment(**self._settings),
-                stderr=log,
-                start_new_session=True,
-            )
+            if early(given) == early(environment()):
+                self._process = ForkedProcess(["serve", *self._options], given, log.fileno())
+            else:
+                self._process = subprocess.Popen(
+                    [*PAYMENTS, "serve", *self._options],
+                    cwd=ROOT,
+                    env=given,
+                    stderr=log,
+                    start_new_session=True,
+                )
         try:
             self._wait_until_healthy()
         except BaseException:

@@ -29,6 +29,8 @@ class _Refused(ValueError):
 
 def check_json(content_types: list[bytes]) -> None:
     """Raises UnsupportedMediaType unless there is one Content-Type and it is application/json."""
+    if content_types == [b"application/json"]:
+        return
     if len(content_types) == 1:
         media_type, _, parameters = content_types[0].partition(b";")
         if media_type.strip().lower() == b"application/json":
@@ -42,7 +44,7 @@ def check_json(content_types: list[bytes]) -> None:
 def check_not_encoded(content_encodings: list[bytes]) -> None:
     """Raises UnsupportedMediaType for a compressed body (RFC 9110 section 8.4). `identity` means no
     encoding; some clients send it."""
-    codings = b",".join(content_encodings).split(b",")
+    codings = b",".join(content_encodings).split(b",") if content_encodings else ()
     if any(coding.strip().lower() not in (b"", b"identity") for coding in codings):
         raise UnsupportedMediaType("Send the body uncompressed, without Content-Encoding.")
 

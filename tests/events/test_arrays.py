@@ -22,6 +22,7 @@ from payments.database.arrays import (
     timestamps,
     utc_times,
     uuids,
+    words,
 )
 
 LONG_AGO = datetime(1969, 7, 20, 20, 17, 40, 123456, tzinfo=UTC)
@@ -51,6 +52,7 @@ KINDS: dict[str, tuple[Make, str, Callable[[Any], Any]]] = {
         lambda item: item.replace(tzinfo=None),
     ),
     "texts": (texts, "text[]", lambda item: item),
+    "words": (words, "text[]", lambda item: item),
     "byteas": (byteas, "bytea[]", lambda item: item),
     "uuids": (uuids, "uuid[]", lambda item: item),
 }
@@ -65,6 +67,8 @@ ITEMS: list[tuple[str, list[Any]]] = [
     ("timestamps", TIMES),
     ("utc_times", TIMES),
     ("texts", ["one"]),
+    ("words", ["one", "", "é☃", "one", "NULL"]),
+    ("words", [str(n) for n in range(1000)]),
     ("texts", ["", " ", "NULL", "null", "{}", 'a,"b"\\', "é☃ \N{GRINNING FACE}", "x" * 70_000]),
     ("texts", ["one", None]),
     ("texts", [None, "one", None, ""]),

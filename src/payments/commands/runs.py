@@ -203,7 +203,7 @@ class Runs:
         if not client.runs.take():
             raise TooBusy("The limit of concurrent requests is reached.")
         run = self._runs[request] = Run(client, self._stop_by)
-        run.task = asyncio.create_task(self._run(request, run, work), name="run")
+        run.task = asyncio.create_task(self._run(request, run, client, work), name="run")
         self._tasks.add(run.task)
         run.task.add_done_callback(self._tasks.discard)
         if self._watching is None:
@@ -211,7 +211,11 @@ class Runs:
         return await run.wait(caller, deadline_s), False
 
     async def _run(
-        self, request: Request, run: Run[A], work: Callable[[Run[A]], Awaitable[None]]
+        self,
+        request: Request,
+        run: Run[A],
+        client: Client,
+        work: Callable[[Run[A]], Awaitable[None]],
     ) -> None:
         try:
             await work(run)
@@ -227,7 +231,7 @@ class Runs:
             # Whatever way the run ended, nobody waits for ever.
             run.fail(_late())
             run.release_provider_call()
-            self._admission.client(request.client).runs.add(-1)
+            client.runs.add(-1)
             del self._runs[request]
 
     def answer_all_within(self, within_s: float) -> None:

@@ -89,7 +89,8 @@ class Waiters(Generic[A]):
         """Each counts again, until its request leaves by itself."""
         for waiter in waiters:
             waiter.tell(answer)
-        self._client.leave(-sum(not waiter.counts for waiter in waiters))
+            if not waiter.counts:
+                self._client.enter()
 
     def leave(self, waiter: Waiter[A]) -> None:
         """It counts no more, but still waits."""

@@ -9,6 +9,7 @@ dimension, then each element after its length; the length of NULL is -1.
 import struct
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import ClassVar
 from uuid import UUID
 
@@ -102,6 +103,17 @@ def utc_times(items: Sequence[datetime]) -> BinaryArray:
 
 def texts(items: Sequence[str | None]) -> BinaryArray:
     return Texts.of_bytes([None if item is None else item.encode() for item in items])
+
+
+def words(items: Sequence[str]) -> BinaryArray:
+    """The same of texts that are few: topics, statuses, currencies."""
+    return Texts(Texts._header(len(items)) + b"".join(map(_word, items)))
+
+
+@lru_cache(maxsize=256)
+def _word(item: str) -> bytes:
+    encoded = item.encode()
+    return _LENGTH.pack(len(encoded)) + encoded
 
 
 def byteas(items: Sequence[bytes | None]) -> BinaryArray:

@@ -18,7 +18,7 @@ from uuid import UUID
 import psycopg
 from eventsourcing.persistence import StoredEvent
 
-from payments.database.arrays import BinaryArray, bigints, byteas, integers, texts, uuids
+from payments.database.arrays import BinaryArray, bigints, byteas, integers, uuids, words
 from payments.events import facts
 from payments.events.facts import Fact, PaymentInitiated, UndecodableEvent
 
@@ -305,7 +305,7 @@ def append_params(
         bigints(first_versions),
         integers(sizes),
         integers(append_nos),
-        texts(topics),
+        words(topics),
         byteas(states),
         byteas(predecessors or [None] * len(appends)),
         datetime.now(UTC),

@@ -11,6 +11,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple, NoReturn, TypeVar
 from urllib.parse import urlencode
@@ -107,7 +108,7 @@ class ProviderHttp:
         self._base_url = base_url.rstrip("/")
         self._headers = httpx.Headers({"user-agent": "payment-service"} | dict(headers or {}))
         self._headers["accept-encoding"] = "identity"
-        self._tls = tls or httpx.create_ssl_context(trust_env=False)
+        self._tls = tls or _public_authorities()
         self._keep_alive = keep_alive
         self._free = asyncio.Semaphore(connections_max)
         self._idle: list[httpx.AsyncHTTPTransport] = []
@@ -278,6 +279,12 @@ def _merged(
     if content_type is not None:
         merged["content-type"] = content_type
     return merged
+
+
+@cache
+def _public_authorities() -> ssl.SSLContext:
+    """One for all: reading the certificates takes 30 ms."""
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def _parsed(base_url: str) -> HttpUrl:

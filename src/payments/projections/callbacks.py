@@ -12,7 +12,7 @@ from uuid import UUID
 
 import psycopg
 
-from payments.database.arrays import bigints, integers, texts, timestamps, uuids
+from payments.database.arrays import bigints, integers, texts, timestamps, uuids, words
 from payments.database.connections import Database
 from payments.events.facts import (
     FACTS,
@@ -165,11 +165,11 @@ class CallbacksProjection:
             uuids([outcome.merchant_order_id for outcome in outcomes]),
             uuids([outcome.payment_id for outcome in outcomes]),
             bigints([outcome.version for outcome in outcomes]),
-            texts([each.status for each in owed]),
+            words([each.status for each in owed]),
             integers([_amount_cents(outcome) for outcome in outcomes]),
-            texts([outcome.currency for outcome in outcomes]),
+            words([outcome.currency for outcome in outcomes]),
             timestamps([outcome.occurred_at for outcome in outcomes]),
-            texts([self._state(each, unfulfilled) for each in owed]),
+            words([self._state(each, unfulfilled) for each in owed]),
             texts([outcome.traceparent for outcome in outcomes]),
         )
 

@@ -21,6 +21,7 @@ from payments.database.arrays import (
     timestamps,
     utc_times,
     uuids,
+    words,
 )
 from payments.events.store import LOAD_STREAMS, LogEntry, fact_at, fact_of
 from payments.payment.state import DECLINED, Payment, Refund, Status, evolve
@@ -161,8 +162,8 @@ class PaymentsProjection:
                 settled.append(payment.id)
         if open_ids:
             params = (
-                *(uuids(open_ids), texts(kinds), timestamps(since), doubles(due_in_s)),
-                *(texts(gateways), texts(references)),
+                *(uuids(open_ids), words(kinds), timestamps(since), doubles(due_in_s)),
+                *(words(gateways), texts(references)),
             )
             await cursor.execute(unsettled.ADD.encode(), params)
         if settled:

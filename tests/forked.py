@@ -1,0 +1,158 @@
+"""Starts `payments serve` by forking a process that has imported all of it.
+
+Importing takes half of the time that a service needs to start, and the tests start hundreds. What a
+test passes is set in the child before the command begins: arguments, environment, stderr, and a
+session of its own. That a process of the command alone starts is tested where commands are.
+"""
+
+import atexit
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+REQUEST_MAX = 256 * 1024  # bytes
+# What the service imports once it knows its settings.
+MODULES = ("payments.cli.processes", "web.serving.server", "web.serving.listening", "web.app")
+# No library reads them when it is imported.
+_LATE = ("TEST_", "OTEL_")
+
+
+def early(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that a module may have read when it was imported."""
+    from payments.settings import VARIABLES
+
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in VARIABLES and not name.startswith(_LATE)
+    }
+
+
+class ForkedProcess:
+    """The part of subprocess.Popen that a test of the service uses."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: int) -> None:
+        self.returncode: int | None = None
+        self._told, tell = os.pipe()
+        order = json.dumps([list(arguments), dict(environment)]).encode()
+        assert len(order) < REQUEST_MAX
+        control, _ = _forker()
+        socket.send_fds(control, [order], [log, tell])
+        os.close(tell)
+        self.pid = int(control.recv(16))
+
+    def poll(self) -> int | None:
+        return self._ended_within(0)
+
+    def wait(self, timeout: float) -> int:
+        code = self._ended_within(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired("payments serve", timeout)
+        return code
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def _ended_within(self, seconds: float) -> int | None:
+        if self.returncode is None and select.select([self._told], [], [], seconds)[0]:
+            told = os.read(self._told, 16)
+            os.close(self._told)
+            assert told, "the process that forks has ended"
+            self.returncode = int(told)
+        return self.returncode
+
+
+@cache
+def _forker() -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
+    """This process's own one, which ends with it, and the socket to it."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with its:
+        forker = subprocess.Popen(
+            [sys.executable, "-m", "tests.forked", str(its.fileno())],
+            cwd=ROOT,
+            pass_fds=[its.fileno()],
+            start_new_session=True,
+        )
+    atexit.register(_end, ours, forker)
+    return ours, forker
+
+
+def _end(control: socket.socket, forker: "subprocess.Popen[bytes]") -> None:
+    control.close()
+    forker.wait(timeout=10)
+
+
+def _fork_on_demand(control: socket.socket) -> list[str]:
+    """Returns in each child, with the command's arguments; ends with the other side."""
+    children: dict[int, tuple[int, int]] = {}  # pid and where to tell its end, by its pidfd
+    while True:
+        for ready in select.select([control, *children], [], [])[0]:
+            if ready is not control:
+                pid, tell = children.pop(ready)
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                with suppress(BrokenPipeError):  # nobody waits for it
+                    os.write(tell, str(code).encode())
+                _close(ready, tell)
+                continue
+            order, given, _, _ = socket.recv_fds(control, REQUEST_MAX, 2)
+            if not order:
+                sys.exit(0)
+            log, tell = given
+            arguments, environment = json.loads(order)
+            pid = os.fork()
+            if pid == 0:
+                os.setsid()
+                os.dup2(log, 2)
+                _close(log, tell, *children, *(each for _, each in children.values()))
+                control.close()
+                os.environ.clear()
+                os.environ.update(environment)
+                time.tzset()
+                return list(arguments)
+            os.close(log)
+            children[os.pidfd_open(pid)] = pid, tell
+            control.send(str(pid).encode())
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def main() -> None:
+    from payments.environment import prepare
+
+    prepare()
+    import importlib
+
+    for module in MODULES:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
+    sys.argv[1:] = _fork_on_demand(socket.socket(fileno=int(sys.argv[1])))
+    gc.unfreeze()
+    from payments.cli import main as command
+
+    command()
+
+
+if __name__ == "__main__":
+    main()
