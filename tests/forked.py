@@ -104,8 +104,8 @@ def _fork_on_demand(control: socket.socket) -> list[str]:
     """Returns in each child, with the command's arguments; ends with the other side."""
     children: dict[int, tuple[int, int]] = {}  # pid and where to tell its end, by its pidfd
     while True:
-        for ready in select.select([control, *children], [], [])[0]:
-            if ready is not control:
+        for ready in select.select([control.fileno(), *children], [], [])[0]:
+            if ready != control.fileno():
                 pid, tell = children.pop(ready)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 with suppress(BrokenPipeError):  # nobody waits for it
