@@ -35,7 +35,8 @@ class Machine:
     def others_cores(self) -> float:
         """CPU seconds per second of all but this process, what it started, and any Postgres."""
         took = time.perf_counter() - self._began
-        ours = sum(now - self._ours.get(pid, 0) for pid, now in _ours_s().items())
+        # Of a process that has ended meanwhile the parent's count holds all that it ever did.
+        ours = _ours_s() - self._ours
         return (_busy_s() - self._everyone - ours) / took
 
 
@@ -68,8 +69,8 @@ def _busy_s() -> float:
     return float(sum(times) - times.idle - getattr(times, "iowait", 0))
 
 
-def _ours_s() -> dict[str, float]:
-    """What each process has done that is ours, with its children that have ended; by its pid.
+def _ours_s() -> float:
+    """What all processes have done that are ours, with their children that have ended.
 
     In a thread: within an event loop blockbuster looks at the whole stack for each file, which
     takes 80 ms, and this stands in many a short test.
@@ -77,7 +78,7 @@ def _ours_s() -> dict[str, float]:
     return _thread.submit(_read_ours_s).result()
 
 
-def _read_ours_s() -> dict[str, float]:
+def _read_ours_s() -> float:
     parents, names, ticks = {}, {}, {}
     for process in Path("/proc").iterdir():
         if not (pid := process.name).isdigit():
@@ -87,11 +88,10 @@ def _read_ours_s() -> dict[str, float]:
             fields = rest.split()
             names[pid], parents[pid] = name, fields[1]
             ticks[pid] = sum(map(int, fields[11:15]))
-    return {
-        pid: took / os.sysconf("SC_CLK_TCK")
-        for pid, took in ticks.items()
-        if names[pid] == "postgres" or _is_ours(pid, parents)
-    }
+    ours = (
+        took for pid, took in ticks.items() if names[pid] == "postgres" or _is_ours(pid, parents)
+    )
+    return sum(ours) / os.sysconf("SC_CLK_TCK")
 
 
 def _is_ours(pid: str, parents: Mapping[str, str]) -> bool:

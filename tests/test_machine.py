@@ -23,6 +23,14 @@ else:
         pass
 """
 
+WORKER = """
+import sys, time
+while time.process_time() < 0.5:
+    pass
+print(flush=True)
+sys.stdin.read()
+"""
+
 
 @pytest.fixture
 def cores(monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -85,3 +93,14 @@ def test_others_are_whom_we_have_not_started() -> None:
         assert watched.others_cores() > 0.3
     finally:
         os.kill(stranger, signal.SIGKILL)
+
+
+def test_what_one_of_ours_did_before_is_not_counted_when_it_ends() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        watched = Machine()
+        child.communicate(timeout=20)
+    assert watched.others_cores() > -0.5

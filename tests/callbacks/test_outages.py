@@ -145,7 +145,7 @@ async def test_a_probe_before_its_time_costs_the_delivery_nothing(
     outbox.connection.execute("UPDATE callback_deliveries SET attempts = %s", [ATTEMPTS_MAX - 1])
     endpoint.answer = lambda _: failed()
     async with dispatching_to(endpoint, outbox, breaker=opened(0.02)):
-        await until(lambda: len(outbox.attempts()) == 5)
+        await until(lambda: len(outbox.attempts()) >= 5)
     assert outbox.states() == ["due"]
     assert outbox.rows("attempts") == [(ATTEMPTS_MAX - 1,)]
     assert outbox.paused() == 1
