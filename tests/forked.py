@@ -1,8 +1,9 @@
-"""Starts `payments serve` by forking a process that has imported all of it.
+"""Runs `payments` by forking a process that has imported all of it.
 
-Importing takes half of the time that a service needs to start, and the tests start hundreds. What a
-test passes is set in the child before the command begins: arguments, environment, stderr, and a
-session of its own. That a process of the command alone starts is tested where commands are.
+Importing takes half of the time that a service needs to start, and most of that of a short command,
+and the tests start hundreds. What a test passes is set in the child before the command begins:
+arguments, environment, directory, stdout and stderr, and a session of its own. That the command
+starts by itself is tested in tests/cli/test_exits.py and tests/test_environment.py.
 """
 
 import atexit
@@ -23,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 REQUEST_MAX = 256 * 1024  # bytes
 # What the service imports once it knows its settings.
-MODULES = ("payments.cli.processes", "web.serving.server", "web.serving.listening", "web.app")
+LATER = ("web.serving.server", "web.serving.listening", "web.app")
 # No library reads them when it is imported.
 _LATE = ("TEST_", "OTEL_")
 
@@ -42,13 +43,21 @@ def early(environment: Mapping[str, str]) -> dict[str, str]:
 class ForkedProcess:
     """The part of subprocess.Popen that a test of the service uses."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: int) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        stderr: int,
+        stdout: int = 1,
+        cwd: Path = ROOT,
+    ) -> None:
         self.returncode: int | None = None
         self._told, tell = os.pipe()
-        order = json.dumps([list(arguments), dict(environment)]).encode()
+        order = json.dumps([list(arguments), dict(environment), str(cwd)]).encode()
         assert len(order) < REQUEST_MAX
         control, _ = _forker()
-        socket.send_fds(control, [order], [log, tell])
+        socket.send_fds(control, [order], [stdout, stderr, tell])
         os.close(tell)
         self.pid = int(control.recv(16))
 
@@ -58,7 +67,7 @@ class ForkedProcess:
     def wait(self, timeout: float) -> int:
         code = self._ended_within(timeout)
         if code is None:
-            raise subprocess.TimeoutExpired("payments serve", timeout)
+            raise subprocess.TimeoutExpired("payments", timeout)
         return code
 
     def send_signal(self, signum: int) -> None:
@@ -112,22 +121,24 @@ def _fork_on_demand(control: socket.socket) -> list[str]:
                     os.write(tell, str(code).encode())
                 _close(ready, tell)
                 continue
-            order, given, _, _ = socket.recv_fds(control, REQUEST_MAX, 2)
+            order, given, _, _ = socket.recv_fds(control, REQUEST_MAX, 3)
             if not order:
                 sys.exit(0)
-            log, tell = given
-            arguments, environment = json.loads(order)
+            stdout, stderr, tell = given
+            arguments, environment, directory = json.loads(order)
             pid = os.fork()
             if pid == 0:
                 os.setsid()
-                os.dup2(log, 2)
-                _close(log, tell, *children, *(each for _, each in children.values()))
+                os.dup2(stdout, 1)
+                os.dup2(stderr, 2)
+                _close(*given, *children, *(each for _, each in children.values()))
                 control.close()
+                os.chdir(directory)
                 os.environ.clear()
                 os.environ.update(environment)
                 time.tzset()
                 return list(arguments)
-            os.close(log)
+            _close(stdout, stderr)
             children[os.pidfd_open(pid)] = pid, tell
             control.send(str(pid).encode())
 
@@ -143,14 +154,20 @@ def main() -> None:
     prepare()
     import importlib
 
-    for module in MODULES:
+    import payments.__main__
+    from payments.cli import COMMANDS
+    from payments.cli import main as command
+
+    commands = {f"payments.cli.{place.partition(':')[0]}" for place, _ in COMMANDS.values()}
+    for module in (*LATER, *commands):
         importlib.import_module(module)
     gc.collect()
     gc.freeze()
-    sys.argv[1:] = _fork_on_demand(socket.socket(fileno=int(sys.argv[1])))
+    arguments = _fork_on_demand(socket.socket(fileno=int(sys.argv[1])))
     gc.unfreeze()
-    from payments.cli import main as command
-
+    # As for `python -m payments`, which help texts name.
+    sys.argv = [str(payments.__main__.__file__), *arguments]
+    sys.modules["__main__"].__package__ = "payments"
     command()
 
 

@@ -41,16 +41,31 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, **settings: object) -> subprocess.CompletedProcess[str]:
     """`payments ARGUMENTS` until it ends."""
-    return subprocess.run(
-        [*PAYMENTS, *arguments],
-        env=environment(**settings),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return run_to(None, *arguments, **settings)
+
+
+def run_to(
+    stdout: int | None, *arguments: object, **settings: object
+) -> subprocess.CompletedProcess[str]:
+    """The same, printing to this descriptor."""
+    given, words = environment(**settings), [str(each) for each in arguments]
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as said:
+        to = printed.fileno() if stdout is None else stdout
+        process: subprocess.Popen[bytes] | ForkedProcess
+        if early(given) == early(environment()):
+            process = ForkedProcess(words, given, stdout=to, stderr=said.fileno(), cwd=Path.cwd())
+        else:
+            process = subprocess.Popen([*PAYMENTS, *words], env=given, stdout=to, stderr=said)
+        try:
+            code = process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        for each in (printed, said):
+            each.seek(0)
+        return subprocess.CompletedProcess(words, code, printed.read(), said.read())
 
 
 def invoke(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
@@ -143,7 +158,8 @@ class ServiceProcess:
         given = environment(**self._settings)
         with self.log.open("ab") as log:
             if early(given) == early(environment()):
-                self._process = ForkedProcess(["serve", *self._options], given, log.fileno())
+                arguments = ["serve", *self._options]
+                self._process = ForkedProcess(arguments, given, stderr=log.fileno())
             else:
                 self._process = subprocess.Popen(
                     [*PAYMENTS, "serve", *self._options],

@@ -152,10 +152,11 @@ class TestConnections:
             endpoint_of(server.url, timeout_s=TIMEOUT_S, connections_max=4) as endpoint,
         ):
             running = [asyncio.create_task(post(endpoint)) for _ in range(300)]
-            for each in running:
+            for number, each in enumerate(running):
                 await asyncio.sleep(0)
-                if dice.random() < 0.3:
-                    asyncio.get_running_loop().call_later(dice.random() / 10, each.cancel)
+                if number % 20 == 0 or dice.random() < 0.3:  # some before anything can happen
+                    after_s = 0 if number % 20 == 0 else dice.random() / 10
+                    asyncio.get_running_loop().call_later(after_s, each.cancel)
             results = await asyncio.gather(*running, return_exceptions=True)
             errors = [each.error for each in results if isinstance(each, Exchange)]
             assert set(errors) <= {None, "unreachable", "timeout"}

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 import psycopg
@@ -19,7 +19,7 @@ from payments.cli import main
 from payments.cli.exits import OutputError, _SilentStderr, _Stdout
 from payments.cli.output import print_rows
 from payments.database.connections import DatabaseAddress
-from tests.process import PAYMENTS, at, environment, run
+from tests.process import PAYMENTS, at, environment, run, run_to
 from tests.support import (
     ORDER_ID,
     History,
@@ -87,17 +87,10 @@ def lose(connection: Connection) -> None:
 
 
 def printing_to(
-    stdout: int | IO[Any], command: str, address: DatabaseAddress, **settings: object
+    stdout: int, command: str, address: DatabaseAddress, **settings: object
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PAYMENTS, *command.split()],
-        env=environment(**at(address), LOG_LEVEL="WARNING", **settings),
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    given = at(address) | settings
+    return run_to(stdout, *command.split(), LOG_LEVEL="WARNING", **given)
 
 
 def one_line(done: subprocess.CompletedProcess[str], words: str) -> None:
@@ -118,7 +111,7 @@ def test_a_full_disk_and_a_reader_that_is_gone(
         if command.startswith("log"):
             lose(connection)
         with Path("/dev/full").open("w") as full:
-            done = printing_to(full, command, log, ORDER_CALLBACK_URL=CALLBACK)
+            done = printing_to(full.fileno(), command, log, ORDER_CALLBACK_URL=CALLBACK)
         assert done.returncode == 2, (command, done.stderr)
         *talk, told = done.stderr.splitlines()
         assert told.endswith("the output cannot be written: No space left on device"), command
@@ -164,7 +157,7 @@ def test_whether_python_buffers_does_not_matter(
     log: DatabaseAddress, command: str, unbuffered: str
 ) -> None:
     with Path("/dev/full").open("w") as full:
-        done = printing_to(full, command, log, PYTHONUNBUFFERED=unbuffered)
+        done = printing_to(full.fileno(), command, log, PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 2, done.stderr
     one_line(done, "the output cannot be written: No space left on device")
 
@@ -208,7 +201,7 @@ def test_a_stdin_that_is_closed() -> None:
 
 def test_what_prints_nothing_needs_no_stdout(address: DatabaseAddress) -> None:
     with Path("/dev/full").open("w") as full:
-        assert printing_to(full, "migrate", address).returncode == 0
+        assert printing_to(full.fileno(), "migrate", address).returncode == 0
 
 
 @pytest.mark.parametrize("redirected", ["2>/dev/full", "2>&-"])
