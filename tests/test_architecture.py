@@ -369,10 +369,9 @@ def test_every_dependency_says_what_it_is_for() -> None:
 def test_no_test_module_is_imported_by_another() -> None:
     """Then its tests could not be changed alone: what several need is in a module beside them."""
     wrong = [
-        f"{path.relative_to(ROOT)}:{node.lineno}"
+        f"{path.relative_to(ROOT)}:{number}"
         for path in sorted((ROOT / "tests").rglob("*.py"))
-        for node in ast.walk(parse(path))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        if re.search(r"\btests\b.*\btest_", ast.unparse(node))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.match(r"\s*(from|import) tests\b.*\btest_", line)
     ]
     assert wrong == []

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-from openapi_core import Config, OpenAPI
-from openapi_core.testing import MockRequest, MockResponse
 
 from payments.gateways.http import ProviderHttp, ProviderResponse
 from payments.gateways.oauth import OAuthHttp
@@ -100,10 +98,12 @@ def directory() -> Path | None:
 
 
 @cache
-def _spec(path: Path) -> OpenAPI:
+def _spec(path: Path) -> Any:
     """Not checked itself: one of its patterns is none to Python. Without its OAuth2, of which
     openapi-core knows nothing. The fields of an event are read-only in the file, and in its example
     of a request."""
+    from openapi_core import Config, OpenAPI  # half a second, and rarely needed
+
     spec = json.loads(path.read_text())
     for operations in spec["paths"].values():
         for operation in operations.values():
@@ -134,6 +134,8 @@ def check(exchanges: list[Exchange], specs: Path) -> Counts:
 
 
 def _request(each: Exchange) -> Any:
+    from openapi_core.testing import MockRequest
+
     return MockRequest(
         HOST,
         each.method.lower(),
@@ -145,6 +147,8 @@ def _request(each: Exchange) -> Any:
 
 
 def _response(response: ProviderResponse) -> Any:
+    from openapi_core.testing import MockResponse
+
     return MockResponse(response.body, status_code=response.status, content_type="application/json")
 
 
