@@ -81,6 +81,18 @@ SLOW = (
     *("test_held.py", "test_logs.py", "test_migrations.py", "test_monitoring.py"),
     *("test_session.py", "test_tracing.py", "test_upgrades.py", "web/test_generated_clients.py"),
     "web/test_schemathesis.py",
+    # Less than a second each, and hundreds of them.
+    *(f"callbacks/test_{name}.py" for name in ("breaker", "clock", "crowds", "dispatcher")),
+    *(f"callbacks/test_{name}.py" for name in ("locks", "long_queue", "outages")),
+    "callbacks/test_may_be_running.py",
+    *(f"events/test_{name}.py" for name in ("appender", "library", "watch")),
+    *("fulfilment/test_checking.py", "fulfilment/test_suspects.py", "queries/test_replay.py"),
+    *("gateways/test_simulated_page.py", "projections/test_payments.py", "test_brake.py"),
+    *("projections/test_seals.py", "test_shape.py"),
+    *(f"web/test_{name}.py" for name in ("access_log", "actions", "api", "arrivals", "as_of")),
+    *(f"web/test_{name}.py" for name in ("callbacks", "clients", "door", "operations")),
+    *(f"web/test_{name}.py" for name in ("payments", "provider_webhooks", "refunds")),
+    *("web/test_throttle.py", "web/test_unfulfilled.py"),
 )
 
 
