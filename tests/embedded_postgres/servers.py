@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -106,7 +106,12 @@ def about(pid: int) -> str:
 
 
 def postmaster(data_dir: Path) -> int:
-    return next(pid for pid in processes(data_dir) if "\0-D\0" in about(pid))
+    return next(postmasters(data_dir))
+
+
+def postmasters(data_dir: Path) -> Iterator[int]:
+    """At most one, unless the next one has begun."""
+    return (pid for pid in processes(data_dir) if "\0-D\0" in about(pid))
 
 
 def supervisor_pid(data_dir: Path) -> int:

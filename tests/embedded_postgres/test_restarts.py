@@ -33,6 +33,7 @@ from tests.embedded_postgres.servers import (
     kill,
     plan_of,
     postmaster,
+    postmasters,
     processes,
     show,
     supervisor_pid,
@@ -86,7 +87,7 @@ def kill_server(data_dir: Path) -> int:
 
 
 def is_another(data_dir: Path, server: EmbeddedPostgres, pid: int) -> bool:
-    return answers(server) and postmaster(data_dir) != pid
+    return answers(server) and any(each != pid for each in postmasters(data_dir))
 
 
 @pytest.mark.parametrize("whom", ["server", "supervisor", "both"])
