@@ -32,6 +32,7 @@ from payments.admission import Admission
 from payments.commands import outcomes as recording
 from payments.commands.charge import Charged, ChargePayment
 from payments.commands.hints import Hints
+from payments.commands.waiters import Caller
 from payments.database.connections import DatabaseAddress
 from payments.gateways.building import build_gateways
 from payments.observability.logs import set_up_logs
@@ -159,7 +160,7 @@ class _WithoutStore(Service):
     async def stop(self, timeout_s: float) -> None:
         pass
 
-    async def charge(self, command: ChargePayment) -> Charged:
+    async def charge(self, command: ChargePayment, caller: Caller | None = None) -> Charged:
         return Charged(captured(command))
 
     def answer_all_within(self, within_s: float) -> None:
@@ -230,7 +231,7 @@ class _Library(_WithoutStore):
         )
         self._threads = ThreadPoolExecutor(32)
 
-    async def charge(self, command: ChargePayment) -> Charged:
+    async def charge(self, command: ChargePayment, caller: Caller | None = None) -> Charged:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._application.charge, command)
 

@@ -72,6 +72,16 @@ def test_a_part_that_failed_takes_no_further_turn(done: subprocess.CompletedProc
     assert turns == ["warm-up: child_fails", "round 1: child_fails"]
 
 
+def test_parts_without_a_store_answer_what_they_are_asked() -> None:
+    command = [sys.executable, "-m", "benchmarks", "floor_post", "floor_get"]
+    command += ["--rounds", "1", "--seconds", "1.5", "--json"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {"floor_post", "floor_get"} <= set(msgspec.json.decode(done.stdout))
+
+
 def test_a_server_does_not_outlive_the_benchmark(tmp_path: Path) -> None:
     """However that ended."""
     with subprocess.Popen(
