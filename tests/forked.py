@@ -29,7 +29,22 @@ LATER = ("web.serving.server", "web.serving.listening", "web.app")
 _LATE = ("TEST_", "OTEL_")
 
 
-def early(environment: Mapping[str, str]) -> dict[str, str]:
+def may_fork(given: Mapping[str, str], ours: Mapping[str, str]) -> bool:
+    """Whether a process with the environment `given` may be forked from one with `ours`."""
+    return _can_watch() and _early(given) == _early(ours)
+
+
+@cache
+def _can_watch() -> bool:
+    """Whether the kernel tells of a child's end by a descriptor (Linux 5.3)."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
+
+
+def _early(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that a module may have read when it was imported."""
     from payments.settings import VARIABLES
 

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from loguru import logger
 
 from payments.database.connections import DatabaseAddress
-from tests.forked import ForkedProcess, early
+from tests.forked import ForkedProcess, may_fork
 
 PAYMENTS = (sys.executable, "-m", "payments")
 START_TIMEOUT_S = 30
@@ -54,7 +54,7 @@ def run_to(
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as said:
         to = printed.fileno() if stdout is None else stdout
         process: subprocess.Popen[bytes] | ForkedProcess
-        if early(given) == early(environment()):
+        if may_fork(given, environment()):
             process = ForkedProcess(words, given, stdout=to, stderr=said.fileno(), cwd=Path.cwd())
         else:
             process = subprocess.Popen([*PAYMENTS, *words], env=given, stdout=to, stderr=said)
@@ -157,7 +157,7 @@ class ServiceProcess:
     def start(self) -> Self:
         given = environment(**self._settings)
         with self.log.open("ab") as log:
-            if early(given) == early(environment()):
+            if may_fork(given, environment()):
                 arguments = ["serve", *self._options]
                 self._process = ForkedProcess(arguments, given, stderr=log.fileno())
             else:
