@@ -81,7 +81,7 @@ SLOW = (
     *("test_held.py", "test_logs.py", "test_migrations.py", "test_monitoring.py"),
     *("test_session.py", "test_tracing.py", "test_upgrades.py", "web/test_generated_clients.py"),
     "web/test_schemathesis.py",
-    # Less than a second each, and hundreds of them.
+    # A third of a second or more on average, for each of hundreds.
     *(f"callbacks/test_{name}.py" for name in ("breaker", "clock", "crowds", "dispatcher")),
     *(f"callbacks/test_{name}.py" for name in ("locks", "long_queue", "outages")),
     "callbacks/test_may_be_running.py",

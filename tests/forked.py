@@ -21,7 +21,6 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
 REQUEST_MAX = 256 * 1024  # bytes
 # What the service imports once it knows its settings.
 LATER = ("web.serving.server", "web.serving.listening", "web.app")
@@ -63,9 +62,9 @@ class ForkedProcess:
         arguments: Sequence[str],
         environment: Mapping[str, str],
         *,
+        stdout: int,
         stderr: int,
-        stdout: int = 1,
-        cwd: Path = ROOT,
+        cwd: Path,
     ) -> None:
         self.returncode: int | None = None
         self._told, tell = os.pipe()
@@ -111,7 +110,7 @@ def _forker() -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
     with its:
         forker = subprocess.Popen(
             [sys.executable, "-m", "tests.forked", str(its.fileno())],
-            cwd=ROOT,
+            cwd=Path(__file__).parent.parent,
             pass_fds=[its.fileno()],
             start_new_session=True,
         )

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +23,7 @@ from loguru import logger
 from payments.database.connections import DatabaseAddress
 from tests.forked import ForkedProcess, may_fork
 
+ROOT = Path(__file__).parent.parent
 PAYMENTS = (sys.executable, "-m", "payments")
 START_TIMEOUT_S = 30
 
@@ -41,6 +42,30 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+Process = subprocess.Popen[bytes] | ForkedProcess
+
+
+def started(
+    arguments: Sequence[str],
+    given: Mapping[str, str],
+    *,
+    stderr: int,
+    stdout: int = 1,
+    cwd: Path = ROOT,
+) -> Process:
+    """`payments ARGUMENTS` with the environment `given`, in a session of its own."""
+    if may_fork(given, environment()):
+        return ForkedProcess(arguments, given, stderr=stderr, stdout=stdout, cwd=cwd)
+    return subprocess.Popen(
+        [*PAYMENTS, *arguments],
+        env=given,
+        stdout=stdout,
+        stderr=stderr,
+        cwd=cwd,
+        start_new_session=True,
+    )
+
+
 def run(*arguments: object, **settings: object) -> subprocess.CompletedProcess[str]:
     """`payments ARGUMENTS` until it ends."""
     return run_to(None, *arguments, **settings)
@@ -53,11 +78,7 @@ def run_to(
     given, words = environment(**settings), [str(each) for each in arguments]
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as said:
         to = printed.fileno() if stdout is None else stdout
-        process: subprocess.Popen[bytes] | ForkedProcess
-        if may_fork(given, environment()):
-            process = ForkedProcess(words, given, stdout=to, stderr=said.fileno(), cwd=Path.cwd())
-        else:
-            process = subprocess.Popen([*PAYMENTS, *words], env=given, stdout=to, stderr=said)
+        process = started(words, given, stdout=to, stderr=said.fileno(), cwd=Path.cwd())
         try:
             code = process.wait(timeout=60)
         except subprocess.TimeoutExpired:
@@ -94,9 +115,12 @@ _PEAK = (
 )
 
 
+_PROGRESS = re.compile(r"[a-z ]+: [\d,]+( of [\d,]+)?(, [\d,]+/s(, \d+ s left)?)?")
+
+
 def beside_progress(stderr: str) -> list[str]:
     """What a command said besides its progress, which it tells if it takes seconds."""
-    return [line for line in stderr.splitlines() if not re.search(r": [\d,]+( of [\d,]+)?", line)]
+    return [line for line in stderr.splitlines() if not _PROGRESS.fullmatch(line)]
 
 
 def peak_mb(*arguments: str, **settings: object) -> float:
@@ -112,8 +136,6 @@ def peak_mb(*arguments: str, **settings: object) -> float:
     )
     return int(done.stderr.split()[-1]) / 1024
 
-
-ROOT = Path(__file__).parent.parent
 
 MEMORY = Path("/dev/shm")
 MEMORY_MIN_BYTES = 4 * 2**30  # the whole run takes less than 1 GB
@@ -147,27 +169,17 @@ class ServiceProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = data_dir / f"service-{self.port}.log"
         self._settings = {"PORT": self.port, "PAYMENTS_DATA_DIR": data_dir, **settings}
-        self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
+        self._process: Process | None = None
 
     @property
-    def process(self) -> subprocess.Popen[bytes] | ForkedProcess:
+    def process(self) -> Process:
         assert self._process is not None
         return self._process
 
     def start(self) -> Self:
         given = environment(**self._settings)
         with self.log.open("ab") as log:
-            if may_fork(given, environment()):
-                arguments = ["serve", *self._options]
-                self._process = ForkedProcess(arguments, given, stderr=log.fileno())
-            else:
-                self._process = subprocess.Popen(
-                    [*PAYMENTS, "serve", *self._options],
-                    cwd=ROOT,
-                    env=given,
-                    stderr=log,
-                    start_new_session=True,
-                )
+            self._process = started(["serve", *self._options], given, stderr=log.fileno())
         try:
             self._wait_until_healthy()
         except BaseException:

@@ -76,7 +76,7 @@ def test_a_part_that_failed_takes_no_further_turn(done: subprocess.CompletedProc
     assert turns == ["warm-up: child_fails", "round 1: child_fails"]
 
 
-def test_parts_without_a_store_answer_what_they_are_asked() -> None:
+def test_the_part_without_a_store_answers_a_charge() -> None:
     """What the load sends, and once: at full speed they would take both processors."""
     address = DatabaseAddress(host="", port=0, user="", password=None, dbname="")
     server = ServerProcess("floor_post", address, {})

@@ -29,7 +29,7 @@ class _Refused(ValueError):
 
 def check_json(content_types: list[bytes]) -> None:
     """Raises UnsupportedMediaType unless there is one Content-Type and it is application/json."""
-    if content_types == [b"application/json"]:
+    if content_types == [b"application/json"]:  # nearly always
         return
     if len(content_types) == 1:
         media_type, _, parameters = content_types[0].partition(b";")

@@ -154,9 +154,10 @@ class TestConnections:
             running = [asyncio.create_task(post(endpoint)) for _ in range(300)]
             for number, each in enumerate(running):
                 await asyncio.sleep(0)
-                if number % 20 == 0 or dice.random() < 0.3:  # some before anything can happen
-                    after_s = 0 if number % 20 == 0 else dice.random() / 10
-                    asyncio.get_running_loop().call_later(after_s, each.cancel)
+                if number % 20 == 0:
+                    each.cancel()  # before anything can happen
+                elif dice.random() < 0.3:
+                    asyncio.get_running_loop().call_later(dice.random() / 10, each.cancel)
             results = await asyncio.gather(*running, return_exceptions=True)
             errors = [each.error for each in results if isinstance(each, Exchange)]
             assert set(errors) <= {None, "unreachable", "timeout"}

@@ -283,7 +283,7 @@ def _merged(
 
 @cache
 def _public_authorities() -> ssl.SSLContext:
-    """One for all: reading the certificates takes 30 ms."""
+    """The default context, shared by all providers: reading the certificates takes 30 ms."""
     return httpx.create_ssl_context(trust_env=False)
 
 
