@@ -32,7 +32,7 @@ from payments.admission import Admission
 from payments.commands import outcomes as recording
 from payments.commands.charge import Charged, ChargePayment
 from payments.commands.hints import Hints
-from payments.commands.waiters import Caller
+from payments.commands.runs import Caller
 from payments.database.connections import DatabaseAddress
 from payments.gateways.building import build_gateways
 from payments.observability.logs import set_up_logs

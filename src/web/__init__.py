@@ -3,10 +3,8 @@
 serving/       from the listening socket to a request
 app.py         the Litestar application; its endpoints under /v1: charges.py, refunds.py,
                payments.py, unfulfilled.py, provider_webhooks.py
-requests.py    reads headers and path
-answer.py      the response of an endpoint under /v1
-bodies.py      reads JSON bodies
-charge_fields.py  rules for a charge that no schema can state
+requests.py    reads header section, path and JSON body of a request
+answer.py      the responses of the endpoints under /v1
 list_query.py  reads query parameters
 operations.py  /health and /metrics
 accept.py      chooses their media type

@@ -1,12 +1,18 @@
-"""What the endpoints under /v1 return: a JSON response that is written as it is.
+"""Responses of the endpoints under /v1: JSON that is written as it is.
 
 A Litestar Response is built twice, once by the handler and once for ASGI, and its headers are
 encoded in between, for every charge.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
 
+import msgspec
 from litestar.types import Receive, Scope, Send
+
+from web.requests import AnyRequest, log_with, service_of
 
 _JSON = (b"content-type", b"application/json")
 
@@ -33,3 +39,22 @@ class JsonAnswer:
             }
         )
         await send({"type": "http.response.body", "body": self._body, "more_body": False})
+
+
+def json_of(answer: Any) -> JsonAnswer:
+    return JsonAnswer(msgspec.json.encode(answer))
+
+
+def command_answer(
+    request: AnyRequest, answer: msgspec.Struct, payment_id: UUID, *, pending: bool, replayed: bool
+) -> JsonAnswer:
+    """201 with an outcome, 202 without; a header marks a replayed outcome."""
+    log_with(request, payment_id=payment_id)
+    headers = [(b"location", b"/v1/payments/%b" % str(payment_id).encode())]
+    if pending:
+        # An earlier retry would only wait for the deadline of this request.
+        after_s = math.ceil(service_of(request).settings.charge_deadline_s)
+        headers.append((b"retry-after", b"%d" % after_s))
+    elif replayed:
+        headers.append((b"idempotent-replayed", b"true"))
+    return JsonAnswer(msgspec.json.encode(answer), status=202 if pending else 201, headers=headers)

@@ -13,8 +13,7 @@ from payments.queries import fulfilments
 from payments.queries.cursor import read_cursor
 from payments.queries.payments import LIMIT_DEFAULT, LIMIT_MAX, Moment, PaymentFilter
 from payments.times import TIME_PATTERN, read_time
-from web.bodies import ERRORS_MAX
-from web.requests import TIME_TEXT, UUID_SCHEMA, read_uuid
+from web.requests import ERRORS_MAX, TIME_TEXT, UUID_SCHEMA, read_uuid
 
 # name -> its reader, what it must be as text, and as JSON Schema. A schema that a body uses too
 # becomes one type in generated clients.

@@ -7,10 +7,10 @@ from litestar.params import FromPath
 from payments.queries.callbacks import get_callbacks
 from payments.queries.history import get_history
 from payments.queries.payments import get_payment, get_payment_as_of, list_payments
-from web.answer import JsonAnswer
+from web.answer import JsonAnswer, json_of
 from web.auth import may_read
 from web.list_query import AS_OF_READERS, read_list_query, read_query
-from web.requests import AnyRequest, client_of, json_of, payment_in_path, service_of
+from web.requests import AnyRequest, client_of, payment_in_path, service_of
 from web.schema.description import described
 from web.schema.operations.payments import GET_CALLBACKS, GET_EVENTS, GET_PAYMENT, LIST_PAYMENTS
 

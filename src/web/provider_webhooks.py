@@ -7,9 +7,9 @@ from litestar.enums import MediaType
 from litestar.params import FromPath
 
 from payments.errors import BadWebhookSignature
-from web.answer import JsonAnswer
+from web.answer import JsonAnswer, json_of
 from web.problems import NotFound
-from web.requests import AnyRequest, headers_of, json_of, log_with, service_of
+from web.requests import AnyRequest, headers_of, log_with, service_of
 from web.schema.description import described
 from web.schema.operations.providers import PROVIDER_WEBHOOK, WebhookAnswer
 from web.serving.door import WebhookPath

@@ -11,9 +11,9 @@ from payments.errors import InvalidIdempotencyKey, PaymentNotFound
 from payments.payment.identity import RefundRequest
 from payments.payment.state import Status
 from payments.queries.payments import not_found
-from web.answer import JsonAnswer
+from web.answer import JsonAnswer, command_answer
 from web.auth import may_read
-from web.requests import AnyRequest, command_answer, log_with, read_command, service_of
+from web.requests import AnyRequest, log_with, read_command, service_of
 from web.schema.description import described
 from web.schema.operations.refunds import REFUND, RefundAnswer, RefundBody
 

@@ -5,10 +5,10 @@ from litestar.enums import MediaType
 
 from payments.queries.fulfilments import UnfulfilledFilter, list_unfulfilled
 from payments.queries.payments import LIMIT_DEFAULT
-from web.answer import JsonAnswer
+from web.answer import JsonAnswer, json_of
 from web.auth import may_read
 from web.list_query import UNFULFILLED_READERS, read_query
-from web.requests import AnyRequest, client_of, json_of, service_of
+from web.requests import AnyRequest, client_of, service_of
 from web.schema.description import described
 from web.schema.operations.unfulfilled import LIST_UNFULFILLED
 

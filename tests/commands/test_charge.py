@@ -14,7 +14,7 @@ from eventsourcing.persistence import StoredEvent
 from payments.commands import runs
 from payments.commands.charge import Charged
 from payments.commands.refund import RefundPayment
-from payments.commands.waiters import Caller
+from payments.commands.runs import Caller
 from payments.errors import (
     ClientGone,
     DatabaseUnavailable,

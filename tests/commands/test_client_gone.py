@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.commands.waiters import Caller
+from payments.commands.runs import Caller
 from payments.errors import ClientGone, IdempotencyKeyReused, TooBusy
 from payments.event_store import load_charge
 from payments.gateways import ProviderCharge

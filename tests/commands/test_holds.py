@@ -47,7 +47,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in ("charge", "new_charges", "runs"):
+    for module in ("charge", "asking", "runs"):
         monkeypatch.setattr(f"payments.commands.{module}.datetime", clock)
     return clock
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from payments.commands import runs
-from payments.commands.runs import cause
-from payments.commands.waiters import Caller
+from payments.commands.runs import Caller, cause
 from payments.errors import GatewayUnavailable, InvalidRequest, PaymentMethodReused
 from payments.gateways import NeverSent, ProviderCharge, ReferenceNotFound, breaker
 from payments.payment.decisions import abandon

@@ -19,7 +19,7 @@ from payments.settings import Settings
 from tests.process import ServiceProcess, at
 from tests.support import History, append
 from tests.web.requests import BODY, ORDER, caught_up, charge, problem
-from web.charge_fields import is_card_number
+from web.charges import is_card_number
 
 pytestmark = pytest.mark.anyio
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from payments.commands.waiters import Caller
+from payments.commands.runs import Caller
 from tests.callbacks.raw_server import (
     anyio_backend,  # noqa: F401 - a fixture
 )

@@ -1,14 +1,12 @@
 """What the service does: decides, asks the provider, and appends what came of it.
 
 charge.py       charge a payment exactly once per idempotency key
-new_charges.py  which new charges are begun, and at which provider
 refund.py       give back a captured payment, or a part of it
-asking.py       how a payment is asked about at its provider, and when it need not be
+asking.py       what a provider is asked, which one, and which new charges are refused
 settle.py       ask the provider what became of one payment that was left open
 settling_loop.py  which open payments are settled, when, and how many at once: the loop
 hints.py        take a webhook of a provider: its payment is due now
 runs.py         work that a request begins and the service finishes without it
-waiters.py      the requests that wait for one run, each with a deadline of its own
 outcomes.py     appending what a provider did
 paid_orders.py  whether an order is paid already, for SECOND_CHARGE=refuse
 unfulfilled.py  gives back a payment whose order failed, for UNFULFILLED=refund

@@ -19,13 +19,19 @@ import msgspec
 from eventsourcing.persistence import StoredEvent
 from loguru import logger
 
-from payments.commands.asking import Found, check_about, find, own_gateway, provider_charge
-from payments.commands.new_charges import NewCharge, NewCharges
+from payments.commands.asking import (
+    Found,
+    NewCharge,
+    NewCharges,
+    check_about,
+    find,
+    own_gateway,
+    provider_charge,
+)
 from payments.commands.outcomes import Outcomes
 from payments.commands.paid_orders import is_paid_otherwise, refuse_if_paid
-from payments.commands.runs import OTHER_RUN_POLL_S, Run, Runs, cause
+from payments.commands.runs import OTHER_RUN_POLL_S, Caller, Run, Runs, cause
 from payments.commands.telling import MISMATCHES, count_mismatch
-from payments.commands.waiters import Caller
 from payments.errors import (
     ClientGone,
     GatewayUnavailable,

@@ -15,7 +15,7 @@ import time
 from uvicorn.protocols.http.flow_control import FlowControl
 
 # Set by our protocol in the scope's state: how long the request had waited when its header section
-# was read, in seconds; and, once it is started, its client (payments.commands.waiters.Caller).
+# was read, in seconds; and, once it is started, its client (payments.commands.runs.Caller).
 WAITED_S = "waited_s"
 CALLER = "caller"
 

@@ -14,7 +14,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from payments.commands.waiters import Caller
+from payments.commands.runs import Caller
 from web.problems import HeadTooLarge, MalformedRequest, TargetTooLong
 from web.serving.answers import TOO_BUSY, PreparedAnswer, Refused, lines_of
 from web.serving.arrivals import CALLER, WAITED_S

@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from payments.errors import InvalidRequest
-from web.bodies import ERRORS_MAX, check_json, check_not_encoded, read_body
 from web.problems import UnsupportedMediaType
+from web.requests import ERRORS_MAX, check_json, check_not_encoded, read_body
 from web.schema.operations.charges import ChargeBody
 
 ORDER_ID = "f50d9fa2-5d3e-4e49-9a02-218ad32ef4a9"
