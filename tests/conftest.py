@@ -136,7 +136,7 @@ def long_run(pytestconfig: pytest.Config) -> bool:
     return bool(pytestconfig.getoption("--long"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def nothing_blocks_the_event_loop() -> Iterator[None]:
     """A blocking call of ours inside the event loop fails the test that made it.
 

@@ -18,6 +18,7 @@ from payments.events.appender import (
     Appender,
     AppendRefused,
     StreamConflict,
+    Unwanted,
 )
 from payments.events.store import APPEND, append_params
 from payments.observability.metrics import Telemetry
@@ -221,6 +222,53 @@ async def test_an_intent_is_given_up_while_the_lock_is_held_and_the_next_succeed
     await appender.append_intent(stored_event())
     # The one that had been sent may be stored; the one that had not is dropped.
     assert dropped.originator_id not in {stream for _, stream, _ in log_of(connection)}
+
+
+async def test_an_intent_that_is_given_up_while_the_connection_is_opened_is_not_stored(
+    database: Database,
+) -> None:
+    connecting, may_connect = asyncio.Event(), asyncio.Event()
+
+    async def connect(name: str) -> Any:
+        connecting.set()
+        await may_connect.wait()
+        return await database.connect(name)
+
+    running = Appender(connect, Telemetry(), intent_queue_max=10)
+    running.start()
+    intent = running.append_intent(stored_event())
+    outcome = running.append([stored_event()])
+    await connecting.wait()
+    with pytest.raises(DatabaseUnavailable):
+        await intent
+    may_connect.set()
+    assert await outcome == 1
+    await running.stop(1)
+
+
+async def test_an_intent_given_up_alone_while_the_connection_is_opened(database: Database) -> None:
+    connecting, may_connect = asyncio.Event(), asyncio.Event()
+    committed: list[None] = []
+
+    async def connect(name: str) -> Any:
+        connecting.set()
+        await may_connect.wait()
+        return await database.connect(name)
+
+    running = Appender(
+        connect, Telemetry(), intent_queue_max=10, appended=lambda: committed.append(None)
+    )
+    running.start()
+    wanted = True
+    intent = running.append_intent(stored_event(), wanted=lambda: wanted)
+    await connecting.wait()
+    wanted = False
+    may_connect.set()
+    with pytest.raises(Unwanted):
+        await intent
+    assert not committed
+    assert await running.append([stored_event()]) == 1
+    await running.stop(1)
 
 
 async def test_intents_past_the_bound_are_refused_at_once_and_outcomes_never(

@@ -284,7 +284,11 @@ class _Writer:
         backoff = Backoff(RECONNECT_MIN_S, RECONNECT_MAX_S)
         while batch:
             try:
-                await self._send(batch)
+                if self._cursor is None:
+                    await self._open()
+                    batch = [append for append in batch if not append.given_up()]
+                if batch:
+                    await self._send(batch)
             except Exception as error:
                 await self.disconnect()
                 if _is_refusal(error):
@@ -302,17 +306,17 @@ class _Writer:
 
     async def _send(self, batch: list[_Append]) -> None:
         """One round trip, one transaction, one flush to disk; then every caller is told."""
+        assert self._cursor is not None
         try:
             params = append_params(
                 [append.events for append in batch], [append.after for append in batch]
             )
         except (ValueError, TypeError, struct.error) as error:
             raise Unpackable from error
-        cursor = self._cursor or await self._open()
         started = time.perf_counter()
-        with cut_after(cursor.connection, BATCH_TIMEOUT_S):
-            await cursor.execute(APPEND, params, prepare=True)
-            rows = await cursor.fetchall()
+        with cut_after(self._cursor.connection, BATCH_TIMEOUT_S):
+            await self._cursor.execute(APPEND, params, prepare=True)
+            rows = await self._cursor.fetchall()
         self._telemetry.append_seconds.observe(time.perf_counter() - started)
         self._telemetry.append_batch_size.observe(len(batch))
         for append, (outcome, position, first_state) in zip(batch, rows, strict=True):
@@ -328,14 +332,13 @@ class _Writer:
                 append.resolve(position)
         self._appended()
 
-    async def _open(self) -> psycopg.AsyncCursor[Any]:
+    async def _open(self) -> None:
         connection = await self._connect("payments appender")
         self._cursor = connection.cursor(binary=True)
         if self._watch is not None:
             # The server may be another one by now, which lacks what the last one had.
             with cut_after(connection, BATCH_TIMEOUT_S):
                 await self._watch.look_through(self._cursor)
-        return self._cursor
 
     async def disconnect(self) -> None:
         if self._cursor is not None:
