@@ -7,6 +7,7 @@ import signal
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import psycopg
 import pytest
 from blockbuster import blockbuster_ctx
 from click.testing import CliRunner, Result
+from httpx._transports import default
 from psycopg.sql import SQL, Identifier
 
 from payments import embedded_postgres, environment
@@ -35,6 +37,9 @@ TESTS = Path(__file__).parent
 EVERY_DAY_KILLS = 6
 
 environment.forget(os.environ)  # as the command does: no test connects to what PGHOSTADDR names
+
+# Else each client of a test reads the certificates of all authorities, which takes 30 ms.
+default.create_ssl_context = cache(default.create_ssl_context)  # type: ignore[attr-defined]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

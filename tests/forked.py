@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import NoReturn
 
 REQUEST_MAX = 256 * 1024  # bytes
-# What the service imports once it knows its settings.
-LATER = ("web.serving.server", "web.serving.listening", "web.app")
+# What GATEWAY names in tests.
+GATEWAY = "tests.doubles.http_gateway"
 # No library reads them when it is imported.
 _LATE = ("TEST_", "OTEL_")
 
@@ -195,14 +195,16 @@ def main() -> None:
 
     prepare()
     import importlib
+    import pkgutil
 
     import payments.__main__
-    from payments.cli import COMMANDS
+    import web
     from payments.cli import main as command
 
-    commands = {f"payments.cli.{place.partition(':')[0]}" for place, _ in COMMANDS.values()}
-    for module in (*LATER, *commands):
-        importlib.import_module(module)
+    for package in (payments, web):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    importlib.import_module(GATEWAY)
     asyncio.run(_build_a_service())
     assert threading.active_count() == 1, threading.enumerate()
     gc.collect()
