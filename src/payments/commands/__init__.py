@@ -6,7 +6,7 @@ asking.py       what a provider is asked, which one, and which new charges are r
 settle.py       ask the provider what became of one payment that was left open
 settling_loop.py  which open payments are settled, when, and how many at once: the loop
 hints.py        take a webhook of a provider: its payment is due now
-runs.py         work that a request begins and the service finishes, and the requests that wait for it
+runs.py         work that a request begins and the service finishes, and who waits for it
 outcomes.py     appending what a provider did
 paid_orders.py  whether an order is paid already, for SECOND_CHARGE=refuse
 unfulfilled.py  gives back a payment whose order failed, for UNFULFILLED=refund
