@@ -2,7 +2,6 @@
 
 import os
 import queue
-import shutil
 import signal
 import threading
 import uuid
@@ -165,9 +164,8 @@ def nothing_blocks_the_event_loop() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def state_dir() -> Iterator[Path]:
     """A directory that the embedded server's user can reach, unlike pytest's own."""
-    path = open_directory("payments-tests-")
-    yield path
-    shutil.rmtree(path)
+    with open_directory("payments-tests-") as path:
+        yield path
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 """What docs/security.md and docs/backup.md promise: roles, and a restore."""
 
 import re
-import shutil
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -141,9 +141,14 @@ def test_an_auditor_reads_and_writes_nothing(
         assert "permission denied for table log_seals" in unable.stderr
 
 
-def test_a_dump_is_restored_and_goes_on() -> None:
+@pytest.fixture
+def home() -> Iterator[Path]:
+    with open_directory("payments-restored-") as opened:
+        yield opened
+
+
+def test_a_dump_is_restored_and_goes_on(home: Path) -> None:
     """As docs/backup.md says, with the service at work while it is dumped."""
-    home = open_directory("payments-restored-")
     ledger = {"SIMULATED_LEDGER": home / "ledger.sqlite", "LOG_LEVEL": "WARNING"}
     before, after = home / "before", home / "after"
     dump, into = str(home / "payments.dump"), {"PAYMENTS_DATA_DIR": after}
@@ -178,4 +183,3 @@ def test_a_dump_is_restored_and_goes_on() -> None:
     assert captured.count(lost["id"]) == 1
     for directory in (before, after):
         embedded_postgres.wait_until_stopped(directory)
-    shutil.rmtree(home)

@@ -238,11 +238,9 @@ def test_psql_gets_its_arguments_and_keeps_its_exit_code(
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[OutsidePostgres]:
     """A server that asks for a password."""
-    home = open_directory("payments-guarded-")
-    with OutsidePostgres(home / "server") as server:
+    with open_directory("payments-guarded-") as home, OutsidePostgres(home / "server") as server:
         migrate(server.address)
         yield server
-    home.rmdir()
 
 
 def test_the_password_is_in_no_argument_and_in_no_output(

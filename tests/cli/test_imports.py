@@ -1,6 +1,5 @@
 """What a command does not need it does not import, and it tells nothing but what it is asked."""
 
-import shutil
 import subprocess
 import sys
 import uuid
@@ -72,22 +71,21 @@ def test_the_list_of_commands_says_what_they_say() -> None:
 
 def test_a_command_begins_with_no_line_of_the_log() -> None:
     """Also where it starts the embedded server."""
-    data_dir = open_directory("payments-quiet-")
-    for level, lines in (("INFO", 0), ("DEBUG", 1)):
-        done = run("replay", "--limit", "1", PAYMENTS_DATA_DIR=data_dir, LOG_LEVEL=level)
-        assert (done.returncode, done.stdout) == (1, "")
-        *log, told = done.stderr.splitlines()
-        assert told.startswith("payments: the database lacks 0001_event_store")
-        assert sum("embedded Postgres is running" in line for line in log) == lines
-        assert len(log) == 2 * lines  # why the command ends
-    done = run("migrate", PAYMENTS_DATA_DIR=data_dir, LOG_FORMAT="text")
-    *applied, told = done.stderr.splitlines()
-    assert told == "the schema is up to date"
-    assert all("migration=" in line for line in applied)
-    done = run("replay", "--limit", "1", PAYMENTS_DATA_DIR=data_dir)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    wait_until_stopped(data_dir)
-    shutil.rmtree(data_dir)
+    with open_directory("payments-quiet-") as data_dir:
+        for level, lines in (("INFO", 0), ("DEBUG", 1)):
+            done = run("replay", "--limit", "1", PAYMENTS_DATA_DIR=data_dir, LOG_LEVEL=level)
+            assert (done.returncode, done.stdout) == (1, "")
+            *log, told = done.stderr.splitlines()
+            assert told.startswith("payments: the database lacks 0001_event_store")
+            assert sum("embedded Postgres is running" in line for line in log) == lines
+            assert len(log) == 2 * lines  # why the command ends
+        done = run("migrate", PAYMENTS_DATA_DIR=data_dir, LOG_FORMAT="text")
+        *applied, told = done.stderr.splitlines()
+        assert told == "the schema is up to date"
+        assert all("migration=" in line for line in applied)
+        done = run("replay", "--limit", "1", PAYMENTS_DATA_DIR=data_dir)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        wait_until_stopped(data_dir)
 
 
 def test_what_is_no_trouble_is_for_the_log_of_the_service(

@@ -28,8 +28,10 @@ VACUUM_EVERY_S = 0.2
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[tuple[OutsidePostgres, Standby]]:
-    home = open_directory("payments-standby-")
-    with OutsidePostgres(home / "primary") as primary:
+    with (
+        open_directory("payments-standby-") as home,
+        OutsidePostgres(home / "primary") as primary,
+    ):
         migrate(primary.address)
         with primary.connect() as connection:
             connection.execute("ALTER SYSTEM SET max_standby_streaming_delay = 0")
@@ -188,8 +190,7 @@ def horizon_of(server: OutsidePostgres) -> Horizon:
 
 
 def test_what_a_standby_and_a_forgotten_transaction_hold() -> None:
-    home = open_directory("payments-held-")
-    with OutsidePostgres(home / "primary") as primary:
+    with open_directory("payments-held-") as home, OutsidePostgres(home / "primary") as primary:
         migrate(primary.address)
         with primary.connect() as connection:
             connection.execute("ALTER SYSTEM SET max_prepared_transactions = 1")

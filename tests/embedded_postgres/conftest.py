@@ -1,5 +1,4 @@
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +13,15 @@ from tests.process import open_directory
 def room(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory that the server's user can get to; pytest's tmp_path is closed to it."""
     monkeypatch.delenv("TMPDIR", raising=False)
-    room = open_directory("pg-test-")
-    yield room
-    while User.all:
-        User.all.pop().kill()
-    try:
-        wait_until(lambda: not processes(room), CLEAN_STOP_S)
-    finally:
-        for pid in processes(room):
-            os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(room, ignore_errors=True)
+    with open_directory("pg-test-") as room:
+        yield room
+        while User.all:
+            User.all.pop().kill()
+        try:
+            wait_until(lambda: not processes(room), CLEAN_STOP_S)
+        finally:
+            for pid in processes(room):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture

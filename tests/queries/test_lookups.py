@@ -138,7 +138,8 @@ async def test_a_lasting_backlog_costs_nobody_an_answer(
 
     assert min(await asyncio.gather(*(reader() for _ in range(12)))) > 3
     # Every statement has what is left of the time of its own lookups.
-    assert min(statement.timeout_s for statement in watched.statements) > 0.1
+    least_s = min(statement.timeout_s for statement in watched.statements)
+    bound(patience_s - least_s, patience_s - 0.1, machine)
 
 
 async def test_a_lookup_is_never_answered_by_a_statement_that_began_before_it(
