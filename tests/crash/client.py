@@ -9,6 +9,9 @@ from uuid import UUID
 from tests.support import ORDER_ID
 
 ANSWER_TIMEOUT_S = 15
+# Of each caller between its requests. What a kill meets counts, not how many requests there are,
+# and the tests beside this one need the processors.
+PAUSE_S = 0.02
 T = TypeVar("T")
 
 

@@ -14,7 +14,7 @@ import psycopg
 
 from payments.database.connections import DatabaseAddress
 from payments.payment.identity import payment_id_for
-from tests.crash.client import Answer, Caller, race
+from tests.crash.client import PAUSE_S, Answer, Caller, race
 from tests.doubles.provider import ProviderProcess
 from tests.doubles.stand_in import Fault
 from tests.invariants.checker import ChargeAnswer, ProviderRecord, RefundAnswer, check
@@ -196,9 +196,10 @@ class Traffic:
                 key, method = str(uuid.uuid4()), self._customers.new_method()
             answer = await caller.charge(key, payment_method=method)
             self._answers.charged(key, answer, method)
+            await asyncio.sleep(PAUSE_S)
             if answer is None or answer.status == 503:
-                await asyncio.sleep(0.02)
-            elif answer.body["status"] == "SUCCESS":
+                continue
+            if answer.body["status"] == "SUCCESS":
                 self.captured += 1
                 await self._refund_some(caller, key)
             elif answer.status == 202:

@@ -22,6 +22,7 @@ import pytest
 from payments.callbacks import lease_s
 from payments.callbacks.dispatcher import CONCURRENCY_MAX
 from payments.database.connections import DatabaseAddress
+from tests.crash.client import PAUSE_S
 from tests.crash.money import nothing_open
 from tests.doubles.order_service import Fault, Options, OrderServiceProcess, Request
 from tests.invariants.callbacks import CallbackReport, check_callbacks, is_followed, nothing_due
@@ -82,13 +83,13 @@ class Customers:
                 order_id = str(uuid.uuid4())
                 for amount_cents in dice.choice(PURCHASES):
                     self._pay(client, order_id, amount_cents)
+                    self._stopped.wait(PAUSE_S)
 
     def _pay(self, client: httpx.Client, order_id: str, amount_cents: int) -> None:
         changed = {"merchant_order_id": order_id, "amount_cents": amount_cents}
         try:
             answer = self._service.charge(client, str(uuid.uuid4()), **changed)
         except httpx.TransportError:
-            self._stopped.wait(0.02)
             return
         if answer.status_code in (201, 202):
             told = answer.json()

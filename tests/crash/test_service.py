@@ -17,6 +17,7 @@ import pytest
 
 from payments import embedded_postgres
 from payments.payment.identity import payment_id_for
+from tests.crash.client import PAUSE_S
 from tests.machine import within
 from tests.outside_postgres import OutsidePostgres
 from tests.process import ServiceProcess
@@ -56,8 +57,7 @@ class Load:
                 except httpx.TransportError:
                     status, body = 0, None
                 self.answers.append((key, status, body, time.monotonic() - started))
-                if status != 201:
-                    self._stopped.wait(0.02)
+                self._stopped.wait(PAUSE_S)
 
     def wait_for(self, count: int) -> None:
         """Until so many charges were captured."""
