@@ -87,8 +87,10 @@ SLOW = (
     "web/test_schemathesis.py",
     # A third of a second or more on average, for each of hundreds.
     *(f"callbacks/test_{name}.py" for name in ("breaker", "clock", "crowds", "dispatcher")),
-    *(f"callbacks/test_{name}.py" for name in ("locks", "long_queue", "outages")),
-    "callbacks/test_may_be_running.py",
+    *(f"callbacks/test_{name}.py" for name in ("interleavings", "locks", "long_queue", "outages")),
+    *(f"callbacks/test_{name}.py" for name in ("may_be_running", "outbox", "paid_again")),
+    *(f"commands/test_{name}.py" for name in ("actions", "client_gone", "hints", "settle_behind")),
+    "commands/test_telling.py",
     *(f"events/test_{name}.py" for name in ("appender", "library", "watch")),
     *("fulfilment/test_checking.py", "fulfilment/test_suspects.py", "queries/test_replay.py"),
     *("gateways/test_simulated_page.py", "projections/test_payments.py", "test_brake.py"),
