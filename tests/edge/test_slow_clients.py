@@ -34,11 +34,13 @@ async def hold(port: int, at_once: bytes, slowly: bytes) -> Cut:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(at_once)
     dripping = asyncio.create_task(drip(writer, slowly))
+    received = b""
     try:
         async with asyncio.timeout(CUT_AFTER_S + 3):
-            received = await reader.read()
+            while some := await reader.read(1024):
+                received += some
     except ConnectionResetError:  # a byte came after the end
-        received = b""
+        pass
     finally:
         dripping.cancel()
         writer.close()
