@@ -74,6 +74,9 @@ class TestApplicationRecorder(ApplicationRecorderTestCase[LogRecorder]):
     def test_insert_subscribe(self) -> None:
         self.optional_test_insert_subscribe()
 
+    def test_performance(self) -> None:
+        self.skipTest("it prints how fast inserting is, which only these tests do")
+
 
 @pytest.mark.usefixtures("for_unittest")
 class TestNonInterleaving(NonInterleavingNotificationIDsBaseCase):
