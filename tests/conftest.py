@@ -1,5 +1,6 @@
 """A real Postgres for the tests: one embedded server, one migrated template, a clone per test."""
 
+import itertools
 import os
 import queue
 import signal
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import msgspec
 import psycopg
 import pytest
+from _pytest.runner import runtestprotocol
 from blockbuster import blockbuster_ctx
 from click.testing import CliRunner, Result
 from httpx._transports import default
@@ -29,11 +31,13 @@ from payments.database.connections import (
 from payments.migrations import migrate
 from payments.service import Service
 from payments.settings import Settings
-from tests.machine import Machine, late
+from tests.machine import PAUSE_S, Machine, Pauses, late
 from tests.process import at, open_directory
 
 TESTS = Path(__file__).parent
 EVERY_DAY_KILLS = 6
+PAUSES: pytest.StashKey[Pauses] = pytest.StashKey()
+RAN_AGAIN = "ran again"  # a property of such a test, and why
 
 environment.forget(os.environ)  # as the command does: no test connects to what PGHOSTADDR names
 
@@ -55,7 +59,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-openapi", action="store_true", help="rewrite openapi.json")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[PAUSES] = Pauses()
+    _take_signals()
+
+
+def _take_signals() -> None:
     """A shell that starts this in the background has Ctrl-C ignored, and nohup SIGHUP, by all that
     we start too. With a handler of ours they have the default again."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -82,7 +91,8 @@ SLOW = (
     *("projections/test_rebuild.py", "queries/test_lookups.py", "queries/test_plans.py"),
     *("test_benchmarks.py", "test_database_care.py", "test_docs.py::test_the_client"),
     *("test_docs.py::test_the_receiver", "test_environment.py", "test_following.py"),
-    *("test_held.py", "test_logs.py", "test_migrations.py", "test_monitoring.py"),
+    *("test_held.py", "test_logs.py", "test_machine.py::test_what_fails", "test_migrations.py"),
+    "test_monitoring.py",
     *("test_session.py", "test_tracing.py", "test_upgrades.py", "web/test_generated_clients.py"),
     "web/test_schemathesis.py",
     # A third of a second or more on average, for each of hundreds.
@@ -114,6 +124,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.removeprefix("tests/").startswith(SLOW):
             item.add_marker("slow")
+
+
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> object:
+    """A test that fails while the machine stands still runs again, once; the summary says so."""
+    pauses = item.config.stash[PAUSES]
+    pauses.forget()
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    reports = runtestprotocol(item, nextitem=nextitem, log=False)
+    failed = [report.longreprtext for report in reports if report.failed]
+    if failed and not item.user_properties and (paused_s := pauses.longest_s()) > PAUSE_S:
+        why = f"it failed while the machine stood still for {paused_s:.2f} s"
+        item.user_properties.append((RAN_AGAIN, "\n".join([why, *failed])))
+        # The whole hook: pytest-timeout counts anew.
+        return item.ihook.pytest_runtest_protocol(item=item, nextitem=nextitem)
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        for name, why in getattr(report, "user_properties", ()):
+            if name == RAN_AGAIN and report.when == "teardown":
+                terminalreporter.write_line(f"RAN AGAIN {report.nodeid}: {why}")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests import conftest, machine
-from tests.machine import Machine, within
+from tests.conftest import TESTS
+from tests.machine import PAUSE_S, Machine, Pauses, within
 
 # Its parent ends at once.
 STRANGER = """
@@ -29,6 +31,33 @@ while time.process_time() < 0.5:
     pass
 print(flush=True)
 sys.stdin.read()
+"""
+
+STOPPED = """
+import os, signal, subprocess, sys, time
+import pytest
+
+STOP = "import os, signal, sys, time; at = int(sys.argv[1]); os.kill(at, signal.SIGSTOP); "
+STOP += "time.sleep(0.5); os.kill(at, signal.SIGCONT)"
+runs = []
+
+def stand_still():
+    subprocess.run([sys.executable, "-c", STOP, str(os.getpid())], check=True, timeout=20)
+
+def test_for_that_reason():
+    runs.append(None)
+    if len(runs) == 1:
+        stand_still()
+        pytest.fail()
+
+def test_for_another_reason():
+    stand_still()
+    pytest.fail()
+
+@pytest.mark.timeout(1)
+def test_its_time_is_up():
+    stand_still()
+    time.sleep(20)
 """
 
 
@@ -79,6 +108,35 @@ def test_what_is_late_on_a_busy_machine_makes_it_skipped(
     with pytest.raises(pytest.skip.Exception, match=re.compile(told)):
         next(running)
     machine.late.clear()
+
+
+def test_what_fails_while_the_machine_stands_still_runs_again_once(tmp_path: Path) -> None:
+    (tmp_path / "test_stopped.py").write_text(STOPPED)
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "--rootdir", tmp_path]
+    configured = ["-c", TESTS.parent / "pyproject.toml", tmp_path]
+    ran = subprocess.run(
+        [*map(str, [*command, *configured])],
+        cwd=TESTS.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    again = r"^RAN AGAIN \S+::(\w+): it failed while the machine stood still for 0\.\d+ s$"
+    assert sorted(re.findall(again, ran.stdout, re.MULTILINE)) == [
+        "test_for_another_reason",
+        "test_for_that_reason",
+        "test_its_time_is_up",
+    ]
+    assert "2 failed, 1 passed" in ran.stdout
+    assert "FAILED test_stopped.py::test_for_that_reason" not in ran.stdout
+
+
+def test_what_this_process_does_itself_is_no_pause() -> None:
+    pauses, did = Pauses(), time.process_time()
+    while time.process_time() - did < 2 * PAUSE_S:
+        sum(range(20_000_000))  # no other thread runs meanwhile
+    assert pauses.longest_s() < PAUSE_S
 
 
 def test_others_are_whom_we_have_not_started() -> None:
