@@ -1025,12 +1025,14 @@ async def test_many_parked_streams_do_not_keep_it_from_following(
     """They are retried a few at a time, from the start on."""
     monkeypatch.setattr(follower_module, "POLL_S", 0.02)
     append_stored(connection, [stored_event(topic="Unknown") for _ in range(200)])
-    follower = Follower(database.connect, PaymentsProjection(settle_after_s=7), Telemetry())
-    while await follower.run_once():
-        pass
-    assert len(await follower.parked()) == 200
+    before = Follower(database.connect, PaymentsProjection(settle_after_s=7), Telemetry())
+    before.start()
+    parked = "SELECT count(*) FROM parked_streams"
+    await until(lambda: connection.execute(parked).fetchone() == (200,), 3 * PATIENCE_S)
+    await before.stop()
     history = History("k").charged()
     append(connection, history.facts)
+    follower = Follower(database.connect, PaymentsProjection(settle_after_s=7), Telemetry())
     follower.start()
     try:
         key = "SELECT FROM payments WHERE idempotency_key = 'k'"
