@@ -402,17 +402,17 @@ async def test_refunds_that_race_are_decided_again_however_long_that_takes(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each conflict shows that the store answers; only its silence is answered with 503."""
-    monkeypatch.setattr(runs, "INTENT_PATIENCE_S", 0.3)
+    monkeypatch.setattr(runs, "INTENT_PATIENCE_S", 1.0)
     service = await charged(make)
     append = service.appender.append_intent
 
     async def append_slowly(event: StoredEvent, **options: Any) -> int:
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.25)
         return await append(event, **options)
 
     monkeypatch.setattr(service.appender, "append_intent", append_slowly)
     requests = [service.refunding.refund(refund_of(1, f"r{number}")) for number in range(6)]
-    outcomes = await asyncio.gather(*requests)  # one more goes through each 0.1 s
+    outcomes = await asyncio.gather(*requests)  # one more goes through each 0.25 s
     assert {outcome.refund.status for outcome in outcomes} == {Status.SUCCESS}
 
 
