@@ -10,10 +10,11 @@ The service has bounds of its own, such as 0.4 s for the database to respond. So
 when the machine stands still; Pauses notices that, and tests/conftest.py runs the test again.
 """
 
+import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,9 @@ WORKERS_TIMES = 4
 # process that sleeps is late by 0.13 s at the most.
 PAUSE_S = 0.25
 LOOK_S = 0.05
+# A virtual machine may share its processors with others: one is up to twice as slow then, although
+# nobody else seems to use it.
+SLOWER_TIMES = 1.3
 
 _thread = ThreadPoolExecutor(1, thread_name_prefix="machine")
 
@@ -74,6 +78,29 @@ class Pauses:
             time.sleep(LOOK_S)
             late_s = time.monotonic() - began - LOOK_S
             self._longest_s = max(self._longest_s, late_s - (time.process_time() - worked))
+
+
+class Pace:
+    """How long a processor takes for the same work. To be looked at while the tests do nothing."""
+
+    def __init__(self) -> None:
+        self._best_s = math.inf
+
+    def look(self) -> float:
+        """Processor seconds: a fifth of the looks within a quarter of a second took longer."""
+        took_s = sorted(_work_s() for _ in range(30))
+        self._best_s = min(self._best_s, took_s[0])
+        return took_s[24]
+
+    def slower_times(self, looks_s: Iterable[float]) -> float:
+        """The slowest of these looks, compared with the best that was ever seen."""
+        return max(looks_s) / self._best_s
+
+
+def _work_s() -> float:
+    began = time.thread_time()
+    sum(number for number in range(100_000))
+    return time.thread_time() - began
 
 
 @contextmanager

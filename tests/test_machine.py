@@ -12,7 +12,7 @@ import pytest
 
 from tests import conftest, machine
 from tests.conftest import TESTS
-from tests.machine import PAUSE_S, Machine, Pauses, within
+from tests.machine import PAUSE_S, Machine, Pace, Pauses, within
 
 # Its parent ends at once.
 STRANGER = """
@@ -138,6 +138,17 @@ def test_what_this_process_does_itself_is_no_pause() -> None:
         sum(range(20_000_000))  # no other thread runs meanwhile
     others_s = time.monotonic() - began - worked_s
     assert pauses.longest_s() < others_s + PAUSE_S
+
+
+@pytest.mark.parametrize(("slow_looks", "times"), [(0, 1.0), (5, 1.0), (6, 2.0), (30, 2.0)])
+def test_a_processor_that_others_slow_down(
+    monkeypatch: pytest.MonkeyPatch, slow_looks: int, times: float
+) -> None:
+    """Even if it was so from the start on."""
+    looks_s = [0.004] * slow_looks + [0.002] * (60 - slow_looks)
+    monkeypatch.setattr(machine, "_work_s", lambda: looks_s.pop(0))
+    pace = Pace()
+    assert pace.slower_times([pace.look(), pace.look()]) == times
 
 
 def test_others_are_whom_we_have_not_started() -> None:
