@@ -18,6 +18,8 @@ from _pytest.runner import runtestprotocol
 from blockbuster import blockbuster_ctx
 from click.testing import CliRunner, Result
 from httpx._transports import default
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from psycopg.sql import SQL, Identifier
 
 from payments import embedded_postgres, environment
@@ -57,6 +59,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outages", type=int, default=3, help="of Postgres, one after another")
     parser.addoption("--mutations", type=int, default=600, help="of requests, byte by byte")
     parser.addoption("--update-openapi", action="store_true", help="rewrite openapi.json")
+
+
+# How fast examples are drawn and tried is not what a property is about.
+hypothesis_settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+hypothesis_settings.load_profile("tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1000,7 +1000,7 @@ clocks = st.integers(-3600, 3600).map(lambda seconds: timedelta(seconds=seconds)
     st.lists(st.tuples(commands, clocks), max_size=12),
     st.integers(0, 20),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_whatever_is_asked_the_money_adds_up(
     begin: list[Fact], steps: list[tuple[Command, timedelta]], cut: int
 ) -> None:

@@ -203,4 +203,4 @@ class Breaking(RuleBasedStateMachine):
 
 
 TestBreaking = Breaking.TestCase
-TestBreaking.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestBreaking.settings = settings(max_examples=150, stateful_step_count=60)

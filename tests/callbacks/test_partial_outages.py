@@ -172,7 +172,6 @@ BAD: list[tuple[Kind, bool]] = [(kind, True) for kind in KINDS if kind != "good"
 
 @settings(
     max_examples=20,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(steps, min_size=1, max_size=6))

@@ -240,7 +240,7 @@ def test_retry_after_counts_for_429_and_503_alone() -> None:
     assert [status for status in asked if asked[status].asked_s] == [429, 503]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     status=st.none() | st.sampled_from([429, 503]) | st.integers(100, 999),
     error=st.sampled_from(["timeout", "unreachable", "forbidden_address", "protocol"]),

@@ -421,7 +421,7 @@ def facts_of(fact: type[Fact]) -> st.SearchStrategy[Fact]:
 
 @pytest.mark.parametrize("topic", FACTS)
 @given(st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_what_is_encoded_decodes_to_an_equal_fact(topic: str, data: st.DataObject) -> None:
     fact = data.draw(facts_of(FACTS[topic]))
     assert decode(topic, encode(fact)) == fact
