@@ -1027,9 +1027,11 @@ async def test_many_parked_streams_do_not_keep_it_from_following(
     append_stored(connection, [stored_event(topic="Unknown") for _ in range(200)])
     before = Follower(database.connect, PaymentsProjection(settle_after_s=7), Telemetry())
     before.start()
-    parked = "SELECT count(*) FROM parked_streams"
-    await until(lambda: connection.execute(parked).fetchone() == (200,), 3 * PATIENCE_S)
-    await before.stop()
+    try:
+        parked = "SELECT count(*) FROM parked_streams"
+        await until(lambda: connection.execute(parked).fetchone() == (200,), 3 * PATIENCE_S)
+    finally:
+        await before.stop()
     history = History("k").charged()
     append(connection, history.facts)
     follower = Follower(database.connect, PaymentsProjection(settle_after_s=7), Telemetry())
