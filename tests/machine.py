@@ -25,7 +25,7 @@ OTHERS_CORES = 0.5  # so many cores' work of others, and what takes how long say
 # Another worker of the same run shares the processors, and its servers cannot be told from ours: up
 # to so many times as long says as little.
 WORKERS_TIMES = 4
-# Below the shortest bound of the service. Beside nothing but the tests, on two processors, a
+# Less than the service ever gives its database. Beside nothing but the tests, on two processors, a
 # process that sleeps is late by 0.13 s at the most.
 PAUSE_S = 0.25
 LOOK_S = 0.05
@@ -55,7 +55,7 @@ class Machine:
 class Pauses:
     """How long this process was kept from running: by others, or since the machine stood still.
 
-    While it works itself, nothing keeps it from that.
+    What it used of a processor meanwhile is subtracted.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Pauses:
         threading.Thread(target=self._watch, name="pauses", daemon=True).start()
 
     def longest_s(self) -> float:
-        """The longest since this was asked last."""
+        """Seconds: the longest since this was asked last, or `forget` called. Takes 0.1 s."""
         time.sleep(2 * LOOK_S)  # one that has just ended is noticed then
         return self.forget()
 
@@ -81,19 +81,19 @@ class Pauses:
 
 
 class Pace:
-    """How long a processor takes for the same work. To be looked at while the tests do nothing."""
+    """How fast a processor is, compared with itself. To be looked at while the tests do nothing."""
 
     def __init__(self) -> None:
         self._best_s = math.inf
 
     def look(self) -> float:
-        """Processor seconds: a fifth of the looks within a quarter of a second took longer."""
+        """Processor seconds for a piece of work; of 30 times a fifth takes at least as long."""
         took_s = sorted(_work_s() for _ in range(30))
         self._best_s = min(self._best_s, took_s[0])
         return took_s[24]
 
     def slower_times(self, looks_s: Iterable[float]) -> float:
-        """The slowest of these looks, compared with the best that was ever seen."""
+        """By how many times the slowest of these looks took longer than the best time ever seen."""
         return max(looks_s) / self._best_s
 
 

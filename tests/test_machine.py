@@ -36,6 +36,7 @@ sys.stdin.read()
 STOPPED = """
 import os, signal, subprocess, sys, time
 import pytest
+from tests.invariants.checker import InvariantBroken
 
 STOP = "import os, signal, sys, time; at = int(sys.argv[1]); os.kill(at, signal.SIGSTOP); "
 STOP += "time.sleep(0.5); os.kill(at, signal.SIGCONT)"
@@ -58,6 +59,10 @@ def test_for_another_reason():
 def test_its_time_is_up():
     stand_still()
     time.sleep(20)
+
+def test_an_invariant():
+    stand_still()
+    raise InvariantBroken("captured twice")
 """
 
 
@@ -110,25 +115,24 @@ def test_what_is_late_on_a_busy_machine_makes_it_skipped(
     machine.late.clear()
 
 
-def test_what_fails_while_the_machine_stands_still_runs_again_once(tmp_path: Path) -> None:
+def test_what_fails_while_it_is_kept_from_running_runs_again_once(tmp_path: Path) -> None:
     (tmp_path / "test_stopped.py").write_text(STOPPED)
-    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "--rootdir", tmp_path]
-    configured = ["-c", TESTS.parent / "pyproject.toml", tmp_path]
+    options = f"-p tests.conftest --rootdir {tmp_path} -c {TESTS.parent / 'pyproject.toml'}"
     ran = subprocess.run(
-        [*map(str, [*command, *configured])],
+        [sys.executable, "-m", "pytest", *options.split(), str(tmp_path)],
         cwd=TESTS.parent,
         stdout=subprocess.PIPE,
         text=True,
         check=False,
         timeout=60,
     )
-    again = r"^RAN AGAIN \S+::(\w+): it failed while the machine stood still for 0\.\d+ s$"
+    again = r"^RAN AGAIN \S+::(\w+): it failed, and was kept from running for \d+\.\d+ s$"
     assert sorted(re.findall(again, ran.stdout, re.MULTILINE)) == [
         "test_for_another_reason",
         "test_for_that_reason",
         "test_its_time_is_up",
     ]
-    assert "2 failed, 1 passed" in ran.stdout
+    assert "3 failed, 1 passed" in ran.stdout
     assert "FAILED test_stopped.py::test_for_that_reason" not in ran.stdout
 
 

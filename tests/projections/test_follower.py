@@ -1017,44 +1017,31 @@ async def test_a_batch_that_failed_is_not_counted(
 
 
 async def test_many_parked_streams_do_not_keep_it_from_following(
-    address: DatabaseAddress,
-    connection: psycopg.Connection[Any],
-    database: Database,
-    monkeypatch: pytest.MonkeyPatch,
+    build: Build, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are retried a few at a time, from the start on."""
     monkeypatch.setattr(follower_module, "POLL_S", 0.02)
     append_stored(connection, [stored_event(topic="Unknown") for _ in range(200)])
-    before = Follower(database.connect, PaymentsProjection(settle_after_s=7), Telemetry())
+    before = build()
     before.start()
-    try:
-        parked = "SELECT count(*) FROM parked_streams"
-        await until(lambda: connection.execute(parked).fetchone() == (200,), 3 * PATIENCE_S)
-    finally:
-        await before.stop()
+    parked = "SELECT count(*) FROM parked_streams"
+    await until(lambda: connection.execute(parked).fetchone() == (200,), 3 * PATIENCE_S)
+    await before.stop()
     history = History("k").charged()
     append(connection, history.facts)
-    follower = Follower(database.connect, PaymentsProjection(settle_after_s=7), Telemetry())
+    follower = build()
     follower.start()
-    try:
-        key = "SELECT FROM payments WHERE idempotency_key = 'k'"
-        await until(lambda: connection.execute(key).fetchone() is not None)
-        assert follower._to_retry
-        await until(lambda: not follower._to_retry)
-    finally:
-        await follower.stop()
+    key = "SELECT FROM payments WHERE idempotency_key = 'k'"
+    await until(lambda: connection.execute(key).fetchone() is not None)
+    assert follower._to_retry
+    await until(lambda: not follower._to_retry)
 
 
 async def test_a_batch_that_takes_too_long_is_tried_in_smaller_ones(
-    database: Database, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+    build: Build, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the streams are poison, and the database is far away."""
     monkeypatch.setattr("payments.projections.follower.BATCH_TIMEOUT_S", 0.15)
     append_stored(connection, [stored_event(topic="Unknown") for _ in range(300)])
-    follower = Follower(database.connect, PaymentsProjection(settle_after_s=7), Telemetry())
-    follower.start()
-    try:
-        position = "SELECT position FROM followers WHERE name = 'payments'"
-        await until(lambda: connection.execute(position).fetchone() == (300,), 3 * PATIENCE_S)
-    finally:
-        await follower.stop()
+    build().start()
+    await until(lambda: position(connection) == 300, 3 * PATIENCE_S)
