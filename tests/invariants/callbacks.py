@@ -16,7 +16,7 @@ from eventsourcing.persistence import StoredEvent
 from payments.events.facts import PaymentCharged, PaymentFailed, PaymentRefunded, UndecodableEvent
 from payments.events.store import to_fact
 from tests.doubles.order_requests import Request, findings
-from tests.invariants.checker import LOG, _text
+from tests.invariants.checker import LOG, expect_none
 
 PARKED = "SELECT payment_id FROM parked_streams WHERE follower = 'callbacks'"
 
@@ -129,7 +129,7 @@ def check_callbacks(
     received: Iterable[Request] | None = None,
     settled: bool = True,
 ) -> CallbackReport:
-    """Raises AssertionError with all findings.
+    """Raises InvariantBroken with all findings.
 
     Outcomes count from `first_position` on: where the outbox began. `statuses` are those that Order
     Service wants. `received` is all that came to it; without it nothing is compared with that.
@@ -148,7 +148,7 @@ def check_callbacks(
         requests = sorted(received, key=lambda request: request.arrived)
         refunded = {str(each.payment_id) for each in stored.outcomes if each.status == "REFUNDED"}
         found += [*_received(stored, requests, settled), *findings(requests, refunded)]
-    assert not found, _text(found)
+    expect_none(found)
     return CallbackReport(
         Counter(row.state for row in stored.rows.values()),
         sum(map(len, stored.attempts.values())),

@@ -130,7 +130,7 @@ def check(
     caught_up: bool = True,
     settled: bool = False,
 ) -> Report:
-    """Raises AssertionError with all findings.
+    """Raises InvariantBroken with all findings.
 
     Without `provider` nothing is compared with it. `caught_up`: the follower has to stand at the
     log's end; else the read model is compared as of its position. `settled`: nothing may be open,
@@ -149,15 +149,16 @@ def check(
     ]
     if provider is not None:
         findings += _provider(streams, list(provider), settled)
-    if findings:
-        raise InvariantBroken(_text(findings))
+    expect_none(findings)
     return Report(len(stored.log), len(streams.facts), stored.parked)
 
 
-def _text(findings: Sequence[str]) -> str:
-    more = len(findings) - FINDINGS_SHOWN
-    lines = [f"{len(findings)} findings", *findings[:FINDINGS_SHOWN]]
-    return "\n- ".join([*lines, f"and {more} more"] if more > 0 else lines)
+def expect_none(findings: Sequence[str]) -> None:
+    """Raises InvariantBroken with all findings, if there are any."""
+    if findings:
+        more = len(findings) - FINDINGS_SHOWN
+        lines = [f"{len(findings)} findings", *findings[:FINDINGS_SHOWN]]
+        raise InvariantBroken("\n- ".join([*lines, f"and {more} more"] if more > 0 else lines))
 
 
 def _read(connection: psycopg.Connection[Any]) -> _Stored:

@@ -13,7 +13,7 @@ import psycopg
 
 from tests.doubles.order_bookings import Booking
 from tests.invariants.callbacks import _outcomes
-from tests.invariants.checker import LOG, _text
+from tests.invariants.checker import LOG, expect_none
 
 Broken = Literal[
     "paid_without_ticket",
@@ -69,7 +69,7 @@ def check_fulfilments(
         for payment_id in payment_ids
         if payment_id not in but
     ]
-    assert not found, _text(found)
+    expect_none(found)
 
 
 def _due_state(order: Booking | None, number: int) -> str | None:
@@ -117,7 +117,7 @@ def check_orders(
         for order_id in order_ids
         if order_id not in but
     ]
-    assert not found, _text(found)
+    expect_none(found)
 
 
 def _broken(is_paid: bool, order: Booking | None) -> list[Broken]:

@@ -22,6 +22,7 @@ from tests.conftest import Clones
 from tests.doubles.order_requests import Request
 from tests.doubles.order_service import Fault, OrderService
 from tests.invariants.callbacks import CallbackReport, check_callbacks
+from tests.invariants.checker import InvariantBroken
 from tests.support import History, until
 
 PAID, LOST, GONE, TWICE, BACK, KEPT, TOLD = (uuid.UUID(int=n, version=4) for n in range(7))
@@ -116,7 +117,7 @@ def test_what_is_under_way_is_well_until_all_must_be_settled(
     draft.execute(f"DELETE FROM callback_attempts WHERE {attempt_of(last)}".encode())
     draft.execute(f"DELETE FROM callback_deliveries WHERE {last}".encode())
     check_callbacks(draft, settled=False)
-    with pytest.raises(AssertionError, match="still due"):
+    with pytest.raises(InvariantBroken, match="still due"):
         check_callbacks(draft)
 
 
@@ -231,14 +232,14 @@ def test_each_kind_of_damage_is_found(
     draft: psycopg.Connection[Any], change: str, finding: str
 ) -> None:
     draft.execute(change.encode())
-    with pytest.raises(AssertionError, match=finding):
+    with pytest.raises(InvariantBroken, match=finding):
         check_callbacks(draft)
 
 
 def test_what_came_before_the_outbox_began_is_not_called_back(
     draft: psycopg.Connection[Any],
 ) -> None:
-    with pytest.raises(AssertionError, match="the events say nothing of"):
+    with pytest.raises(InvariantBroken, match="the events say nothing of"):
         check_callbacks(draft, first_position=3)
     draft.execute(f"DELETE FROM callback_attempts WHERE {attempt_of(OF_PAID)}".encode())
     draft.execute(f"DELETE FROM callback_deliveries WHERE {OF_PAID}".encode())
@@ -247,7 +248,7 @@ def test_what_came_before_the_outbox_began_is_not_called_back(
 
 def test_other_statuses_may_be_wanted(draft: psycopg.Connection[Any]) -> None:
     every = ("SUCCESS", "FAILED", "REFUNDED")
-    with pytest.raises(AssertionError, match="it is excluded"):
+    with pytest.raises(InvariantBroken, match="it is excluded"):
         check_callbacks(draft, statuses=every)
 
 
@@ -307,7 +308,7 @@ def test_each_thing_that_may_not_come_is_found(
     draft: psycopg.Connection[Any], received: list[Request], change: Change, finding: str
 ) -> None:
     change(received)
-    with pytest.raises(AssertionError, match=finding):
+    with pytest.raises(InvariantBroken, match=finding):
         check_callbacks(draft, received=received)
 
 
@@ -323,5 +324,5 @@ def test_what_is_excluded_must_not_come(
     happened = occurred_at.isoformat().replace("+00:00", "Z")
     changed = {"status": "REFUNDED", "sequence": sequence, "occurred_at": happened}
     rewrite(told, event_id=str(event_id), **changed)
-    with pytest.raises(AssertionError, match="is excluded, and came 1 times"):
+    with pytest.raises(InvariantBroken, match="is excluded, and came 1 times"):
         check_callbacks(draft, received=received)

@@ -13,7 +13,13 @@ from payments.database.connections import Database, DatabaseAddress, connect
 from payments.events.facts import Fact, RefundInitiated
 from payments.events.store import to_stored_event
 from tests.conftest import Clones
-from tests.invariants.checker import ChargeAnswer, ProviderRecord, RefundAnswer, check
+from tests.invariants.checker import (
+    ChargeAnswer,
+    InvariantBroken,
+    ProviderRecord,
+    RefundAnswer,
+    check,
+)
 from tests.support import History, append, append_stored, follow, histories, stored_event
 
 pytestmark = pytest.mark.anyio
@@ -140,7 +146,7 @@ def test_a_read_model_that_is_not_the_fold(
     known: dict[str, History], draft: psycopg.Connection[Any], change: str, finding: str
 ) -> None:
     draft.execute(change.encode())
-    with pytest.raises(AssertionError, match=finding):
+    with pytest.raises(InvariantBroken, match=finding):
         check(draft)
 
 
@@ -154,21 +160,21 @@ def test_what_settling_moves_is_not_compared(
 
 def test_a_gap_in_the_log(known: dict[str, History], draft: psycopg.Connection[Any]) -> None:
     rewrite_log(draft, "UPDATE payment_events SET notification_id = 1000 WHERE 3 = notification_id")
-    with pytest.raises(AssertionError, match="position 4 stands where 3 should"):
+    with pytest.raises(InvariantBroken, match="position 4 stands where 3 should"):
         check(draft)
 
 
 def test_a_follower_that_is_behind(connection: psycopg.Connection[Any]) -> None:
     append(connection, History("next").charged().facts)
     check(connection, caught_up=False)
-    with pytest.raises(AssertionError, match="the follower is at"):
+    with pytest.raises(InvariantBroken, match="the follower is at"):
         check(connection)
 
 
 def test_a_skipped_event(connection: psycopg.Connection[Any]) -> None:
     position = append(connection, History("next").facts)
     connection.execute("UPDATE followers SET position = %s", [position])
-    with pytest.raises(AssertionError, match=r"payments .* is None"):
+    with pytest.raises(InvariantBroken, match=r"payments .* is None"):
         check(connection)
 
 
@@ -182,7 +188,7 @@ async def test_an_unreadable_stream_must_be_parked(
     report = check(connection)
     assert list(report.parked) == [event.originator_id]
     connection.execute("DELETE FROM parked_streams")
-    with pytest.raises(AssertionError, match="cannot be folded and is not parked"):
+    with pytest.raises(InvariantBroken, match="cannot be folded and is not parked"):
         check(connection)
     assert position == report.events
 
@@ -214,7 +220,7 @@ def test_a_provider_that_did_something_else(
 ) -> None:
     records = provider_records(known.values())
     number = next(n for n, record in enumerate(records) if record.kind == kind)
-    with pytest.raises(AssertionError) as failure:
+    with pytest.raises(InvariantBroken) as failure:
         check(draft, changed(records, number, **values))
     assert "the provider has no such record" in str(failure.value)
     assert "the events do not say so" in str(failure.value)
@@ -225,13 +231,13 @@ def test_a_provider_without_a_record(
 ) -> None:
     records = provider_records(known.values())
     for missing in range(len(records)):
-        with pytest.raises(AssertionError, match="the provider has no such record"):
+        with pytest.raises(InvariantBroken, match="the provider has no such record"):
             check(draft, records[:missing] + records[missing + 1 :])
 
 
 def test_a_second_capture(known: dict[str, History], draft: psycopg.Connection[Any]) -> None:
     records = provider_records(known.values())
-    with pytest.raises(AssertionError, match="was captured 2 times"):
+    with pytest.raises(InvariantBroken, match="was captured 2 times"):
         check(draft, [*records, records[0]._replace(txn_id="another")])
 
 
@@ -240,7 +246,7 @@ def test_a_refund_given_back_twice(
 ) -> None:
     records = provider_records(known.values())
     refund = next(record for record in records if record.kind == "refund")
-    with pytest.raises(AssertionError) as failure:
+    with pytest.raises(InvariantBroken) as failure:
         check(draft, [*records, refund._replace(txn_id="another")])
     assert "was given back 2 times" in str(failure.value)
 
@@ -250,7 +256,7 @@ def test_a_provider_that_gave_back_more_than_it_captured(
 ) -> None:
     id = known["partly refunded"].id
     excess = ProviderRecord("refund", uuid.uuid4(), id, 1001, "INR", "re")
-    with pytest.raises(AssertionError, match="1 more refunded than captured, at the provider"):
+    with pytest.raises(InvariantBroken, match="1 more refunded than captured, at the provider"):
         check(draft, [*provider_records(known.values()), excess])
 
 
@@ -261,9 +267,9 @@ def test_a_capture_that_the_events_do_not_say_yet(
     ahead = ProviderRecord("capture", known[kind].id, known[kind].id, 1500, "INR", "txn")
     records = [*provider_records(known.values()), ahead]
     check(draft, records)
-    with pytest.raises(AssertionError, match="the events do not say so"):
+    with pytest.raises(InvariantBroken, match="the events do not say so"):
         check(draft, records, settled=True)
-    with pytest.raises(AssertionError, match="the events do not say so"):
+    with pytest.raises(InvariantBroken, match="the events do not say so"):
         check(draft, changed(records, -1 % len(records), amount_cents=1))
 
 
@@ -277,7 +283,7 @@ def test_a_refund_that_the_events_do_not_say_yet(
     ahead = ProviderRecord("refund", refund_id, payment.id, amount_cents, "INR", "re")
     records = [*provider_records(known.values()), ahead]
     check(draft, records)
-    with pytest.raises(AssertionError, match="the events do not say so"):
+    with pytest.raises(InvariantBroken, match="the events do not say so"):
         check(draft, records, settled=True)
 
 
@@ -289,9 +295,9 @@ def test_money_that_moved_without_an_open_payment(
     refund = ProviderRecord("refund", uuid.uuid4(), id, 100, "INR", "re")
     capture = ProviderRecord("capture", id, id, 1500, "INR", "txn")
     records = provider_records(known.values())
-    with pytest.raises(AssertionError, match="the events do not say so"):
+    with pytest.raises(InvariantBroken, match="the events do not say so"):
         check(draft, [*records, refund])
-    with pytest.raises(AssertionError, match="the events do not say so"):
+    with pytest.raises(InvariantBroken, match="the events do not say so"):
         check(draft, [*records, capture])
 
 
@@ -316,7 +322,7 @@ def test_an_answer_to_a_charge_that_was_not_true(
     finding: str,
 ) -> None:
     id = known[kind].id if kind in known else uuid.uuid4()
-    with pytest.raises(AssertionError, match=finding):
+    with pytest.raises(InvariantBroken, match=finding):
         check(draft, charges=[ChargeAnswer(id, status_code, status)])
 
 
@@ -340,7 +346,7 @@ def test_an_answer_to_a_refund_that_was_not_true(
 ) -> None:
     refund_id = next(iter(refund_ids(known[kind])), uuid.uuid4())
     answer = RefundAnswer(known[kind].id, refund_id, status_code, amount_cents)
-    with pytest.raises(AssertionError, match=finding):
+    with pytest.raises(InvariantBroken, match=finding):
         check(draft, refunds=[answer])
 
 
@@ -357,7 +363,7 @@ async def test_refunds_over_the_capture_by_the_events(
     for kind in ("refund under way", "partly refunded"):
         append_stored(connection, [to_stored_event(another(known[kind].facts))])
     await follow(database)
-    with pytest.raises(AssertionError, match="1501 refunded of 1500 captured") as failure:
+    with pytest.raises(InvariantBroken, match="1501 refunded of 1500 captured") as failure:
         check(connection)
     assert str(failure.value).startswith("2 findings")
 
@@ -373,7 +379,7 @@ async def test_something_is_still_open(
         append(connection, known[kind].facts)
         await follow(database)
         check(connection)
-        with pytest.raises(AssertionError, match="is not settled") as failure:
+        with pytest.raises(InvariantBroken, match="is not settled") as failure:
             check(connection, settled=True)
         assert str(failure.value).startswith(f"{count} findings")
 
@@ -381,7 +387,7 @@ async def test_something_is_still_open(
 def test_many_findings_are_listed_and_cut_short(connection: psycopg.Connection[Any]) -> None:
     append(connection, [History(f"more {n}").facts[0] for n in range(40)])
     connection.execute("UPDATE followers SET position = 40")
-    with pytest.raises(AssertionError) as failure:
+    with pytest.raises(InvariantBroken) as failure:
         check(connection)
     lines = str(failure.value).splitlines()
     assert lines[0] == "80 findings"

@@ -8,6 +8,7 @@ import psycopg
 import pytest
 
 from tests.doubles.order_bookings import Booking
+from tests.invariants.checker import InvariantBroken
 from tests.invariants.orders import (
     Broken,
     Misjudged,
@@ -76,7 +77,7 @@ def test_an_order_is_broken_in_these_ways(
     assert broken_orders(connection, book) == {each: [ID] for each in broken}
     check_orders(connection, book, but=[ID])
     if broken:
-        with pytest.raises(AssertionError, match=f"order {ID} is {broken[0]}"):
+        with pytest.raises(InvariantBroken, match=f"order {ID} is {broken[0]}"):
             check_orders(connection, book)
 
 
@@ -156,5 +157,5 @@ def test_a_payment_is_misjudged_in_these_ways(
     wrong = [payment_id for payment_ids in found.values() for payment_id in payment_ids]
     check_fulfilments(connection, book, but=wrong)
     if wrong:
-        with pytest.raises(AssertionError, match=f"payment {wrong[0]} is misjudged"):
+        with pytest.raises(InvariantBroken, match=f"payment {wrong[0]} is misjudged"):
             check_fulfilments(connection, book)
