@@ -84,6 +84,11 @@ class PlayedEndpoint(Endpoint):
     async def close(self) -> None:
         pass
 
+    @property
+    def orders(self) -> list[str]:
+        """Of each request, first to last."""
+        return [body["order_id"] for body in self.bodies]
+
     def told(self, order_id: UUID | None = None) -> list[str]:
         """The statuses that were sent, of one order or of all."""
         return [b["status"] for b in self.bodies if order_id in (None, UUID(b["order_id"]))]

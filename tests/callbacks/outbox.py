@@ -96,6 +96,12 @@ class Outbox:
         assert row is not None
         return int(row[0])
 
+    def claimed(self) -> int:
+        """How many lanes have been claimed, whether or not something was sent."""
+        row = self.connection.execute("SELECT count(claim) FROM callback_lanes").fetchone()
+        assert row is not None
+        return int(row[0])
+
     def attempts(self) -> list[tuple[Any, ...]]:
         """(outcome, status) in order."""
         query = "SELECT outcome, status FROM callback_attempts ORDER BY claim"

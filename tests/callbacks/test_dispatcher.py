@@ -301,7 +301,7 @@ async def test_frozen_between_claim_and_exchange_it_sends_nothing(
     monkeypatch.setattr(dispatching, "BEGIN_WITHIN_S", -1.0)
     await outbox.log(*of(A, "a").charged().facts)
     async with dispatching_to(endpoint, outbox):
-        await until(lambda: outbox.lanes()[0][2] is not None)
+        await until(outbox.claimed)
         await asyncio.sleep(0.1)
     assert endpoint.bodies == []
     assert outbox.states() == ["due"]

@@ -61,8 +61,10 @@ def test_an_outage_is_over_with_a_delivery_after_it(endpoint: Endpoint) -> None:
     endpoint.note(DELIVERED, 0.0)
     endpoint.go_away(100.0)
     assert endpoint.health.over_since is None
+    assert not endpoint.health.is_over(150.0)
     endpoint.note(DELIVERED, 200.0)
     assert endpoint.health.over_since == 100.0
+    assert endpoint.health.is_over(200.0)
 
 
 def test_an_answer_that_merely_shows_it_alive_makes_nothing_due(endpoint: Endpoint) -> None:
@@ -71,6 +73,7 @@ def test_an_answer_that_merely_shows_it_alive_makes_nothing_due(endpoint: Endpoi
     endpoint.note(REFUSED, 200.0)
     assert endpoint.health.breaker.state(200.0) == "closed"
     assert endpoint.health.over_since is None
+    assert not endpoint.health.is_over(200.0)
     endpoint.note(DELIVERED, 300.0)
     assert endpoint.health.over_since == 100.0
 
@@ -79,6 +82,21 @@ def test_who_delivered_nothing_before_does_not_know_when_it_began(endpoint: Endp
     endpoint.go_away(100.0)
     endpoint.note(DELIVERED, 200.0)
     assert endpoint.health.over_since == 100.0 - BEGAN_BEFORE_S
+
+
+def test_what_was_sent_before_it_and_is_delivered_in_it_does_not_tell_when_it_began(
+    endpoint: Endpoint,
+) -> None:
+    permit = endpoint.permit(0.0)
+    endpoint.go_away(100.0)
+    endpoint.health.note(DELIVERED, permit, uuid.uuid4(), 1, "why", 150.0)
+    assert endpoint.health.over_since is None
+    assert not endpoint.health.is_over(150.0)
+    endpoint.note(DELIVERED, 200.0)
+    assert endpoint.health.over_since == 100.0 - BEGAN_BEFORE_S
+    endpoint.go_away(300.0)
+    endpoint.note(DELIVERED, 400.0)
+    assert endpoint.health.over_since == 100.0 - BEGAN_BEFORE_S, "the first was not dealt with"
 
 
 def test_an_order_that_failed_before_tells_nothing_new(endpoint: Endpoint) -> None:

@@ -1,14 +1,20 @@
 """The dispatcher while Order Service is away, refuses, and comes back."""
 
 import asyncio
+import math
 import time
 import uuid
+from collections.abc import Sequence
+from typing import Any
 
+import psycopg
 import pytest
 
 from payments.callbacks import dispatcher as dispatching
 from payments.callbacks import endpoint_health
-from payments.callbacks.breaker import PROBES_MAX, Breaker
+from payments.callbacks import outbox as statements
+from payments.callbacks.breaker import ORDERS_MIN, PROBES_MAX, Breaker
+from payments.callbacks.outbox import Result
 from payments.callbacks.retry import ATTEMPTS_MAX
 from payments.order_service.endpoint import Exchange
 from tests.callbacks.conftest import (
@@ -113,7 +119,7 @@ async def test_what_failed_before_the_process_began_may_be_of_the_same_outage(
     outbox.connection.execute("UPDATE callback_lanes SET away_at = now() - interval '50 minutes'")
     breaker = opened(60)  # nothing is sent before all is as it is to be
     async with dispatching_to(endpoint, outbox, breaker=breaker) as dispatcher:
-        dispatcher._health._has_delivered = delivered_before
+        dispatcher._health._first_delivered_at = 0.0 if delivered_before else math.inf
         await outbox.log(*charges([uuid.uuid4()]))
         breaker._probe_at = time.monotonic()
         await until(lambda: dispatcher.state == "closed")
@@ -161,6 +167,129 @@ async def test_when_the_endpoint_is_back_all_pauses_end_however_many(
         await until(lambda: set(outbox.states()) == {"delivered"})
 
 
+class Stored:
+    """The statements of the outbox, with something before each that the test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._make_due, self._record = statements.make_due, statements.record
+        self.ends = 0  # how often pauses were ended
+        self.before_end_s: list[float | Exception] = []  # of each, first to last
+        self.recording = asyncio.Event()  # until it is set nothing is recorded
+        self.recording.set()
+        monkeypatch.setattr(statements, "make_due", self.make_due)
+        monkeypatch.setattr(statements, "record", self.record)
+
+    async def make_due(self, *args: Any, **options: Any) -> int:
+        self.ends += 1
+        before = self.before_end_s.pop(0) if self.before_end_s else 0.0
+        if isinstance(before, Exception):
+            raise before
+        await asyncio.sleep(before)
+        return await self._make_due(*args, **options)
+
+    async def record(
+        self, connection: psycopg.AsyncConnection[Any], results: Sequence[Result]
+    ) -> set[int]:
+        await self.recording.wait()
+        return await self._record(connection, results)
+
+
+@pytest.fixture
+async def stored(monkeypatch: pytest.MonkeyPatch) -> Stored:
+    return Stored(monkeypatch)
+
+
+async def test_what_failed_first_is_due_as_well_although_the_database_counts_back_late(
+    outbox: Outbox, endpoint: PlayedEndpoint, stored: Stored
+) -> None:
+    """It is recorded within the time that the statement takes to begin."""
+    stored.before_end_s = [0.5]
+    async with dispatching_to(endpoint, outbox, rng=lambda: 0.999) as dispatcher:
+        await outbox.log(*charges([A]))
+        dispatcher.wake()
+        await until(lambda: outbox.states() == ["delivered"])
+        endpoint.answer = lambda _: failed()
+        await outbox.log(*charges(uuid.uuid4() for _ in range(ORDERS_MIN)))
+        dispatcher.wake()
+        await until(lambda: all(tried for (tried,) in outbox.rows("attempts > 0")))
+        assert dispatcher.state != "closed"
+        in_an_hour = "UPDATE callback_lanes SET next_at = now() + interval '1 h'"
+        outbox.connection.execute(in_an_hour)
+        endpoint.answer = lambda _: answered(200)
+        await until(lambda: set(outbox.states()) == {"delivered"})
+
+
+@pytest.mark.parametrize("exchange", [failed(), answered(404)])
+async def test_a_probe_that_fails_once_the_outage_is_over_is_due_as_the_others(
+    outbox: Outbox, endpoint: PlayedEndpoint, exchange: Exchange
+) -> None:
+    """Unless it is the order's own failure."""
+    await outbox.log(*charges([A, B]))
+    outbox.pause()
+    endpoint.held = held = asyncio.Event()
+    breaker = opened(60)
+    async with dispatching_to(endpoint, outbox, breaker=breaker, rng=lambda: 0.999) as dispatcher:
+        breaker._probe_at = time.monotonic()
+        await until(lambda: endpoint.under_way)
+        (probed,) = endpoint.under_way
+        endpoint.held = None
+        breaker._probe_at = time.monotonic()
+        await until(lambda: "delivered" in outbox.states())
+        await until(lambda: dispatcher._health.over_since is None)
+        assert outbox.states().count("due") == 1
+        endpoint.answer = lambda _: (
+            exchange if endpoint.orders.count(probed) == 1 else answered(200)
+        )
+        held.set()
+        await until(lambda: len(outbox.attempts()) >= 2)
+        if exchange.status is None:
+            await until(lambda: set(outbox.states()) == {"delivered"})
+            assert set(outbox.rows("attempts")) == {(0,), (1,)}, "an early one counts"
+        else:
+            assert outbox.paused() == 1
+
+
+async def test_a_failure_that_was_not_recorded_when_the_outage_ended_is_due_as_well(
+    outbox: Outbox, endpoint: PlayedEndpoint, stored: Stored
+) -> None:
+    await outbox.log(*charges([A, B, uuid.uuid4()]))
+    outbox.pause()
+    holds = [asyncio.Event(), asyncio.Event()]
+    breaker = opened(60)
+    async with dispatching_to(endpoint, outbox, breaker=breaker) as dispatcher:
+        for n, held in enumerate(holds, 1):
+            endpoint.held = held
+            breaker._probe_at = time.monotonic()
+            await until(lambda n=n: len(endpoint.under_way) == n)  # type: ignore[misc]
+        endpoint.held = None
+        endpoint.answer = lambda _: failed()
+        stored.recording.clear()
+        breaker._probe_at = time.monotonic()
+        await until(lambda: len(endpoint.orders) == 3 and len(endpoint.under_way) == 2)
+        holds[0].set()
+        await until(lambda: len(endpoint.under_way) == 1)
+        assert dispatcher.state != "closed"
+        endpoint.answer = lambda _: answered(200)
+        holds[1].set()
+        await until(lambda: dispatcher.state == "closed")
+        stored.recording.set()
+        await until(lambda: set(outbox.states()) == {"delivered"})
+
+
+async def test_pauses_end_also_if_the_database_is_lost_meanwhile_or_another_outage_ends(
+    outbox: Outbox, endpoint: PlayedEndpoint, stored: Stored
+) -> None:
+    await outbox.log(*charges([A, B]))
+    outbox.pause()
+    stored.before_end_s = [psycopg.OperationalError("played"), 0.5]
+    async with dispatching_to(endpoint, outbox, breaker=opened()) as dispatcher:
+        await until(lambda: stored.ends == 2)
+        dispatcher._health.over_since = time.monotonic()
+        await until(lambda: set(outbox.states()) == {"delivered"})
+        await until(lambda: stored.ends == 3)
+        await until(lambda: dispatcher._health.over_since is None)
+
+
 async def test_pauses_end_at_the_first_delivery_also_when_the_probe_is_refused(
     outbox: Outbox, endpoint: PlayedEndpoint
 ) -> None:
@@ -184,7 +313,7 @@ async def test_a_probe_that_was_not_sent_gives_its_permit_back(
     monkeypatch.setattr(dispatching, "BEGIN_WITHIN_S", -1.0)
     await outbox.log(*of(A, "a").charged().facts)
     async with dispatching_to(endpoint, outbox, breaker=opened()) as dispatcher:
-        await until(lambda: any(event for *_, event in outbox.lanes()))
+        await until(outbox.claimed)
         await asyncio.sleep(0.1)  # until it was given up
         monkeypatch.setattr(dispatching, "BEGIN_WITHIN_S", 4.0)
         await outbox.log(*of(B, "b").charged().facts)

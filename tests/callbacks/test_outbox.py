@@ -44,7 +44,8 @@ async def test_what_was_released_is_as_it_was_before_its_claim(outbox: Outbox) -
             if later:
                 outbox.pause(failing=False)
             (claimed,) = await claim_some(own, lease_s=10, probing=later)
-            assert await record(own, [_released(claimed)]) == {claimed.claim}
+            released = _released(claimed, max(0.0, claimed.due_in_s))
+            assert await record(own, [released]) == {claimed.claim}
             assert outbox.connection.execute(lane).fetchall() == [(False, None, later)]
     assert outbox.rows("state", "attempts") == [("due", 0)]
     assert outbox.attempts() == []

@@ -126,10 +126,26 @@ def kill(pid: int) -> None:
 def has_ended(pid: int) -> bool:
     """All its threads have: the last one takes its locks along."""
     states = []
-    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+    for task in entries(Path(f"/proc/{pid}/task")):
         with contextlib.suppress(OSError):
-            states.append(task.read_text().rpartition(")")[2].split()[0])
+            states.append((task / "stat").read_text().rpartition(")")[2].split()[0])
     return set(states) <= {"Z"}
+
+
+def open_files(pid: int) -> list[str]:
+    """Where its descriptors lead to; none if it has ended."""
+    files = []
+    for link in entries(Path(f"/proc/{pid}/fd")):
+        with contextlib.suppress(OSError):
+            files.append(str(link.readlink()))
+    return files
+
+
+def entries(directory: Path) -> list[Path]:
+    """None if it is gone, also if it goes while it is read, as a process ends."""
+    with contextlib.suppress(OSError):
+        return list(directory.iterdir())
+    return []
 
 
 def wait_until(done: Callable[[], object], within_s: float) -> None:

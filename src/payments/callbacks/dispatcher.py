@@ -160,14 +160,28 @@ class Dispatcher:
             self._opened = await self._connect("payments callbacks")
         with cut_after(self._opened, DATABASE_TIMEOUT_S):
             await self._record(self._opened)
-            if self._health.over_since is not None:
-                outage_s = time.monotonic() - self._health.over_since
-                if await outbox.make_due(self._opened, outage_s, REOPEN_LANES) < REOPEN_LANES:
-                    self._health.over_since = None
+            await self._make_due(self._opened)
             self._health.tell_of_an_outage(time.monotonic())
             if not self._stopping:
                 await self._begin(self._opened)
                 await self._prune(self._opened)
+
+    async def _make_due(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Makes due what failed in an outage that is over; of many, some in each turn."""
+        over_since, self._health.over_since = self._health.over_since, None
+        if over_since is None:
+            return
+        made_due = REOPEN_LANES
+        try:
+            while self._results:  # a lane does not change before its failure is recorded
+                await self._record(connection)
+            outage_s = time.monotonic() - over_since
+            made_due = await outbox.make_due(
+                connection, outage_s, REOPEN_LANES, late_s=DATABASE_TIMEOUT_S
+            )
+        finally:
+            if made_due == REOPEN_LANES:
+                self._health.over_since = over_since
 
     async def _sleep(self) -> None:
         """Waits until an exchange ends or `wake` is called, at most POLL_S."""
@@ -196,7 +210,7 @@ class Dispatcher:
         permit = self._breaker.begin(now) if claims else None
         for claimed in claims:
             if permit is None:  # the breaker has opened since
-                self._results.append(_released(claimed))
+                self._results.append(_released(claimed, self._rest_s(claimed)))
                 continue
             task = asyncio.create_task(self._deliver(claimed, permit, now), name="callback")
             self._sending[task] = claimed
@@ -215,7 +229,7 @@ class Dispatcher:
         """Makes one exchange, and judges it for the delivery and for the breaker."""
         began = time.monotonic()
         if began > claimed_at + BEGIN_WITHIN_S:
-            self._results.append(_released(claimed))
+            self._results.append(_released(claimed, self._rest_s(claimed)))
             return
         try:
             exchange = await self._send(claimed, _prepare(claimed))
@@ -257,9 +271,10 @@ class Dispatcher:
         self._telemetry.callback_seconds.observe(exchange.seconds)
         state: Literal["due", "delivered", "dead"] = verdict.final or "due"
         delay_s = 0.0
-        if state == "due":
-            is_early = claimed.due_in_s > 0
-            delay_s = claimed.due_in_s if is_early else jittered(verdict, self._random())
+        if state == "due" and claimed.due_in_s <= 0:
+            delay_s = jittered(verdict, self._random())
+        elif state == "due":
+            delay_s = self._rest_s(claimed) if verdict.endpoint_down else claimed.due_in_s
         if state == "dead":
             logger.bind(
                 event_id=claimed.event_id,
@@ -288,11 +303,18 @@ class Dispatcher:
     def _cut_off(self, claimed: ClaimedDelivery, seconds: float) -> Result:
         """The result of an exchange that was cancelled by the stop of the service."""
         self._telemetry.callback_attempts["end_unknown"].inc()
-        busy_s, delay_s = self._endpoint.timeout_s, max(0.0, claimed.due_in_s)
+        busy_s, delay_s = self._endpoint.timeout_s, self._rest_s(claimed)
         return Result(
             *(claimed, "due", delay_s, False, round(seconds, 4), "end_unknown", None),
             *("the service was stopped", b"", busy_s),
         )
+
+    def _rest_s(self, claimed: ClaimedDelivery) -> float:
+        """The rest of the pause of a delivery that was claimed early, as a probe. None is left if
+        the outage has ended since: that ended the pauses of all others, but did not change a lane
+        with a running exchange."""
+        is_over = self._health.is_over(time.monotonic())
+        return 0.0 if is_over else max(0.0, claimed.due_in_s)
 
     async def _record(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Records the results of finished exchanges, and keeps them for the next turn if that
@@ -349,9 +371,8 @@ def _reason(exchange: "Exchange") -> str:
     return exchange.reason or str(exchange.status)
 
 
-def _released(claimed: ClaimedDelivery) -> Result:
+def _released(claimed: ClaimedDelivery, delay_s: float) -> Result:
     """The result for a claimed delivery that was not sent."""
-    delay_s = max(0.0, claimed.due_in_s)
     return Result(
         claimed=claimed,
         state="due",

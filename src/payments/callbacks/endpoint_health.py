@@ -16,7 +16,7 @@ from payments.callbacks.retry import WAIT_MAX_S, Verdict
 REFUSED_MAX = 5  # rejected callbacks in a row before a warning
 # Before a warning. Failures of single orders that happen to follow each other are over by then.
 TOLD_AFTER_S = 5.0
-# A process that has delivered nothing yet does not know when the outage began: every failure whose
+# A process that delivered nothing before an outage does not know when it began: every failure whose
 # retry is still due may belong to it.
 BEGAN_BEFORE_S = WAIT_MAX_S + 300.0
 
@@ -33,7 +33,7 @@ class EndpointHealth:
         self._away_told = False
         # When an outage began after whose end nothing was delivered yet.
         self._was_away_since: float | None = None
-        self._has_delivered = False
+        self._first_delivered_at = math.inf
 
     def note(
         self,
@@ -54,9 +54,13 @@ class EndpointHealth:
         elif self.breaker.succeeded(permit) if delivered else self.breaker.answered(permit):
             self._is_back()
         if delivered:
-            self._delivered()
+            self._delivered(now)
         elif not verdict.endpoint_down:
             self._was_refused(reason, now)
+
+    def is_over(self, now: float) -> bool:
+        """Whether there is no outage, and something was delivered since the last one."""
+        return self.breaker.state(now) == "closed" and self._was_away_since is None
 
     def tell_of_an_outage(self, now: float) -> None:
         """Logs a lasting outage, once."""
@@ -69,14 +73,16 @@ class EndpointHealth:
             )
 
     def _is_back(self) -> None:
-        since = self.breaker.since - (0.0 if self._has_delivered else BEGAN_BEFORE_S)
+        since = self.breaker.since
+        if self._first_delivered_at > since:
+            since -= BEGAN_BEFORE_S
         self._was_away_since = min(self._was_away_since or math.inf, since)
         if self._away_told:
             self._away_told = False
             logger.info("Order Service is available again")
 
-    def _delivered(self) -> None:
-        self._has_delivered = True
+    def _delivered(self, now: float) -> None:
+        self._first_delivered_at = min(self._first_delivered_at, now)
         if self._refusal_told:
             logger.info("Order Service accepts callbacks again")
         self._refused, self._refusal_told = 0, False

@@ -65,7 +65,7 @@ UPDATE callback_lanes l
        SELECT waiting.order_id
          FROM callback_lanes waiting, make_interval(secs => %(outage_s)b) AS outage
         WHERE waiting.failing AND waiting.next_at > now() AND waiting.in_flight IS NULL
-          AND waiting.away_at >= now() - outage
+          AND waiting.away_at >= now() - outage - make_interval(secs => %(late_s)b)
           AND (waiting.excused_at IS NULL OR waiting.excused_at < now() - outage)
           AND (waiting.not_before IS NULL OR waiting.not_before <= now())
         ORDER BY waiting.next_at LIMIT %(most)b FOR UPDATE OF waiting SKIP LOCKED))
@@ -248,13 +248,17 @@ def _said(told: Sequence[Result]) -> tuple[Any, ...]:
     )
 
 
-async def make_due(connection: psycopg.AsyncConnection[Any], outage_s: float, most: int) -> int:
+async def make_due(
+    connection: psycopg.AsyncConnection[Any], outage_s: float, most: int, *, late_s: float = 0.0
+) -> int:
     """Makes orders due that failed in an outage which began `outage_s` ago: at most `most`, those
     with the earliest retry first; returns how many. Their next attempts do not count.
 
-    Orders with a running exchange are not changed.
+    Orders with a running exchange are not changed. The database counts back `outage_s` from when
+    it begins this statement. Up to `late_s` may have passed by then: failures that are so much
+    older belong to the outage too.
     """
-    params = {"outage_s": outage_s, "most": most}
+    params = {"outage_s": outage_s, "late_s": late_s, "most": most}
     cursor = await connection.execute(MAKE_DUE.encode(), params)
     return cursor.rowcount
 
