@@ -260,7 +260,7 @@ async def test_a_failure_that_was_not_recorded_when_the_outage_ended_is_due_as_w
         for n, held in enumerate(holds, 1):
             endpoint.held = held
             breaker._probe_at = time.monotonic()
-            await until(lambda n=n: len(endpoint.under_way) == n)  # type: ignore[misc]
+            await until(lambda n=n: len(endpoint.under_way) == n)
         endpoint.held = None
         endpoint.answer = lambda _: failed()
         stored.recording.clear()
