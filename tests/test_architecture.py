@@ -355,6 +355,22 @@ def test_what_a_docstring_or_comment_cites_is_there() -> None:
     assert wrong == []
 
 
+def test_a_database_function_is_cited_where_it_is_defined_last() -> None:
+    """As `function in migrations/0001` or `function (migrations/0001)`."""
+    last: dict[str, str] = {}
+    for path in sorted((SRC / "payments/migrations").glob("*.sql")):
+        for name in re.findall(r"\bFUNCTION (\w+)\(", path.read_text(encoding="utf-8")):
+            last[name] = path.name[:4]
+    cited = [
+        (path.name, *found)
+        for path in MODULES.values()
+        for found in re.findall(r"(\w+),?\s+(?:is in|in|\()\s*migrations/(\d{4})", prose(path))
+    ]
+    named = {name for _, name, _ in cited}
+    assert {"append_payment_events", "claim_deliveries", "paid_orders"} <= named
+    assert [each for each in cited if last.get(each[1], each[2]) != each[2]] == []
+
+
 def test_every_dependency_says_what_it_is_for() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]

@@ -1,7 +1,8 @@
 """The outbox for the dispatcher: claims due deliveries, records results, redrives, prunes.
 
-Claiming and recording are functions of the database, claim_deliveries and record_attempts in
-migrations/0015, called on a connection in autocommit mode, so each is one transaction.
+Claiming and recording are functions of the database, claim_deliveries (migrations/0022) and
+record_attempts (migrations/0015), called on a connection in autocommit mode, so each is one
+transaction.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """The group-commit appender: every append that waits is written in one transaction.
 
 One task owns one connection. While a batch commits, the next one gathers; there is no timer. See
-docs/decisions/event-store.md for why, and migrations/0012_append_alone.sql for what the database
-does with a batch.
+docs/decisions/event-store.md for why, and append_payment_events in
+migrations/0020_provider_references.sql for what the database does with a batch.
 """
 
 import asyncio

@@ -5,7 +5,7 @@ something of one event or of the end of the log, and have a statement of their o
 events/watch.py, events/losses.py, projections/callbacks.py, queries/followers.py and
 queries/server.py. The table, and the view that people and the history read, are in
 migrations/0001_event_store.sql; the function that writes it, append_payment_events, is in
-migrations/0012_append_alone.sql. The one door to that function is the group-commit Appender
+migrations/0020_provider_references.sql. The one door to that function is the group-commit Appender
 (appender.py). The log as the eventsourcing library's classes see it, to follow it from elsewhere,
 is library.py.
 """

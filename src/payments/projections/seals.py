@@ -23,7 +23,7 @@ SEAL_BEFORE = """
 SELECT hash FROM log_seals WHERE position < %b ORDER BY position DESC LIMIT 1
 """
 
-# The function is in migrations/0007_append.sql.
+# See add_log_seals in migrations/0007_append.sql.
 ADD_SEALS = """
 SELECT add_log_seals(%b::bigint[], %b::bytea[])
 """
