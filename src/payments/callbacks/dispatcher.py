@@ -273,7 +273,7 @@ class Dispatcher:
         delay_s = 0.0
         if state == "due" and claimed.due_in_s <= 0:
             delay_s = jittered(verdict, self._random())
-        elif state == "due":
+        elif state == "due":  # an early attempt; one that fails by itself keeps its pause
             delay_s = self._rest_s(claimed) if verdict.endpoint_down else claimed.due_in_s
         if state == "dead":
             logger.bind(
