@@ -74,10 +74,8 @@ class Callbacks(Part):
         return [f"{once:,} outcomes delivered, each once; p50 and p99 are those of the exchanges"]
 
     async def _begin(self) -> None:
-        database = Database(self.address, 1)
-        await database.open()
-        await begin_at_the_end(database)
-        await database.close()
+        async with Database(self.address, 1) as database:
+            await begin_at_the_end(database)
 
     def _append(self, outcomes: int) -> None:
         with psycopg.connect(self.address.conninfo("benchmarks"), autocommit=True) as connection:

@@ -356,11 +356,9 @@ def subclasses(kind: type[PaymentsError]) -> Iterator[type[PaymentsError]]:
 
 def catch_up(address: DatabaseAddress) -> None:
     async def run() -> None:
-        database = Database(address, 2)
-        await database.open()
-        await follow(database)
-        await seal_log(database)
-        await database.close()
+        async with Database(address, 2) as database:
+            await follow(database)
+            await seal_log(database)
 
     asyncio.run(run())
 

@@ -88,14 +88,8 @@ async def test_a_payment_counts_once_within_an_hour(
 
 async def test_several_processes_at_the_limit(address: DatabaseAddress) -> None:
     """Never one more, and one of them says that it stops."""
-    processes = [Database(address, 4) for _ in range(3)]
-    for each in processes:
-        await each.open()
-    try:
-        told = await asyncio.gather(*(begin(each, 4) for each in processes for _ in range(4)))
-    finally:
-        for each in processes:
-            await each.close()
+    async with Database(address, 4) as a, Database(address, 4) as b, Database(address, 4) as c:
+        told = await asyncio.gather(*(begin(each, 4) for each in (a, b, c) for _ in range(4)))
     outcomes = sorted(outcome for each in told for outcome in each)
     assert outcomes == ["begun"] * 20 + ["stopped"] * 27 + ["stops"]
 

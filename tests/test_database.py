@@ -68,12 +68,10 @@ def test_every_option_is_looked_at() -> None:
 
 
 async def test_the_pools_and_ones_own_connections(contrary: DatabaseAddress) -> None:
-    database = Database(contrary, pool_max=1)
-    await database.open()
-    assert dict(await database.fetch(IN_FORCE, [NAMES])) == WANTED
-    async with await database.connect("tests of ours") as own:
-        assert dict(await (await own.execute(IN_FORCE, [NAMES])).fetchall()) == WANTED
-    await database.close()
+    async with Database(contrary, pool_max=1) as database:
+        assert dict(await database.fetch(IN_FORCE, [NAMES])) == WANTED
+        async with await database.connect("tests of ours") as own:
+            assert dict(await (await own.execute(IN_FORCE, [NAMES])).fetchall()) == WANTED
 
 
 def test_blocking_connections(contrary: DatabaseAddress) -> None:

@@ -165,10 +165,8 @@ def vandalised(connection: Connection, address: DatabaseAddress, small_parts: No
     append(connection, [fact for n in range(60) for fact in History(f"k{n}").charged().facts])
 
     async def catch_up() -> None:
-        database = Database(address, 1)
-        await database.open()
-        await follow(database)
-        await database.close()
+        async with Database(address, 1) as database:
+            await follow(database)
 
     asyncio.run(catch_up())
     connection.execute("UPDATE payments SET amount_cents = 1")

@@ -253,16 +253,12 @@ async def test_a_pooled_connection_that_was_given_another_session(
         "CREATE FUNCTION happens() RETURNS void LANGUAGE plpgsql"
         f" AS $$ BEGIN EXECUTE '{happens}'; END $$".encode()
     )
-    database = Database(address, 1)
-    await database.open()
-    try:
+    async with Database(address, 1) as database:
         before = await database.fetch("SELECT pg_backend_pid()", prepare=True)
         await database.fetch("SELECT happens()", prepare=False)
         after = await database.fetch(query, prepare=True)
         assert before != after
         assert await database.fetch(query, prepare=True) == after
-    finally:
-        await database.close()
 
 
 async def test_a_server_that_does_not_answer_keeps_nobody(

@@ -160,10 +160,8 @@ def test_what_cannot_be_put_back_keeps_no_service_from_starting(
 
 
 async def _follow(address: DatabaseAddress) -> None:
-    database = Database(address, 1)
-    await database.open()
-    await follow(database)
-    await database.close()
+    async with Database(address, 1) as database:
+        await follow(database)
 
 
 @pytest.mark.usefixtures("durable")

@@ -64,11 +64,9 @@ def payment(address: DatabaseAddress, connection: Connection) -> None:
     )
 
     async def catch_up() -> None:
-        database = Database(address, 2)
-        await database.open()
-        await follow(database)
-        await seal_log(database)
-        await database.close()
+        async with Database(address, 2) as database:
+            await follow(database)
+            await seal_log(database)
 
     asyncio.run(catch_up())
 

@@ -179,10 +179,8 @@ def test_what_is_parked_or_not_sealed_is_told_and_no_finding(
     append_stored(connection, [stored_event(payment.id, 5, b"{", "PaymentRefunded")])
 
     async def only_follow() -> None:
-        database = Database(address, 1)
-        await database.open()
-        await follow(database)
-        await database.close()
+        async with Database(address, 1) as database:
+            await follow(database)
 
     asyncio.run(only_follow())
     done = operator("audit", "verify")

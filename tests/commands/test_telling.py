@@ -358,10 +358,8 @@ async def test_without_the_database_everything_is_told(told: list[tuple[str, str
     nowhere = DatabaseAddress(
         host="127.0.0.1", port=free_port(), user="postgres", password=None, dbname="none"
     )
-    database = Database(nowhere, 1)
-    await database.open()
-    store = EventStore(database, appender=None)  # type: ignore[arg-type]
-    for _ in range(2):
-        await tell(store, uuid.uuid4(), "CRITICAL", "so it is")
-    await database.close()
+    async with Database(nowhere, 1) as database:
+        store = EventStore(database, appender=None)  # type: ignore[arg-type]
+        for _ in range(2):
+            await tell(store, uuid.uuid4(), "CRITICAL", "so it is")
     assert told == [("CRITICAL", "so it is")] * 2

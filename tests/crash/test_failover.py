@@ -172,12 +172,8 @@ class TestSeveralServers:
 
         monkeypatch.setattr(database, "addresses_of", addresses)
         address = msgspec.structs.replace(servers[0].address, host=form.replace(" ", "."))
-        opened = Database(address, 1)
-        await opened.open()
-        try:
+        async with Database(address, 1) as opened:
             assert await opened.fetch("SELECT pg_is_in_recovery()") == [(False,)]
-        finally:
-            await opened.close()
 
     @pytest.mark.anyio
     async def test_to_read_those_will_do_that_do_not(
@@ -187,12 +183,9 @@ class TestSeveralServers:
             return ["127.0.0.2", "127.0.0.2"]
 
         monkeypatch.setattr(database, "addresses_of", addresses)
-        opened = Database(msgspec.structs.replace(servers[0].address, host="a.name"), 1)
-        await opened.open()
-        try:
+        address = msgspec.structs.replace(servers[0].address, host="a.name")
+        async with Database(address, 1) as opened:
             assert await opened.fetch("SELECT pg_is_in_recovery()") == [(True,)]
-        finally:
-            await opened.close()
 
     def test_at_the_start_as_well(self, servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         primary, standby = servers

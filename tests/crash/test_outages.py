@@ -170,23 +170,21 @@ async def test_of_pooled_connections_that_died_in_silence_one_is_noticed_and_all
     outside: OutsidePostgres,
 ) -> None:
     """Otherwise each of them is another request's 503, for as long as there are few requests."""
-    async with SilentNetwork(outside.address) as network:
-        database = Database(network.address, pool_max=4)
-        await database.open()
-        try:
-            await all_in_use(database)
-            network.fall_silent()
-            network.speak()
-            refused = 0
-            for _ in range(4):
-                try:
-                    with within(ANSWER_S):
-                        await database.fetch("SELECT 1")
-                except DatabaseUnavailable:
-                    refused += 1
-            assert refused == 1
-        finally:
-            await database.close()
+    async with (
+        SilentNetwork(outside.address) as network,
+        Database(network.address, pool_max=4) as database,
+    ):
+        await all_in_use(database)
+        network.fall_silent()
+        network.speak()
+        refused = 0
+        for _ in range(4):
+            try:
+                with within(ANSWER_S):
+                    await database.fetch("SELECT 1")
+            except DatabaseUnavailable:
+                refused += 1
+        assert refused == 1
 
 
 async def all_in_use(database: Database) -> None:

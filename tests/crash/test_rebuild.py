@@ -89,10 +89,8 @@ def test_killed_at_any_point(
 
 
 async def catch_up(address: DatabaseAddress) -> None:
-    database = Database(address, 2)
-    await database.open()
-    await follow(database, 200)  # a batch has a timeout, and the machine may be busy
-    await database.close()
+    async with Database(address, 2) as database:
+        await follow(database, 200)  # a batch has a timeout, and the machine may be busy
 
 
 @contextmanager

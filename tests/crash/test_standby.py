@@ -179,12 +179,8 @@ def test_what_cannot_be_done_there_is_one_line(
 
 def horizon_of(server: OutsidePostgres) -> Horizon:
     async def read() -> Horizon:
-        database = Database(server.address, 1)
-        await database.open()
-        try:
+        async with Database(server.address, 1) as database:
             return await horizon(database)
-        finally:
-            await database.close()
 
     return asyncio.run(read())
 

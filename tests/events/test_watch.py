@@ -349,12 +349,10 @@ async def test_a_server_that_refuses_to_write_is_not_compared(
     await running.append(3)
     lose_after(connection, 1)
     connection.execute(f'ALTER DATABASE "{address.dbname}" SET {setting} = on'.encode())
-    database = Database(address, 1)
-    await database.open()
-    await running.watch.look(database)
+    async with Database(address, 1) as database:
+        await running.watch.look(database)
     assert running.watch.read_only
     assert not running.watch.lost
-    await database.close()
     connection.execute(f'ALTER DATABASE "{address.dbname}" RESET {setting}'.encode())
     await running.watch.look()
     assert running.watch.lost

@@ -37,10 +37,8 @@ class Told(NamedTuple):
 
 async def tell(address: DatabaseAddress) -> list[Request]:
     """One callback of every kind: delivered, dead, superseded after an attempt, excluded."""
-    database = Database(address, 1)
-    await database.open()
     with connect(address, "tests") as connection:
-        async with OrderService() as orders:
+        async with Database(address, 1) as database, OrderService() as orders:
             orders.script(
                 Fault("410", order_id=str(GONE)),
                 Fault("503", order_id=str(TWICE), retry_after="60"),
@@ -50,28 +48,29 @@ async def tell(address: DatabaseAddress) -> list[Request]:
             endpoint = Endpoint(Target(url=parse_http_url(orders.url)))
             dispatcher = Dispatcher(database.connect, endpoint, Telemetry(), 90)
             await dispatcher.start()
-            await outbox.log(
-                *History("paid", order_id=PAID).charged().refunded().facts,
-                *History("lost", order_id=LOST).declined().facts,
-                *History("gone", order_id=GONE).charged().facts,
-                *History("first", order_id=TWICE).declined().facts,
-                *History("back", order_id=BACK).charged().refunded().facts,
-                *History("again", order_id=BACK).declined().facts,
-                *History("kept", order_id=KEPT).charged().refunded("r", 500).facts,
-                *History("other", order_id=KEPT).declined().facts,
-                *History("told", order_id=TOLD).declined().facts,
-            )
-            dispatcher.wake()
-            await until(lambda: len(outbox.attempts()) == 8)
-            await outbox.log(
-                *History("at last", order_id=TOLD).charged().facts,
-                *History("second", order_id=TWICE).charged().facts,
-                *History("third", order_id=TWICE).charged().facts,
-            )
-            dispatcher.wake()
-            await until(lambda: outbox.lanes() == [])
-            await dispatcher.stop(2)
-            await database.close()
+            try:
+                await outbox.log(
+                    *History("paid", order_id=PAID).charged().refunded().facts,
+                    *History("lost", order_id=LOST).declined().facts,
+                    *History("gone", order_id=GONE).charged().facts,
+                    *History("first", order_id=TWICE).declined().facts,
+                    *History("back", order_id=BACK).charged().refunded().facts,
+                    *History("again", order_id=BACK).declined().facts,
+                    *History("kept", order_id=KEPT).charged().refunded("r", 500).facts,
+                    *History("other", order_id=KEPT).declined().facts,
+                    *History("told", order_id=TOLD).declined().facts,
+                )
+                dispatcher.wake()
+                await until(lambda: len(outbox.attempts()) == 8)
+                await outbox.log(
+                    *History("at last", order_id=TOLD).charged().facts,
+                    *History("second", order_id=TWICE).charged().facts,
+                    *History("third", order_id=TWICE).charged().facts,
+                )
+                dispatcher.wake()
+                await until(lambda: outbox.lanes() == [])
+            finally:
+                await dispatcher.stop(2)
             return orders.requests
 
 

@@ -35,10 +35,8 @@ BEGAN_AT = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
 
 def catch_up(address: DatabaseAddress) -> None:
     async def run() -> None:
-        database = Database(address, 2)
-        await database.open()
-        await follow(database)
-        await database.close()
+        async with Database(address, 2) as database:
+            await follow(database)
 
     asyncio.run(run())
 

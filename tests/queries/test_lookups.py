@@ -264,9 +264,10 @@ async def test_a_database_that_freezes(address: DatabaseAddress, connection: Con
 async def _freeze(
     address: DatabaseAddress, pool_max: int, begun: list[History], machine: Machine
 ) -> None:
-    async with FreezingProxy(address) as proxy:
-        database = Database(proxy.address, pool_max)
-        await database.open()
+    async with (
+        FreezingProxy(address) as proxy,
+        Database(proxy.address, pool_max) as database,
+    ):
         lookups = PaymentLookups(database)
         assert await lookups.find(begun[0].id) == begun[0].payment
         proxy.running.clear()
@@ -283,17 +284,14 @@ async def _freeze(
 
         with within(5):
             await until(goes_on)
-        await database.close()
 
 
 async def test_a_database_that_is_not_there(address: DatabaseAddress, machine: Machine) -> None:
-    database = Database(msgspec.structs.replace(address, host="/nowhere"), 2)
-    await database.open()
-    lookups = PaymentLookups(database)
-    answers = await asyncio.gather(*(timed(lookups, uuid.uuid4(), n / 100) for n in range(90)))
+    async with Database(msgspec.structs.replace(address, host="/nowhere"), 2) as database:
+        lookups = PaymentLookups(database)
+        answers = await asyncio.gather(*(timed(lookups, uuid.uuid4(), n / 100) for n in range(90)))
     assert {type(found) for _, found in answers} == {DatabaseUnavailable}
     bound(max(took for took, _ in answers), ANSWER_S, machine)
-    await database.close()
 
 
 async def test_connections_that_died_unnoticed_are_passed_over(

@@ -278,7 +278,6 @@ async def test_an_unknown_id_that_is_an_orders(database: Database, connection: C
 
 
 async def test_the_error_is_certain_without_the_list(address: DatabaseAddress) -> None:
-    gone = Database(msgspec.structs.replace(address, host="/nowhere"), 1)
-    await gone.open()
-    assert str(await not_found(gone, ORDERS[0], None)) == f"Payment {ORDERS[0]} does not exist."
-    await gone.close()
+    async with Database(msgspec.structs.replace(address, host="/nowhere"), 1) as gone:
+        told = str(await not_found(gone, ORDERS[0], None))
+    assert told == f"Payment {ORDERS[0]} does not exist."

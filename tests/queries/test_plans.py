@@ -143,10 +143,8 @@ async def plan_of_list(
     cursor: str | None,
 ) -> Plan:
     """The plan of the statement that list_payments sends."""
-    database = WatchedDatabase(big, 1)
-    await database.open()
-    await list_payments(database, wanted, client, LIMIT, cursor)
-    await database.close()
+    async with WatchedDatabase(big, 1) as database:
+        await list_payments(database, wanted, client, LIMIT, cursor)
     (statement,) = database.statements
     return Plan(connection, statement.query, statement.params)
 
@@ -215,10 +213,8 @@ async def test_what_a_client_has_none_of_is_not_searched_for(
 async def test_the_payments_of_an_order(
     big: DatabaseAddress, on_big: psycopg.Connection[Any], client: str | None
 ) -> None:
-    database = WatchedDatabase(big, 1)
-    await database.open()
-    await payments_of_order(database, uuid.uuid4(), client, 6)
-    await database.close()
+    async with WatchedDatabase(big, 1) as database:
+        await payments_of_order(database, uuid.uuid4(), client, 6)
     plan = Plan(on_big, database.statements[0].query, database.statements[0].params)
     assert "payments_of_order" in plan.indexes
     assert plan.scanned == set()
@@ -348,10 +344,8 @@ def test_telling_of_a_payment_looks_at_one_row(on_big: psycopg.Connection[Any]) 
 async def test_a_page_of_orders_to_be_reconciled_stops_early(
     big: DatabaseAddress, on_big: psycopg.Connection[Any], after: ListPlace | None
 ) -> None:
-    database = WatchedDatabase(big, 1)
-    await database.open()
-    await orders_with_outcomes(database, NEWEST - timedelta(hours=20), NEWEST, after, LIMIT)
-    await database.close()
+    async with WatchedDatabase(big, 1) as database:
+        await orders_with_outcomes(database, NEWEST - timedelta(hours=20), NEWEST, after, LIMIT)
     plan = Plan(on_big, database.statements[0].query, database.statements[0].params)
     assert plan.scanned == set()
     assert plan.looked_at <= LOOKED_AT_MAX

@@ -83,17 +83,15 @@ async def test_what_a_role_without_rights_sees(
     plain_role: DatabaseAddress, address: DatabaseAddress, connection: Connection
 ) -> None:
     """Who holds it, and for how many transactions; of itself for how long as well."""
-    database = Database(plain_role, 1)
-    await database.open()
-    with holding(address, "SELECT 1") as holder:
-        connection.execute("CREATE TABLE busy ()")
-        found = await held_by(database, name_of(holder))
-        assert found.transactions >= 1
-        assert found.held_s == 0
-    with holding(plain_role, "SELECT 1") as holder:
-        connection.execute("DROP TABLE busy")
-        assert (await held_by(database, name_of(holder))).held_s > 0
-    await database.close()
+    async with Database(plain_role, 1) as database:
+        with holding(address, "SELECT 1") as holder:
+            connection.execute("CREATE TABLE busy ()")
+            found = await held_by(database, name_of(holder))
+            assert found.transactions >= 1
+            assert found.held_s == 0
+        with holding(plain_role, "SELECT 1") as holder:
+            connection.execute("DROP TABLE busy")
+            assert (await held_by(database, name_of(holder))).held_s > 0
 
 
 async def test_another_database(

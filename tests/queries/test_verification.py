@@ -38,11 +38,9 @@ def fill(address: DatabaseAddress, connection: Connection) -> None:
     append(connection, [*(each.facts[0] for each in known), *(each.facts[1] for each in known)])
 
     async def catch_up() -> None:
-        database = Database(address, 2)
-        await database.open()
-        await follow(database)
-        await seal_log(database)
-        await database.close()
+        async with Database(address, 2) as database:
+            await follow(database)
+            await seal_log(database)
 
     asyncio.run(catch_up())
 

@@ -155,15 +155,17 @@ async def test_what_is_due_for_long_degrades_a_process_that_only_answers_as_well
 ) -> None:
     service = Service(settings, address)
     await service.start(work=False)
-    append(connection, History("k").charged().facts)
-    assert (await service.health.reach_database()).callbacks == "ok"
-    connection.execute(
-        "INSERT INTO callback_deliveries SELECT gen_random_uuid(), 1, gen_random_uuid(),"
-        " gen_random_uuid(), 2, 'SUCCESS', 1, 'INR', now(), 'due', 0, now(),"
-        " now() - interval '2 min'"
-    )
-    assert (await service.health.reach_database()).callbacks == "degraded"
-    await service.stop(1)
+    try:
+        append(connection, History("k").charged().facts)
+        assert (await service.health.reach_database()).callbacks == "ok"
+        connection.execute(
+            "INSERT INTO callback_deliveries SELECT gen_random_uuid(), 1, gen_random_uuid(),"
+            " gen_random_uuid(), 2, 'SUCCESS', 1, 'INR', now(), 'due', 0, now(),"
+            " now() - interval '2 min'"
+        )
+        assert (await service.health.reach_database()).callbacks == "degraded"
+    finally:
+        await service.stop(1)
 
 
 async def test_what_is_due_since_a_time_to_come_has_no_age(
@@ -184,10 +186,12 @@ async def test_without_an_address_nobody_is_called_back(
 ) -> None:
     service = Service(Settings(simulated_ledger=""), address)
     await service.start()
-    append(connection, History("k").charged().facts)
-    assert (await service.health.reach_database()).callbacks == "off"
-    await service.health.observe()
-    await service.stop(1)
+    try:
+        append(connection, History("k").charged().facts)
+        assert (await service.health.reach_database()).callbacks == "off"
+        await service.health.observe()
+    finally:
+        await service.stop(1)
     found = connection.execute("SELECT name FROM followers ORDER BY name").fetchall()
     assert found == [("payments",), ("seals",)]
 
@@ -198,10 +202,12 @@ async def test_it_is_called_back_from_the_first_start_with_an_address_on(
     append(connection, History("before", order_id=uuid.uuid4()).charged().facts)
     service = Service(settings, address)
     await service.start()
-    after = History("after", order_id=uuid.uuid4()).charged()
-    append(connection, after.facts)
-    await until(lambda: orders.requests)
-    await service.stop(2)
+    try:
+        after = History("after", order_id=uuid.uuid4()).charged()
+        append(connection, after.facts)
+        await until(lambda: orders.requests)
+    finally:
+        await service.stop(2)
     (request,) = orders.requests
     assert msgspec.json.decode(request.body)["payment_id"] == str(after.id)
 

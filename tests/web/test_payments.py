@@ -140,24 +140,26 @@ async def test_reads_while_the_database_is_frozen(
     async with FreezingProxy(address) as proxy:
         service = Service(settings, proxy.address)
         await service.start(work=False)
-        transport = httpx.ASGITransport(guarded(application(service), service))  # type: ignore[arg-type]
-        async with httpx.AsyncClient(transport=transport, base_url="http://payments") as client:
-            one = f"/v1/payments/{history.id}"
-            assert (await client.get(one)).status_code == 200
-            proxy.running.clear()
-            paths = [one, f"/v1/payments/{uuid.uuid4()}", f"{one}/events", "/v1/payments"] * 10
-            with within(READ_TIMEOUT_S + 0.5):
-                answers = await asyncio.gather(*(client.get(path) for path in paths))
-            for answer in answers:
-                assert problem(answer) == (503, "database_unavailable")
-                assert answer.headers["retry-after"] == "1"
-            proxy.running.set()
+        try:
+            transport = httpx.ASGITransport(guarded(application(service), service))  # type: ignore[arg-type]
+            async with httpx.AsyncClient(transport=transport, base_url="http://payments") as client:
+                one = f"/v1/payments/{history.id}"
+                assert (await client.get(one)).status_code == 200
+                proxy.running.clear()
+                paths = [one, f"/v1/payments/{uuid.uuid4()}", f"{one}/events", "/v1/payments"] * 10
+                with within(READ_TIMEOUT_S + 0.5):
+                    answers = await asyncio.gather(*(client.get(path) for path in paths))
+                for answer in answers:
+                    assert problem(answer) == (503, "database_unavailable")
+                    assert answer.headers["retry-after"] == "1"
+                proxy.running.set()
 
-            async def reads_again() -> bool:
-                return (await client.get(one)).status_code == 200
+                async def reads_again() -> bool:
+                    return (await client.get(one)).status_code == 200
 
-            await until(reads_again)
-        await service.stop(5)
+                await until(reads_again)
+        finally:
+            await service.stop(5)
 
 
 class TestWithApiKeys:

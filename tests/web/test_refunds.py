@@ -191,25 +191,27 @@ async def test_a_refund_that_the_provider_refuses_or_does_not_answer(
     gateway = ScriptedGateway(refund_script=[decline, no_answer])
     service = Service(Settings(), address, gateways=[gateway])
     await service.start(work=False)
-    transport = httpx.ASGITransport(guarded(application(service), service))  # type: ignore[arg-type]
-    async with httpx.AsyncClient(transport=transport, base_url="http://payments") as client:
-        payment_id = await charged(client)
-        refused = await refund(client, payment_id, "r1", amount_cents=100)
-        assert problem(refused) == (409, "refund_declined")
-        open_refund = await refund(client, payment_id, "r2", amount_cents=200)
-        assert open_refund.status_code == 202
-        assert open_refund.headers["location"] == f"/v1/payments/{payment_id}"
-        assert "idempotent-replayed" not in open_refund.headers
-        payment = (await client.get(f"/v1/payments/{payment_id}")).json()
-        assert open_refund.json() == {
-            "id": payment_id,
-            "status": payment["status"],
-            "refund_id": open_refund.json()["refund_id"],
-            "amount_cents": 200,
-            "refunded_cents": 0,
-        }
-        assert payment["refunded_cents"] == 0
-    await service.stop(5)
+    try:
+        transport = httpx.ASGITransport(guarded(application(service), service))  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://payments") as client:
+            payment_id = await charged(client)
+            refused = await refund(client, payment_id, "r1", amount_cents=100)
+            assert problem(refused) == (409, "refund_declined")
+            open_refund = await refund(client, payment_id, "r2", amount_cents=200)
+            assert open_refund.status_code == 202
+            assert open_refund.headers["location"] == f"/v1/payments/{payment_id}"
+            assert "idempotent-replayed" not in open_refund.headers
+            payment = (await client.get(f"/v1/payments/{payment_id}")).json()
+            assert open_refund.json() == {
+                "id": payment_id,
+                "status": payment["status"],
+                "refund_id": open_refund.json()["refund_id"],
+                "amount_cents": 200,
+                "refunded_cents": 0,
+            }
+            assert payment["refunded_cents"] == 0
+    finally:
+        await service.stop(5)
 
 
 class TestWithApiKeys:

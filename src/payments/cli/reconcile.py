@@ -100,19 +100,17 @@ async def _run(
     per_s: int,
     show: Callable[[Found], None],
 ) -> tuple[int, int]:
-    database = Database(address, CONNECTIONS)
-    await database.open()
-    await status.open()
-    try:
-        with Progress() as progress:
-            reconciliation = Reconciliation(
-                database, status, per_s, lambda asked: progress("orders", asked, None)
-            )
-            count = await reconciliation.run(*time, show)
-        return count, reconciliation.asked
-    finally:
-        await status.close()
-        await database.close()
+    async with Database(address, CONNECTIONS) as database:
+        await status.open()
+        try:
+            with Progress() as progress:
+                reconciliation = Reconciliation(
+                    database, status, per_s, lambda asked: progress("orders", asked, None)
+                )
+                count = await reconciliation.run(*time, show)
+            return count, reconciliation.asked
+        finally:
+            await status.close()
 
 
 def _write(cells: Iterable[object]) -> None:

@@ -33,11 +33,7 @@ def with_database(address: "DatabaseAddress", use: "Callable[[Database], Awaitab
     from payments.database.connections import Database
 
     async def run() -> T:
-        database = Database(address, 1)
-        await database.open()
-        try:
+        async with Database(address, 1) as database:
             return await use(database)
-        finally:
-            await database.close()
 
     return asyncio.run(run())

@@ -364,7 +364,15 @@ class Database:
             num_workers=1,
         )
 
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
     async def open(self) -> None:
+        """Must be closed: a pool that stays open can keep its event loop from ending."""
         await self._pool.open()
 
     async def close(self) -> None:
