@@ -271,6 +271,17 @@ def at(address: DatabaseAddress) -> dict[str, object]:
     }
 
 
+def without_forked(pids: Sequence[int]) -> list[int]:
+    """All but those that one of the others has just forked: a child has the arguments of its parent
+    until it gets its own."""
+    found = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).ppid() not in pids:
+                found.append(pid)
+    return found
+
+
 def database_processes(data_dir: Path) -> list[psutil.Process]:
     """Every process of the embedded server under this directory, its supervisor included."""
     found, home = [], bytes(data_dir / "postgres")

@@ -34,7 +34,15 @@ from tests.doubles.provider import ProviderProcess
 from tests.doubles.stand_in import Fault
 from tests.invariants.checker import check
 from tests.machine import within
-from tests.process import ROOT, ServiceProcess, database_processes, environment, free_port, working
+from tests.process import (
+    ROOT,
+    ServiceProcess,
+    database_processes,
+    environment,
+    free_port,
+    without_forked,
+    working,
+)
 from tests.support import eventually
 
 HEALTHY_AGAIN_S = 15  # it takes one or two, on a machine that is not busy
@@ -72,12 +80,22 @@ def connect(data_dir: Path) -> "psycopg.Connection[Any]":
 
 
 def postmaster(data_dir: Path) -> psutil.Process:
-    return next(each for each in database_processes(data_dir) if "-D" in each.cmdline())
+    return having(data_dir, "-D")
 
 
 def supervisor_of(data_dir: Path) -> psutil.Process:
-    program = supervisor.__file__
-    return next(each for each in database_processes(data_dir) if program in each.cmdline())
+    return having(data_dir, supervisor.__file__)
+
+
+def having(data_dir: Path, argument: str) -> psutil.Process:
+    found = [each.pid for each in database_processes(data_dir) if argument in arguments_of(each)]
+    return psutil.Process(without_forked(found)[0])
+
+
+def arguments_of(process: psutil.Process) -> list[str]:
+    with suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
 
 
 def appender(data_dir: Path) -> psutil.Process:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ import pytest
 
 from payments.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, start, supervisor
 from tests.machine import within
+from tests.process import without_forked
 from tests.support import eventually
 
 CLEAN_STOP_S = 3
@@ -106,16 +107,20 @@ def about(pid: int) -> str:
 
 
 def postmaster(data_dir: Path) -> int:
-    return next(postmasters(data_dir))
+    return postmasters(data_dir)[0]
 
 
-def postmasters(data_dir: Path) -> Iterator[int]:
+def postmasters(data_dir: Path) -> list[int]:
     """At most one, unless the next one has begun."""
-    return (pid for pid in processes(data_dir) if "\0-D\0" in about(pid))
+    return without_forked([pid for pid in processes(data_dir) if "\0-D\0" in about(pid)])
 
 
 def supervisor_pid(data_dir: Path) -> int:
-    return next(pid for pid in processes(data_dir) if supervisor.__file__ in about(pid))
+    return supervisors(data_dir)[0]
+
+
+def supervisors(data_dir: Path) -> list[int]:
+    return without_forked([pid for pid in processes(data_dir) if supervisor.__file__ in about(pid)])
 
 
 def kill(pid: int) -> None:

@@ -27,7 +27,6 @@ from tests.embedded_postgres.servers import (
     CLEAN_STOP_S,
     STOP_AFTER_KILL_S,
     User,
-    about,
     assert_gone,
     connect,
     kill,
@@ -37,6 +36,7 @@ from tests.embedded_postgres.servers import (
     processes,
     show,
     supervisor_pid,
+    supervisors,
     wait_until,
 )
 
@@ -192,7 +192,7 @@ def test_two_processes_that_keep_it_start_one_server(data_dir: Path) -> None:
         for _ in range(3):
             pid = kill_server(data_dir)
             wait_until(lambda pid=pid: is_another(data_dir, server, pid), AGAIN_S)  # type: ignore[misc]
-            assert len([each for each in processes(data_dir) if "\0-D\0" in about(each)]) == 1
+            assert len(postmasters(data_dir)) == 1
             user = User(data_dir)
             user.read()
             user.leave()
@@ -249,8 +249,8 @@ def test_a_server_that_ends_again_and_again_is_given_up(
         deadline = time.monotonic() + LOST_S
         while not lost.is_set():
             assert time.monotonic() < deadline
-            for pid in processes(data_dir):
-                if "\0-D\0" in about(pid) and is_known_to_run(data_dir) and answers(server):
+            for pid in postmasters(data_dir):
+                if is_known_to_run(data_dir) and answers(server):
                     kill(pid)
         assert "it stopped 3 times in a row" in str(keeping.lost)
         assert [level for level, _ in told].count("CRITICAL") == 1
@@ -283,16 +283,12 @@ def test_leaving_while_it_is_started_again_leaves_nothing(data_dir: Path, whom: 
             kill(before)
         kill(pid)
         if whom == "both":
-            wait_until(lambda: supervisors(data_dir) - {before}, AGAIN_S)
+            wait_until(lambda: set(supervisors(data_dir)) - {before}, AGAIN_S)
     time.sleep(0.2)
     os.kill(backend, signal.SIGCONT)
     assert_gone(data_dir, STOP_AFTER_KILL_S)
     assert not server.socket_dir.exists()
     assert (keeping.lost, lost.is_set()) == (None, False)
-
-
-def supervisors(data_dir: Path) -> set[int]:
-    return {pid for pid in processes(data_dir) if supervisor.__file__ in about(pid)}
 
 
 def test_the_looks_become_rarer() -> None:
