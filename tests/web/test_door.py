@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from payments.admission import ANONYMOUS_MEMORY, MEMORY_MIN, Admission
 from payments.observability.metrics import Telemetry
 from tests.machine import within
+from tests.support import until
 from tests.web.doors import (
     KEY,
     Listening,
@@ -284,7 +285,7 @@ async def test_who_goes_away_meanwhile_leaves_nothing(flooded: Listening) -> Non
     with await flooded.connect() as client:
         await send(client, request())
         assert statuses(await received(client, b'"unauthorized"}')) == [401]
-        await asyncio.sleep(3 * TURN_S)
+        await until(lambda: len(flooded.connections) == 1)
         (connection,) = flooded.connections
         await send(client, request())
         await asyncio.sleep(TURN_S / 3)
@@ -320,12 +321,12 @@ async def test_heads_count_by_their_bytes(server: Listening, admission: Admissio
         client = await server.connect()
         clients.append(client)
         await send(client, bomb(90, 600) if number % 2 else request(key=KEY) + bomb(90, 600))
+    await until(lambda: admission.memory.taken > 40 * 54_000)
     await asyncio.sleep(0.2)
     assert 40 * 54_000 < admission.memory.taken < 40 * 80_000
     for client in clients:
         client.close()
-    await asyncio.sleep(0.2)
-    assert admission.memory.taken == admission.requests.taken == 0
+    await until(lambda: admission.memory.taken == admission.requests.taken == 0)
     assert admission.anonymous_memory.taken == 0
 
 
@@ -347,10 +348,8 @@ async def test_an_idle_connection_holds_nothing_of_what_was_answered(early: bool
                     await asyncio.sleep(0.05)
                 await send(client, b"y" * 9)
                 assert early or await received(client, b"shop")
-                await asyncio.sleep(0.05)
                 (connection,) = server.connections
-                held = (connection.url, connection.headers, connection.scope, connection.cycle)
-                assert not any(held)
+                await until(lambda c=connection: not any((c.url, c.headers, c.scope, c.cycle)))
 
 
 async def test_what_memory_has_no_room_for_is_refused(
@@ -374,6 +373,7 @@ async def test_half_heads_count_by_their_bytes(server: Listening, admission: Adm
     clients = [await server.connect() for _ in range(250)]
     for number, client in enumerate(clients):
         await send(client, half if number % 2 else request(key=KEY) + half)
+    await until(lambda: admission.anonymous_memory.taken > ANONYMOUS_MEMORY / 2)
     await asyncio.sleep(0.3)
     assert ANONYMOUS_MEMORY / 2 < admission.anonymous_memory.taken < ANONYMOUS_MEMORY
     with await server.connect() as client:
@@ -383,8 +383,7 @@ async def test_half_heads_count_by_their_bytes(server: Listening, admission: Adm
         assert statuses(await received(client, b"shop")) == [200]
     for client in clients:
         client.close()
-    await asyncio.sleep(0.3)
-    assert admission.anonymous_memory.taken == admission.memory.taken == 0
+    await until(lambda: admission.anonymous_memory.taken == admission.memory.taken == 0)
 
 
 async def test_of_too_many_headers_none_is_kept(server: Listening) -> None:
