@@ -22,6 +22,7 @@ from payments.errors import (
     RefundExceedsCapture,
     TooBusy,
 )
+from payments.events.appender import StreamConflict
 from payments.gateways import NeverSent, OutcomeUnknown
 from payments.payment.decisions import REFUNDS_MAX
 from payments.payment.identity import payment_id_for
@@ -402,7 +403,7 @@ async def test_refunds_that_race_are_decided_again_however_long_that_takes(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each conflict shows that the store answers; only its silence is answered with 503."""
-    monkeypatch.setattr(runs, "INTENT_PATIENCE_S", 1.0)
+    monkeypatch.setattr(runs, "INTENT_PATIENCE_S", 1.0)  # each of them has CONFLICT_PATIENCE_S more
     service = await charged(make)
     append = service.appender.append_intent
 
@@ -414,6 +415,27 @@ async def test_refunds_that_race_are_decided_again_however_long_that_takes(
     requests = [service.refunding.refund(refund_of(1, f"r{number}")) for number in range(6)]
     outcomes = await asyncio.gather(*requests)  # one more goes through each 0.25 s
     assert {outcome.refund.status for outcome in outcomes} == {Status.SUCCESS}
+
+
+async def test_a_store_that_falls_silent_after_a_conflict_is_503_as_soon_as_without_one(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "INTENT_PATIENCE_S", 1.0)
+    monkeypatch.setattr(runs, "CONFLICT_PATIENCE_S", 0.2)
+    service = await charged(make)
+    silent = asyncio.Event()
+
+    async def conflict_once(event: StoredEvent, **options: Any) -> int:
+        if silent.is_set():
+            await asyncio.sleep(2)
+        silent.set()
+        await asyncio.sleep(0.7)
+        raise StreamConflict(None)
+
+    monkeypatch.setattr(service.appender, "append_intent", conflict_once)
+    with within(1.4), pytest.raises(DatabaseUnavailable):
+        await service.refunding.refund(refund_of(1, "r"))
+    assert silent.is_set()
 
 
 async def test_no_database_is_503_within_the_bound(make: Make) -> None:

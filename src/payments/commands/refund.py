@@ -172,7 +172,7 @@ class Refunding:
             try:
                 event = await self._store.append_intent(fact, after=loaded.events[-1])
             except StreamConflict:
-                run.restart_intent_clock()  # another refund of this payment came first
+                run.intent_conflicted()  # another refund of this payment came first
                 continue
             run.intent_is_durable()
             payment = evolve(loaded.payment, fact)

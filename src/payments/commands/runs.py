@@ -27,6 +27,8 @@ from payments.tasks import finish
 WATCH_S = 0.05
 # How often a request looks whether another process has finished its run.
 OTHER_RUN_POLL_S = 0.1
+# How long an intent may take after a conflict, if that is longer than INTENT_PATIENCE_S allows.
+CONFLICT_PATIENCE_S = 1.0
 # How long an answer waits for its outcome to be stored, after which it is PENDING: with Postgres
 # down or frozen each request is answered in under 3 s.
 OUTCOME_STORE_PATIENCE_S = 2.0
@@ -146,8 +148,7 @@ class Run(Generic[A]):
         # The same, while something is being stored.
         self.store_by = math.inf
         # The same, until the intent is durable.
-        self.begin_by = 0.0
-        self.restart_intent_clock()
+        self.begin_by = time.monotonic() + INTENT_PATIENCE_S
         self.has_begun = False
         self.answer: A | Exception | None = None
         # Set once the provider may have captured: from then on the answer is never an error.
@@ -174,9 +175,10 @@ class Run(Generic[A]):
         """Whether the client of any request still waits: what nobody waits for is not begun."""
         return self.answer is None and self._waiters.any_to_serve()
 
-    def restart_intent_clock(self) -> None:
-        """Before the intent is durable: it may take as long again as at the start."""
-        self.begin_by = time.monotonic() + INTENT_PATIENCE_S
+    def intent_conflicted(self) -> None:
+        """The event store responds, so the run goes on, however many conflicts there are. Only if
+        the store falls silent does the time limit of the intent apply."""
+        self.begin_by = max(self.begin_by, time.monotonic() + CONFLICT_PATIENCE_S)
 
     def intent_is_durable(self) -> None:
         """The intent is durable, or an earlier request's is: now somebody else is waited for.
