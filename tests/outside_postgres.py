@@ -104,10 +104,11 @@ class OutsidePostgres:
 
     def freeze(self) -> None:
         """SIGSTOP to all of its processes: connections stay open and nobody answers on them."""
-        # The postmaster first: from then on there are no new ones.
-        for process in self.processes():
-            with suppress(psutil.NoSuchProcess):
-                process.suspend()
+        # The postmaster first, and until all stand: it may have forked another one meanwhile.
+        while running := [process for process in self.processes() if not stands(process)]:
+            for process in running:
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()
 
     def thaw(self) -> None:
         for process in self.processes():
@@ -222,3 +223,11 @@ def _free_port() -> int:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+def stands(process: psutil.Process) -> bool:
+    """Whether a SIGSTOP has stopped it, or it is gone."""
+    try:
+        return bool(process.status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return True
