@@ -147,7 +147,7 @@ def open_files(pid: int) -> list[str]:
 
 
 def entries(directory: Path) -> list[Path]:
-    """None if it is gone, also if it goes while it is read, as a process ends."""
+    """Empty if it is gone, also if it goes while it is read, as a process ends."""
     with contextlib.suppress(OSError):
         return list(directory.iterdir())
     return []
