@@ -89,22 +89,20 @@ class Callbacks(Part):
         settings = Settings(
             order_callback_url=parse_http_url(self._sink.url), order_callback_secret=SECRETS
         )
-        database = Database(self.address, 1)
-        await database.open()
-        dispatcher = build_dispatcher(
-            settings, Target.of_callbacks(settings), database, Telemetry()
-        )
-        assert dispatcher is not None
-        *_, follower = build_followers(settings, database, Telemetry(), dispatcher.wake)
-        started = time.perf_counter()
-        await dispatcher.start()
-        follower.start()
-        while (await database.fetch(UNFINISHED))[0][0]:
-            await asyncio.sleep(0.02)
-        took_s = time.perf_counter() - started
-        await follower.stop()
-        await dispatcher.stop(1)
-        await database.close()
+        async with Database(self.address, 1) as database:
+            dispatcher = build_dispatcher(
+                settings, Target.of_callbacks(settings), database, Telemetry()
+            )
+            assert dispatcher is not None
+            *_, follower = build_followers(settings, database, Telemetry(), dispatcher.wake)
+            started = time.perf_counter()
+            await dispatcher.start()
+            follower.start()
+            while (await database.fetch(UNFINISHED))[0][0]:
+                await asyncio.sleep(0.02)
+            took_s = time.perf_counter() - started
+            await follower.stop()
+            await dispatcher.stop(1)
         return took_s
 
 

@@ -109,21 +109,19 @@ class Callbacks:
         settings = Settings(
             order_callback_url=parse_http_url(self._url), order_callback_secret=SECRETS
         )
-        database = Database(self._address, 2)
-        await database.open()
-        await begin_at_the_end(database)
-        dispatcher = build_dispatcher(
-            settings, Target.of_callbacks(settings), database, Telemetry()
-        )
-        assert dispatcher is not None
-        *_, follower = build_followers(settings, database, Telemetry(), dispatcher.wake)
-        await dispatcher.start()
-        follower.start()
-        self._ready.set()
-        await asyncio.to_thread(self._stopping.wait)
-        await follower.stop()
-        await dispatcher.stop(1)
-        await database.close()
+        async with Database(self._address, 2) as database:
+            await begin_at_the_end(database)
+            dispatcher = build_dispatcher(
+                settings, Target.of_callbacks(settings), database, Telemetry()
+            )
+            assert dispatcher is not None
+            *_, follower = build_followers(settings, database, Telemetry(), dispatcher.wake)
+            await dispatcher.start()
+            follower.start()
+            self._ready.set()
+            await asyncio.to_thread(self._stopping.wait)
+            await follower.stop()
+            await dispatcher.stop(1)
 
 
 class Charges:

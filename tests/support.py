@@ -354,11 +354,14 @@ def subclasses(kind: type[PaymentsError]) -> Iterator[type[PaymentsError]]:
         yield from subclasses(subclass)
 
 
-def catch_up(address: DatabaseAddress) -> None:
+def catch_up(address: DatabaseAddress, *, seal: bool = True) -> None:
+    """The read model is up to date, and with `seal` all events are sealed."""
+
     async def run() -> None:
         async with Database(address, 2) as database:
             await follow(database)
-            await seal_log(database)
+            if seal:
+                await seal_log(database)
 
     asyncio.run(run())
 

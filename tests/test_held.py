@@ -4,7 +4,6 @@ What a session may still look at, vacuum must not remove from any table.
 """
 
 import array
-import asyncio
 import fcntl
 import random
 import signal
@@ -18,7 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from payments.database.connections import Database, DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.events.store import SLICE_END
 from payments.projections import comparison
 from payments.projections.rebuild import check, rebuild
@@ -26,7 +25,7 @@ from payments.queries import verification
 from payments.queries.verification import ends_of, places_of
 from payments.snapshot import Reader
 from tests.process import PAYMENTS, ROOT, at, environment
-from tests.support import ORDER_ID, History, append, eventually, follow
+from tests.support import ORDER_ID, History, append, catch_up, eventually
 
 Connection = psycopg.Connection[Any]
 LOG_EVENTS = 60_000
@@ -164,11 +163,7 @@ def vandalised(connection: Connection, address: DatabaseAddress, small_parts: No
     """Many parts; something differs in each of them."""
     append(connection, [fact for n in range(60) for fact in History(f"k{n}").charged().facts])
 
-    async def catch_up() -> None:
-        async with Database(address, 1) as database:
-            await follow(database)
-
-    asyncio.run(catch_up())
+    catch_up(address, seal=False)
     connection.execute("UPDATE payments SET amount_cents = 1")
     return connection
 

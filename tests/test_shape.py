@@ -1,6 +1,5 @@
 """The table payments is recognised as changed by something else, and gets its shape back."""
 
-import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,9 +8,9 @@ import pytest
 from click.testing import Result
 from loguru import logger
 
-from payments.database.connections import Database, DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.migrations import check_migrated, check_readable, migrate, shape
-from tests.support import History, append, follow
+from tests.support import History, append, catch_up
 
 Connection = psycopg.Connection[Any]
 Operator = Callable[..., Result]
@@ -159,18 +158,13 @@ def test_what_cannot_be_put_back_keeps_no_service_from_starting(
     ]
 
 
-async def _follow(address: DatabaseAddress) -> None:
-    async with Database(address, 1) as database:
-        await follow(database)
-
-
 @pytest.mark.usefixtures("durable")
 def test_doctor_tells_and_rebuild_restores_shape_and_rows(
     operator: Operator, address: DatabaseAddress, connection: Connection
 ) -> None:
     histories = [History(f"k{n}", currency="USD").charged() for n in range(3)]
     append(connection, [fact for each in histories for fact in each.facts])
-    asyncio.run(_follow(address))
+    catch_up(address, seal=False)
     rows = connection.execute("SELECT status, currency FROM payments").fetchall()
     connection.execute(SYNCHRONIZE)
     told = operator("doctor").stdout

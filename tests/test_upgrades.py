@@ -1,6 +1,5 @@
 """This version on a database that a newer one migrated: docs/decisions/upgrades.md."""
 
-import asyncio
 import json
 import uuid
 from collections.abc import Callable
@@ -12,10 +11,10 @@ import psycopg
 import pytest
 from click.testing import Result
 
-from payments.database.connections import Database, DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.migrations import known_migrations
 from tests.process import ServiceProcess, at, free_port, run
-from tests.support import ORDER_ID, History, append, follow, seal_log
+from tests.support import ORDER_ID, History, append, catch_up
 
 Connection = psycopg.Connection[Any]
 Operator = Callable[..., Result]
@@ -63,12 +62,7 @@ def payment(address: DatabaseAddress, connection: Connection) -> None:
         [EVENT_ID, ORDER_ID, HISTORY.id],
     )
 
-    async def catch_up() -> None:
-        async with Database(address, 2) as database:
-            await follow(database)
-            await seal_log(database)
-
-    asyncio.run(catch_up())
+    catch_up(address)
 
 
 @pytest.mark.usefixtures("payment")

@@ -1,6 +1,5 @@
 """`payments audit` and `payments rebuild` as their users see them: words and exit codes."""
 
-import asyncio
 import os
 import pty
 import re
@@ -15,7 +14,7 @@ from click.testing import Result
 
 from payments.cli import progress
 from payments.cli.audit import SHOWN_MAX
-from payments.database.connections import Database, DatabaseAddress
+from payments.database.connections import DatabaseAddress
 from payments.events.facts import encode
 from payments.queries import verification
 from tests.process import PAYMENTS, ROOT, at, environment, peak_mb
@@ -25,7 +24,6 @@ from tests.support import (
     append,
     append_stored,
     catch_up,
-    follow,
     log_id,
     stored_event,
 )
@@ -178,11 +176,7 @@ def test_what_is_parked_or_not_sealed_is_told_and_no_finding(
 ) -> None:
     append_stored(connection, [stored_event(payment.id, 5, b"{", "PaymentRefunded")])
 
-    async def only_follow() -> None:
-        async with Database(address, 1) as database:
-            await follow(database)
-
-    asyncio.run(only_follow())
+    catch_up(address, seal=False)
     done = operator("audit", "verify")
     assert done.exit_code == 0
     assert "log: 11 events, 1 not sealed yet" in done.stdout

@@ -26,19 +26,11 @@ from payments.projections.rebuild import Rebuilt, check, rebuild
 from payments.snapshot import Reader, Snapshot
 from tests.invariants.checker import TABLES
 from tests.invariants.checker import check as check_invariants
-from tests.support import History, append, append_stored, follow, histories, stored_event
+from tests.support import History, append, append_stored, catch_up, histories, stored_event
 
 Connection = psycopg.Connection[Any]
 SETTLE_AFTER_S = 7.0
 BEGAN_AT = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
-
-
-def catch_up(address: DatabaseAddress) -> None:
-    async def run() -> None:
-        async with Database(address, 2) as database:
-            await follow(database)
-
-    asyncio.run(run())
 
 
 @pytest.fixture
@@ -48,7 +40,7 @@ def known(address: DatabaseAddress, connection: Connection) -> dict[str, History
         f"of orders: {kind}": each for kind, each in histories("o", client="orders").items()
     }
     append(connection, [fact for history in made.values() for fact in history.facts])
-    catch_up(address)
+    catch_up(address, seal=False)
     check_invariants(connection)
     return made
 
@@ -241,7 +233,7 @@ def test_an_abandoned_payment_is_watched_again_if_it_is_young(
     young = History("young", began_at=now[0] - timedelta(hours=1)).abandoned()
     old = History("old", began_at=now[0] - timedelta(days=40)).abandoned()
     append(connection, [*young.facts, *old.facts])
-    catch_up(address)
+    catch_up(address, seal=False)
     connection.execute("DELETE FROM unsettled_payments")
     assert not any(check(address).differing.values())
     done, found = rebuilt(address)
@@ -268,7 +260,7 @@ def test_a_follower_that_is_behind_is_no_difference(
     done, found = rebuilt(address)
     assert (found, done.payments) == ([], len(known))
     assert not connection.execute("SELECT FROM payments WHERE idempotency_key = 'late'").fetchall()
-    catch_up(address)
+    catch_up(address, seal=False)
     check_invariants(connection)
 
 
@@ -279,7 +271,7 @@ def test_a_parked_payment_stays_as_it_was_until_it_is_retried(
     append_stored(connection, [stored_event(damaged.id, 3, b"{", "PaymentRefunded")])
     lost = History("never applied")
     append_stored(connection, [stored_event(lost.id, 1, b"{", "PaymentInitiated")])
-    catch_up(address)
+    catch_up(address, seal=False)
     before = rows(connection)
     assert not any(check(address).differing.values())
     connection.execute("UPDATE payments SET amount_cents = 1")
@@ -339,7 +331,7 @@ def test_what_happens_meanwhile_is_taken_into_account(
         charged.refunded()
         pending.charged()
         append(connection, [*charged.facts[first:], pending.facts[-1], *History("new").facts])
-        catch_up(address)
+        catch_up(address, seal=False)
 
     between(monkeypatch, happens)
     connection.execute("UPDATE payments SET amount_cents = 1")
@@ -393,7 +385,7 @@ def test_what_happens_between_two_slices_is_no_difference(
     connection.execute(
         "INSERT INTO parked_streams VALUES ('payments', %s, %s, 'a test')", [parked.id, position]
     )
-    catch_up(address)
+    catch_up(address, seal=False)
 
     def happens() -> None:
         retry_parked(address)
@@ -409,7 +401,7 @@ def test_what_happens_between_two_slices_is_no_difference(
         damaged = known["refunded"]
         event = stored_event(damaged.id, len(damaged.facts) + 1, b"{", "PaymentRefunded")
         append_stored(connection, [event])
-        catch_up(address)
+        catch_up(address, seal=False)
         connection.execute("DELETE FROM unsettled_payments WHERE kind = 'abandoned'")
 
     def disturbed(snapshot: Snapshot, first_id: uuid.UUID) -> Any:
@@ -424,7 +416,7 @@ def test_what_happens_between_two_slices_is_no_difference(
             charged = known["charged"].refunded("again", 1)
             append(connection, charged.facts[-2:])
             append(connection, History("newest").charged().facts)
-            catch_up(address)
+            catch_up(address, seal=False)
         return real_again(snapshot, ids)
 
     monkeypatch.setattr(comparison, "_next_slice", disturbed)
@@ -479,7 +471,7 @@ def test_a_parked_payment_that_is_retried_meanwhile_is_not_put_back(
         " VALUES ('payments', %s, %s, 'a test')",
         [history.id, position],
     )
-    catch_up(address)
+    catch_up(address, seal=False)
 
     between(monkeypatch, lambda: retry_parked(address))
     connection.execute("UPDATE payments SET amount_cents = 1")
@@ -580,7 +572,7 @@ def test_a_time_that_the_log_has_in_another_zone_is_written_in_utc(
         legacy=Legacy(uuid.uuid4(), "txn", elsewhere + timedelta(hours=1)),
     )
     append(connection, [begun])
-    catch_up(address)
+    catch_up(address, seal=False)
     query = "SELECT updated_at FROM payments"
     expected = [(BEGAN_AT.replace(tzinfo=None) + timedelta(hours=1),)]
     assert connection.execute(query).fetchall() == expected

@@ -26,7 +26,7 @@ from payments.queries.verification import (
     places_of,
 )
 from payments.snapshot import Reader
-from tests.support import History, append, follow, seal_log
+from tests.support import History, append, catch_up, seal_log
 
 Connection = psycopg.Connection[Any]
 EVENTS = 40
@@ -37,12 +37,7 @@ def fill(address: DatabaseAddress, connection: Connection) -> None:
     known = [History(f"k{n}").charged() for n in range(EVENTS // 2)]
     append(connection, [*(each.facts[0] for each in known), *(each.facts[1] for each in known)])
 
-    async def catch_up() -> None:
-        async with Database(address, 2) as database:
-            await follow(database)
-            await seal_log(database)
-
-    asyncio.run(catch_up())
+    catch_up(address)
 
 
 @pytest.fixture

@@ -180,7 +180,7 @@ class Dispatcher:
                 connection, outage_s, REOPEN_LANES, late_s=DATABASE_TIMEOUT_S
             )
         finally:
-            if made_due == REOPEN_LANES:
+            if made_due == REOPEN_LANES:  # or it failed; one that ended meanwhile began later
                 self._health.over_since = over_since
 
     async def _sleep(self) -> None:
